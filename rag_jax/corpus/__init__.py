@@ -1,0 +1,1 @@
+"""Text to passages: readers, bundled corpus, tokenizers. No jax."""

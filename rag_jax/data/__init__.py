@@ -1,0 +1,1 @@
+"""Questions and documents to batches of fixed shape."""

@@ -1,0 +1,1 @@
+"""Pure Flax Linen: partitioning, layers, encoders, generator, RagModel."""

@@ -1,0 +1,1 @@
+"""Checkpoint and index to answers."""

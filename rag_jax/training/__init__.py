@@ -1,0 +1,1 @@
+"""Batch to update to checkpoint."""
