@@ -138,6 +138,7 @@ class IndexConfig:
   kind: str = _choice("auto", "exact", "scann")  # auto: scann if installed
   path: str = ""  # a built index to open; "" builds it from the passages
   refresh_steps: int = 50  # between rebuilds while the passage encoder learns
+  swap_steps: int = 5  # from the start of a rebuild to its first use
   embed_batch_size: int = 512  # passages embedded at a time
   # ScaNN's own settings; below `scann_tree_passages` it scores every passage.
   scann_tree_passages: int = 20_000
@@ -303,6 +304,12 @@ def _cross_problems(c: Config) -> Iterator[str]:
       f"index.path={c.index.path!r} is a fixed index, but"
       " encoder.train_passage_encoder=True makes it stale. Set"
       " encoder.train_passage_encoder=False, or index.path=''."
+    )
+  if not 0 < c.index.swap_steps < c.index.refresh_steps:
+    yield (
+      f"index.swap_steps={c.index.swap_steps} must be between 1 and"
+      f" index.refresh_steps={c.index.refresh_steps} (exclusive), so that one"
+      " rebuild is in use before the next begins."
     )
   if c.eval.min_index_recall > 1.0:
     yield f"eval.min_index_recall={c.eval.min_index_recall} must be at most 1."

@@ -56,7 +56,9 @@ def _update(config: Any, tree: Any, prefix: str, origin: str) -> None:
     if dataclasses.is_dataclass(old):
       _update(old, value, f"{prefix}{name}.", origin)
     else:
-      setattr(config, name, tuple(value) if isinstance(old, tuple) else value)
+      if isinstance(old, tuple) and isinstance(value, list):
+        value = tuple(value)
+      setattr(config, name, value)
 
 
 def unknown_field(name: str) -> str:

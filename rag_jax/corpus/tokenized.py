@@ -1,0 +1,43 @@
+"""Passages as token ids in one array, so that a batch is an integer gather.
+
+In: passages and a tokenizer. Out: [P, L] ids, and how many were cut.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.tokenizer import Tokenizer
+
+
+class TokenizedPassages:
+  """Title, end token, text, end token of each passage, without a start token.
+
+  Attributes:
+    tokens: ids, padded with the tokenizer's `pad_id`. [P, L - 1] int32
+    lengths: real tokens a row. [P] int32
+    num_cut: passages longer than `length`, whose last tokens were dropped.
+  """
+
+  def __init__(
+    self, passages: Sequence[Passage], tokenizer: Tokenizer, length: int
+  ):
+    """Tokenizes `passages`; `length` (L) counts a start token as well."""
+    width = length - 1
+    titles = tokenizer.encode([p.title for p in passages])
+    texts = tokenizer.encode([p.text for p in passages])
+    self.tokens = np.full((len(passages), width), tokenizer.pad_id, np.int32)
+    self.lengths = np.zeros(len(passages), np.int32)
+    self.num_cut = 0
+    end = [tokenizer.eos_id]
+    for row, (title, text) in enumerate(zip(titles, texts, strict=True)):
+      ids = (title + end if title else []) + text + end
+      if len(ids) > width:
+        self.num_cut += 1
+        ids = [*ids[: width - 1], tokenizer.eos_id]
+      self.tokens[row, : len(ids)] = ids
+      self.lengths[row] = len(ids)
+
+  def __len__(self) -> int:
+    return len(self.tokens)

@@ -1,0 +1,160 @@
+"""Text to token ids and back.
+
+In: text. Out: token ids without special tokens, which data/ adds where they
+belong. The one file that imports transformers, for its tokenizers alone.
+"""
+
+from collections.abc import Iterable, Sequence
+import logging
+import os
+import typing
+
+from etils import epath
+import tokenizers
+from tokenizers import decoders
+from tokenizers import models
+from tokenizers import normalizers
+from tokenizers import pre_tokenizers
+from tokenizers import trainers
+
+from rag_jax.artifacts import fingerprint_lines
+
+if typing.TYPE_CHECKING:
+  import transformers
+
+# BART's layout, so that ids mean the same in what we train and what we import.
+_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+# Words with the space before them; digits one by one, so that a number that
+# never occurred in training is spelled with tokens that did.
+_PIECES = r" ?\p{L}[\p{L}\p{M}]*| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
+
+
+class Tokenizer:
+  """A `transformers` tokenizer, reduced to what the project uses."""
+
+  def __init__(self, backend: "transformers.PreTrainedTokenizerFast"):
+    self._backend = backend
+    inner = backend.backend_tokenizer
+    # A passage that holds "</s>" is text, or it could end itself and go on as
+    # something else. Not saved with the tokenizer, so it is set each time.
+    inner.encode_special_tokens = True
+    # Many published tokenizers cut and pad on their own.
+    inner.no_truncation()
+    inner.no_padding()
+    self.vocab_size = len(backend)
+    self.pad_id = self._special("pad_token")
+    self.bos_id = self._special("bos_token", "cls_token")
+    self.eos_id = self._special("eos_token", "sep_token")
+    self.mask_id = self._special("mask_token", "unk_token")
+
+  def _special(self, *names: str) -> int:
+    for name in names:
+      token_id = getattr(self._backend, f"{name}_id", None)
+      if token_id is not None:
+        return int(token_id)
+    raise ValueError(
+      f"The tokenizer has no {' or '.join(names)}; batches need one. Add it to"
+      " tokenizer_config.json, or train one with tokenizer.path=''."
+    )
+
+  def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the token ids of each text, without special tokens."""
+    if not texts:
+      return []
+    encodings = self._backend.backend_tokenizer.encode_batch(
+      list(texts), add_special_tokens=False
+    )
+    return [encoding.ids for encoding in encodings]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of `ids`, without special tokens and outer spaces."""
+    text = self._backend.backend_tokenizer.decode(
+      [int(i) for i in ids], skip_special_tokens=True
+    )
+    return text.strip()
+
+  def tokens(self, ids: Iterable[int]) -> list[str]:
+    """Returns the text of each id alone, to show it to a person."""
+    decode = self._backend.backend_tokenizer.decode
+    return [decode([int(i)], skip_special_tokens=False) for i in ids]
+
+  @property
+  def fingerprint(self) -> str:
+    """Identifies what the ids mean."""
+    return fingerprint_lines([self._backend.backend_tokenizer.to_str()])
+
+  def save(self, path: epath.PathLike) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json` to a directory."""
+    self._backend.save_pretrained(os.fspath(path))
+
+
+def load_tokenizer(path: epath.PathLike) -> Tokenizer:
+  """Returns the tokenizer saved in directory `path`.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: its files cannot be read.
+  """
+  path = epath.Path(path)
+  if not (path / "tokenizer.json").exists():
+    raise FileNotFoundError(
+      f"No tokenizer.json in {path}. Expected a directory that a tokenizer was"
+      " saved to; set tokenizer.path to one, or to '' to train a tokenizer."
+    )
+  # Imported here: it takes a second, which asking for --help should not.
+  import transformers
+
+  try:
+    backend = transformers.AutoTokenizer.from_pretrained(
+      os.fspath(path), local_files_only=True, trust_remote_code=False
+    )
+  except Exception as error:  # transformers raises bare Exception, and others
+    raise ValueError(
+      f"The tokenizer in {path} cannot be read ({error}). Its files were cut"
+      " off or edited, or it brings code of its own, which is never run; copy"
+      " them again, or train another."
+    ) from error
+  return Tokenizer(backend)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+  """Returns a byte-level BPE tokenizer trained on `texts`.
+
+  Byte-level: every text can be written and comes back exactly, so an answer is
+  printed as the passage spells it. Sennrich et al. 2016,
+  https://arxiv.org/abs/1508.07909; the byte alphabet is GPT-2's.
+
+  Args:
+    texts: what to learn frequent pieces from.
+    vocab_size: ids in all: 5 special tokens, 256 bytes, then merges.
+  """
+  import transformers
+
+  model = tokenizers.Tokenizer(models.BPE())
+  model.normalizer = normalizers.Prepend(" ")  # a first word is like any other
+  model.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(_PIECES), behavior="isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  model.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=list(_SPECIAL_TOKENS),
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  model.train_from_iterator(texts, trainer)
+  logging.getLogger("transformers").setLevel(logging.ERROR)
+  return Tokenizer(
+    transformers.PreTrainedTokenizerFast(
+      tokenizer_object=model,
+      bos_token="<s>",
+      pad_token="<pad>",
+      eos_token="</s>",
+      unk_token="<unk>",
+      mask_token="<mask>",
+    )
+  )

@@ -1,0 +1,44 @@
+"""The arrays of one step, of fixed shape."""
+
+import typing
+from typing import Any
+
+import flax.struct
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+
+# Unchecked, because JAX makes it of shapes and shardings too. numpy as it
+# leaves the host.
+@typing.no_type_check
+@flax.struct.dataclass
+class RagBatch:
+  """Questions, their documents and their answers, as tokens.
+
+  The retriever's fields are None for closed book. Exactly one of `doc_tokens`
+  (the passage encoder trains) and `doc_embeddings` (it is frozen) is given
+  otherwise.
+  """
+
+  context_tokens: Int[Array | np.ndarray, "B K C"]
+  context_mask: Bool[Array | np.ndarray, "B K C"]
+  target_tokens: Int[Array | np.ndarray, "B T"]
+  target_mask: Bool[Array | np.ndarray, "B T"]
+  question_tokens: Int[Array | np.ndarray, "B Q"] | None = None
+  question_mask: Bool[Array | np.ndarray, "B Q"] | None = None
+  doc_tokens: Int[Array | np.ndarray, "B K L"] | None = None
+  doc_mask: Bool[Array | np.ndarray, "B K L"] | None = None
+  doc_embeddings: Float[Array | np.ndarray, "B K R"] | None = None
+
+  def inputs(self) -> dict[str, Any]:
+    """Returns the arrays that `RagModel.__call__` names."""
+    return {
+      "context_tokens": self.context_tokens,
+      "context_mask": self.context_mask,
+      "target_tokens": self.target_tokens,
+      "question_tokens": self.question_tokens,
+      "question_mask": self.question_mask,
+      "doc_tokens": self.doc_tokens,
+      "doc_mask": self.doc_mask,
+      "doc_embeddings": self.doc_embeddings,
+    }

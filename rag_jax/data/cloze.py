@@ -1,0 +1,85 @@
+"""The warm-up's examples: questions made of passages, without labels.
+
+Inverse cloze (Lee et al. 2019, https://arxiv.org/abs/1906.00300, section 5) and
+span infilling (Lewis et al. 2019, https://arxiv.org/abs/1910.13461, section 2)
+in one: a span of a passage is masked; the window around the mask stands for
+the question, the passage for the document, the span for the answer.
+
+In: passage tokens, a seed and a step. Out: a `RagBatch` with K = 1.
+"""
+
+import numpy as np
+
+from rag_jax.config import Config
+from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.data.batches import RagBatch
+from rag_jax.data.context import ContextBuilder
+
+
+class ClozeBatches:
+  """Batches of the warm-up stage; a function of (seed, step) alone."""
+
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    passages: TokenizedPassages,
+    context: ContextBuilder,
+    config: Config,
+  ):
+    self._tokenizer = tokenizer
+    self._passages = passages
+    self._context = context
+    self._config = config
+
+  def _mask_span(
+    self, rng: np.random.Generator, row: int
+  ) -> tuple[list[int], list[int]]:
+    """Returns (window with the mask in it, span) of one passage."""
+    settings = self._config.warmup
+    ids = self._passages.tokens[row, : self._passages.lengths[row]].tolist()
+    ids = ids[:-1]  # the end token is not asked for
+    longest = min(settings.span_max_tokens, max(len(ids) - 1, 1))
+    shortest = min(settings.span_min_tokens, longest)
+    size = int(rng.integers(shortest, longest + 1))
+    start = int(rng.integers(0, max(len(ids) - size, 0) + 1))
+    left = int(rng.integers(0, settings.window_tokens + 1))
+    right = settings.window_tokens - left
+    window = [
+      *ids[max(start - left, 0) : start],
+      self._tokenizer.mask_id,
+      *ids[start + size : start + size + right],
+    ]
+    return window, ids[start : start + size]
+
+  def batch(self, step: int) -> RagBatch:
+    """Returns the batch of warm-up step `step`."""
+    config = self._config
+    rng = np.random.default_rng((config.seed, step))
+    size = min(config.warmup.batch_size, len(self._passages))
+    # Without replacement: a passage twice would be its own negative.
+    rows = rng.choice(len(self._passages), size, replace=False)
+    rows = np.resize(rows, config.warmup.batch_size)
+    windows, spans = zip(
+      *(self._mask_span(rng, int(r)) for r in rows), strict=True
+    )
+    target_tokens, target_mask = self._context.targets(spans)
+    if not config.data.n_docs:  # closed book: the passage is not shown
+      docs = np.zeros((len(rows), 0), np.int64)
+      context_tokens, context_mask = self._context.contexts(windows, docs)
+      return RagBatch(context_tokens, context_mask, target_tokens, target_mask)
+    context_tokens, context_mask = self._context.contexts(
+      windows, rows[:, None]
+    )
+    question_tokens, question_mask = self._context.questions(windows)
+    doc_tokens, doc_mask = self._context.passages(rows[:, None])
+    return RagBatch(
+      context_tokens=context_tokens,
+      context_mask=context_mask,
+      target_tokens=target_tokens,
+      target_mask=target_mask,
+      question_tokens=question_tokens,
+      question_mask=question_mask,
+      doc_tokens=doc_tokens,
+      doc_mask=doc_mask,
+    )

@@ -1,0 +1,159 @@
+"""Questions to training batches, one step ahead of the step that runs.
+
+In: questions, a step, the retriever's parameters and the index of that moment.
+Out: the `RagBatch` of that step. A pure function of these, so a run that is
+resumed sees the batches it would have seen.
+"""
+
+from collections.abc import Sequence
+from concurrent import futures
+import dataclasses
+import time
+from typing import Any
+
+import grain
+from jaxtyping import Int, PyTree
+import numpy as np
+
+from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.data.batches import RagBatch
+from rag_jax.data.context import ContextBuilder
+from rag_jax.data.questions import Question
+from rag_jax.retrieval.index import Index
+from rag_jax.retrieval.retriever import Embedder
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prepared:
+  """A batch, and what a checkpoint needs to make it again."""
+
+  batch: RagBatch
+  doc_ids: Int[np.ndarray, "B K"]  # passage numbers; K = 0 without documents
+
+
+class QuestionBatches:
+  """The batches of the main stage, by step.
+
+  The order of questions is a function of (seed, epoch): grain shuffles each
+  epoch anew and gives random access, so the data position of a checkpoint is
+  the step alone, whatever the number of processes.
+  """
+
+  def __init__(
+    self,
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    context: ContextBuilder,
+    embedder: Embedder,
+    *,
+    n_docs: int,
+    batch_size: int,  # questions, over all processes
+    seed: int,
+    frozen_passages: bool,  # documents by their embedding in the index
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    if len(questions) < batch_size:
+      raise ValueError(
+        f"train.batch_size={batch_size} is larger than the training split"
+        f" ({len(questions)} questions); lower it or bring more questions."
+      )
+    if batch_size % process_count:
+      raise ValueError(
+        f"train.batch_size={batch_size} must be a multiple of the number of"
+        f" processes ({process_count}), so that each loads an equal share."
+      )
+    self._question_ids = tokenizer.encode([q.question for q in questions])
+    # Every accepted answer is right; the first is the one to learn.
+    self._answer_ids = tokenizer.encode([q.answers[0] for q in questions])
+    self._context = context
+    self._embedder = embedder
+    self._n_docs = n_docs
+    self._frozen_passages = frozen_passages
+    self._share = slice(
+      process_index * batch_size // process_count,
+      (process_index + 1) * batch_size // process_count,
+    )
+    order = grain.MapDataset.range(len(questions)).seed(seed).shuffle()
+    self._order = order.repeat().batch(batch_size)
+
+  def rows(self, step: int) -> Int[np.ndarray, "B"]:
+    """Returns which questions this process reads at `step`."""
+    rows = self._order[step]
+    assert rows is not None  # grain's sign for what a filter left out
+    return rows[self._share]
+
+  def prepare(
+    self,
+    step: int,
+    retriever_params: PyTree,
+    index: Index | None,
+    doc_ids: Int[np.ndarray, "B K"] | None = None,
+  ) -> Prepared:
+    """Returns the batch of `step`.
+
+    Args:
+      step: of the main stage.
+      retriever_params: embed the questions for the search.
+      index: what is searched; None is closed book.
+      doc_ids: what a search found before, instead of searching.
+    """
+    rows = self.rows(step)
+    question_ids = [self._question_ids[i] for i in rows]
+    target_tokens, target_mask = self._context.targets(
+      [self._answer_ids[i] for i in rows]
+    )
+    fields: dict[str, Any] = {
+      "target_tokens": target_tokens,
+      "target_mask": target_mask,
+    }
+    if index is None:
+      doc_ids = np.zeros((len(rows), 0), np.int32)
+    else:
+      tokens, mask = self._context.questions(question_ids)
+      if doc_ids is None:
+        embeddings = self._embedder.questions(retriever_params, tokens, mask)
+        doc_ids, _ = index.search(embeddings, self._n_docs)
+      fields |= {"question_tokens": tokens, "question_mask": mask}
+      if self._frozen_passages:
+        fields["doc_embeddings"] = index.embeddings[doc_ids]
+      else:
+        fields["doc_tokens"], fields["doc_mask"] = self._context.passages(
+          doc_ids
+        )
+    context_tokens, context_mask = self._context.contexts(question_ids, doc_ids)
+    return Prepared(
+      RagBatch(
+        context_tokens=context_tokens, context_mask=context_mask, **fields
+      ),
+      doc_ids,
+    )
+
+
+class Ahead:
+  """Prepares one batch in a thread while the step before it runs."""
+
+  def __init__(self):
+    self._thread = futures.ThreadPoolExecutor(1, "batches")
+    self._pending: futures.Future[Prepared] | None = None
+
+  def submit(self, prepare: Any, *args: Any) -> None:
+    """Starts `prepare(*args)`."""
+    assert self._pending is None
+    self._pending = self._thread.submit(prepare, *args)
+
+  def peek(self) -> Prepared | None:
+    """Waits for the batch without taking it."""
+    return None if self._pending is None else self._pending.result()
+
+  def take(self) -> tuple[Prepared, float]:
+    """Returns the batch, and the seconds that were waited for it."""
+    assert self._pending is not None
+    start = time.perf_counter()
+    prepared = self._pending.result()
+    self._pending = None
+    return prepared, time.perf_counter() - start
+
+  def close(self) -> None:
+    """Ends the thread."""
+    self._thread.shutdown(wait=True, cancel_futures=True)

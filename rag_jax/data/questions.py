@@ -1,0 +1,279 @@
+"""Questions, and the answers that count as right.
+
+In: "world_facts", a folder with one .jsonl file a split, or "tfds:NAME" and a
+split. Out: a tuple of `Question`, always in the same order.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import difflib
+from typing import Any, cast
+
+from absl import logging
+from etils import epath
+
+from rag_jax.corpus.passages import BUNDLED
+from rag_jax.corpus.records import find_file
+from rag_jax.corpus.records import read_records
+from rag_jax.corpus.records import shorten
+
+SPLITS = ("train", "validation", "test")
+
+_TFDS = "tfds:"
+
+# TFDS data sets that are read without TensorFlow: where their answers are.
+# Both have the splits train and validation alone.
+_TFDS_ANSWERS: dict[str, Callable[[Any], Iterable[str | bytes]]] = {
+  "natural_questions_open": lambda example: example["answer"],
+  "squad": lambda example: example["answers"]["text"],
+}
+
+_EXPECTED = (
+  f"one of {sorted(BUNDLED)}, a folder with train.jsonl, validation.jsonl and"
+  f" test.jsonl, or one of {[_TFDS + name for name in sorted(_TFDS_ANSWERS)]}"
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Question:
+  """A question and every string that a person accepts as its answer."""
+
+  question: str
+  answers: tuple[str, ...]  # one or more
+  id: str = ""
+  relation: str = ""  # what kind of fact is asked for, if known
+
+
+def _check_answers(answers: list[Any], where: str) -> tuple[str, ...]:
+  """Returns the answers if there are some and each is text."""
+  bad = [a for a in answers if not isinstance(a, str) or not a.strip()]
+  if not answers or bad:
+    problem = f"{shorten(bad[0])} is one of the" if bad else "there are no"
+    raise ValueError(
+      f"{where}: {problem} answers. Expected a list of one or more strings"
+      ' that are not empty, such as ["Paris"]. Correct or remove the question.'
+    )
+  return tuple(answers)
+
+
+def read_questions(path: epath.PathLike) -> tuple[Question, ...]:
+  """Returns the questions of a .jsonl or .jsonl.gz file.
+
+  Each line is an object with `question`, `answers`, and perhaps `id`,
+  `relation` and `entity`; further fields are left alone.
+
+  Raises:
+    FileNotFoundError: there is no such file; names the nearest ones.
+    ValueError: names the line of a record that cannot be used, or both lines
+      with the same id; or there are no questions.
+  """
+  file = find_file(path, "a .jsonl file with one question a line")
+  questions: list[Question] = []
+  lines: dict[str, int] = {}
+  for line, record in read_records(
+    file,
+    required={"question": str, "answers": list},
+    optional={"id": (str, int), "relation": str, "entity": str},
+  ):
+    where = f"{file}:{line}"
+    if not record["question"].strip():
+      raise ValueError(
+        f"{where}: the question is empty, {record['question']!r}. Expected"
+        " text. Complete or remove it."
+      )
+    id_ = str(record.get("id", ""))
+    first = lines.setdefault(id_, line) if id_ else line
+    if first != line:
+      raise ValueError(
+        f"{where}: the id {id_!r} is that of line {first} too. Expected one"
+        " question an id. Rename or remove one of the two."
+      )
+    questions.append(
+      Question(
+        question=record["question"],
+        answers=_check_answers(record["answers"], where),
+        id=id_,
+        relation=record.get("relation", ""),
+      )
+    )
+  if not questions:
+    raise ValueError(
+      f"{file} holds no questions. Expected at least one. Is it the right"
+      " file, and was it copied completely?"
+    )
+  return tuple(questions)
+
+
+def _split_file(source: str, split: str) -> epath.Path:
+  """Returns the file of a split of a bundled corpus or of a folder."""
+  folder = BUNDLED.get(source) or epath.Path(source).expanduser()
+  if not source or not folder.exists():  # Path("") is this folder
+    close = difflib.get_close_matches(
+      source, [*BUNDLED, *(_TFDS + name for name in _TFDS_ANSWERS)], n=1
+    )
+    hint = f"Did you mean {close[0]!r}?" if close else "Correct the path."
+    error = FileNotFoundError if "/" in source else ValueError
+    raise error(
+      f"There are no questions {source!r}. Expected {_EXPECTED}. {hint}"
+    )
+  if not folder.is_dir():
+    raise ValueError(
+      f"The questions {source} are a file. Expected {_EXPECTED}. Give the"
+      f" folder, {folder.parent}, and name the file after its split."
+    )
+  file = folder / f"{split}.jsonl"
+  if not file.exists():
+    inside = sorted(p.name for p in folder.iterdir())
+    raise FileNotFoundError(
+      f"The questions {source} have no {split} split: there is no"
+      f" {file.name}. Expected {[f'{name}.jsonl' for name in SPLITS]}; the"
+      f" folder holds {shorten(inside, 200)}. Add or rename the file."
+    )
+  return file
+
+
+def _check_tfds_name(name: str) -> None:
+  """Raises `ValueError` unless the data set is one that is known to work."""
+  if name in _TFDS_ANSWERS:
+    return
+  known = [_TFDS + known for known in sorted(_TFDS_ANSWERS)]
+  close = difflib.get_close_matches(name, _TFDS_ANSWERS, n=1)
+  hint = f" Did you mean '{_TFDS}{close[0]}'?" if close else ""
+  raise ValueError(
+    f"{_TFDS}{name} is not a data set that rag_jax reads. Expected one of"
+    f" {known}, which need no TensorFlow.{hint} Write the questions of another"
+    " one to a folder of .jsonl files and give that folder; to open it, most"
+    " of TFDS needs TensorFlow (`pip install 'rag_jax[tf]'`), without which"
+    " TFDS says that there is no such data set."
+  )
+
+
+def _rows(split: str, num_rows: int) -> range:
+  """Returns which rows of TFDS's train or validation split are our `split`."""
+  num_train = num_rows - max(num_rows // 10, 1)
+  if split == "train":
+    return range(num_train)
+  return range(num_train if split == "validation" else 0, num_rows)
+
+
+def _read_tfds(name: str, split: str) -> list[Any]:
+  """Returns the examples of a split, downloaded if they are not there yet."""
+  # Slow, and of no use to those who bring their own questions.
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import constants
+  from tensorflow_datasets.core import download
+  from tensorflow_datasets.core.download import download_manager
+
+  tfds_split = "validation" if split == "test" else "train"
+  # ArrayRecord: TFDS reads its default format with TensorFlow alone.
+  kwargs = {"file_format": "array_record"}
+  try:
+    source = cast(
+      Sequence[Any],  # as one split is asked for
+      tfds.data_source(name, split=tfds_split, builder_kwargs=kwargs),
+    )
+    rows = _rows(split, len(source))
+    logging.info(
+      "%s%s: split %s is rows %d to %d of the %d of TFDS's %s split.",
+      *(_TFDS, name, split, rows.start, rows.stop, len(source), tfds_split),
+    )
+    return [source[row] for row in rows]
+  except ImportError as error:
+    package = error.name or str(error)
+    pip = "'rag_jax[tf]'" if package == "tensorflow" else package
+    raise ImportError(
+      f"{_TFDS}{name} cannot be prepared: TFDS needs the Python package"
+      f" {package}, which is not installed. Run `pip install {pip}`.",
+      name=error.name,
+    ) from error
+  # RuntimeError: of array_record, whose files are damaged.
+  except (ValueError, NotImplementedError, RuntimeError) as error:
+    raise ValueError(
+      f"{_TFDS}{name} cannot be read ({error}). Expected complete files in the"
+      " ArrayRecord format, the one that is read without TensorFlow, in"
+      f" {constants.DATA_DIR}. Delete its folder {name} there, or set the"
+      " environment variable TFDS_DATA_DIR to another place, and it is"
+      " prepared again."
+    ) from error
+  except (
+    OSError,  # no network is one
+    download.DownloadError,
+    download_manager.NonMatchingChecksumError,
+  ) as error:
+    command = (
+      'python -c "import tensorflow_datasets as tfds;'
+      f" tfds.data_source('{name}')\""
+    )
+    raise FileNotFoundError(
+      f"{_TFDS}{name} is not prepared on this machine and could not be"
+      f" downloaded ({type(error).__name__}: {error}). Expected it in"
+      f" {constants.DATA_DIR}. On a machine with a network run `{command}` and"
+      f" copy the folder ~/tensorflow_datasets/{name} that it makes to that"
+      " place, or to the one that TFDS_DATA_DIR names."
+    ) from error
+
+
+def _text(value: str | bytes) -> str:
+  # TFDS returns bytes from its files, and str where it makes up examples.
+  return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _load_tfds(name: str, split: str) -> tuple[Question, ...]:
+  """Returns the questions of a TFDS data set without a public test split.
+
+  As in the literature, its validation split is what is tested on; the last
+  tenth of its train split is what is validated on. TFDS orders the rows by a
+  hash, so the tenth is a sample, and the same one everywhere.
+  """
+  _check_tfds_name(name)
+  examples = _read_tfds(name, split)
+  questions: list[Question] = []
+  for example in examples:
+    answers = dict.fromkeys(map(_text, _TFDS_ANSWERS[name](example)))
+    question = Question(
+      question=_text(example["question"]),
+      answers=tuple(a for a in answers if a.strip()),
+      id=_text(example.get("id", "")),
+    )
+    if question.question.strip() and question.answers:
+      questions.append(question)
+  # Not an error: nobody can correct a published data set.
+  if len(questions) < len(examples):
+    logging.warning(
+      "%s%s: left out %d of the %d %s questions: empty, or without an answer.",
+      *(_TFDS, name, len(examples) - len(questions), len(examples), split),
+    )
+  if not questions:
+    raise ValueError(
+      f"{_TFDS}{name} has no questions with an answer among the"
+      f" {len(examples)} rows of its {split} split. Expected at least one."
+      " Delete the prepared data set, and it is prepared again."
+    )
+  return tuple(questions)
+
+
+def load_questions(source: str, split: str) -> tuple[Question, ...]:
+  """Returns the questions of one split.
+
+  Args:
+    source: "world_facts", a folder with train.jsonl, validation.jsonl and
+      test.jsonl, "tfds:natural_questions_open" or "tfds:squad". The two of
+      TFDS have no public test split: "test" is their validation split,
+      "validation" the last tenth of their train split, "train" the rest.
+    split: "train", "validation" or "test".
+
+  Raises:
+    FileNotFoundError: a folder, the file of the split or a download is missing.
+    ImportError: TFDS needs a package that is not installed.
+    ValueError: there is no such source or split, or a record cannot be used.
+  """
+  if split not in SPLITS:
+    close = difflib.get_close_matches(split, SPLITS, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else "Choose one of them."
+    raise ValueError(
+      f"There is no split {split!r} of the questions {source}. Expected one of"
+      f" {list(SPLITS)}. {hint}"
+    )
+  if source.startswith(_TFDS):
+    return _load_tfds(source.removeprefix(_TFDS), split)
+  return read_questions(_split_file(source, split))

@@ -1,0 +1,195 @@
+"""The learning curves of a run as a picture.
+
+In: the metrics.jsonl that a `MetricWriter` wrote. Out: a PNG.
+"""
+
+from collections.abc import Mapping, Sequence
+import io
+import math
+import os
+from typing import Any
+
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from rag_jax import artifacts
+from rag_jax.training.metrics import read_metrics
+
+# Of Okabe and Ito: told apart by colour-blind people, and in print.
+_BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+_GREY = "#6B6B6B"
+_MANY_POINTS = 40  # more than this are drawn without markers
+
+_Curve = tuple[list[int], list[float]]  # steps, values
+
+
+def learning_curves(
+  metrics_path: epath.PathLike,
+  output_path: epath.PathLike,
+  title: str,
+  *,
+  n_docs: int = 0,  # K, to show log K beside the entropy; 0 leaves it out
+) -> None:
+  """Draws loss, validation metrics, entropy and staleness against the step.
+
+  A panel says "not measured" where the run has no such metric. Steps of the
+  warm-up count up to 0, where training begins.
+
+  Raises:
+    FileNotFoundError: there is no `metrics_path`.
+    ValueError: one of its lines is no record of metrics.
+  """
+  records = read_metrics(metrics_path)
+  warmup = [r for r in records if r["stage"] == "warmup"]
+  train = [r for r in records if r["stage"] == "train"]
+
+  # No pyplot: it keeps figures and a backend for the whole process.
+  layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)  # inches
+  figure = Figure(figsize=(11, 7), dpi=120, layout=layout)
+  canvas = FigureCanvasAgg(figure)
+  # Not as formulas: a title may be a path with a dollar sign.
+  figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
+  (loss, validation), (entropy, staleness) = figure.subplots(2, 2)
+  _draw_loss(loss, warmup, train)
+  _draw_validation(validation, train)
+  _draw_entropy(entropy, train, n_docs)
+  _draw_staleness(staleness, train)
+
+  png = io.BytesIO()
+  canvas.print_png(png)
+  _write_bytes(epath.Path(output_path), png.getvalue())
+
+
+def _draw_loss(
+  axes: Axes,
+  warmup: Sequence[Mapping[str, Any]],
+  train: Sequence[Mapping[str, Any]],
+) -> None:
+  before = _curve(warmup, "warmup/loss")
+  last = max((r["step"] for r in warmup), default=0)
+  before = ([step - last for step in before[0]], before[1])
+  after = _curve(train, "train/loss")
+  drawn = _draw(axes, before, _ORANGE, "warm-up: contrastive + infilling")
+  drawn |= _draw(axes, after, _BLUE, "training, per token")
+  _finish(axes, "Loss", "nats", drawn)
+  if before[0]:
+    axes.axvline(0, color=_GREY, linewidth=0.8, linestyle=":")
+    axes.set_xlabel("step (warm-up before 0)")
+
+
+def _draw_validation(axes: Axes, train: Sequence[Mapping[str, Any]]) -> None:
+  recall = _curve(train, "validation/answer_recall_at_5")
+  match = _curve(train, "validation/exact_match")
+  drawn = _draw(axes, recall, _GREEN, "answer recall@5")
+  drawn |= _draw(axes, match, _BLUE, "exact match")
+  _finish(axes, "Validation", "share of questions", drawn)
+  if drawn:
+    axes.set_ylim(0.0, 1.02)
+
+
+def _draw_entropy(
+  axes: Axes, train: Sequence[Mapping[str, Any]], n_docs: int
+) -> None:
+  entropy = _curve(train, "train/doc_entropy")
+  drawn = _draw(axes, entropy, _PURPLE, "H(z|x)")
+  if drawn and n_docs > 1:
+    axes.axhline(
+      math.log(n_docs),
+      color=_GREY,
+      linewidth=1.2,
+      linestyle="--",
+      label=f"log {n_docs}: all documents alike",
+    )
+  _finish(axes, "Entropy of p(z|x)", "nats", drawn)
+
+
+def _draw_staleness(axes: Axes, train: Sequence[Mapping[str, Any]]) -> None:
+  age = _curve(train, "train/index_staleness_steps")
+  drawn = _draw(axes, age, _ORANGE, "since the passages were embedded")
+  _finish(axes, "Staleness of the index", "steps", drawn)
+
+
+def _curve(records: Sequence[Mapping[str, Any]], name: str) -> _Curve:
+  """Returns the steps at which `name` was measured, and its values."""
+  measured = [r for r in records if name in r]
+  # Null stands for what was not finite: a gap in the line.
+  values = [math.nan if r[name] is None else float(r[name]) for r in measured]
+  return [r["step"] for r in measured], values
+
+
+def _draw(axes: Axes, curve: _Curve, color: str, label: str) -> bool:
+  """Draws a line; returns whether there was one."""
+  steps, values = curve
+  if not steps:
+    return False
+  marker = "o" if len(steps) <= _MANY_POINTS else None
+  axes.plot(
+    steps,
+    values,
+    color=color,
+    label=label,
+    linewidth=1.8,
+    marker=marker,
+    markersize=3.5,
+  )
+  return True
+
+
+def _finish(axes: Axes, title: str, ylabel: str, drawn: bool) -> None:
+  """Adds what surrounds the lines, or says that there are none."""
+  axes.set_title(title, loc="left", fontsize=12)
+  for side in ("top", "right"):
+    axes.spines[side].set_visible(False)
+  if not drawn:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.text(
+      0.5,
+      0.5,
+      "not measured",
+      color=_GREY,
+      fontsize=12,
+      ha="center",
+      va="center",
+      transform=axes.transAxes,
+    )
+    return
+  axes.set_xlabel("step")
+  axes.set_ylabel(ylabel)
+  axes.xaxis.set_major_locator(
+    MaxNLocator(nbins=7, integer=True, steps=[1, 2, 2.5, 5, 10])
+  )
+  axes.grid(color="#DDDDDD", linewidth=0.8)
+  axes.set_axisbelow(True)
+  # From 0, in either direction: a slope then looks as steep as it is.
+  first = axes.dataLim.xmin  # infinite if no value is finite
+  axes.set_xlim(left=1.02 * min(first, 0.0) if math.isfinite(first) else 0.0)
+  axes.set_ylim(bottom=0.0)  # nothing that is drawn can be below
+  # Beside the title, where it covers no line.
+  axes.legend(
+    loc="lower right",
+    bbox_to_anchor=(1.0, 1.0),
+    ncols=2,
+    borderaxespad=0.1,
+    frameon=False,
+    fontsize=9.5,
+    handlelength=1.6,
+  )
+
+
+def _write_bytes(path: epath.Path, data: bytes) -> None:
+  """Writes all of a file or nothing."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if not artifacts.is_local(path):  # an object appears when it is complete
+    path.write_bytes(data)
+    return
+  temp = artifacts.temp_path(path)
+  try:
+    temp.write_bytes(data)
+    os.replace(temp, path)
+  finally:
+    temp.unlink(missing_ok=True)

@@ -1,0 +1,231 @@
+"""From answered questions to results.json and the table that a person reads.
+
+In: one `AnswerRecord` a question. Out: named numbers with an interval, as a
+table of 80 columns and as WORKDIR/results.json, which is written last: a run
+that has it has ended.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import json
+import math
+from typing import Any
+
+from etils import epath
+from jaxtyping import Bool
+import numpy as np
+
+from rag_jax import artifacts
+from rag_jax.evaluation.answers import exact_match
+from rag_jax.evaluation.answers import token_f1
+
+RESULTS_FILE = "results.json"
+RECALL_K = 5  # of answer_recall_at_5
+
+_WIDTH = 80
+_RELATION_WIDTH = 34
+_RESAMPLES = 1000
+_SEED = 0  # of the resamples: the same records give the same interval
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, frozen=True)
+class AnswerRecord:
+  """One question, what was answered, and what was retrieved for it."""
+
+  question: str
+  answers: tuple[str, ...]  # those accepted
+  relation: str = ""  # what is asked for, such as "capital"; "" if not known
+  prediction: str
+  log_prob: float  # of the prediction, in nats
+  retrieved_ids: tuple[int | str, ...] = ()  # passages, best first; () if none
+  # Whether one of the first RECALL_K passages holds an answer.
+  answer_in_top: bool = False
+
+
+def summarise(
+  records: Sequence[AnswerRecord], prefix: str = "test"
+) -> dict[str, float]:
+  """Returns the mean metrics of `records`, all from 0 to 1, by name.
+
+  exact_match with its 95% interval (`exact_match_low`, `exact_match_high`),
+  token_f1, num_questions, and answer_recall_at_5 unless nothing was retrieved
+  for any question (closed book). All but token_f1 and the interval also for
+  each relation, as `PREFIX/exact_match/RELATION`.
+
+  Args:
+    records: one a question.
+    prefix: of the names; the split, for instance "test".
+
+  Raises:
+    ValueError: there are no records.
+  """
+  if not records:
+    raise ValueError(
+      f"There are no answers to summarise for {prefix!r}; expected at least one"
+      " question. Is the split empty?"
+    )
+  hits = np.array(
+    [exact_match(r.prediction, r.answers) == 1.0 for r in records]
+  )
+  f1s = np.array([token_f1(r.prediction, r.answers) for r in records])
+  in_top = np.array([r.answer_in_top for r in records])
+  relations = np.array([r.relation for r in records])
+  has_docs = any(r.retrieved_ids for r in records)
+
+  low, high = _interval(hits)
+  result = {
+    f"{prefix}/exact_match_low": low,
+    f"{prefix}/exact_match_high": high,
+    f"{prefix}/token_f1": float(f1s.mean()),
+  }
+  for relation in ["", *sorted(set(relations) - {""})]:
+    chosen = relations == relation if relation else np.full(len(records), True)
+    tail = f"/{relation}" if relation else ""
+    result[f"{prefix}/num_questions{tail}"] = float(chosen.sum())
+    result[f"{prefix}/exact_match{tail}"] = float(hits[chosen].mean())
+    if has_docs:
+      name = f"{prefix}/answer_recall_at_{RECALL_K}{tail}"
+      result[name] = float(in_top[chosen].mean())
+  return result
+
+
+def table(results: Mapping[str, Any], prefix: str = "test") -> str:
+  """Returns `results` as text of at most 80 columns.
+
+  Args:
+    results: what `summarise` returned with the same `prefix`. Of the run, as
+      far as they are there: `time_secs`, `PREFIX/questions_per_sec`,
+      `peak_memory_bytes` and `seed`.
+    prefix: of the names that are shown.
+  """
+  recall = f"{prefix}/answer_recall_at_{RECALL_K}"
+  count = f"{prefix}/num_questions"
+  lines = [
+    f"{prefix}: {results[count]:,.0f} questions",
+    "",
+    f"exact match       {results[f'{prefix}/exact_match']:.3f}"
+    f"   95% interval {results[f'{prefix}/exact_match_low']:.3f}"
+    f" to {results[f'{prefix}/exact_match_high']:.3f}",
+    f"token F1          {results[f'{prefix}/token_f1']:.3f}",
+    f"answer recall@{RECALL_K}   " + _share(results.get(recall)),
+    "",
+  ]
+  relations = [
+    name.removeprefix(f"{count}/")
+    for name in sorted(results)
+    if name.startswith(f"{count}/")
+  ]
+  if relations:
+    lines.append(
+      _row("relation", "questions", "exact match", f"answer recall@{RECALL_K}")
+    )
+    for relation in relations:
+      lines.append(
+        _row(
+          relation,
+          f"{results[f'{count}/{relation}']:,.0f}",
+          _share(results[f"{prefix}/exact_match/{relation}"]),
+          _share(results.get(f"{recall}/{relation}")),
+        )
+      )
+    lines.append("")
+  return "\n".join([*lines, *_run_lines(results, prefix)]).rstrip() + "\n"
+
+
+def write_results(workdir: epath.PathLike, results: Mapping[str, Any]) -> None:
+  """Writes `results` as WORKDIR/results.json, sorted by name, all or nothing.
+
+  Raises:
+    ValueError: a number is not finite, which JSON cannot hold.
+  """
+  plain = {name: _plain(name, value) for name, value in results.items()}
+  text = json.dumps(plain, indent=2, sort_keys=True, allow_nan=False)
+  artifacts.write_atomically(epath.Path(workdir) / RESULTS_FILE, text + "\n")
+
+
+def read_results(path: epath.PathLike) -> dict[str, Any]:
+  """Returns what `write_results` wrote.
+
+  Args:
+    path: the file, or the workdir that holds it.
+
+  Raises:
+    FileNotFoundError: it is not there: the run has not ended.
+    ValueError: it is no JSON object: cut off or edited.
+  """
+  path = epath.Path(path)
+  path = path / RESULTS_FILE if path.is_dir() else path
+  if not path.exists():
+    raise FileNotFoundError(
+      f"There is no {path}: the run has not ended, since it writes its results"
+      " last. Start it again with the same workdir and it continues, or check"
+      " the path."
+    )
+  remedy = "Remove it and start the run again with the same workdir."
+  try:
+    results = json.loads(path.read_bytes().decode("utf-8"))
+  except ValueError as error:  # of JSON, or of UTF-8
+    raise ValueError(
+      f"{path} is not JSON ({error}); it was cut off or edited. {remedy}"
+    ) from error
+  if not isinstance(results, dict):
+    raise ValueError(
+      f"{path} holds a {type(results).__name__}; expected an object of named"
+      f" results. {remedy}"
+    )
+  return results
+
+
+def _interval(hits: Bool[np.ndarray, "B"]) -> tuple[float, float]:
+  """Returns the bootstrap 95% interval of the mean of `hits`.
+
+  The hits among B draws with replacement are a binomial number, so that each
+  resample takes one draw in place of B.
+  """
+  rng = np.random.default_rng(_SEED)
+  means = rng.binomial(len(hits), hits.mean(), size=_RESAMPLES) / len(hits)
+  low, high = np.quantile(means, (0.025, 0.975))
+  return float(low), float(high)
+
+
+def _share(value: float | None) -> str:
+  return "-" if value is None else f"{value:.3f}"
+
+
+def _row(relation: str, questions: str, match: str, recall: str) -> str:
+  if len(relation) > _RELATION_WIDTH:
+    relation = relation[: _RELATION_WIDTH - 3] + "..."
+  row = f"{relation:<{_RELATION_WIDTH}} {questions:>9}  {match:>11}"
+  row += f"  {recall:>15}"
+  assert len(row) <= _WIDTH, "a count of more than nine digits"
+  return row
+
+
+def _run_lines(results: Mapping[str, Any], prefix: str) -> Iterator[str]:
+  """Yields what is known about the run itself."""
+  if "time_secs" in results:
+    yield f"time              {results['time_secs']:,.0f} s"
+  if f"{prefix}/questions_per_sec" in results:
+    speed = results[f"{prefix}/questions_per_sec"]
+    yield f"questions/s       {speed:,.1f}"
+  if "peak_memory_bytes" in results:
+    yield f"peak memory       {results['peak_memory_bytes'] / 2**30:.2f} GiB"
+  if "seed" in results:
+    yield f"seed              {results['seed']}"
+
+
+def _plain(name: str, value: Any) -> Any:
+  """Returns `value` as JSON has it, scalars of arrays as numbers."""
+  if isinstance(value, Mapping):
+    return {str(k): _plain(f"{name}.{k}", v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_plain(f"{name}[{i}]", v) for i, v in enumerate(value)]
+  if getattr(value, "shape", None) == ():
+    value = value.item()
+  if isinstance(value, float) and not math.isfinite(value):
+    raise ValueError(
+      f"The result {name}={value} is not finite; expected a number, since JSON"
+      " has no other. Leave out what was not measured; if it was, the run"
+      " diverged: lower the learning rate."
+    )
+  return value

@@ -1,0 +1,124 @@
+"""How often retrieval finds what it should.
+
+In: texts or ids of retrieved passages, best first. Out: one number from 0 to 1
+for every question. Two recalls, never called just "recall": of an answer among
+the passages, and of the exact search among what an index found.
+"""
+
+from collections.abc import Iterator, Sequence
+import functools
+import itertools
+import unicodedata
+
+from jaxtyping import Float, Int
+import numpy as np
+
+
+def contains_answer(passage_text: str, answers: Sequence[str]) -> bool:
+  """Returns whether one of `answers` occurs in a passage, word for word.
+
+  The rule of DPR (Karpukhin et al. 2020, https://arxiv.org/abs/2004.04906,
+  section 4): the tokens of the answer follow one another in the passage. A
+  token is a run of letters, digits and marks, or one other character that is
+  neither space nor control; case does not count, articles, punctuation and
+  accents do. Where words are written without spaces, as in Chinese, a run is
+  longer than a word, and an answer inside a run is missed.
+
+  Raises:
+    TypeError: `answers` is one string, not a list of them.
+  """
+  if isinstance(answers, str):
+    raise TypeError(
+      f"answers={answers!r} is one string; expected a list of them, since a"
+      f" question may have several answers. Pass [{answers!r}]."
+    )
+  passage = _joined(passage_text)
+  wanted = (_joined(answer) for answer in answers)
+  # An answer without a token occurs in nothing, rather than everywhere.
+  return any(len(answer) > 1 and answer in passage for answer in wanted)
+
+
+def answer_recall_at_k(
+  retrieved_texts: Sequence[Sequence[str]],  # [B][K], best first
+  answers: Sequence[Sequence[str]],  # [B][any number]
+  k: int,
+) -> Float[np.ndarray, "B"]:
+  """Returns 1 where an answer occurs in one of the first `k` passages, else 0.
+
+  A question with fewer than `k` passages is judged by those that it has.
+
+  Raises:
+    ValueError: `k` is below 1, or the two have different lengths.
+  """
+  _check_k(k)
+  if len(retrieved_texts) != len(answers):
+    raise ValueError(
+      f"retrieved_texts has {len(retrieved_texts)} questions, answers has"
+      f" {len(answers)}; expected one list of each a question, in the same"
+      " order."
+    )
+  found = [
+    any(contains_answer(text, accepted) for text in texts[:k])
+    for texts, accepted in zip(retrieved_texts, answers, strict=True)
+  ]
+  return np.array(found, np.float64)
+
+
+def index_recall_at_k(
+  ids: Int[np.ndarray, "B K"],
+  exact_ids: Int[np.ndarray, "B M"],
+  k: int,
+) -> Float[np.ndarray, "B"]:
+  """Returns which part of the exact top `k` is in the top `k` of an index.
+
+  Args:
+    ids: passages that the index found, best first; -1 where it found none.
+    exact_ids: passages that exact search found, best first.
+    k: how many of each are compared; their order does not count.
+
+  Raises:
+    ValueError: `k` is below 1 or above K or M, or `exact_ids` has a gap.
+  """
+  _check_k(k)
+  if k > min(ids.shape[1], exact_ids.shape[1]):
+    raise ValueError(
+      f"k={k} is more than was retrieved: ids has {ids.shape[1]} a question,"
+      f" exact_ids {exact_ids.shape[1]}. Retrieve k of both, or lower k."
+    )
+  if np.any(exact_ids[:, :k] < 0):
+    raise ValueError(
+      f"exact_ids has ids below 0 among the first k={k}: exact search found"
+      " fewer passages, so there are fewer in the corpus. Lower k."
+    )
+  hits = exact_ids[:, :k, None] == ids[:, None, :k]  # B k k
+  return np.mean(np.any(hits, axis=2), axis=1)
+
+
+def _check_k(k: int) -> None:
+  if k < 1:
+    raise ValueError(f"k={k} passages; expected at least 1.")
+
+
+@functools.lru_cache(maxsize=65536)  # as many as there are in most scripts
+def _kind(char: str) -> str:
+  """Returns "word" for letters, digits, marks; "" for space and control."""
+  category = unicodedata.category(char)[0]
+  return "word" if category in "LNM" else "" if category in "ZC" else "other"
+
+
+def _tokens(text: str) -> Iterator[str]:
+  # Decomposed, so that "e-acute" is the same written in either way.
+  for kind, run in itertools.groupby(unicodedata.normalize("NFD", text), _kind):
+    if kind == "word":
+      yield "".join(run).lower()
+    elif kind == "other":
+      yield from (char.lower() for char in run)
+
+
+def _joined(text: str) -> str:
+  """Returns the tokens, a space before and after each.
+
+  No token holds a space, so one of these occurs in another exactly where its
+  tokens do, and the search is the one of `str`.
+  """
+  return " " + "".join(token + " " for token in _tokens(text))

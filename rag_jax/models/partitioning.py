@@ -1,0 +1,79 @@
+"""Logical axis names, and the one table that maps them onto the device mesh."""
+
+from typing import Literal
+
+from flax import linen as nn
+import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+from jaxtyping import PyTree
+
+from rag_jax.config import MeshConfig
+
+LogicalAxis = Literal[
+  "batch", "docs", "length", "embed", "heads", "head_dim", "mlp", "vocab",
+  "position", "retrieval",
+]  # fmt: skip
+
+# (logical axis, mesh axes). A logical axis that is missing here would be
+# replicated without a word, so tests/models/partitioning_test.py checks that
+# every name is listed.
+AXIS_RULES = (
+  ("batch", ("data", "fsdp")),
+  ("docs", None),
+  ("length", None),
+  ("embed", "fsdp"),
+  ("heads", "tensor"),
+  ("head_dim", None),
+  ("mlp", "tensor"),
+  ("vocab", "tensor"),
+  ("position", None),
+  ("retrieval", None),
+)
+
+
+def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
+  """Returns the mesh over all devices; `config.data` is filled in."""
+  # Auto, because Linen's logical constraints fail on Explicit axes, which
+  # jax.make_mesh now makes by default.
+  return jax.make_mesh(
+    (config.data, config.fsdp, config.tensor),
+    ("data", "fsdp", "tensor"),
+    axis_types=(AxisType.Auto,) * 3,
+  )
+
+
+def named(
+  init: nn.initializers.Initializer, *axes: LogicalAxis
+) -> nn.initializers.Initializer:
+  """Returns `init` with the dimensions of what it makes named `axes`."""
+  return nn.with_logical_partitioning(init, axes)
+
+
+def dense_init(
+  *axes: LogicalAxis, std: float = 0.02
+) -> nn.initializers.Initializer:
+  """Returns a normal initializer, BERT's and BART's, its dimensions named."""
+  return named(nn.initializers.normal(std), *axes)
+
+
+def constrain(x: jax.Array, *axes: LogicalAxis) -> jax.Array:
+  """Asks the compiler to lay out activation `x` by its named dimensions."""
+  return nn.with_logical_constraint(x, axes, rules=AXIS_RULES)
+
+
+def shardings(abstract: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+  """Returns the `NamedSharding` of every array in a boxed, abstract tree."""
+  specs = nn.get_partition_spec(abstract)
+  return nn.logical_to_mesh_sharding(specs, mesh, AXIS_RULES)
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Returns the sharding of arrays whose first axis is B."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Returns the sharding of arrays that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,260 @@
+"""Exact search over passage embeddings; the reference for every other index.
+
+In: passage embeddings. Out: for each question the passages with the largest
+inner product, and a directory that holds the embeddings. The host side alone:
+numpy, no accelerator.
+"""
+
+import os
+from typing import Any
+
+from etils import epath
+from jaxtyping import Float, Int
+import numpy as np
+
+from rag_jax import artifacts
+
+ARTIFACT = "index"  # the kind in the manifest, of every kind of index
+FORMAT = 1  # raise when the files below change meaning
+REMEDY = (
+  "Build the index again, or set index.path='' to build it from the passages."
+)
+
+_EMBEDDINGS = "embeddings.npy"
+_BLOCK_PASSAGES = 65_536  # scored at a time, for _BLOCK_QUESTIONS questions
+_BLOCK_QUESTIONS = 64
+_SPARE = 256  # passages scored again beside the n_docs best, at most
+_LARGEST = 1e15  # larger numbers could overflow float32 in an inner product
+
+_Best = tuple[np.ndarray, np.ndarray]  # ids and scores of one question
+
+
+class ExactIndex:
+  """Maximum-inner-product search by matrix products. Row = passage id.
+
+  A score is the inner product in float64, rounded to float32. It does not
+  depend on the batch or the machine, so that equal passages have equal scores,
+  and the smaller id comes first.
+  """
+
+  def __init__(
+    self,
+    embeddings: Float[np.ndarray, "P R"],  # float32; kept, not copied
+    *,
+    encoder_fingerprint: str,
+    passages_fingerprint: str,
+  ):
+    self.kind = "exact"
+    self.embeddings = embeddings
+    self.num_passages, self.embedding_dim = embeddings.shape
+    self.encoder_fingerprint = encoder_fingerprint  # which weights made them
+    self.passages_fingerprint = passages_fingerprint
+
+  def search(
+    self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
+  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+    """Finds the passages with the largest inner product.
+
+    Args:
+      question_embeddings: [B, R].
+      n_docs: how many passages to return for each question (K).
+
+    Returns:
+      Passage ids [B, K] int32 and scores [B, K] float32, best first; of equal
+      scores the smaller id.
+
+    Raises:
+      ValueError: there are fewer passages than `n_docs`, or the embeddings
+        have another dimension, NaN or infinity.
+    """
+    questions = check_search(self, question_embeddings, n_docs)
+    empty = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    best = [empty for _ in questions]
+    # Passages outside: they may lie on a disk, to be read once.
+    for offset in range(0, self.num_passages, _BLOCK_PASSAGES):
+      passages = self.embeddings[offset : offset + _BLOCK_PASSAGES]
+      for start in range(0, len(questions), _BLOCK_QUESTIONS):
+        rows = slice(start, start + _BLOCK_QUESTIONS)
+        best[rows] = _merge_block(
+          best[rows], questions[rows], passages, offset, n_docs
+        )
+    return stack_rows(best, n_docs)
+
+  def save(self, path: epath.PathLike) -> None:
+    """Writes the index to directory `path`, its manifest last."""
+    path = artifacts.start_directory(path)
+    write_embeddings(self, path)
+    write_index_manifest(self, path, settings={})
+
+  @classmethod
+  def load(cls, path: epath.PathLike, content: dict[str, Any]) -> "ExactIndex":
+    """Opens what `save` wrote; the embeddings stay on the disk until used.
+
+    Args:
+      path: the directory.
+      content: of its manifest, once that was checked (`index.load_index`).
+
+    Raises:
+      ValueError: the embeddings are not those that the manifest describes.
+    """
+    file = epath.Path(path) / _EMBEDDINGS
+    if artifacts.is_local(file):
+      embeddings = np.load(file, mmap_mode="r", allow_pickle=False)
+    else:
+      with file.open("rb") as f:
+        embeddings = np.load(f, allow_pickle=False)
+    expected = (content["num_passages"], content["embedding_dim"])
+    if embeddings.shape != expected or embeddings.dtype != np.float32:
+      raise ValueError(
+        f"{file} has shape {embeddings.shape} and dtype {embeddings.dtype},"
+        f" {artifacts.MANIFEST} says {expected} and float32; the directory"
+        f" mixes two builds. {REMEDY}"
+      )
+    return cls(
+      embeddings,
+      encoder_fingerprint=content["encoder_fingerprint"],
+      passages_fingerprint=content["passages_fingerprint"],
+    )
+
+
+def rank(
+  questions: Float[np.ndarray, "B R"],
+  embeddings: Float[np.ndarray, "P R"],
+  ids: Int[np.ndarray, "B K"],
+) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+  """Returns `ids` sorted by their exact scores, and these scores."""
+  scores = [
+    _inner_products(embeddings[row], question)
+    for row, question in zip(ids, questions, strict=True)
+  ]
+  best = [_sort(*row) for row in zip(ids, scores, strict=True)]
+  return stack_rows(best, ids.shape[1])
+
+
+def stack_rows(
+  best: list[_Best], n_docs: int
+) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+  """Returns ids [B, K] int32 and scores [B, K] float32; B may be 0."""
+  ids = np.array([i for i, _ in best], np.int32)
+  scores = np.array([s for _, s in best], np.float32)
+  return ids.reshape(-1, n_docs), scores.reshape(-1, n_docs)
+
+
+def bad_rows(embeddings: np.ndarray) -> np.ndarray:
+  """Returns the numbers of the rows [P, R] that hold what cannot be scored."""
+  bad = [
+    # Written so that NaN, which compares as False, is bad as well.
+    ~np.all(np.abs(embeddings[i : i + _BLOCK_PASSAGES]) <= _LARGEST, axis=1)
+    for i in range(0, len(embeddings), _BLOCK_PASSAGES)
+  ]
+  return np.flatnonzero(np.concatenate(bad)) if bad else np.zeros(0, np.int64)
+
+
+def check_search(index: Any, questions: np.ndarray, n_docs: int) -> np.ndarray:
+  """Returns `questions` in float32 if `index` can be searched for them.
+
+  Raises:
+    ValueError: as `ExactIndex.search`.
+  """
+  if questions.ndim != 2 or questions.shape[1] != index.embedding_dim:
+    raise ValueError(
+      f"The question embeddings have shape {questions.shape}, but the index"
+      f" holds {index.embedding_dim}-dimensional embeddings: expected"
+      f" (questions, {index.embedding_dim}). Search with the question encoder"
+      " that belongs to the index, or build the index again."
+    )
+  if not 1 <= n_docs <= index.num_passages:
+    raise ValueError(
+      f"data.n_docs={n_docs} passages a question were asked for; expected 1 to"
+      f" {index.num_passages}, the passages in the index. Change data.n_docs or"
+      " index more passages."
+    )
+  bad = bad_rows(questions)
+  if len(bad):
+    raise ValueError(
+      f"The embeddings of {len(bad)} of {len(questions)} questions hold NaN,"
+      f" infinity or numbers above {_LARGEST:g}: rows {name_rows(bad)}."
+      " Expected finite numbers. Check the question encoder: its training may"
+      " have diverged; go back to an earlier checkpoint."
+    )
+  return np.ascontiguousarray(questions, np.float32)
+
+
+def name_rows(rows: np.ndarray) -> str:
+  """Returns the first few row numbers, for a message."""
+  return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+
+
+def write_embeddings(index: ExactIndex, path: epath.Path) -> None:
+  """Writes the embeddings to directory `path`."""
+  # An index that was opened from `path` reads the old file: it has to stay
+  # whole until the new one is.
+  file = path / _EMBEDDINGS
+  temp = artifacts.temp_path(file) if artifacts.is_local(path) else file
+  with temp.open("wb") as f:
+    np.save(f, index.embeddings, allow_pickle=False)
+  if temp != file:
+    os.replace(temp, file)
+
+
+def write_index_manifest(
+  index: Any, path: epath.Path, settings: dict[str, int]
+) -> None:
+  """Writes the manifest of a finished index of any kind."""
+  content = {
+    "kind": index.kind,
+    "num_passages": index.num_passages,
+    "embedding_dim": index.embedding_dim,
+    "encoder_fingerprint": index.encoder_fingerprint,
+    "passages_fingerprint": index.passages_fingerprint,
+    "settings": settings,
+  }
+  artifacts.write_manifest(path, kind=ARTIFACT, format=FORMAT, content=content)
+
+
+def _merge_block(
+  best: list[_Best],
+  questions: np.ndarray,
+  passages: np.ndarray,
+  offset: int,  # id of the first of these passages
+  n_docs: int,
+) -> list[_Best]:
+  """Returns the best of `best` and of a block of passages."""
+  rough = questions @ passages.T  # b n
+  # The matrix product rounds in an order that depends on the batch and the
+  # machine. It chooses candidates, as many as its error bound asks for; what
+  # they are ranked by is computed again.
+  error = (2 * np.finfo(np.float32).eps * questions.shape[1]) * (
+    np.linalg.norm(questions, axis=1) * np.linalg.norm(passages, axis=1).max()
+  )
+  floor = np.full(len(questions), -np.inf)
+  if len(passages) > n_docs:
+    floor = np.partition(rough, -n_docs, axis=1)[:, -n_docs] - error
+  merged = []
+  for row, (ids, scores) in enumerate(best):
+    if len(scores) == n_docs:
+      floor[row] = max(floor[row], scores[-1] - error[row])
+    new = np.flatnonzero(rough[row] >= floor[row])
+    if len(new) > n_docs + _SPARE:  # for instance a question of zeros
+      order = np.argsort(-rough[row, new], kind="stable")
+      new = new[order[: n_docs + _SPARE]]
+    ids = np.concatenate([ids, (new + offset).astype(np.int32)])
+    scores = np.concatenate(
+      [scores, _inner_products(passages[new], questions[row])]
+    )
+    ids, scores = _sort(ids, scores)
+    merged.append((ids[:n_docs], scores[:n_docs]))
+  return merged
+
+
+def _inner_products(passages: np.ndarray, question: np.ndarray) -> np.ndarray:
+  """Returns the inner products, [n, R] with [R], rounded to float32 once."""
+  exact = np.einsum(
+    "NR,R->N", passages.astype(np.float64), question.astype(np.float64)
+  )
+  return exact.astype(np.float32)
+
+
+def _sort(ids: np.ndarray, scores: np.ndarray) -> _Best:
+  order = np.lexsort((ids, -scores))
+  return ids[order], scores[order]

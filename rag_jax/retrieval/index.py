@@ -1,0 +1,182 @@
+"""The one protocol of every search index, and how to build or open one.
+
+In: passage embeddings, or a directory. Out: an `Index` to search on the host.
+"""
+
+from typing import Protocol, runtime_checkable
+
+from absl import logging
+from etils import epath
+from jaxtyping import Float, Int, Shaped
+import numpy as np
+
+from rag_jax import artifacts
+from rag_jax import config as config_lib
+from rag_jax.retrieval import exact
+from rag_jax.retrieval import scann
+
+_KINDS = {"exact": exact.ExactIndex, "scann": scann.ScannIndex}
+# What the manifest says of every index.
+_CONTENT = {
+  "kind": str,
+  "num_passages": int,
+  "embedding_dim": int,
+  "encoder_fingerprint": str,
+  "passages_fingerprint": str,
+  "settings": dict,
+}
+
+
+@runtime_checkable
+class Index(Protocol):
+  """Passage embeddings to be searched. Passage ids are 0 to num_passages - 1.
+
+  The scores order the passages and are then thrown away: the model scores them
+  again with gradient.
+  """
+
+  kind: str
+  num_passages: int  # P
+  embedding_dim: int  # R
+  encoder_fingerprint: str  # of the weights that embedded the passages
+  passages_fingerprint: str
+
+  def search(
+    self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
+  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+    """Returns ids [B, K] int32 and scores, best first, ties by smaller id."""
+    ...
+
+  def save(self, path: epath.PathLike) -> None:
+    """Writes the index to directory `path`, its manifest last."""
+    ...
+
+
+def resolve_kind(kind: str) -> str:
+  """Returns "exact" or "scann" for index.kind; "auto": ScaNN if it works here.
+
+  Raises:
+    ValueError: `kind` is no choice, or "scann" without the package.
+  """
+  problem = config_lib.check_choice("index.kind", kind, ["auto", *_KINDS])
+  if problem:
+    raise ValueError(f"The config is not valid: {problem}")
+  if kind == "auto":
+    missing = scann.import_problem()
+    kind = "exact" if missing else "scann"
+    logging.log_first_n(
+      logging.INFO,
+      "index.kind='auto' is %r: %s.",
+      1,
+      kind,
+      missing or "the package scann is installed",
+    )
+  elif kind == "scann":
+    scann.check_import()
+  return kind
+
+
+def build_index(
+  embeddings: Shaped[np.ndarray, "..."],
+  config: config_lib.IndexConfig,
+  *,
+  encoder_fingerprint: str,
+  passages_fingerprint: str,
+) -> Index:
+  """Returns an index of passage embeddings, of the kind that `config` names.
+
+  Args:
+    embeddings: [P, R], row = passage id. In float32 they are kept, not copied:
+      do not write into them afterwards.
+    config: how passages are searched.
+    encoder_fingerprint: of the weights that embedded the passages.
+    passages_fingerprint: of the passages.
+
+  Raises:
+    ValueError: no passages, not [P, R] numbers, or NaN or infinity in them.
+  """
+  kind = resolve_kind(config.kind)
+  embeddings = _check_embeddings(embeddings)
+  fingerprints = {
+    "encoder_fingerprint": encoder_fingerprint,
+    "passages_fingerprint": passages_fingerprint,
+  }
+  if kind == "scann":
+    return scann.ScannIndex.build(embeddings, config, **fingerprints)
+  return exact.ExactIndex(embeddings, **fingerprints)
+
+
+def load_index(
+  path: epath.PathLike,
+  *,
+  encoder_fingerprint: str = "",
+  passages_fingerprint: str = "",
+) -> Index:
+  """Opens the index in directory `path`, whatever its kind.
+
+  Args:
+    path: what `Index.save` was called with, or where that was moved to.
+    encoder_fingerprint: of the weights that embed passages now; "" = any.
+    passages_fingerprint: of the passages that ids stand for; "" = any.
+
+  Raises:
+    FileNotFoundError: no index was built there, or its build was cut off.
+    ValueError: its files are missing, cut off or changed, it is of a newer
+      format, or it was built by other weights or of other passages.
+  """
+  content = artifacts.read_manifest(
+    path, kind=exact.ARTIFACT, format=exact.FORMAT, remedy=exact.REMEDY
+  )
+  bad = [k for k, t in _CONTENT.items() if not isinstance(content.get(k), t)]
+  if bad or content["kind"] not in _KINDS:
+    raise ValueError(
+      f"{path}/{artifacts.MANIFEST} describes no index that this version of"
+      f" rag_jax can read: {', '.join(bad) or 'kind'} missing or wrong;"
+      f" expected {', '.join(_CONTENT)} and a kind of {sorted(_KINDS)}."
+      f" {exact.REMEDY}"
+    )
+  if encoder_fingerprint not in ("", content["encoder_fingerprint"]):
+    raise ValueError(
+      f"The index at {path} was built by other weights: its passage encoder has"
+      f" the fingerprint {content['encoder_fingerprint']!r}, the one in use has"
+      f" {encoder_fingerprint!r}. Use the weights that built it, or rebuild."
+      f" {exact.REMEDY}"
+    )
+  if passages_fingerprint not in ("", content["passages_fingerprint"]):
+    raise ValueError(
+      f"The index at {path} was built of other passages: theirs is the"
+      f" fingerprint {content['passages_fingerprint']!r}, data.passages has"
+      f" {passages_fingerprint!r}. Set data.passages to those that it was built"
+      f" of, or rebuild. {exact.REMEDY}"
+    )
+  return _KINDS[content["kind"]].load(path, content)
+
+
+def _check_embeddings(embeddings: np.ndarray) -> np.ndarray:
+  """Returns the embeddings in float32.
+
+  Raises:
+    ValueError: as `build_index`.
+  """
+  floating = np.issubdtype(embeddings.dtype, np.floating)
+  if embeddings.ndim != 2 or not floating or not embeddings.shape[1]:
+    raise ValueError(
+      f"The passage embeddings have shape {embeddings.shape} and dtype"
+      f" {embeddings.dtype}; expected (passages, embedding size) of float32."
+    )
+  if not len(embeddings):
+    raise ValueError(
+      "There are no passages to index: the embeddings have shape"
+      f" {embeddings.shape}. Expected at least one; is data.passages empty?"
+    )
+  with np.errstate(over="ignore"):  # becomes infinity, which is reported below
+    embeddings = np.ascontiguousarray(embeddings, np.float32)
+  bad = exact.bad_rows(embeddings)
+  if len(bad):
+    raise ValueError(
+      f"The embeddings of {len(bad)} of {len(embeddings)} passages hold NaN,"
+      f" infinity or huge numbers: rows {exact.name_rows(bad)}. Expected finite"
+      " numbers. Check the passage encoder: its training may have diverged; go"
+      " back to an earlier checkpoint."
+    )
+  return embeddings

@@ -1,0 +1,366 @@
+"""What a run measures while it trains, on disk and on one line of the log.
+
+In: named numbers at a step of a stage. Out: WORKDIR/metrics.jsonl, one JSON
+object a line; the same for TensorBoard below WORKDIR/tensorboard; the text of
+the progress line.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from typing import Any, SupportsFloat
+
+from absl import logging
+from etils import epath
+
+from rag_jax import artifacts
+
+METRICS_FILE = "metrics.jsonl"
+STAGES = ("warmup", "train")  # in the order in which a run passes them
+
+_RESERVED = ("step", "stage", "time_secs")
+# In a bucket each write uploads the whole file, and more than one a second to
+# the same object is refused.
+_BUCKET_SECS = 10.0
+_TENSORBOARD_SECS = 30
+
+
+class MetricWriter:
+  """Appends to metrics.jsonl and TensorBoard; does nothing if not `enabled`.
+
+  What an earlier attempt of the run wrote is kept: call `truncate_after` with
+  the step that is resumed from, before the first `write`. A kill loses no line,
+  but in a bucket those of the last seconds.
+  """
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    *,
+    enabled: bool = True,  # on process 0 alone
+    clock: Callable[[], float] = time.monotonic,  # in seconds
+  ):
+    """Opens the files, and removes a last line that was cut off.
+
+    Raises:
+      ValueError: metrics.jsonl has a line that is no record of metrics.
+    """
+    self._enabled = enabled
+    self._workdir = epath.Path(workdir)
+    self._path = self._workdir / METRICS_FILE
+    self._clock = clock
+    self._file = None  # open for appending, while there is something to append
+    self._lines = []  # all of the file in a bucket, where nothing is appended
+    self._uploaded_at = 0.0
+    self._tensorboards = {}  # by stage; None where it cannot be written
+    # By stage: TensorBoard forgets from here on.
+    self._purge_steps: dict[str, int] = {}
+    if enabled:
+      self._workdir.mkdir(parents=True, exist_ok=True)
+      records = read_metrics(self._path) if self._path.exists() else []
+      self._rewrite(records)
+
+  def truncate_after(self, stage: str, step: int) -> None:
+    """Forgets what was written after `step` of `stage`.
+
+    A run that resumes there measures it again. Step 0 forgets all of the stage,
+    so `truncate_after("warmup", 0)` starts afresh.
+    """
+    _check_stage(stage)
+    if not self._enabled:
+      return
+    assert not self._tensorboards, "truncate_after comes before the first write"
+    here = STAGES.index(stage)
+    kept = []
+    for record in read_metrics(self._path) if self._path.exists() else []:
+      there = STAGES.index(record["stage"])
+      in_time = step > 0 and record["step"] <= step
+      if there < here or (there == here and in_time):
+        kept.append(record)
+    self._rewrite(kept)
+    for later in STAGES[here:]:
+      self._purge_steps[later] = 0
+    self._purge_steps[stage] = step + 1 if step else 0
+
+  def write(
+    self, step: int, stage: str, metrics: Mapping[str, SupportsFloat]
+  ) -> None:
+    """Appends `metrics`, measured after `step` updates of `stage`.
+
+    The line also holds `time_secs`, the time since the run began, without the
+    time between its attempts. What is not finite is null in the file: JSON has
+    no word for it.
+
+    Raises:
+      ValueError: the stage is unknown, or a metric is no scalar or has the
+        name of another field.
+    """
+    _check_stage(stage)
+    if not self._enabled:
+      return
+    values = {name: _scalar(name, value) for name, value in metrics.items()}
+    time_secs = self._secs_before + self._clock() - self._opened_at
+    record = {"step": step, "stage": stage, "time_secs": round(time_secs, 3)}
+    for name, value in values.items():
+      record[name] = value if math.isfinite(value) else None
+    self._append(json.dumps(record, allow_nan=False) + "\n")
+    tensorboard = self._tensorboard(stage)
+    for name, value in values.items():
+      if tensorboard is not None and not math.isinf(value):
+        tensorboard.add_scalar(name, value, global_step=step)
+
+  def close(self) -> None:
+    """Writes what is still in memory. Nothing can be written afterwards."""
+    if self._file is not None:
+      self._file.close()
+    elif self._enabled:
+      self._upload()
+    for tensorboard in self._tensorboards.values():
+      if tensorboard is not None:
+        tensorboard.close()
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def _rewrite(self, records: Sequence[Mapping[str, Any]]) -> None:
+    """Makes `records` the whole file, and gets ready to append to it."""
+    if self._file is not None:
+      self._file.close()
+    lines = [json.dumps(record) + "\n" for record in records]
+    text = "".join(lines)
+    if self._path.exists() and self._path.read_bytes() != text.encode():
+      artifacts.write_atomically(self._path, text)
+    self._secs_before = records[-1]["time_secs"] if records else 0.0
+    self._opened_at = self._clock()
+    if artifacts.is_local(self._path):
+      self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+    else:
+      self._file, self._lines = None, lines
+      self._uploaded_at = self._opened_at
+
+  def _append(self, line: str) -> None:
+    if self._file is not None:
+      self._file.write(line)
+      self._file.flush()  # a kill -9 takes at most the line being written
+      return
+    self._lines.append(line)
+    if self._clock() - self._uploaded_at >= _BUCKET_SECS:
+      self._upload()
+
+  def _upload(self) -> None:
+    artifacts.write_atomically(self._path, "".join(self._lines))
+    self._uploaded_at = self._clock()
+
+  def _tensorboard(self, stage: str) -> Any:
+    """Returns the `SummaryWriter` of a stage, None if there can be none."""
+    if stage not in self._tensorboards:
+      # Here, since processes that write nothing need no TensorBoard.
+      from tensorboardX import SummaryWriter
+
+      # One run of TensorBoard a stage: each counts its steps from 0, and
+      # forgetting the steps of one must not touch the other.
+      try:
+        self._tensorboards[stage] = SummaryWriter(
+          logdir=os.fspath(self._workdir / "tensorboard" / stage),
+          purge_step=self._purge_steps.get(stage),
+          max_queue=0,  # unbounded: training never waits for a full disk
+          flush_secs=_TENSORBOARD_SECS,
+          # Names have a time in seconds; a quick restart must not overwrite.
+          filename_suffix=f".{os.getpid()}",
+        )
+      except ImportError as e:  # the client of a bucket
+        logging.warning(
+          "Nothing is written for TensorBoard in %s: %s. All metrics are in"
+          " %s.", self._workdir, e, METRICS_FILE,
+        )  # fmt: skip
+        self._tensorboards[stage] = None
+    return self._tensorboards[stage]
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+  """Returns the lines of a metrics.jsonl, oldest first.
+
+  A last line without its end is what a kill leaves behind, and is left out.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: another line is no record of metrics; names file and line.
+  """
+  path = epath.Path(path)
+  if not path.exists():
+    raise FileNotFoundError(
+      f"There is no {path}: no metrics were written yet. Expected the"
+      f" {METRICS_FILE} in the workdir of a run. Check the path, or train"
+      " first."
+    )
+  *lines, _ = path.read_bytes().decode("utf-8", "replace").split("\n")
+  records = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:
+      record = None
+    if not _is_record(record):
+      raise ValueError(
+        f"{path}, line {number}: {line[:80]!r} is no record of metrics;"
+        " expected a JSON object with step, stage"
+        f" ({' or '.join(STAGES)}), time_secs and numbers. The file was edited"
+        " or damaged; remove that line."
+      )
+    records.append(record)
+  return records
+
+
+class Progress:
+  """The speed of a stage and the time it still needs, in one line."""
+
+  def __init__(
+    self,
+    batch_size: int,  # questions of a step; passages in the warm-up
+    *,
+    first_step: int = 0,  # updates already done
+    window: int = 10,  # speed is that since so many lines ago
+    clock: Callable[[], float] = time.monotonic,  # in seconds
+  ):
+    self._batch_size = batch_size
+    self._clock = clock
+    self._paused_secs = 0.0
+    self._paused_at = None
+    self._points = deque([(first_step, clock())], maxlen=window + 1)
+    self._validation = {}  # last seen: most lines are not at a validation
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves out the time inside the `with`: compiling, validation."""
+    if self._paused_at is not None:  # nested: the outer one measures
+      yield
+      return
+    self._paused_at = self._clock()
+    try:
+      yield
+    finally:
+      self._paused_secs += self._clock() - self._paused_at
+      self._paused_at = None
+
+  def questions_per_sec(self, step: int) -> float:
+    """Returns the speed now that `step` is done; NaN while it is unknown.
+
+    Over the last few calls, so that a slow start is soon forgotten.
+    """
+    now = self._clock() if self._paused_at is None else self._paused_at
+    if step > self._points[-1][0]:
+      self._points.append((step, now - self._paused_secs))
+    (first_step, first), (last_step, last) = self._points[0], self._points[-1]
+    if last <= first:
+      return math.nan
+    return (last_step - first_step) * self._batch_size / (last - first)
+
+  def line(
+    self,
+    step: int,
+    num_steps: int,
+    stage: str,
+    metrics: Mapping[str, SupportsFloat],
+  ) -> str:
+    """Returns the state of the run in at most 110 columns.
+
+    Args:
+      step: updates done of the stage.
+      num_steps: updates that the stage has.
+      stage: "warmup" or "train".
+      metrics: what is known of the loss, the entropy of the documents and, at
+        a validation, its results. Those are shown until the next one; "-"
+        stands for what was not measured.
+
+    Raises:
+      ValueError: the stage is unknown.
+    """
+    _check_stage(stage)
+    speed = self.questions_per_sec(step)
+    for name, value in metrics.items():
+      if name.startswith("validation/"):
+        self._validation[name] = value
+    known = {**self._validation, **metrics}
+    left_secs = (num_steps - step) * self._batch_size / speed
+    # The loss of the warm-up is a sum of two means, one over tokens.
+    unit, things = ("nats/token", "q") if stage == "train" else ("nats", "p")
+    return "  ".join((
+      f"{stage:<6} {step:>{len(str(num_steps))}}/{num_steps}",
+      f"loss {_short(known.get(f'{stage}/loss'), 3)} {unit}",
+      f"EM {_short(known.get('validation/exact_match'), 2)}",
+      f"recall@5 {_short(known.get('validation/answer_recall_at_5'), 2)}",
+      f"H(z|x) {_short(known.get('train/doc_entropy'), 2)}",
+      f"{_short(None if math.isnan(speed) else speed, 0)} {things}/s",
+      f"{_duration(left_secs)} left",
+    ))  # fmt: skip
+
+
+def peak_memory_bytes() -> int:
+  """Returns the most memory of the host that this process ever had."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # In bytes on macOS, in KiB on Linux.
+  return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _check_stage(stage: str) -> None:
+  if stage not in STAGES:
+    raise ValueError(
+      f"stage={stage!r} is not one of {STAGES}, the stages of a run."
+    )
+
+
+def _scalar(name: str, value: SupportsFloat) -> float:
+  """Returns the value of a metric as a float."""
+  if name in _RESERVED:
+    raise ValueError(
+      f"A metric is called {name!r}, which every line of {METRICS_FILE} has"
+      " already. Give it another name, for instance with its stage in front."
+    )
+  shape = getattr(value, "shape", ())
+  if shape != ():
+    raise ValueError(
+      f"The metric {name!r} has shape {tuple(shape)}; expected one number."
+      " Take its mean."
+    )
+  return float(value)
+
+
+def _is_record(record: Any) -> bool:
+  if not isinstance(record, dict) or record.get("stage") not in STAGES:
+    return False
+  numbers = {k: v for k, v in record.items() if k != "stage" and v is not None}
+  return (
+    type(record.get("step")) is int
+    and "time_secs" in numbers
+    and all(type(v) in (int, float) for v in numbers.values())
+  )
+
+
+def _short(value: SupportsFloat | None, digits: int) -> str:
+  if value is None:
+    return "-"
+  value = float(value)
+  texts = [f"{value:.{d}f}" for d in range(digits, -1, -1)]
+  # At most six characters, as precise as fits into them.
+  return next((t for t in texts if len(t) <= 6), f"{value:.0e}")
+
+
+def _duration(secs: float) -> str:
+  if not math.isfinite(secs):
+    return "-"
+  minutes, seconds = divmod(round(secs), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours >= 24:
+    return f"{hours // 24}d{hours % 24:02}h"
+  if hours:
+    return f"{hours}:{minutes:02}:{seconds:02}"
+  return f"{minutes}:{seconds:02}"

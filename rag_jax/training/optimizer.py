@@ -1,0 +1,117 @@
+"""AdamW with one learning rate for the retriever and one for the generator."""
+
+from collections.abc import Sequence
+
+import flax.traverse_util
+import jax
+from jaxtyping import PyTree
+import optax
+
+from rag_jax.config import OptimizerConfig
+
+
+def schedule(
+  config: OptimizerConfig, peak_lr: float, num_steps: int
+) -> optax.Schedule:
+  """Returns the learning rate at each step: a linear rise, then the decay."""
+  warmup = min(config.warmup_steps, max(num_steps - 1, 0))
+  end = peak_lr * config.end_lr_ratio
+  rest = max(num_steps - warmup, 1)
+  decay = {
+    "constant": optax.constant_schedule(peak_lr),
+    "linear": optax.linear_schedule(peak_lr, end, rest),
+    "cosine": optax.cosine_decay_schedule(
+      peak_lr, rest, alpha=config.end_lr_ratio
+    ),
+  }[config.schedule]
+  rise = optax.linear_schedule(0.0, peak_lr, warmup + 1)
+  # `rise` reaches the peak one step after the warm-up, where `decay` starts:
+  # the first step moves too.
+  return optax.join_schedules([lambda step: rise(step + 1), decay], [warmup])
+
+
+def parameter_labels(params: PyTree, freeze: Sequence[str]) -> PyTree:
+  """Returns "generator", "retriever" or "frozen" for every parameter.
+
+  Raises:
+    ValueError: a prefix in `freeze` names no parameter.
+  """
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  for prefix in freeze:
+    if not any(_below(path, prefix) for path in flat):
+      raise ValueError(
+        f"optimizer.freeze names {prefix!r}, but no parameter has that path."
+        f" Top-level names are {sorted({p.split('/')[0] for p in flat})}; a"
+        " full path looks like"
+        f" {next(iter(flat))!r}."
+      )
+
+  def label(path: str) -> str:
+    if any(_below(path, prefix) for prefix in freeze):
+      return "frozen"
+    return "generator" if path.startswith("generator/") else "retriever"
+
+  return flax.traverse_util.unflatten_dict(
+    {path: label(path) for path in flat}, sep="/"
+  )
+
+
+def _decays(params: PyTree) -> PyTree:
+  """Returns whether weight decay falls on each parameter."""
+  # By name as well: the biases of attention are two-dimensional, [N, H].
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: x.ndim > 1 and path[-1].key != "bias", params
+  )
+
+
+def _below(path: str, prefix: str) -> bool:
+  return path == prefix or path.startswith(prefix.rstrip("/") + "/")
+
+
+def make_optimizer(
+  config: OptimizerConfig,
+  params: PyTree,
+  num_steps: int,
+  freeze: Sequence[str] = (),
+) -> optax.GradientTransformation:
+  """Returns AdamW for `params` over `num_steps` steps.
+
+  The gradient is clipped by its global norm over what trains. Weight decay
+  falls on matrices alone, never on biases, norms and scales.
+
+  Args:
+    config: learning rates, schedule and AdamW's numbers.
+    params: the parameters, or their shapes.
+    num_steps: of the whole stage.
+    freeze: path prefixes that stay as they are.
+  """
+  labels = parameter_labels(params, freeze)
+  frozen = jax.tree.map(lambda label: label == "frozen", labels)
+
+  def adamw(peak_lr: float) -> optax.GradientTransformation:
+    return optax.adamw(
+      schedule(config, peak_lr, num_steps),
+      b1=config.b1,
+      b2=config.b2,
+      eps=config.eps,
+      weight_decay=config.weight_decay,
+      mask=_decays,
+    )
+
+  clip = (
+    optax.clip_by_global_norm(config.clip_norm)
+    if config.clip_norm
+    else optax.identity()
+  )
+  return optax.chain(
+    optax.masked(optax.set_to_zero(), frozen),
+    clip,
+    optax.partition(
+      {
+        "generator": adamw(config.peak_lr),
+        "retriever": adamw(config.retriever_lr),
+        "frozen": optax.set_to_zero(),
+      },
+      labels,
+    ),
+  )

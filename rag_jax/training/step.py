@@ -1,0 +1,144 @@
+"""One update: batch -> loss -> gradients -> new state."""
+
+from collections.abc import Callable
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+import optax
+
+from rag_jax.data.batches import RagBatch
+from rag_jax.losses import doc_log_prior
+from rag_jax.losses import in_batch_contrastive_nll
+from rag_jax.losses import rag_token_nll
+from rag_jax.models.partitioning import batch_sharding
+from rag_jax.models.partitioning import replicated
+from rag_jax.models.rag import RagModel
+from rag_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[PyTree, RagBatch, Key[Array, ""]], tuple[Array, Metrics]]
+
+
+def marginal_loss(
+  params: PyTree,
+  batch: RagBatch,
+  dropout_key: Key[Array, ""],
+  *,
+  model: RagModel,
+  nll_fn: Callable[..., Float[Array, "B"]],
+) -> tuple[Float[Array, ""], Metrics]:
+  """Returns -log p(y|x) a target token, in nats, and what to log."""
+  out = model.apply(
+    {"params": params},
+    **batch.inputs(),
+    deterministic=False,
+    rngs={"dropout": dropout_key},
+  )
+  nll = nll_fn(
+    out.doc_scores, out.target_logits, batch.target_tokens, batch.target_mask
+  )  # B
+  loss = jnp.sum(nll) / jnp.sum(batch.target_mask)
+  metrics = {"train/loss": loss}
+  if batch.question_tokens is not None:
+    prior = doc_log_prior(out.doc_scores)
+    entropy = -jnp.sum(jnp.exp(prior) * prior, axis=-1)
+    metrics["train/doc_entropy"] = jnp.mean(entropy)  # nats
+  return loss, metrics
+
+
+def cloze_loss(
+  params: PyTree,
+  batch: RagBatch,
+  dropout_key: Key[Array, ""],
+  *,
+  model: RagModel,
+  contrastive_weight: float,
+) -> tuple[Float[Array, ""], Metrics]:
+  """Returns the warm-up's loss: span infilling and in-batch contrast.
+
+  Span infilling is in nats a target token, the contrast in nats a question.
+  """
+  closed_book = batch.question_tokens is None
+  question_key, doc_key, generator_key = jax.random.split(dropout_key, 3)
+  # Infilling alone: with one document its score does not matter, so the
+  # retriever learns from the contrast below.
+  inputs = batch.inputs() | dict.fromkeys(
+    ("question_tokens", "question_mask", "doc_tokens", "doc_mask")
+  )
+  out = model.apply(
+    {"params": params},
+    **inputs,
+    deterministic=False,
+    rngs={"dropout": generator_key},
+  )
+  nll = rag_token_nll(
+    out.doc_scores, out.target_logits, batch.target_tokens, batch.target_mask
+  )
+  loss = jnp.sum(nll) / jnp.sum(batch.target_mask)
+  metrics = {"warmup/loss": loss}
+  if not closed_book:
+    questions = model.apply(
+      {"params": params},
+      batch.question_tokens,
+      batch.question_mask,
+      False,
+      method="embed_questions",
+      rngs={"dropout": question_key},
+    )
+    passages = model.apply(
+      {"params": params},
+      batch.doc_tokens[:, 0],
+      batch.doc_mask[:, 0],
+      False,
+      method="embed_passages",
+      rngs={"dropout": doc_key},
+    )
+    contrast = jnp.mean(in_batch_contrastive_nll(questions, passages))
+    metrics["warmup/contrastive_loss"] = contrast
+    loss += contrastive_weight * contrast
+  return loss, metrics
+
+
+def update(
+  state: TrainState,
+  batch: RagBatch,
+  key: Key[Array, ""],
+  *,
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  stage: str,
+) -> tuple[TrainState, Metrics]:
+  """Applies one gradient update. Pure; `compile_update` jits it."""
+  dropout_key = jax.random.fold_in(key, state.step)
+  (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    state.params, batch, dropout_key
+  )
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics |= {f"{stage}/grad_norm": optax.tree.norm(grads)}
+  new_state = TrainState(
+    step=state.step + 1, params=params, opt_state=opt_state
+  )
+  return new_state, metrics
+
+
+def compile_update(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  layout: TrainState,
+  mesh: jax.sharding.Mesh,
+  stage: str,
+) -> Callable[
+  [TrainState, RagBatch, Key[Array, ""]], tuple[TrainState, Metrics]
+]:
+  """Returns `update` as one program over the mesh; its state is donated."""
+  return jax.jit(
+    functools.partial(
+      update, loss_fn=loss_fn, optimizer=optimizer, stage=stage
+    ),
+    in_shardings=(layout, batch_sharding(mesh), replicated(mesh)),
+    out_shardings=(layout, replicated(mesh)),
+    donate_argnums=0,
+  )

@@ -1,0 +1,293 @@
+"""The folder of one run: its lock, its config, and where its files are.
+
+In: --workdir and the config of the run. Out: a `Workdir` that this run alone
+writes to, and whose checkpoints belong to the same experiment.
+"""
+
+import datetime
+import fcntl
+import json
+import os
+import socket
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from rag_jax import artifacts
+from rag_jax.config import Config
+from rag_jax.config import fields
+from rag_jax.config_json import differences
+from rag_jax.config_json import from_json
+from rag_jax.config_json import to_json
+from rag_jax.training.metrics import METRICS_FILE
+
+LOCK = ".lock"
+
+_MAY_DIFFER = frozenset({
+  "train.log_steps", "train.validate_steps", "train.checkpoint_steps",
+  "train.keep_checkpoints", "index.embed_batch_size",
+})  # fmt: skip
+_SECTIONS_MAY_DIFFER = ("eval.", "mesh.")
+
+
+class Workdir:
+  """The paths of a run. One that `open_workdir` returned holds the lock."""
+
+  def __init__(self, path: epath.PathLike, lock: int | None = None):
+    self.path = epath.Path(path)
+    self._lock = lock  # file descriptor
+
+  @property
+  def config_path(self) -> epath.Path:
+    """The JSON of the run's config."""
+    return self.path / "config.json"
+
+  @property
+  def checkpoints(self) -> epath.Path:
+    """The directory of the checkpoints."""
+    return self.path / "checkpoints"
+
+  @property
+  def indexes(self) -> epath.Path:
+    """The directory of the built indexes, one folder a version."""
+    return self.path / "indexes"
+
+  @property
+  def tokenizer(self) -> epath.Path:
+    """The directory of the tokenizer."""
+    return self.path / "tokenizer"
+
+  @property
+  def metrics(self) -> epath.Path:
+    """The file of the metrics, one JSON object a line."""
+    return self.path / METRICS_FILE
+
+  def close(self) -> None:
+    """Lets another run use the folder. The lock file stays."""
+    if self._lock is not None:
+      os.close(self._lock)  # which releases the lock
+      self._lock = None
+
+  def __enter__(self) -> "Workdir":
+    return self
+
+  def __exit__(self, *exc_info: object) -> None:
+    self.close()
+
+
+def open_workdir(
+  path: epath.PathLike, config: Config, *, process_index: int = 0
+) -> Workdir:
+  """Returns the folder of a run, made, locked, and with its config written.
+
+  A run resumes in the folder of an earlier one if their configs describe the
+  same experiment. Settings that the sequence of parameters depends on must be
+  equal. Free are those that decide
+
+  - what is watched: eval.*, train.log_steps and train.validate_steps;
+  - what is kept: train.checkpoint_steps and train.keep_checkpoints;
+  - where it is computed, not what: mesh.* and index.embed_batch_size (the
+    result is the same up to rounding);
+  - how long: train.num_steps, if optimizer.schedule is "constant" and its
+    warm-up fits. The other schedules end at the last step, so that every step
+    depends on it.
+
+  Validation metrics of before and after a change of eval.* are not measured on
+  the same questions, and the choice of the best checkpoint compares them.
+
+  The lock is released when the process dies, however it does; the lock file
+  that stays behind means nothing. A bucket (gs://) has no locks: there, that
+  only one run uses the folder is up to the user.
+
+  Args:
+    path: the folder; made if it is missing.
+    config: of this run.
+    process_index: of this process. Process 0 locks and writes, the others
+      only compare.
+
+  Raises:
+    ValueError: the path is no folder that can be written to; another run uses
+      it; its config.json is damaged or of another experiment; or it has
+      checkpoints but no config.json.
+  """
+  if not os.fspath(path):
+    raise ValueError(
+      "--workdir is empty; expected a folder for what the run writes. Give"
+      " one, for instance --workdir=runs/first."
+    )
+  path = epath.Path(path).expanduser()
+  _make_folder(path)
+  if process_index:
+    workdir = Workdir(path)
+    _check_config(workdir, config)
+    return workdir
+  _check_writable(path)
+  workdir = Workdir(path, _lock(path))
+  try:
+    _check_config(workdir, config)
+    artifacts.write_atomically(workdir.config_path, to_json(config))
+  except BaseException:
+    workdir.close()
+    raise
+  return workdir
+
+
+def _make_folder(path: epath.Path) -> None:
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError) as error:
+    raise ValueError(
+      f"--workdir={path} is not a folder: it, or a part of its path, is a file"
+      f" ({error}). Expected a folder that the run can write to. Choose"
+      " another --workdir, or move that file away."
+    ) from error
+  except OSError as error:
+    raise _not_writable(path, error) from error
+
+
+def _check_writable(path: epath.Path) -> None:
+  """Raises `ValueError` if no file can be written.
+
+  Found out by writing one: permission bits say nothing to root, or about a
+  file system that is full or mounted read-only.
+  """
+  probe = artifacts.temp_path(path / "probe")
+  try:
+    try:
+      probe.write_text("probe")  # a full disk has room for an empty file
+    finally:
+      probe.unlink(missing_ok=True)
+  except OSError as error:
+    raise _not_writable(path, error) from error
+
+
+def _not_writable(path: epath.Path, error: OSError) -> ValueError:
+  return ValueError(
+    f"--workdir={path} cannot be written to ({error}). Expected a folder that"
+    " the run can write to. Choose another --workdir, or change the"
+    " permissions of this one."
+  )
+
+
+def _lock(path: epath.Path) -> int | None:
+  """Returns the descriptor that holds the lock; None where there are none."""
+  if not artifacts.is_local(path):
+    logging.info(
+      "%s is in a bucket, which has no locks: make sure that no other run"
+      " writes there.",
+      path,
+    )
+    return None
+  file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    holder = _holder(os.pread(file, 4096, 0))
+    os.close(file)
+    raise ValueError(
+      f"--workdir={path} is in use by another run: {holder}. Expected one run"
+      " in a folder at a time. Wait until it ends, stop it, or choose another"
+      " --workdir."
+    ) from None
+  except OSError as error:  # some network file systems
+    os.close(file)
+    logging.warning(
+      "The file system of %s has no locks (%s): make sure that no other run"
+      " writes there.",
+      path,
+      error,
+    )
+    return None
+  since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+  # In this order: a reader finds nothing, or all of it.
+  os.ftruncate(file, 0)
+  os.pwrite(
+    file,
+    json.dumps(
+      {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": since,
+      }
+    ).encode(),
+    0,
+  )
+  return file
+
+
+def _holder(text: bytes) -> str:
+  """Returns who wrote the lock file."""
+  try:
+    holder: dict[str, Any] = json.loads(text)
+    return (
+      f"pid {holder['pid']} on host {holder['host']}, since {holder['since']}"
+    )
+  except (ValueError, KeyError, TypeError):
+    return "one that has only just started"  # and has not written who it is
+
+
+def _check_config(workdir: Workdir, config: Config) -> None:
+  """Raises `ValueError` if the folder belongs to another experiment."""
+  path = workdir.config_path
+  if not path.exists():
+    _check_no_checkpoints(workdir)
+    return
+  # A byte that is no UTF-8 is a damage like any other.
+  text = path.read_bytes().decode("utf-8", errors="replace")
+  old = from_json(text, origin=str(path))
+  different = {
+    line.partition(":")[0]: line for line in differences(old, config)
+  }
+  bad = [
+    line
+    for name, line in different.items()
+    if not (
+      name in _MAY_DIFFER
+      or name.startswith(_SECTIONS_MAY_DIFFER)
+      or (name == "train.num_steps" and _only_longer(old, config))
+    )
+  ]
+  if bad:
+    raise ValueError(
+      f"--workdir={workdir.path} belongs to another experiment. Its config"
+      " differs in settings that change what is learned:\n  "
+      + "\n  ".join(bad)
+      + "\nExpected the same values, to resume it. Choose another --workdir,"
+      " or restore the old values (left). These may differ:"
+      f" {', '.join(_free_settings())}."
+    )
+  if different:
+    logging.info(
+      "Resuming in %s with other settings:\n  %s",
+      workdir.path,
+      "\n  ".join(different.values()),
+    )
+
+
+def _only_longer(old: Config, new: Config) -> bool:
+  """Returns whether train.num_steps changes their number, but no step."""
+  shorter = min(old.train.num_steps, new.train.num_steps)
+  # A warm-up that does not fit is cut to the number of steps.
+  fits = new.optimizer.warmup_steps < shorter
+  return fits and new.optimizer.schedule == "constant"
+
+
+def _free_settings() -> list[str]:
+  """Returns the names of the settings that may differ, for the message."""
+  known = [name for name, _, _ in fields(Config())]
+  single = [name for name in known if name in _MAY_DIFFER]
+  sections = [f"{section}*" for section in _SECTIONS_MAY_DIFFER]
+  constant = "and train.num_steps with optimizer.schedule='constant'"
+  return [*single, *sections, constant]
+
+
+def _check_no_checkpoints(workdir: Workdir) -> None:
+  found = workdir.checkpoints
+  if found.exists() and any(found.iterdir()):
+    raise ValueError(
+      f"--workdir={workdir.path} has checkpoints but no"
+      f" {workdir.config_path.name}, so nobody can tell which experiment they"
+      " belong to. Expected an empty folder or that of an earlier run. Restore"
+      f" {workdir.config_path}, or choose another --workdir."
+    )

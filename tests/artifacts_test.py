@@ -1,0 +1,215 @@
+"""A manifest notices whatever happens to the files that it names."""
+
+import hashlib
+import json
+import os
+import stat
+
+import numpy as np
+import pytest
+
+from rag_jax import artifacts
+
+REMEDY = "Build it again."
+
+
+@pytest.fixture
+def directory(tmp_path):
+  path = tmp_path / "built"
+  (path / "part").mkdir(parents=True)
+  (path / "a.bin").write_bytes(bytes(range(100)))
+  (path / "part" / "b.txt").write_text("two\n")
+  artifacts.write_manifest(path, kind="thing", format=3, content={"n": 7})
+  return path
+
+
+def read(path, **changes):
+  expected = {"kind": "thing", "format": 3, "remedy": REMEDY}
+  return artifacts.read_manifest(path, **(expected | changes))
+
+
+def edit(path, **changes):
+  manifest = json.loads((path / "manifest.json").read_text())
+  (path / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def refused(path, match, error=ValueError, **changes):
+  with pytest.raises(error, match=match) as info:
+    read(path, **changes)
+  assert str(info.value).endswith(REMEDY)
+
+
+def test_content_comes_back_and_every_file_has_its_digest(directory):
+  assert read(directory) == {"n": 7}
+  files = json.loads((directory / "manifest.json").read_text())["files"]
+  assert set(files) == {"a.bin", "part/b.txt"}
+  assert files["part/b.txt"] == {
+    "sha256": hashlib.sha256(b"two\n").hexdigest(),
+    "bytes": 4,
+  }
+
+
+def test_a_directory_can_be_moved(directory, tmp_path):
+  assert read(directory.rename(tmp_path / "elsewhere")) == {"n": 7}
+
+
+def test_an_older_format_is_returned(directory):
+  assert read(directory, format=4) == {"n": 7}
+
+
+def test_a_file_that_was_not_finished_is_no_part_of_the_manifest(directory):
+  artifacts.temp_path(directory / "a.bin").write_text("half")
+  artifacts.write_manifest(directory, kind="thing", format=3, content={})
+  files = json.loads((directory / "manifest.json").read_text())["files"]
+  assert set(files) == {"a.bin", "part/b.txt"}
+
+
+def test_a_directory_without_manifest_was_cut_off(directory):
+  artifacts.start_directory(directory)
+  refused(
+    directory, "no manifest.json.*thing.*cut off", error=FileNotFoundError
+  )
+
+
+def test_a_directory_that_does_not_exist_holds_nothing(tmp_path):
+  refused(tmp_path / "no", "no manifest.json", error=FileNotFoundError)
+
+
+def test_another_kind_is_refused(directory):
+  refused(directory, "kind 'thing', expected 'index'", kind="index")
+
+
+def test_a_newer_format_is_refused(directory):
+  refused(directory, "format 3;.*reads up to 2.*Upgrade", format=2)
+
+
+def test_a_missing_file_is_named(directory):
+  (directory / "part" / "b.txt").unlink()
+  refused(directory, "part/b.txt is missing")
+
+
+def test_a_file_that_was_cut_off_is_named(directory):
+  os.truncate(directory / "a.bin", 99)
+  refused(directory, "a.bin.*was cut off: it has 99 bytes.*says 100")
+
+
+def test_a_file_that_has_grown_is_named(directory):
+  with open(directory / "a.bin", "ab") as f:
+    f.write(b"x")
+  refused(directory, "a.bin.*has grown: it has 101 bytes")
+
+
+def test_one_flipped_bit_is_noticed(directory):
+  data = bytearray((directory / "a.bin").read_bytes())
+  data[50] ^= 1
+  (directory / "a.bin").write_bytes(data)
+  refused(directory, r"a.bin.*content changed.*digest")
+
+
+@pytest.mark.parametrize(
+  ("text", "match"),
+  [
+    (b'{"kind": "thi', "not JSON"),
+    (b"\xff\xfe", "not JSON"),
+    (b"[1]", "no manifest: kind, format, content, files"),
+    (b'{"kind": "thing", "format": "3", "content": {}}', "format, files"),
+  ],
+)
+def test_a_broken_manifest_is_refused(directory, text, match):
+  (directory / "manifest.json").write_bytes(text)
+  refused(directory, match)
+
+
+@pytest.mark.parametrize(
+  "name", ["/etc/hostname", "../built/a.bin", "part/../a.bin", "gs://b/c", ""]
+)
+def test_a_name_that_could_leave_the_directory_is_refused(directory, name):
+  edit(directory, files={name: {"sha256": "0", "bytes": 1}})
+  refused(directory, "expected a path relative to the directory")
+
+
+def test_a_file_without_digest_is_refused(directory):
+  edit(directory, files={"a.bin": {"bytes": 100}})
+  refused(directory, "about a.bin; expected its sha256 and bytes")
+
+
+@pytest.mark.parametrize("name", ["a.bin", "extra"])
+def test_a_link_out_of_the_directory_is_refused(directory, tmp_path, name):
+  (tmp_path / "outside").write_bytes(bytes(range(100)))
+  (directory / name).unlink(missing_ok=True)
+  (directory / name).symlink_to(tmp_path / "outside")
+  refused(directory, f"{name} .*is a link to .*outside the directory")
+  with pytest.raises(ValueError, match="is a link to"):
+    artifacts.write_manifest(directory, kind="thing", format=3, content={})
+
+
+def test_a_link_to_a_folder_inside_is_no_endless_path(directory):
+  (directory / "part" / "up").symlink_to(directory)
+  artifacts.write_manifest(directory, kind="thing", format=3, content={})
+  assert read(directory) == {}
+
+
+@pytest.mark.parametrize("name", ["scann_docids.pkl", "part/x.PICKLE"])
+def test_a_planted_pickle_is_refused(directory, name):
+  (directory / name).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+  refused(directory, f"holds {name}, a pickle")
+  with pytest.raises(ValueError, match="a pickle"):
+    artifacts.write_manifest(directory, kind="thing", format=3, content={})
+
+
+def test_a_failed_write_leaves_the_old_text_and_nothing_else(tmp_path):
+  path = tmp_path / "x.json"
+  artifacts.write_atomically(path, "old")
+  with pytest.raises(UnicodeEncodeError):
+    artifacts.write_atomically(path, "new, then half a pair: \ud800")
+  assert path.read_text() == "old"
+  assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_written_file_can_be_read_by_whom_the_umask_allows(tmp_path):
+  (tmp_path / "plain").write_text("")
+  artifacts.write_atomically(tmp_path / "x", "text")
+  modes = [stat.S_IMODE((tmp_path / n).stat().st_mode) for n in ("plain", "x")]
+  assert modes[0] == modes[1]
+
+
+def test_a_fingerprint_of_arrays_does_not_depend_on_their_order():
+  a, b = np.arange(6.0).reshape(2, 3), np.array(1, np.int32)
+  one = artifacts.fingerprint_arrays({"a": a, "b": b})
+  assert one == artifacts.fingerprint_arrays({"b": b, "a": a})
+  assert one == artifacts.fingerprint_arrays(
+    {"a": np.asfortranarray(a), "b": b}
+  )
+  assert 16 <= len(one) <= 64
+  assert int(one, 16) >= 0
+
+
+@pytest.mark.parametrize(
+  "other",
+  [
+    {"b": np.zeros((2, 3), np.float32)},
+    {"a": np.zeros((3, 2), np.float32)},
+    {"a": np.zeros((2, 3), np.int32)},
+    {"a": np.full((2, 3), -0.0, np.float32)},
+    {"a": np.zeros((2, 3), np.float32), "c": np.zeros(0, np.float32)},
+    {},
+  ],
+  ids=["name", "shape", "dtype", "value", "one more", "none"],
+)
+def test_a_fingerprint_of_arrays_changes_with(other):
+  one = artifacts.fingerprint_arrays({"a": np.zeros((2, 3), np.float32)})
+  assert one != artifacts.fingerprint_arrays(other)
+
+
+def test_objects_have_no_fingerprint():
+  with pytest.raises(ValueError, match="'a' has dtype object"):
+    artifacts.fingerprint_arrays({"a": np.array([None])})
+
+
+def test_a_fingerprint_of_lines_knows_where_each_line_ends():
+  lines = [["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"], ["abc", ""], []]
+  lines += [["ab\nc"], ["\ud800"], ["é"]]
+  assert len({artifacts.fingerprint_lines(x) for x in lines}) == len(lines)
+  assert artifacts.fingerprint_lines(iter(["a"])) == (
+    artifacts.fingerprint_lines(["a"])
+  )

@@ -1,0 +1,163 @@
+"""The two recalls, against loops over tokens and over sets of ids."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+
+from rag_jax.evaluation.retrieval import answer_recall_at_k
+from rag_jax.evaluation.retrieval import contains_answer
+from rag_jax.evaluation.retrieval import index_recall_at_k
+
+
+@pytest.mark.parametrize(
+  ("passage", "answer", "expected"),
+  [
+    ("Paris is the capital of France.", "paris", True),  # no case
+    ("It lies on the river Seine, in Paris.", "the river seine", True),
+    ("Parisian cafes", "Paris", False),  # whole tokens
+    ("the of capital", "capital of", False),  # in their order
+    ("the capital city of France", "capital of", False),  # without a gap
+    ("the river", "river", True),
+    ("a river", "the river", False),  # articles count
+    ("in the U.S. army", "U.S.", True),
+    ("in the US army", "U.S.", False),  # punctuation counts
+    ("costs $5,000 today", "5,000", True),
+    ("costs $5,000 today", "5", True),  # the comma ends a token
+    ("born in S\u00e3o Paulo", "sa\u0303o paulo", True),  # same accent
+    ("born in S\u00e3o Paulo", "Sao Paulo", False),  # accents count
+    ("snake_case", "snake", True),  # "_" is no letter
+    ("a\u00a0b\u2003c", "a b c", True),  # any kind of space
+    ("a\x00\u200bb", "a b", True),  # nor control or format characters
+    ("Ⓐ team", "ⓐ", True),  # symbols have case too
+    ("मुंबई भारत में है", "मुंबई", True),  # vowel signs are marks
+    ("東京は日本の首都", "東京", False),  # one run, as in DPR
+    ("anything", "", False),
+    ("anything", " \t", False),
+    ("", "anything", False),
+  ],
+)
+def test_an_answer_is_found_token_by_token(passage, answer, expected):
+  assert contains_answer(passage, [answer]) is expected
+
+
+def naive_tokens(text):
+  """One character after another, as DPR's regular expression reads them."""
+  tokens, word = [], ""
+  for char in unicodedata.normalize("NFD", text):
+    category = unicodedata.category(char)
+    if category[0] in ("L", "N", "M"):
+      word += char
+      continue
+    if word:
+      tokens.append(word)
+    word = ""
+    if category[0] not in ("Z", "C"):
+      tokens.append(char)
+  return [t.lower() for t in [*tokens, *([word] if word else [])]]
+
+
+def test_answers_are_found_where_a_loop_over_tokens_finds_them():
+  rng = np.random.default_rng(0)
+  alphabet = [*"abAB  é.,-_1²'\n", "e\u0301", "Σ", "ς", "\u200d"]
+  found = 0
+  for _ in range(2000):
+    passage = "".join(rng.choice(alphabet, 12))
+    answer = "".join(rng.choice(alphabet, rng.integers(1, 4)))
+    tokens, wanted = naive_tokens(passage), naive_tokens(answer)
+    expected = bool(wanted) and any(
+      tokens[i : i + len(wanted)] == wanted for i in range(len(tokens))
+    )
+    assert contains_answer(passage, [answer]) == expected, (passage, answer)
+    found += expected
+  assert 200 < found < 1800  # both outcomes were tried
+
+
+def test_any_of_the_answers_will_do():
+  assert contains_answer("Leningrad, 1924", ["Petrograd", "Leningrad"])
+  assert not contains_answer("Leningrad, 1924", [])
+
+
+def test_answer_recall_looks_at_the_first_k_passages():
+  texts = [["no", "yes"], ["yes", "no"], ["no", "no"], []]
+  answers = [["yes"]] * 4
+  np.testing.assert_array_equal(
+    answer_recall_at_k(texts, answers, 1), [0, 1, 0, 0]
+  )
+  np.testing.assert_array_equal(
+    answer_recall_at_k(texts, answers, 2), [1, 1, 0, 0]
+  )
+  np.testing.assert_array_equal(
+    answer_recall_at_k(texts, answers, 9), [1, 1, 0, 0]
+  )
+
+
+def test_each_question_has_its_own_answers():
+  recall = answer_recall_at_k([["red"], ["red"]], [["red"], ["blue"]], 1)
+  np.testing.assert_array_equal(recall, [1, 0])
+
+
+def test_index_recall_is_the_overlap_of_two_sets():
+  rng = np.random.default_rng(0)
+  ids = np.stack([rng.permutation(12)[:8] for _ in range(50)])
+  exact = np.stack([rng.permutation(12)[:6] for _ in range(50)])
+  for k in (1, 3, 6):
+    expected = [
+      len(set(a[:k].tolist()) & set(b[:k].tolist())) / k
+      for a, b in zip(ids, exact, strict=True)
+    ]
+    np.testing.assert_allclose(index_recall_at_k(ids, exact, k), expected)
+
+
+def test_order_does_not_matter_to_index_recall():
+  ids = np.array([[3, 1, 2]])
+  assert index_recall_at_k(ids, ids[:, ::-1], 3) == 1.0
+
+
+def test_places_where_an_index_found_nothing_are_misses():
+  ids = np.array([[4, -1, -1, -1]])
+  exact = np.array([[4, 5, 6, 7]])
+  assert index_recall_at_k(ids, exact, 4) == 0.25
+
+
+def test_a_passage_found_twice_is_one_hit():
+  recall = index_recall_at_k(np.array([[4, 4]]), np.array([[4, 5]]), 2)
+  assert recall == 0.5
+
+
+def test_k_below_one_is_refused():
+  ids = np.zeros((1, 2), np.int32)
+  with pytest.raises(ValueError, match="k=0 passages; expected at least 1"):
+    index_recall_at_k(ids, ids, 0)
+  with pytest.raises(ValueError, match="k=-1 passages; expected at least 1"):
+    answer_recall_at_k([["a"]], [["a"]], -1)
+
+
+def test_k_above_what_was_retrieved_is_refused():
+  wide, narrow = np.zeros((1, 5), np.int32), np.zeros((1, 2), np.int32)
+  with pytest.raises(
+    ValueError,
+    match=r"k=3 is more than was retrieved: ids has 5 .* exact_ids 2",
+  ):
+    index_recall_at_k(wide, narrow, 3)
+  with pytest.raises(ValueError, match="ids has 2 a question, exact_ids 5"):
+    index_recall_at_k(narrow, wide, 3)
+
+
+def test_an_exact_search_that_found_too_few_is_refused():
+  ids = np.array([[0, 1]])
+  with pytest.raises(ValueError, match=r"below 0 among the first k=2.*Lower k"):
+    index_recall_at_k(ids, np.array([[0, -1]]), 2)
+  assert index_recall_at_k(ids, np.array([[0, -1]]), 1) == 1.0
+
+
+def test_texts_and_answers_of_different_length_are_refused():
+  with pytest.raises(
+    ValueError, match="retrieved_texts has 2 questions, answers has 1"
+  ):
+    answer_recall_at_k([["a"], ["b"]], [["a"]], 1)
+
+
+def test_one_string_in_place_of_a_list_of_answers_is_refused():
+  with pytest.raises(TypeError, match=r"answers='Paris' .*Pass \['Paris'\]"):
+    contains_answer("Paris", "Paris")

@@ -1,0 +1,220 @@
+"""Checkpoints that were damaged or cut off are found before they are used."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rag_jax.training.checkpoint import Checkpointer
+
+EXTRA = {"position": 7}
+
+
+def make_state(seed=0):
+  rng = np.random.default_rng(seed)
+  kernel = jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)
+  return {"step": jnp.int32(seed), "params": {"kernel": kernel}}
+
+
+def abstract(state):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    state,
+  )
+
+
+def assert_bit_equal(got, expected):
+  assert jax.tree.structure(got) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture
+def directory(tmp_path):
+  return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def three(directory):
+  """Steps 10, 20 and 30, whose states differ."""
+  checkpointer = Checkpointer(directory, keep_last=3)
+  for step in (10, 20, 30):
+    checkpointer.save(step, make_state(step), EXTRA | {"position": step})
+  return Checkpointer(directory, keep_last=3)
+
+
+def files_of(directory, step):
+  """The files of a step, the largest first."""
+  found = pathlib.Path(directory, str(step)).rglob("*")
+  found = [p for p in found if p.is_file() and p.name != "manifest.json"]
+  return sorted(found, key=lambda p: -p.stat().st_size)
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def cut(path):
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_a_flipped_bit_is_named_with_the_step_to_resume_from(three, directory):
+  largest = files_of(directory, 30)[0]
+  flip(largest)
+  name = largest.relative_to(directory / "30")
+  with pytest.raises(ValueError) as error:  # noqa: PT011
+    three.restore(abstract(make_state()))
+  message = str(error.value)
+  assert f"The checkpoint of step 30 cannot be used: {name} in" in message
+  assert "changed since it was written" in message
+  assert f"Delete {directory}/30 to resume from step 20" in message
+  with pytest.raises(ValueError, match=f"{name}.*resume from step 20"):
+    three.read_extra(30)
+
+
+def test_following_the_message_resumes_from_the_step_before(three, directory):
+  flip(files_of(directory, 30)[0])
+  flip(files_of(directory, 20)[0])
+  with pytest.raises(ValueError, match=f"Delete {directory}/30 .* step 10"):
+    three.restore(abstract(make_state()))
+  for step in ("30", "20"):
+    subprocess.run(["rm", "-r", directory / step], check=True)
+  state, extra = three.restore(abstract(make_state()))
+  assert_bit_equal(state, make_state(10))
+  assert extra["position"] == 10
+  three.save(20, make_state(20), EXTRA)  # and training goes on
+  assert three.steps() == [10, 20]
+
+
+def test_if_no_other_checkpoint_is_whole_the_message_says_so(three, directory):
+  for step in (10, 20, 30):
+    flip(files_of(directory, step)[0])
+  with pytest.raises(ValueError, match="No earlier checkpoint is whole"):
+    three.restore(abstract(make_state()))
+
+
+def test_every_file_that_is_missing_is_named(three, directory):
+  for path in files_of(directory, 30):
+    data = path.read_bytes()
+    path.unlink()
+    name = path.relative_to(directory / "30")
+    with pytest.raises(ValueError, match=f"{name} is missing .*step 20"):
+      three.restore(abstract(make_state()))
+    path.write_bytes(data)
+  three.restore(abstract(make_state()))
+
+
+def test_every_file_that_is_cut_off_is_named(three, directory):
+  for path in files_of(directory, 30):
+    data = path.read_bytes()
+    if not data:
+      continue  # orbax's commit marks are empty
+    cut(path)
+    name = path.relative_to(directory / "30")
+    with pytest.raises(ValueError, match=f"{name} in .* cut off: .*step 20"):
+      three.restore(abstract(make_state()))
+    path.write_bytes(data)
+  three.restore(abstract(make_state()))
+
+
+def test_a_damaged_manifest_is_named_and_does_not_stop_others(three, directory):
+  (directory / "30" / "manifest.json").write_bytes(b'{"kind": "check')
+  with pytest.raises(ValueError, match=r"manifest.json is not JSON .*step 20"):
+    three.restore(abstract(make_state()))
+  assert three.best_step() is None
+  three.save(40, make_state(40), EXTRA, 0.5)
+  assert three.best_step() == 40
+
+
+def test_a_newer_format_asks_for_an_upgrade(three, directory):
+  manifest = directory / "30" / "manifest.json"
+  content = json.loads(manifest.read_text()) | {"format": 99}
+  manifest.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=r"has format 99.* Upgrade rag_jax"):
+    three.restore(abstract(make_state()))
+
+
+def test_a_renamed_folder_is_found_out(three, directory):
+  (directory / "30").rename(directory / "31")
+  with pytest.raises(ValueError, match=r"31 holds step 30: .*renamed.*step 20"):
+    three.restore(abstract(make_state()))
+
+
+def test_steps_without_a_manifest_are_ignored_with_a_warning(
+  three, directory, caplog
+):
+  (directory / "30" / "manifest.json").unlink()
+  (directory / "40").mkdir()  # orbax alone would resume from it
+  (directory / "notes").mkdir()
+  assert three.latest_step() == 20
+  three.latest_step()
+  assert caplog.text.count("step 30 in") == caplog.text.count("step 40 in") == 1
+  assert "has no manifest.json, so its save was cut off" in caplog.text
+  state, _ = three.restore(abstract(make_state()))
+  assert_bit_equal(state, make_state(20))
+
+
+def test_a_step_that_was_cut_off_can_be_saved_again(three, directory):
+  (directory / "30" / "manifest.json").unlink()
+  three.save(30, make_state(31), EXTRA)
+  state, _ = three.restore(abstract(make_state()))
+  assert_bit_equal(state, make_state(31))
+  assert three.steps() == [10, 20, 30]
+
+
+def test_what_was_cut_off_goes_with_the_old_checkpoints(three, directory):
+  (directory / "30" / "manifest.json").unlink()
+  (directory / "50").mkdir()
+  three.save(40, make_state(40), EXTRA)
+  assert sorted(os.listdir(directory)) == ["10", "20", "40", "50"]
+
+
+KILLED = """
+import os, signal, sys
+import jax.numpy as jnp
+from rag_jax.training.checkpoint import Checkpointer
+directory, event, part = sys.argv[1:]
+checkpointer = Checkpointer(directory, keep_last=1)
+checkpointer.save(1, {"x": jnp.full(1000, 1.0)}, {"position": 1})
+def hook(name, args):
+  if name == event and part in str(args[0]):
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+checkpointer.save(2, {"x": jnp.full(1000, 2.0)}, {"position": 2})
+"""
+
+
+@pytest.mark.parametrize(
+  ("event", "part", "survivor"),
+  [
+    ("open", "/2/extra/metadata", 1),  # while orbax writes
+    ("open", "/2/.manifest.json", 1),  # orbax is done, the manifest is not
+    ("shutil.rmtree", "/1", 2),  # while the old one is removed
+  ],
+)
+def test_kill_9_leaves_a_checkpoint_to_resume_from(
+  directory, event, part, survivor
+):
+  done = subprocess.run(
+    [sys.executable, "-c", KILLED, directory, event, str(directory) + part],
+    check=False,
+  )
+  assert done.returncode == -signal.SIGKILL
+  assert sorted(os.listdir(directory)) == ["1", "2"]
+  checkpointer = Checkpointer(directory, keep_last=1)
+  assert checkpointer.steps() == [survivor]
+  target = abstract({"x": jnp.ones(1000)})
+  state, extra = checkpointer.restore(target)
+  assert extra == {"position": survivor}
+  assert np.all(np.asarray(state["x"]) == survivor)
+  checkpointer.save(3, {"x": jnp.full(1000, 3.0)}, {})
+  assert sorted(os.listdir(directory)) == ["3"]
