@@ -15,19 +15,13 @@ import math
 import typing
 from typing import Any
 
-_config = dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-
-
-def _section(cls: type) -> Any:
-  return dataclasses.field(default_factory=cls)
-
 
 def _choice(default: str, *others: str) -> Any:
   choices = (default, *others)
   return dataclasses.field(default=default, metadata={"choices": choices})
 
 
-@_config
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class DataConfig:
   """What is read, and the fixed lengths that it is cut or padded to."""
 
@@ -44,7 +38,7 @@ class DataConfig:
   target_length: int = 16  # generator tokens of an answer (T)
 
 
-@_config
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class TokenizerConfig:
   """Where the token ids come from. One tokenizer for encoder and generator."""
 
@@ -52,7 +46,7 @@ class TokenizerConfig:
   vocab_size: int = 4096  # of the one that is trained
 
 
-@_config
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class EncoderConfig:
   """The retriever: question and passage towers, and how they are compared."""
 
@@ -70,7 +64,7 @@ class EncoderConfig:
   dropout: float = 0.0
 
 
-@_config
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class GeneratorConfig:
   """The encoder-decoder that writes the answer. Defaults are BART's choices."""
 
@@ -85,13 +79,14 @@ class GeneratorConfig:
   position_offset: int = 2  # BART's position 0 is row 2 of the table
   max_positions: int = 1024  # rows of the table, without the offset
   position_init: str = _choice("normal", "sinusoid")
-  # "copy": cross-attention starts by copying what it looks at, so that a
-  # generator trained from scratch learns to quote its documents early.
+  relative_buckets: int = 0  # T5's relative positions, in the encoder; 0: none
+  # "copy": attention starts as an induction head, so that a generator trained
+  # from scratch quotes its documents from the first steps on.
   init: str = _choice("normal", "copy")
   dropout: float = 0.0
 
 
-@_config
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class OptimizerConfig:
   """AdamW."""
 
@@ -111,7 +106,7 @@ class OptimizerConfig:
   freeze: tuple[str, ...] = ()
 
 
-@_config
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class WarmupConfig:
   """The cold start: learning from the passages alone, before any question.
 
@@ -131,7 +126,7 @@ class WarmupConfig:
   window_tokens: int = 16  # around the span: what stands for the question
 
 
-@_config
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class IndexConfig:
   """How passages are searched."""
 
@@ -147,7 +142,7 @@ class IndexConfig:
   scann_reorder: int = 100  # candidates scored again in float32
 
 
-@_config
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class MeshConfig:
   """How devices are arranged. data * fsdp * tensor = number of devices."""
 
@@ -156,7 +151,7 @@ class MeshConfig:
   tensor: int = 1  # parts that heads, MLPs and vocabulary are split into
 
 
-@_config
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class TrainConfig:
   """The main stage: maximising the marginal likelihood of the answers."""
 
@@ -169,7 +164,7 @@ class TrainConfig:
   compute_dtype: str = _choice("auto", "float32", "bfloat16")
 
 
-@_config
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class EvalConfig:
   """Measuring: validation while training, the test split at the end."""
 
@@ -179,22 +174,28 @@ class EvalConfig:
   min_index_recall: float = 0.0  # refuse to report below; 0.0 never refuses
 
 
-@_config
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class Config:
   """One experiment."""
 
   seed: int = 0
   loss: str = _choice("rag_token", "rag_sequence")
-  data: DataConfig = _section(DataConfig)
-  tokenizer: TokenizerConfig = _section(TokenizerConfig)
-  encoder: EncoderConfig = _section(EncoderConfig)
-  generator: GeneratorConfig = _section(GeneratorConfig)
-  optimizer: OptimizerConfig = _section(OptimizerConfig)
-  warmup: WarmupConfig = _section(WarmupConfig)
-  index: IndexConfig = _section(IndexConfig)
-  mesh: MeshConfig = _section(MeshConfig)
-  train: TrainConfig = _section(TrainConfig)
-  eval: EvalConfig = _section(EvalConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  tokenizer: TokenizerConfig = dataclasses.field(
+    default_factory=TokenizerConfig
+  )
+  encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
+  generator: GeneratorConfig = dataclasses.field(
+    default_factory=GeneratorConfig
+  )
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=OptimizerConfig
+  )
+  warmup: WarmupConfig = dataclasses.field(default_factory=WarmupConfig)
+  index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
 
 # Numbers that must be positive, by the last part of their name; the others may
@@ -219,7 +220,7 @@ def fields(
       yield name, field, value
 
 
-def check_choice(name: str, value: str, choices: Collection[str]) -> str:
+def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
   """Returns what is wrong with `value` given for `name`, or ""."""
   if value in choices:
     return ""
@@ -320,7 +321,7 @@ def _cross_problems(c: Config) -> Iterator[str]:
     )
 
 
-def validate(config: Config) -> Config:
+def validate(config: Any) -> Config:
   """Returns `config` if every setting is possible.
 
   Raises:

@@ -67,14 +67,14 @@ class Tokenizer:
     )
     return [encoding.ids for encoding in encodings]
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[typing.SupportsInt]) -> str:
     """Returns the text of `ids`, without special tokens and outer spaces."""
     text = self._backend.backend_tokenizer.decode(
       [int(i) for i in ids], skip_special_tokens=True
     )
     return text.strip()
 
-  def tokens(self, ids: Iterable[int]) -> list[str]:
+  def tokens(self, ids: Iterable[typing.SupportsInt]) -> list[str]:
     """Returns the text of each id alone, to show it to a person."""
     decode = self._backend.backend_tokenizer.decode
     return [decode([int(i)], skip_special_tokens=False) for i in ids]

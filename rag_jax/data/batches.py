@@ -4,12 +4,10 @@ import typing
 from typing import Any
 
 import flax.struct
-from jaxtyping import Array, Bool, Float, Int
-import numpy as np
+from jaxtyping import Bool, Float, Int
 
 
-# Unchecked, because JAX makes it of shapes and shardings too. numpy as it
-# leaves the host.
+# Unchecked, because JAX makes it of shapes and shardings too.
 @typing.no_type_check
 @flax.struct.dataclass
 class RagBatch:
@@ -20,15 +18,15 @@ class RagBatch:
   otherwise.
   """
 
-  context_tokens: Int[Array | np.ndarray, "B K C"]
-  context_mask: Bool[Array | np.ndarray, "B K C"]
-  target_tokens: Int[Array | np.ndarray, "B T"]
-  target_mask: Bool[Array | np.ndarray, "B T"]
-  question_tokens: Int[Array | np.ndarray, "B Q"] | None = None
-  question_mask: Bool[Array | np.ndarray, "B Q"] | None = None
-  doc_tokens: Int[Array | np.ndarray, "B K L"] | None = None
-  doc_mask: Bool[Array | np.ndarray, "B K L"] | None = None
-  doc_embeddings: Float[Array | np.ndarray, "B K R"] | None = None
+  context_tokens: Int[Any, "B K C"]
+  context_mask: Bool[Any, "B K C"]
+  target_tokens: Int[Any, "B T"]
+  target_mask: Bool[Any, "B T"]
+  question_tokens: Int[Any, "B Q"] | None = None
+  question_mask: Bool[Any, "B Q"] | None = None
+  doc_tokens: Int[Any, "B K L"] | None = None
+  doc_mask: Bool[Any, "B K L"] | None = None
+  doc_embeddings: Float[Any, "B K R"] | None = None
 
   def inputs(self) -> dict[str, Any]:
     """Returns the arrays that `RagModel.__call__` names."""

@@ -5,7 +5,7 @@ Out: the `RagBatch` of that step. A pure function of these, so a run that is
 resumed sees the batches it would have seen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 import dataclasses
 import time
@@ -21,6 +21,8 @@ from rag_jax.data.context import ContextBuilder
 from rag_jax.data.questions import Question
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import Embedder
+
+_POLL_SECS = 0.002
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,13 +148,18 @@ class Ahead:
     """Waits for the batch without taking it."""
     return None if self._pending is None else self._pending.result()
 
-  def take(self) -> tuple[Prepared, float]:
-    """Returns the batch, and the seconds that were waited for it."""
+  def take(self, device_is_idle: Callable[[], bool]) -> tuple[Prepared, float]:
+    """Returns the batch, and the seconds that the devices waited for it."""
     assert self._pending is not None
-    start = time.perf_counter()
+    waited, now = 0.0, time.perf_counter()
+    while not self._pending.done():
+      futures.wait([self._pending], timeout=_POLL_SECS)
+      before, now = now, time.perf_counter()
+      # The step that runs hides the time until it is done.
+      waited += now - before if device_is_idle() else 0.0
     prepared = self._pending.result()
     self._pending = None
-    return prepared, time.perf_counter() - start
+    return prepared, waited
 
   def close(self) -> None:
     """Ends the thread."""

@@ -7,16 +7,14 @@ log-probability, and the documents with prior and posterior.
 from collections.abc import Sequence
 import dataclasses
 
+import jax
+from jax.experimental import multihost_utils
 from jaxtyping import Float, Int, PyTree
 import numpy as np
 
-from rag_jax.corpus.passages import Passages
-from rag_jax.corpus.tokenizer import Tokenizer
-from rag_jax.data.context import ContextBuilder
+from rag_jax.data.experiment import Experiment
 from rag_jax.decoding.greedy import make_greedy
-from rag_jax.models.rag import RagModel
 from rag_jax.retrieval.index import Index
-from rag_jax.retrieval.retriever import Embedder
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,29 +47,19 @@ class Answer:
 class Answerer:
   """Retrieves, reads and writes, in batches of one shape."""
 
-  def __init__(
-    self,
-    model: RagModel,
-    tokenizer: Tokenizer,
-    passages: Passages,
-    context: ContextBuilder,
-    embedder: Embedder,
-    *,
-    question_length: int,
-    context_length: int,
-    target_length: int,
-  ):
-    self._tokenizer = tokenizer
-    self._passages = passages
-    self._context = context
-    self._embedder = embedder
-    self._longest_question = min(question_length, context_length) - 2
+  def __init__(self, experiment: Experiment):
+    data = experiment.config.data
+    self._tokenizer = experiment.tokenizer
+    self._passages = experiment.passages
+    self._context = experiment.context
+    self._embedder = experiment.embedder
+    self._longest_question = min(data.question_length, data.context_length) - 2
     self._decode = make_greedy(
-      model,
-      max_tokens=target_length,
-      start_id=tokenizer.eos_id,
-      end_id=tokenizer.eos_id,
-      pad_id=tokenizer.pad_id,
+      experiment.model,
+      max_tokens=data.target_length,
+      start_id=self._tokenizer.eos_id,
+      end_id=self._tokenizer.eos_id,
+      pad_id=self._tokenizer.pad_id,
     )
 
   def search(
@@ -141,6 +129,8 @@ class Answerer:
     doc_ids = retrieved[:, :n_docs]
     contexts, mask = self._context.contexts(question_ids, doc_ids)
     out = self._decode(params, doc_scores, contexts, mask)
+    if jax.process_count() > 1:
+      out = multihost_utils.process_allgather(out, tiled=True)
     out = {
       f.name: np.asarray(getattr(out, f.name)) for f in dataclasses.fields(out)
     }

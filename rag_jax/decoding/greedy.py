@@ -45,7 +45,7 @@ class _Loop:
 def make_greedy(
   model: RagModel, *, max_tokens: int, start_id: int, end_id: int, pad_id: int
 ) -> Callable[..., Decoded]:
-  """Returns a compiled function (params, doc_scores, contexts, mask) -> Decoded.
+  """Returns a compiled (params, doc_scores, contexts, mask) -> Decoded.
 
   The contexts are encoded once. All questions are decoded together in one
   `lax.while_loop`, which ends when each has its end token.
@@ -119,9 +119,7 @@ def make_greedy(
     ends = jnp.cumsum(loop.tokens == end_id, axis=1)
     mask = (ends == 0) | ((ends == 1) & (loop.tokens == end_id))
     mask &= jnp.arange(max_tokens) < loop.position
-    posterior, token_posterior = doc_posterior(
-      doc_scores, loop.log_probs, mask
-    )
+    posterior, token_posterior = doc_posterior(doc_scores, loop.log_probs, mask)
     return Decoded(
       tokens=loop.tokens,
       mask=mask,

@@ -7,6 +7,7 @@ In: context tokens [N, C] and target tokens [N, T], N = B*K.
 Out: target_logits [N, T, V].
 """
 
+import dataclasses
 import functools
 import typing
 
@@ -62,6 +63,7 @@ class Stack(nn.Module):
   activation: str
   norm: str
   embedding_norm: bool
+  relative_buckets: int
   cross: bool
   copy_init: bool
   dropout: float
@@ -89,6 +91,8 @@ class Stack(nn.Module):
       self.embedding_layer_norm = layer_norm(name="embedding_norm")
     if self.norm == "pre":
       self.final_norm = layer_norm()
+    previous = self.copy_init and not self.cross
+    copies = self.copy_init and self.cross
     self.layers = [
       TransformerLayer(
         num_heads=self.num_heads,
@@ -97,10 +101,10 @@ class Stack(nn.Module):
         activation=self.activation,
         norm=self.norm,
         cross=self.cross,
-        copy_init=self.copy_init,
-        # BERT's 0.02 is D**-0.5 for a wide model; in a narrow one it would make
-        # attention so flat that it takes hundreds of steps to look anywhere.
-        kernel_std=self.embed_dim**-0.5 if self.copy_init else 0.02,
+        relative_buckets=self.relative_buckets,
+        # The last layer copies, what the first has put beside each token.
+        self_start="previous" if previous and i == 0 else "normal",
+        cross_start="copy" if copies and i == self.num_layers - 1 else "normal",
         # A copying start: what the other blocks add is small beside it.
         out_init_scale=0.2 if self.copy_init else 1.0,
         dropout=self.dropout,
@@ -162,14 +166,14 @@ class Generator(nn.Module):
   norm: str = "post"
   embedding_norm: bool = True
   scale_embedding: bool = False
-  init: str = "normal"  # or "copy"
+  relative_buckets: int = 0  # T5's relative positions, in the encoder
+  copy_init: bool = False  # attention starts by copying
   dropout: float = 0.0
   dtype: DTypeLike = jnp.bfloat16
   param_dtype: DTypeLike = jnp.float32
 
   def setup(self):
-    copy = self.init == "copy"
-    std = self.embed_dim**-0.5 if copy else 0.02
+    std = self.embed_dim**-0.5 if self.copy_init else 0.02
     self.token_embedding = nn.Embed(
       self.vocab_size,
       self.embed_dim,
@@ -188,13 +192,15 @@ class Generator(nn.Module):
       activation=self.activation,
       norm=self.norm,
       embedding_norm=self.embedding_norm,
-      copy_init=copy,
+      copy_init=self.copy_init,
       dropout=self.dropout,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
-    self.encoder = stack(cross=False)
-    self.decoder = stack(cross=True)
+    # The decoder's positions are absolute alone: cached steps then need no
+    # offsets.
+    self.encoder = stack(cross=False, relative_buckets=self.relative_buckets)
+    self.decoder = stack(cross=True, relative_buckets=0)
     self.final_logits_bias = self.param(
       "final_logits_bias",
       named(nn.initializers.zeros, "vocab"),
@@ -291,4 +297,6 @@ class Generator(nn.Module):
       layers.append(layer_cache)
     if self.norm == "pre":
       x = self.decoder.final_norm(x)
-    return self._logits(x)[:, 0], cache.replace(layers=tuple(layers))
+    return self._logits(x)[:, 0], dataclasses.replace(
+      cache, layers=tuple(layers)
+    )

@@ -3,8 +3,10 @@
 In: activations [N, T, D], where N is B or B*K. Out: the same shape.
 """
 
+import dataclasses
 import functools
 import typing
+from typing import Any
 
 from flax import linen as nn
 import flax.struct
@@ -27,15 +29,57 @@ def identity_init(
   return jnp.eye(*shape, dtype=dtype)
 
 
+def rolled_identity(scale: float, roll: int) -> nn.initializers.Initializer:
+  """Returns an initializer: `scale` times the identity, columns rolled."""
+
+  def init(
+    key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+  ) -> Array:
+    return scale * jnp.roll(jnp.eye(*shape, dtype=dtype), roll, axis=1)
+
+  return init
+
+
+def relative_bucket(
+  offset: Int[Array, "T S"], num_buckets: int, max_distance: int = 128
+) -> Int[Array, "T S"]:
+  """Returns T5's bucket of each offset (key position - query position).
+
+  Bidirectional: half of the buckets for keys behind, half for keys ahead; in
+  each half the near offsets have one each, the far ones share, the farther the
+  more. Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 2.1.
+  """
+  half = num_buckets // 2
+  exact = half // 2
+  distance = jnp.abs(offset)
+  far = exact + (
+    jnp.log(jnp.maximum(distance, 1) / exact)
+    / jnp.log(max_distance / exact)
+    * (half - exact)
+  ).astype(jnp.int32)
+  near = jnp.where(distance < exact, distance, jnp.minimum(far, half - 1))
+  return near + jnp.where(offset > 0, half, 0)
+
+
+# How an attention starts. "normal": BERT and BART. The other two make a pair
+# that copies (an induction head, https://arxiv.org/abs/2209.11895): "previous"
+# adds to each token what stands before it; "copy" looks for the place whose
+# previous token is the one just written, and writes what stands there.
+_COPY_LOGIT = 2.0  # of a match, before it is trained
+_PREVIOUS_BIAS = 6.0  # of the offset -1: exp(6) against 1 for the others
+
+
 class Attention(nn.Module):
   """Multi-head attention of `x` over `memory`; self-attention if they are one.
 
-  Params: `query`, `key`, `value` kernels [D, N, H]; `out` kernel [N, H, D].
+  Params: `query`, `key`, `value` kernels [D, N, H]; `out` kernel [N, H, D];
+  `relative_bias` [buckets, N] if there are relative positions.
   """
 
   num_heads: int
   head_dim: int
-  copy_init: bool = False  # start as: out = what is looked at
+  relative_buckets: int = 0  # T5's relative positions; 0 = none
+  start: str = "normal"  # "normal", "previous" or "copy": see above
   kernel_std: float = 0.02  # of a fresh kernel; BERT's and BART's
   out_init_scale: float = 1.0  # times kernel_std, of the `out` kernel
   dtype: DTypeLike = jnp.bfloat16  # of activations and matmuls
@@ -46,23 +90,46 @@ class Attention(nn.Module):
       nn.DenseGeneral, dtype=self.dtype, param_dtype=self.param_dtype
     )
     heads = functools.partial(dense, features=(self.num_heads, self.head_dim))
+    inits = self._inits()
     axes = ("embed", "heads", "head_dim")
-    inner_init = dense_init(*axes, std=self.kernel_std)
-    value_init = inner_init
-    out_init = dense_init(
-      *axes[1:], "embed", std=self.kernel_std * self.out_init_scale
-    )
-    if self.copy_init:
-      value_init = named(identity_init, *axes)
-      out_init = named(identity_init, *axes[1:], "embed")
-    self.query = heads(kernel_init=inner_init)
-    self.key = heads(kernel_init=inner_init)
-    self.value = heads(kernel_init=value_init)
+    self.query = heads(kernel_init=named(inits["query"], *axes))
+    self.key = heads(kernel_init=named(inits["key"], *axes))
+    self.value = heads(kernel_init=named(inits["value"], *axes))
     self.out = dense(
       features=self.num_heads * self.head_dim,
       axis=(-2, -1),
-      kernel_init=out_init,
+      kernel_init=named(inits["out"], *axes[1:], "embed"),
     )
+    if self.relative_buckets:
+      self.relative_bias = self.param(
+        "relative_bias",
+        named(inits["bias"], "position", "heads"),
+        (self.relative_buckets, self.num_heads),
+        self.param_dtype,
+      )
+
+  def _inits(self) -> dict[str, Any]:
+    """Returns the initializer of each kernel."""
+    normal = nn.initializers.normal(self.kernel_std)
+    dim = self.num_heads * self.head_dim
+    inits: dict[str, Any] = dict.fromkeys(("query", "key", "value"), normal)
+    inits["out"] = nn.initializers.normal(self.kernel_std * self.out_init_scale)
+    inits["bias"] = nn.initializers.zeros
+    if self.start == "previous":
+      # Rolled: what stands before goes where the token itself is not. Layer
+      # norm made it sqrt(D) long; it is added with the length of a token.
+      inits["value"] = identity_init
+      inits["out"] = rolled_identity(dim**-0.5, dim // 2)
+      previous = jnp.arange(self.relative_buckets)[:, None] == 1
+      inits["bias"] = lambda _, shape, dtype: jnp.broadcast_to(
+        _PREVIOUS_BIAS * previous, shape
+      ).astype(dtype)
+    elif self.start == "copy":
+      # `key` undoes the roll of "previous".
+      inits["query"] = rolled_identity(_COPY_LOGIT**0.5, 0)
+      inits["key"] = rolled_identity(_COPY_LOGIT**0.5, -(dim // 2))
+      inits["value"] = inits["out"] = identity_init
+    return inits
 
   def keys_values(self, memory: Float[Array, "B S D"]) -> tuple[Keys, Keys]:
     """Returns what `memory` offers to be looked at: keys and values."""
@@ -81,11 +148,20 @@ class Attention(nn.Module):
     attn_logits = jnp.einsum(
       "BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32
     )
+    if self.relative_buckets:
+      attn_logits += self._relative_logits(x.shape[1], key.shape[1])
     attn_logits = jnp.where(
       mask[:, None], attn_logits, jnp.finfo(jnp.float32).min
     )
     attn_probs = jax.nn.softmax(attn_logits, axis=-1).astype(self.dtype)
     return self.out(jnp.einsum("BNTS,BSNH->BTNH", attn_probs, value))
+
+  def _relative_logits(
+    self, num_queries: int, num_keys: int
+  ) -> Float[Array, "N T S"]:
+    offset = jnp.arange(num_keys) - jnp.arange(num_queries)[:, None]
+    bucket = relative_bucket(offset, self.relative_buckets)
+    return jnp.transpose(self.relative_bias[bucket], (2, 0, 1))
 
   def __call__(
     self,
@@ -158,7 +234,9 @@ class TransformerLayer(nn.Module):
   norm: str = "post"
   norm_eps: float = 1e-5
   cross: bool = False  # a decoder layer
-  copy_init: bool = False  # cross-attention starts by copying
+  relative_buckets: int = 0  # of self-attention
+  self_start: str = "normal"  # of self-attention; see Attention
+  cross_start: str = "normal"
   kernel_std: float = 0.02
   out_init_scale: float = 1.0  # of what self-attention and MLP add
   dropout: float = 0.0
@@ -181,10 +259,14 @@ class TransformerLayer(nn.Module):
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
-    self.self_attention = attention(out_init_scale=self.out_init_scale)
+    self.self_attention = attention(
+      relative_buckets=self.relative_buckets,
+      start=self.self_start,
+      out_init_scale=self.out_init_scale,
+    )
     self.self_attention_norm = layer_norm()
     if self.cross:
-      self.cross_attention = attention(copy_init=self.copy_init)
+      self.cross_attention = attention(start=self.cross_start)
       self.cross_attention_norm = layer_norm()
     self.mlp = Mlp(
       mlp_dim=self.mlp_dim,
@@ -219,6 +301,8 @@ class TransformerLayer(nn.Module):
     y = inner(x, norm)
     x = self._after(x, self.self_attention(y, y, mask), norm, deterministic)
     if self.cross:
+      assert memory is not None
+      assert memory_mask is not None
       norm = self.cross_attention_norm
       y = self.cross_attention(inner(x, norm), memory, memory_mask)
       x = self._after(x, y, norm, deterministic)
@@ -249,7 +333,8 @@ class TransformerLayer(nn.Module):
     update = functools.partial(
       jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=1
     )
-    cache = cache.replace(
+    cache = dataclasses.replace(
+      cache,
       self_key=update(cache.self_key, key),
       self_value=update(cache.self_value, value),
     )

@@ -1,8 +1,10 @@
 """Logical axis names, and the one table that maps them onto the device mesh."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from flax import linen as nn
+from flax.linen import spmd
 import jax
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
@@ -33,14 +35,17 @@ AXIS_RULES = (
 )
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-  """Returns the mesh over all devices; `config.data` is filled in."""
+def make_mesh(
+  config: MeshConfig, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+  """Returns the mesh over `devices`, by default all; data is filled in."""
   # Auto, because Linen's logical constraints fail on Explicit axes, which
   # jax.make_mesh now makes by default.
   return jax.make_mesh(
     (config.data, config.fsdp, config.tensor),
     ("data", "fsdp", "tensor"),
     axis_types=(AxisType.Auto,) * 3,
+    devices=devices,
   )
 
 
@@ -60,13 +65,13 @@ def dense_init(
 
 def constrain(x: jax.Array, *axes: LogicalAxis) -> jax.Array:
   """Asks the compiler to lay out activation `x` by its named dimensions."""
-  return nn.with_logical_constraint(x, axes, rules=AXIS_RULES)
+  return spmd.with_logical_constraint(x, axes, rules=AXIS_RULES)
 
 
 def shardings(abstract: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
   """Returns the `NamedSharding` of every array in a boxed, abstract tree."""
   specs = nn.get_partition_spec(abstract)
-  return nn.logical_to_mesh_sharding(specs, mesh, AXIS_RULES)
+  return spmd.logical_to_mesh_sharding(specs, mesh, AXIS_RULES)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

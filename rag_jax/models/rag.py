@@ -127,13 +127,16 @@ class RagModel(nn.Module):
     if question_tokens is None:
       doc_scores = jnp.zeros((b, k), jnp.float32)
     else:
+      assert question_mask is not None
       if doc_tokens is not None:
+        assert doc_mask is not None
         length = doc_tokens.shape[-1]
         doc_embeddings = self.embed_passages(
           doc_tokens.reshape(b * k, length),
           doc_mask.reshape(b * k, length),
           deterministic,
         ).reshape(b, k, -1)
+      assert doc_embeddings is not None
       question_embedding = self.embed_questions(
         question_tokens, question_mask, deterministic
       )
@@ -215,7 +218,8 @@ def build_model(
       norm=g.norm,
       embedding_norm=g.embedding_norm,
       scale_embedding=g.scale_embedding,
-      init=g.init,
+      relative_buckets=g.relative_buckets,
+      copy_init=g.init == "copy",
       dropout=g.dropout,
       dtype=dtype,
     ),

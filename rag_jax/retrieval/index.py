@@ -40,6 +40,7 @@ class Index(Protocol):
   embedding_dim: int  # R
   encoder_fingerprint: str  # of the weights that embedded the passages
   passages_fingerprint: str
+  embeddings: Float[np.ndarray, "P R"]  # in float32, for scoring again
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int

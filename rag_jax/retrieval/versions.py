@@ -50,6 +50,7 @@ class IndexVersions:
     self._thread = futures.ThreadPoolExecutor(1, "index")
     self._next: futures.Future[Index] | None = None
     self._next_version = 0
+    self._saved: set[int] = set()  # of this run, in the directory
     self.version = 0
     self.index: Index | None = None
 
@@ -82,9 +83,11 @@ class IndexVersions:
     if self._next is not None:
       versions[self._next_version] = self._next.result()
     for version, index in versions.items():
-      path = self._path(version)
-      if not (path / "manifest.json").exists():
-        index.save(path)
+      # Not whether its directory exists: a run that went on from an earlier
+      # checkpoint, with other settings, finds one of other weights.
+      if version not in self._saved:
+        index.save(self._path(version))
+        self._saved.add(version)
     return sorted(versions)
 
   def restore(self, versions: list[int], passages_fingerprint: str) -> None:
@@ -94,6 +97,7 @@ class IndexVersions:
       for v in versions
     ]
     self.index, self.version = indexes[0], versions[0]
+    self._saved = set(versions)
     if len(versions) > 1:
       self._next_version = versions[1]
       self._next = futures.Future()
@@ -101,6 +105,7 @@ class IndexVersions:
 
   def remove_except(self, versions: set[int]) -> None:
     """Deletes the saved versions that no kept checkpoint needs."""
+    self._saved &= versions
     if not self._directory.exists():
       return
     for path in self._directory.iterdir():

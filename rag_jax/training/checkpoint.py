@@ -149,7 +149,7 @@ class Checkpointer:
 
   def best_step(self) -> int | None:
     """Returns the step with the highest metric; of equal ones, the later."""
-    metrics = {step: self._metric(step) for step in self.steps()}
+    metrics = {step: self.metric(step) for step in self.steps()}
     rated = [(m, step) for step, m in metrics.items() if m is not None]
     return max(rated)[1] if rated else None
 
@@ -235,7 +235,7 @@ class Checkpointer:
         (complete if found else incomplete).append(int(name))
     return sorted(complete), sorted(incomplete)
 
-  def _metric(self, step: int) -> float | None:
+  def metric(self, step: int) -> float | None:
     """Returns the metric of a complete step, without checking its files."""
     manifest = self._folder(step) / artifacts.MANIFEST
     with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -60,7 +60,7 @@ def _decays(params: PyTree) -> PyTree:
   """Returns whether weight decay falls on each parameter."""
   # By name as well: the biases of attention are two-dimensional, [N, H].
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: x.ndim > 1 and path[-1].key != "bias", params
+    lambda path, x: x.ndim > 1 and "bias" not in path[-1].key, params
   )
 
 

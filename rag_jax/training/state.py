@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import typing
+from typing import Any
 
 from flax import linen as nn
 import flax.struct
@@ -63,11 +64,25 @@ def make_state(
   opt_state = jax.jit(optimizer.init, out_shardings=opt_layout)(params)
   step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
   state = TrainState(step=step, params=params, opt_state=opt_state)
-  return state, TrainState(
-    step=replicated(mesh), params=layout, opt_state=opt_layout
-  )
+  layouts: dict[str, Any] = {
+    "step": replicated(mesh),
+    "params": layout,
+    "opt_state": opt_layout,
+  }
+  return state, TrainState(**layouts)
 
 
 def _is_masked(node: object) -> bool:
   """Whether `node` stands for a parameter that an optimizer leaves alone."""
   return isinstance(node, optax.MaskedNode)
+
+
+def abstract_state(state: TrainState, layout: TrainState) -> TrainState:
+  """Returns shapes, dtypes and shardings, which a restore is given."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    state,
+    layout,
+  )

@@ -1,7 +1,6 @@
 """One update: batch -> loss -> gradients -> new state."""
 
 from collections.abc import Callable
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,23 @@ Metrics = dict[str, jax.Array]
 LossFn = Callable[[PyTree, RagBatch, Key[Array, ""]], tuple[Array, Metrics]]
 
 
+def _apply(
+  model: RagModel,
+  params: PyTree,
+  dropout_key: Key[Array, ""],
+  *args: Any,
+  **kwargs: Any,
+) -> Any:
+  """Returns what `model` makes of its inputs, with dropout."""
+  return model.apply(
+    {"params": params},
+    *args,
+    deterministic=False,
+    rngs={"dropout": dropout_key},
+    **kwargs,
+  )
+
+
 def marginal_loss(
   params: PyTree,
   batch: RagBatch,
@@ -30,12 +46,7 @@ def marginal_loss(
   nll_fn: Callable[..., Float[Array, "B"]],
 ) -> tuple[Float[Array, ""], Metrics]:
   """Returns -log p(y|x) a target token, in nats, and what to log."""
-  out = model.apply(
-    {"params": params},
-    **batch.inputs(),
-    deterministic=False,
-    rngs={"dropout": dropout_key},
-  )
+  out = _apply(model, params, dropout_key, **batch.inputs())
   nll = nll_fn(
     out.doc_scores, out.target_logits, batch.target_tokens, batch.target_mask
   )  # B
@@ -67,33 +78,30 @@ def cloze_loss(
   inputs = batch.inputs() | dict.fromkeys(
     ("question_tokens", "question_mask", "doc_tokens", "doc_mask")
   )
-  out = model.apply(
-    {"params": params},
-    **inputs,
-    deterministic=False,
-    rngs={"dropout": generator_key},
-  )
+  out = _apply(model, params, generator_key, **inputs)
   nll = rag_token_nll(
     out.doc_scores, out.target_logits, batch.target_tokens, batch.target_mask
   )
   loss = jnp.sum(nll) / jnp.sum(batch.target_mask)
   metrics = {"warmup/loss": loss}
   if not closed_book:
-    questions = model.apply(
-      {"params": params},
+    assert batch.doc_tokens is not None
+    assert batch.doc_mask is not None
+    questions = _apply(
+      model,
+      params,
+      question_key,
       batch.question_tokens,
       batch.question_mask,
-      False,
       method="embed_questions",
-      rngs={"dropout": question_key},
     )
-    passages = model.apply(
-      {"params": params},
+    passages = _apply(
+      model,
+      params,
+      doc_key,
       batch.doc_tokens[:, 0],
       batch.doc_mask[:, 0],
-      False,
       method="embed_passages",
-      rngs={"dropout": doc_key},
     )
     contrast = jnp.mean(in_batch_contrastive_nll(questions, passages))
     metrics["warmup/contrastive_loss"] = contrast
@@ -130,14 +138,20 @@ def compile_update(
   layout: TrainState,
   mesh: jax.sharding.Mesh,
   stage: str,
-) -> Callable[
-  [TrainState, RagBatch, Key[Array, ""]], tuple[TrainState, Metrics]
-]:
-  """Returns `update` as one program over the mesh; its state is donated."""
+) -> Any:
+  """Returns `update`, jitted over the mesh; its state is donated."""
+
+  def on_mesh(
+    state: TrainState, batch: RagBatch, key: Key[Array, ""]
+  ) -> tuple[TrainState, Metrics]:
+    # Where no mesh is set, `constrain` in the model silently does nothing.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return update(
+        state, batch, key, loss_fn=loss_fn, optimizer=optimizer, stage=stage
+      )
+
   return jax.jit(
-    functools.partial(
-      update, loss_fn=loss_fn, optimizer=optimizer, stage=stage
-    ),
+    on_mesh,
     in_shardings=(layout, batch_sharding(mesh), replicated(mesh)),
     out_shardings=(layout, replicated(mesh)),
     donate_argnums=0,

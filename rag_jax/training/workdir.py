@@ -54,6 +54,16 @@ class Workdir:
     return self.path / "indexes"
 
   @property
+  def model(self) -> epath.Path:
+    """The directory of the trained model, once the run has ended."""
+    return self.path / "model"
+
+  @property
+  def index(self) -> epath.Path:
+    """The directory of the trained model's index."""
+    return self.path / "index"
+
+  @property
   def tokenizer(self) -> epath.Path:
     """The directory of the tokenizer."""
     return self.path / "tokenizer"

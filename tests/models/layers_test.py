@@ -35,7 +35,7 @@ def random_params(module, *args):
 
 def fresh_params(module, *args):
   init = jax.jit(lambda *a: nn.meta.unbox(module.init(*a))["params"])
-  return jax.device_get(init(jax.random.key(0), *args))
+  return jax.tree.map(np.array, init(jax.random.key(0), *args))
 
 
 def apply(module, params, *args, **kwargs):
@@ -145,8 +145,65 @@ def test_attention_in_bfloat16_is_close_and_keeps_float32_parameters():
   )
 
 
+def bucket_by_hand(offset, num_buckets, max_distance):
+  """T5's bucket: half for each side, of which half for single distances."""
+  half = num_buckets // 2
+  first = half if offset > 0 else 0
+  distance, exact = abs(offset), half // 2
+  if distance < exact:
+    return first + distance
+  # The others share the rest evenly in log(distance), up to max_distance.
+  fraction = math.log(distance / exact) / math.log(max_distance / exact)
+  bucket = exact + int(fraction * (half - exact) + 1e-9)
+  return first + min(bucket, half - 1)
+
+
+@pytest.mark.parametrize(
+  ("num_buckets", "max_distance"), [(32, 128), (8, 16), (4, 128)]
+)
+def test_relative_buckets_are_those_of_t5(num_buckets, max_distance):
+  offset = np.arange(-300, 301)[None]
+  buckets = jax.jit(
+    functools.partial(
+      layers.relative_bucket,
+      num_buckets=num_buckets,
+      max_distance=max_distance,
+    )
+  )(offset)
+  expected = [
+    bucket_by_hand(o, num_buckets, max_distance) for o in offset[0].tolist()
+  ]
+  np.testing.assert_array_equal(buckets[0], expected)
+
+
+def test_relative_positions_add_a_bias_for_each_offset_and_head():
+  attention = layers.Attention(N, H, relative_buckets=8, dtype=jnp.float32)
+  params = random_params(attention, X, X, np.ones((B, 1, T), bool))
+  for name in ("query", "key"):  # no content: the bias alone decides
+    params[name] = jax.tree.map(np.zeros_like, params[name])
+  bias = params["relative_bias"]
+  assert bias.shape == (8, N)
+  value = X @ params["value"]["kernel"].reshape(D, D)
+  value = value.reshape(B, T, N, H) + params["value"]["bias"]
+  expected = np.zeros((B, T, D)) + params["out"]["bias"]
+  for b in range(B):
+    for t in range(T):
+      for n in range(N):
+        weights = [
+          math.exp(bias[bucket_by_hand(s - t, 8, 128), n]) for s in range(T)
+        ]
+        for s in range(T):
+          expected[b, t] += (
+            weights[s]
+            / sum(weights)
+            * (value[b, s, n] @ params["out"]["kernel"][n])
+          )
+  result = apply(attention, params, X, X, np.ones((B, 1, T), bool))
+  np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
 def test_copying_attention_returns_what_it_looks_at():
-  copying = layers.Attention(N, H, copy_init=True, dtype=jnp.float32)
+  copying = layers.Attention(N, H, start="copy", dtype=jnp.float32)
   params = fresh_params(copying, X, MEMORY, MASK)
   looks_at = np.array([[3, 0, 2], [1, 1, 0]])
   one = np.arange(S) == looks_at[:, :, None]  # B T S
@@ -155,33 +212,46 @@ def test_copying_attention_returns_what_it_looks_at():
     np.testing.assert_allclose(result[b], MEMORY[b, looks_at[b]], atol=1e-6)
 
 
-def test_copying_attention_mixes_what_it_looks_at():
-  copying = layers.Attention(N, H, copy_init=True, dtype=jnp.float32)
-  params = fresh_params(copying, X, MEMORY, MASK)
-  params["query"]["kernel"] *= 0.0  # looks at all alike
-  result = apply(copying, params, X, MEMORY, MASK)
-  for b in range(B):
-    for t in range(T):
-      np.testing.assert_allclose(
-        result[b, t], MEMORY[b, MASK[b, t]].mean(axis=0), atol=1e-6
-      )
+def test_copying_attention_looks_where_the_rolled_half_is_what_it_asks_for():
+  """Of `memory` rolled by D / 2, it prefers what is like the question."""
+  heads, width = 2, 16
+  dim = heads * width
+  copying = layers.Attention(heads, width, start="copy", dtype=jnp.float32)
+  signs = np.sign(normal(1, S, dim))
+  memory = np.roll(signs, dim // 2, axis=-1)
+  x = signs[:, [2, 0, 3]]
+  mask = np.ones((1, 1, S), bool)
+  result = apply(
+    copying, fresh_params(copying, x, memory, mask), x, memory, mask
+  )
+  np.testing.assert_allclose(result[0], memory[0, [2, 0, 3]], atol=0.05)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.2])
-def test_a_copying_start_shrinks_what_the_other_blocks_add(scale):
-  x = np.zeros((1, 2, 64), np.float32)
-  layer = layers.TransformerLayer(4, 16, 64, out_init_scale=scale)
-  params = fresh_params(layer, x, np.ones((1, 1, 2), bool))
-  for kernel in (
-    params["self_attention"]["out"]["kernel"],
-    params["mlp"]["down"]["kernel"],
-  ):
-    np.testing.assert_allclose(kernel.std(), 0.02 * scale, rtol=0.05)
-  for kernel in (
-    params["self_attention"]["value"]["kernel"],
-    params["mlp"]["up"]["kernel"],
-  ):
-    np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.05)
+def test_previous_attention_adds_the_token_before_rolled_by_half():
+  previous = layers.Attention(
+    N, H, start="previous", relative_buckets=8, dtype=jnp.float32
+  )
+  mask = np.ones((B, 1, T), bool)
+  result = apply(previous, fresh_params(previous, X, X, mask), X, X, mask)
+  # exp(6) against 1 for each other position: all but 0.5 % of the weight.
+  for t in range(1, T):
+    expected = np.roll(X[:, t - 1], D // 2, axis=-1) / math.sqrt(D)
+    np.testing.assert_allclose(result[:, t], expected, atol=0.02)
+
+
+@pytest.mark.parametrize(("std", "scale"), [(0.02, 1.0), (0.1, 0.2)])
+def test_fresh_kernels_have_the_size_that_is_asked_for(std, scale):
+  x, memory = np.zeros((1, 2, 64), np.float32), np.ones((1, 2, 64), np.float32)
+  mask = np.ones((1, 1, 2), bool)
+  layer = layers.TransformerLayer(
+    4, 16, 64, cross=True, kernel_std=std, out_init_scale=scale
+  )
+  params = fresh_params(layer, x, mask, memory, mask)
+  attention, mlp = params["self_attention"], params["mlp"]
+  for part in (attention["out"], mlp["down"]):
+    np.testing.assert_allclose(part["kernel"].std(), std * scale, rtol=0.05)
+  for part in (attention["query"], attention["value"], mlp["up"]):
+    np.testing.assert_allclose(part["kernel"].std(), std, rtol=0.05)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
@@ -233,7 +303,7 @@ def test_a_layer_is_residual_blocks_with_norms_where_they_belong(norm, cross):
   )
 
 
-def test_dropout_needs_a_key_and_follows_it():
+def test_dropout_is_a_function_of_its_key():
   layer = layers.TransformerLayer(N, H, F, dropout=0.5, dtype=jnp.float32)
   mask = np.ones((B, 1, T), bool)
   params = random_params(layer, X, mask)
@@ -248,8 +318,3 @@ def test_dropout_needs_a_key_and_follows_it():
   np.testing.assert_array_equal(run(0, X, mask), result)
   assert np.any(run(1, X, mask) != result)
   assert np.any(apply(layer, params, X, mask) != result)
-
-
-def test_identity_init_of_heads_is_the_identity():
-  kernel = layers.identity_init(jax.random.key(0), (D, D))
-  np.testing.assert_array_equal(kernel, np.eye(D))

@@ -41,6 +41,7 @@ def boxed(request):
   config.encoder.learn_score_scale = True
   config.generator.num_layers = 1
   config.generator.norm = "pre"
+  config.generator.relative_buckets = 8
   config.generator.init = request.param
   model = build_model(config, vocab_size=600, decoder_start_id=2)
   tokens = jnp.zeros((1, 2, 4), jnp.int32)  # as contexts and as documents
@@ -129,6 +130,7 @@ def test_matrices_are_split_over_fsdp_and_tensor(boxed, mesh):
     layer + "cross_attention/key/kernel": ("fsdp", "tensor", None),
     layer + "cross_attention/value/kernel": ("fsdp", "tensor", None),
     layer + "cross_attention/out/kernel": ("tensor", None, "fsdp"),
+    "generator/encoder/layer_0/self_attention/relative_bias": (None, "tensor"),
     layer + "mlp/up/kernel": ("fsdp", "tensor"),
     layer + "mlp/down/kernel": ("tensor", "fsdp"),
     layer + "mlp/up/bias": (),

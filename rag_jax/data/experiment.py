@@ -1,0 +1,172 @@
+"""The parts of an experiment, opened from its config and checked to fit.
+
+In: a config, and the tokenizer of the run if there is one. Out: passages,
+tokenizer, model and what connects them, for training, evaluation and serving.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+from absl import logging
+from etils import epath
+import jax
+from jaxtyping import PyTree
+import numpy as np
+
+from rag_jax.config import Config
+from rag_jax.config import check_devices
+from rag_jax.config import validate
+from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.passages import load_passages
+from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.corpus.tokenizer import load_tokenizer
+from rag_jax.corpus.tokenizer import train_tokenizer
+from rag_jax.data.batches import RagBatch
+from rag_jax.data.context import ContextBuilder
+from rag_jax.data.questions import load_questions
+from rag_jax.models.partitioning import make_mesh
+from rag_jax.models.rag import RagModel
+from rag_jax.models.rag import build_model
+from rag_jax.retrieval.retriever import Embedder
+from rag_jax.retrieval.retriever import IndexBuilder
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Experiment:
+  """What a config describes, opened."""
+
+  config: Config
+  passages: Passages
+  tokenizer: Tokenizer
+  tokenized: TokenizedPassages
+  context: ContextBuilder
+  model: RagModel
+  mesh: jax.sharding.Mesh
+  embedder: Embedder
+  index_builder: IndexBuilder
+
+  @property
+  def closed_book(self) -> bool:
+    """Whether the generator answers without documents."""
+    return self.config.data.n_docs == 0
+
+  def init(self, key: jax.Array) -> PyTree:
+    """Returns fresh parameters, boxed with their logical axes."""
+    return self.model.init(key, **self.example_batch().inputs())["params"]
+
+  def example_batch(self) -> RagBatch:
+    """Returns a batch of one question, for shapes."""
+    data = self.config.data
+    k = max(data.n_docs, 1)
+
+    def tokens(*shape: int) -> tuple[np.ndarray, np.ndarray]:
+      return np.zeros(shape, np.int32), np.ones(shape, bool)
+
+    context, context_mask = tokens(1, k, data.context_length)
+    target, target_mask = tokens(1, data.target_length)
+    # The retriever's too for closed book: there, the retriever is part of the
+    # parameters and is not trained, so both have the same generator.
+    question, question_mask = tokens(1, data.question_length)
+    doc, doc_mask = tokens(1, k, data.passage_length)
+    return RagBatch(
+      context_tokens=context,
+      context_mask=context_mask,
+      target_tokens=target,
+      target_mask=target_mask,
+      question_tokens=question,
+      question_mask=question_mask,
+      doc_tokens=doc,
+      doc_mask=doc_mask,
+    )
+
+
+def open_experiment(
+  config: Config,
+  *,
+  tokenizer_path: epath.PathLike = "",
+  passages: Passages | None = None,
+  devices: Sequence[Any] | None = None,
+) -> Experiment:
+  """Opens what `config` names and builds what it describes.
+
+  Args:
+    config: of the run.
+    tokenizer_path: where the run keeps its tokenizer. If there is none yet, it
+      is made as the config says and saved there. "" keeps it in memory.
+    passages: instead of those that the config names.
+    devices: of the mesh; by default all.
+
+  Raises:
+    ValueError: settings, devices, passages and tokenizer do not fit together.
+    FileNotFoundError: something named is missing.
+  """
+  validate(config)
+  devices = jax.devices() if devices is None else devices
+  mesh_config = check_devices(config, len(devices))
+  if passages is None:
+    passages = load_passages(config.data.passages)
+  check_n_docs(config.data.n_docs, passages)
+  tokenizer = _open_tokenizer(config, passages, tokenizer_path)
+  tokenized = TokenizedPassages(passages, tokenizer, config.data.passage_length)
+  if tokenized.num_cut:
+    logging.info(
+      "%d of %d passages are longer than data.passage_length=%d tokens and"
+      " were cut.",
+      tokenized.num_cut,
+      len(passages),
+      config.data.passage_length,
+    )
+  context = ContextBuilder(tokenizer, tokenized, config.data)
+  model = build_model(
+    config,
+    vocab_size=tokenizer.vocab_size,
+    decoder_start_id=tokenizer.eos_id,  # as in BART
+  )
+  embedder = Embedder(model, config.index.embed_batch_size)
+  return Experiment(
+    config=config,
+    passages=passages,
+    tokenizer=tokenizer,
+    tokenized=tokenized,
+    context=context,
+    model=model,
+    mesh=make_mesh(mesh_config, devices),
+    embedder=embedder,
+    index_builder=IndexBuilder(
+      embedder,
+      context.passages,
+      len(passages),
+      passages.fingerprint,
+      config.index,
+    ),
+  )
+
+
+def check_n_docs(n_docs: int, passages: Passages) -> None:
+  """Raises `ValueError` if there are fewer passages than documents to read."""
+  if n_docs > len(passages):
+    raise ValueError(
+      f"n_docs={n_docs}, but {passages.origin} has only {len(passages)}"
+      " passages. Lower n_docs (data.n_docs in a config), or bring more"
+      " passages."
+    )
+
+
+def _open_tokenizer(
+  config: Config, passages: Passages, path: epath.PathLike
+) -> Tokenizer:
+  saved = epath.Path(path) if path else None
+  if saved is not None and (saved / "tokenizer.json").exists():
+    return load_tokenizer(saved)
+  if config.tokenizer.path:
+    tokenizer = load_tokenizer(config.tokenizer.path)
+  else:
+    texts = [f"{p.title} {p.text}" for p in passages]
+    train = load_questions(config.data.questions, "train")
+    texts += [q.question for q in train]
+    tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
+  if saved is not None:
+    tokenizer.save(saved)
+  return tokenizer

@@ -1,0 +1,133 @@
+"""Questions to measured answers: validation while training, and the test.
+
+In: parameters, an index, questions with accepted answers. Out: metrics.
+"""
+
+from collections.abc import Callable, Sequence
+import time
+
+from absl import logging
+from jaxtyping import PyTree
+import numpy as np
+
+from rag_jax.data.experiment import Experiment
+from rag_jax.data.questions import Question
+from rag_jax.decoding.answerer import Answerer
+from rag_jax.evaluation.report import RECALL_K
+from rag_jax.evaluation.report import AnswerRecord
+from rag_jax.evaluation.report import summarise
+from rag_jax.evaluation.retrieval import answer_recall_at_k
+from rag_jax.evaluation.retrieval import index_recall_at_k
+from rag_jax.retrieval.exact import ExactIndex
+from rag_jax.retrieval.index import Index
+
+
+class Evaluator:
+  """Answers the questions of a split and measures the answers."""
+
+  def __init__(self, experiment: Experiment, answerer: Answerer):
+    self._experiment = experiment
+    self._answerer = answerer
+
+  def records(
+    self, params: PyTree, index: Index | None, questions: Sequence[Question]
+  ) -> list[AnswerRecord]:
+    """Returns one record a question, in their order."""
+    config = self._experiment.config
+    passages = self._experiment.passages
+    answers = self._answerer.answer(
+      params,
+      index,
+      [q.question for q in questions],
+      n_docs=config.data.n_docs,
+      # Recall is measured at 5 also where fewer documents are read.
+      num_retrieved=min(max(RECALL_K, config.data.n_docs), len(passages)),
+      batch_size=config.eval.batch_size,
+    )
+    texts = [
+      [f"{passages[i].title} {passages[i].text}" for i in a.retrieved]
+      for a in answers
+    ]
+    in_top = answer_recall_at_k(texts, [q.answers for q in questions], RECALL_K)
+    return [
+      AnswerRecord(
+        question=question.question,
+        answers=question.answers,
+        relation=question.relation,
+        prediction=answer.text,
+        log_prob=answer.log_prob,
+        retrieved_ids=answer.retrieved,
+        answer_in_top=bool(found),
+      )
+      for question, answer, found in zip(
+        questions, answers, in_top, strict=True
+      )
+    ]
+
+  def evaluate(
+    self,
+    params: PyTree,
+    index: Index | None,
+    questions: Sequence[Question],
+    prefix: str,
+  ) -> dict[str, float]:
+    """Returns the metrics of `report.summarise`, and the index's recall.
+
+    Raises:
+      ValueError: the index finds less than eval.min_index_recall.
+    """
+    start = time.perf_counter()
+    metrics = summarise(self.records(params, index, questions), prefix)
+    secs = time.perf_counter() - start
+    metrics[f"{prefix}/questions_per_second"] = len(questions) / secs
+    if index is not None:
+      name = f"{prefix}/index_recall_at_{RECALL_K}"
+      metrics[name] = self.index_recall(params, index, questions)
+      self._check_recall(name, metrics[name])
+    return metrics
+
+  def index_recall(
+    self, params: PyTree, index: Index, questions: Sequence[Question]
+  ) -> float:
+    """Returns how much of the exact top 5 the index finds, from 0 to 1."""
+    exact = ExactIndex(
+      index.embeddings,
+      encoder_fingerprint=index.encoder_fingerprint,
+      passages_fingerprint=index.passages_fingerprint,
+    )
+    k = min(RECALL_K, index.num_passages)
+    texts = [q.question for q in questions]
+    found, embeddings = self._answerer.search(params, index, texts, k)
+    expected, _ = exact.search(embeddings, k)
+    return float(np.mean(index_recall_at_k(found, expected, k)))
+
+  def _check_recall(self, name: str, recall: float) -> None:
+    floor = self._experiment.config.eval.min_index_recall
+    if recall < floor:
+      raise ValueError(
+        f"{name}={recall:.4f} is below eval.min_index_recall={floor}: the"
+        " answers would be blamed for what the index did not find. Use"
+        " index.kind='exact', or raise index.scann_leaves_to_search or"
+        " index.scann_reorder."
+      )
+
+  def validator(
+    self, questions: Sequence[Question]
+  ) -> Callable[[PyTree, Index | None], dict[str, float]]:
+    """Returns a function (params, index) -> metrics of `questions`."""
+    return lambda params, index: self.evaluate(
+      params, index, questions, "validation"
+    )
+
+
+def choose(
+  questions: Sequence[Question], number: int, seed: int
+) -> Sequence[Question]:
+  """Returns `number` of the questions, the same for a seed; 0: all."""
+  if not number or number >= len(questions):
+    return questions
+  rows = np.random.default_rng(seed).choice(
+    len(questions), number, replace=False
+  )
+  logging.info("Measuring on %d of %d questions.", number, len(questions))
+  return [questions[i] for i in sorted(rows)]

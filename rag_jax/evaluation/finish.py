@@ -1,0 +1,122 @@
+"""The end of a run: the best parameters, their index, the measured results.
+
+In: the checkpoints of a run that has trained. Out, in the workdir: `model`,
+`index`, `results.json` and `learning_curves.png`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from absl import logging
+import jax
+from jaxtyping import PyTree
+
+from rag_jax.data.experiment import Experiment
+from rag_jax.data.questions import Question
+from rag_jax.evaluation.evaluate import Evaluator
+from rag_jax.evaluation.plots import learning_curves
+from rag_jax.evaluation.report import write_results
+from rag_jax.retrieval.index import Index
+from rag_jax.retrieval.index import load_index
+from rag_jax.retrieval.retriever import RetrieverSnapshots
+from rag_jax.training.checkpoint import Checkpointer
+from rag_jax.training.loop import Clock
+from rag_jax.training.metrics import peak_memory_bytes
+from rag_jax.training.model_files import save_model
+from rag_jax.training.stages import TRAIN
+from rag_jax.training.stages import stage_optimizer
+from rag_jax.training.state import abstract_state
+from rag_jax.training.state import init_params
+from rag_jax.training.state import make_state
+from rag_jax.training.workdir import Workdir
+
+
+def finish(
+  experiment: Experiment,
+  workdir: Workdir,
+  questions: Sequence[Question],
+  evaluator: Evaluator,
+  clock: Clock,
+) -> dict[str, Any]:
+  """Writes what a finished run leaves, and returns its results.
+
+  Args:
+    experiment: of the run.
+    workdir: of the run, with its checkpoints.
+    questions: of the test split.
+    evaluator: measures.
+    clock: how long the run trained.
+
+  Raises:
+    ValueError: the best checkpoint is damaged, or the index finds less than
+      eval.min_index_recall.
+  """
+  config = experiment.config
+  params, step = _best_params(experiment, workdir)
+  index = _final_index(experiment, workdir, params)
+  save_model(
+    workdir.model,
+    params,
+    {"step": step, "tokenizer": experiment.tokenizer.fingerprint},
+  )
+  results: dict[str, Any] = evaluator.evaluate(params, index, questions, "test")
+  num_questions = config.train.num_steps * config.train.batch_size
+  results |= {
+    "seed": config.seed,
+    "step": step,
+    "train/seconds": clock.train_secs,
+    "train/questions_per_second": num_questions / clock.question_secs,
+    "train/peak_memory_bytes": peak_memory_bytes(),
+    "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
+    "num_passages": len(experiment.passages),
+    "n_docs": config.data.n_docs,
+    "cut": experiment.context.counts
+    | {"passages_cut": experiment.tokenized.num_cut},
+  }
+  if jax.process_index() == 0:
+    write_results(workdir.path, results)
+    learning_curves(
+      workdir.metrics,
+      workdir.path / "learning_curves.png",
+      str(workdir.path.name),
+      n_docs=config.data.n_docs,
+    )
+  return results
+
+
+def _best_params(
+  experiment: Experiment, workdir: Workdir
+) -> tuple[PyTree, int]:
+  """Returns the parameters that validated best, and their step."""
+  config = experiment.config
+  params, layout = init_params(
+    experiment.init, jax.random.key(config.seed), experiment.mesh
+  )
+  optimizer = stage_optimizer(config, TRAIN, params)
+  state, state_layout = make_state(params, layout, optimizer, experiment.mesh)
+  checkpoints = Checkpointer(
+    workdir.checkpoints,
+    keep_last=config.train.keep_checkpoints,
+    process_index=jax.process_index(),
+  )
+  best = checkpoints.best_step()
+  state, _ = checkpoints.restore(abstract_state(state, state_layout), best)
+  step = best if best is not None else checkpoints.latest_step()
+  assert step is not None, "a run that has trained has a checkpoint"
+  logging.info("The best checkpoint is that of step %d.", step)
+  return state.params, step
+
+
+def _final_index(
+  experiment: Experiment, workdir: Workdir, params: PyTree
+) -> Index | None:
+  """Returns the index of `params`, saved, unless the config names one."""
+  if experiment.closed_book:
+    return None
+  if experiment.config.index.path:
+    return load_index(experiment.config.index.path)
+  retriever = RetrieverSnapshots(experiment.mesh).take(params)
+  index = experiment.index_builder.build(retriever)
+  if jax.process_index() == 0:
+    index.save(workdir.index)
+  return index

@@ -1,0 +1,355 @@
+"""The run: warm-up, then the marginal likelihood, with all that surrounds them.
+
+In: an experiment, its questions, its workdir and a function that validates.
+Out: checkpoints, metrics and index versions in the workdir.
+
+What is done at a step depends on the step alone, so a run that was stopped and
+resumed ends with the same parameters as one that was not.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+import time
+
+from absl import logging
+import jax
+from jaxtyping import PyTree
+import numpy as np
+
+from rag_jax.data.experiment import Experiment
+from rag_jax.data.pipeline import Ahead
+from rag_jax.data.pipeline import Prepared
+from rag_jax.data.questions import Question
+from rag_jax.models.partitioning import batch_sharding
+from rag_jax.retrieval.index import Index
+from rag_jax.retrieval.index import load_index
+from rag_jax.retrieval.retriever import RetrieverSnapshots
+from rag_jax.retrieval.versions import IndexVersions
+from rag_jax.training.checkpoint import Checkpointer
+from rag_jax.training.interrupt import StoppedEarlyError
+from rag_jax.training.interrupt import StopRequest
+from rag_jax.training.metrics import MetricWriter
+from rag_jax.training.metrics import Progress
+from rag_jax.training.stages import TRAIN
+from rag_jax.training.stages import Stage
+from rag_jax.training.stages import make_stages
+from rag_jax.training.stages import stage_optimizer
+from rag_jax.training.state import TrainState
+from rag_jax.training.state import abstract_state
+from rag_jax.training.state import init_params
+from rag_jax.training.state import make_state
+from rag_jax.training.step import compile_update
+from rag_jax.training.workdir import Workdir
+
+# (params, index) -> metrics named "validation/..."
+Validate = Callable[[PyTree, Index | None], dict[str, float]]
+
+_BEST = "validation/exact_match"
+
+
+@dataclasses.dataclass(slots=True)
+class Clock:
+  """Seconds of training, over all attempts; compilation is not counted."""
+
+  train_secs: float = 0.0  # both stages, with validation and checkpoints
+  question_secs: float = 0.0  # of the main stage, without validation
+
+
+def train(
+  experiment: Experiment,
+  questions: Sequence[Question],
+  workdir: Workdir,
+  validate: Validate,
+) -> Clock:
+  """Runs what is left of the run in `workdir`.
+
+  Raises:
+    StoppedEarlyError: a signal asked to stop; everything is saved.
+    FloatingPointError: the loss is not finite any more.
+    ValueError: the checkpoints in the workdir do not belong to this run.
+  """
+  with StopRequest() as stop:
+    run = _Run(experiment, workdir, validate, stop)
+    try:
+      run.all_stages(make_stages(experiment, questions))
+    finally:
+      run.close()
+  return run.clock
+
+
+class _Run:
+  """One attempt at a run: what its stages share."""
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    workdir: Workdir,
+    validate: Validate,
+    stop: StopRequest,
+  ):
+    config = experiment.config
+    self._experiment = experiment
+    self._config = config
+    self._validate = validate
+    self._stop = stop
+    self._key = jax.random.key(config.seed)
+    self._snapshots = RetrieverSnapshots(experiment.mesh)
+    trains_passages = config.encoder.train_passage_encoder
+    self._versions = IndexVersions(
+      experiment.index_builder,
+      workdir.indexes,
+      refresh_steps=config.index.refresh_steps if trains_passages else 0,
+      swap_steps=config.index.swap_steps,
+    )
+    self._checkpoints = Checkpointer(
+      workdir.checkpoints,
+      keep_last=config.train.keep_checkpoints,
+      process_index=jax.process_index(),
+    )
+    self._writer = MetricWriter(workdir.path, enabled=jax.process_index() == 0)
+    self._identity = {
+      "passages": experiment.passages.fingerprint,
+      "tokenizer": experiment.tokenizer.fingerprint,
+    }
+    self.clock = Clock()
+
+  def close(self) -> None:
+    self._versions.close()
+    self._checkpoints.close()
+    self._writer.close()
+
+  def all_stages(self, stages: list[Stage]) -> None:
+    """Runs every stage, from the last checkpoint on."""
+    latest = self._checkpoints.latest_step()
+    extra = {} if latest is None else self._checkpoints.read_extra(latest)
+    if latest is None:
+      self._writer.truncate_after(stages[0].name, 0)
+    else:
+      self._check_identity(extra, latest)
+      self._writer.truncate_after(extra["stage"], extra["stage_step"])
+      self.clock = Clock(**extra["clock"])
+      logging.info("Resuming from the checkpoint of step %d.", latest)
+    params, layout = init_params(
+      self._experiment.init, self._key, self._experiment.mesh
+    )
+    for stage in stages:
+      if latest is not None and latest > stage.first_step + stage.num_steps:
+        continue  # a later stage goes on from the checkpoint
+      resumed = extra if extra.get("stage") == stage.name else {}
+      params = self._stage(stage, params, layout, resumed, latest)
+
+  def _check_identity(self, extra: dict, step: int) -> None:
+    changed = [
+      k for k, v in self._identity.items() if extra["identity"][k] != v
+    ]
+    if changed:
+      raise ValueError(
+        f"The checkpoint of step {step} was made with other"
+        f" {' and '.join(changed)}: what the config names has changed since."
+        " Put the old files back, or start in another --workdir."
+      )
+
+  def _stage(
+    self,
+    stage: Stage,
+    params: PyTree,
+    layout: PyTree,
+    extra: dict,
+    latest: int | None,
+  ) -> PyTree:
+    """Runs one stage and returns the parameters at its end."""
+    main = stage.name == TRAIN
+    optimizer = stage_optimizer(self._config, stage.name, params)
+    state, state_layout = make_state(
+      params, layout, optimizer, self._experiment.mesh
+    )
+    doc_ids = None
+    if extra:
+      abstract = abstract_state(state, state_layout)
+      state, _ = self._checkpoints.restore(abstract, latest)
+      doc_ids = np.asarray(extra["doc_ids"], np.int32)
+    step = int(state.step)
+    if main and not self._experiment.closed_book:
+      self._open_index(state.params, extra)
+    if step >= stage.num_steps:
+      return state.params
+    index = self._versions.index if main else None
+    first = stage.prepare(
+      step, self._retriever_params(state.params), index, doc_ids
+    )
+    logging.info("Compiling the %s step.", stage.name)
+    update = compile_update(
+      stage.loss_fn,
+      optimizer,
+      state_layout,
+      self._experiment.mesh,
+      stage.name,
+    )
+    compiled = update.lower(
+      state, self._to_devices(first.batch), self._key
+    ).compile()
+    if main:  # compiles what validation needs, outside the clock
+      self._validate(state.params, index)
+    return self._steps(stage, compiled, state, step, first)
+
+  def _open_index(self, params: PyTree, extra: dict) -> None:
+    """Opens the index of the checkpoint or config, or builds the first."""
+    passages = self._experiment.passages.fingerprint
+    if extra:
+      self._versions.restore(extra["index_versions"], passages)
+    elif self._config.index.path:
+      self._versions.index = load_index(
+        self._config.index.path, passages_fingerprint=passages
+      )
+    else:
+      self._versions.start(self._snapshots.take(params))
+
+  def _retriever_params(self, params: PyTree) -> PyTree | None:
+    closed_book = self._experiment.closed_book
+    return None if closed_book else self._snapshots.take(params)
+
+  def _to_devices(self, batch: PyTree) -> PyTree:
+    sharding = batch_sharding(self._experiment.mesh)
+    return jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+    )
+
+  def _steps(
+    self,
+    stage: Stage,
+    update: Callable,
+    state: TrainState,
+    step: int,
+    prepared: Prepared,
+  ) -> PyTree:
+    """Runs `stage` from `step`, whose batch is `prepared`, to its end."""
+    config = self._config.train
+    main = stage.name == TRAIN
+    versions = self._versions if main and self._versions.index else None
+    ahead = Ahead()
+    progress = Progress(stage.batch_size, first_step=step)
+    start = time.perf_counter()
+    waited, logged_step, paused = 0.0, step, 0.0
+    clock, before = self.clock, dataclasses.replace(self.clock)
+
+    def tick() -> None:
+      now = time.perf_counter() - start
+      clock.train_secs = before.train_secs + now
+      if main:
+        clock.question_secs = before.question_secs + now - paused
+
+    try:
+      while step < stage.num_steps:
+        if versions:
+          versions.swap_if_due(step)
+        index = versions.index if versions else None
+        last = step + 1 == stage.num_steps
+        # Before the update, which donates the parameters it is given.
+        retriever = None if last else self._retriever_params(state.params)
+        state, metrics = update(
+          state, self._to_devices(prepared.batch), self._key
+        )
+        if not last:
+          ahead.submit(stage.prepare, step + 1, retriever, index)
+        step += 1
+        if versions and versions.is_due(step):
+          versions.refresh(step, self._snapshots.take(state.params))
+        values: dict[str, float] = {}
+        validate = main and _is_due(step, config.validate_steps, last)
+        log = _is_due(step, config.log_steps, last) or validate
+        if log:
+          values = {k: float(v) for k, v in metrics.items()}
+          self._check_finite(values, stage, step)
+          values |= {
+            f"{stage.name}/data_wait_secs": waited / (step - logged_step),
+            f"{stage.name}/questions_per_second": progress.questions_per_sec(
+              step
+            ),
+          }
+          if versions:
+            values["train/index_staleness_steps"] = step - versions.version
+            values["train/distinct_docs"] = (
+              np.unique(prepared.doc_ids).size / prepared.doc_ids.size
+            )
+          waited, logged_step = 0.0, step
+        if validate:
+          began = time.perf_counter()
+          with progress.paused():
+            values |= self._validate(state.params, index)
+          paused += time.perf_counter() - began
+        if log:
+          self._writer.write(step, stage.name, values)
+          logging.info(
+            "%s", progress.line(step, stage.num_steps, stage.name, values)
+          )
+        tick()
+        due = _is_due(step, config.checkpoint_steps, last and main)
+        due |= self._is_best(values) or bool(self._stop.signum)
+        if due:
+          self._save(stage, step, state, ahead, versions, values)
+        if self._stop.signum and not (last and main):
+          raise StoppedEarlyError(self._stop.signum, stage.first_step + step)
+        if not last:
+          prepared, secs = ahead.take(lambda s=state: s.step.is_ready())
+          waited += secs
+    finally:
+      ahead.close()
+      tick()
+    return state.params
+
+  def _check_finite(
+    self, values: dict[str, float], stage: Stage, step: int
+  ) -> None:
+    bad = [k for k, v in values.items() if not math.isfinite(v)]
+    if bad:
+      raise FloatingPointError(
+        f"{', '.join(bad)} is not finite at step {step} of {stage.name}. The"
+        " run diverged: lower optimizer.peak_lr or optimizer.retriever_lr, or"
+        " set optimizer.clip_norm. Checkpoints of steps"
+        f" {self._checkpoints.steps()} are kept."
+      )
+
+  def _is_best(self, values: dict[str, float]) -> bool:
+    if _BEST not in values:
+      return False
+    best = self._checkpoints.best_step()
+    if best is None:
+      return True
+    return values[_BEST] > (self._checkpoints.metric(best) or 0.0)
+
+  def _save(
+    self,
+    stage: Stage,
+    step: int,
+    state: TrainState,
+    ahead: Ahead,
+    versions: IndexVersions | None,
+    values: dict[str, float],
+  ) -> None:
+    """Saves all that the run needs to go on as if it had not stopped."""
+    name = stage.first_step + step
+    if name in self._checkpoints.steps():
+      return
+    pending = ahead.peek()
+    extra = {
+      "stage": stage.name,
+      "stage_step": step,
+      "doc_ids": [] if pending is None else pending.doc_ids.tolist(),
+      "index_versions": versions.save() if versions else [],
+      "clock": dataclasses.asdict(self.clock),
+      "identity": self._identity,
+      "config": dataclasses.asdict(self._config),
+      "metrics": {k: v for k, v in values.items() if math.isfinite(v)},
+    }
+    self._checkpoints.save(name, state, extra, values.get(_BEST))
+    if versions:
+      kept = [
+        self._checkpoints.read_extra(s) for s in self._checkpoints.steps()
+      ]
+      versions.remove_except({v for e in kept for v in e["index_versions"]})
+
+
+def _is_due(step: int, every: int, last: bool) -> bool:
+  """Whether something done `every` so many steps, and at the end, is due."""
+  return last or (every > 0 and step % every == 0)

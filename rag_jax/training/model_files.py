@@ -1,0 +1,68 @@
+"""A trained model as files: what asking and serving open.
+
+In: parameters. Out: a directory with `params.safetensors` (float32, named by
+their path) and a manifest with its digest.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+import flax.traverse_util
+import jax
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+import numpy as np
+import safetensors.numpy
+
+from rag_jax import artifacts
+
+FORMAT = 1  # raise when the files below change meaning
+
+_KIND = "model"
+_PARAMS = "params.safetensors"
+
+
+def save_model(
+  path: epath.PathLike, params: PyTree, content: Mapping[str, Any]
+) -> None:
+  """Writes `params` to directory `path`, its manifest last.
+
+  Args:
+    path: of the model.
+    params: of any sharding. Every process calls; the first one writes.
+    content: what the manifest says of them; what JSON can hold.
+  """
+  if jax.process_count() > 1:
+    params = multihost_utils.process_allgather(params, tiled=True)
+  if jax.process_index():
+    return
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  # Not ascontiguousarray, which makes a vector of a scalar.
+  arrays = {k: np.asarray(v, order="C") for k, v in flat.items()}
+  path = artifacts.start_directory(path)
+  (path / _PARAMS).write_bytes(safetensors.numpy.save(arrays))
+  artifacts.write_manifest(
+    path, kind=_KIND, format=FORMAT, content=dict(content)
+  )
+
+
+def load_model(path: epath.PathLike) -> tuple[PyTree, dict[str, Any]]:
+  """Returns the parameters and the content that `save_model` wrote.
+
+  Raises:
+    FileNotFoundError: no model was saved there.
+    ValueError: a file is missing, cut off or changed.
+  """
+  content = artifacts.read_manifest(
+    path,
+    kind=_KIND,
+    format=FORMAT,
+    remedy=(
+      "Run the training command of this workdir again: it goes on from the last"
+      " checkpoint and writes the model at the end."
+    ),
+  )
+  arrays = safetensors.numpy.load((epath.Path(path) / _PARAMS).read_bytes())
+  params = {k: jax.numpy.asarray(v) for k, v in arrays.items()}
+  return flax.traverse_util.unflatten_dict(params, sep="/"), content

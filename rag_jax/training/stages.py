@@ -1,0 +1,114 @@
+"""The stages of a run: what each minimises, on which batches, and how.
+
+In: an experiment and its questions. Out: the warm-up, if the config asks for
+it, and the main stage.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+
+import jax
+from jaxtyping import PyTree
+import numpy as np
+import optax
+
+from rag_jax.config import Config
+from rag_jax.data.cloze import ClozeBatches
+from rag_jax.data.experiment import Experiment
+from rag_jax.data.pipeline import Prepared
+from rag_jax.data.pipeline import QuestionBatches
+from rag_jax.data.questions import Question
+from rag_jax.losses import NLL_FNS
+from rag_jax.training.optimizer import make_optimizer
+from rag_jax.training.step import LossFn
+from rag_jax.training.step import cloze_loss
+from rag_jax.training.step import marginal_loss
+
+WARMUP, TRAIN = "warmup", "train"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stage:
+  """A part of the run that has its own loss, data and optimizer state."""
+
+  name: str
+  num_steps: int
+  batch_size: int
+  first_step: int  # of the run; steps of the stage count from 0
+  loss_fn: LossFn
+  # (step, retriever's params, index, document ids) -> batch of that step
+  prepare: Callable[..., Prepared]
+
+
+def stage_optimizer(
+  config: Config, name: str, params: PyTree
+) -> optax.GradientTransformation:
+  """Returns the optimizer of stage `name`."""
+  settings = config.optimizer
+  num_steps = config.train.num_steps
+  if name == WARMUP:
+    num_steps = config.warmup.num_steps
+    settings = dataclasses.replace(
+      settings,
+      peak_lr=config.warmup.peak_lr,
+      retriever_lr=config.warmup.retriever_lr,
+      warmup_steps=config.warmup.warmup_steps,
+      schedule="constant",
+    )
+  return make_optimizer(settings, params, num_steps, settings.freeze)
+
+
+def make_stages(
+  experiment: Experiment, questions: Sequence[Question]
+) -> list[Stage]:
+  """Returns the stages that the config asks for, in order."""
+  config = experiment.config
+  stages = []
+  if config.warmup.num_steps:
+    cloze = ClozeBatches(
+      experiment.tokenizer, experiment.tokenized, experiment.context, config
+    )
+
+    def prepare_cloze(step: int, *_: object) -> Prepared:
+      return Prepared(cloze.batch(step), np.zeros((0, 0), np.int32))
+
+    stages.append(
+      Stage(
+        name=WARMUP,
+        num_steps=config.warmup.num_steps,
+        batch_size=config.warmup.batch_size,
+        first_step=0,
+        loss_fn=functools.partial(
+          cloze_loss,
+          model=experiment.model,
+          contrastive_weight=config.warmup.contrastive_weight,
+        ),
+        prepare=prepare_cloze,
+      )
+    )
+  batches = QuestionBatches(
+    questions,
+    experiment.tokenizer,
+    experiment.context,
+    experiment.embedder,
+    n_docs=config.data.n_docs,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    frozen_passages=not config.encoder.train_passage_encoder,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  stages.append(
+    Stage(
+      name=TRAIN,
+      num_steps=config.train.num_steps,
+      batch_size=config.train.batch_size,
+      first_step=config.warmup.num_steps,
+      loss_fn=functools.partial(
+        marginal_loss, model=experiment.model, nll_fn=NLL_FNS[config.loss]
+      ),
+      prepare=batches.prepare,
+    )
+  )
+  return stages

@@ -1,0 +1,382 @@
+"""Settings are checked before anything expensive, all problems at once."""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from rag_jax import config_json
+from rag_jax.config import Config
+from rag_jax.config import check_devices
+from rag_jax.config import fields
+from rag_jax.config import validate
+from rag_jax.models.rag import build_model
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def make(**settings):
+  """Returns the defaults with `settings`, whose "__" stands for a dot."""
+  config = Config()
+  for name, value in settings.items():
+    *sections, last = name.split("__")
+    part = config
+    for section in sections:
+      part = getattr(part, section)
+    setattr(part, last, value)
+  return config
+
+
+def refused(config):
+  with pytest.raises(ValueError, match="The config is not valid") as info:
+    validate(config)
+  return str(info.value).splitlines()[1:]
+
+
+def get_config(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config
+
+
+def test_the_defaults_are_valid_and_come_back_as_they_are():
+  config = Config()
+  assert validate(config) is config
+  assert config == Config()
+
+
+def test_two_configs_do_not_share_their_sections():
+  make(data__n_docs=9)
+  assert Config().data.n_docs == 4
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "problem"),
+  [
+    ("index.kind", "ivfpq", " is not one of ['auto', 'exact', 'scann']."),
+    ("generator.norm", 7, " is not one of ['post', 'pre']."),
+    (
+      "loss",
+      "rag_tokens",
+      " is not one of ['rag_sequence', 'rag_token']. Did you mean 'rag_token'?",
+    ),
+    (
+      "encoder.pooling",
+      "Mean",
+      " is not one of ['cls', 'learned', 'mean']. Did you mean 'mean'?",
+    ),
+    ("train.num_steps", 10.0, " is not a whole number."),
+    ("seed", True, " is not a whole number."),
+    ("seed", None, " is not a whole number."),
+    ("optimizer.peak_lr", "1e-4", " is not a number."),
+    ("optimizer.b1", False, " is not a number."),
+    ("encoder.tied", 1, " is not True or False."),
+    ("index.path", None, " is not a str."),
+    ("data.passages", pathlib.PurePosixPath("a.jsonl"), " is not a str."),
+    ("optimizer.freeze", "generator", " is not a tuple of str."),
+    ("optimizer.freeze", ["generator"], " is not a tuple of str."),
+    ("optimizer.freeze", ("generator", 1), " is not a tuple of str."),
+    ("seed", -1, " must be at least 0."),
+    ("data.n_docs", -1, " must be at least 0."),
+    ("optimizer.clip_norm", -0.5, " must be at least 0."),
+    ("train.batch_size", 0, " must be at least 1."),
+    ("mesh.fsdp", 0, " must be at least 1."),
+    ("optimizer.peak_lr", NAN, " is not a finite number."),
+    ("encoder.score_scale", INF, " is not a finite number."),
+    ("encoder.embed_dim", 130, " must be a multiple of encoder.num_heads=4."),
+    ("generator.dropout", 1.0, " must be below 1."),
+    ("encoder.dropout", 1.5, " must be below 1."),
+    ("optimizer.b2", 1.0, " must be below 1."),
+    ("eval.min_index_recall", 1.5, " must be at most 1."),
+    ("warmup.span_max_tokens", 1, " is below warmup.span_min_tokens=2."),
+    (
+      "generator.max_positions",
+      64,
+      " is below the longest input (data.context_length=96,"
+      " data.target_length=16).",
+    ),
+    (
+      "data.context_length",
+      7,
+      " leaves no room for a question and a passage; use at least 8.",
+    ),
+    (
+      "index.path",
+      "gs://b/index",
+      " is a fixed index, but encoder.train_passage_encoder=True makes it"
+      " stale. Set encoder.train_passage_encoder=False, or index.path=''.",
+    ),
+    (
+      "encoder.train_passage_encoder",
+      False,
+      " keeps the passage embeddings as they are, but encoder.tied=True moves"
+      " them with the question tower. Set encoder.tied=False.",
+    ),
+    *(
+      (
+        "index.swap_steps",
+        steps,
+        " must be between 1 and index.refresh_steps=50 (exclusive), so that one"
+        " rebuild is in use before the next begins.",
+      )
+      for steps in (0, 50)
+    ),
+    (
+      "tokenizer.vocab_size",
+      300,
+      " is too small: 256 bytes and the special tokens come first. Use at"
+      " least 512.",
+    ),
+  ],
+)
+def test_what_is_not_possible_is_named_with_its_value(name, value, problem):
+  config = make(**{name.replace(".", "__"): value})
+  assert refused(config) == [f"  {name}={value!r}{problem}"]
+
+
+def test_a_span_has_to_fit_into_the_target_if_there_is_a_warmup():
+  settings = {"warmup__span_max_tokens": 16, "data__target_length": 16}
+  assert refused(make(**settings, warmup__num_steps=1)) == [
+    "  warmup.span_max_tokens=16 and the end token do not fit in"
+    " data.target_length=16."
+  ]
+  validate(make(**settings, warmup__num_steps=0))
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"data__n_docs": 0},
+    {"encoder__train_passage_encoder": False, "encoder__tied": False},
+    {
+      "index__path": "gs://b/index",
+      "encoder__train_passage_encoder": False,
+      "encoder__tied": False,
+    },
+    {"tokenizer__path": "a/tokenizer", "tokenizer__vocab_size": 0},
+    {"optimizer__peak_lr": 1, "optimizer__freeze": ("generator/encoder",)},
+    {"generator__num_layers": 0, "encoder__num_layers": 12},
+    {"train__num_steps": 0, "train__validate_steps": 0},
+  ],
+)
+def test_these_are_possible(settings):
+  validate(make(**settings))
+
+
+def test_all_violations_are_in_one_message():
+  config = make(
+    seed=-1,
+    loss="rag",
+    data__n_docs=2.5,
+    optimizer__peak_lr=float("nan"),
+    train__batch_size=0,
+  )
+  problems = refused(config)
+  assert [p.strip().partition("=")[0] for p in problems] == [
+    "seed",
+    "loss",
+    "data.n_docs",
+    "optimizer.peak_lr",
+    "train.batch_size",
+  ]
+
+
+def test_all_contradictions_are_in_one_message():
+  config = make(
+    encoder__num_heads=3,
+    generator__num_heads=5,
+    optimizer__b1=1.0,
+    tokenizer__vocab_size=1,
+  )
+  problems = refused(config)
+  assert [p.split()[0].partition("=")[0] for p in problems] == [
+    "encoder.embed_dim",
+    "generator.embed_dim",
+    "optimizer.b1",
+    "tokenizer.vocab_size",
+  ]
+
+
+def test_what_is_no_config_is_refused():
+  with pytest.raises(
+    TypeError, match=r"Expected a rag_jax.config.Config, got dict. Does get_con"
+  ):
+    validate(dataclasses.asdict(Config()))
+
+
+def test_a_setting_that_does_not_exist_cannot_be_set():
+  with pytest.raises(AttributeError, match="n_dcos"):
+    Config().data.n_dcos = 3
+
+
+@pytest.mark.parametrize(
+  ("mesh", "expected"),
+  [
+    ((0, 1, 1), (8, 1, 1)),
+    ((0, 2, 2), (2, 2, 2)),
+    ((0, 8, 1), (1, 8, 1)),
+    ((2, 4, 1), (2, 4, 1)),
+    ((1, 1, 8), (1, 1, 8)),
+  ],
+)
+def test_the_data_axis_takes_the_devices_that_are_left(mesh, expected):
+  data, fsdp, tensor = mesh
+  config = make(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
+  assert dataclasses.astuple(check_devices(config, 8)) == expected
+  assert dataclasses.astuple(config.mesh) == mesh
+
+
+@pytest.mark.parametrize(
+  ("mesh", "num_devices", "needed"),
+  [((2, 2, 1), 8, 4), ((0, 3, 1), 8, 6), ((0, 4, 4), 8, 16), ((4, 1, 1), 1, 4)],
+)
+def test_a_mesh_of_another_number_of_devices_is_refused(
+  mesh, num_devices, needed
+):
+  data, fsdp, tensor = mesh
+  config = make(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
+  with pytest.raises(
+    ValueError,
+    match=(
+      f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} need"
+      f" {needed} devices, but there are {num_devices}. Choose values whose"
+      " product is that number, or mesh.data=0 to use all that are left."
+    ),
+  ):
+    check_devices(config, num_devices)
+
+
+def test_batches_that_do_not_split_over_the_devices_are_named_together():
+  config = make(
+    mesh__fsdp=2,
+    train__batch_size=12,
+    eval__batch_size=64,
+    index__embed_batch_size=100,
+    warmup__batch_size=4,
+  )
+  with pytest.raises(
+    ValueError,
+    match=(
+      "^train.batch_size=12, index.embed_batch_size=100 must be a multiple of"
+      r" 8, the devices that the batch is split over \(mesh.data=4 x"
+      r" mesh.fsdp=2\), so that each gets an equal share.$"
+    ),
+  ):
+    check_devices(config, 8)
+  # A tensor axis does not split the batch.
+  check_devices(make(mesh__tensor=8, train__batch_size=3), 8)
+
+
+def test_the_warmup_batch_counts_if_there_is_a_warmup():
+  settings = {"warmup__batch_size": 4}
+  check_devices(make(**settings), 8)
+  with pytest.raises(ValueError, match=r"^warmup.batch_size=4 must be a mul"):
+    check_devices(make(**settings, warmup__num_steps=1), 8)
+
+
+def changed(field, value):
+  """Returns another possible value."""
+  if "choices" in field.metadata:
+    return next(c for c in field.metadata["choices"] if c != value)
+  if field.type is bool:
+    return not value
+  if field.type is int:
+    return value + 64
+  if field.type is float:
+    return value / 2 + 0.125
+  return "some/path" if field.type is str else ("generator/a", "encoder")
+
+
+DEFAULTS = """
+from rag_jax.config import Config
+
+def get_config():
+  return Config()
+"""
+
+# A process of its own: ml_collections warns of how it imports the file.
+PRINT_CONFIG = """
+from absl import app
+from ml_collections import config_flags
+from rag_jax import config_json
+
+CONFIG = config_flags.DEFINE_config_file("config")
+app.run(lambda argv: print(config_json.to_json(CONFIG.value)))
+"""
+
+
+def test_every_setting_can_be_set_on_the_command_line(tmp_path):
+  (tmp_path / "defaults.py").write_text(DEFAULTS)
+  (tmp_path / "print_config.py").write_text(PRINT_CONFIG)
+  expected = {n: changed(field, v) for n, field, v in fields(Config())}
+  assert {type(v) for v in expected.values()} == {int, float, str, bool, tuple}
+  argv = [f"--config.{name}={value}" for name, value in expected.items()]
+  config_json.check_overrides(argv)
+  printed = subprocess.run(
+    [sys.executable, "print_config.py", "--config=defaults.py", *argv],
+    cwd=tmp_path,
+    check=True,
+    capture_output=True,
+    text=True,
+    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+  ).stdout
+  config = Config()
+  for name, value in expected.items():
+    section, _, last = name.rpartition(".")
+    setattr(getattr(config, section) if section else config, last, value)
+  # As text, which tells 1 from 1.0 and from True.
+  assert printed.strip() == config_json.to_json(config).strip()
+
+
+ALL_CONFIGS = pytest.mark.parametrize(
+  "make_config",
+  [
+    pytest.param(Config, id="defaults"),
+    *(pytest.param(get_config(path), id=path.stem) for path in CONFIGS),
+  ],
+)
+
+
+@ALL_CONFIGS
+def test_every_config_is_valid_and_comes_back_from_json(make_config):
+  config = validate(make_config())
+  assert config_json.from_json(config_json.to_json(config)) == config
+
+
+@ALL_CONFIGS
+def test_the_model_of_every_config_takes_its_batches(make_config):
+  config = make_config()
+  data = config.data
+  b, k, v = 2, max(data.n_docs, 1), config.tokenizer.vocab_size
+
+  def tokens(name, *shape):
+    return {
+      f"{name}_tokens": jax.ShapeDtypeStruct(shape, "int32"),
+      f"{name}_mask": jax.ShapeDtypeStruct(shape, "bool"),
+    }
+
+  inputs = tokens("context", b, k, data.context_length)
+  inputs["target_tokens"] = jax.ShapeDtypeStruct(
+    (b, data.target_length), "int32"
+  )
+  if data.n_docs:
+    inputs |= tokens("question", b, data.question_length)
+    inputs |= tokens("doc", b, k, data.passage_length)
+  model = build_model(config, vocab_size=v, decoder_start_id=2)
+
+  def forward(key, arrays):
+    out, _ = model.init_with_output(key, **arrays)
+    return out.doc_scores, out.target_logits
+
+  doc_scores, target_logits = jax.eval_shape(forward, jax.random.key(0), inputs)
+  assert doc_scores.shape == (b, k)
+  assert target_logits.shape == (b, k, data.target_length, v)

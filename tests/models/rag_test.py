@@ -1,0 +1,391 @@
+"""Retriever and generator together: what reaches what, and in which order."""
+
+import dataclasses
+import functools
+import math
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rag_jax.config import Config
+from rag_jax.config import EncoderConfig
+from rag_jax.config import GeneratorConfig
+from rag_jax.losses import rag_sequence_nll
+from rag_jax.losses import rag_token_nll
+from rag_jax.models import rag
+
+B, K, C, T, Q, L, V, D = 2, 3, 5, 4, 3, 4, 13, 8
+
+
+def make_config():
+  config = Config()
+  config.encoder = EncoderConfig(
+    embed_dim=D, num_heads=2, mlp_dim=8, tied=False, score_scale=2.0
+  )
+  config.generator = GeneratorConfig(
+    num_layers=1, embed_dim=D, num_heads=2, mlp_dim=8, max_positions=8
+  )
+  return config
+
+
+def make_model(config):
+  return rag.build_model(config, vocab_size=V, decoder_start_id=2)
+
+
+def make_batch():
+  rng = np.random.default_rng(0)
+
+  def tokens(*shape):
+    return rng.integers(V, size=shape, dtype=np.int32)
+
+  def mask(*shape):
+    lengths = rng.integers(2, shape[-1] + 1, size=(*shape[:-1], 1))
+    return np.arange(shape[-1]) < lengths
+
+  return {
+    "context_tokens": tokens(B, K, C),
+    "context_mask": mask(B, K, C),
+    "target_tokens": tokens(B, T),
+    "question_tokens": tokens(B, Q),
+    "question_mask": mask(B, Q),
+    "doc_tokens": tokens(B, K, L),
+    "doc_mask": mask(B, K, L),
+  }
+
+
+def random_params(model, batch):
+  def init(key, batch):
+    return nn.meta.unbox(model.init(key, **batch))["params"]
+
+  rng = np.random.default_rng(1)
+  return jax.tree.map(
+    lambda x: 0.5 * rng.normal(size=x.shape).astype(np.float32),
+    jax.eval_shape(init, jax.random.key(0), batch),
+  )
+
+
+MODEL, BATCH = make_model(make_config()), make_batch()
+DOC_NAMES = ("context_tokens", "context_mask", "doc_tokens", "doc_mask")
+TARGET_MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
+
+
+@jax.jit
+def forward(params, batch):
+  return MODEL.apply({"params": params}, **batch)
+
+
+@jax.jit
+def embed_docs(params, tokens, mask):
+  embeddings = MODEL.apply(
+    {"params": params},
+    tokens.reshape(B * K, L),
+    mask.reshape(B * K, L),
+    method="embed_passages",
+  )
+  return embeddings.reshape(B, K, D)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def gradients(params, batch, parts):
+  """Returns the gradient of RAG-Token's loss in `parts` of the parameters."""
+
+  def loss(some):
+    out = MODEL.apply({"params": params | some}, **batch)
+    return rag_token_nll(
+      out.doc_scores,
+      out.target_logits,
+      batch["target_tokens"],
+      jnp.asarray(TARGET_MASK),
+    ).sum()
+
+  return jax.grad(loss)({part: params[part] for part in parts})
+
+
+@pytest.fixture(scope="module")
+def params():
+  return random_params(MODEL, BATCH)
+
+
+TOWERS = ("passage_encoder", "question_encoder")
+
+
+@pytest.fixture(scope="module")
+def grads(params):
+  return gradients(params, BATCH, ("generator", *TOWERS))
+
+
+@pytest.fixture(scope="module")
+def given_embeddings(params):
+  """The batch with embeddings in place of the tokens of documents."""
+  embeddings = embed_docs(params, BATCH["doc_tokens"], BATCH["doc_mask"])
+  batch = dict(BATCH, doc_embeddings=np.asarray(embeddings))
+  del batch["doc_tokens"], batch["doc_mask"]
+  return batch
+
+
+def pooled(tower, tokens, mask):
+  """Learned pooling of token embeddings, one token at a time."""
+  table, pooling = tower["token_embedding"]["embedding"], tower["pooling"]
+  words = [table[t] for t in tokens[mask]]
+  weights = [
+    math.exp((w @ pooling["kernel"] + pooling["bias"]).item()) for w in words
+  ]
+  return sum(w * x for w, x in zip(weights, words, strict=True)) / sum(weights)
+
+
+def test_doc_scores_are_scaled_inner_products_of_the_two_towers(params):
+  doc_scores = forward(params, BATCH).doc_scores
+  for b in range(B):
+    question = pooled(
+      params["question_encoder"],
+      BATCH["question_tokens"][b],
+      BATCH["question_mask"][b],
+    )
+    for k in range(K):
+      doc = pooled(
+        params["passage_encoder"],
+        BATCH["doc_tokens"][b, k],
+        BATCH["doc_mask"][b, k],
+      )
+      np.testing.assert_allclose(
+        doc_scores[b, k], 2.0 * (question @ doc), atol=1e-5
+      )
+
+
+def test_logits_are_those_of_the_generator_with_each_context(params):
+  target_logits = forward(params, BATCH).target_logits
+  generator = jax.jit(MODEL.generator.apply)
+  for b in range(B):
+    for k in range(K):
+      expected = generator(
+        {"params": params["generator"]},
+        BATCH["context_tokens"][b, k][None],
+        BATCH["context_mask"][b, k][None],
+        BATCH["target_tokens"][b][None],
+      )[0]
+      np.testing.assert_allclose(target_logits[b, k], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("nll_fn", [rag_token_nll, rag_sequence_nll])
+def test_documents_in_any_order_give_the_same_likelihood(nll_fn, params):
+  shuffled = BATCH | {name: BATCH[name][:, [2, 0, 1]] for name in DOC_NAMES}
+
+  def nll(batch):
+    out = forward(params, batch)
+    return jax.jit(nll_fn)(
+      out.doc_scores, out.target_logits, BATCH["target_tokens"], TARGET_MASK
+    )
+
+  np.testing.assert_allclose(nll(shuffled), nll(BATCH), rtol=1e-5)
+
+
+def test_embeddings_of_documents_stand_for_their_tokens(
+  params, given_embeddings
+):
+  expected = forward(params, BATCH)
+  out = forward(params, given_embeddings)
+  np.testing.assert_allclose(out.doc_scores, expected.doc_scores, rtol=1e-5)
+  np.testing.assert_allclose(
+    out.target_logits, expected.target_logits, rtol=1e-5
+  )
+
+
+def test_closed_book_reads_one_context_whose_score_is_zero(params):
+  one = {
+    name: BATCH[name][:, :1] for name in ("context_tokens", "context_mask")
+  }
+  one["target_tokens"] = BATCH["target_tokens"]
+  out = forward(params, one)
+  np.testing.assert_array_equal(out.doc_scores, np.zeros((B, 1)))
+  np.testing.assert_allclose(
+    out.target_logits,
+    forward(params, BATCH).target_logits[:, :1],
+    atol=1e-5,
+  )
+  assert set(random_params(MODEL, one)) == {"generator"}
+
+
+def test_the_loss_reaches_both_towers_and_the_generator(grads):
+  assert set(grads) == {"question_encoder", "passage_encoder", "generator"}
+  softmax_ignores = ("key/bias", "pooling/bias")  # a constant in all logits
+  for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+    name = "/".join(key.key for key in path)
+    if not name.endswith(softmax_ignores):
+      assert np.max(np.abs(grad)) > 1e-5, name
+
+
+def test_given_embeddings_keep_the_loss_from_the_passage_tower(
+  params, given_embeddings, grads
+):
+  others = gradients(params, given_embeddings, TOWERS)
+  assert not any(map(np.any, jax.tree.leaves(others["passage_encoder"])))
+  assert any(map(np.any, jax.tree.leaves(grads["passage_encoder"])))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    others["question_encoder"],
+    grads["question_encoder"],
+  )
+
+
+def test_tied_towers_are_one_tower():
+  config = make_config()
+  config.encoder.tied = True
+  model = make_model(config)
+  params = random_params(model, BATCH)
+  assert set(params) == {"question_encoder", "generator"}
+  tokens, mask = BATCH["question_tokens"], BATCH["question_mask"]
+  questions, passages = (
+    jax.jit(lambda *args, m=method: model.apply(*args, method=m))(
+      {"params": params}, tokens, mask
+    )
+    for method in ("embed_questions", "embed_passages")
+  )
+  np.testing.assert_allclose(questions, 2.0 * passages, rtol=1e-6)
+
+
+def test_a_learned_score_scale_starts_at_the_setting_and_stays_positive():
+  config = make_config()
+  config.encoder.learn_score_scale = True
+  model = make_model(config)
+
+  @jax.jit
+  def init(key, batch):
+    params = nn.meta.unbox(model.init(key, **batch))["params"]
+    return params["log_score_scale"]
+
+  log_scale = init(jax.random.key(0), BATCH)
+  np.testing.assert_allclose(log_scale, math.log(2.0), rtol=1e-6)
+
+  params = random_params(model, BATCH)
+  tokens, mask = BATCH["question_tokens"], BATCH["question_mask"]
+  for log_scale in (-1.5, 0.7):
+    params["log_score_scale"] = np.float32(log_scale)
+    embedding = jax.jit(
+      lambda *args: model.apply(*args, method="embed_questions")
+    )({"params": params}, tokens, mask)
+    for b in range(B):
+      plain = pooled(params["question_encoder"], tokens[b], mask[b])
+      np.testing.assert_allclose(
+        embedding[b], math.exp(log_scale) * plain, atol=1e-5
+      )
+
+
+def test_scores_as_large_as_those_of_dpr_keep_their_differences():
+  rng = np.random.default_rng(2)
+  questions = rng.normal(size=(B, 768))
+  docs = questions[:, None] * 0.1 + 0.01 * rng.normal(size=(B, K, 768))
+  questions, docs = questions.astype(np.float32), docs.astype(np.float32)
+  expected = [
+    [math.fsum(questions[b] * docs[b, k].astype(float)) for k in range(K)]
+    for b in range(B)
+  ]
+  assert np.min(expected) > 60
+  np.testing.assert_allclose(
+    jax.jit(rag.score_docs)(questions, docs), expected, rtol=2e-6
+  )
+
+
+def test_decoding_through_the_model_gives_its_logits(params):
+  flat = {
+    name: BATCH[name].reshape(B * K, C)
+    for name in ("context_tokens", "context_mask")
+  }
+
+  @jax.jit
+  def decode(params, context_tokens, context_mask, tokens):
+    variables = {"params": params}
+    cache = MODEL.apply(
+      variables, context_tokens, context_mask, 2, method="init_cache"
+    )
+    first, cache = MODEL.apply(
+      variables,
+      jnp.full_like(tokens, 2),
+      jnp.int32(0),
+      cache,
+      method="decode_step",
+    )
+    second, _ = MODEL.apply(
+      variables, tokens, jnp.int32(1), cache, method="decode_step"
+    )
+    return jnp.stack([first, second], axis=1)
+
+  logits = decode(
+    params, *flat.values(), np.repeat(BATCH["target_tokens"][:, 0], K)
+  )
+  np.testing.assert_allclose(
+    np.asarray(logits).reshape(B, K, 2, V),
+    forward(params, BATCH).target_logits[:, :, :2],
+    atol=1e-5,
+  )
+
+
+def test_every_setting_of_the_config_arrives_in_the_model():
+  config = Config()
+  config.data.passage_length = 77
+  config.train.compute_dtype = "bfloat16"
+  config.encoder = EncoderConfig(
+    num_layers=3,
+    embed_dim=6,
+    num_heads=3,
+    mlp_dim=10,
+    pooling="mean",
+    projection_dim=5,
+    normalize=True,
+    tied=False,
+    score_scale=3.0,
+    learn_score_scale=True,
+    dropout=0.25,
+  )
+  config.generator = GeneratorConfig(
+    num_layers=4,
+    embed_dim=12,
+    num_heads=6,
+    mlp_dim=14,
+    activation="relu",
+    norm="pre",
+    embedding_norm=False,
+    scale_embedding=True,
+    position_offset=0,
+    max_positions=99,
+    position_init="sinusoid",
+    relative_buckets=16,
+    init="copy",
+    dropout=0.125,
+  )
+  model = rag.build_model(config, vocab_size=V, decoder_start_id=9)
+  assert model.generator.vocab_size == V
+  assert model.generator.decoder_start_id == 9
+  assert model.generator.copy_init
+  assert model.score_scale == 3.0
+  assert model.learn_score_scale
+  for tower in (model.question_encoder, model.passage_encoder):
+    assert tower.vocab_size == V
+    assert tower.max_positions == 77
+    for field in dataclasses.fields(EncoderConfig):
+      if hasattr(tower, field.name):
+        value = getattr(config.encoder, field.name)
+        assert getattr(tower, field.name) == value, field.name
+        assert value != field.default, f"{field.name} is not tested"
+  for field in dataclasses.fields(GeneratorConfig):
+    value = getattr(config.generator, field.name)
+    assert value != field.default, f"{field.name} is not tested"
+    if field.name != "init":
+      assert getattr(model.generator, field.name) == value, field.name
+  for part in (model.question_encoder, model.generator):
+    assert part.dtype == jnp.bfloat16
+    assert part.param_dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  ("name", "dtype"),
+  [
+    ("auto", "float32"),  # the tests run on a CPU
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+  ],
+)
+def test_computes_in_the_dtype_that_is_asked_for(name, dtype):
+  assert rag.compute_dtype(name) == jnp.dtype(dtype)

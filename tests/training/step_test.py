@@ -1,0 +1,320 @@
+"""One update by hand, the losses by hand, and thirty updates that learn."""
+
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rag_jax import losses
+from rag_jax.config import Config
+from rag_jax.config import EncoderConfig
+from rag_jax.config import GeneratorConfig
+from rag_jax.config import MeshConfig
+from rag_jax.config import OptimizerConfig
+from rag_jax.data.batches import RagBatch
+from rag_jax.models import partitioning
+from rag_jax.models.rag import build_model
+from rag_jax.training import step as step_lib
+from rag_jax.training.optimizer import make_optimizer
+from rag_jax.training.state import TrainState
+from rag_jax.training.state import init_params
+from rag_jax.training.state import make_state
+
+B, K, C, T, Q, L, V, D = 4, 2, 6, 4, 3, 4, 17, 8
+
+
+def make_model(dropout):
+  config = Config()
+  config.encoder = EncoderConfig(
+    embed_dim=D, num_heads=2, mlp_dim=8, dropout=dropout
+  )
+  config.generator = GeneratorConfig(
+    num_layers=1,
+    embed_dim=D,
+    num_heads=2,
+    mlp_dim=8,
+    max_positions=8,
+    dropout=dropout,
+  )
+  return build_model(config, vocab_size=V, decoder_start_id=2)
+
+
+def make_batch(n_docs=K):
+  rng = np.random.default_rng(0)
+
+  def tokens(*shape):
+    return rng.integers(V, size=shape, dtype=np.int32)
+
+  return RagBatch(
+    context_tokens=tokens(B, n_docs, C),
+    context_mask=np.ones((B, n_docs, C), bool),
+    target_tokens=tokens(B, T),
+    target_mask=np.arange(T) < np.array([[4], [3], [1], [2]]),
+    question_tokens=tokens(B, Q),
+    question_mask=np.ones((B, Q), bool),
+    doc_tokens=tokens(B, n_docs, L),
+    doc_mask=np.ones((B, n_docs, L), bool),
+  )
+
+
+def closed_book(batch):
+  return batch.replace(
+    question_tokens=None, question_mask=None, doc_tokens=None, doc_mask=None
+  )
+
+
+# Trivial pieces, for what `update` does itself.
+
+
+def quadratic_loss(params, batch, dropout_key):
+  """Half the squared distance, to a point that the key draws."""
+  del batch
+  point = jax.random.normal(dropout_key, params["x"].shape)
+  loss = 0.5 * jnp.sum((params["x"] - point) ** 2)
+  return loss, {"toy/loss": loss}
+
+
+SGD = optax.sgd(0.25)
+UPDATE = jax.jit(
+  functools.partial(
+    step_lib.update, loss_fn=quadratic_loss, optimizer=SGD, stage="toy"
+  )
+)
+
+
+def toy_state(step=0):
+  params = {"x": jnp.array([1.0, -2.0, 4.0])}
+  return TrainState(
+    step=jnp.int32(step), params=params, opt_state=SGD.init(params)
+  )
+
+
+def test_an_update_follows_the_gradient_and_counts_one_step():
+  key = jax.random.key(5)
+  state, metrics = UPDATE(toy_state(7), make_batch(), key)
+  x = np.array([1.0, -2.0, 4.0])
+  point = jax.random.normal(jax.random.fold_in(key, 7), (3,))
+  np.testing.assert_allclose(state.params["x"], x - 0.25 * (x - point))
+  assert state.step == 8
+  assert set(metrics) == {"toy/loss", "toy/grad_norm"}
+  np.testing.assert_allclose(
+    metrics["toy/grad_norm"], np.linalg.norm(x - point), rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    metrics["toy/loss"], 0.5 * np.sum((x - point) ** 2), rtol=1e-6
+  )
+
+
+def test_randomness_is_a_function_of_key_and_step():
+  def loss(step, seed):
+    _, metrics = UPDATE(toy_state(step), make_batch(), jax.random.key(seed))
+    return float(metrics["toy/loss"])
+
+  assert loss(3, 0) == loss(3, 0)  # what restoring a checkpoint relies on
+  assert len({loss(0, 0), loss(1, 0), loss(2, 0), loss(0, 1)}) == 4
+
+
+def test_the_model_is_traced_where_its_constraints_have_a_mesh():
+  mesh = partitioning.make_mesh(MeshConfig(data=1))
+  seen = []
+
+  def spy(params, batch, dropout_key):
+    seen.append(jax.sharding.get_abstract_mesh().axis_names)
+    return quadratic_loss(params, batch, dropout_key)
+
+  layout = jax.tree.map(lambda _: partitioning.replicated(mesh), toy_state())
+  update = step_lib.compile_update(spy, SGD, layout, mesh, "toy")
+  state, _ = update(toy_state(), make_batch(), jax.random.key(0))
+  assert state.step == 1
+  assert seen == [("data", "fsdp", "tensor")]
+
+
+# The model, without dropout.
+
+MODEL = make_model(dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def params():
+  def init(key, inputs):
+    return nn.meta.unbox(MODEL.init(key, **inputs))["params"]
+
+  shapes = jax.eval_shape(init, jax.random.key(0), make_batch().inputs())
+  rng = np.random.default_rng(1)
+  return jax.tree.map(
+    lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), shapes
+  )
+
+
+@pytest.fixture(scope="module")
+def forward():
+  return jax.jit(
+    lambda params, inputs: MODEL.apply({"params": params}, **inputs)
+  )
+
+
+@pytest.mark.parametrize("name", ["rag_token", "rag_sequence"])
+def test_the_marginal_loss_is_nats_a_target_token(name, params, forward):
+  batch, nll_fn = make_batch(), losses.NLL_FNS[name]
+  loss, metrics = jax.jit(
+    functools.partial(step_lib.marginal_loss, model=MODEL, nll_fn=nll_fn)
+  )(params, batch, jax.random.key(0))
+  out = forward(params, batch.inputs())
+  nll = jax.jit(nll_fn)(
+    out.doc_scores, out.target_logits, batch.target_tokens, batch.target_mask
+  )
+  np.testing.assert_allclose(loss, np.sum(nll) / 10, rtol=1e-5)
+  assert set(metrics) == {"train/loss", "train/doc_entropy"}
+  np.testing.assert_array_equal(metrics["train/loss"], loss)
+  prior = np.exp(out.doc_scores) / np.exp(out.doc_scores).sum(1, keepdims=True)
+  entropy = np.mean([-sum(p * np.log(p)) for p in prior])
+  assert 0 < entropy < np.log(K)
+  np.testing.assert_allclose(metrics["train/doc_entropy"], entropy, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def cloze():
+  def loss(params, batch, key, weight):
+    return step_lib.cloze_loss(
+      params, batch, key, model=MODEL, contrastive_weight=weight
+    )
+
+  # The weight is a setting, a Python number: static.
+  return jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=3)
+
+
+def test_the_warm_up_adds_infilling_and_contrast(cloze, params, forward):
+  batch = make_batch(n_docs=1)
+  (loss, metrics), grads = cloze(params, batch, jax.random.key(0), 0.5)
+  out = forward(params, closed_book(batch).inputs())
+  nll = jax.jit(losses.rag_token_nll)(
+    out.doc_scores, out.target_logits, batch.target_tokens, batch.target_mask
+  )
+  embed = jax.jit(MODEL.apply, static_argnames="method")
+  questions, passages = (
+    embed({"params": params}, tokens, mask, method=method)
+    for tokens, mask, method in (
+      (batch.question_tokens, batch.question_mask, "embed_questions"),
+      (batch.doc_tokens[:, 0], batch.doc_mask[:, 0], "embed_passages"),
+    )
+  )
+  contrast = jax.jit(losses.in_batch_contrastive_nll)(questions, passages)
+  infilling, contrast = np.sum(nll) / 10, np.mean(contrast)
+  assert set(metrics) == {"warmup/loss", "warmup/contrastive_loss"}
+  np.testing.assert_allclose(metrics["warmup/loss"], infilling, rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics["warmup/contrastive_loss"], contrast, rtol=1e-5
+  )
+  np.testing.assert_allclose(loss, infilling + 0.5 * contrast, rtol=1e-5)
+  for part in ("question_encoder", "generator"):
+    table = grads[part]["token_embedding"]["embedding"]
+    assert np.max(np.abs(table)) > 1e-3, part
+
+
+def test_infilling_alone_does_not_move_the_retriever(cloze, params):
+  batch = make_batch(n_docs=1)
+  _, grads = cloze(params, batch, jax.random.key(0), 0.0)
+  assert not any(map(np.any, jax.tree.leaves(grads["question_encoder"])))
+  assert np.any(grads["generator"]["token_embedding"]["embedding"])
+
+
+def test_closed_book_has_no_retriever_to_report_on(params, forward):
+  batch = closed_book(make_batch(n_docs=1))
+  generator = {"generator": params["generator"]}
+  for loss_fn, name in (
+    (
+      functools.partial(step_lib.marginal_loss, nll_fn=losses.rag_token_nll),
+      "train/loss",
+    ),
+    (
+      functools.partial(step_lib.cloze_loss, contrastive_weight=1.0),
+      "warmup/loss",
+    ),
+  ):
+    loss, metrics = jax.jit(functools.partial(loss_fn, model=MODEL))(
+      generator, batch, jax.random.key(0)
+    )
+    assert set(metrics) == {name}
+    np.testing.assert_array_equal(metrics[name], loss)
+
+
+# The model with dropout, trained.
+
+
+class Training:
+  """A compiled update of the whole model on one batch."""
+
+  def __init__(self):
+    model, self.batch = make_model(dropout=0.1), make_batch()
+    self._mesh = partitioning.make_mesh(MeshConfig(data=1))
+    self._params, self._layout = init_params(
+      lambda key: model.init(key, **self._inputs())["params"],
+      jax.random.key(0),
+      self._mesh,
+    )
+    config = OptimizerConfig(
+      peak_lr=0.02, retriever_lr=0.02, schedule="constant", warmup_steps=0
+    )
+    self._optimizer = make_optimizer(config, self._params, 30)
+    _, layout = self._new()
+    self._update = step_lib.compile_update(
+      functools.partial(
+        step_lib.marginal_loss, model=model, nll_fn=losses.rag_token_nll
+      ),
+      self._optimizer,
+      layout,
+      self._mesh,
+      "train",
+    )
+
+  def _inputs(self):
+    return jax.tree.map(jnp.asarray, self.batch.inputs())
+
+  def _new(self):
+    # Copies, because the update is given its state for good.
+    params = jax.tree.map(jnp.copy, self._params)
+    return make_state(params, self._layout, self._optimizer, self._mesh)
+
+  def run(self, num_steps, seed=1, first_step=0):
+    """Returns the state after `num_steps`, and the loss before each."""
+    state = self._new()[0].replace(step=jnp.int32(first_step))
+    history = []
+    for _ in range(num_steps):
+      state, metrics = self._update(state, self.batch, jax.random.key(seed))
+      history.append(float(metrics["train/loss"]))
+    return state, history
+
+
+@pytest.fixture(scope="module")
+def training():
+  return Training()
+
+
+def test_thirty_updates_learn_one_batch(training):
+  state, history = training.run(30)
+  assert state.step == 30
+  assert history[0] > 0.9 * np.log(V)
+  assert np.mean(history[-5:]) < 0.5 * history[0]
+  assert np.mean(history[10:20]) < np.mean(history[:10])
+
+
+def test_training_twice_gives_the_same_bits(training):
+  (one, losses_one), (two, losses_two) = training.run(3), training.run(3)
+  assert losses_one == losses_two
+  jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_dropout_differs_between_steps_and_comes_back_with_the_step(training):
+  def first_loss(**kwargs):
+    return training.run(1, **kwargs)[1][0]
+
+  assert first_loss(first_step=4) == first_loss(first_step=4)
+  # The same parameters and batch: what differs is what was dropped.
+  distinct = {
+    first_loss(seed=seed, first_step=step) for seed in (1, 2) for step in (0, 4)
+  }
+  assert len(distinct) == 4

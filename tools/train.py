@@ -1,0 +1,85 @@
+r"""Trains retriever and generator together, measures the result, saves it.
+
+  python tools/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Every setting can be given here: --config.train.num_steps=200. They are all in
+rag_jax/config.py. The workdir gets checkpoints, metrics.jsonl, TensorBoard
+files, and at the end model, index, results.json and learning_curves.png. The
+same command again goes on from the last checkpoint; Ctrl-C saves one first.
+"""
+
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+from ml_collections import config_flags
+
+from rag_jax import config_json
+from rag_jax.config import validate
+from rag_jax.data.experiment import open_experiment
+from rag_jax.data.questions import load_questions
+from rag_jax.decoding.answerer import Answerer
+from rag_jax.evaluation.evaluate import Evaluator
+from rag_jax.evaluation.evaluate import choose
+from rag_jax.evaluation.finish import finish
+from rag_jax.evaluation.report import table
+from rag_jax.training.interrupt import StoppedEarlyError
+from rag_jax.training.loop import train
+from rag_jax.training.workdir import open_workdir
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "On every host of a pod: join the others first."
+)
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  if len(argv) > 1:
+    raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+  if _DISTRIBUTED.value:
+    jax.distributed.initialize()
+  config = validate(_CONFIG.value)
+  with open_workdir(
+    _WORKDIR.value or "", config, process_index=jax.process_index()
+  ) as workdir:
+    logging.info("Config:\n%s", config_json.to_json(config))
+    questions = {
+      split: load_questions(config.data.questions, split)
+      for split in ("train", "validation", "test")
+    }
+    experiment = open_experiment(config, tokenizer_path=workdir.tokenizer)
+    evaluator = Evaluator(experiment, Answerer(experiment))
+    validation = choose(
+      questions["validation"], config.eval.num_validation, config.seed
+    )
+    clock = train(
+      experiment, questions["train"], workdir, evaluator.validator(validation)
+    )
+    test = choose(questions["test"], config.eval.num_test, config.seed)
+    results = finish(experiment, workdir, test, evaluator, clock)
+    print(table(results))
+    print(f"Ask it: python tools/ask.py --workdir={_WORKDIR.value}")
+
+
+def run() -> None:
+  """Runs `main`; what a user can mend is a message, not a stack trace."""
+  try:
+    config_json.check_overrides(sys.argv[1:])
+    app.run(main)
+  except StoppedEarlyError as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(128 + stopped.signum)
+  except (ValueError, FileNotFoundError, TypeError) as error:
+    if "--debug" in sys.argv:
+      raise
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  run()
