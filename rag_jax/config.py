@@ -277,6 +277,13 @@ def _cross_problems(c: Config) -> Iterator[str]:
       f" longest input (data.context_length={c.data.context_length},"
       f" data.target_length={c.data.target_length})."
     )
+  if c.data.passage_length < 4:
+    yield (
+      f"data.passage_length={c.data.passage_length} leaves no room for a"
+      " passage between its special tokens; use at least 4."
+    )
+  if not c.encoder.score_scale:
+    yield "encoder.score_scale=0.0 makes every document score 0; use 1.0."
   if c.data.context_length < 8:
     yield (
       f"data.context_length={c.data.context_length} leaves no room for a"
@@ -333,8 +340,12 @@ def validate(config: Any) -> Config:
       f"Expected a rag_jax.config.Config, got {type(config).__name__}. Does"
       " get_config() of the --config file return one?"
     )
-  problems = []
-  for name, field, value in fields(config):
+  problems = [
+    f"{name} is {getattr(config, name)!r}, expected a {section.__name__}."
+    for name, section in typing.get_type_hints(Config).items()
+    if section not in (int, str) and type(getattr(config, name)) is not section
+  ]
+  for name, field, value in fields(config) if not problems else ():
     problem = _type_problem(name, field, value)
     problems.append(problem or _range_problem(name, field, value))
   problems = [p for p in problems if p]
@@ -343,36 +354,3 @@ def validate(config: Any) -> Config:
   if problems:
     raise ValueError("The config is not valid:\n  " + "\n  ".join(problems))
   return config
-
-
-def check_devices(config: Config, num_devices: int) -> MeshConfig:
-  """Returns the mesh with `data` filled in.
-
-  Raises:
-    ValueError: the mesh or a batch cannot be split over the devices.
-  """
-  mesh = config.mesh
-  data = mesh.data or max(num_devices // (mesh.fsdp * mesh.tensor), 1)
-  if data * mesh.fsdp * mesh.tensor != num_devices:
-    raise ValueError(
-      f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp} and mesh.tensor="
-      f"{mesh.tensor} need {data * mesh.fsdp * mesh.tensor} devices, but"
-      f" there are {num_devices}. Choose values whose product is that number,"
-      " or mesh.data=0 to use all that are left."
-    )
-  shards = data * mesh.fsdp
-  sizes = {
-    "train.batch_size": config.train.batch_size,
-    "eval.batch_size": config.eval.batch_size,
-    "index.embed_batch_size": config.index.embed_batch_size,
-  }
-  if config.warmup.num_steps:
-    sizes["warmup.batch_size"] = config.warmup.batch_size
-  bad = [f"{name}={size}" for name, size in sizes.items() if size % shards]
-  if bad:
-    raise ValueError(
-      f"{', '.join(bad)} must be a multiple of {shards}, the devices that the"
-      f" batch is split over (mesh.data={data} x mesh.fsdp={mesh.fsdp}), so"
-      " that each gets an equal share."
-    )
-  return MeshConfig(data=data, fsdp=mesh.fsdp, tensor=mesh.tensor)

@@ -12,9 +12,9 @@ import pytest
 
 from rag_jax import config_json
 from rag_jax.config import Config
-from rag_jax.config import check_devices
 from rag_jax.config import fields
 from rag_jax.config import validate
+from rag_jax.models.partitioning import check_devices
 from rag_jax.models.rag import build_model
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -225,7 +225,7 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
     ((0, 2, 2), (2, 2, 2)),
     ((0, 8, 1), (1, 8, 1)),
     ((2, 4, 1), (2, 4, 1)),
-    ((1, 1, 8), (1, 1, 8)),
+    ((2, 1, 4), (2, 1, 4)),
   ],
 )
 def test_the_data_axis_takes_the_devices_that_are_left(mesh, expected):
@@ -273,7 +273,34 @@ def test_batches_that_do_not_split_over_the_devices_are_named_together():
   ):
     check_devices(config, 8)
   # A tensor axis does not split the batch.
-  check_devices(make(mesh__tensor=8, train__batch_size=3), 8)
+  check_devices(make(mesh__tensor=4, train__batch_size=6), 8)
+
+
+def test_sizes_that_the_mesh_cannot_split_are_named_together():
+  config = make(mesh__tensor=8, encoder__num_heads=4, generator__num_heads=4)
+  with pytest.raises(
+    ValueError,
+    match=(
+      "^The mesh cannot split encoder.num_heads=4 by mesh.tensor=8,"
+      " generator.num_heads=4 by mesh.tensor=8 evenly. Choose sizes that are"
+      " multiples, or a smaller mesh.tensor or mesh.fsdp.$"
+    ),
+  ):
+    check_devices(config, 8)
+
+
+@pytest.mark.parametrize(
+  ("settings", "problem"),
+  [
+    ({"data__passage_length": 3}, "data.passage_length=3 leaves no room"),
+    ({"encoder__score_scale": 0.0}, "encoder.score_scale=0.0 makes every"),
+    ({"index__swap_steps": 50}, "index.swap_steps=50 must be between 1 and"),
+    ({"data": None}, "data is None, expected a DataConfig"),
+  ],
+)
+def test_settings_that_cannot_work_are_refused(settings, problem):
+  (message,) = refused(make(**settings))
+  assert problem in message
 
 
 def test_the_warmup_batch_counts_if_there_is_a_warmup():

@@ -27,6 +27,12 @@ class ClozeBatches:
     context: ContextBuilder,
     config: Config,
   ):
+    if config.warmup.batch_size > len(passages):
+      raise ValueError(
+        f"warmup.batch_size={config.warmup.batch_size} is more than there are"
+        f" passages ({len(passages)}), and the warm-up takes each at most once"
+        " a batch. Lower it, or leave the warm-up out: warmup.num_steps=0."
+      )
     self._tokenizer = tokenizer
     self._passages = passages
     self._context = context
@@ -43,12 +49,15 @@ class ClozeBatches:
     shortest = min(settings.span_min_tokens, longest)
     size = int(rng.integers(shortest, longest + 1))
     start = int(rng.integers(0, max(len(ids) - size, 0) + 1))
-    left = int(rng.integers(0, settings.window_tokens + 1))
-    right = settings.window_tokens - left
+    before, after = ids[:start], ids[start + size :]
+    # As many tokens as there are, up to the window, on either side.
+    width = min(settings.window_tokens, len(before) + len(after))
+    fewest = max(width - len(after), 0)
+    left = int(rng.integers(fewest, min(width, len(before)) + 1))
     window = [
-      *ids[max(start - left, 0) : start],
+      *before[len(before) - left :],
       self._tokenizer.mask_id,
-      *ids[start + size : start + size + right],
+      *after[: width - left],
     ]
     return window, ids[start : start + size]
 
@@ -56,10 +65,10 @@ class ClozeBatches:
     """Returns the batch of warm-up step `step`."""
     config = self._config
     rng = np.random.default_rng((config.seed, step))
-    size = min(config.warmup.batch_size, len(self._passages))
     # Without replacement: a passage twice would be its own negative.
-    rows = rng.choice(len(self._passages), size, replace=False)
-    rows = np.resize(rows, config.warmup.batch_size)
+    rows = rng.choice(
+      len(self._passages), config.warmup.batch_size, replace=False
+    )
     windows, spans = zip(
       *(self._mask_span(rng, int(r)) for r in rows), strict=True
     )

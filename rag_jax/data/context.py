@@ -93,7 +93,7 @@ class ContextBuilder:
     mask = np.zeros(tokens.shape, bool)
     for b, ids in enumerate(question_ids):
       if len(ids) > length - 2:
-        self.counts["questions_cut"] += 1
+        self.counts["contexts_cut"] += 1
       head = [tokenizer.bos_id, *ids[: length - 2], tokenizer.eos_id]
       tokens[b, :, : len(head)] = head
       mask[b, :, : len(head)] = True

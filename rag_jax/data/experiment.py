@@ -15,7 +15,6 @@ from jaxtyping import PyTree
 import numpy as np
 
 from rag_jax.config import Config
-from rag_jax.config import check_devices
 from rag_jax.config import validate
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.passages import load_passages
@@ -26,6 +25,7 @@ from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data.batches import RagBatch
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.questions import load_questions
+from rag_jax.models.partitioning import check_devices
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.rag import RagModel
 from rag_jax.models.rag import build_model

@@ -73,9 +73,9 @@ def _draw_loss(
   last = max((r["step"] for r in warmup), default=0)
   before = ([step - last for step in before[0]], before[1])
   after = _curve(train, "train/loss")
-  drawn = _draw(axes, before, _ORANGE, "warm-up: contrastive + infilling")
-  drawn |= _draw(axes, after, _BLUE, "training, per token")
-  _finish(axes, "Loss", "nats", drawn)
+  drawn = _draw(axes, before, _ORANGE, "warm-up, span infilling")
+  drawn |= _draw(axes, after, _BLUE, "training, marginal")
+  _finish(axes, "Loss", "nats a token", drawn)
   if before[0]:
     axes.axvline(0, color=_GREY, linewidth=0.8, linestyle=":")
     axes.set_xlabel("step (warm-up before 0)")

@@ -94,8 +94,8 @@ def table(results: Mapping[str, Any], prefix: str = "test") -> str:
 
   Args:
     results: what `summarise` returned with the same `prefix`. Of the run, as
-      far as they are there: `time_secs`, `PREFIX/questions_per_sec`,
-      `peak_memory_bytes` and `seed`.
+      far as they are there: `PREFIX/index_recall_at_5`, `train/seconds`,
+      `train/questions_per_second`, `train/peak_memory_bytes` and `seed`.
     prefix: of the names that are shown.
   """
   recall = f"{prefix}/answer_recall_at_{RECALL_K}"
@@ -203,13 +203,17 @@ def _row(relation: str, questions: str, match: str, recall: str) -> str:
 
 def _run_lines(results: Mapping[str, Any], prefix: str) -> Iterator[str]:
   """Yields what is known about the run itself."""
-  if "time_secs" in results:
-    yield f"time              {results['time_secs']:,.0f} s"
-  if f"{prefix}/questions_per_sec" in results:
-    speed = results[f"{prefix}/questions_per_sec"]
-    yield f"questions/s       {speed:,.1f}"
-  if "peak_memory_bytes" in results:
-    yield f"peak memory       {results['peak_memory_bytes'] / 2**30:.2f} GiB"
+  if f"{prefix}/index_recall_at_{RECALL_K}" in results:
+    recall = results[f"{prefix}/index_recall_at_{RECALL_K}"]
+    yield f"index recall@{RECALL_K}    {recall:.3f}   against exact search"
+  if "train/seconds" in results:
+    secs = results["train/seconds"]
+    yield f"training          {secs:,.0f} s, without compilation"
+  if "train/questions_per_second" in results:
+    yield f"questions/s       {results['train/questions_per_second']:,.0f}"
+  if "train/peak_memory_bytes" in results:
+    peak = results["train/peak_memory_bytes"]
+    yield f"peak memory       {peak / 2**30:.2f} GiB"
   if "seed" in results:
     yield f"seed              {results['seed']}"
 

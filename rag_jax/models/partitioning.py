@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
+from rag_jax.config import Config
 from rag_jax.config import MeshConfig
 
 LogicalAxis = Literal[
@@ -33,6 +34,62 @@ AXIS_RULES = (
   ("position", None),
   ("retrieval", None),
 )
+
+
+def _check_split(config: Config, mesh: MeshConfig) -> None:
+  """Raises `ValueError` if a parameter cannot be split as the mesh says."""
+  bad = []
+  for name, part in (
+    ("encoder", config.encoder),
+    ("generator", config.generator),
+  ):
+    for field, axis in (
+      ("num_heads", "tensor"),
+      ("mlp_dim", "tensor"),
+      ("embed_dim", "fsdp"),
+    ):
+      size, parts = getattr(part, field), getattr(mesh, axis)
+      if size % parts:
+        bad.append(f"{name}.{field}={size} by mesh.{axis}={parts}")
+  if bad:
+    raise ValueError(
+      f"The mesh cannot split {', '.join(bad)} evenly. Choose sizes that are"
+      " multiples, or a smaller mesh.tensor or mesh.fsdp."
+    )
+
+
+def check_devices(config: Config, num_devices: int) -> MeshConfig:
+  """Returns the mesh with `data` filled in.
+
+  Raises:
+    ValueError: the mesh or a batch cannot be split over the devices.
+  """
+  mesh = config.mesh
+  data = mesh.data or max(num_devices // (mesh.fsdp * mesh.tensor), 1)
+  if data * mesh.fsdp * mesh.tensor != num_devices:
+    raise ValueError(
+      f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp} and mesh.tensor="
+      f"{mesh.tensor} need {data * mesh.fsdp * mesh.tensor} devices, but"
+      f" there are {num_devices}. Choose values whose product is that number,"
+      " or mesh.data=0 to use all that are left."
+    )
+  _check_split(config, mesh)
+  shards = data * mesh.fsdp
+  sizes = {
+    "train.batch_size": config.train.batch_size,
+    "eval.batch_size": config.eval.batch_size,
+    "index.embed_batch_size": config.index.embed_batch_size,
+  }
+  if config.warmup.num_steps:
+    sizes["warmup.batch_size"] = config.warmup.batch_size
+  bad = [f"{name}={size}" for name, size in sizes.items() if size % shards]
+  if bad:
+    raise ValueError(
+      f"{', '.join(bad)} must be a multiple of {shards}, the devices that the"
+      f" batch is split over (mesh.data={data} x mesh.fsdp={mesh.fsdp}), so"
+      " that each gets an equal share."
+    )
+  return MeshConfig(data=data, fsdp=mesh.fsdp, tensor=mesh.tensor)
 
 
 def make_mesh(

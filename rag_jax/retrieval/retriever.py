@@ -38,8 +38,10 @@ class RetrieverSnapshots:
 
 
 def fingerprint(retriever_params: PyTree) -> str:
-  """Identifies the weights that embed passages."""
-  leaves = jax.tree_util.tree_leaves_with_path(retriever_params)
+  """Identifies the weights that embed passages: those of their tower."""
+  question_tower = retriever_params["question_encoder"]  # of both, if tied
+  tower = retriever_params.get("passage_encoder", question_tower)
+  leaves = jax.tree_util.tree_leaves_with_path(tower)
   return artifacts.fingerprint_arrays(
     {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
   )

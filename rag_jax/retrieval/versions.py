@@ -32,6 +32,7 @@ class IndexVersions:
     *,
     refresh_steps: int,
     swap_steps: int,
+    writes: bool = True,
   ):
     """Opens nothing yet; call `start` or `restore`.
 
@@ -42,11 +43,14 @@ class IndexVersions:
         version is the only one.
       swap_steps: steps from the start of a build to its first use. A thread
         has that long to finish it for nothing.
+      writes: whether this process saves and deletes; of several, one does.
     """
     self._builder = builder
     self._directory = epath.Path(directory)
     self._refresh_steps = refresh_steps
     self._swap_steps = swap_steps
+    self._writes = writes
+    self._adopted = False
     self._thread = futures.ThreadPoolExecutor(1, "index")
     self._next: futures.Future[Index] | None = None
     self._next_version = 0
@@ -57,6 +61,10 @@ class IndexVersions:
   def start(self, retriever_params: PyTree) -> None:
     """Builds version 0 and waits for it."""
     self.index = self._builder.build(retriever_params)
+
+  def adopt(self, index: Index) -> None:
+    """Uses `index`, which was built elsewhere and is not saved again."""
+    self.index, self._adopted = index, True
 
   def is_due(self, step: int) -> bool:
     """Whether a new version is to be built from the parameters of `step`."""
@@ -78,14 +86,16 @@ class IndexVersions:
 
   def save(self) -> list[int]:
     """Saves the versions that a resumed run needs; returns their names."""
-    assert self.index is not None, "call start or restore first"
+    assert self.index is not None, "call start, adopt or restore first"
+    if self._adopted:
+      return []
     versions = {self.version: self.index}
     if self._next is not None:
       versions[self._next_version] = self._next.result()
     for version, index in versions.items():
       # Not whether its directory exists: a run that went on from an earlier
       # checkpoint, with other settings, finds one of other weights.
-      if version not in self._saved:
+      if version not in self._saved and self._writes:
         index.save(self._path(version))
         self._saved.add(version)
     return sorted(versions)
@@ -106,7 +116,7 @@ class IndexVersions:
   def remove_except(self, versions: set[int]) -> None:
     """Deletes the saved versions that no kept checkpoint needs."""
     self._saved &= versions
-    if not self._directory.exists():
+    if not self._writes or not self._directory.exists():
       return
     for path in self._directory.iterdir():
       if path.name.isdigit() and int(path.name) not in versions:

@@ -25,6 +25,7 @@ from rag_jax.models.partitioning import batch_sharding
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import RetrieverSnapshots
+from rag_jax.retrieval.retriever import fingerprint
 from rag_jax.retrieval.versions import IndexVersions
 from rag_jax.training.checkpoint import Checkpointer
 from rag_jax.training.interrupt import StoppedEarlyError
@@ -101,6 +102,7 @@ class _Run:
       workdir.indexes,
       refresh_steps=config.index.refresh_steps if trains_passages else 0,
       swap_steps=config.index.swap_steps,
+      writes=jax.process_index() == 0,
     )
     self._checkpoints = Checkpointer(
       workdir.checkpoints,
@@ -196,14 +198,19 @@ class _Run:
   def _open_index(self, params: PyTree, extra: dict) -> None:
     """Opens the index of the checkpoint or config, or builds the first."""
     passages = self._experiment.passages.fingerprint
-    if extra:
-      self._versions.restore(extra["index_versions"], passages)
-    elif self._config.index.path:
-      self._versions.index = load_index(
-        self._config.index.path, passages_fingerprint=passages
+    retriever = self._snapshots.take(params)
+    if self._config.index.path:
+      self._versions.adopt(
+        load_index(
+          self._config.index.path,
+          encoder_fingerprint=fingerprint(retriever),
+          passages_fingerprint=passages,
+        )
       )
+    elif extra:
+      self._versions.restore(extra["index_versions"], passages)
     else:
-      self._versions.start(self._snapshots.take(params))
+      self._versions.start(retriever)
 
   def _retriever_params(self, params: PyTree) -> PyTree | None:
     closed_book = self._experiment.closed_book

@@ -291,11 +291,10 @@ class Progress:
         self._validation[name] = value
     known = {**self._validation, **metrics}
     left_secs = (num_steps - step) * self._batch_size / speed
-    # The loss of the warm-up is a sum of two means, one over tokens.
-    unit, things = ("nats/token", "q") if stage == "train" else ("nats", "p")
+    things = "q" if stage == "train" else "p"  # questions, passages
     return "  ".join((
       f"{stage:<6} {step:>{len(str(num_steps))}}/{num_steps}",
-      f"loss {_short(known.get(f'{stage}/loss'), 3)} {unit}",
+      f"loss {_short(known.get(f'{stage}/loss'), 3)} nats/token",
       f"EM {_short(known.get('validation/exact_match'), 2)}",
       f"recall@5 {_short(known.get('validation/answer_recall_at_5'), 2)}",
       f"H(z|x) {_short(known.get('train/doc_entropy'), 2)}",

@@ -1,6 +1,7 @@
 """One update: batch -> loss -> gradients -> new state."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp

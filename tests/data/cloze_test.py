@@ -173,19 +173,29 @@ def test_closed_book_asks_for_the_same_spans(build):
   )
 
 
-def test_fewer_passages_than_the_batch_fill_it(build):
-  batches, ids = build(passages=PASSAGES[:3], batch_size=8)
-  batch = batches.batch(0)
-  found = [passage for _, _, passage in parts(batch)]
-  assert len(found) == 8
-  assert [sum(p == row for p in found) for row in ids] in (
-    [3, 3, 2],
-    [3, 2, 3],
-    [2, 3, 3],
-  )
-  # A passage that comes twice is asked for another span.
-  spans = {tuple(span) for _, span, _ in parts(batch)}
-  assert len(spans) > 3
+def test_fewer_passages_than_the_batch_are_refused(build):
+  with pytest.raises(
+    ValueError,
+    match=(
+      r"warmup.batch_size=8 is more than there are passages \(3\), and the"
+      " warm-up takes each at most once a batch. Lower it, or leave the warm-up"
+      " out: warmup.num_steps=0."
+    ),
+  ):
+    build(passages=PASSAGES[:3], batch_size=8)
+
+
+def test_no_passage_comes_twice_in_a_batch(build):
+  batches, ids = build(passages=PASSAGES[:3], batch_size=3)
+  found = [passage for _, _, passage in parts(batches.batch(0))]
+  assert sorted(found) == sorted(ids)
+
+
+def test_a_window_is_as_long_as_the_passage_allows(build):
+  batches, _ = build(passages=PASSAGES, batch_size=len(PASSAGES))
+  for step in range(20):
+    for window, span, passage in parts(batches.batch(step)):
+      assert len(window) > 1 or len(passage) == len(span)
 
 
 def test_passages_of_a_word_or_two_are_asked_for_a_word(build):

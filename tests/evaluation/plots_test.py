@@ -68,10 +68,10 @@ def test_each_metric_is_a_line_of_its_panel(tmp_path, panels):
   drawn = {title: lines(axes) for title, axes in panels().items()}
   loss = drawn["Loss"]
   # The warm-up ends at 0, where training begins.
-  assert loss["warm-up: contrastive + infilling"] == [[-10, 0], [4.0, 3.0]]
+  assert loss["warm-up, span infilling"] == [[-10, 0], [4.0, 3.0]]
   # A loss that was not finite is a gap.
   np.testing.assert_array_equal(
-    loss["training, per token"], [[5, 10], [2.0, math.nan]]
+    loss["training, marginal"], [[5, 10], [2.0, math.nan]]
   )
   assert drawn["Validation"] == {"exact match": [[5], [0.3]]}
   entropy = drawn["Entropy of p(z|x)"]
@@ -107,9 +107,7 @@ def test_a_panel_without_metrics_says_so(tmp_path, panels, records):
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path, panels):
   path = write(tmp_path, RECORDS[:1], tail='{"step": 20, "stage": "war')
   learning_curves(path, tmp_path / "curves.png", "a run")
-  assert lines(panels()["Loss"]) == {
-    "warm-up: contrastive + infilling": [[0], [4.0]]
-  }
+  assert lines(panels()["Loss"]) == {"warm-up, span infilling": [[0], [4.0]]}
 
 
 def test_values_that_are_all_zero_or_missing_are_drawn(tmp_path, panels):

@@ -319,7 +319,7 @@ def test_the_line_is_as_the_readme_shows_it(clock):
 def test_what_was_not_measured_is_a_dash(clock):
   line = Progress(8, clock=clock).line(0, 50, "warmup", {})
   assert line == (
-    "warmup  0/50  loss - nats  EM -  recall@5 -  H(z|x) -  - p/s  - left"
+    "warmup  0/50  loss - nats/token  EM -  recall@5 -  H(z|x) -  - p/s  - left"
   )
 
 

@@ -1,0 +1,246 @@
+"""Training is the same however the devices are arranged.
+
+Run as a program, this file trains a small model on eight simulated devices
+and prints what it saw as JSON; the tests compare. Eight devices must be asked
+for before JAX starts, so it is a process of its own.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rag_jax import losses
+from rag_jax.config import Config
+from rag_jax.config import EncoderConfig
+from rag_jax.config import GeneratorConfig
+from rag_jax.config import MeshConfig
+from rag_jax.config import OptimizerConfig
+from rag_jax.data.batches import RagBatch
+from rag_jax.models import partitioning
+from rag_jax.models.rag import build_model
+from rag_jax.training.optimizer import make_optimizer
+from rag_jax.training.state import init_params
+from rag_jax.training.state import make_state
+from rag_jax.training.step import compile_update
+from rag_jax.training.step import marginal_loss
+
+ONE = "1x1x1"  # data x fsdp x tensor
+MESHES = [ONE, "8x1x1", "2x4x1", "2x2x2", "1x1x8"]
+OTHERS = pytest.mark.parametrize("mesh", MESHES[1:])
+STEPS = 3
+
+B, K, C, T, Q, L, V, D, F = 8, 2, 6, 4, 3, 4, 24, 16, 32
+
+
+def make_model():
+  config = Config()
+  config.encoder = EncoderConfig(
+    embed_dim=D, num_heads=8, mlp_dim=F, projection_dim=D, dropout=0.3
+  )
+  config.generator = GeneratorConfig(
+    num_layers=1,
+    embed_dim=D,
+    num_heads=8,
+    mlp_dim=F,
+    max_positions=8,
+    relative_buckets=8,
+  )
+  return build_model(config, vocab_size=V, decoder_start_id=2)
+
+
+def make_batch():
+  rng = np.random.default_rng(0)
+
+  def tokens(*shape):
+    return rng.integers(V, size=shape, dtype=np.int32)
+
+  return RagBatch(
+    context_tokens=tokens(B, K, C),
+    context_mask=np.arange(C) < rng.integers(2, C + 1, size=(B, K, 1)),
+    target_tokens=tokens(B, T),
+    target_mask=np.arange(T) < rng.integers(1, T + 1, size=(B, 1)),
+    question_tokens=tokens(B, Q),
+    question_mask=np.ones((B, Q), bool),
+    doc_tokens=tokens(B, K, L),
+    doc_mask=np.ones((B, K, L), bool),
+  )
+
+
+def contrast(mesh):
+  """In-batch contrast: its negatives lie on other devices."""
+  rng = np.random.default_rng(1)
+  questions, passages = rng.normal(size=(2, B, D)).astype(np.float32)
+  split = partitioning.batch_sharding(mesh)
+  nll_fn = jax.jit(
+    losses.in_batch_contrastive_nll,
+    in_shardings=(split, split),
+    out_shardings=partitioning.replicated(mesh),
+  )
+  return np.asarray(nll_fn(questions, passages)).tolist()
+
+
+def train(name):
+  """Returns what happens on the mesh called `name`, as JSON can hold it."""
+  data, fsdp, tensor = map(int, name.split("x"))
+  mesh = partitioning.make_mesh(
+    MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
+    jax.devices()[: data * fsdp * tensor],
+  )
+  model, batch = make_model(), make_batch()
+  inputs = jax.tree.map(jnp.asarray, batch.inputs())
+  params, layout = init_params(
+    lambda key: model.init(key, **inputs)["params"], jax.random.key(0), mesh
+  )
+  # Where the gradient is zero but for rounding, as that of the biases of keys
+  # is, Adam divides noise by noise. Its eps keeps these parameters still.
+  config = OptimizerConfig(
+    peak_lr=1e-2,
+    retriever_lr=1e-2,
+    schedule="constant",
+    warmup_steps=0,
+    eps=1e-4,
+    clip_norm=1.0,
+  )
+  optimizer = make_optimizer(config, params, STEPS)
+  state, state_layout = make_state(params, layout, optimizer, mesh)
+  born = flat(state.params)
+  shards = {
+    path: [list(x.shape), list(x.addressable_shards[0].data.shape)]
+    for path, x in leaves({"params": params, "opt_state": state.opt_state})
+  }
+  update = compile_update(
+    functools.partial(marginal_loss, model=model, nll_fn=losses.rag_token_nll),
+    optimizer,
+    state_layout,
+    mesh,
+    "train",
+  )
+  history = []
+  for _ in range(STEPS):
+    state, metrics = update(state, batch, jax.random.key(1))
+    history.append({k: float(v) for k, v in metrics.items()})
+  return {
+    "born": born,
+    "metrics": history,
+    "shards": shards,
+    "trained": flat(state.params),
+    "contrast": contrast(mesh),
+  }
+
+
+def leaves(tree):
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    yield "/".join(str(getattr(k, "key", k)) for k in path), x
+
+
+def flat(params):
+  return {path: np.asarray(x).tolist() for path, x in leaves(params)}
+
+
+@pytest.fixture(scope="module")
+def results():
+  root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+  run = subprocess.run(
+    [sys.executable, "-W", "error", __file__],
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "PYTHONPATH": root,
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
+    },
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert run.returncode == 0, run.stderr
+  return json.loads(run.stdout)
+
+
+def assert_same(one, other, *, rtol, atol):
+  assert set(one) == set(other)
+  for path, x in one.items():
+    np.testing.assert_allclose(
+      other[path], x, rtol=rtol, atol=atol, err_msg=path
+    )
+
+
+@OTHERS
+def test_parameters_are_born_equal(mesh, results):
+  assert_same(results[ONE]["born"], results[mesh]["born"], rtol=1e-6, atol=1e-8)
+
+
+@OTHERS
+def test_loss_and_gradient_norm_of_each_step_are_the_same(mesh, results):
+  assert len(results[mesh]["metrics"]) == STEPS
+  for one, other in zip(
+    results[ONE]["metrics"], results[mesh]["metrics"], strict=True
+  ):
+    assert set(one) == {"train/loss", "train/doc_entropy", "train/grad_norm"}
+    assert_same(one, other, rtol=1e-5, atol=0)
+
+
+@OTHERS
+def test_updated_parameters_are_the_same(mesh, results):
+  assert_same(
+    results[ONE]["trained"], results[mesh]["trained"], rtol=0, atol=1e-6
+  )
+
+
+def test_three_updates_moved_every_matrix(results):
+  one = results[ONE]
+  for path, x in one["born"].items():
+    if path.endswith(("kernel", "embedding")):
+      move = np.max(np.abs(np.subtract(one["trained"][path], x)))
+      assert move > 1e-3, path
+
+
+@OTHERS
+def test_contrast_sees_the_passages_of_all_devices(mesh, results):
+  np.testing.assert_allclose(
+    results[mesh]["contrast"], results[ONE]["contrast"], rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_parameters_and_moments_are_split_over_fsdp_and_tensor(mesh, results):
+  _, fsdp, tensor = map(int, mesh.split("x"))
+  layer = "generator/decoder/layer_0/"
+  expected = {
+    "generator/token_embedding/embedding": [V // tensor, D // fsdp],
+    "generator/final_logits_bias": [V // tensor],
+    "question_encoder/token_embedding/embedding": [V // tensor, D // fsdp],
+    layer + "mlp/up/kernel": [D // fsdp, F // tensor],
+    layer + "mlp/down/kernel": [F // tensor, D // fsdp],
+    layer + "mlp/up/bias": [F],
+    layer + "self_attention/query/kernel": [D // fsdp, 8 // tensor, D // 8],
+    layer + "cross_attention/out/kernel": [8 // tensor, D // 8, D // fsdp],
+  }
+  for name, shard in expected.items():
+    copies = [
+      actual
+      for path, (_, actual) in results[mesh]["shards"].items()
+      if path.endswith(name)
+    ]
+    assert copies == [shard] * 3, name  # the parameter and Adam's two moments
+
+
+@OTHERS
+def test_a_device_holds_its_share_of_the_parameters(mesh, results):
+  _, fsdp, tensor = map(int, mesh.split("x"))
+  shards = results[mesh]["shards"].values()
+  whole, held = (
+    sum(map(np.prod, sizes)) for sizes in zip(*shards, strict=True)
+  )
+  assert held <= whole if fsdp * tensor == 1 else held < 0.6 * whole
+
+
+if __name__ == "__main__":
+  json.dump({name: train(name) for name in MESHES}, sys.stdout)
