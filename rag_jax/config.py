@@ -121,8 +121,8 @@ class WarmupConfig:
   retriever_lr: float = 2e-3
   warmup_steps: int = 20
   contrastive_weight: float = 1.0  # against 1.0 for span infilling
-  span_min_tokens: int = 2
-  span_max_tokens: int = 9
+  span_max_words: int = 3  # masked; whole words, so that answers end at words
+  span_max_tokens: int = 10  # of the span; a longer word is cut
   window_tokens: int = 16  # around the span: what stands for the question
 
 
@@ -204,7 +204,8 @@ _AT_LEAST_ONE = frozenset({
   "embed_dim", "num_heads", "mlp_dim", "question_length", "passage_length",
   "context_length", "target_length", "batch_size", "log_steps",
   "keep_checkpoints", "max_positions", "refresh_steps", "embed_batch_size",
-  "fsdp", "tensor", "span_min_tokens", "window_tokens", "scann_reorder",
+  "fsdp", "tensor", "span_max_words", "span_max_tokens", "window_tokens",
+  "scann_reorder",
 })  # fmt: skip
 
 
@@ -288,11 +289,6 @@ def _cross_problems(c: Config) -> Iterator[str]:
     yield (
       f"data.context_length={c.data.context_length} leaves no room for a"
       " question and a passage; use at least 8."
-    )
-  if c.warmup.span_max_tokens < c.warmup.span_min_tokens:
-    yield (
-      f"warmup.span_max_tokens={c.warmup.span_max_tokens} is below"
-      f" warmup.span_min_tokens={c.warmup.span_min_tokens}."
     )
   if c.warmup.num_steps and (
     c.warmup.span_max_tokens + 1 > c.data.target_length

@@ -97,7 +97,7 @@ NAN, INF = float("nan"), float("inf")
     ("encoder.dropout", 1.5, " must be below 1."),
     ("optimizer.b2", 1.0, " must be below 1."),
     ("eval.min_index_recall", 1.5, " must be at most 1."),
-    ("warmup.span_max_tokens", 1, " is below warmup.span_min_tokens=2."),
+    ("warmup.span_max_words", 0, " must be at least 1."),
     (
       "generator.max_positions",
       64,

@@ -16,6 +16,7 @@ class TokenizedPassages:
 
   Attributes:
     tokens: ids, padded with the tokenizer's `pad_id`. [P, L - 1] int32
+    begins_word: whether a token begins a word. [P, L - 1] bool
     lengths: real tokens a row. [P] int32
     num_cut: passages longer than `length`, whose last tokens were dropped.
   """
@@ -25,19 +26,23 @@ class TokenizedPassages:
   ):
     """Tokenizes `passages`; `length` (L) counts a start token as well."""
     width = length - 1
-    titles = tokenizer.encode([p.title for p in passages])
-    texts = tokenizer.encode([p.text for p in passages])
+    titles, title_words = tokenizer.encode_words([p.title for p in passages])
+    texts, text_words = tokenizer.encode_words([p.text for p in passages])
     self.tokens = np.full((len(passages), width), tokenizer.pad_id, np.int32)
     self.lengths = np.zeros(len(passages), np.int32)
+    self.begins_word = np.zeros(self.tokens.shape, bool)
     self.num_cut = 0
     end = [tokenizer.eos_id]
     for row, (title, text) in enumerate(zip(titles, texts, strict=True)):
       ids = (title + end if title else []) + text + end
+      words = (title_words[row] + [True] if title else []) + text_words[row]
       if len(ids) > width:
         self.num_cut += 1
         ids = [*ids[: width - 1], tokenizer.eos_id]
       self.tokens[row, : len(ids)] = ids
       self.lengths[row] = len(ids)
+      self.begins_word[row, : len(ids) - 1] = words[: len(ids) - 1]
+      self.begins_word[row, len(ids) - 1] = True
 
   def __len__(self) -> int:
     return len(self.tokens)

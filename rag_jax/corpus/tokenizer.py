@@ -7,6 +7,7 @@ belong. The one file that imports transformers, for its tokenizers alone.
 from collections.abc import Iterable, Sequence
 import logging
 import os
+import re
 import typing
 
 from etils import epath
@@ -28,6 +29,10 @@ _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # Words with the space before them; digits one by one, so that a number that
 # never occurred in training is spelled with tokens that did.
 _PIECES = r" ?\p{L}[\p{L}\p{M}]*| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
+
+# A word: letters and digits, also around a hyphen, apostrophe, comma or period
+# ("1,863", "Guinea-Bissau"); or one other character.
+_WORD = re.compile(r"[^\W_]+(?:[-'.,][^\W_]+)*|[^\s]")
 
 
 class Tokenizer:
@@ -66,6 +71,32 @@ class Tokenizer:
       list(texts), add_special_tokens=False
     )
     return [encoding.ids for encoding in encodings]
+
+  def encode_words(
+    self, texts: Sequence[str]
+  ) -> tuple[list[list[int]], list[list[bool]]]:
+    """Returns what `encode` does, and whether each token begins a word."""
+    if not texts:
+      return [], []
+    encodings = self._backend.backend_tokenizer.encode_batch(
+      list(texts), add_special_tokens=False
+    )
+    begins = []
+    for text, encoding in zip(texts, encodings, strict=True):
+      words = {word.start() for word in _WORD.finditer(text)}
+      # A token may hold the space before its word; of several tokens of one
+      # character, the first begins it.
+      places = [
+        start + len(text[start:end]) - len(text[start:end].lstrip())
+        for start, end in encoding.offsets
+      ]
+      begins.append(
+        [
+          place in words and place not in places[:i]
+          for i, place in enumerate(places)
+        ]
+      )
+    return [encoding.ids for encoding in encodings], begins
 
   def decode(self, ids: Iterable[typing.SupportsInt]) -> str:
     """Returns the text of `ids`, without special tokens and outer spaces."""

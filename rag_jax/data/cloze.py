@@ -34,6 +34,7 @@ class ClozeBatches:
         " a batch. Lower it, or leave the warm-up out: warmup.num_steps=0."
       )
     self._tokenizer = tokenizer
+    self._end = tokenizer.eos_id
     self._passages = passages
     self._context = context
     self._config = config
@@ -43,12 +44,21 @@ class ClozeBatches:
   ) -> tuple[list[int], list[int]]:
     """Returns (window with the mask in it, span) of one passage."""
     settings = self._config.warmup
-    ids = self._passages.tokens[row, : self._passages.lengths[row]].tolist()
+    length = int(self._passages.lengths[row])
+    ids = self._passages.tokens[row, :length].tolist()
+    # Where words begin, and after the last one: the end token.
+    begins = np.flatnonzero(self._passages.begins_word[row, :length])
+    # A span of words stays in the title or in the text.
+    inner = [i for i in range(len(begins) - 1) if ids[begins[i]] != self._end]
+    first = int(rng.choice(inner)) if inner else 0
+    last = first + int(rng.integers(1, settings.span_max_words + 1))
+    start = stop = int(begins[first])
+    for begin in begins[first + 1 : last + 1].tolist():
+      stop = begin
+      if ids[stop] == self._end:
+        break
+    size = min(max(stop - start, 1), settings.span_max_tokens)
     ids = ids[:-1]  # the end token is not asked for
-    longest = min(settings.span_max_tokens, max(len(ids) - 1, 1))
-    shortest = min(settings.span_min_tokens, longest)
-    size = int(rng.integers(shortest, longest + 1))
-    start = int(rng.integers(0, max(len(ids) - size, 0) + 1))
     before, after = ids[:start], ids[start + size :]
     # As many tokens as there are, up to the window, on either side.
     width = min(settings.window_tokens, len(before) + len(after))

@@ -54,7 +54,8 @@ class Experiment:
 
   def init(self, key: jax.Array) -> PyTree:
     """Returns fresh parameters, boxed with their logical axes."""
-    return self.model.init(key, **self.example_batch().inputs())["params"]
+    inputs = jax.tree.map(jax.numpy.asarray, self.example_batch().inputs())
+    return self.model.init(key, **inputs)["params"]
 
   def example_batch(self) -> RagBatch:
     """Returns a batch of one question, for shapes."""

@@ -322,3 +322,28 @@ def test_the_class_takes_any_tokenizer_of_transformers(tokenizer, tmp_path):
   tokenizer.save(tmp_path)
   backend = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert Tokenizer(backend).encode(TEXTS) == tokenizer.encode(TEXTS)
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    (
+      "Guinea-Bissau counts 1,863 people.",
+      ["Guinea-Bissau", "counts", "1,863", "people", "."],
+    ),
+    ("Dial +33 (or 1-868)!", ["Dial", "+", "33", "(", "or", "1-868", ")", "!"]),
+    ("Étoile 東京", ["Étoile", "東京"]),
+    ("", []),
+  ],
+)
+def test_words_are_joined_from_the_tokens_that_begin_them(
+  tokenizer, text, words
+):
+  (ids,), (begins,) = tokenizer.encode_words([text])
+  assert [ids] == tokenizer.encode([text])
+  starts = [i for i, begin in enumerate(begins) if begin]
+  stops = [*starts[1:], len(ids)] if starts else []
+  joined = [
+    tokenizer.decode(ids[i:j]) for i, j in zip(starts, stops, strict=True)
+  ]
+  assert joined == words

@@ -1,6 +1,7 @@
 """The warm-up asks a passage for a span of its own that it cannot see."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -83,7 +84,7 @@ def test_the_span_fits_where_the_mask_is_and_nowhere_is_it_shown(build):
       assert window.count(MASK) == 1
       at = window.index(MASK)
       assert is_inside([*window[:at], *span, *window[at + 1 :]], passage)
-      assert 2 <= len(span) <= 9
+      assert 1 <= len(span) <= 10
       assert len(window) - 1 <= 16
 
 
@@ -97,17 +98,34 @@ def test_the_mask_stands_at_each_side_and_inside_of_the_window(build):
   assert {(at, 5) for at in range(5)} <= places
 
 
-def test_spans_have_every_length_and_reach_both_ends(build):
-  batches, _ = build(span_min_tokens=1, span_max_tokens=3)
-  lengths, starts, ends = set(), False, False
+def test_spans_are_whole_words_from_the_title_to_the_end_of_the_text(
+  build, tokenizer
+):
+  batches, _ = build(span_max_words=2, span_max_tokens=15)
+  texts = {p.title for p in PASSAGES} | {p.text for p in PASSAGES}
+  word = re.compile(r"\b[\w,'-]+\b|\S")
+  counts, titles, ends = set(), False, False
   for step in range(40):
     for _, span, passage in parts(batches.batch(step)):
-      lengths.add(len(span))
-      starts |= passage[: len(span)] == span
+      text = tokenizer.decode(span)
+      counts.add(len(word.findall(text)))
+      assert EOS not in span
+      # A word begins where the span does, and one ends where it ends.
+      head = r"(?<!\w)" if text[0].isalnum() else ""
+      tail = r"(?!\w)" if text[-1].isalnum() else ""
+      pattern = re.compile(head + re.escape(text) + tail)
+      assert any(pattern.search(whole) for whole in texts), text
+      titles |= passage[: len(span)] == span
       ends |= passage[-1 - len(span) : -1] == span
-  assert lengths == {1, 2, 3}
-  assert starts
+  assert counts == {1, 2}
+  assert titles
   assert ends
+
+
+def test_a_word_longer_than_the_longest_span_is_cut(build):
+  batches, _ = build(span_max_tokens=2)
+  spans = [len(span) for _, span, _ in parts(batches.batch(0))]
+  assert max(spans) == 2
 
 
 def test_the_document_is_the_passage_of_the_span(build):

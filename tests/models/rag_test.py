@@ -1,7 +1,6 @@
 """Retriever and generator together: what reaches what, and in which order."""
 
 import dataclasses
-import functools
 import math
 
 from flax import linen as nn
@@ -88,12 +87,12 @@ def embed_docs(params, tokens, mask):
   return embeddings.reshape(B, K, D)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def gradients(params, batch, parts):
-  """Returns the gradient of RAG-Token's loss in `parts` of the parameters."""
+@jax.jit
+def gradients(params, batch):
+  """Returns the gradient of RAG-Token's loss."""
 
-  def loss(some):
-    out = MODEL.apply({"params": params | some}, **batch)
+  def loss(params):
+    out = MODEL.apply({"params": params}, **batch)
     return rag_token_nll(
       out.doc_scores,
       out.target_logits,
@@ -101,20 +100,22 @@ def gradients(params, batch, parts):
       jnp.asarray(TARGET_MASK),
     ).sum()
 
-  return jax.grad(loss)({part: params[part] for part in parts})
+  return jax.grad(loss)(params)
+
+
+@jax.jit
+def score_gradients(params, batch):
+  """Returns the gradient of doc_scores, all that towers do to the loss."""
+
+  def total(params):
+    return MODEL.apply({"params": params}, **batch).doc_scores.sum()
+
+  return jax.grad(total)(params)
 
 
 @pytest.fixture(scope="module")
 def params():
   return random_params(MODEL, BATCH)
-
-
-TOWERS = ("passage_encoder", "question_encoder")
-
-
-@pytest.fixture(scope="module")
-def grads(params):
-  return gradients(params, BATCH, ("generator", *TOWERS))
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +209,8 @@ def test_closed_book_reads_one_context_whose_score_is_zero(params):
   assert set(random_params(MODEL, one)) == {"generator"}
 
 
-def test_the_loss_reaches_both_towers_and_the_generator(grads):
+def test_the_loss_reaches_both_towers_and_the_generator(params):
+  grads = gradients(params, BATCH)
   assert set(grads) == {"question_encoder", "passage_encoder", "generator"}
   softmax_ignores = ("key/bias", "pooling/bias")  # a constant in all logits
   for path, grad in jax.tree_util.tree_leaves_with_path(grads):
@@ -218,15 +220,16 @@ def test_the_loss_reaches_both_towers_and_the_generator(grads):
 
 
 def test_given_embeddings_keep_the_loss_from_the_passage_tower(
-  params, given_embeddings, grads
+  params, given_embeddings
 ):
-  others = gradients(params, given_embeddings, TOWERS)
-  assert not any(map(np.any, jax.tree.leaves(others["passage_encoder"])))
-  assert any(map(np.any, jax.tree.leaves(grads["passage_encoder"])))
+  grads = score_gradients(params, given_embeddings)
+  expected = score_gradients(params, BATCH)
+  assert not any(map(np.any, jax.tree.leaves(grads["passage_encoder"])))
+  assert any(map(np.any, jax.tree.leaves(expected["passage_encoder"])))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    others["question_encoder"],
     grads["question_encoder"],
+    expected["question_encoder"],
   )
 
 
