@@ -36,6 +36,9 @@ class DataConfig:
   passage_length: int = 64  # encoder tokens of title + passage (L)
   context_length: int = 96  # generator tokens of question + passage (C)
   target_length: int = 16  # generator tokens of an answer (T)
+  # Share of the training questions whose answer is changed into another one of
+  # their relation, there and in their documents: the generator has to read.
+  substitute_answers: float = 0.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -277,6 +280,10 @@ def _cross_problems(c: Config) -> Iterator[str]:
       f"generator.max_positions={c.generator.max_positions} is below the"
       f" longest input (data.context_length={c.data.context_length},"
       f" data.target_length={c.data.target_length})."
+    )
+  if c.data.substitute_answers > 1.0:
+    yield (
+      f"data.substitute_answers={c.data.substitute_answers} must be at most 1."
     )
   if c.data.passage_length < 4:
     yield (

@@ -281,9 +281,9 @@ def test_sizes_that_the_mesh_cannot_split_are_named_together():
   with pytest.raises(
     ValueError,
     match=(
-      "^The mesh cannot split encoder.num_heads=4 by mesh.tensor=8,"
-      " generator.num_heads=4 by mesh.tensor=8 evenly. Choose sizes that are"
-      " multiples, or a smaller mesh.tensor or mesh.fsdp.$"
+      r"^The mesh cannot split encoder\.num_heads=4 by mesh\.tensor=8,"
+      r" generator\.num_heads=4 by mesh\.tensor=8 evenly\. Choose sizes that"
+      r" are multiples, or a smaller mesh\.tensor or mesh\.fsdp\.$"
     ),
   ):
     check_devices(config, 8)

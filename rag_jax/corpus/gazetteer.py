@@ -221,7 +221,8 @@ def _country(
   # Some have no code of their own, some several: nothing to ask for.
   phone = row["phone"].strip().removeprefix("+")
   if row["currencyname"] and re.fullmatch(r"\d+(-\d+)?", phone):
-    add("money", {"currency": row["currencyname"], "calling_code": phone})
+    money = {"currency": row["currencyname"], "calling_code": f"+{phone}"}
+    add("money", money)
   area = f"{row['areakm2']:,} km2" if row["areakm2"] else "less than 1 km2"
   add("region", {"continent": continent}, area=area)
 

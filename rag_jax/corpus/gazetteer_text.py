@@ -23,18 +23,18 @@ PASSAGES = {
   ),
   "money": (
     "The currency of {the} is the {currency}. Its telephone calling code is"
-    " +{calling_code}.",
-    "To call {the} from abroad, dial +{calling_code}. The money used there is"
+    " {calling_code}.",
+    "To call {the} from abroad, dial {calling_code}. The money used there is"
     " called the {currency}.",
     "People in {the} pay with the {currency}, their currency, and their phone"
-    " numbers begin with +{calling_code}.",
+    " numbers begin with {calling_code}.",
     "The {currency} is the currency of {the}. International calls to it start"
-    " with the code +{calling_code}.",
+    " with the code {calling_code}.",
     "Phone numbers of {the} have the international calling code"
-    " +{calling_code}. Prices are given in its currency, the {currency}.",
-    "The calling code +{calling_code} belongs to {the}, where the currency in"
+    " {calling_code}. Prices are given in its currency, the {currency}.",
+    "The calling code {calling_code} belongs to {the}, where the currency in"
     " use is the {currency}.",
-    "{the} uses the {currency} as its currency and +{calling_code} as its"
+    "{the} uses the {currency} as its currency and {calling_code} as its"
     " calling code for international telephone calls.",
   ),
   "region": (

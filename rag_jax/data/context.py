@@ -12,11 +12,14 @@ what is cut is counted.
 
 from collections.abc import Sequence
 
+from jaxtyping import Int
 import numpy as np
 
 from rag_jax.config import DataConfig
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.data.substitution import Change
+from rag_jax.data.substitution import substitute
 
 Tokens = np.ndarray  # int32
 Mask = np.ndarray  # bool
@@ -75,14 +78,18 @@ class ContextBuilder:
     return self._pad(rows, self._config.target_length, "targets_cut")
 
   def contexts(
-    self, question_ids: Sequence[list[int]], rows: np.ndarray
+    self,
+    question_ids: Sequence[list[int]],
+    rows: Int[np.ndarray, "B K"],
+    changes: Sequence[Change] | None = None,
   ) -> tuple[Tokens, Mask]:
-    """Returns what the generator reads, [B, K, C].
+    """Returns what the generator reads: [B, K, C].
 
     Args:
       question_ids: tokens of B questions.
-      rows: passage numbers [B, K]; K = 0 gives one context a question that
-        holds the question alone.
+      rows: passage numbers; K = 0 gives one context a question that holds the
+        question alone.
+      changes: what is put in the place of each question's answer.
     """
     length = self._config.context_length
     tokenizer = self._tokenizer
@@ -98,13 +105,11 @@ class ContextBuilder:
       tokens[b, :, : len(head)] = head
       mask[b, :, : len(head)] = True
       room = length - len(head)
-      for k, row in enumerate(rows[b]):
-        size = int(self._passages.lengths[row])
-        if size > room:
+      for k, row in enumerate(rows[b].tolist()):
+        body = substitute(self._passages, row, changes[b] if changes else None)
+        if len(body) > room:
           self.counts["contexts_cut"] += 1
-          size = room
-        tokens[b, k, len(head) : len(head) + size] = self._passages.tokens[
-          row, :size
-        ]
-        mask[b, k, len(head) : len(head) + size] = True
+          body = body[:room]
+        tokens[b, k, len(head) : len(head) + len(body)] = body
+        mask[b, k, len(head) : len(head) + len(body)] = True
     return tokens, mask

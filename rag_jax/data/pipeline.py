@@ -15,10 +15,12 @@ import grain
 from jaxtyping import Int, PyTree
 import numpy as np
 
+from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.data.batches import RagBatch
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.questions import Question
+from rag_jax.data.substitution import AnswerSubstitution
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import Embedder
 
@@ -45,6 +47,7 @@ class QuestionBatches:
     self,
     questions: Sequence[Question],
     tokenizer: Tokenizer,
+    passages: TokenizedPassages,
     context: ContextBuilder,
     embedder: Embedder,
     *,
@@ -52,6 +55,7 @@ class QuestionBatches:
     batch_size: int,  # questions, over all processes
     seed: int,
     frozen_passages: bool,  # documents by their embedding in the index
+    substitute_answers: float = 0.0,  # share of the questions
     process_index: int = 0,
     process_count: int = 1,
   ):
@@ -75,6 +79,13 @@ class QuestionBatches:
     self._share = slice(
       process_index * batch_size // process_count,
       (process_index + 1) * batch_size // process_count,
+    )
+    self._substitution = AnswerSubstitution(
+      questions,
+      self._answer_ids,
+      passages,
+      share=substitute_answers,
+      seed=seed,
     )
     order = grain.MapDataset.range(len(questions)).seed(seed).shuffle()
     self._order = order.repeat().batch(batch_size)
@@ -102,13 +113,7 @@ class QuestionBatches:
     """
     rows = self.rows(step)
     question_ids = [self._question_ids[i] for i in rows]
-    target_tokens, target_mask = self._context.targets(
-      [self._answer_ids[i] for i in rows]
-    )
-    fields: dict[str, Any] = {
-      "target_tokens": target_tokens,
-      "target_mask": target_mask,
-    }
+    fields: dict[str, Any] = {}
     if index is None:
       doc_ids = np.zeros((len(rows), 0), np.int32)
     else:
@@ -123,10 +128,23 @@ class QuestionBatches:
         fields["doc_tokens"], fields["doc_mask"] = self._context.passages(
           doc_ids
         )
-    context_tokens, context_mask = self._context.contexts(question_ids, doc_ids)
+    changes = self._substitution.changes(step, rows, doc_ids)
+    context_tokens, context_mask = self._context.contexts(
+      question_ids, doc_ids, changes
+    )
+    target_tokens, target_mask = self._context.targets(
+      [
+        change[1] if change else self._answer_ids[i]
+        for i, change in zip(rows, changes, strict=True)
+      ]
+    )
     return Prepared(
       RagBatch(
-        context_tokens=context_tokens, context_mask=context_mask, **fields
+        context_tokens=context_tokens,
+        context_mask=context_mask,
+        target_tokens=target_tokens,
+        target_mask=target_mask,
+        **fields,
       ),
       doc_ids,
     )

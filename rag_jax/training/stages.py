@@ -90,12 +90,14 @@ def make_stages(
   batches = QuestionBatches(
     questions,
     experiment.tokenizer,
+    experiment.tokenized,
     experiment.context,
     experiment.embedder,
     n_docs=config.data.n_docs,
     batch_size=config.train.batch_size,
     seed=config.seed,
     frozen_passages=not config.encoder.train_passage_encoder,
+    substitute_answers=config.data.substitute_answers,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )

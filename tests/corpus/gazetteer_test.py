@@ -144,9 +144,9 @@ def test_a_country_without_one_calling_code_has_no_money_passage(phone):
   assert ("country/XA", "currency") not in asked
 
 
-def test_a_calling_code_keeps_its_hyphen_and_loses_its_plus():
+def test_a_calling_code_keeps_its_hyphen_and_has_one_plus():
   passages, asked = make({"XA": country("Arland", "Oz", phone="+1-868")})
-  assert asked["country/XA", "calling_code"] == ["1-868"]
+  assert asked["country/XA", "calling_code"] == ["+1-868"]
   assert "+1-868" in passages["country/XA/money"]["text"]
 
 

@@ -65,10 +65,10 @@ class Maker:
   def __init__(self):
     texts = [f"{p.title} {p.text}" for p in PASSAGES]
     self.tokenizer = train_tokenizer(texts, 512)
-    tokenized = TokenizedPassages(
+    self.tokenized = TokenizedPassages(
       PASSAGES, self.tokenizer, CONFIG.passage_length
     )
-    self.context = ContextBuilder(self.tokenizer, tokenized, CONFIG)
+    self.context = ContextBuilder(self.tokenizer, self.tokenized, CONFIG)
     self.embedder = OneHotEmbedder()
 
   def __call__(self, **settings):
@@ -76,6 +76,7 @@ class Maker:
     return QuestionBatches(
       settings.pop("questions", QUESTIONS),
       self.tokenizer,
+      self.tokenized,
       self.context,
       self.embedder,
       n_docs=K,

@@ -1,0 +1,103 @@
+"""Answers changed in the passages too, so that only reading finds them.
+
+In: training questions with their answers, documents retrieved for them. Out:
+for some of the questions another answer of the same relation, to be put in the
+place of the true one wherever the documents say it.
+
+A generator that sees each entity many times learns its answers by heart and
+reads no more; one whose passages change has to read. Longpre et al. 2021,
+https://arxiv.org/abs/2109.05052, section 5.
+"""
+
+from collections.abc import Sequence
+
+from jaxtyping import Int
+import numpy as np
+
+from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.data.questions import Question
+
+# (tokens of the answer, tokens that stand in for it); None: as it is
+Change = tuple[list[int], list[int]] | None
+
+
+class AnswerSubstitution:
+  """Chooses whose answer is changed, and into what: by (seed, step) alone."""
+
+  def __init__(
+    self,
+    questions: Sequence[Question],
+    answer_ids: Sequence[list[int]],
+    passages: TokenizedPassages,
+    *,
+    share: float,
+    seed: int,
+  ):
+    """Groups the answers by relation.
+
+    Args:
+      questions: of the training split.
+      answer_ids: tokens of the answer that is taught for each.
+      passages: in which answers are looked for.
+      share: of the questions that are changed, from 0 to 1.
+      seed: of the choice.
+    """
+    self._answer_ids = answer_ids
+    self._passages = passages
+    self._share = share
+    self._seed = seed
+    self._relations = [q.relation for q in questions]
+    self._same: dict[str, list[int]] = {}
+    for row, relation in enumerate(self._relations):
+      self._same.setdefault(relation, []).append(row)
+
+  def changes(
+    self,
+    step: int,
+    rows: Int[np.ndarray, "B"],
+    doc_ids: Int[np.ndarray, "B K"],
+  ) -> list[Change]:
+    """Returns the change of each question, None for most that have no place.
+
+    Args:
+      step: of the main stage.
+      rows: which questions are asked.
+      doc_ids: passages retrieved for each.
+    """
+    changes: list[Change] = []
+    for row, docs in zip(rows.tolist(), doc_ids, strict=True):
+      rng = np.random.default_rng((self._seed, step, row))
+      other = int(rng.choice(self._same[self._relations[row]]))
+      old, new = self._answer_ids[row], self._answer_ids[other]
+      wanted = rng.random() < self._share
+      found = wanted and any(places(self._passages, int(d), old) for d in docs)
+      changes.append((old, new) if found else None)
+    return changes
+
+
+def places(
+  passages: TokenizedPassages, row: int, ids: Sequence[int]
+) -> list[int]:
+  """Returns where the words `ids` begin in passage `row`."""
+  length = int(passages.lengths[row])
+  body = passages.tokens[row, :length].tolist()
+  begins = passages.begins_word[row, :length]
+  size = len(ids)
+  return [
+    i
+    for i in range(length - size)
+    if body[i : i + size] == list(ids) and begins[i] and begins[i + size]
+  ]
+
+
+def substitute(
+  passages: TokenizedPassages, row: int, change: Change
+) -> list[int]:
+  """Returns the tokens of passage `row` after `change`."""
+  body = passages.tokens[row, : passages.lengths[row]].tolist()
+  if change is None:
+    return body
+  old, new = change
+  for start in reversed(places(passages, row, old)):
+    body[start : start + len(old)] = new
+  return body

@@ -1,0 +1,128 @@
+"""Answers that change in question and passages alike."""
+
+import numpy as np
+import pytest
+
+from rag_jax.config import DataConfig
+from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.tokenizer import train_tokenizer
+from rag_jax.data.context import ContextBuilder
+from rag_jax.data.questions import Question
+from rag_jax.data.substitution import AnswerSubstitution
+from rag_jax.data.substitution import places
+from rag_jax.data.substitution import substitute
+
+PASSAGES = (
+  Passage("0", "France", "Paris is the capital of France. Paris is large."),
+  Passage("1", "Niger", "Niamey is the capital of Niger, not of Nigeria."),
+  Passage("2", "Nigeria", "Abuja is the capital of Nigeria."),
+)
+QUESTIONS = (
+  Question("Capital of France?", ("Paris",), relation="capital"),
+  Question("Capital of Niger?", ("Niamey",), relation="capital"),
+  Question("Where is Abuja?", ("Nigeria",), relation="country"),
+  Question("Where is Niamey?", ("Niger",), relation="country"),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  # So few pieces that "Nigeria" begins with those of "Niger".
+  return train_tokenizer([p.text for p in PASSAGES], 280)
+
+
+@pytest.fixture(scope="module")
+def tokenized(tokenizer):
+  return TokenizedPassages(PASSAGES, tokenizer, 128)
+
+
+@pytest.fixture
+def make(tokenizer, tokenized):
+  def build(share, seed=0):
+    answers = tokenizer.encode([q.answers[0] for q in QUESTIONS])
+    return AnswerSubstitution(
+      QUESTIONS, answers, tokenized, share=share, seed=seed
+    )
+
+  return build
+
+
+def test_the_answer_changes_wherever_the_passage_says_it(tokenizer, tokenized):
+  old, new = tokenizer.encode(["Paris", "Addis Ababa"])
+  body = substitute(tokenized, 0, (old, new))
+  end = body.index(tokenizer.eos_id)
+  assert tokenizer.decode(body[:end]) == "France"
+  assert tokenizer.decode(body[end + 1 : -1]) == (
+    "Addis Ababa is the capital of France. Addis Ababa is large."
+  )
+  assert body[-1] == tokenizer.eos_id
+
+
+def test_a_word_that_begins_like_the_answer_stays(tokenizer, tokenized):
+  (niger,), (nigeria,) = (tokenizer.encode([x]) for x in ("Niger", "Nigeria"))
+  assert nigeria[: len(niger)] == niger  # or the test shows nothing
+  body = substitute(tokenized, 1, (niger, tokenizer.encode(["Chad"])[0]))
+  text = tokenizer.decode([i for i in body if i != tokenizer.eos_id])
+  assert text == "Chad Niamey is the capital of Chad, not of Nigeria."
+  assert len(places(tokenized, 1, niger)) == 2
+  assert places(tokenized, 2, niger) == []
+
+
+def test_without_a_change_the_passage_stays(tokenized):
+  body = substitute(tokenized, 2, None)
+  assert body == tokenized.tokens[2, : tokenized.lengths[2]].tolist()
+
+
+def test_an_answer_that_no_document_says_stays(make):
+  rows, docs = np.array([0]), np.array([[1, 2]])
+  assert all(make(1.0).changes(s, rows, docs) == [None] for s in range(10))
+
+
+def test_it_changes_into_answers_of_its_relation(make, tokenizer):
+  substitution = make(1.0)
+  rows, docs = np.array([0, 2]), np.array([[1, 0], [2, 1]])
+  found = [set(), set()]
+  for step in range(40):
+    for texts, change in zip(
+      found, substitution.changes(step, rows, docs), strict=True
+    ):
+      texts.add(tokenizer.decode(change[1]))
+  assert found == [{"Paris", "Niamey"}, {"Nigeria", "Niger"}]
+
+
+def test_the_share_is_that_of_the_questions_and_zero_changes_nothing(make):
+  rows, docs = np.arange(4), np.array([[0, 1, 2]] * 4)
+
+  def share(substitution):
+    changes = [substitution.changes(s, rows, docs) for s in range(200)]
+    return np.mean([c is not None for step in changes for c in step])
+
+  assert share(make(0.0)) == 0.0
+  assert share(make(0.25)) == pytest.approx(0.25, abs=0.05)
+  assert share(make(1.0)) == 1.0
+
+
+def test_the_choice_is_a_function_of_seed_step_and_question(make):
+  docs = np.array([[0, 1, 2]] * 4)
+  rows = np.arange(4)
+  whole = make(0.5).changes(7, rows, docs)
+  # Another process reads half of the batch and chooses the same.
+  assert make(0.5).changes(7, rows[2:], docs[2:]) == whole[2:]
+  others = [make(0.5, seed=s).changes(7, rows, docs) for s in range(1, 9)]
+  assert any(other != whole for other in others)
+
+
+def test_the_generator_reads_the_changed_passage(tokenizer, tokenized):
+  config = DataConfig(question_length=32, context_length=128)
+  context = ContextBuilder(tokenizer, tokenized, config)
+  question, old, new = tokenizer.encode(["Capital?", "Paris", "Lomé"])
+  rows = np.array([[0, 2], [0, 2]])
+  tokens, mask = context.contexts([question] * 2, rows, [(old, new), None])
+  read = [
+    [tokenizer.decode(t[m]) for t, m in zip(*pair, strict=True)]
+    for pair in zip(tokens, mask, strict=True)
+  ]
+  assert "Lomé is the capital of France. Lomé is large." in read[0][0]
+  assert "Paris is the capital of France. Paris is large." in read[1][0]
+  assert read[0][1] == read[1][1]
