@@ -21,8 +21,9 @@ def get_config() -> Config:
   c.data.n_docs = 4
   c.data.question_length = 28
   c.data.passage_length = 48
-  c.data.context_length = 56
+  c.data.context_length = 54
   c.data.target_length = 12
+  c.data.substitute_answers = 0.5
   c.tokenizer.vocab_size = 2048
 
   # A bag of trained word vectors: it starts from lexical overlap, which random
@@ -43,7 +44,7 @@ def get_config() -> Config:
   c.generator.relative_buckets = 32
   c.generator.init = "copy"
 
-  c.warmup.num_steps = 100
+  c.warmup.num_steps = 120
 
   c.optimizer.peak_lr = 2e-3
   c.optimizer.retriever_lr = 2e-3
@@ -54,7 +55,7 @@ def get_config() -> Config:
   c.optimizer.clip_norm = 1.0
 
   c.train.batch_size = 32
-  c.train.num_steps = 900
-  c.train.validate_steps = 100
-  c.train.checkpoint_steps = 100
+  c.train.num_steps = 660
+  c.train.validate_steps = 110
+  c.train.checkpoint_steps = 110
   return c

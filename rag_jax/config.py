@@ -36,8 +36,8 @@ class DataConfig:
   passage_length: int = 64  # encoder tokens of title + passage (L)
   context_length: int = 96  # generator tokens of question + passage (C)
   target_length: int = 16  # generator tokens of an answer (T)
-  # Share of the training questions whose answer is changed into another one of
-  # their relation, there and in their documents: the generator has to read.
+  # Share of the training questions whose answer is changed into another one,
+  # there and in their documents: the generator has to read.
   substitute_answers: float = 0.0
 
 

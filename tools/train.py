@@ -8,6 +8,7 @@ files, and at the end model, index, results.json and learning_curves.png. The
 same command again goes on from the last checkpoint; Ctrl-C saves one first.
 """
 
+import signal
 import sys
 
 from absl import app
@@ -31,6 +32,7 @@ from rag_jax.training.workdir import open_workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written.")
+flags.DEFINE_bool("debug", False, "Show where an error came from.")
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "On every host of a pod: join the others first."
 )
@@ -74,7 +76,16 @@ def run() -> None:
   except StoppedEarlyError as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(128 + stopped.signum)
-  except (ValueError, FileNotFoundError, TypeError) as error:
+  except KeyboardInterrupt:
+    print("Stopped. Run the same command again to go on.", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
+  except (
+    ValueError,
+    FileNotFoundError,
+    TypeError,
+    ImportError,
+    FloatingPointError,
+  ) as error:
     if "--debug" in sys.argv:
       raise
     print(f"{type(error).__name__}: {error}", file=sys.stderr)

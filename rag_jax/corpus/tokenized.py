@@ -3,7 +3,7 @@
 In: passages and a tokenizer. Out: [P, L] ids, and how many were cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class TokenizedPassages:
     self.tokens = np.full((len(passages), width), tokenizer.pad_id, np.int32)
     self.lengths = np.zeros(len(passages), np.int32)
     self.begins_word = np.zeros(self.tokens.shape, bool)
+    self._end = tokenizer.eos_id
     self.num_cut = 0
     end = [tokenizer.eos_id]
     for row, (title, text) in enumerate(zip(titles, texts, strict=True)):
@@ -43,6 +44,13 @@ class TokenizedPassages:
       self.lengths[row] = len(ids)
       self.begins_word[row, : len(ids) - 1] = words[: len(ids) - 1]
       self.begins_word[row, len(ids) - 1] = True
+
+  def titles(self) -> Iterator[list[int]]:
+    """Yields the tokens of each title; passages without one are left out."""
+    for row, length in zip(self.tokens, self.lengths, strict=True):
+      ends = np.flatnonzero(row[:length] == self._end)
+      if len(ends) > 1:
+        yield row[: ends[0]].tolist()
 
   def __len__(self) -> int:
     return len(self.tokens)

@@ -1,8 +1,9 @@
 """Answers changed in the passages too, so that only reading finds them.
 
 In: training questions with their answers, documents retrieved for them. Out:
-for some of the questions another answer of the same relation, to be put in the
-place of the true one wherever the documents say it.
+for some of the questions another answer, to be put in the place of the true one
+wherever the documents say it: for a name the title of any passage, since there
+are far more of them than answers; for a number another of its relation.
 
 A generator that sees each entity many times learns its answers by heart and
 reads no more; one whose passages change has to read. Longpre et al. 2021,
@@ -33,7 +34,7 @@ class AnswerSubstitution:
     share: float,
     seed: int,
   ):
-    """Groups the answers by relation.
+    """Gathers what an answer can become.
 
     Args:
       questions: of the training split.
@@ -50,6 +51,10 @@ class AnswerSubstitution:
     self._same: dict[str, list[int]] = {}
     for row, relation in enumerate(self._relations):
       self._same.setdefault(relation, []).append(row)
+    self._is_name = [
+      not any(c.isdigit() for c in q.answers[0]) for q in questions
+    ]
+    self._titles = list(dict.fromkeys(map(tuple, passages.titles())))
 
   def changes(
     self,
@@ -67,9 +72,12 @@ class AnswerSubstitution:
     changes: list[Change] = []
     for row, docs in zip(rows.tolist(), doc_ids, strict=True):
       rng = np.random.default_rng((self._seed, step, row))
-      other = int(rng.choice(self._same[self._relations[row]]))
-      old, new = self._answer_ids[row], self._answer_ids[other]
       wanted = rng.random() < self._share
+      old = self._answer_ids[row]
+      if self._is_name[row] and self._titles:
+        new = list(self._titles[rng.integers(len(self._titles))])
+      else:
+        new = self._answer_ids[rng.choice(self._same[self._relations[row]])]
       found = wanted and any(places(self._passages, int(d), old) for d in docs)
       changes.append((old, new) if found else None)
     return changes

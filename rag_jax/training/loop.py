@@ -7,16 +7,18 @@ What is done at a step depends on the step alone, so a run that was stopped and
 resumed ends with the same parameters as one that was not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import time
+from typing import SupportsFloat
 
 from absl import logging
 import jax
 from jaxtyping import PyTree
 import numpy as np
 
+from rag_jax.artifacts import fingerprint_lines
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.pipeline import Ahead
 from rag_jax.data.pipeline import Prepared
@@ -71,7 +73,7 @@ def train(
     ValueError: the checkpoints in the workdir do not belong to this run.
   """
   with StopRequest() as stop:
-    run = _Run(experiment, workdir, validate, stop)
+    run = _Run(experiment, questions, workdir, validate, stop)
     try:
       run.all_stages(make_stages(experiment, questions))
     finally:
@@ -85,6 +87,7 @@ class _Run:
   def __init__(
     self,
     experiment: Experiment,
+    questions: Sequence[Question],
     workdir: Workdir,
     validate: Validate,
     stop: StopRequest,
@@ -96,11 +99,13 @@ class _Run:
     self._stop = stop
     self._key = jax.random.key(config.seed)
     self._snapshots = RetrieverSnapshots(experiment.mesh)
-    trains_passages = config.encoder.train_passage_encoder
+    self._trains_passages = config.encoder.train_passage_encoder
     self._versions = IndexVersions(
       experiment.index_builder,
       workdir.indexes,
-      refresh_steps=config.index.refresh_steps if trains_passages else 0,
+      refresh_steps=(
+        config.index.refresh_steps if self._trains_passages else 0
+      ),
       swap_steps=config.index.swap_steps,
       writes=jax.process_index() == 0,
     )
@@ -113,6 +118,7 @@ class _Run:
     self._identity = {
       "passages": experiment.passages.fingerprint,
       "tokenizer": experiment.tokenizer.fingerprint,
+      "questions": fingerprint_lines(repr(q) for q in questions),
     }
     self.clock = Clock()
 
@@ -135,6 +141,8 @@ class _Run:
     params, layout = init_params(
       self._experiment.init, self._key, self._experiment.mesh
     )
+    if self._config.index.path and not self._experiment.closed_book:
+      self._adopt_index(params)
     for stage in stages:
       if latest is not None and latest > stage.first_step + stage.num_steps:
         continue  # a later stage goes on from the checkpoint
@@ -172,8 +180,8 @@ class _Run:
       state, _ = self._checkpoints.restore(abstract, latest)
       doc_ids = np.asarray(extra["doc_ids"], np.int32)
     step = int(state.step)
-    if main and not self._experiment.closed_book:
-      self._open_index(state.params, extra)
+    if main and not (self._experiment.closed_book or self._config.index.path):
+      self._open_index(state.params, extra, latest)
     if step >= stage.num_steps:
       return state.params
     index = self._versions.index if main else None
@@ -195,22 +203,31 @@ class _Run:
       self._validate(state.params, index)
     return self._steps(stage, compiled, state, step, first)
 
-  def _open_index(self, params: PyTree, extra: dict) -> None:
-    """Opens the index of the checkpoint or config, or builds the first."""
-    passages = self._experiment.passages.fingerprint
-    retriever = self._snapshots.take(params)
-    if self._config.index.path:
-      self._versions.adopt(
-        load_index(
-          self._config.index.path,
-          encoder_fingerprint=fingerprint(retriever),
-          passages_fingerprint=passages,
-        )
+  def _adopt_index(self, params: PyTree) -> None:
+    """Opens the index of the config, whose passage tower never trains."""
+    self._versions.adopt(
+      load_index(
+        self._config.index.path,
+        encoder_fingerprint=fingerprint(self._snapshots.take(params)),
+        passages_fingerprint=self._experiment.passages.fingerprint,
       )
-    elif extra:
+    )
+
+  def _open_index(self, params: PyTree, extra: dict, step: int | None) -> None:
+    """Opens the index of the checkpoint of `step`, or builds the first."""
+    if not extra:
+      self._versions.start(self._snapshots.take(params))
+      return
+    passages = self._experiment.passages.fingerprint
+    try:
       self._versions.restore(extra["index_versions"], passages)
-    else:
-      self._versions.start(retriever)
+    except (FileNotFoundError, ValueError) as error:
+      raise ValueError(
+        f"The run cannot go on from its checkpoint of step {step}, which needs"
+        f" an index that cannot be used: {error} Delete the folder {step} of"
+        " the checkpoints to go on from an earlier one, or start in another"
+        " --workdir."
+      ) from error
 
   def _retriever_params(self, params: PyTree) -> PyTree | None:
     closed_book = self._experiment.closed_book
@@ -252,12 +269,14 @@ class _Run:
           versions.swap_if_due(step)
         index = versions.index if versions else None
         last = step + 1 == stage.num_steps
+        # After the last step too: the run may be made longer.
+        more = not last or main
         # Before the update, which donates the parameters it is given.
-        retriever = None if last else self._retriever_params(state.params)
+        retriever = self._retriever_params(state.params) if more else None
         state, metrics = update(
           state, self._to_devices(prepared.batch), self._key
         )
-        if not last:
+        if more:
           ahead.submit(stage.prepare, step + 1, retriever, index)
         step += 1
         if versions and versions.is_due(step):
@@ -275,7 +294,9 @@ class _Run:
             ),
           }
           if versions:
-            values["train/index_staleness_steps"] = step - versions.version
+            values["train/index_staleness_steps"] = (
+              step - versions.version if self._trains_passages else 0
+            )
             values["train/distinct_docs"] = (
               np.unique(prepared.doc_ids).size / prepared.doc_ids.size
             )
@@ -294,6 +315,8 @@ class _Run:
         due = _is_due(step, config.checkpoint_steps, last and main)
         due |= self._is_best(values) or bool(self._stop.signum)
         if due:
+          # Or the good checkpoints could all give way to such as cannot train.
+          self._check_finite(metrics, stage, step)
           self._save(stage, step, state, ahead, versions, values)
         if self._stop.signum and not (last and main):
           raise StoppedEarlyError(self._stop.signum, stage.first_step + step)
@@ -306,9 +329,9 @@ class _Run:
     return state.params
 
   def _check_finite(
-    self, values: dict[str, float], stage: Stage, step: int
+    self, values: Mapping[str, SupportsFloat], stage: Stage, step: int
   ) -> None:
-    bad = [k for k, v in values.items() if not math.isfinite(v)]
+    bad = [k for k, v in values.items() if not math.isfinite(float(v))]
     if bad:
       raise FloatingPointError(
         f"{', '.join(bad)} is not finite at step {step} of {stage.name}. The"

@@ -56,7 +56,12 @@ def stage_optimizer(
       warmup_steps=config.warmup.warmup_steps,
       schedule="constant",
     )
-  return make_optimizer(settings, params, num_steps, settings.freeze)
+  freeze = settings.freeze
+  # Passages keep the embeddings of their index, once there is one.
+  has_index = name == TRAIN or bool(config.index.path)
+  if has_index and not config.encoder.train_passage_encoder:
+    freeze += ("passage_encoder",)
+  return make_optimizer(settings, params, num_steps, freeze)
 
 
 def make_stages(

@@ -103,6 +103,9 @@ def open_workdir(
     warm-up fits. The other schedules end at the last step, so that every step
     depends on it.
 
+  A folder in which nothing was learned yet is free: its run may have ended at
+  once, because of a setting that has been corrected since.
+
   Validation metrics of before and after a change of eval.* are not measured on
   the same questions, and the choice of the best checkpoint compares them.
 
@@ -130,12 +133,14 @@ def open_workdir(
   _make_folder(path)
   if process_index:
     workdir = Workdir(path)
-    _check_config(workdir, config)
+    _check_config(workdir, config, may_correct=False)
     return workdir
   _check_writable(path)
   workdir = Workdir(path, _lock(path))
   try:
-    _check_config(workdir, config)
+    same = _check_config(workdir, config, may_correct=True)
+    if not same and workdir.tokenizer.exists():
+      workdir.tokenizer.rmtree()  # perhaps of other texts
     artifacts.write_atomically(workdir.config_path, to_json(config))
   except BaseException:
     workdir.close()
@@ -237,12 +242,19 @@ def _holder(text: bytes) -> str:
     return "one that has only just started"  # and has not written who it is
 
 
-def _check_config(workdir: Workdir, config: Config) -> None:
-  """Raises `ValueError` if the folder belongs to another experiment."""
+def _check_config(
+  workdir: Workdir, config: Config, *, may_correct: bool
+) -> bool:
+  """Returns whether the folder has the files of this experiment.
+
+  Raises:
+    ValueError: it has those of another one, and that has learned something or
+      not `may_correct`.
+  """
   path = workdir.config_path
   if not path.exists():
     _check_no_checkpoints(workdir)
-    return
+    return True
   # A byte that is no UTF-8 is a damage like any other.
   text = path.read_bytes().decode("utf-8", errors="replace")
   old = from_json(text, origin=str(path))
@@ -258,6 +270,12 @@ def _check_config(workdir: Workdir, config: Config) -> None:
       or (name == "train.num_steps" and _only_longer(old, config))
     )
   ]
+  learned = _has_checkpoints(workdir) or workdir.model.exists()
+  if bad and may_correct and not learned:
+    logging.info(
+      "%s has no checkpoint: it is used with the new config.", workdir.path
+    )
+    return False
   if bad:
     raise ValueError(
       f"--workdir={workdir.path} belongs to another experiment. Its config"
@@ -273,6 +291,7 @@ def _check_config(workdir: Workdir, config: Config) -> None:
       workdir.path,
       "\n  ".join(different.values()),
     )
+  return True
 
 
 def _only_longer(old: Config, new: Config) -> bool:
@@ -292,9 +311,13 @@ def _free_settings() -> list[str]:
   return [*single, *sections, constant]
 
 
-def _check_no_checkpoints(workdir: Workdir) -> None:
+def _has_checkpoints(workdir: Workdir) -> bool:
   found = workdir.checkpoints
-  if found.exists() and any(found.iterdir()):
+  return found.exists() and any(found.iterdir())
+
+
+def _check_no_checkpoints(workdir: Workdir) -> None:
+  if _has_checkpoints(workdir):
     raise ValueError(
       f"--workdir={workdir.path} has checkpoints but no"
       f" {workdir.config_path.name}, so nobody can tell which experiment they"

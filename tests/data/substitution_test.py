@@ -79,16 +79,43 @@ def test_an_answer_that_no_document_says_stays(make):
   assert all(make(1.0).changes(s, rows, docs) == [None] for s in range(10))
 
 
-def test_it_changes_into_answers_of_its_relation(make, tokenizer):
-  substitution = make(1.0)
-  rows, docs = np.array([0, 2]), np.array([[1, 0], [2, 1]])
-  found = [set(), set()]
-  for step in range(40):
-    for texts, change in zip(
-      found, substitution.changes(step, rows, docs), strict=True
-    ):
-      texts.add(tokenizer.decode(change[1]))
-  assert found == [{"Paris", "Niamey"}, {"Nigeria", "Niger"}]
+def changed_into(substitution, tokenizer, row, docs):
+  """What the answer of question `row` becomes in 60 steps."""
+  changes = [
+    substitution.changes(step, np.array([row]), np.array([docs]))
+    for step in range(60)
+  ]
+  return {tokenizer.decode(change[1]) for (change,) in changes if change}
+
+
+def test_a_name_changes_into_any_title(make, tokenizer):
+  assert changed_into(make(1.0), tokenizer, 0, [1, 0]) == {
+    "France",
+    "Niger",
+    "Nigeria",
+  }
+
+
+def test_a_number_changes_into_one_of_its_relation(tokenizer):
+  passages = [
+    Passage("0", "Lyon", "Lyon counts 522,969 people."),
+    Passage("1", "Nice", "Nice counts 342,522 people."),
+  ]
+  questions = [
+    Question("?", ("522,969",), relation="population"),
+    Question("?", ("342,522",), relation="population"),
+    Question("?", ("33",), relation="code"),
+  ]
+  tokenized = TokenizedPassages(passages, tokenizer, 64)
+  substitution = AnswerSubstitution(
+    questions,
+    tokenizer.encode([q.answers[0] for q in questions]),
+    tokenized,
+    share=1.0,
+    seed=0,
+  )
+  found = changed_into(substitution, tokenizer, 0, [1, 0])
+  assert found == {"522,969", "342,522"}
 
 
 def test_the_share_is_that_of_the_questions_and_zero_changes_nothing(make):

@@ -158,7 +158,7 @@ def results():
     },
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=900,
   )
   assert run.returncode == 0, run.stderr
   return json.loads(run.stdout)

@@ -110,6 +110,7 @@ def test_settings_that_change_no_parameter_may_differ(path, settings, caplog):
 
 def test_other_settings_are_refused_with_both_values(path):
   open_workdir(path, Config()).close()
+  (path / "checkpoints" / "10").mkdir(parents=True)
   before = (path / "config.json").read_text()
   other = changed(
     seed=3, optimizer__peak_lr=1e-3, train__log_steps=1, loss="rag_sequence"
@@ -126,6 +127,29 @@ def test_other_settings_are_refused_with_both_values(path):
   assert "These may differ: index.embed_batch_size, train.log_steps" in message
   assert (path / "config.json").read_text() == before
   open_workdir(path, Config()).close()  # the refusal released the lock
+
+
+@pytest.mark.parametrize("learned", ["model", "checkpoints/10"])
+def test_settings_may_be_corrected_until_something_was_learned(
+  path, learned, caplog
+):
+  open_workdir(path, Config()).close()
+  (path / "tokenizer").mkdir()
+  with caplog.at_level(logging.INFO, logger="absl"):
+    open_workdir(path, changed(seed=3)).close()
+  assert f"{path} has no checkpoint: it is used with the new" in caplog.text
+  assert from_json((path / "config.json").read_text()) == changed(seed=3)
+  assert not (path / "tokenizer").exists()  # it was trained on other texts
+  (path / learned).mkdir(parents=True)
+  with pytest.raises(ValueError, match="seed: 3 -> 4"):
+    open_workdir(path, changed(seed=4))
+
+
+def test_the_tokenizer_is_kept_while_the_settings_stay(path):
+  open_workdir(path, Config()).close()
+  (path / "tokenizer").mkdir()
+  open_workdir(path, changed(train__log_steps=1)).close()
+  assert (path / "tokenizer").exists()
 
 
 def test_a_run_with_a_constant_schedule_may_become_longer(path):
@@ -146,6 +170,7 @@ def test_a_run_with_a_constant_schedule_may_become_longer(path):
 )
 def test_a_schedule_that_depends_on_the_last_step_keeps_it(path, settings):
   open_workdir(path, changed(**settings)).close()
+  (path / "checkpoints" / "10").mkdir(parents=True)
   with pytest.raises(ValueError, match=r"train\.num_steps: 1000 -> 2000"):
     open_workdir(path, changed(**settings, train__num_steps=2000))
 
