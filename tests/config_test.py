@@ -14,7 +14,6 @@ from rag_jax import config_json
 from rag_jax.config import Config
 from rag_jax.config import fields
 from rag_jax.config import validate
-from rag_jax.models.partitioning import check_devices
 from rag_jax.models.rag import build_model
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -219,77 +218,6 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
 
 
 @pytest.mark.parametrize(
-  ("mesh", "expected"),
-  [
-    ((0, 1, 1), (8, 1, 1)),
-    ((0, 2, 2), (2, 2, 2)),
-    ((0, 8, 1), (1, 8, 1)),
-    ((2, 4, 1), (2, 4, 1)),
-    ((2, 1, 4), (2, 1, 4)),
-  ],
-)
-def test_the_data_axis_takes_the_devices_that_are_left(mesh, expected):
-  data, fsdp, tensor = mesh
-  config = make(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
-  assert dataclasses.astuple(check_devices(config, 8)) == expected
-  assert dataclasses.astuple(config.mesh) == mesh
-
-
-@pytest.mark.parametrize(
-  ("mesh", "num_devices", "needed"),
-  [((2, 2, 1), 8, 4), ((0, 3, 1), 8, 6), ((0, 4, 4), 8, 16), ((4, 1, 1), 1, 4)],
-)
-def test_a_mesh_of_another_number_of_devices_is_refused(
-  mesh, num_devices, needed
-):
-  data, fsdp, tensor = mesh
-  config = make(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
-  with pytest.raises(
-    ValueError,
-    match=(
-      f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} need"
-      f" {needed} devices, but there are {num_devices}. Choose values whose"
-      " product is that number, or mesh.data=0 to use all that are left."
-    ),
-  ):
-    check_devices(config, num_devices)
-
-
-def test_batches_that_do_not_split_over_the_devices_are_named_together():
-  config = make(
-    mesh__fsdp=2,
-    train__batch_size=12,
-    eval__batch_size=64,
-    index__embed_batch_size=100,
-    warmup__batch_size=4,
-  )
-  with pytest.raises(
-    ValueError,
-    match=(
-      "^train.batch_size=12, index.embed_batch_size=100 must be a multiple of"
-      r" 8, the devices that the batch is split over \(mesh.data=4 x"
-      r" mesh.fsdp=2\), so that each gets an equal share.$"
-    ),
-  ):
-    check_devices(config, 8)
-  # A tensor axis does not split the batch.
-  check_devices(make(mesh__tensor=4, train__batch_size=6), 8)
-
-
-def test_sizes_that_the_mesh_cannot_split_are_named_together():
-  config = make(mesh__tensor=8, encoder__num_heads=4, generator__num_heads=4)
-  with pytest.raises(
-    ValueError,
-    match=(
-      r"^The mesh cannot split encoder\.num_heads=4 by mesh\.tensor=8,"
-      r" generator\.num_heads=4 by mesh\.tensor=8 evenly\. Choose sizes that"
-      r" are multiples, or a smaller mesh\.tensor or mesh\.fsdp\.$"
-    ),
-  ):
-    check_devices(config, 8)
-
-
-@pytest.mark.parametrize(
   ("settings", "problem"),
   [
     ({"data__passage_length": 3}, "data.passage_length=3 leaves no room"),
@@ -301,13 +229,6 @@ def test_sizes_that_the_mesh_cannot_split_are_named_together():
 def test_settings_that_cannot_work_are_refused(settings, problem):
   (message,) = refused(make(**settings))
   assert problem in message
-
-
-def test_the_warmup_batch_counts_if_there_is_a_warmup():
-  settings = {"warmup__batch_size": 4}
-  check_devices(make(**settings), 8)
-  with pytest.raises(ValueError, match=r"^warmup.batch_size=4 must be a mul"):
-    check_devices(make(**settings, warmup__num_steps=1), 8)
 
 
 def changed(field, value):

