@@ -162,7 +162,7 @@ class Tiny:
       spoil: (step, metrics) -> metrics, of every update.
     """
     experiment, answerer, compiled = self.open(config)
-    run = Run(path, config, experiment)
+    run = Run(path, config, experiment, compiled)
     evaluator = Evaluator(experiment, answerer)
     if measure:
       validate = evaluator.validator(self.split("validation"))
@@ -217,6 +217,7 @@ class Run:
   path: pathlib.Path
   config: Config
   experiment: Experiment
+  compiled: dict[str, Any]  # for its config, and what else takes long
   clock: loop.Clock | None = None
   results: dict[str, Any] = dataclasses.field(default_factory=dict)
   stopped: StoppedEarlyError | None = None
@@ -237,18 +238,27 @@ class Run:
 
   def state(self, step: int = LAST) -> dict[str, np.ndarray]:
     """Returns every array of the checkpoint of `step`, by its path."""
-    params, layout = self._init()
-    optimizer = stage_optimizer(self.config, self.extra(step)["stage"], params)
-    state = make_state(params, layout, optimizer, self.experiment.mesh)
-    return flat(self._checkpoints().restore(abstract_state(*state), step)[0])
+    stage = self.extra(step)["stage"]
+    if f"{stage} state" not in self.compiled:
+      params, layout = self._first_params()
+      optimizer = stage_optimizer(self.config, stage, params)
+      state = make_state(params, layout, optimizer, self.experiment.mesh)
+      self.compiled[f"{stage} state"] = abstract_state(*state)
+    abstract = self.compiled[f"{stage} state"]
+    return flat(self._checkpoints().restore(abstract, step)[0])
 
   def first_state(self) -> dict[str, np.ndarray]:
     """Returns the parameters before the first step, by their path."""
-    return flat({"params": self._init()[0]})
+    return flat({"params": self._first_params()[0]})
 
-  def _init(self) -> Any:
-    key = jax.random.key(self.config.seed)
-    return init_params(self.experiment.init, key, self.experiment.mesh)
+  def _first_params(self) -> Any:
+    if "params" not in self.compiled:
+      self.compiled["params"] = init_params(
+        self.experiment.init,
+        jax.random.key(self.config.seed),
+        self.experiment.mesh,
+      )
+    return self.compiled["params"]
 
   def _checkpoints(self) -> Checkpointer:
     return Checkpointer(self.path / "checkpoints", keep_last=100)

@@ -14,6 +14,7 @@ from rag_jax.config import Config
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.data.batches import RagBatch
+from rag_jax.data.batches import process_share
 from rag_jax.data.context import ContextBuilder
 
 
@@ -26,6 +27,9 @@ class ClozeBatches:
     passages: TokenizedPassages,
     context: ContextBuilder,
     config: Config,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
   ):
     if config.warmup.batch_size > len(passages):
       raise ValueError(
@@ -38,6 +42,9 @@ class ClozeBatches:
     self._passages = passages
     self._context = context
     self._config = config
+    self._share = process_share(
+      config.warmup.batch_size, process_index, process_count
+    )
 
   def _mask_span(
     self, rng: np.random.Generator, row: int
@@ -72,7 +79,7 @@ class ClozeBatches:
     return window, ids[start : start + size]
 
   def batch(self, step: int) -> RagBatch:
-    """Returns the batch of warm-up step `step`."""
+    """Returns what this process reads of the batch of warm-up step `step`."""
     config = self._config
     rng = np.random.default_rng((config.seed, step))
     # Without replacement: a passage twice would be its own negative.
@@ -82,6 +89,9 @@ class ClozeBatches:
     windows, spans = zip(
       *(self._mask_span(rng, int(r)) for r in rows), strict=True
     )
+    # Every process draws the whole batch, so that together they have it once.
+    rows = rows[self._share]
+    windows, spans = windows[self._share], spans[self._share]
     target_tokens, target_mask = self._context.targets(spans)
     if not config.data.n_docs:  # closed book: the passage is not shown
       docs = np.zeros((len(rows), 0), np.int64)

@@ -18,6 +18,7 @@ import numpy as np
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.data.batches import RagBatch
+from rag_jax.data.batches import process_share
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.questions import Question
 from rag_jax.data.substitution import AnswerSubstitution
@@ -76,10 +77,7 @@ class QuestionBatches:
     self._embedder = embedder
     self._n_docs = n_docs
     self._frozen_passages = frozen_passages
-    self._share = slice(
-      process_index * batch_size // process_count,
-      (process_index + 1) * batch_size // process_count,
-    )
+    self._share = process_share(batch_size, process_index, process_count)
     self._substitution = AnswerSubstitution(
       questions,
       self._answer_ids,

@@ -72,7 +72,12 @@ def make_stages(
   stages = []
   if config.warmup.num_steps:
     cloze = ClozeBatches(
-      experiment.tokenizer, experiment.tokenized, experiment.context, config
+      experiment.tokenizer,
+      experiment.tokenized,
+      experiment.context,
+      config,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
 
     def prepare_cloze(step: int, *_: object) -> Prepared:

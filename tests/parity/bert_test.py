@@ -176,9 +176,13 @@ def test_gradients_are_those_of_bert():
   model, params = bert()
   direction = np.random.default_rng(1).normal(size=(len(LENGTHS), D))
   direction = direction.astype(np.float32)
-  model.zero_grad()
   pooled = torch_pooled(torch_states(tokens, mask), mask, "mean")
-  (torch.tensor(direction) * pooled).sum().backward()
+  tables = ("embeddings.word_embeddings", "embeddings.position_embeddings")
+  kernel = "encoder.layer.0.attention.self.query"
+  words, positions, query = torch.autograd.grad(
+    (torch.tensor(direction) * pooled).sum(),
+    [model.get_parameter(name + ".weight") for name in (*tables, kernel)],
+  )
 
   def score(params):
     embedding = encoder("mean").apply(
@@ -187,22 +191,15 @@ def test_gradients_are_those_of_bert():
     return jnp.sum(direction * embedding)
 
   grads = jax.jit(jax.grad(score))(params)
-  kernel = "encoder.layer.0.attention.self.query"
+  heads = grads["layer_0"]["self_attention"]["query"]["kernel"]
   for ours, theirs in (
-    (grads["token_embedding"], "embeddings.word_embeddings"),
-    # The positions that are used: BERT's own, without the segment's row.
-    (grads["position_embedding"], "embeddings.position_embeddings"),
+    (grads["token_embedding"]["embedding"], words),
+    # The segment's row, added to a position, leaves its gradient as it is.
+    (grads["position_embedding"]["embedding"], positions),
+    (heads.reshape(D, D), query.T),
   ):
-    expected = model.get_parameter(theirs + ".weight").grad.numpy()
-    assert np.abs(expected).max() > 0.1
+    largest = theirs.abs().max().item()
+    assert largest > 0.1
     np.testing.assert_allclose(
-      ours["embedding"], expected, rtol=0, atol=1e-4 * np.abs(expected).max()
+      ours, theirs.numpy(), rtol=0, atol=1e-4 * largest
     )
-  expected = model.get_parameter(kernel + ".weight").grad.numpy().T
-  assert np.abs(expected).max() > 0.1
-  np.testing.assert_allclose(
-    grads["layer_0"]["self_attention"]["query"]["kernel"].reshape(D, D),
-    expected,
-    rtol=0,
-    atol=1e-4 * np.abs(expected).max(),
-  )

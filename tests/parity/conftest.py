@@ -14,7 +14,7 @@ import pytest
 _TORCH = importlib.util.find_spec("torch") is not None
 _INSTALL = 'pip install -e ".[test,parity]"'
 
-# Not even imported: each of them imports torch.
+# Not even imported, because they import torch.
 collect_ignore_glob = [] if _TORCH else ["*_test.py"]
 
 

@@ -98,12 +98,9 @@ def torch_nll(kind, doc_scores, logits, target):
     # A question of RAG-Sequence alone.
     **({"exclude_bos_score": False} if kind == "sequence" else {}),
   )
-  nll.sum().backward()
-  return (
-    nll.detach().numpy(),
-    scores.grad.numpy(),
-    flat.grad.numpy().reshape(logits.shape),
-  )
+  by_score, by_logits = torch.autograd.grad(nll.sum(), (scores, flat))
+  by_logits = by_logits.numpy().reshape(logits.shape)
+  return nll.detach().numpy(), by_score.numpy(), by_logits
 
 
 @functools.cache

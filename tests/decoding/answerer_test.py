@@ -1,0 +1,262 @@
+"""Answers as text against the training loss, whatever the batch around them."""
+
+import json
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rag_jax.config import Config
+from rag_jax.data.experiment import open_experiment
+from rag_jax.decoding.answerer import Answerer
+from rag_jax.losses import rag_token_nll
+from rag_jax.retrieval.exact import ExactIndex
+
+NAMES = ("Oslo", "Lima", "Rome", "Bern", "Cairo", "Quito", "Hanoi")
+QUESTIONS = [f"Where is {name}?" for name in NAMES]
+END = "</s>"
+
+
+def make_config(folder, **data):
+  config = Config()
+  config.data.passages = str(folder / "passages.jsonl")
+  config.data.questions = str(folder)
+  config.data.n_docs = 2
+  config.data.target_length = 4
+  for name, value in data.items():
+    setattr(config.data, name, value)
+  config.tokenizer.vocab_size = 512
+  config.encoder.embed_dim, config.encoder.num_heads = 8, 2
+  config.generator.num_layers = 1
+  config.generator.embed_dim, config.generator.num_heads = 8, 2
+  config.generator.mlp_dim, config.generator.max_positions = 8, 128
+  return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("corpus")
+  passages = [
+    {"id": f"p{i}", "title": name, "text": f"{name} is city number {i}."}
+    for i, name in enumerate(NAMES)
+  ]
+  questions = [{"question": q, "answers": ["here"]} for q in QUESTIONS]
+  for name, records in {"passages": passages, "train": questions}.items():
+    lines = "\n".join(map(json.dumps, records))
+    (folder / f"{name}.jsonl").write_text(lines + "\n")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def experiment(folder):
+  return open_experiment(make_config(folder))
+
+
+@pytest.fixture(scope="module")
+def params(experiment):
+  shapes = jax.eval_shape(
+    lambda key: nn.meta.unbox(experiment.init(key)), jax.random.key(0)
+  )
+  rng = np.random.default_rng(3)
+  params = jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(np.float32), shapes
+  )
+  # So that some answers end, and not all of them with the first token.
+  params["generator"]["final_logits_bias"][experiment.tokenizer.eos_id] += 8
+  return params
+
+
+@pytest.fixture(scope="module")
+def index(experiment, params):
+  return experiment.index_builder.build(params)
+
+
+@pytest.fixture(scope="module")
+def answerer(experiment):
+  return Answerer(experiment)
+
+
+@pytest.fixture(scope="module")
+def answers(answerer, params, index):
+  return answerer.answer(params, index, QUESTIONS, n_docs=2)
+
+
+def rows_of(answer):
+  return np.array([int(doc.id[1:]) for doc in answer.docs], int)
+
+
+def nll_in_training(experiment, params, answer):
+  """Returns the loss of the training step for this answer, [] float."""
+  tokenizer, context = experiment.tokenizer, experiment.context
+  ids, rows = tokenizer.encode([answer.question]), rows_of(answer)[None]
+  inputs = dict(
+    zip(
+      ("context_tokens", "context_mask"),
+      context.contexts(ids, rows),
+      strict=True,
+    )
+  )
+  if answer.docs:
+    inputs["question_tokens"], inputs["question_mask"] = context.questions(ids)
+    inputs["doc_tokens"], inputs["doc_mask"] = context.passages(rows)
+  names = tokenizer.tokens(range(tokenizer.vocab_size))
+  target = np.array([[names.index(token) for token in answer.tokens]], np.int32)
+
+  @jax.jit
+  def nll(params, target, inputs):
+    out = experiment.model.apply(
+      {"params": params}, target_tokens=target, **inputs
+    )
+    return rag_token_nll(
+      out.doc_scores, out.target_logits, target, jnp.ones(target.shape, bool)
+    )
+
+  return float(nll(params, target, inputs)[0])
+
+
+def assert_same_answers(answers, expected):
+  for answer, other in zip(answers, expected, strict=True):
+    assert answer.question == other.question
+    assert answer.text == other.text
+    assert answer.tokens == other.tokens
+    assert answer.retrieved == other.retrieved
+    np.testing.assert_allclose(answer.log_prob, other.log_prob, rtol=1e-5)
+    for doc, same in zip(answer.docs, other.docs, strict=True):
+      assert doc.id == same.id
+      np.testing.assert_allclose(doc.posterior, same.posterior, atol=1e-5)
+
+
+def test_the_log_prob_of_an_answer_is_minus_its_training_loss(
+  experiment, params, answers
+):
+  # One of each length, as each is compiled.
+  lengths = {len(answer.tokens): answer for answer in answers}
+  assert len(lengths) > 1
+  for answer in lengths.values():
+    nll = nll_in_training(experiment, params, answer)
+    np.testing.assert_allclose(answer.log_prob, -nll, rtol=1e-4)
+
+
+def test_an_answer_shows_its_tokens_and_its_documents(experiment, answers):
+  assert len({answer.text for answer in answers}) > 1
+  for answer in answers:
+    assert answer.text == "".join(answer.tokens).replace(END, "").strip()
+    assert END not in answer.tokens[:-1]
+    assert answer.tokens[-1] == END or len(answer.tokens) == 4
+    size = len(answer.tokens)
+    assert len(answer.token_log_probs) == size
+    np.testing.assert_allclose(sum(answer.token_log_probs), answer.log_prob)
+    for doc in answer.docs:
+      passage = experiment.passages.by_id(doc.id)
+      assert (doc.title, doc.text) == (passage.title, passage.text)
+      assert len(doc.token_posteriors) == size
+    posteriors = [[*d.token_posteriors, d.posterior] for d in answer.docs]
+    np.testing.assert_allclose(np.sum(posteriors, axis=0), 1, rtol=1e-5)
+
+
+def test_the_prior_is_the_softmax_of_the_scores_best_first(answers):
+  for answer in answers:
+    exps = np.exp([doc.score for doc in answer.docs], int)
+    priors = [doc.prior for doc in answer.docs]
+    np.testing.assert_allclose(priors, exps / exps.sum(), rtol=1e-5)
+    assert priors == sorted(priors, reverse=True)
+
+
+class RoughIndex(ExactIndex):
+  """Finds what it should, in the wrong order and with wrong scores."""
+
+  def search(self, question_embeddings, n_docs):
+    """Returns the passages from worst to best, and scores of nothing."""
+    ids, scores = super().search(question_embeddings, n_docs)
+    return ids[:, ::-1], np.full_like(scores, 99.0)
+
+
+def test_scores_are_those_of_the_float32_embeddings_not_of_the_search(
+  answerer, params, index, answers
+):
+  rough = RoughIndex(
+    index.embeddings,
+    encoder_fingerprint=index.encoder_fingerprint,
+    passages_fingerprint=index.passages_fingerprint,
+  )
+  out = answerer.answer(params, rough, QUESTIONS, n_docs=2)
+  found, questions = answerer.search(params, index, QUESTIONS, 2)
+  for b, answer in enumerate(out):
+    assert answer.retrieved == tuple(found[b, ::-1].tolist())
+    expected = index.embeddings[rows_of(answer)] @ questions[b]
+    scores = [doc.score for doc in answer.docs]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    assert answer.text == answers[b].text
+    assert [doc.id for doc in answer.docs] == [d.id for d in answers[b].docs]
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 4, 7])
+def test_any_number_of_questions_is_answered_in_their_order(
+  answerer, params, index, answers, number
+):
+  out = answerer.answer(
+    params, index, QUESTIONS[:number], n_docs=2, batch_size=3
+  )
+  assert_same_answers(out, answers[:number])
+
+
+def test_batches_have_one_shape_whatever_the_number_of_questions(
+  experiment, params, index, monkeypatch
+):
+  answerer, shapes = Answerer(experiment), []
+
+  def questions(params, tokens, mask):
+    shapes.append(tokens.shape)
+    return embed(params, tokens, mask)
+
+  embed = experiment.embedder.questions
+  monkeypatch.setattr(experiment.embedder, "questions", questions)
+  for number in (1, 2, 3, 5):
+    answerer.answer(params, index, QUESTIONS[:number], n_docs=2, batch_size=2)
+  assert shapes == [(2, 32)] * 7
+  assert answerer._decode._cache_size() == 1
+
+
+def test_more_passages_can_be_retrieved_than_are_read(
+  answerer, params, index, answers
+):
+  out = answerer.answer(params, index, QUESTIONS, n_docs=2, num_retrieved=5)
+  expected, _ = answerer.search(params, index, QUESTIONS, 5)
+  assert [answer.retrieved for answer in out] == [
+    tuple(row) for row in expected.tolist()
+  ]
+  for answer, other in zip(out, answers, strict=True):
+    assert answer.docs == other.docs
+    assert answer.retrieved[:2] == other.retrieved
+
+
+@pytest.mark.parametrize(
+  ("question_length", "context_length"), [(12, 40), (40, 12)]
+)
+def test_a_question_is_cut_if_retriever_or_generator_takes_less(
+  folder, params, index, question_length, context_length
+):
+  lengths = {
+    "question_length": question_length,
+    "context_length": context_length,
+  }
+  experiment = open_experiment(make_config(folder, **lengths))
+  questions = ["a" + 9 * " a", "a" + 10 * " a"]
+  encoded = experiment.tokenizer.encode(questions)
+  assert [len(ids) for ids in encoded] == [10, 11]  # and two special tokens
+  out = Answerer(experiment).answer(params, index, questions, n_docs=2)
+  assert [answer.question_cut for answer in out] == [False, True]
+
+
+def test_closed_book_answers_without_documents(folder, params):
+  experiment = open_experiment(make_config(folder, n_docs=0))
+  answerer = Answerer(experiment)
+  out = answerer.answer(params, None, QUESTIONS, n_docs=0, batch_size=4)
+  alone = answerer.answer(params, None, QUESTIONS, n_docs=0, batch_size=1)
+  assert_same_answers(out, alone)
+  assert {answer.docs for answer in out} == {()}
+  assert {answer.retrieved for answer in out} == {()}
+  nll = nll_in_training(experiment, params, out[0])
+  np.testing.assert_allclose(out[0].log_prob, -nll, rtol=1e-4)
