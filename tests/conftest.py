@@ -1,7 +1,7 @@
-"""One tiny experiment, whose runs several test files share.
+"""Runs that several test files share: of a tiny experiment, and a learned one.
 
-What it is stands in tiny_run.py, which is read when a test asks for it: most
-tests need not wait for all of rag_jax to be imported.
+What they are stands in tiny_run.py and learned_run.py, which are read when a
+test asks for them: most tests need not wait for all of rag_jax to be imported.
 """
 
 import importlib.util
@@ -10,19 +10,23 @@ import sys
 
 import pytest
 
-_FILE = pathlib.Path(__file__).with_name("tiny_run.py")
+
+def _read(name):
+  """Returns the module `name` beside this file."""
+  file = pathlib.Path(__file__).with_name(f"{name}.py")
+  spec = importlib.util.spec_from_file_location(name, file)
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module
+  spec.loader.exec_module(module)
+  return module
 
 
 @pytest.fixture(scope="session")
 def tiny_run():
   """The module tiny_run.py."""
-  spec = importlib.util.spec_from_file_location("tiny_run", _FILE)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  sys.modules["tiny_run"] = module
-  spec.loader.exec_module(module)
-  return module
+  return _read("tiny_run")
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +40,9 @@ def uninterrupted(tiny):
   """A measured run, start to end, that keeps the checkpoint of every step."""
   config = tiny.config(train__checkpoint_steps=1, train__keep_checkpoints=100)
   return tiny.train(tiny.root / "uninterrupted", config, measure=True)
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory):
+  """A run that answers for countries that it was not trained on."""
+  return _read("learned_run").train_run(tmp_path_factory.mktemp("learned"))

@@ -162,7 +162,7 @@ class Tiny:
       spoil: (step, metrics) -> metrics, of every update.
     """
     experiment, answerer, compiled = self.open(config)
-    run = Run(path, config, experiment, compiled)
+    run = Run(self, path, config, experiment, compiled)
     evaluator = Evaluator(experiment, answerer)
     if measure:
       validate = evaluator.validator(self.split("validation"))
@@ -214,6 +214,7 @@ class Tiny:
 class Run:
   """A run in this process, and what it left."""
 
+  tiny: Tiny
   path: pathlib.Path
   config: Config
   experiment: Experiment
@@ -253,11 +254,11 @@ class Run:
 
   def _first_params(self) -> Any:
     if "params" not in self.compiled:
-      self.compiled["params"] = init_params(
-        self.experiment.init,
-        jax.random.key(self.config.seed),
-        self.experiment.mesh,
-      )
+      key = jax.random.key(self.config.seed)
+      with self.tiny.compiling():
+        self.compiled["params"] = init_params(
+          self.experiment.init, key, self.experiment.mesh
+        )
     return self.compiled["params"]
 
   def _checkpoints(self) -> Checkpointer:
@@ -288,7 +289,7 @@ def assert_bit_equal(
     if (x.dtype, x.shape, x.tobytes())
     != (other[name].dtype, other[name].shape, other[name].tobytes())
   ]
-  assert not different
+  assert not different, different
 
 
 def _write_corpus(passages: pathlib.Path, questions: pathlib.Path) -> None:

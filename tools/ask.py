@@ -9,12 +9,14 @@ training again. Writes nothing but the compilation cache in the workdir.
 """
 
 from collections.abc import Iterator
+import signal
 import sys
 import time
 
 from absl import app
 from absl import flags
 from absl import logging
+from etils import epath
 import jax
 
 from rag_jax.serving.explanation import explain
@@ -34,8 +36,9 @@ def _prompt() -> Iterator[str]:
   """Yields what a person types, until an empty line or the end."""
   print("Ask a question; an empty line ends.", file=sys.stderr)
   while True:
+    print("> ", end="", file=sys.stderr, flush=True)  # not among the answers
     try:
-      question = input("> ")
+      question = input()
     except (EOFError, KeyboardInterrupt):
       return
     if not question.strip():
@@ -45,7 +48,7 @@ def _prompt() -> Iterator[str]:
 
 def _questions(arguments: list[str]) -> Iterator[str]:
   if arguments == ["-"]:
-    yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+    yield from (line.strip() for line in sys.stdin if line.strip())
   elif arguments:
     yield from arguments
   else:
@@ -54,26 +57,26 @@ def _questions(arguments: list[str]) -> Iterator[str]:
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
-  logging.set_verbosity(logging.WARNING)
-  cache = f"{_WORKDIR.value}/.jax_cache"
-  jax.config.update("jax_compilation_cache_dir", cache)
+  cache = epath.Path(_WORKDIR.value or "").expanduser() / ".jax_cache"
+  jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   pipeline = RagPipeline.load(_WORKDIR.value or "", corpus=_CORPUS.value)
   for number, question in enumerate(_questions(argv[1:])):
     start = time.perf_counter()
     answer = pipeline.answer(question, n_docs=_N_DOCS.value)[0]
+    logging.info("Answered in %.3f s.", time.perf_counter() - start)
     if _JSON.value:
       print(to_json(answer), flush=True)
       continue
     print(f"{'' if not number else chr(10)}{question}")
     print(explain(answer), end="", flush=True)
-    secs = time.perf_counter() - start
-    logging.info("Answered in %.3f s.", secs)
 
 
 if __name__ == "__main__":
   try:
     app.run(main)
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
   except (ValueError, FileNotFoundError, TypeError) as error:
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
     sys.exit(1)

@@ -8,6 +8,7 @@ files, and at the end model, index, results.json and learning_curves.png. The
 same command again goes on from the last checkpoint; Ctrl-C saves one first.
 """
 
+import os
 import signal
 import sys
 
@@ -45,6 +46,12 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
+  filename = config_flags.get_config_filename(flags.FLAGS["config"])
+  if not os.path.isfile(filename):
+    raise FileNotFoundError(
+      f"There is no config file {filename}. Expected a Python file with a"
+      " function get_config, like configs/quickstart.py. Correct --config."
+    )
   config = validate(_CONFIG.value)
   with open_workdir(
     _WORKDIR.value or "", config, process_index=jax.process_index()

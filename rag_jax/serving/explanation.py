@@ -3,16 +3,27 @@
 In: an `Answer`. Out: text of at most 80 columns, or JSON.
 """
 
+from collections.abc import Iterator
 import dataclasses
+import itertools
 import json
 import math
-import textwrap
+import re
 import unicodedata
 
 from rag_jax.decoding.answerer import Answer
 
-_WIDTH = 80
-_MARK = "[...]"
+_WIDTH = 80  # columns
+_INDENT = 18  # of what stands under "passage"
+_TEXT_LINES = 3  # shown of a passage
+_MARK = " [...]"
+
+# What moves a terminal's cursor, colours its text or names its window: ECMA-48.
+_ESCAPES = re.compile(
+  r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+  r"|(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+  r"|\x1b[ -/]*[0-~]"
+)
 
 
 def explain(answer: Answer) -> str:
@@ -22,10 +33,10 @@ def explain(answer: Answer) -> str:
   answer; `p(z|x,y)` the posterior: how well the passage explains it.
   """
   probability = math.exp(answer.log_prob)
-  head = f"{answer.text or '(no answer)'}   (p = {probability:.2f})"
-  lines = textwrap.wrap(head, _WIDTH) or [head]
+  text = _clean(answer.text) or "(no answer)"
+  lines = list(_wrap(f"{text}   (p = {probability:.2f})", _WIDTH))
   if answer.question_cut:
-    lines += textwrap.wrap(
+    lines += _wrap(
       "Note: the question is longer than the model takes; its end was not read"
       " (data.question_length, data.context_length).",
       _WIDTH,
@@ -34,18 +45,12 @@ def explain(answer: Answer) -> str:
     return "\n".join([*lines, "(closed book: no passages were read)"]) + "\n"
   lines += ["", "p(z|x)  p(z|x,y)  passage"]
   for doc in answer.docs:
+    title = f"{_clean(doc.title)} [{_clean(doc.id)}]".lstrip()
     lines.append(
       f"{doc.prior:6.3f}  {doc.posterior:8.3f}  "
-      + _shorten(f"{_clean(doc.title)} [{_clean(doc.id)}]", _WIDTH - 18)
+      + _shorten(title, _WIDTH - _INDENT)
     )
-    lines += textwrap.wrap(
-      _clean(doc.text),
-      _WIDTH,
-      initial_indent=" " * 18,
-      subsequent_indent=" " * 18,
-      max_lines=3,
-      placeholder=" " + _MARK,
-    )
+    lines += [" " * _INDENT + line for line in _first_lines(_clean(doc.text))]
   return "\n".join(lines) + "\n"
 
 
@@ -55,10 +60,51 @@ def to_json(answer: Answer) -> str:
 
 
 def _clean(text: str) -> str:
-  """Returns `text` without what could move a terminal's cursor."""
-  text = " ".join(text.split())
-  return "".join(c for c in text if unicodedata.category(c)[0] != "C")
+  """Returns `text` on one line, without what could control a terminal."""
+  text = "".join(
+    c
+    for c in _ESCAPES.sub("", text)
+    if c.isspace() or unicodedata.category(c)[0] != "C"
+  )
+  return " ".join(text.split())
+
+
+def _columns(text: str) -> int:
+  """Returns how wide a terminal shows `text`."""
+  return sum(
+    0
+    if unicodedata.category(c) in ("Mn", "Me")  # drawn over the one before
+    else 1 + (unicodedata.east_asian_width(c) in "WF")
+    for c in text
+  )
+
+
+def _fit(text: str, width: int) -> int:
+  """Returns how many characters of `text` take at most `width` columns."""
+  sizes = itertools.accumulate(_columns(c) for c in text)
+  return next((i for i, size in enumerate(sizes) if size > width), len(text))
+
+
+def _wrap(text: str, width: int) -> Iterator[str]:
+  """Yields lines of at most `width` columns; textwrap counts characters."""
+  while text:
+    end = _fit(text, width)
+    space = text.rfind(" ", 0, end + 1) if end < len(text) else -1
+    end = space if space > 0 else end
+    yield text[:end].rstrip()
+    text = text[end:].lstrip()
+
+
+def _first_lines(text: str) -> list[str]:
+  width = _WIDTH - _INDENT
+  lines = list(itertools.islice(_wrap(text, width), _TEXT_LINES + 1))
+  last = _TEXT_LINES - 1
+  if len(lines) > last:
+    lines[last:] = [_shorten(" ".join(lines[last:]), width)]
+  return lines
 
 
 def _shorten(text: str, width: int) -> str:
-  return text if len(text) <= width else text[: width - 6] + " " + _MARK
+  if _columns(text) <= width:
+    return text
+  return next(_wrap(text, width - len(_MARK))) + _MARK

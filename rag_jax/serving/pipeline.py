@@ -4,6 +4,7 @@ In: the workdir of a run, questions. Out: answers, each with its documents.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -13,6 +14,8 @@ from jaxtyping import PyTree
 from rag_jax.config import MeshConfig
 from rag_jax.config_json import from_json
 from rag_jax.corpus.passages import load_passages
+from rag_jax.corpus.records import bad_character
+from rag_jax.corpus.records import shorten
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.experiment import check_n_docs
 from rag_jax.data.experiment import open_experiment
@@ -54,8 +57,8 @@ class RagPipeline:
 
     Raises:
       FileNotFoundError: no run is there, or it has not ended.
-      ValueError: a file is damaged, or the index does not fit the model or the
-        passages.
+      ValueError: a file is damaged, the index does not fit the model or the
+        passages, or `corpus` is given to a closed-book model.
     """
     run = Workdir(epath.Path(workdir).expanduser())
     if not run.config_path.exists():
@@ -65,10 +68,26 @@ class RagPipeline:
         " --config=configs/quickstart.py --workdir=" + str(run.path)
       )
     params, content = load_model(run.model)
-    config = from_json(run.config_path.read_text(), str(run.config_path))
+    # A byte that is no UTF-8 is a damage like any other.
+    text = run.config_path.read_bytes().decode("utf-8", errors="replace")
+    config = from_json(text, str(run.config_path))
+    if corpus and not config.data.n_docs:
+      raise ValueError(
+        f"The corpus {corpus} was given, but the model in {run.path} was"
+        " trained closed book (data.n_docs=0) and reads no passages. Leave the"
+        " corpus away, or train with data.n_docs=1 or more."
+      )
     # One device answers, whatever mesh the model was trained on.
     config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
     passages = load_passages(str(corpus) or config.data.passages)
+    if len(passages) < config.data.n_docs:
+      logging.warning(
+        "%s has %d passages, fewer than the %d documents that were read in"
+        " training; all are read for each question.",
+        *(passages.origin, len(passages), config.data.n_docs),
+      )
+      config.data.n_docs = len(passages)
+    _check_tokenizer_exists(run)
     experiment = open_experiment(
       config,
       tokenizer_path=run.tokenizer,
@@ -96,32 +115,24 @@ class RagPipeline:
     return cls(experiment, params, index)
 
   def answer(
-    self, questions: str | Sequence[str], *, n_docs: int = 0
+    self, questions: str | Sequence[Any], *, n_docs: int = 0
   ) -> list[Answer]:
     """Returns an answer a question, decoded greedily (RAG-Token).
 
     Args:
-      questions: one, or several.
+      questions: one as text, or several.
       n_docs: documents to read for each; 0: as many as in training. Each new
         number compiles once.
 
     Raises:
-      ValueError: a question is empty, or there are fewer passages than
-        `n_docs`.
+      ValueError: a question is empty or holds what no tokenizer can take, or
+        there are fewer passages than `n_docs`.
       TypeError: a question is no text.
     """
-    questions = [questions] if isinstance(questions, str) else list(questions)
-    for number, question in enumerate(questions):
-      if not isinstance(question, str):
-        raise TypeError(
-          f"Question {number + 1} is {question!r}, a"
-          f" {type(question).__name__}; expected text."
-        )
-      if not question.strip():
-        raise ValueError(
-          f"Question {number + 1} of {len(questions)} is empty: {question!r}."
-          " Ask something, for instance 'What is the capital of France?'."
-        )
+    several = isinstance(questions, Sequence) and not isinstance(questions, str)
+    questions = list(questions) if several else [questions]
+    for number, question in enumerate(questions, start=1):
+      _check_question(question, f"Question {number} of {len(questions)}")
     if n_docs < 0:
       raise ValueError(
         f"n_docs={n_docs}; expected 1 or more, or 0 for as many as in training."
@@ -135,4 +146,32 @@ class RagPipeline:
     check_n_docs(n_docs, self._experiment.passages)
     return self._answerer.answer(
       self._params, self._index, questions, n_docs=n_docs
+    )
+
+
+def _check_tokenizer_exists(run: Workdir) -> None:
+  # Otherwise another one would be trained, and written into the workdir.
+  if not (run.tokenizer / "tokenizer.json").exists():
+    raise FileNotFoundError(
+      f"No tokenizer.json in {run.tokenizer}; expected the tokenizer that the"
+      f" model in {run.model} was trained with. Put its files back, or train"
+      " again."
+    )
+
+
+def _check_question(question: Any, name: str) -> None:
+  if not isinstance(question, str):
+    raise TypeError(
+      f"{name} is {shorten(question)}, of type {type(question).__name__};"
+      " expected text. Pass one string, or a list of strings."
+    )
+  if not question.strip():
+    raise ValueError(
+      f"{name} is empty: {shorten(question)}. Ask something, for instance"
+      " 'What is the capital of France?'."
+    )
+  if bad := bad_character(question):
+    raise ValueError(
+      f"{name} holds {bad}: {shorten(question)}. Expected text that can be"
+      " written as UTF-8. Remove the character."
     )

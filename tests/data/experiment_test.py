@@ -1,0 +1,151 @@
+"""What a config names is opened once, fits together, or is refused."""
+
+import dataclasses
+
+from flax import linen as nn
+import jax
+import numpy as np
+import pytest
+
+from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.tokenizer import load_tokenizer
+from rag_jax.data.experiment import check_n_docs
+from rag_jax.data.experiment import open_experiment
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny):
+  return open_experiment(tiny.config())
+
+
+def shapes(experiment):
+  boxed = jax.eval_shape(experiment.init, jax.random.key(0))
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
+    for path, x in jax.tree_util.tree_leaves_with_path(boxed)
+  }
+
+
+def test_the_parts_fit_together(experiment, tiny):
+  assert len(experiment.passages) == len(experiment.tokenized) == 40
+  assert experiment.config == tiny.config()
+  assert experiment.model.generator.vocab_size == (
+    experiment.tokenizer.vocab_size
+  )
+  assert experiment.tokenizer.vocab_size <= 600
+  assert dict(experiment.mesh.shape) == {
+    "data": jax.device_count(),
+    "fsdp": 1,
+    "tensor": 1,
+  }
+  assert not experiment.closed_book
+
+
+def test_the_tokenizer_learns_from_passages_and_questions(experiment):
+  # Each occurs in one of the two alone, often enough to be one token.
+  words = ["What", "The"]
+  assert [len(ids) for ids in experiment.tokenizer.encode(words)] == [1, 1]
+
+
+def test_the_example_has_the_shapes_of_the_config(experiment):
+  batch = experiment.example_batch()
+  assert batch.context_tokens.shape == (1, 2, 40)
+  assert batch.target_tokens.shape == (1, 8)
+  assert batch.question_tokens.shape == (1, 16)
+  assert batch.doc_tokens.shape == (1, 2, 24)
+  assert batch.context_mask.all()
+
+
+@pytest.fixture(scope="module")
+def retriever(experiment, tiny):
+  """Fresh parameters of the question tower."""
+  with tiny.compiling():
+    boxed = jax.jit(experiment.init)(jax.random.key(0))
+  return {"question_encoder": nn.meta.unbox(boxed)["question_encoder"]}
+
+
+def test_closed_book_has_the_same_parameters(experiment, tiny):
+  closed_book = open_experiment(tiny.config(data__n_docs=0))
+  assert closed_book.closed_book
+  assert shapes(closed_book) == shapes(experiment)
+
+
+def test_a_tokenizer_is_saved_once_and_opened_again(tiny, tmp_path):
+  path = tmp_path / "tokenizer"
+  made = open_experiment(tiny.config(), tokenizer_path=path)
+  # Were it trained again, it would have another size.
+  config = tiny.config(tokenizer__vocab_size=512)
+  opened = open_experiment(config, tokenizer_path=path)
+  assert opened.tokenizer.fingerprint == made.tokenizer.fingerprint
+  assert load_tokenizer(path).fingerprint == made.tokenizer.fingerprint
+
+
+def test_a_tokenizer_can_be_brought(experiment, tiny, tmp_path):
+  experiment.tokenizer.save(tmp_path / "mine")
+  config = tiny.config(
+    tokenizer__path=str(tmp_path / "mine"), tokenizer__vocab_size=512
+  )
+  opened = open_experiment(config, tokenizer_path=tmp_path / "copy")
+  assert opened.tokenizer.fingerprint == experiment.tokenizer.fingerprint
+  # The run keeps one of its own, in case the other one changes.
+  assert (tmp_path / "copy" / "tokenizer.json").exists()
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(tiny, tmp_path):
+  config = tiny.config(tokenizer__path=str(tmp_path / "mine"))
+  with pytest.raises(
+    FileNotFoundError, match=r"No tokenizer\.json in .*/mine\. .*set tokenizer"
+  ):
+    open_experiment(config)
+
+
+def test_other_passages_can_be_read_than_the_config_names(
+  experiment, retriever, tiny, tmp_path
+):
+  experiment.tokenizer.save(tmp_path)
+  first = dataclasses.replace(experiment.passages[0], text="Other.")
+  passages = Passages([first, *experiment.passages[1:3]], origin="mine")
+  opened = open_experiment(
+    tiny.config(), tokenizer_path=tmp_path, passages=passages
+  )
+  assert opened.passages is passages
+  index = opened.index_builder.build(retriever)
+  assert index.num_passages == 3
+  assert index.passages_fingerprint == passages.fingerprint
+  # Row by row, as those of the config are embedded.
+  all_of_them = experiment.index_builder.build(retriever)
+  same = np.isclose(index.embeddings, all_of_them.embeddings[:3], rtol=1e-5)
+  assert same.all(axis=1).tolist() == [False, True, True]
+
+
+def test_more_documents_than_passages_are_refused(tiny, experiment):
+  with pytest.raises(
+    ValueError,
+    match=r"n_docs=41, but .*/passages\.jsonl has only 40 passages\. Lower"
+    r" n_docs \(data\.n_docs in a config\), or bring more passages\.",
+  ):
+    open_experiment(tiny.config(data__n_docs=41))
+  check_n_docs(40, experiment.passages)
+
+
+def test_a_mesh_of_other_devices_is_refused(tiny):
+  with pytest.raises(
+    ValueError, match=r"mesh\.data=3.*need 3 devices, but there are 1\."
+  ):
+    open_experiment(tiny.config(mesh__data=3), devices=jax.devices()[:1])
+
+
+def test_a_config_that_cannot_be_is_refused_first(tiny):
+  config = tiny.config()
+  config.data.n_docs = -1
+  with pytest.raises(ValueError, match=r"data\.n_docs=-1 must be at least 0"):
+    open_experiment(config)
+
+
+def test_missing_passages_are_refused(tiny):
+  with pytest.raises(
+    FileNotFoundError, match=r"There is no file .*/passage\.jsonl"
+  ):
+    open_experiment(
+      tiny.config(data__passages=str(tiny.root / "passage.jsonl"))
+    )

@@ -1,0 +1,113 @@
+"""A small run that has really learned to read, for what only such one shows.
+
+It is trained on the passages of world_facts that tell the capital and the
+continent of a country, with its questions about these, and is asked for the
+capitals of countries that no training question is about.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from rag_jax.config import Config
+from rag_jax.corpus.passages import BUNDLED
+from rag_jax.data.experiment import open_experiment
+from rag_jax.data.questions import SPLITS
+from rag_jax.data.questions import Question
+from rag_jax.data.questions import load_questions
+from rag_jax.decoding.answerer import Answerer
+from rag_jax.evaluation.evaluate import Evaluator
+from rag_jax.evaluation.finish import finish
+from rag_jax.training.loop import train
+from rag_jax.training.workdir import open_workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedRun:
+  """A finished run and its corpus."""
+
+  workdir: pathlib.Path
+  passages: pathlib.Path
+  results: dict[str, Any]  # of the held-out test questions
+
+  def records(self) -> list[dict[str, str]]:
+    """Returns the passages as they stand in the file."""
+    return [json.loads(line) for line in self.passages.read_text().splitlines()]
+
+
+def make_config(root: pathlib.Path, seed: int = 0) -> Config:
+  """Returns the quickstart's recipe, narrower, in a few seconds."""
+  c = Config()
+  c.seed = seed
+  c.data.passages = str(root / "passages.jsonl")
+  c.data.questions = str(root)
+  c.data.n_docs = 2
+  c.data.question_length = 32
+  c.data.passage_length = 60
+  c.data.context_length = 80
+  c.data.target_length = 16
+  c.data.substitute_answers = 0.5
+  # Few: a name that was never seen is spelled with pieces that were.
+  c.tokenizer.vocab_size = 600
+  c.encoder.embed_dim = 64
+  c.encoder.num_heads = 2
+  c.encoder.projection_dim = 64
+  c.encoder.normalize = True
+  c.encoder.score_scale = 10.0
+  c.encoder.learn_score_scale = True
+  c.generator.num_layers = 1
+  c.generator.embed_dim = 64
+  c.generator.num_heads = 2
+  c.generator.mlp_dim = 128
+  c.generator.norm = "pre"
+  c.generator.embedding_norm = False
+  c.generator.position_offset = 0
+  c.generator.max_positions = 80
+  c.generator.position_init = "sinusoid"
+  c.generator.relative_buckets = 32
+  c.generator.init = "copy"
+  c.optimizer.peak_lr = 4e-3
+  c.optimizer.retriever_lr = 2e-3
+  c.optimizer.warmup_steps = 20
+  c.optimizer.schedule = "cosine"
+  c.optimizer.b2 = 0.98
+  c.optimizer.weight_decay = 0.01
+  c.optimizer.clip_norm = 1.0
+  c.index.kind = "exact"
+  c.train.num_steps = 300
+  c.train.batch_size = 16
+  c.train.validate_steps = 0  # only at the end
+  c.train.checkpoint_steps = 0
+  c.eval.batch_size = 32
+  return c
+
+
+def train_run(root: pathlib.Path, seed: int = 0) -> LearnedRun:
+  """Trains as tools/train.py does, in `root`."""
+  _copy(root, "passages", "id", ("/capital", "/region"))
+  for split in SPLITS:
+    _copy(root, split, "relation", ("capital", "continent"))
+  config, path = make_config(root, seed), root / "run"
+  with open_workdir(path, config) as workdir:
+    experiment = open_experiment(config, tokenizer_path=workdir.tokenizer)
+    evaluator = Evaluator(experiment, Answerer(experiment))
+    validate = evaluator.validator(_questions(root, "validation")[:32])
+    clock = train(experiment, _questions(root, "train"), workdir, validate)
+    results = finish(
+      experiment, workdir, _questions(root, "test"), evaluator, clock
+    )
+  return LearnedRun(path, root / "passages.jsonl", results)
+
+
+def _questions(root: pathlib.Path, split: str) -> tuple[Question, ...]:
+  return load_questions(str(root), split)
+
+
+def _copy(
+  root: pathlib.Path, name: str, field: str, ends: tuple[str, ...]
+) -> None:
+  """Copies the bundled records whose `field` ends in one of `ends`."""
+  lines = (BUNDLED["world_facts"] / f"{name}.jsonl").read_text().splitlines()
+  kept = [line for line in lines if json.loads(line)[field].endswith(ends)]
+  (root / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
