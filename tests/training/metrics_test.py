@@ -3,9 +3,8 @@
 import contextlib
 import json
 import math
-import multiprocessing
-import os
 import signal
+import subprocess
 import sys
 
 import jax.numpy as jnp
@@ -197,19 +196,19 @@ def test_a_line_that_was_cut_off_is_removed(tmp_path, tail):
   assert stages_and_steps(tmp_path)[2:] == [("train", 3)]
 
 
-def _write_until_killed(workdir):
-  writer = MetricWriter(workdir)
-  writer.write(1, "train", {"train/loss": 1.0})
-  os.kill(os.getpid(), signal.SIGKILL)
+_WRITE_UNTIL_KILLED = """
+import os, signal, sys
+from rag_jax.training.metrics import MetricWriter
+writer = MetricWriter(sys.argv[1])
+writer.write(1, "train", {"train/loss": 1.0})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_what_was_written_outlives_a_kill(tmp_path):
-  process = multiprocessing.get_context("spawn").Process(
-    target=_write_until_killed, args=(tmp_path,)
-  )
-  process.start()
-  process.join(timeout=60)
-  assert process.exitcode == -signal.SIGKILL
+  command = [sys.executable, "-c", _WRITE_UNTIL_KILLED, str(tmp_path)]
+  killed = subprocess.run(command, timeout=60, check=False)
+  assert killed.returncode == -signal.SIGKILL
   assert stages_and_steps(tmp_path) == [("train", 1)]
 
 
