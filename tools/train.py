@@ -38,6 +38,8 @@ _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "On every host of a pod: join the others first."
 )
 flags.mark_flags_as_required(["config", "workdir"])
+# What a user can mend; anything else is a bug, and shows where.
+_MENDABLE = (OSError, TypeError, ValueError, FloatingPointError, ImportError)
 
 
 def main(argv: list[str]) -> None:
@@ -86,13 +88,7 @@ def run() -> None:
   except KeyboardInterrupt:
     print("Stopped. Run the same command again to go on.", file=sys.stderr)
     sys.exit(128 + signal.SIGINT)
-  except (
-    ValueError,
-    FileNotFoundError,
-    TypeError,
-    ImportError,
-    FloatingPointError,
-  ) as error:
+  except _MENDABLE as error:
     if "--debug" in sys.argv:
       raise
     print(f"{type(error).__name__}: {error}", file=sys.stderr)
