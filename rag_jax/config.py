@@ -281,6 +281,19 @@ def _cross_problems(c: Config) -> Iterator[str]:
       f" longest input (data.context_length={c.data.context_length},"
       f" data.target_length={c.data.target_length})."
     )
+  g = c.generator
+  if 0 < g.relative_buckets < 8 or g.relative_buckets % 2:
+    yield (
+      f"generator.relative_buckets={g.relative_buckets} must be 0 (none) or an"
+      " even number from 8 on: half of them lie behind, half ahead."
+    )
+  if g.init == "copy" and (
+    g.norm != "pre" or g.embedding_norm or not g.relative_buckets
+  ):
+    yield (
+      "generator.init='copy' copies only with generator.norm='pre',"
+      " generator.embedding_norm=False and generator.relative_buckets=32."
+    )
   if c.data.substitute_answers > 1.0:
     yield (
       f"data.substitute_answers={c.data.substitute_answers} must be at most 1."

@@ -224,6 +224,10 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
     ({"encoder__score_scale": 0.0}, "encoder.score_scale=0.0 makes every"),
     ({"index__swap_steps": 50}, "index.swap_steps=50 must be between 1 and"),
     ({"data": None}, "data is None, expected a DataConfig"),
+    ({"generator__relative_buckets": 4}, "relative_buckets=4 must be 0"),
+    ({"generator__relative_buckets": 9}, "relative_buckets=9 must be 0"),
+    ({"generator__init": "copy"}, "generator.init='copy' copies only with"),
+    ({"data__substitute_answers": 1.5}, "substitute_answers=1.5 must be at"),
   ],
 )
 def test_settings_that_cannot_work_are_refused(settings, problem):

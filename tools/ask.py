@@ -57,6 +57,10 @@ def _questions(arguments: list[str]) -> Iterator[str]:
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
+  if not flags.FLAGS[
+    "verbosity"
+  ].present:  # --verbosity=0 says how long it took
+    logging.set_verbosity(logging.WARNING)
   cache = epath.Path(_WORKDIR.value or "").expanduser() / ".jax_cache"
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -135,6 +135,7 @@ class _Run:
       self._writer.truncate_after(stages[0].name, 0)
     else:
       self._check_identity(extra, latest)
+      self._check_end(stages[-1], latest)
       self._writer.truncate_after(extra["stage"], extra["stage_step"])
       self.clock = Clock(**extra["clock"])
       logging.info("Resuming from the checkpoint of step %d.", latest)
@@ -158,6 +159,15 @@ class _Run:
         f"The checkpoint of step {step} was made with other"
         f" {' and '.join(changed)}: what the config names has changed since."
         " Put the old files back, or start in another --workdir."
+      )
+
+  def _check_end(self, stage: Stage, step: int) -> None:
+    if step > stage.first_step + stage.num_steps:
+      raise ValueError(
+        f"The checkpoint of step {step} is beyond the end of the run:"
+        f" train.num_steps={stage.num_steps}, after {stage.first_step} of the"
+        " warm-up. Expected a run that goes on. Set train.num_steps to"
+        f" {step - stage.first_step} or more, or start in another --workdir."
       )
 
   def _stage(

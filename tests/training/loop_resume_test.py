@@ -153,6 +153,16 @@ def test_a_run_that_is_made_longer_is_one_that_always_was(
   tiny_run.assert_bit_equal(longer.state(), uninterrupted.state())
 
 
+def test_a_run_cannot_be_made_shorter_than_it_is(tiny, copy):
+  with pytest.raises(
+    ValueError,
+    match=r"The checkpoint of step 16 is beyond the end of the run: train\.num_"
+    r"steps=5, after 4 of the warm-up\..*Set train\.num_steps to 12 or more, or"
+    r" start in another --workdir\.",
+  ):
+    tiny.train(copy.path, tiny.config(train__num_steps=5))
+
+
 @pytest.fixture
 def copy(uninterrupted, tmp_path):
   """A finished run that a test may damage."""

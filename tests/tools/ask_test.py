@@ -1,0 +1,148 @@
+"""tools/ask.py as a person or a script runs it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+FRANCE = "What is the capital of France?"
+PERU = "What is the capital of Peru?"
+
+
+def ask(workdir, *arguments, stdin="", **settings):
+  """Returns the finished process."""
+  environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  return subprocess.run(
+    [sys.executable, ROOT / "tools" / "ask.py", f"--workdir={workdir}",
+     *arguments],
+    input=stdin,
+    env=os.environ | environment,
+    capture_output=True,
+    encoding="utf-8",
+    timeout=500,
+    check=False,
+    **settings,
+  )  # fmt: skip
+
+
+def answered(process):
+  """Returns the text of the answers, in JSON, of a process that worked."""
+  assert process.returncode == 0, process.stderr
+  records = [json.loads(line) for line in process.stdout.splitlines()]
+  return [(record["question"], record["text"]) for record in records]
+
+
+def blocks(process):
+  """Returns, for each question, its lines, of a process that worked."""
+  assert process.returncode == 0, process.stderr
+  assert max(map(len, process.stdout.splitlines())) <= 80
+  # One answer has an empty line inside, and one between it and the next.
+  parts = process.stdout.split("\n\n")
+  return [
+    "\n".join(parts[i : i + 2]).splitlines() for i in range(0, len(parts), 2)
+  ]
+
+
+def test_one_question_is_answered_from_its_passages(
+  learned, tmp_path, monkeypatch
+):
+  (tmp_path / "home").symlink_to(learned.workdir.parent)
+  before = {path.name for path in learned.workdir.iterdir()}
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  process = ask("~/run", FRANCE, cwd=tmp_path)
+  ((question, answer, header, first, *_),) = blocks(process)
+  assert question == FRANCE
+  assert answer.startswith("Paris   (p = 0.")
+  assert header == "p(z|x)  p(z|x,y)  passage"
+  assert first.endswith("France [country/FR/capital]")
+  # Nothing is written but what was compiled, and that in the workdir.
+  after = {path.name for path in learned.workdir.iterdir()}
+  assert after - before <= {".jax_cache"}
+  assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_several_questions_are_several_arguments_and_json_has_all(learned):
+  process = ask(learned.workdir, "--json", FRANCE, PERU)
+  assert answered(process) == [(FRANCE, "Paris"), (PERU, "Lima")]
+  record = json.loads(process.stdout.splitlines()[0])
+  assert list(record) == [
+    "question", "text", "log_prob", "tokens", "token_log_probs", "docs",
+    "question_cut", "retrieved",
+  ]  # fmt: skip
+  assert record["docs"][0]["id"] == "country/FR/capital"
+  assert sum(doc["posterior"] for doc in record["docs"]) == pytest.approx(1)
+
+
+def test_a_dash_reads_questions_from_standard_input_without_blank_lines(
+  learned,
+):
+  lines = f"\n{FRANCE}\n\n  \n{PERU}  \r\n"
+  france, peru = blocks(ask(learned.workdir, "-", stdin=lines))
+  assert france[0] == FRANCE
+  assert france[1].startswith("Paris ")
+  assert peru[0] == PERU
+  assert peru[1].startswith("Lima ")
+
+
+def test_the_prompt_ends_at_an_empty_line(learned):
+  process = ask(learned.workdir, stdin=f"{FRANCE}\n\n{PERU}\n")
+  ((question, answer, *_),) = blocks(process)
+  assert question == FRANCE
+  assert answer.startswith("Paris ")
+  # What transformers says about PyTorch may stand before.
+  assert process.stderr.endswith("Ask a question; an empty line ends.\n> > ")
+
+
+def test_the_prompt_ends_at_the_end_and_is_not_among_the_answers(learned):
+  process = ask(learned.workdir, "--json", "--verbosity=0", stdin=PERU)
+  assert answered(process) == [(PERU, "Lima")]
+  assert "Answered in " in process.stderr  # seconds
+
+
+def test_another_corpus_is_answered_from_without_training(learned, tmp_path):
+  corpus = tmp_path / "edited.jsonl"
+  text = learned.passages.read_text()
+  assert text.count("Paris") == 1
+  corpus.write_text(text.replace("Paris", "Zorbville"))
+  process = ask(
+    learned.workdir, "--json", f"--corpus={corpus}", "--n_docs=1", FRANCE
+  )
+  assert answered(process) == [(FRANCE, "Zorbville")]
+  assert len(json.loads(process.stdout)["docs"]) == 1
+
+
+def assert_refused(process, message):
+  assert process.returncode == 1
+  assert process.stdout == ""
+  assert "Traceback" not in process.stderr
+  assert process.stderr.splitlines()[-1].startswith(message)
+
+
+def test_a_folder_that_is_no_workdir_is_refused_and_not_made(tmp_path):
+  path = tmp_path / "nothing"
+  message = f"FileNotFoundError: No config.json in {path}; expected the"
+  assert_refused(ask(path, FRANCE), message)
+  assert not path.exists()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([" "], "ValueError: Question 1 of 1 is empty: ' '. Ask something"),
+    (["--n_docs=-1", FRANCE], "ValueError: n_docs=-1; expected 1 or more"),
+    (
+      ["--corpus=BROKEN", FRANCE],
+      "ValueError: BROKEN:2: not valid JSON (Expecting value",
+    ),
+  ],
+)
+def test_what_is_wrong_is_one_message(learned, tmp_path, arguments, message):
+  broken = tmp_path / "broken.jsonl"
+  broken.write_text('{"id": "1", "title": "", "text": "a"}\n{"id": \n')
+  arguments = [a.replace("BROKEN", str(broken)) for a in arguments]
+  process = ask(learned.workdir, *arguments)
+  assert_refused(process, message.replace("BROKEN", str(broken)))
