@@ -289,7 +289,7 @@ def assert_bit_equal(
     if (x.dtype, x.shape, x.tobytes())
     != (other[name].dtype, other[name].shape, other[name].tobytes())
   ]
-  assert not different, different
+  assert not different, different[:3]
 
 
 def _write_corpus(passages: pathlib.Path, questions: pathlib.Path) -> None:

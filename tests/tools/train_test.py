@@ -310,6 +310,8 @@ def serve():
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
         os.dup2(os.open(name, flags), number)
       sys.argv = [str(TOOL), *case["arguments"]]
+      # As in a terminal; started in the background, Python ignores Ctrl-C.
+      signal.signal(signal.SIGINT, signal.default_int_handler)
       if case.get("interrupted"):
         train.load_questions = lambda *_: signal.raise_signal(signal.SIGINT)
       train.run()  # which exits
