@@ -1,24 +1,24 @@
 """Every setting of an experiment: its name, type, default and unit.
 
-In: a `Config` that a file in configs/ returns, with overrides of the command
-line. Out: the same `Config`, validated. Its JSON is in config_json.py.
+A file in configs/ returns a `Config`; the command line overrides it. What is
+possible stands in config_rules.py, its JSON in config_json.py.
 """
 
 # No `from __future__ import annotations` here: ml_collections reads the field
 # types at run time to parse command-line overrides. Choices are `str` fields
 # for the same reason: it cannot override a `Literal`.
 
-from collections.abc import Collection, Iterator
 import dataclasses
-import difflib
-import math
-import typing
 from typing import Any
 
 
 def _choice(default: str, *others: str) -> Any:
   choices = (default, *others)
   return dataclasses.field(default=default, metadata={"choices": choices})
+
+
+# "gelu" is exact, "gelu_new" its approximation by tanh.
+_ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "tanh")
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -36,6 +36,13 @@ class DataConfig:
   passage_length: int = 64  # encoder tokens of title + passage (L)
   context_length: int = 96  # generator tokens of question + passage (C)
   target_length: int = 16  # generator tokens of an answer (T)
+  # What the generator reads. "question_first" never cuts the question; "rag" is
+  # Hugging Face's: context_prefix title title_sep text doc_sep question, cut on
+  # the right.
+  context_style: str = _choice("question_first", "rag")
+  context_prefix: str = ""
+  title_sep: str = " / "
+  doc_sep: str = " // "
   # Share of the training questions whose answer is changed into another one,
   # there and in their documents: the generator has to read.
   substitute_answers: float = 0.0
@@ -43,23 +50,39 @@ class DataConfig:
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class TokenizerConfig:
-  """Where the token ids come from. One tokenizer for encoder and generator."""
+  """Where the token ids come from."""
 
-  path: str = ""  # a saved tokenizer; "" trains a byte-level BPE on the corpus
+  # A saved tokenizer for encoder and generator. "" takes each checkpoint's own;
+  # with none, a byte-level BPE is trained on the corpus, for both.
+  path: str = ""
   vocab_size: int = 4096  # of the one that is trained
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class EncoderConfig:
-  """The retriever: question and passage towers, and how they are compared."""
+  """The retriever: question and passage towers, and how they are compared.
 
+  With `init_from`, what describes the architecture (up to `projection_dim`) is
+  read from the checkpoint.
+  """
+
+  # Weights to start from: a directory or "hf:ORG/NAME" of a DPR, BERT,
+  # sentence-transformers or RAG checkpoint. "" starts fresh.
+  init_from: str = ""
+  passage_init_from: str = ""  # of the passage tower; "": as init_from
+  vocab_size: int = 0  # rows of the embedding table; 0: the tokenizer's ids
+  max_positions: int = 0  # rows of the position table; 0: the longest input
   num_layers: int = 0  # 0: pooled token embeddings
   embed_dim: int = 128  # D
   num_heads: int = 4
   mlp_dim: int = 512
-  pooling: str = _choice("learned", "cls", "mean")
-  projection_dim: int = 0  # R; 0 = no projection, R = D
+  activation: str = _choice(*_ACTIVATIONS)
+  norm_eps: float = 1e-12  # BERT's
+  num_token_types: int = 0  # BERT has 2, of which every token gets the first
+  pooler: bool = False  # BERT's pooler exists: tanh of a dense layer on CLS
+  pooling: str = _choice("learned", "cls", "mean", "max", "pooler")
   normalize: bool = False  # divide embeddings by their L2 norm
+  projection_dim: int = 0  # R; 0 = no projection, R = D
   tied: bool = True  # one tower embeds questions and passages
   train_passage_encoder: bool = True  # False: passages keep their embeddings
   score_scale: float = 1.0  # doc_scores = scale * inner product
@@ -69,20 +92,46 @@ class EncoderConfig:
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class GeneratorConfig:
-  """The encoder-decoder that writes the answer. Defaults are BART's choices."""
+  """The encoder-decoder that writes the answer. Defaults are BART's choices.
 
-  num_layers: int = 2  # in the encoder, and as many in the decoder
+  With `init_from`, what describes the architecture (up to `decoder_start_id`)
+  is read from the checkpoint.
+  """
+
+  # Weights to start from: a directory or "hf:ORG/NAME" of a BART, T5 or RAG
+  # checkpoint. "" starts fresh.
+  init_from: str = ""
+  vocab_size: int = 0  # rows of the embedding table; 0: the tokenizer's ids
+  num_layers: int = 2  # in the encoder
+  num_decoder_layers: int = 0  # 0: as many
   embed_dim: int = 128  # D
   num_heads: int = 4
+  num_decoder_heads: int = 0  # 0: as many
+  head_dim: int = 0  # H; 0: embed_dim / num_heads
   mlp_dim: int = 256
-  activation: str = _choice("gelu", "relu")
-  norm: str = _choice("post", "pre")  # layer norm after or before the block
+  decoder_mlp_dim: int = 0  # 0: as wide
+  activation: str = _choice(*_ACTIVATIONS)
+  gated: bool = False  # T5 v1.1: the MLP's activation multiplies
+  norm: str = _choice("post", "pre")  # after or before the block
+  norm_kind: str = _choice("layer", "rms")
+  norm_eps: float = 1e-5
+  use_bias: bool = True  # of dense layers
   embedding_norm: bool = True  # BART's layernorm_embedding
   scale_embedding: bool = False  # multiply embeddings by sqrt(D)
+  positions: str = _choice("learned", "none")  # absolute ones
   position_offset: int = 2  # BART's position 0 is row 2 of the table
   max_positions: int = 1024  # rows of the table, without the offset
   position_init: str = _choice("normal", "sinusoid")
-  relative_buckets: int = 0  # T5's relative positions, in the encoder; 0: none
+  relative_buckets: int = 0  # T5's relative positions; 0: none
+  relative_max_distance: int = 128  # beyond it, all share the last bucket
+  # T5: one table for all layers of the encoder, another for the decoder. False:
+  # one a layer, in the encoder alone.
+  relative_shared: bool = False
+  scale_attention: bool = True  # divide its logits by sqrt(H); T5 does not
+  tied_output: bool = True  # logits are inner products with the embeddings
+  scale_output: bool = False  # divide the tied output by sqrt(D), as T5 v1.0
+  logits_bias: bool = True  # BART's final_logits_bias
+  decoder_start_id: int = -1  # read before the first token; -1: the end token
   # "copy": attention starts as an induction head, so that a generator trained
   # from scratch quotes its documents from the first steps on.
   init: str = _choice("normal", "copy")
@@ -165,6 +214,25 @@ class TrainConfig:
   checkpoint_steps: int = 100  # 0: only at the end
   keep_checkpoints: int = 2  # the last few; the best is kept beside them
   compute_dtype: str = _choice("auto", "float32", "bfloat16")
+  # Rows of the vocabulary whose logits exist at a time; 0: all of them. Smaller
+  # needs less memory, and computes logits twice.
+  vocab_chunk: int = 0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
+class DecodingConfig:
+  """How answers are written, in validation, evaluation and serving."""
+
+  # "auto" is "rag_token" or "rag_sequence", as `loss` is. The latter is
+  # thorough: each document's candidates are scored under all. "fid" reads all
+  # documents at once, "single" the first alone.
+  mode: str = _choice(
+    "auto", "rag_token", "rag_sequence", "rag_sequence_fast", "fid", "single"
+  )
+  num_beams: int = 1  # 1 is greedy
+  length_penalty: float = 1.0  # scores are divided by length ** this
+  no_repeat_ngram_size: int = 0  # 0 allows repetition
+  min_new_tokens: int = 0  # with the end token
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -183,6 +251,10 @@ class Config:
 
   seed: int = 0
   loss: str = _choice("rag_token", "rag_sequence")
+  label_smoothing: float = 0.0  # of the targets, given each document
+  # Hugging Face's loss with its defects (losses_hf.py), to reproduce a
+  # fine-tuning. It needs the logits of the whole vocabulary.
+  hf_loss: bool = False
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   tokenizer: TokenizerConfig = dataclasses.field(
     default_factory=TokenizerConfig
@@ -198,175 +270,5 @@ class Config:
   index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  decoding: DecodingConfig = dataclasses.field(default_factory=DecodingConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-
-
-# Numbers that must be positive, by the last part of their name; the others may
-# be 0, which mostly turns a thing off.
-_AT_LEAST_ONE = frozenset({
-  "embed_dim", "num_heads", "mlp_dim", "question_length", "passage_length",
-  "context_length", "target_length", "batch_size", "log_steps",
-  "keep_checkpoints", "max_positions", "refresh_steps", "embed_batch_size",
-  "fsdp", "tensor", "span_max_words", "span_max_tokens", "window_tokens",
-  "scann_reorder",
-})  # fmt: skip
-
-
-def fields(
-  config: Any, prefix: str = ""
-) -> Iterator[tuple[str, dataclasses.Field, Any]]:
-  """Yields (dotted name, field, value) of every setting."""
-  for field in dataclasses.fields(config):
-    name, value = prefix + field.name, getattr(config, field.name)
-    if dataclasses.is_dataclass(value):
-      yield from fields(value, name + ".")
-    else:
-      yield name, field, value
-
-
-def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
-  """Returns what is wrong with `value` given for `name`, or ""."""
-  if value in choices:
-    return ""
-  close = difflib.get_close_matches(str(value), choices, n=1)
-  hint = f" Did you mean {close[0]!r}?" if close else ""
-  return f"{name}={value!r} is not one of {sorted(choices)}.{hint}"
-
-
-def _type_problem(name: str, field: dataclasses.Field, value: Any) -> str:
-  """Returns what is wrong with the type or choice of `value`, or ""."""
-  if "choices" in field.metadata:
-    return check_choice(name, value, field.metadata["choices"])
-  if typing.get_origin(field.type) is tuple:
-    good = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
-    return "" if good else f"{name}={value!r} is not a tuple of str."
-  accepted, expected = {
-    bool: (bool, "True or False"),
-    int: (int, "a whole number"),
-    float: ((int, float), "a number"),
-    str: (str, "a str"),
-  }[field.type]
-  good = isinstance(value, accepted)
-  good &= field.type is bool or not isinstance(value, bool)
-  return "" if good else f"{name}={value!r} is not {expected}."
-
-
-def _range_problem(name: str, field: dataclasses.Field, value: Any) -> str:
-  """Returns what is wrong with the size of a number, or ""."""
-  if field.type not in (int, float):
-    return ""
-  if not math.isfinite(value):
-    return f"{name}={value} is not a finite number."
-  least = 1 if name.rpartition(".")[2] in _AT_LEAST_ONE else 0
-  return "" if value >= least else f"{name}={value} must be at least {least}."
-
-
-def _cross_problems(c: Config) -> Iterator[str]:
-  """Yields the settings that contradict one another."""
-  for name, part in (("encoder", c.encoder), ("generator", c.generator)):
-    if part.embed_dim % part.num_heads:
-      yield (
-        f"{name}.embed_dim={part.embed_dim} must be a multiple of"
-        f" {name}.num_heads={part.num_heads}."
-      )
-    if part.dropout >= 1.0:
-      yield f"{name}.dropout={part.dropout} must be below 1."
-  for name in ("b1", "b2"):
-    if getattr(c.optimizer, name) >= 1.0:
-      yield f"optimizer.{name}={getattr(c.optimizer, name)} must be below 1."
-  longest = max(c.data.context_length, c.data.target_length)
-  if longest > c.generator.max_positions:
-    yield (
-      f"generator.max_positions={c.generator.max_positions} is below the"
-      f" longest input (data.context_length={c.data.context_length},"
-      f" data.target_length={c.data.target_length})."
-    )
-  g = c.generator
-  if 0 < g.relative_buckets < 8 or g.relative_buckets % 2:
-    yield (
-      f"generator.relative_buckets={g.relative_buckets} must be 0 (none) or an"
-      " even number from 8 on: half of them lie behind, half ahead."
-    )
-  if g.init == "copy" and (
-    g.norm != "pre" or g.embedding_norm or not g.relative_buckets
-  ):
-    yield (
-      "generator.init='copy' copies only with generator.norm='pre',"
-      " generator.embedding_norm=False and generator.relative_buckets=32."
-    )
-  if c.data.substitute_answers > 1.0:
-    yield (
-      f"data.substitute_answers={c.data.substitute_answers} must be at most 1."
-    )
-  if c.data.passage_length < 4:
-    yield (
-      f"data.passage_length={c.data.passage_length} leaves no room for a"
-      " passage between its special tokens; use at least 4."
-    )
-  if not c.encoder.score_scale:
-    yield "encoder.score_scale=0.0 makes every document score 0; use 1.0."
-  if c.data.context_length < 8:
-    yield (
-      f"data.context_length={c.data.context_length} leaves no room for a"
-      " question and a passage; use at least 8."
-    )
-  if c.warmup.num_steps and (
-    c.warmup.span_max_tokens + 1 > c.data.target_length
-  ):
-    yield (
-      f"warmup.span_max_tokens={c.warmup.span_max_tokens} and the end token do"
-      f" not fit in data.target_length={c.data.target_length}."
-    )
-  if not c.encoder.train_passage_encoder and c.encoder.tied:
-    yield (
-      "encoder.train_passage_encoder=False keeps the passage embeddings as"
-      " they are, but encoder.tied=True moves them with the question tower."
-      " Set encoder.tied=False."
-    )
-  if c.index.path and c.encoder.train_passage_encoder:
-    yield (
-      f"index.path={c.index.path!r} is a fixed index, but"
-      " encoder.train_passage_encoder=True makes it stale. Set"
-      " encoder.train_passage_encoder=False, or index.path=''."
-    )
-  if not 0 < c.index.swap_steps < c.index.refresh_steps:
-    yield (
-      f"index.swap_steps={c.index.swap_steps} must be between 1 and"
-      f" index.refresh_steps={c.index.refresh_steps} (exclusive), so that one"
-      " rebuild is in use before the next begins."
-    )
-  if c.eval.min_index_recall > 1.0:
-    yield f"eval.min_index_recall={c.eval.min_index_recall} must be at most 1."
-  if c.tokenizer.vocab_size < 512 and not c.tokenizer.path:
-    yield (
-      f"tokenizer.vocab_size={c.tokenizer.vocab_size} is too small: 256 bytes"
-      " and the special tokens come first. Use at least 512."
-    )
-
-
-def validate(config: Any) -> Config:
-  """Returns `config` if every setting is possible.
-
-  Raises:
-    TypeError: `config` is no `Config`.
-    ValueError: names every violation, with its value and what was expected.
-  """
-  if not isinstance(config, Config):
-    raise TypeError(
-      f"Expected a rag_jax.config.Config, got {type(config).__name__}. Does"
-      " get_config() of the --config file return one?"
-    )
-  problems = [
-    f"{name} is {getattr(config, name)!r}, expected a {section.__name__}."
-    for name, section in typing.get_type_hints(Config).items()
-    if section not in (int, str) and type(getattr(config, name)) is not section
-  ]
-  for name, field, value in fields(config) if not problems else ():
-    problem = _type_problem(name, field, value)
-    problems.append(problem or _range_problem(name, field, value))
-  problems = [p for p in problems if p]
-  # Rules between settings read numbers: only once each is one.
-  problems += list(_cross_problems(config)) if not problems else []
-  if problems:
-    raise ValueError("The config is not valid:\n  " + "\n  ".join(problems))
-  return config

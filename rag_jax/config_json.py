@@ -11,8 +11,8 @@ import json
 from typing import Any
 
 from rag_jax.config import Config
-from rag_jax.config import fields
-from rag_jax.config import validate
+from rag_jax.config_rules import fields
+from rag_jax.config_rules import validate
 
 
 def to_json(config: Config) -> str:

@@ -12,8 +12,8 @@ import pytest
 
 from rag_jax import config_json
 from rag_jax.config import Config
-from rag_jax.config import fields
-from rag_jax.config import validate
+from rag_jax.config_rules import fields
+from rag_jax.config_rules import validate
 from rag_jax.models.rag import build_model
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -71,7 +71,8 @@ NAN, INF = float("nan"), float("inf")
     (
       "encoder.pooling",
       "Mean",
-      " is not one of ['cls', 'learned', 'mean']. Did you mean 'mean'?",
+      " is not one of ['cls', 'learned', 'max', 'mean', 'pooler']. Did you mean"
+      " 'mean'?",
     ),
     ("train.num_steps", 10.0, " is not a whole number."),
     ("seed", True, " is not a whole number."),
@@ -101,7 +102,7 @@ NAN, INF = float("nan"), float("inf")
       "generator.max_positions",
       64,
       " is below the longest input (data.context_length=96,"
-      " data.target_length=16).",
+      " data.target_length=16). Lower the lengths.",
     ),
     (
       "data.context_length",

@@ -1,0 +1,259 @@
+"""Which settings are possible, alone and together.
+
+In: a `Config`, as a file in configs/ and the command line made it. Out: the
+same, or every problem in one message.
+"""
+
+from collections.abc import Collection, Iterator
+import dataclasses
+import difflib
+import math
+import typing
+from typing import Any
+
+from rag_jax.config import Config
+
+# Numbers that must be positive, by the last part of their name; the others may
+# be 0, which mostly turns a thing off.
+_AT_LEAST_ONE = frozenset({
+  "embed_dim", "num_heads", "mlp_dim", "question_length", "passage_length",
+  "context_length", "target_length", "batch_size", "log_steps",
+  "keep_checkpoints", "max_positions", "refresh_steps", "embed_batch_size",
+  "fsdp", "tensor", "span_max_words", "span_max_tokens", "window_tokens",
+  "scann_reorder", "relative_max_distance", "num_beams",
+})  # fmt: skip
+
+_LEAST = {"generator.decoder_start_id": -1, "encoder.max_positions": 0}
+
+
+def fields(
+  config: Any, prefix: str = ""
+) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+  """Yields (dotted name, field, value) of every setting."""
+  for field in dataclasses.fields(config):
+    name, value = prefix + field.name, getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from fields(value, name + ".")
+    else:
+      yield name, field, value
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
+  """Returns what is wrong with `value` given for `name`, or ""."""
+  if value in choices:
+    return ""
+  close = difflib.get_close_matches(str(value), choices, n=1)
+  hint = f" Did you mean {close[0]!r}?" if close else ""
+  return f"{name}={value!r} is not one of {sorted(choices)}.{hint}"
+
+
+def _type_problem(name: str, field: dataclasses.Field, value: Any) -> str:
+  """Returns what is wrong with the type or choice of `value`, or ""."""
+  if "choices" in field.metadata:
+    return check_choice(name, value, field.metadata["choices"])
+  if typing.get_origin(field.type) is tuple:
+    good = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    return "" if good else f"{name}={value!r} is not a tuple of str."
+  accepted, expected = {
+    bool: (bool, "True or False"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    str: (str, "a str"),
+  }[field.type]
+  good = isinstance(value, accepted)
+  good &= field.type is bool or not isinstance(value, bool)
+  return "" if good else f"{name}={value!r} is not {expected}."
+
+
+def _range_problem(name: str, field: dataclasses.Field, value: Any) -> str:
+  """Returns what is wrong with the size of a number, or ""."""
+  if field.type not in (int, float):
+    return ""
+  if not math.isfinite(value):
+    return f"{name}={value} is not a finite number."
+  least = 1 if name.rpartition(".")[2] in _AT_LEAST_ONE else 0
+  least = _LEAST.get(name, least)
+  return "" if value >= least else f"{name}={value} must be at least {least}."
+
+
+def _encoder_problems(c: Config) -> Iterator[str]:
+  """Yields what no retriever can be."""
+  e = c.encoder
+  if e.embed_dim % e.num_heads:
+    yield (
+      f"encoder.embed_dim={e.embed_dim} must be a multiple of"
+      f" encoder.num_heads={e.num_heads}."
+    )
+  longest = max(c.data.question_length, c.data.passage_length)
+  if 0 < e.max_positions < longest and e.num_layers:
+    yield (
+      f"encoder.max_positions={e.max_positions} is below the longest input"
+      f" (data.question_length={c.data.question_length},"
+      f" data.passage_length={c.data.passage_length}). Lower the lengths."
+    )
+  if e.pooling == "pooler" and not e.pooler:
+    yield "encoder.pooling='pooler' needs encoder.pooler=True."
+  if e.passage_init_from and (e.tied or not e.init_from):
+    yield (
+      f"encoder.passage_init_from={e.passage_init_from!r} is for a tower of its"
+      f" own, but encoder.tied={e.tied}, encoder.init_from={e.init_from!r}. Set"
+      " encoder.tied=False and encoder.init_from to the question encoder."
+    )
+
+
+def _generator_problems(c: Config) -> Iterator[str]:
+  """Yields what no generator can be."""
+  g = c.generator
+  for name in ("num_heads", "num_decoder_heads"):
+    heads = getattr(g, name)
+    if heads and not g.head_dim and g.embed_dim % heads:
+      yield (
+        f"generator.embed_dim={g.embed_dim} must be a multiple of"
+        f" generator.{name}={heads}, or generator.head_dim be given."
+      )
+  longest = max(c.data.context_length, c.data.target_length)
+  if g.positions == "learned" and longest > g.max_positions:
+    yield (
+      f"generator.max_positions={g.max_positions} is below the longest input"
+      f" (data.context_length={c.data.context_length},"
+      f" data.target_length={c.data.target_length}). Lower the lengths."
+    )
+  if 0 < g.relative_buckets < 8 or g.relative_buckets % 2:
+    yield (
+      f"generator.relative_buckets={g.relative_buckets} must be 0 (none) or an"
+      " even number from 8 on: half of them lie behind, half ahead."
+    )
+  if g.relative_buckets and g.relative_max_distance <= g.relative_buckets // 2:
+    yield (
+      f"generator.relative_max_distance={g.relative_max_distance} must be above"
+      f" half of generator.relative_buckets={g.relative_buckets}."
+    )
+  if g.init == "copy" and (
+    g.norm != "pre" or g.embedding_norm or not g.relative_buckets
+  ):
+    yield (
+      "generator.init='copy' copies only with generator.norm='pre',"
+      " generator.embedding_norm=False and generator.relative_buckets=32."
+    )
+  if g.init == "copy" and g.head_dim * g.num_heads not in (0, g.embed_dim):
+    yield (
+      f"generator.init='copy' needs heads as wide as the model, but"
+      f" generator.head_dim={g.head_dim} times generator.num_heads="
+      f"{g.num_heads} is not generator.embed_dim={g.embed_dim}."
+    )
+  if g.scale_output and not g.tied_output:
+    yield "generator.scale_output=True is for generator.tied_output=True."
+
+
+def _cross_problems(c: Config) -> Iterator[str]:
+  """Yields the settings that contradict one another."""
+  yield from _encoder_problems(c)
+  yield from _generator_problems(c)
+  for name, part in (("encoder", c.encoder), ("generator", c.generator)):
+    if part.dropout >= 1.0:
+      yield f"{name}.dropout={part.dropout} must be below 1."
+  if c.label_smoothing >= 1.0:
+    yield f"label_smoothing={c.label_smoothing} must be below 1."
+  if c.hf_loss and c.train.vocab_chunk:
+    yield (
+      "hf_loss=True needs all logits, but train.vocab_chunk="
+      f"{c.train.vocab_chunk}. Set it to 0."
+    )
+  if c.data.context_style == "rag" and c.warmup.num_steps:
+    yield (
+      f"warmup.num_steps={c.warmup.num_steps} masks tokens, which"
+      " data.context_style='rag' would lose: its contexts are strings. Set one"
+      " of them to 0 or 'question_first'."
+    )
+  for name in ("b1", "b2"):
+    if getattr(c.optimizer, name) >= 1.0:
+      yield f"optimizer.{name}={getattr(c.optimizer, name)} must be below 1."
+  if c.data.substitute_answers > 1.0:
+    yield (
+      f"data.substitute_answers={c.data.substitute_answers} must be at most 1."
+    )
+  if c.data.context_style == "rag" and c.data.substitute_answers:
+    yield (
+      f"data.substitute_answers={c.data.substitute_answers} needs"
+      " data.context_style='question_first'."
+    )
+  if c.data.passage_length < 4:
+    yield (
+      f"data.passage_length={c.data.passage_length} leaves no room for a"
+      " passage between its special tokens; use at least 4."
+    )
+  if not c.encoder.score_scale:
+    yield "encoder.score_scale=0.0 makes every document score 0; use 1.0."
+  if c.data.context_length < 8:
+    yield (
+      f"data.context_length={c.data.context_length} leaves no room for a"
+      " question and a passage; use at least 8."
+    )
+  if c.warmup.num_steps and (
+    c.warmup.span_max_tokens + 1 > c.data.target_length
+  ):
+    yield (
+      f"warmup.span_max_tokens={c.warmup.span_max_tokens} and the end token do"
+      f" not fit in data.target_length={c.data.target_length}."
+    )
+  if not c.encoder.train_passage_encoder and c.encoder.tied:
+    yield (
+      "encoder.train_passage_encoder=False keeps the passage embeddings as"
+      " they are, but encoder.tied=True moves them with the question tower."
+      " Set encoder.tied=False."
+    )
+  if c.index.path and c.encoder.train_passage_encoder:
+    yield (
+      f"index.path={c.index.path!r} is a fixed index, but"
+      " encoder.train_passage_encoder=True makes it stale. Set"
+      " encoder.train_passage_encoder=False, or index.path=''."
+    )
+  if not 0 < c.index.swap_steps < c.index.refresh_steps:
+    yield (
+      f"index.swap_steps={c.index.swap_steps} must be between 1 and"
+      f" index.refresh_steps={c.index.refresh_steps} (exclusive), so that one"
+      " rebuild is in use before the next begins."
+    )
+  if c.decoding.min_new_tokens > c.data.target_length:
+    yield (
+      f"decoding.min_new_tokens={c.decoding.min_new_tokens} is above"
+      f" data.target_length={c.data.target_length}."
+    )
+  if c.eval.min_index_recall > 1.0:
+    yield f"eval.min_index_recall={c.eval.min_index_recall} must be at most 1."
+  trained = not (
+    c.tokenizer.path or c.encoder.init_from or c.generator.init_from
+  )
+  if c.tokenizer.vocab_size < 512 and trained:
+    yield (
+      f"tokenizer.vocab_size={c.tokenizer.vocab_size} is too small: 256 bytes"
+      " and the special tokens come first. Use at least 512."
+    )
+
+
+def validate(config: Any) -> Config:
+  """Returns `config` if every setting is possible.
+
+  Raises:
+    TypeError: `config` is no `Config`.
+    ValueError: names every violation, with its value and what was expected.
+  """
+  if not isinstance(config, Config):
+    raise TypeError(
+      f"Expected a rag_jax.config.Config, got {type(config).__name__}. Does"
+      " get_config() of the --config file return one?"
+    )
+  problems = [
+    f"{name} is {getattr(config, name)!r}, expected a {section.__name__}."
+    for name, section in typing.get_type_hints(Config).items()
+    if section not in (int, str) and type(getattr(config, name)) is not section
+  ]
+  for name, field, value in fields(config) if not problems else ():
+    problem = _type_problem(name, field, value)
+    problems.append(problem or _range_problem(name, field, value))
+  problems = [p for p in problems if p]
+  # Rules between settings read numbers: only once each is one.
+  problems += list(_cross_problems(config)) if not problems else []
+  if problems:
+    raise ValueError("The config is not valid:\n  " + "\n  ".join(problems))
+  return config
