@@ -6,6 +6,13 @@ In: doc_scores [B, K], whose softmax is the prior p(z|x), and target_logits
 [B, K, T, V], whose softmax is p(y_t | x, z, y_<t). Out: -log p(y|x) [B], in
 nats. Everything is computed in float32.
 
+Where [B, K, T, V] is too large to exist, the log-probabilities [B, K, T] of the
+target come from `models/vocabulary.py`, and `marginal_token_nll` and
+`marginal_sequence_nll` begin there.
+
+These are the paper's. Hugging Face's differ in corner cases and in their label
+smoothing: losses_hf.py.
+
 Source: Lewis et al. 2020, https://arxiv.org/abs/2005.11401, section 2.1.
 """
 
@@ -25,9 +32,94 @@ def token_log_probs(
   return chosen - jax.nn.logsumexp(target_logits, axis=-1)
 
 
+def mean_log_probs(
+  target_logits: Float[Array, "B K T V"],
+) -> Float[Array, "B K T"]:
+  """Returns the mean of log p(v | x, z, y_<t) over all tokens v."""
+  target_logits = target_logits.astype(jnp.float32)
+  mean = jnp.mean(target_logits, axis=-1)
+  return mean - jax.nn.logsumexp(target_logits, axis=-1)
+
+
 def doc_log_prior(doc_scores: Float[Array, "B K"]) -> Float[Array, "B K"]:
   """Returns log p(z|x): the documents retrieved are all there are."""
   return jax.nn.log_softmax(doc_scores.astype(jnp.float32), axis=-1)
+
+
+def marginalize(
+  doc_scores: Float[Array, "B K"],
+  target_logits: Float[Array, "B K T V"],
+) -> Float[Array, "B T V"]:
+  """Returns log p(v | x, y_<t) of every token: RAG-Token's mixture.
+
+  log sum_z p(z|x) p(v | x, z, y_<t)
+  """
+  log_probs = jax.nn.log_softmax(target_logits.astype(jnp.float32), axis=-1)
+  prior = doc_log_prior(doc_scores)[:, :, None, None]
+  return jax.nn.logsumexp(prior + log_probs, axis=1)
+
+
+def _smoothing(
+  posterior: Float[Array, "B K #T"],
+  log_probs: Float[Array, "B K T"],
+  mean: Float[Array, "B K T"],
+  target_mask: Bool[Array, "B T"],
+) -> Float[Array, "B"]:
+  """Returns what smoothing adds to the nll, for a label smoothing of 1.
+
+  The posterior is a weight here, not a thing to learn: without the
+  stop_gradient, documents would be preferred for making the generator unsure.
+  """
+  added = jax.lax.stop_gradient(posterior) * (log_probs - mean)
+  return jnp.sum(added, axis=(1, 2), where=target_mask[:, None, :])
+
+
+def marginal_token_nll(
+  doc_scores: Float[Array, "B K"],
+  log_probs: Float[Array, "B K T"],
+  target_mask: Bool[Array, "B T"],
+  label_smoothing: float = 0.0,
+  mean: Float[Array, "B K T"] | None = None,
+) -> Float[Array, "B"]:
+  """Returns `rag_token_nll` of log-probabilities.
+
+  Args:
+    doc_scores: as there.
+    log_probs: log p(y_t | x, z, y_<t), as `token_log_probs` gives them.
+    target_mask: as there.
+    label_smoothing: as there.
+    mean: what `mean_log_probs` gives; needed for label smoothing alone.
+  """
+  joint = doc_log_prior(doc_scores)[:, :, None] + log_probs  # B K T
+  marginal = jax.nn.logsumexp(joint, axis=1)  # B T
+  nll = -jnp.sum(marginal, axis=-1, where=target_mask)
+  if label_smoothing:
+    assert mean is not None
+    posterior = jax.nn.softmax(joint, axis=1)
+    nll += label_smoothing * _smoothing(posterior, log_probs, mean, target_mask)
+  return nll
+
+
+def marginal_sequence_nll(
+  doc_scores: Float[Array, "B K"],
+  log_probs: Float[Array, "B K T"],
+  target_mask: Bool[Array, "B T"],
+  label_smoothing: float = 0.0,
+  mean: Float[Array, "B K T"] | None = None,
+) -> Float[Array, "B"]:
+  """Returns `rag_sequence_nll` of log-probabilities.
+
+  Arguments as in `marginal_token_nll`.
+  """
+  joint = doc_log_prior(doc_scores) + jnp.sum(
+    log_probs, axis=-1, where=target_mask[:, None, :]
+  )  # B K
+  nll = -jax.nn.logsumexp(joint, axis=-1)
+  if label_smoothing:
+    assert mean is not None
+    posterior = jax.nn.softmax(joint, axis=-1)[:, :, None]
+    nll += label_smoothing * _smoothing(posterior, log_probs, mean, target_mask)
+  return nll
 
 
 def rag_token_nll(
@@ -35,25 +127,37 @@ def rag_token_nll(
   target_logits: Float[Array, "B K T V"],
   target_tokens: Int[Array, "B T"],
   target_mask: Bool[Array, "B T"],
+  label_smoothing: float = 0.0,
 ) -> Float[Array, "B"]:
   """Negative log-likelihood when each token may come from another document.
 
   RAG-Token: p(y|x) = prod_t sum_z p(z|x) p(y_t | x, z, y_<t)
+
+  Label smoothing e teaches the generator, given a document, a target that gives
+  the token 1 - e and all V tokens together e (Szegedy et al. 2015,
+  https://arxiv.org/abs/1512.00567, section 7), as much as the document is
+  responsible for the token. The responsibility, p(z | x, y_t), is that of the
+  likelihood itself, so what the retriever learns stays posterior minus prior.
+  With one document this is the standard smoothed cross-entropy. Three numbers a
+  position are enough for it, the token's logit, the mean logit and the
+  logsumexp; smoothing the mixture instead, as Hugging Face does, takes the
+  log-probabilities of all tokens under all documents, [B, K, T, V].
 
   Args:
     doc_scores: inner products of question and document; any real number.
     target_logits: unnormalised next-token scores, one set per document.
     target_tokens: the tokens to predict; ids of padding are ignored.
     target_mask: True on real tokens, False on padding.
+    label_smoothing: e; 0 gives the likelihood.
 
   Returns:
     One value per question, in nats, summed (not averaged) over real tokens.
   """
-  joint = doc_log_prior(doc_scores)[:, :, None] + token_log_probs(
-    target_logits, target_tokens
-  )  # B K T
-  marginal = jax.nn.logsumexp(joint, axis=1)  # B T
-  return -jnp.sum(marginal, axis=-1, where=target_mask)
+  log_probs = token_log_probs(target_logits, target_tokens)
+  mean = mean_log_probs(target_logits) if label_smoothing else None
+  return marginal_token_nll(
+    doc_scores, log_probs, target_mask, label_smoothing, mean
+  )
 
 
 def rag_sequence_nll(
@@ -61,23 +165,29 @@ def rag_sequence_nll(
   target_logits: Float[Array, "B K T V"],
   target_tokens: Int[Array, "B T"],
   target_mask: Bool[Array, "B T"],
+  label_smoothing: float = 0.0,
 ) -> Float[Array, "B"]:
   """Negative log-likelihood when one document explains the whole target.
 
   RAG-Sequence: p(y|x) = sum_z p(z|x) prod_t p(y_t | x, z, y_<t)
 
-  The prior is added once a sequence, whatever its length. Arguments and units
-  as in `rag_token_nll`.
+  The prior is added once a sequence, whatever its length. Arguments, units and
+  smoothing as in `rag_token_nll`; a document is responsible for the whole.
   """
-  joint = doc_log_prior(doc_scores) + jnp.sum(
-    token_log_probs(target_logits, target_tokens),
-    axis=-1,
-    where=target_mask[:, None, :],
-  )  # B K
-  return -jax.nn.logsumexp(joint, axis=-1)
+  log_probs = token_log_probs(target_logits, target_tokens)
+  mean = mean_log_probs(target_logits) if label_smoothing else None
+  return marginal_sequence_nll(
+    doc_scores, log_probs, target_mask, label_smoothing, mean
+  )
 
 
 NLL_FNS = {"rag_token": rag_token_nll, "rag_sequence": rag_sequence_nll}
+
+# The same from the log-probabilities [B, K, T] of the target tokens.
+MARGINAL_NLL_FNS = {
+  "rag_token": marginal_token_nll,
+  "rag_sequence": marginal_sequence_nll,
+}
 
 
 def doc_posterior(

@@ -312,6 +312,27 @@ def test_a_constant_added_to_all_scores_changes_nothing(nll_fn, inputs):
   np.testing.assert_allclose(run(nll_fn, moved), run(nll_fn, inputs), rtol=1e-5)
 
 
+def test_the_mixture_is_a_distribution_over_all_tokens(inputs):
+  mixture = np.asarray(
+    jax.jit(losses.marginalize)(inputs["doc_scores"], inputs["target_logits"])
+  )
+  p_doc, _ = probabilities(inputs)
+  expected = np.zeros((B, T, V))
+  for b, k, t in np.ndindex(B, K, T):
+    row = softmax(inputs["target_logits"][b, k, t].tolist())
+    expected[b, t] += p_doc[b][k] * np.array(row)
+  np.testing.assert_allclose(np.exp(mixture), expected, rtol=1e-5)
+  np.testing.assert_allclose(np.exp(mixture).sum(axis=-1), 1.0, rtol=1e-5)
+  chosen = np.take_along_axis(
+    mixture, inputs["target_tokens"][..., None], axis=-1
+  )[..., 0]
+  np.testing.assert_allclose(
+    run(rag_token_nll, inputs),
+    -chosen.sum(axis=-1, where=inputs["target_mask"]),
+    rtol=1e-5,
+  )
+
+
 def test_in_batch_contrast_is_a_softmax_over_the_batch():
   rng = np.random.default_rng(1)
   questions, passages = rng.normal(size=(2, 4, 3)).astype(np.float32)

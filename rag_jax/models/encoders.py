@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from rag_jax.models.attention import identity_init
 from rag_jax.models.layers import TransformerLayer
-from rag_jax.models.layers import identity_init
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 from rag_jax.models.partitioning import named
@@ -21,8 +21,11 @@ class RetrieverEncoder(nn.Module):
   With no layers there are no positions and no embedding norm: the embedding is
   the pooled sum of token embeddings, a trainable bag of words.
 
+  Fields as in `config.EncoderConfig`.
+
   Params: `token_embedding` [V, D]; with layers `position_embedding`,
-  `embedding_norm`, `layer_0` and on; `pooling` kernel [D, 1] if pooling is
+  `token_type_embedding` if there are types, `embedding_norm`, `layer_0` and on;
+  `pooler` kernel [D, D] if there is one; `pooling` kernel [D, 1] if pooling is
   learned; `projection` kernel [D, R] if projection_dim is not 0.
   """
 
@@ -32,10 +35,13 @@ class RetrieverEncoder(nn.Module):
   num_heads: int
   mlp_dim: int
   max_positions: int
-  pooling: str = "cls"  # "cls", "mean" or "learned"
+  activation: str = "gelu"
+  norm_eps: float = 1e-12  # BERT's
+  num_token_types: int = 0  # BERT's segments; every token gets the first
+  pooler: bool = False  # its parameters exist, also where they are not used
+  pooling: str = "cls"  # "cls", "mean", "max", "pooler" or "learned"
   projection_dim: int = 0  # R; 0 = no projection, R = D
   normalize: bool = False  # divide by the L2 norm
-  norm_eps: float = 1e-12  # BERT's
   dropout: float = 0.0
   dtype: DTypeLike = jnp.bfloat16
   param_dtype: DTypeLike = jnp.float32
@@ -65,6 +71,12 @@ class RetrieverEncoder(nn.Module):
         embedding_init=dense_init("position", "embed"),
         name="position_embedding",
       )(jnp.arange(tokens.shape[1])).astype(self.dtype)
+      if self.num_token_types:
+        x += embed(
+          self.num_token_types,
+          embedding_init=dense_init("position", "embed"),
+          name="token_type_embedding",
+        )(jnp.zeros_like(tokens)).astype(self.dtype)
       x = nn.LayerNorm(
         epsilon=self.norm_eps,
         dtype=self.dtype,
@@ -75,9 +87,11 @@ class RetrieverEncoder(nn.Module):
     x = constrain(x, "batch", "length", "embed")
     for i in range(self.num_layers):
       x = TransformerLayer(
+        embed_dim=self.embed_dim,
         num_heads=self.num_heads,
         head_dim=self.embed_dim // self.num_heads,
         mlp_dim=self.mlp_dim,
+        activation=self.activation,
         norm_eps=self.norm_eps,
         dropout=self.dropout,
         dtype=self.dtype,
@@ -104,8 +118,21 @@ class RetrieverEncoder(nn.Module):
   def _pool(
     self, x: Float[Array, "N L D"], mask: Bool[Array, "N L"]
   ) -> Float[Array, "N D"]:
+    if self.pooler:
+      # Always made: checkpoints of BERT hold it, whatever is pooled.
+      pooler = nn.Dense(
+        self.embed_dim,
+        kernel_init=dense_init("embed", "retrieval"),
+        param_dtype=self.param_dtype,
+        name="pooler",
+      )(x[:, 0])
+      if self.pooling == "pooler":
+        return jnp.tanh(pooler)
     if self.pooling == "cls":
       return x[:, 0]
+    if self.pooling == "max":
+      least = jnp.finfo(x.dtype).min
+      return jnp.max(jnp.where(mask[..., None], x, least), axis=1)
     weight_logits = jnp.zeros(mask.shape)
     if self.pooling == "learned":
       weight_logits = nn.Dense(

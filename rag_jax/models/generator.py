@@ -1,156 +1,36 @@
 """The encoder-decoder that reads a context and writes a target.
 
-BART's architecture: Lewis et al. 2019, https://arxiv.org/abs/1910.13461. The
-fields say where a variant departs from it; the defaults do not.
+BART's architecture (Lewis et al. 2019, https://arxiv.org/abs/1910.13461) or
+T5's (Raffel et al. 2020, https://arxiv.org/abs/1910.10683): the fields say
+which. The defaults are BART's.
 
 In: context tokens [N, C] and target tokens [N, T], N = B*K.
 Out: target_logits [N, T, V].
 """
 
-import dataclasses
 import functools
-import typing
 
 from flax import linen as nn
-import flax.struct
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
-import numpy as np
 
-from rag_jax.models.layers import LayerCache
-from rag_jax.models.layers import TransformerLayer
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 from rag_jax.models.partitioning import named
-
-
-# Unchecked, because JAX makes it of shapes and of stacked arrays too.
-@typing.no_type_check
-@flax.struct.dataclass
-class DecoderCache:
-  """What decoding remembers between tokens."""
-
-  layers: tuple[LayerCache, ...]
-  memory_mask: Bool[Array, "N 1 C"]
-
-
-def sinusoid_init(
-  key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
-) -> Array:
-  """Returns Vaswani et al.'s sinusoids [positions, D], rows of unit norm.
-
-  https://arxiv.org/abs/1706.03762, section 3.5; scaled so that a position
-  weighs as much as a token embedding.
-  """
-  positions, dim = shape
-  rates = 1e4 ** (-np.arange(0, dim, 2) / dim)
-  angles = np.arange(positions)[:, None] * rates
-  table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :dim]
-  return jnp.asarray(table * (2 / dim) ** 0.5, dtype)
-
-
-class Stack(nn.Module):
-  """Positions and layers of the encoder or decoder, on embedded tokens."""
-
-  num_layers: int
-  embed_dim: int
-  num_heads: int
-  mlp_dim: int
-  max_positions: int
-  position_offset: int
-  position_init: str
-  activation: str
-  norm: str
-  embedding_norm: bool
-  relative_buckets: int
-  cross: bool
-  copy_init: bool
-  dropout: float
-  dtype: DTypeLike
-  param_dtype: DTypeLike
-
-  def setup(self):
-    init = {
-      "normal": dense_init("position", "embed"),
-      "sinusoid": named(sinusoid_init, "position", "embed"),
-    }[self.position_init]
-    self.position_embedding = nn.Embed(
-      self.max_positions + self.position_offset,
-      self.embed_dim,
-      embedding_init=init,
-      param_dtype=self.param_dtype,
-    )
-    layer_norm = functools.partial(
-      nn.LayerNorm,
-      epsilon=1e-5,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )
-    if self.embedding_norm:
-      self.embedding_layer_norm = layer_norm(name="embedding_norm")
-    if self.norm == "pre":
-      self.final_norm = layer_norm()
-    previous = self.copy_init and not self.cross
-    copies = self.copy_init and self.cross
-    self.layers = [
-      TransformerLayer(
-        num_heads=self.num_heads,
-        head_dim=self.embed_dim // self.num_heads,
-        mlp_dim=self.mlp_dim,
-        activation=self.activation,
-        norm=self.norm,
-        cross=self.cross,
-        relative_buckets=self.relative_buckets,
-        # The last layer copies, what the first has put beside each token.
-        self_start="previous" if previous and i == 0 else "normal",
-        cross_start="copy" if copies and i == self.num_layers - 1 else "normal",
-        # A copying start: what the other blocks add is small beside it.
-        out_init_scale=0.2 if self.copy_init else 1.0,
-        dropout=self.dropout,
-        dtype=self.dtype,
-        param_dtype=self.param_dtype,
-        name=f"layer_{i}",
-      )
-      for i in range(self.num_layers)
-    ]
-    self.drop = nn.Dropout(self.dropout)
-
-  def add_positions(
-    self,
-    x: Float[Array, "N T D"],
-    positions: Int[Array, "#T"],
-    deterministic: bool,
-  ) -> Float[Array, "N T D"]:
-    """Returns what enters the first layer."""
-    x += self.position_embedding(positions + self.position_offset).astype(
-      self.dtype
-    )
-    if self.embedding_norm:
-      x = self.embedding_layer_norm(x)
-    return self.drop(x, deterministic=deterministic)
-
-  def __call__(
-    self,
-    x: Float[Array, "N T D"],
-    mask: Bool[Array, "N #T T"],
-    memory: Float[Array, "N C D"] | None = None,
-    memory_mask: Bool[Array, "N 1 C"] | None = None,
-    deterministic: bool = True,
-  ) -> Float[Array, "N T D"]:
-    x = self.add_positions(x, jnp.arange(x.shape[1]), deterministic)
-    x = constrain(x, "batch", "length", "embed")
-    for layer in self.layers:
-      x = layer(x, mask, memory, memory_mask, deterministic=deterministic)
-      x = constrain(x, "batch", "length", "embed")
-    return self.final_norm(x) if self.norm == "pre" else x
+from rag_jax.models.stack import DecoderCache
+from rag_jax.models.stack import Stack
 
 
 class Generator(nn.Module):
-  """BART: a bidirectional encoder, a causal decoder, tied embeddings.
+  """A bidirectional encoder and a causal decoder with shared embeddings.
 
-  Params: `token_embedding` [V, D], shared by encoder, decoder and output;
-  `encoder` and `decoder`; `final_logits_bias` [V], which BART holds at zero.
+  Fields as in `config.GeneratorConfig`.
+
+  Params: `token_embedding` [V, D], shared by encoder, decoder and, if tied, the
+  output; `lm_head` [V, D] otherwise; `encoder` and `decoder`;
+  `final_logits_bias` [V], which BART holds at zero.
   """
 
   vocab_size: int
@@ -160,13 +40,28 @@ class Generator(nn.Module):
   mlp_dim: int
   max_positions: int
   decoder_start_id: int  # what the decoder reads before the first token
-  position_offset: int = 2
-  position_init: str = "normal"
+  num_decoder_layers: int = 0
+  num_decoder_heads: int = 0
+  head_dim: int = 0
+  decoder_mlp_dim: int = 0
   activation: str = "gelu"
+  gated: bool = False
   norm: str = "post"
+  norm_kind: str = "layer"
+  norm_eps: float = 1e-5
+  use_bias: bool = True
   embedding_norm: bool = True
   scale_embedding: bool = False
-  relative_buckets: int = 0  # T5's relative positions, in the encoder
+  positions: str = "learned"
+  position_offset: int = 2
+  position_init: str = "normal"
+  relative_buckets: int = 0
+  relative_max_distance: int = 128
+  relative_shared: bool = False
+  scale_attention: bool = True
+  tied_output: bool = True
+  scale_output: bool = False
+  logits_bias: bool = True
   copy_init: bool = False  # attention starts by copying
   dropout: float = 0.0
   dtype: DTypeLike = jnp.bfloat16
@@ -182,42 +77,84 @@ class Generator(nn.Module):
     )
     stack = functools.partial(
       Stack,
-      num_layers=self.num_layers,
       embed_dim=self.embed_dim,
-      num_heads=self.num_heads,
-      mlp_dim=self.mlp_dim,
-      max_positions=self.max_positions,
+      max_positions=self.max_positions if self.positions == "learned" else 0,
       position_offset=self.position_offset,
       position_init=self.position_init,
       activation=self.activation,
+      gated=self.gated,
       norm=self.norm,
+      norm_kind=self.norm_kind,
+      norm_eps=self.norm_eps,
+      use_bias=self.use_bias,
       embedding_norm=self.embedding_norm,
+      relative_buckets=self.relative_buckets,
+      relative_max_distance=self.relative_max_distance,
+      relative_shared=self.relative_shared,
+      scale_attention=self.scale_attention,
       copy_init=self.copy_init,
       dropout=self.dropout,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
-    # The decoder's positions are absolute alone: cached steps then need no
-    # offsets.
-    self.encoder = stack(cross=False, relative_buckets=self.relative_buckets)
-    self.decoder = stack(cross=True, relative_buckets=0)
-    self.final_logits_bias = self.param(
-      "final_logits_bias",
-      named(nn.initializers.zeros, "vocab"),
-      (self.vocab_size,),
-      self.param_dtype,
+    decoder_heads = self.num_decoder_heads or self.num_heads
+    self.encoder = stack(
+      num_layers=self.num_layers,
+      num_heads=self.num_heads,
+      head_dim=self.head_dim or self.embed_dim // self.num_heads,
+      mlp_dim=self.mlp_dim,
+      cross=False,
     )
+    self.decoder = stack(
+      num_layers=self.num_decoder_layers or self.num_layers,
+      num_heads=decoder_heads,
+      head_dim=self.head_dim or self.embed_dim // decoder_heads,
+      mlp_dim=self.decoder_mlp_dim or self.mlp_dim,
+      cross=True,
+    )
+    if not self.tied_output:
+      self.lm_head = nn.Embed(
+        self.vocab_size,
+        self.embed_dim,
+        embedding_init=dense_init("vocab", "embed"),
+        param_dtype=self.param_dtype,
+      )
+    if self.logits_bias:
+      self.final_logits_bias = self.param(
+        "final_logits_bias",
+        named(nn.initializers.zeros, "vocab"),
+        (self.vocab_size,),
+        self.param_dtype,
+      )
 
   def _embed(self, tokens: Int[Array, "N T"]) -> Float[Array, "N T D"]:
     x = self.token_embedding(tokens).astype(self.dtype)
     return x * self.embed_dim**0.5 if self.scale_embedding else x
 
-  def _logits(self, x: Float[Array, "N T D"]) -> Float[Array, "N T V"]:
-    table = self.token_embedding.embedding.astype(self.dtype)
+  def output_table(self) -> Float[Array, "V D"]:
+    """Returns the vectors whose inner products with the states are logits."""
+    tied = self.tied_output
+    return (self.token_embedding if tied else self.lm_head).embedding
+
+  def output_states(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+    """Returns the states that `output_table` is compared with."""
+    return x * self.embed_dim**-0.5 if self.scale_output else x
+
+  def output_bias(self) -> Float[Array, "V"] | None:
+    """Returns what is added to the logits, if anything is."""
+    return self.final_logits_bias if self.logits_bias else None
+
+  def logits(self, x: Float[Array, "N T D"]) -> Float[Array, "N T V"]:
+    """Returns float32 logits of the decoder's states."""
     logits = jnp.einsum(
-      "NTD,VD->NTV", x, table, preferred_element_type=jnp.float32
+      "NTD,VD->NTV",
+      self.output_states(x),
+      self.output_table().astype(self.dtype),
+      preferred_element_type=jnp.float32,
     )
-    logits = logits + self.final_logits_bias.astype(jnp.float32)
+    bias = self.output_bias()
+    if bias is not None:
+      logits = logits + bias.astype(jnp.float32)
     return constrain(logits, "batch", "length", "vocab")
 
   def encode(
@@ -230,8 +167,39 @@ class Generator(nn.Module):
     return self.encoder(
       self._embed(context_tokens),
       context_mask[:, None, :],
+      jnp.arange(context_tokens.shape[1]),
       deterministic=deterministic,
     )
+
+  def states(
+    self,
+    context_tokens: Int[Array, "N C"],
+    context_mask: Bool[Array, "N C"],
+    target_tokens: Int[Array, "N T"],
+    deterministic: bool = True,
+  ) -> Float[Array, "N T D"]:
+    """Returns what the logits at each position are computed from."""
+    memory = self.encode(context_tokens, context_mask, deterministic)
+    inputs = self.shift_right(target_tokens)
+    length = inputs.shape[1]
+    # No mask of padding: it stands at the end, where causal positions that
+    # count never look.
+    causal = jnp.tril(jnp.ones((1, length, length), bool))
+    return self.decoder(
+      self._embed(inputs),
+      causal,
+      jnp.arange(length),
+      memory,
+      context_mask[:, None, :],
+      deterministic=deterministic,
+    )
+
+  def shift_right(self, target_tokens: Int[Array, "N T"]) -> Int[Array, "N T"]:
+    """Returns what the decoder reads to predict the target."""
+    return jnp.pad(
+      target_tokens[:, :-1], ((0, 0), (1, 0)),
+      constant_values=self.decoder_start_id,
+    )  # fmt: skip
 
   def __call__(
     self,
@@ -245,58 +213,91 @@ class Generator(nn.Module):
     The decoder reads the target shifted right by one behind
     `decoder_start_id`, so position t has seen the tokens before t alone.
     """
-    memory = self.encode(context_tokens, context_mask, deterministic)
-    inputs = jnp.pad(
-      target_tokens[:, :-1], ((0, 0), (1, 0)),
-      constant_values=self.decoder_start_id,
-    )  # fmt: skip
-    length = target_tokens.shape[1]
-    # No mask of padding: it stands at the end, where causal positions that
-    # count never look.
-    causal = jnp.tril(jnp.ones((1, length, length), bool))
-    causal = jnp.broadcast_to(causal, (len(inputs), length, length))
-    x = self.decoder(
-      self._embed(inputs),
-      causal,
-      memory,
-      context_mask[:, None, :],
-      deterministic=deterministic,
+    return self.logits(
+      self.states(context_tokens, context_mask, target_tokens, deterministic)
     )
-    return self._logits(x)
 
   def init_cache(
     self,
-    context_tokens: Int[Array, "N C"],
-    context_mask: Bool[Array, "N C"],
+    memory: Float[Array, "B K S D"],
+    memory_mask: Bool[Array, "B K S"],
+    num_beams: int,
     num_steps: int,
   ) -> DecoderCache:
-    """Returns the cache for decoding `num_steps` tokens; encodes once."""
-    memory = self.encode(context_tokens, context_mask)
-    return DecoderCache(
-      tuple(
-        layer.init_cache(memory, num_steps) for layer in self.decoder.layers
-      ),
-      context_mask[:, None, :],
-    )
+    """Returns the cache before the first of `num_steps` tokens.
+
+    Args:
+      memory: what `encode` returned for K documents a question.
+      memory_mask: True on real tokens.
+      num_beams: W, of each question.
+      num_steps: T, as many tokens can be decoded.
+    """
+    return self.decoder.init_cache(memory, memory_mask, num_beams, num_steps)
 
   def step(
     self,
-    tokens: Int[Array, "N"],
+    tokens: Int[Array, "B W"],
     position: Int[Array, ""],
     cache: DecoderCache,
-  ) -> tuple[Float[Array, "N V"], DecoderCache]:
-    """Returns the logits after reading the token at `position`."""
-    x = self.decoder.add_positions(
-      self._embed(tokens[:, None]), position[None], True
-    )  # N 1 D
-    layers = []
-    for layer, layer_cache in zip(
-      self.decoder.layers, cache.layers, strict=True
-    ):
-      x, layer_cache = layer.step(x, position, cache.memory_mask, layer_cache)
-      layers.append(layer_cache)
-    if self.norm == "pre":
-      x = self.decoder.final_norm(x)
-    return self._logits(x)[:, 0], dataclasses.replace(
-      cache, layers=tuple(layers)
+  ) -> tuple[Float[Array, "B W K V"], DecoderCache]:
+    """Returns the logits after reading the tokens at `position`."""
+    x, cache = self.decoder.step(self._embed(tokens), position, cache)
+    logits = self.logits(x)  # B*K W V
+    b, w = tokens.shape
+    return jnp.swapaxes(logits.reshape(b, -1, w, logits.shape[-1]), 1, 2), cache
+
+  def tree_states(
+    self,
+    tokens: Int[Array, "B M"],
+    depths: Int[Array, "B M"],
+    seen: Bool[Array, "B M M"],
+    memory: Float[Array, "B K S D"],
+    memory_mask: Bool[Array, "B K S"],
+  ) -> Float[Array, "B K M D"]:
+    """Returns the states of M nodes of a tree of prefixes, for each document.
+
+    Candidates that begin alike share the nodes of what they share.
+
+    Args:
+      tokens: what the decoder reads at each node.
+      depths: its position.
+      seen: True where node m looks at a node: at its ancestors and itself.
+      memory: what `encode` returned.
+      memory_mask: True on real tokens.
+    """
+    b, k, s, d = memory.shape
+    x = self.decoder(
+      jnp.repeat(self._embed(tokens), k, axis=0),
+      jnp.repeat(seen, k, axis=0),
+      jnp.repeat(depths, k, axis=0),
+      memory.reshape(b * k, s, d),
+      memory_mask.reshape(b * k, 1, s),
     )
+    return x.reshape(b, k, *x.shape[1:])
+
+  def score(
+    self,
+    target_tokens: Int[Array, "B W T"],
+    memory: Float[Array, "B K S D"],
+    memory_mask: Bool[Array, "B K S"],
+  ) -> Float[Array, "B W K T"]:
+    """Returns log p(y_t | x, z, y_<t) of W candidates under K documents."""
+    b, w, t = target_tokens.shape
+    inputs = self.shift_right(target_tokens.reshape(b * w, t))
+    causal = jnp.tril(jnp.ones((t, t), bool))
+    same = jnp.eye(w, dtype=bool)
+    seen = (same[:, None, :, None] & causal[:, None]).reshape(w * t, w * t)
+    states = self.tree_states(
+      inputs.reshape(b, w * t),
+      jnp.tile(jnp.arange(t), (b, w)),
+      jnp.broadcast_to(seen, (b, w * t, w * t)),
+      memory,
+      memory_mask,
+    )  # B K W*T D
+    k = states.shape[1]
+    logits = self.logits(states.reshape(b * k, w * t, -1))
+    logits = logits.reshape(b, k, w, t, -1)
+    indices = target_tokens[:, None, ..., None]
+    chosen = jnp.take_along_axis(logits, indices, axis=-1)[..., 0]
+    log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.swapaxes(log_probs, 1, 2)

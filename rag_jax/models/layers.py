@@ -15,169 +15,41 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from rag_jax.models.attention import Attention
 from rag_jax.models.partitioning import dense_init
-from rag_jax.models.partitioning import named
 
 # The axis names "B T S D N H" are those of DESIGN: here B may stand for B*K.
-Keys = Float[Array, "B S N H"]
+ACTIVATIONS = {
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+  "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
+  "tanh": jnp.tanh,
+}
 
 
-def identity_init(
-  key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
-) -> Array:
-  """Returns the identity; Flax hands kernels of heads over flattened."""
-  return jnp.eye(*shape, dtype=dtype)
+Norm = nn.LayerNorm | nn.RMSNorm
 
 
-def rolled_identity(scale: float, roll: int) -> nn.initializers.Initializer:
-  """Returns an initializer: `scale` times the identity, columns rolled."""
+def make_norm(kind: str, **kwargs: Any) -> Norm:
+  """Returns a layer norm, or the one without mean and bias that T5 has.
 
-  def init(
-    key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
-  ) -> Array:
-    return scale * jnp.roll(jnp.eye(*shape, dtype=dtype), roll, axis=1)
-
-  return init
-
-
-def relative_bucket(
-  offset: Int[Array, "T S"], num_buckets: int, max_distance: int = 128
-) -> Int[Array, "T S"]:
-  """Returns T5's bucket of each offset (key position - query position).
-
-  Bidirectional: half of the buckets for keys behind, half for keys ahead; in
-  each half the near offsets have one each, the far ones share, the farther the
-  more. Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 2.1.
+  Both compute in float32 and hand on `dtype`.
   """
-  half = num_buckets // 2
-  exact = half // 2
-  distance = jnp.abs(offset)
-  far = exact + (
-    jnp.log(jnp.maximum(distance, 1) / exact)
-    / jnp.log(max_distance / exact)
-    * (half - exact)
-  ).astype(jnp.int32)
-  near = jnp.where(distance < exact, distance, jnp.minimum(far, half - 1))
-  return near + jnp.where(offset > 0, half, 0)
-
-
-# How an attention starts. "normal": BERT and BART. The other two make a pair
-# that copies (an induction head, https://arxiv.org/abs/2209.11895): "previous"
-# adds to each token what stands before it; "copy" looks for the place whose
-# previous token is the one just written, and writes what stands there.
-_COPY_LOGIT = 2.0  # of a match, before it is trained
-_PREVIOUS_BIAS = 6.0  # of the offset -1: exp(6) against 1 for the others
-
-
-class Attention(nn.Module):
-  """Multi-head attention of `x` over `memory`; self-attention if they are one.
-
-  Params: `query`, `key`, `value` kernels [D, N, H]; `out` kernel [N, H, D];
-  `relative_bias` [buckets, N] if there are relative positions.
-  """
-
-  num_heads: int
-  head_dim: int
-  relative_buckets: int = 0  # T5's relative positions; 0 = none
-  start: str = "normal"  # "normal", "previous" or "copy": see above
-  kernel_std: float = 0.02  # of a fresh kernel; BERT's and BART's
-  out_init_scale: float = 1.0  # times kernel_std, of the `out` kernel
-  dtype: DTypeLike = jnp.bfloat16  # of activations and matmuls
-  param_dtype: DTypeLike = jnp.float32  # of what the optimizer sees
-
-  def setup(self):
-    dense = functools.partial(
-      nn.DenseGeneral, dtype=self.dtype, param_dtype=self.param_dtype
-    )
-    heads = functools.partial(dense, features=(self.num_heads, self.head_dim))
-    inits = self._inits()
-    axes = ("embed", "heads", "head_dim")
-    self.query = heads(kernel_init=named(inits["query"], *axes))
-    self.key = heads(kernel_init=named(inits["key"], *axes))
-    self.value = heads(kernel_init=named(inits["value"], *axes))
-    self.out = dense(
-      features=self.num_heads * self.head_dim,
-      axis=(-2, -1),
-      kernel_init=named(inits["out"], *axes[1:], "embed"),
-    )
-    if self.relative_buckets:
-      self.relative_bias = self.param(
-        "relative_bias",
-        named(inits["bias"], "position", "heads"),
-        (self.relative_buckets, self.num_heads),
-        self.param_dtype,
-      )
-
-  def _inits(self) -> dict[str, Any]:
-    """Returns the initializer of each kernel."""
-    normal = nn.initializers.normal(self.kernel_std)
-    dim = self.num_heads * self.head_dim
-    inits: dict[str, Any] = dict.fromkeys(("query", "key", "value"), normal)
-    inits["out"] = nn.initializers.normal(self.kernel_std * self.out_init_scale)
-    inits["bias"] = nn.initializers.zeros
-    if self.start == "previous":
-      # Rolled: what stands before goes where the token itself is not. Layer
-      # norm made it sqrt(D) long; it is added with the length of a token.
-      inits["value"] = identity_init
-      inits["out"] = rolled_identity(dim**-0.5, dim // 2)
-      previous = jnp.arange(self.relative_buckets)[:, None] == 1
-      inits["bias"] = lambda _, shape, dtype: jnp.broadcast_to(
-        _PREVIOUS_BIAS * previous, shape
-      ).astype(dtype)
-    elif self.start == "copy":
-      # `key` undoes the roll of "previous".
-      inits["query"] = rolled_identity(_COPY_LOGIT**0.5, 0)
-      inits["key"] = rolled_identity(_COPY_LOGIT**0.5, -(dim // 2))
-      inits["value"] = inits["out"] = identity_init
-    return inits
-
-  def keys_values(self, memory: Float[Array, "B S D"]) -> tuple[Keys, Keys]:
-    """Returns what `memory` offers to be looked at: keys and values."""
-    return self.key(memory), self.value(memory)
-
-  def attend(
-    self,
-    x: Float[Array, "B T D"],
-    key: Keys,
-    value: Keys,
-    mask: Bool[Array, "B #T S"],  # True where attention is allowed
-  ) -> Float[Array, "B T D"]:
-    """Returns the mixture of `value` that `x` asks for."""
-    query = self.query(x) * self.head_dim**-0.5  # B T N H
-    # Softmax in float32: bfloat16 keeps 8 bits of mantissa.
-    attn_logits = jnp.einsum(
-      "BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32
-    )
-    if self.relative_buckets:
-      attn_logits += self._relative_logits(x.shape[1], key.shape[1])
-    attn_logits = jnp.where(
-      mask[:, None], attn_logits, jnp.finfo(jnp.float32).min
-    )
-    attn_probs = jax.nn.softmax(attn_logits, axis=-1).astype(self.dtype)
-    return self.out(jnp.einsum("BNTS,BSNH->BTNH", attn_probs, value))
-
-  def _relative_logits(
-    self, num_queries: int, num_keys: int
-  ) -> Float[Array, "N T S"]:
-    offset = jnp.arange(num_keys) - jnp.arange(num_queries)[:, None]
-    bucket = relative_bucket(offset, self.relative_buckets)
-    return jnp.transpose(self.relative_bias[bucket], (2, 0, 1))
-
-  def __call__(
-    self,
-    x: Float[Array, "B T D"],
-    memory: Float[Array, "B S D"],
-    mask: Bool[Array, "B #T S"],
-  ) -> Float[Array, "B T D"]:
-    key, value = self.keys_values(memory)
-    return self.attend(x, key, value, mask)
+  return {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[kind](**kwargs)
 
 
 class Mlp(nn.Module):
-  """Two dense layers with an activation between. Params: `up`, `down`."""
+  """Two dense layers with an activation between.
+
+  Params: `up`, `down`; `gate` if it is gated: then the activation of `gate`
+  multiplies `up` (Shazeer 2020, https://arxiv.org/abs/2002.05202).
+  """
 
   mlp_dim: int
-  activation: str  # "gelu" (exact, as in BERT and BART) or "relu"
+  activation: str  # a key of ACTIVATIONS
+  gated: bool = False
+  use_bias: bool = True
   kernel_std: float = 0.02
   out_init_scale: float = 1.0
   dtype: DTypeLike = jnp.bfloat16
@@ -186,19 +58,19 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     dense = functools.partial(
-      nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype
+      nn.Dense,
+      use_bias=self.use_bias,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
     )
-    act = {
-      "gelu": functools.partial(jax.nn.gelu, approximate=False),
-      "relu": jax.nn.relu,
-    }[self.activation]
-    hidden = act(
-      dense(
-        self.mlp_dim,
-        kernel_init=dense_init("embed", "mlp", std=self.kernel_std),
-        name="up",
-      )(x)
-    )  # B T F
+    wide = functools.partial(
+      dense,
+      self.mlp_dim,
+      kernel_init=dense_init("embed", "mlp", std=self.kernel_std),
+    )
+    act = ACTIVATIONS[self.activation]
+    hidden = wide(name="up")(x)  # B T F
+    hidden = act(wide(name="gate")(x)) * hidden if self.gated else act(hidden)
     return dense(
       x.shape[-1],
       kernel_init=dense_init(
@@ -212,29 +84,40 @@ class Mlp(nn.Module):
 @typing.no_type_check
 @flax.struct.dataclass
 class LayerCache:
-  """What one decoder layer remembers between steps. S: positions of T or C."""
+  """What one decoder layer remembers between steps.
 
-  self_key: Keys
-  self_value: Keys
-  cross_key: Keys
-  cross_value: Keys
+  The self part has a place for each step and beam, [B*K, T, W, N, H], where
+  what was written stays: beams that continue another find its keys through
+  `DecoderCache.ancestors`, so nothing is copied when beams are reordered.
+  """
+
+  self_key: Float[Array, "BK T W N H"]
+  self_value: Float[Array, "BK T W N H"]
+  cross_key: Float[Array, "BK S N H"]
+  cross_value: Float[Array, "BK S N H"]
 
 
 class TransformerLayer(nn.Module):
   """Self-attention, cross-attention in a decoder, and an MLP.
 
-  Each is a residual block; `norm` says whether its layer norm comes after the
-  sum ("post": BERT, BART) or before the block ("pre").
+  Each is a residual block; `norm` says whether its norm comes after the sum
+  ("post": BERT, BART) or before the block ("pre": T5).
   """
 
+  embed_dim: int
   num_heads: int
   head_dim: int
   mlp_dim: int
   activation: str = "gelu"
+  gated: bool = False
   norm: str = "post"
+  norm_kind: str = "layer"  # or "rms"
   norm_eps: float = 1e-5
+  use_bias: bool = True
+  scale_attention: bool = True
   cross: bool = False  # a decoder layer
-  relative_buckets: int = 0  # of self-attention
+  relative_buckets: int = 0  # of self-attention, its own
+  relative_max_distance: int = 128
   self_start: str = "normal"  # of self-attention; see Attention
   cross_start: str = "normal"
   kernel_std: float = 0.02
@@ -248,42 +131,48 @@ class TransformerLayer(nn.Module):
       Attention,
       num_heads=self.num_heads,
       head_dim=self.head_dim,
+      embed_dim=self.embed_dim,
+      use_bias=self.use_bias,
+      scale_logits=self.scale_attention,
       kernel_std=self.kernel_std,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
-    # Norms compute in float32 and hand on `dtype`.
-    layer_norm = functools.partial(
-      nn.LayerNorm,
+    norm = functools.partial(
+      make_norm,
+      self.norm_kind,
       epsilon=self.norm_eps,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
     self.self_attention = attention(
       relative_buckets=self.relative_buckets,
+      relative_max_distance=self.relative_max_distance,
       start=self.self_start,
       out_init_scale=self.out_init_scale,
     )
-    self.self_attention_norm = layer_norm()
+    self.self_attention_norm = norm()
     if self.cross:
       self.cross_attention = attention(start=self.cross_start)
-      self.cross_attention_norm = layer_norm()
+      self.cross_attention_norm = norm()
     self.mlp = Mlp(
       mlp_dim=self.mlp_dim,
       activation=self.activation,
+      gated=self.gated,
+      use_bias=self.use_bias,
       kernel_std=self.kernel_std,
       out_init_scale=self.out_init_scale,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
-    self.mlp_norm = layer_norm()
+    self.mlp_norm = norm()
     self.drop = nn.Dropout(self.dropout)
 
-  def _before(self, x: Array, norm: nn.LayerNorm) -> Array:
+  def _before(self, x: Array, norm: Norm) -> Array:
     return norm(x) if self.norm == "pre" else x
 
   def _after(
-    self, x: Array, update: Array, norm: nn.LayerNorm, deterministic: bool
+    self, x: Array, update: Array, norm: Norm, deterministic: bool
   ) -> Array:
     x = x + self.drop(update, deterministic=deterministic)
     return norm(x) if self.norm == "post" else x
@@ -291,15 +180,17 @@ class TransformerLayer(nn.Module):
   def __call__(
     self,
     x: Float[Array, "B T D"],
-    mask: Bool[Array, "B #T T"],
+    mask: Bool[Array, "#B #T T"],
     memory: Float[Array, "B S D"] | None = None,
     memory_mask: Bool[Array, "B 1 S"] | None = None,
+    bias: Float[Array, "#B N T T"] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "B T D"]:
     """Returns `x` after the layer; with `memory`, as a decoder layer."""
     norm, inner = self.self_attention_norm, self._before
     y = inner(x, norm)
-    x = self._after(x, self.self_attention(y, y, mask), norm, deterministic)
+    y = self.self_attention(y, y, mask, bias)
+    x = self._after(x, y, norm, deterministic)
     if self.cross:
       assert memory is not None
       assert memory_mask is not None
@@ -310,37 +201,54 @@ class TransformerLayer(nn.Module):
     return self._after(x, self.mlp(inner(x, norm)), norm, deterministic)
 
   def init_cache(
-    self, memory: Float[Array, "B S D"], num_steps: int
+    self, memory: Float[Array, "B S D"], num_beams: int, num_steps: int
   ) -> LayerCache:
     """Returns the cache before the first of `num_steps` tokens."""
     cross_key, cross_value = self.cross_attention.keys_values(memory)
     empty = jnp.zeros(
-      (memory.shape[0], num_steps, self.num_heads, self.head_dim), self.dtype
+      (len(memory), num_steps, num_beams, self.num_heads, self.head_dim),
+      self.dtype,
     )
     return LayerCache(empty, empty, cross_key, cross_value)
 
   def step(
     self,
-    x: Float[Array, "B 1 D"],
+    x: Float[Array, "B W D"],
     position: Int[Array, ""],
+    seen: Bool[Array, "B W TW"],
     memory_mask: Bool[Array, "B 1 S"],
     cache: LayerCache,
-  ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
-    """Returns `x` of the token at `position` after the layer, and the cache."""
+    bias: Float[Array, "#B N W TW"] | None = None,
+  ) -> tuple[Float[Array, "B W D"], LayerCache]:
+    """Returns `x` of the tokens at `position` after the layer, and the cache.
+
+    Args:
+      x: one token a beam.
+      position: where they stand.
+      seen: which places of the cache, of T steps and W beams, a beam descends
+        from.
+      memory_mask: True on real tokens of the memory, which beams share.
+      cache: of this layer.
+      bias: relative positions of the places.
+    """
     norm, inner = self.self_attention_norm, self._before
     y = inner(x, norm)
-    key, value = self.self_attention.keys_values(y)
     update = functools.partial(
       jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=1
     )
+    key, value = self.self_attention.keys_values(y)  # B W N H
     cache = dataclasses.replace(
       cache,
-      self_key=update(cache.self_key, key),
-      self_value=update(cache.self_value, value),
+      self_key=update(cache.self_key, key[:, None]),
+      self_value=update(cache.self_value, value[:, None]),
     )
-    seen = jnp.arange(cache.self_key.shape[1]) <= position
-    seen = jnp.broadcast_to(seen, (x.shape[0], 1, seen.shape[0]))
-    y = self.self_attention.attend(y, cache.self_key, cache.self_value, seen)
+
+    def places(array: Array) -> Array:
+      return array.reshape(array.shape[0], -1, *array.shape[3:])  # B T*W N H
+
+    y = self.self_attention.attend(
+      y, places(cache.self_key), places(cache.self_value), seen, bias
+    )
     x = self._after(x, y, norm, True)
     norm = self.cross_attention_norm
     y = self.cross_attention.attend(

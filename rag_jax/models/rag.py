@@ -4,6 +4,7 @@ In: the arrays of a batch, by name. Out: doc_scores [B, K] and target_logits
 [B, K, T, V], which losses.py turns into -log p(y|x).
 """
 
+import dataclasses
 import typing
 
 from flax import linen as nn
@@ -14,10 +15,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rag_jax.config import Config
+from rag_jax.config import EncoderConfig
+from rag_jax.config import GeneratorConfig
 from rag_jax.models.encoders import RetrieverEncoder
-from rag_jax.models.generator import DecoderCache
 from rag_jax.models.generator import Generator
 from rag_jax.models.partitioning import named
+from rag_jax.models.vocabulary import chunked_log_probs
 
 
 # Unchecked, because JAX makes it of shapes and of stacked arrays too.
@@ -28,6 +31,17 @@ class RagOutput:
 
   doc_scores: Float[Array, "B K"]
   target_logits: Float[Array, "B K T V"]
+
+
+# Unchecked, because JAX makes it of shapes and of stacked arrays too.
+@typing.no_type_check
+@flax.struct.dataclass
+class RagLogProbs:
+  """What the losses need of the targets alone, in nats."""
+
+  doc_scores: Float[Array, "B K"]
+  log_probs: Float[Array, "B K T"]  # log p(y_t | x, z, y_<t)
+  mean: Float[Array, "B K T"]  # over all tokens of the vocabulary
 
 
 def score_docs(
@@ -123,51 +137,119 @@ class RagModel(nn.Module):
       doc_embeddings: taken as they are, if `doc_tokens` is not given.
       deterministic: no dropout.
     """
-    b, k, c = context_tokens.shape
-    if question_tokens is None:
-      doc_scores = jnp.zeros((b, k), jnp.float32)
-    else:
-      assert question_mask is not None
-      if doc_tokens is not None:
-        assert doc_mask is not None
-        length = doc_tokens.shape[-1]
-        doc_embeddings = self.embed_passages(
-          doc_tokens.reshape(b * k, length),
-          doc_mask.reshape(b * k, length),
-          deterministic,
-        ).reshape(b, k, -1)
-      assert doc_embeddings is not None
-      question_embedding = self.embed_questions(
-        question_tokens, question_mask, deterministic
-      )
-      doc_scores = score_docs(question_embedding, doc_embeddings)
-    target_logits = self.generator(
-      context_tokens.reshape(b * k, c),
-      context_mask.reshape(b * k, c),
-      jnp.repeat(target_tokens, k, axis=0),
+    b, k, _ = context_tokens.shape
+    doc_scores = self.doc_scores(
+      (b, k),
+      question_tokens,
+      question_mask,
+      doc_tokens,
+      doc_mask,
+      doc_embeddings,
       deterministic,
-    )  # B*K T V
+    )
+    states = self._states(
+      context_tokens, context_mask, target_tokens, deterministic
+    )
+    target_logits = self.generator.logits(states)  # B*K T V
     return RagOutput(
       doc_scores, target_logits.reshape(b, k, *target_logits.shape[1:])
     )
 
-  def init_cache(
+  def target_log_probs(
     self,
-    context_tokens: Int[Array, "N C"],
-    context_mask: Bool[Array, "N C"],
-    num_steps: int,
-  ) -> DecoderCache:
-    """Returns the generator's cache for decoding `num_steps` tokens."""
-    return self.generator.init_cache(context_tokens, context_mask, num_steps)
+    context_tokens: Int[Array, "B K C"],
+    context_mask: Bool[Array, "B K C"],
+    target_tokens: Int[Array, "B T"],
+    question_tokens: Int[Array, "B Q"] | None = None,
+    question_mask: Bool[Array, "B Q"] | None = None,
+    doc_tokens: Int[Array, "B K L"] | None = None,
+    doc_mask: Bool[Array, "B K L"] | None = None,
+    doc_embeddings: Float[Array, "B K R"] | None = None,
+    deterministic: bool = True,
+    vocab_chunk: int = 0,
+  ) -> RagLogProbs:
+    """Returns what `__call__` does, of the target tokens alone.
 
-  def decode_step(
+    What training needs: of the logits [B, K, T, V], those of `vocab_chunk`
+    tokens exist at a time (0: of all), forward and backward.
+    """
+    b, k, _ = context_tokens.shape
+    doc_scores = self.doc_scores(
+      (b, k),
+      question_tokens,
+      question_mask,
+      doc_tokens,
+      doc_mask,
+      doc_embeddings,
+      deterministic,
+    )
+    states = self._states(
+      context_tokens, context_mask, target_tokens, deterministic
+    )
+    generator = self.generator
+    log_probs, mean = chunked_log_probs(
+      generator.output_states(states),
+      generator.output_table(),
+      generator.output_bias(),
+      jnp.repeat(target_tokens, k, axis=0),
+      vocab_chunk or generator.vocab_size,
+    )
+    return RagLogProbs(
+      doc_scores, log_probs.reshape(b, k, -1), mean.reshape(b, k, -1)
+    )
+
+  def _states(
     self,
-    tokens: Int[Array, "N"],
-    position: Int[Array, ""],
-    cache: DecoderCache,
-  ) -> tuple[Float[Array, "N V"], DecoderCache]:
-    """Returns the logits after the token at `position`, and the cache."""
-    return self.generator.step(tokens, position, cache)
+    context_tokens: Int[Array, "B K C"],
+    context_mask: Bool[Array, "B K C"],
+    target_tokens: Int[Array, "B T"],
+    deterministic: bool,
+  ) -> Float[Array, "BK T D"]:
+    b, k, c = context_tokens.shape
+    return self.generator.states(
+      context_tokens.reshape(b * k, c),
+      context_mask.reshape(b * k, c),
+      jnp.repeat(target_tokens, k, axis=0),
+      deterministic,
+    )
+
+  def doc_scores(
+    self,
+    shape: tuple[int, int],
+    question_tokens: Int[Array, "B Q"] | None,
+    question_mask: Bool[Array, "B Q"] | None,
+    doc_tokens: Int[Array, "B K L"] | None,
+    doc_mask: Bool[Array, "B K L"] | None,
+    doc_embeddings: Float[Array, "B K R"] | None,
+    deterministic: bool,
+  ) -> Float[Array, "B K"]:
+    """Returns doc_scores of `shape`; arguments as in `__call__`."""
+    if question_tokens is None:
+      return jnp.zeros(shape, jnp.float32)
+    assert question_mask is not None
+    if doc_tokens is not None:
+      assert doc_mask is not None
+      rows = (-1, doc_tokens.shape[-1])
+      doc_embeddings = self.embed_passages(
+        doc_tokens.reshape(rows), doc_mask.reshape(rows), deterministic
+      ).reshape(*shape, -1)
+    assert doc_embeddings is not None
+    question_embedding = self.embed_questions(
+      question_tokens, question_mask, deterministic
+    )
+    return score_docs(question_embedding, doc_embeddings)
+
+  def encode(
+    self,
+    context_tokens: Int[Array, "B K C"],
+    context_mask: Bool[Array, "B K C"],
+  ) -> Float[Array, "B K C D"]:
+    """Returns what the generator's decoder looks at, for each document."""
+    b, k, c = context_tokens.shape
+    memory = self.generator.encode(
+      context_tokens.reshape(b * k, c), context_mask.reshape(b * k, c)
+    )
+    return memory.reshape(b, k, c, -1)
 
 
 def compute_dtype(name: str) -> DTypeLike:
@@ -178,51 +260,94 @@ def compute_dtype(name: str) -> DTypeLike:
 
 
 def build_model(
-  config: Config, *, vocab_size: int, decoder_start_id: int
+  config: Config,
+  *,
+  vocab_size: int,
+  decoder_start_id: int,
+  retriever_vocab_size: int = 0,
 ) -> RagModel:
-  """Returns the model that `config` describes."""
+  """Returns the model that `config` describes.
+
+  Args:
+    config: whose sizes of 0 are filled in by the other arguments.
+    vocab_size: number of token ids.
+    decoder_start_id: what the decoder reads first, unless the config says.
+    retriever_vocab_size: of the retriever's token ids; 0: the same.
+  """
   dtype = compute_dtype(config.train.compute_dtype)
   e, g = config.encoder, config.generator
 
   def tower() -> RetrieverEncoder:
-    return RetrieverEncoder(
-      vocab_size=vocab_size,
-      num_layers=e.num_layers,
-      embed_dim=e.embed_dim,
-      num_heads=e.num_heads,
-      mlp_dim=e.mlp_dim,
+    return build_encoder(
+      e,
+      vocab_size=retriever_vocab_size or vocab_size,
       max_positions=max(
         config.data.question_length, config.data.passage_length
       ),
-      pooling=e.pooling,
-      projection_dim=e.projection_dim,
-      normalize=e.normalize,
-      dropout=e.dropout,
       dtype=dtype,
     )
 
   return RagModel(
     question_encoder=tower(),
     passage_encoder=None if e.tied else tower(),
-    generator=Generator(
+    generator=build_generator(
+      g,
       vocab_size=vocab_size,
-      num_layers=g.num_layers,
-      embed_dim=g.embed_dim,
-      num_heads=g.num_heads,
-      mlp_dim=g.mlp_dim,
-      max_positions=g.max_positions,
       decoder_start_id=decoder_start_id,
-      position_offset=g.position_offset,
-      position_init=g.position_init,
-      activation=g.activation,
-      norm=g.norm,
-      embedding_norm=g.embedding_norm,
-      scale_embedding=g.scale_embedding,
-      relative_buckets=g.relative_buckets,
-      copy_init=g.init == "copy",
-      dropout=g.dropout,
       dtype=dtype,
     ),
     score_scale=e.score_scale,
     learn_score_scale=e.learn_score_scale,
+  )
+
+
+_OF_BOTH_TOWERS = (
+  "init_from", "passage_init_from", "tied", "train_passage_encoder",
+  "score_scale", "learn_score_scale", "vocab_size", "max_positions",
+)  # fmt: skip
+
+
+def build_encoder(
+  config: EncoderConfig,
+  *,
+  vocab_size: int,
+  max_positions: int,
+  dtype: DTypeLike,
+) -> RetrieverEncoder:
+  """Returns one tower; the arguments fill in sizes of 0."""
+  return RetrieverEncoder(
+    **{
+      field.name: getattr(config, field.name)
+      for field in dataclasses.fields(config)
+      if field.name not in _OF_BOTH_TOWERS
+    },
+    vocab_size=config.vocab_size or vocab_size,
+    max_positions=config.max_positions or max_positions,
+    dtype=dtype,
+  )
+
+
+def build_generator(
+  config: GeneratorConfig,
+  *,
+  vocab_size: int,
+  decoder_start_id: int,
+  dtype: DTypeLike,
+) -> Generator:
+  """Returns the generator alone; arguments as in `build_model`."""
+  same = {
+    field.name: getattr(config, field.name)
+    for field in dataclasses.fields(config)
+    if field.name not in ("init", "init_from", "vocab_size", "decoder_start_id")
+  }
+  return Generator(
+    **same,
+    vocab_size=config.vocab_size or vocab_size,
+    decoder_start_id=(
+      decoder_start_id
+      if config.decoder_start_id < 0
+      else config.decoder_start_id
+    ),
+    copy_init=config.init == "copy",
+    dtype=dtype,
   )

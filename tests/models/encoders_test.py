@@ -118,7 +118,9 @@ def test_with_layers_it_is_bert():
   x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-12)
   norm = params["embedding_norm"]
   x = x * norm["scale"] + norm["bias"]
-  layer = layers.TransformerLayer(2, 4, 12, norm_eps=1e-12, dtype=jnp.float32)
+  layer = layers.TransformerLayer(
+    8, 2, 4, 12, norm_eps=1e-12, dtype=jnp.float32
+  )
   expected = jax.jit(layer.apply)(
     {"params": params["layer_0"]}, x, MASK[:, None]
   )[:, 0]

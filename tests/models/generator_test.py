@@ -11,7 +11,7 @@ import pytest
 
 from rag_jax.models import layers
 from rag_jax.models.generator import Generator
-from rag_jax.models.generator import sinusoid_init
+from rag_jax.models.stack import sinusoid_init
 
 V, D, C, T, START = 13, 8, 5, 4, 2
 CONTEXT = np.array(
@@ -30,7 +30,25 @@ OTHER = {
   "relative_buckets": 8,
   "activation": "relu",
 }
-VARIANTS = pytest.mark.parametrize("fields", [BART, OTHER], ids=["bart", "pre"])
+T5 = {
+  "num_layers": 1,
+  "num_decoder_layers": 2,
+  "head_dim": 3,
+  "norm": "pre",
+  "norm_kind": "rms",
+  "use_bias": False,
+  "embedding_norm": False,
+  "positions": "none",
+  "relative_buckets": 8,
+  "relative_shared": True,
+  "scale_attention": False,
+  "scale_output": True,
+  "logits_bias": False,
+}
+VARIANTS = pytest.mark.parametrize(
+  "fields", [BART, OTHER, T5], ids=["bart", "pre", "t5"]
+)
+BY_HAND = pytest.mark.parametrize("fields", [BART, OTHER], ids=["bart", "pre"])
 
 
 def make_generator(**fields):
@@ -74,15 +92,21 @@ class Compiled:
 
   def _steps(self, params, context, mask, inputs):
     variables = {"params": params}
+    memory = self.generator.apply(variables, context, mask, method="encode")
     cache = self.generator.apply(
-      variables, context, mask, inputs.shape[1] + 1, method="init_cache"
+      variables,
+      memory[:, None],
+      mask[:, None],
+      num_beams=1,
+      num_steps=inputs.shape[1] + 1,
+      method="init_cache",
     )
 
     def step(cache, position):
       logits, cache = self.generator.apply(
-        variables, inputs[:, position], position, cache, method="step"
+        variables, inputs[:, position, None], position, cache, method="step"
       )
-      return cache, logits
+      return cache, logits[:, 0, 0]
 
     _, logits = jax.lax.scan(step, cache, jnp.arange(inputs.shape[1]))
     return jnp.swapaxes(logits, 0, 1)  # N T V
@@ -117,6 +141,7 @@ def stack_by_hand(params, x, mask, fields, *memory):
   if fields.get("embedding_norm", True):
     x = norm_by_hand(params["embedding_norm"], x)
   layer = layers.TransformerLayer(
+    D,
     2,
     4,
     12,
@@ -134,7 +159,7 @@ def stack_by_hand(params, x, mask, fields, *memory):
   return x
 
 
-@VARIANTS
+@BY_HAND
 def test_it_is_the_architecture_of_bart(model, fields):
   params = model.params
   table = params["token_embedding"]["embedding"]

@@ -14,6 +14,7 @@ from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.losses import rag_sequence_nll
 from rag_jax.losses import rag_token_nll
+from rag_jax.losses import token_log_probs
 from rag_jax.models import rag
 
 B, K, C, T, Q, L, V, D = 2, 3, 5, 4, 3, 4, 13, 8
@@ -291,38 +292,31 @@ def test_scores_as_large_as_those_of_dpr_keep_their_differences():
   )
 
 
-def test_decoding_through_the_model_gives_its_logits(params):
-  flat = {
-    name: BATCH[name].reshape(B * K, C)
-    for name in ("context_tokens", "context_mask")
-  }
-
+def test_what_the_model_encodes_is_what_its_generator_reads(params):
   @jax.jit
-  def decode(params, context_tokens, context_mask, tokens):
-    variables = {"params": params}
-    cache = MODEL.apply(
-      variables, context_tokens, context_mask, 2, method="init_cache"
+  def decode(params, context_tokens, context_mask, target_tokens):
+    memory = MODEL.apply(
+      {"params": params}, context_tokens, context_mask, method="encode"
     )
-    first, cache = MODEL.apply(
-      variables,
-      jnp.full_like(tokens, 2),
-      jnp.int32(0),
-      cache,
-      method="decode_step",
-    )
-    second, _ = MODEL.apply(
-      variables, tokens, jnp.int32(1), cache, method="decode_step"
-    )
-    return jnp.stack([first, second], axis=1)
+    return MODEL.generator.apply(
+      {"params": params["generator"]},
+      target_tokens[:, None],
+      memory,
+      context_mask,
+      method="score",
+    )[:, 0]  # B K T
 
-  logits = decode(
-    params, *flat.values(), np.repeat(BATCH["target_tokens"][:, 0], K)
+  log_probs = decode(
+    params,
+    BATCH["context_tokens"],
+    BATCH["context_mask"],
+    BATCH["target_tokens"],
   )
-  np.testing.assert_allclose(
-    np.asarray(logits).reshape(B, K, 2, V),
-    forward(params, BATCH).target_logits[:, :, :2],
-    atol=1e-5,
+  expected = token_log_probs(
+    forward(params, BATCH).target_logits,
+    jnp.asarray(BATCH["target_tokens"]),
   )
+  np.testing.assert_allclose(log_probs, expected, atol=1e-5)
 
 
 def test_every_setting_of_the_config_arrives_in_the_model():
@@ -341,6 +335,14 @@ def test_every_setting_of_the_config_arrives_in_the_model():
     score_scale=3.0,
     learn_score_scale=True,
     dropout=0.25,
+    init_from="elsewhere",
+    passage_init_from="there",
+    vocab_size=21,
+    max_positions=80,
+    activation="tanh",
+    norm_eps=1e-3,
+    num_token_types=4,
+    pooler=True,
   )
   config.generator = GeneratorConfig(
     num_layers=4,
@@ -357,16 +359,30 @@ def test_every_setting_of_the_config_arrives_in_the_model():
     relative_buckets=16,
     init="copy",
     dropout=0.125,
+    init_from="elsewhere",
+    vocab_size=20,
+    num_decoder_layers=5,
+    num_decoder_heads=3,
+    head_dim=2,
+    decoder_mlp_dim=15,
+    gated=True,
+    norm_kind="rms",
+    norm_eps=1e-4,
+    use_bias=False,
+    positions="none",
+    relative_max_distance=64,
+    relative_shared=True,
+    scale_attention=False,
+    tied_output=False,
+    scale_output=True,
+    logits_bias=False,
+    decoder_start_id=7,
   )
   model = rag.build_model(config, vocab_size=V, decoder_start_id=9)
-  assert model.generator.vocab_size == V
-  assert model.generator.decoder_start_id == 9
   assert model.generator.copy_init
   assert model.score_scale == 3.0
   assert model.learn_score_scale
   for tower in (model.question_encoder, model.passage_encoder):
-    assert tower.vocab_size == V
-    assert tower.max_positions == 77
     for field in dataclasses.fields(EncoderConfig):
       if hasattr(tower, field.name):
         value = getattr(config.encoder, field.name)
@@ -375,8 +391,17 @@ def test_every_setting_of_the_config_arrives_in_the_model():
   for field in dataclasses.fields(GeneratorConfig):
     value = getattr(config.generator, field.name)
     assert value != field.default, f"{field.name} is not tested"
-    if field.name != "init":
+    if field.name not in ("init", "init_from"):
       assert getattr(model.generator, field.name) == value, field.name
+  config.encoder.vocab_size = config.encoder.max_positions = 0
+  config.generator.vocab_size, config.generator.decoder_start_id = 0, -1
+  model = rag.build_model(
+    config, vocab_size=V, retriever_vocab_size=8, decoder_start_id=9
+  )
+  assert model.generator.vocab_size == V
+  assert model.generator.decoder_start_id == 9
+  for tower in (model.question_encoder, model.passage_encoder):
+    assert (tower.vocab_size, tower.max_positions) == (8, 77)
   for part in (model.question_encoder, model.generator):
     assert part.dtype == jnp.bfloat16
     assert part.param_dtype == jnp.float32

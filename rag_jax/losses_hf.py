@@ -1,0 +1,153 @@
+"""Hugging Face's losses of RAG, defects included, to compare and to reproduce.
+
+`get_nll` of `RagTokenForGeneration` and `RagSequenceForGeneration`, as of
+transformers 5. In and out as in losses.py, whose functions are the defaults.
+
+How its arguments relate to ours. `labels` begin with a token that the decoder
+only reads, and are shifted LEFT inside: the logits of position i score label
+i + 1, those of the last score nothing, and padding is told by its id. So behind
+the start token, `labels` are our target_tokens; `shift_left` makes them.
+RAG-Token reads the labels for this, RAG-Sequence what the decoder reads: the
+same unless a caller gives both.
+
+Where it differs from losses.py:
+
+- RAG-Sequence adds the prior to the second predicted token, because BART's
+  first is <s>. Where that is padding, the mask erases the prior with it: an
+  answer of one token is scored as if all documents were equally likely, and
+  teaches the retriever nothing. Ours adds it once to each document.
+- RAG-Sequence leaves <s> out of the score only if the targets of the whole
+  batch begin with it: a question's loss depends on its neighbours.
+- Label smoothing of RAG-Sequence: see `hf_rag_sequence_nll`. That of RAG-Token
+  is the standard one, of the mixture; it needs [B, T, V], ours does not.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rag_jax.losses import doc_log_prior
+from rag_jax.losses import marginalize
+
+
+def shift_left(
+  labels: Int[Array, "B T"], pad_id: int
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+  """Returns target_tokens and target_mask of Hugging Face's `labels`.
+
+  They go with the logits of a decoder that reads `labels` themselves; the last
+  position is padding. If the labels have no start token, as T5's when they are
+  given without decoder_input_ids, their first token is read and never scored.
+  """
+  tokens = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=pad_id)
+  return tokens, tokens != pad_id
+
+
+def _combine(
+  nll: Float[Array, "B"],
+  smooth: Float[Array, "B"],
+  vocab_size: int,
+  label_smoothing: float,
+  reduce_loss: bool,
+) -> Float[Array, "*B"]:
+  if reduce_loss:
+    nll, smooth = jnp.sum(nll), jnp.sum(smooth)
+  share = label_smoothing / vocab_size
+  return (1 - label_smoothing) * nll + share * smooth
+
+
+def hf_rag_token_nll(
+  doc_scores: Float[Array, "B K"],
+  target_logits: Float[Array, "B K T V"],
+  target_tokens: Int[Array, "B T"],
+  target_mask: Bool[Array, "B T"],
+  label_smoothing: float = 0.0,
+  reduce_loss: bool = False,
+) -> Float[Array, "*B"]:
+  """Returns the loss of `RagTokenForGeneration`.
+
+  Args:
+    doc_scores: as in `rag_token_nll`, and so the next three.
+    target_logits: of every position whose token is scored.
+    target_tokens: the tokens to predict.
+    target_mask: where they are not padding.
+    label_smoothing: share of the target that all tokens have: the mixture's
+      cross-entropy against it. 0 gives `rag_token_nll`.
+    reduce_loss: sum over the questions; never a mean.
+
+  Returns:
+    One value a question, or their sum.
+  """
+  log_probs = marginalize(doc_scores, target_logits)  # B T V
+  indices = target_tokens[..., None]
+  chosen = jnp.take_along_axis(log_probs, indices, axis=-1)[..., 0]
+  nll = -jnp.sum(chosen, axis=-1, where=target_mask)
+  all_tokens = jnp.sum(log_probs, axis=-1)  # B T
+  smooth = -jnp.sum(all_tokens, axis=-1, where=target_mask)
+  size = log_probs.shape[-1]
+  return _combine(nll, smooth, size, label_smoothing, reduce_loss)
+
+
+def hf_rag_sequence_nll(
+  doc_scores: Float[Array, "B K"],
+  target_logits: Float[Array, "B K T V"],
+  target_tokens: Int[Array, "B T"],
+  target_mask: Bool[Array, "B T"],
+  label_smoothing: float = 0.0,
+  reduce_loss: bool = False,
+  exclude_bos_score: bool = False,
+  bos_id: int | None = None,
+) -> Float[Array, "*B"]:
+  """Returns the loss of `RagSequenceForGeneration`.
+
+  Its label smoothing sums the log-probability of all tokens over all positions,
+  adds the prior V times, and then takes the logsumexp over the documents of
+  this sum, as if it were a likelihood: of numbers in the hundred thousands the
+  largest alone remains, so that the flattest document gets all the gradient.
+  It changes which of two targets is the better one, too.
+
+  Args:
+    doc_scores: as in `rag_token_nll`, and so the next three.
+    target_logits: of every position whose token is scored.
+    target_tokens: the tokens to predict.
+    target_mask: where they are not padding.
+    label_smoothing: weight of the smoothing term.
+    reduce_loss: sum over the questions; never a mean.
+    exclude_bos_score: do not score the first token, if it is `bos_id` in every
+      row of the batch. The smoothing term keeps it.
+    bos_id: the RAG config's, or the generator's if that is None or 0; None for
+      T5, which has none.
+
+  Returns:
+    One value a question, or their sum.
+  """
+  target_logits = target_logits.astype(jnp.float32)
+  size = target_logits.shape[-1]
+  log_norm = jax.nn.logsumexp(target_logits, axis=-1)  # B K T
+  indices = target_tokens[:, None, :, None]
+  chosen = jnp.take_along_axis(target_logits, indices, axis=-1)[..., 0]
+  # The sum over the vocabulary without log-probabilities of its size.
+  all_tokens = jnp.sum(target_logits, axis=-1) - size * log_norm
+  # The prior, at the second position alone: with T = 1 there is none.
+  second = jnp.arange(target_tokens.shape[1]) == 1
+  prior = jnp.where(second, doc_log_prior(doc_scores)[:, :, None], 0.0)
+  mask = target_mask[:, None, :]
+  scored = mask
+  if exclude_bos_score and bos_id is not None:
+    first = jnp.arange(target_tokens.shape[1]) == 0
+    scored = mask & ~(first & jnp.all(target_tokens[:, 0] == bos_id))
+  joint = jnp.sum(chosen - log_norm + prior, axis=-1, where=scored)
+  flat = jnp.sum(all_tokens + size * prior, axis=-1, where=mask)
+  return _combine(
+    -jax.nn.logsumexp(joint, axis=1),
+    -jax.nn.logsumexp(flat, axis=1),
+    size,
+    label_smoothing,
+    reduce_loss,
+  )
+
+
+HF_NLL_FNS = {
+  "rag_token": hf_rag_token_nll,
+  "rag_sequence": hf_rag_sequence_nll,
+}

@@ -1,0 +1,229 @@
+"""Multi-head attention, and T5's relative positions.
+
+In: activations [N, T, D], where N is B or B*K. Out: the same shape.
+"""
+
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+from rag_jax.models.partitioning import named
+
+# The axis names "B T S D N H" are those of DESIGN: here B may stand for B*K.
+Keys = Float[Array, "B S N H"]
+Bias = Float[Array, "#B N T S"]
+
+
+def identity_init(
+  key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+) -> Array:
+  """Returns the identity; Flax hands kernels of heads over flattened."""
+  return jnp.eye(*shape, dtype=dtype)
+
+
+def rolled_identity(scale: float, roll: int) -> nn.initializers.Initializer:
+  """Returns an initializer: `scale` times the identity, columns rolled."""
+
+  def init(
+    key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+  ) -> Array:
+    return scale * jnp.roll(jnp.eye(*shape, dtype=dtype), roll, axis=1)
+
+  return init
+
+
+@functools.cache
+def _buckets_by_distance(num_buckets: int, max_distance: int) -> np.ndarray:
+  """Returns the bucket of each distance up to `max_distance`, counted from 0.
+
+  The first half of them are exact. Computed here once, in float32, as
+  PyTorch's T5 does: at a border, another rounding gives another bucket.
+  """
+  exact = num_buckets // 2
+  distance = np.arange(max_distance + 1)
+  far = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
+  scale = np.float32(np.log(max_distance / exact))
+  far = np.log(far) / scale * np.float32(num_buckets - exact)
+  far = np.minimum(exact + far.astype(np.int64), num_buckets - 1)
+  return np.where(distance < exact, distance, far).astype(np.int32)
+
+
+def relative_bucket(
+  offset: Int[Array, "*shape"],
+  num_buckets: int,
+  max_distance: int = 128,
+  *,
+  bidirectional: bool = True,
+) -> Int[Array, "*shape"]:
+  """Returns T5's bucket of each offset (key position - query position).
+
+  Near offsets have a bucket each, far ones share, the farther the more.
+  Bidirectional: half of the buckets for keys behind, half for keys ahead;
+  otherwise all for keys behind. Raffel et al. 2020,
+  https://arxiv.org/abs/1910.10683, section 2.1.
+  """
+  if bidirectional:
+    num_buckets //= 2
+    distance = jnp.abs(offset)
+  else:
+    distance = jnp.maximum(-offset, 0)
+  table = jnp.asarray(_buckets_by_distance(num_buckets, max_distance))
+  bucket = table[jnp.minimum(distance, max_distance)]
+  return bucket + jnp.where((offset > 0) & bidirectional, num_buckets, 0)
+
+
+def relative_bias(
+  table: Float[Array, "buckets N"],
+  offset: Int[Array, "#B T S"],
+  max_distance: int,
+  *,
+  bidirectional: bool,
+) -> Bias:
+  """Returns what is added to attention logits, by the offset of the key."""
+  bucket = relative_bucket(
+    offset, table.shape[0], max_distance, bidirectional=bidirectional
+  )
+  return jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, 1)
+
+
+# How an attention starts. "normal": BERT and BART. The others make a pair that
+# copies (an induction head, https://arxiv.org/abs/2209.11895): "previous" adds
+# to each token what stands before it; "copy" looks for the place whose previous
+# token is the one just written, and writes what stands there. "previous again"
+# adds it once more, rolled otherwise: in the decoder's first layer and the
+# encoder's second, it makes the token before that one part of the match.
+_COPY_LOGIT = 2.0  # of a match, before it is trained
+_PREVIOUS_BIAS = 6.0  # of the offset -1: exp(6) against 1 for the others
+
+
+def previous_bias_init(
+  key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+) -> Array:
+  """Returns a table [buckets, N] that looks at the offset -1, bucket 1."""
+  previous = jnp.arange(shape[0])[:, None] == 1
+  return jnp.broadcast_to(_PREVIOUS_BIAS * previous, shape).astype(dtype)
+
+
+class Attention(nn.Module):
+  """Multi-head attention of `x` over `memory`; self-attention if they are one.
+
+  Params: `query`, `key`, `value` kernels [D, N, H]; `out` kernel [N, H, D];
+  `relative_bias` [buckets, N] if it has relative positions of its own.
+  """
+
+  num_heads: int
+  head_dim: int
+  embed_dim: int  # D of the output
+  use_bias: bool = True  # of the four kernels
+  scale_logits: bool = True  # divide by sqrt(H); T5 does not
+  relative_buckets: int = 0  # of its own relative positions; 0 = none
+  relative_max_distance: int = 128
+  start: str = "normal"  # or "previous", "previous again", "copy": see above
+  kernel_std: float = 0.02  # of a fresh kernel; BERT's and BART's
+  out_init_scale: float = 1.0  # times kernel_std, of the `out` kernel
+  dtype: DTypeLike = jnp.bfloat16  # of activations and matmuls
+  param_dtype: DTypeLike = jnp.float32  # of what the optimizer sees
+
+  def setup(self):
+    dense = functools.partial(
+      nn.DenseGeneral,
+      use_bias=self.use_bias,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )
+    heads = functools.partial(dense, features=(self.num_heads, self.head_dim))
+    inits = self._inits()
+    axes = ("embed", "heads", "head_dim")
+    self.query = heads(kernel_init=named(inits["query"], *axes))
+    self.key = heads(kernel_init=named(inits["key"], *axes))
+    self.value = heads(kernel_init=named(inits["value"], *axes))
+    self.out = dense(
+      features=self.embed_dim,
+      axis=(-2, -1),
+      kernel_init=named(inits["out"], *axes[1:], "embed"),
+    )
+    if self.relative_buckets:
+      self.relative_bias = self.param(
+        "relative_bias",
+        named(inits["bias"], "position", "heads"),
+        (self.relative_buckets, self.num_heads),
+        self.param_dtype,
+      )
+
+  def _inits(self) -> dict[str, Any]:
+    """Returns the initializer of each kernel."""
+    normal = nn.initializers.normal(self.kernel_std)
+    inits: dict[str, Any] = dict.fromkeys(("query", "key", "value"), normal)
+    inits["out"] = nn.initializers.normal(self.kernel_std * self.out_init_scale)
+    inits["bias"] = nn.initializers.zeros
+    # Logits that are not divided by sqrt(H) start as if they were.
+    root = 1.0 if self.scale_logits else self.head_dim**-0.5
+    if self.start == "normal":
+      inits["query"] = nn.initializers.normal(self.kernel_std * root)
+    elif self.start in ("previous", "previous again"):
+      # Rolled: what stands before goes where the token itself is not. The norm
+      # made it sqrt(D) long; it is added with the length of a token.
+      dim = self.embed_dim
+      roll = dim // 2 if self.start == "previous" else dim // 4
+      inits["query"] = nn.initializers.normal(self.kernel_std * root)
+      inits["value"] = identity_init
+      inits["out"] = rolled_identity(dim**-0.5, roll)
+      inits["bias"] = previous_bias_init
+    else:
+      # `key` undoes the roll of "previous".
+      inits["query"] = rolled_identity(root * _COPY_LOGIT**0.5, 0)
+      inits["key"] = rolled_identity(_COPY_LOGIT**0.5, -(self.embed_dim // 2))
+      inits["value"] = inits["out"] = identity_init
+    return inits
+
+  def keys_values(self, memory: Float[Array, "B S D"]) -> tuple[Keys, Keys]:
+    """Returns what `memory` offers to be looked at: keys and values."""
+    return self.key(memory), self.value(memory)
+
+  def attend(
+    self,
+    x: Float[Array, "B T D"],
+    key: Keys,
+    value: Keys,
+    mask: Bool[Array, "#B #T S"],  # True where attention is allowed
+    bias: Bias | None = None,
+  ) -> Float[Array, "B T D"]:
+    """Returns the mixture of `value` that `x` asks for."""
+    query = self.query(x)  # B T N H
+    if self.scale_logits:
+      query *= self.head_dim**-0.5
+    # Softmax in float32: bfloat16 keeps 8 bits of mantissa.
+    attn_logits = jnp.einsum(
+      "BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32
+    )
+    if bias is not None:
+      attn_logits += bias
+    if self.relative_buckets:
+      offset = jnp.arange(key.shape[1]) - jnp.arange(x.shape[1])[:, None]
+      attn_logits += relative_bias(
+        self.relative_bias,
+        offset[None],
+        self.relative_max_distance,
+        bidirectional=True,
+      )
+    attn_logits = jnp.where(
+      mask[:, None], attn_logits, jnp.finfo(jnp.float32).min
+    )
+    attn_probs = jax.nn.softmax(attn_logits, axis=-1).astype(self.dtype)
+    return self.out(jnp.einsum("BNTS,BSNH->BTNH", attn_probs, value))
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    memory: Float[Array, "B S D"],
+    mask: Bool[Array, "#B #T S"],
+    bias: Bias | None = None,
+  ) -> Float[Array, "B T D"]:
+    key, value = self.keys_values(memory)
+    return self.attend(x, key, value, mask, bias)

@@ -1,0 +1,269 @@
+"""The layers of the generator's encoder or decoder, on embedded tokens.
+
+In: activations [N, T, D]. Out: the same shape, as the other half reads them.
+"""
+
+import dataclasses
+import functools
+import typing
+
+from flax import linen as nn
+import flax.struct
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+from rag_jax.models.attention import Bias
+from rag_jax.models.attention import previous_bias_init
+from rag_jax.models.attention import relative_bias
+from rag_jax.models.layers import LayerCache
+from rag_jax.models.layers import TransformerLayer
+from rag_jax.models.layers import make_norm
+from rag_jax.models.partitioning import constrain
+from rag_jax.models.partitioning import dense_init
+from rag_jax.models.partitioning import named
+
+
+# Unchecked, because JAX makes it of shapes and of stacked arrays too.
+@typing.no_type_check
+@flax.struct.dataclass
+class DecoderCache:
+  """What decoding remembers between tokens, for K documents a question."""
+
+  layers: tuple[LayerCache, ...]
+  memory_mask: Bool[Array, "BK 1 S"]
+  # At which beam each beam's history stood at each step: its keys are there.
+  ancestors: Int[Array, "B W T"]
+
+  def reorder(self, beams: Int[Array, "B W"]) -> "DecoderCache":
+    """Returns the cache whose beam w continues the old beam `beams[w]`."""
+    ancestors = jnp.take_along_axis(self.ancestors, beams[..., None], axis=1)
+    return dataclasses.replace(self, ancestors=ancestors)
+
+
+def sinusoid_init(
+  key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+) -> Array:
+  """Returns Vaswani et al.'s sinusoids [positions, D], rows of unit norm.
+
+  https://arxiv.org/abs/1706.03762, section 3.5; scaled so that a position
+  weighs as much as a token embedding.
+  """
+  positions, dim = shape
+  rates = 1e4 ** (-np.arange(0, dim, 2) / dim)
+  angles = np.arange(positions)[:, None] * rates
+  table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :dim]
+  return jnp.asarray(table * (2 / dim) ** 0.5, dtype)
+
+
+class Stack(nn.Module):
+  """Positions, layers and norms. Fields as in `Generator`.
+
+  Params: `position_embedding` [positions, D] if they are learned;
+  `relative_bias` [buckets, N] if layers share one; `embedding_norm`; `layer_0`
+  and on; `final_norm` if norms come before the blocks.
+  """
+
+  num_layers: int
+  embed_dim: int
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  max_positions: int  # 0: no absolute positions
+  position_offset: int
+  position_init: str
+  activation: str
+  gated: bool
+  norm: str
+  norm_kind: str
+  norm_eps: float
+  use_bias: bool
+  embedding_norm: bool
+  relative_buckets: int
+  relative_max_distance: int
+  relative_shared: bool
+  scale_attention: bool
+  cross: bool
+  copy_init: bool
+  dropout: float
+  dtype: DTypeLike
+  param_dtype: DTypeLike
+
+  def setup(self):
+    if self.max_positions:
+      init = {
+        "normal": dense_init("position", "embed"),
+        "sinusoid": named(sinusoid_init, "position", "embed"),
+      }[self.position_init]
+      self.position_embedding = nn.Embed(
+        self.max_positions + self.position_offset,
+        self.embed_dim,
+        embedding_init=init,
+        param_dtype=self.param_dtype,
+      )
+    if self.relative_shared:
+      init = previous_bias_init if self.copy_init else nn.initializers.zeros
+      self.relative_bias = self.param(
+        "relative_bias",
+        named(init, "position", "heads"),
+        (self.relative_buckets, self.num_heads),
+        self.param_dtype,
+      )
+    norm = functools.partial(
+      make_norm,
+      self.norm_kind,
+      epsilon=self.norm_eps,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )
+    if self.embedding_norm:
+      self.embedding_layer_norm = norm(name="embedding_norm")
+    if self.norm == "pre":
+      self.final_norm = norm()
+    own_bias = not self.relative_shared and not self.cross
+    self_starts, cross_start = self._starts()
+    self.layers = [
+      TransformerLayer(
+        embed_dim=self.embed_dim,
+        num_heads=self.num_heads,
+        head_dim=self.head_dim,
+        mlp_dim=self.mlp_dim,
+        activation=self.activation,
+        gated=self.gated,
+        norm=self.norm,
+        norm_kind=self.norm_kind,
+        norm_eps=self.norm_eps,
+        use_bias=self.use_bias,
+        scale_attention=self.scale_attention,
+        cross=self.cross,
+        relative_buckets=self.relative_buckets if own_bias else 0,
+        relative_max_distance=self.relative_max_distance,
+        self_start=self_starts.get(i, "normal"),
+        # The last layer copies, what the first has put beside each token.
+        cross_start=cross_start if i == self.num_layers - 1 else "normal",
+        # A copying start: what the other blocks add is small beside it.
+        out_init_scale=0.2 if self.copy_init else 1.0,
+        dropout=self.dropout,
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+        name=f"layer_{i}",
+      )
+      for i in range(self.num_layers)
+    ]
+    self.drop = nn.Dropout(self.dropout)
+
+  def _starts(self) -> tuple[dict[int, str], str]:
+    """Returns how layers' self-attention and the last cross-attention start."""
+    if not self.copy_init:
+      return {}, "normal"
+    # A shared table lets all layers look at what stands before.
+    again = self.relative_shared and self.num_layers > 1
+    if self.cross:
+      return {0: "previous again"} if again else {}, "copy"
+    starts = {0: "previous"}
+    return starts | {1: "previous again"} if again else starts, "normal"
+
+  def enter(
+    self,
+    x: Float[Array, "N T D"],
+    positions: Int[Array, "*#N T"],
+    deterministic: bool,
+  ) -> Float[Array, "N T D"]:
+    """Returns what enters the first layer: `x` at its positions."""
+    if self.max_positions:
+      embedded = self.position_embedding(positions + self.position_offset)
+      x += embedded.astype(self.dtype)
+    if self.embedding_norm:
+      x = self.embedding_layer_norm(x)
+    return self.drop(x, deterministic=deterministic)
+
+  def leave(
+    self, x: Float[Array, "N T D"], deterministic: bool = True
+  ) -> Float[Array, "N T D"]:
+    """Returns what the last layer's output is read as."""
+    if self.norm == "pre":
+      x = self.drop(self.final_norm(x), deterministic=deterministic)
+    return x
+
+  def bias(
+    self,
+    query_positions: Int[Array, "*#N T"],
+    key_positions: Int[Array, "*#N S"],
+  ) -> Bias | None:
+    """Returns the shared relative bias, if there is one."""
+    if not self.relative_shared:
+      return None
+    offset = key_positions[..., None, :] - query_positions[..., :, None]
+    return relative_bias(
+      self.relative_bias,
+      offset if offset.ndim == 3 else offset[None],
+      self.relative_max_distance,
+      bidirectional=not self.cross,
+    )
+
+  def __call__(
+    self,
+    x: Float[Array, "N T D"],
+    mask: Bool[Array, "#N #T T"],
+    positions: Int[Array, "*#N T"],
+    memory: Float[Array, "N C D"] | None = None,
+    memory_mask: Bool[Array, "N 1 C"] | None = None,
+    deterministic: bool = True,
+  ) -> Float[Array, "N T D"]:
+    """Returns `x`, whose tokens stand at `positions`, after all layers."""
+    x = self.enter(x, positions, deterministic)
+    x = constrain(x, "batch", "length", "embed")
+    bias = self.bias(positions, positions)
+    for layer in self.layers:
+      x = layer(x, mask, memory, memory_mask, bias, deterministic=deterministic)
+      x = constrain(x, "batch", "length", "embed")
+    return self.leave(x, deterministic)
+
+  def init_cache(
+    self,
+    memory: Float[Array, "B K S D"],
+    memory_mask: Bool[Array, "B K S"],
+    num_beams: int,
+    num_steps: int,
+  ) -> DecoderCache:
+    """Returns the cache before the first of `num_steps` tokens."""
+    b, k, s, d = memory.shape
+    flat = memory.reshape(b * k, s, d)
+    return DecoderCache(
+      layers=tuple(
+        layer.init_cache(flat, num_beams, num_steps) for layer in self.layers
+      ),
+      memory_mask=memory_mask.reshape(b * k, 1, s),
+      ancestors=jnp.zeros((b, num_beams, num_steps), jnp.int32),
+    )
+
+  def step(
+    self,
+    x: Float[Array, "B W D"],
+    position: Int[Array, ""],
+    cache: DecoderCache,
+  ) -> tuple[Float[Array, "BK W D"], DecoderCache]:
+    """Returns the tokens of all beams after all layers, for each document."""
+    b, w, _ = x.shape
+    t = cache.ancestors.shape[-1]
+    k = cache.memory_mask.shape[0] // b
+    # What is written now stands at the beam itself.
+    ancestors = cache.ancestors.at[:, :, position].set(jnp.arange(w))
+    seen = ancestors[..., None] == jnp.arange(w)  # B W T W
+    seen &= (jnp.arange(t) <= position)[:, None]
+    seen = jnp.repeat(seen.reshape(b, w, t * w), k, axis=0)
+    x = self.enter(x, jnp.full((w,), position), True)
+    x = jnp.repeat(x, k, axis=0)  # B*K W D
+    bias = self.bias(
+      jnp.full((w,), position), jnp.repeat(jnp.arange(t), w)
+    )  # 1 N W T*W
+    layers = []
+    for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+      x, layer_cache = layer.step(
+        x, position, seen, cache.memory_mask, layer_cache, bias
+      )
+      layers.append(layer_cache)
+    return self.leave(x), DecoderCache(
+      tuple(layers), cache.memory_mask, ancestors
+    )

@@ -1,0 +1,183 @@
+"""Log-probabilities of target tokens, without all logits existing at once.
+
+In: what the decoder hands to its output layer [N, T, D], and the table [V, D]
+whose inner products with it are the logits. Out: [N, T], N = B*K, for
+`losses.marginal_token_nll` and `losses.marginal_sequence_nll`.
+
+Logits of 40 targets of 25 tokens over 50,000 words are 200 MB, several times
+over with what their gradient keeps. Here they exist for one chunk of the
+vocabulary at a time, forward and backward; the backward pass computes them
+again, which is one matrix product in four.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+_LOWEST = jnp.finfo(jnp.float32).min
+
+
+def chunked_token_log_probs(
+  hidden: Float[Array, "N T D"],
+  table: Float[Array, "V D"],
+  bias: Float[Array, "V"] | None,
+  target_tokens: Int[Array, "N T"],
+  chunk_size: int,
+) -> Float[Array, "N T"]:
+  """Returns log softmax(hidden @ table.T + bias) of the target tokens.
+
+  The same numbers, and the same gradients by `hidden`, `table` and `bias`, as
+  `losses.token_log_probs` of the logits. Products are taken in the dtype of
+  `hidden` and summed in float32.
+
+  Args:
+    hidden: activations of the decoder, scaled if its output is.
+    table: embeddings of the tokens, or the transposed kernel of the output. If
+      it is split over devices by its rows, each chunk is gathered.
+    bias: added to the logits of each token; None adds nothing.
+    target_tokens: the tokens to predict.
+    chunk_size: rows of the table whose logits exist at a time, at most. From V
+      on, there is one chunk.
+
+  Raises:
+    ValueError: `chunk_size` is not positive.
+  """
+  return chunked_log_probs(hidden, table, bias, target_tokens, chunk_size)[0]
+
+
+def chunked_log_probs(
+  hidden: Float[Array, "N T D"],
+  table: Float[Array, "V D"],
+  bias: Float[Array, "V"] | None,
+  target_tokens: Int[Array, "N T"],
+  chunk_size: int,
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+  """Returns log-probabilities of the target tokens, and the mean of all tokens.
+
+  The second is `losses.mean_log_probs` of the logits, which label smoothing
+  needs. Otherwise as `chunked_token_log_probs`.
+  """
+  if chunk_size < 1:
+    raise ValueError(
+      f"chunk_size={chunk_size} leaves no logits to compute; expected at least"
+      " 1. Some thousands are a good size; the size of the vocabulary means no"
+      " chunks."
+    )
+  n, t, d = hidden.shape
+  if bias is None:
+    bias = jnp.zeros(len(table), jnp.float32)
+  log_probs, mean = _log_probs(
+    _even(chunk_size, len(table)),
+    hidden.reshape(n * t, d),
+    table,
+    bias,
+    target_tokens.reshape(n * t),
+  )
+  return log_probs.reshape(n, t), mean.reshape(n, t)
+
+
+def _even(chunk_size: int, vocab_size: int) -> int:
+  """Returns the size of as few chunks of at most `chunk_size`, all alike.
+
+  Otherwise the last could have little that is new, and cost as much. Multiples
+  of 128 are those that accelerators like.
+  """
+  count = -(-vocab_size // chunk_size)
+  size = -(-vocab_size // count)
+  return min(chunk_size, vocab_size, -(-size // 128) * 128)
+
+
+def _chunk(
+  chunk_size: int, i: Array, hidden: Array, table: Array, bias: Array
+) -> tuple[Array, Array, Array, Array]:
+  """Returns chunk `i`: where it starts, which rows are new, rows, logits."""
+  # The last chunk begins early if V is no multiple, so that all are of one
+  # size; what it has in common with the one before counts there alone.
+  start = jnp.minimum(i * chunk_size, len(table) - chunk_size)
+  new = start + jnp.arange(chunk_size) >= i * chunk_size
+  rows = jax.lax.dynamic_slice_in_dim(table, start, chunk_size)
+  rows = rows.astype(hidden.dtype)
+  logits = jnp.einsum(
+    "MD,VD->MV", hidden, rows, preferred_element_type="float32"
+  )
+  part = jax.lax.dynamic_slice_in_dim(bias, start, chunk_size)
+  logits = jnp.where(new, logits + part.astype(jnp.float32), _LOWEST)
+  return start, new, rows, logits
+
+
+def _forward(
+  chunk_size: int, hidden: Array, table: Array, bias: Array, tokens: Array
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+  """Returns both results [M], M = N*T, and what `_backward` needs."""
+
+  def add(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
+    largest, total, chosen, everything = carry
+    start, new, _, logits = _chunk(chunk_size, i, hidden, table, bias)
+    before, largest = largest, jnp.maximum(largest, jnp.max(logits, axis=-1))
+    total *= jnp.exp(before - largest)
+    total += jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1)
+    here = (tokens[:, None] == start + jnp.arange(chunk_size)) & new
+    chosen += jnp.sum(logits, axis=-1, where=here)
+    everything += jnp.sum(logits, axis=-1, where=new)
+    return (largest, total, chosen, everything), None
+
+  zeros = jnp.zeros(len(hidden), jnp.float32)
+  chunks = jnp.arange(-(-len(table) // chunk_size))
+  (largest, total, chosen, everything), _ = jax.lax.scan(
+    add, (zeros + _LOWEST, zeros, zeros, zeros), chunks
+  )
+  log_norm = largest + jnp.log(total)
+  results = chosen - log_norm, everything / len(table) - log_norm
+  return results, (hidden, table, bias, tokens, log_norm)
+
+
+def _backward(
+  chunk_size: int, saved: tuple[Array, ...], by_results: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None]:
+  """Returns gradients: of a logit, what the target gives minus probability."""
+  hidden, table, bias, tokens, log_norm = saved
+  by_chosen, by_mean = (by[:, None] for by in by_results)
+
+  def add(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
+    by_hidden, by_table, by_bias = carry
+    start, new, rows, logits = _chunk(chunk_size, i, hidden, table, bias)
+    here = tokens[:, None] == start + jnp.arange(chunk_size)
+    by_logits = jnp.where(here, by_chosen, 0.0) + by_mean / len(table)
+    by_logits -= (by_chosen + by_mean) * jnp.exp(logits - log_norm[:, None])
+    by_logits = jnp.where(new, by_logits, 0.0)
+    low = by_logits.astype(hidden.dtype)
+    by_hidden += jnp.einsum(
+      "MV,VD->MD", low, rows, preferred_element_type="float32"
+    )
+    by_rows = jnp.einsum(
+      "MV,MD->VD", low, hidden, preferred_element_type="float32"
+    )
+    part = jax.lax.dynamic_slice_in_dim(by_table, start, chunk_size)
+    by_table = jax.lax.dynamic_update_slice_in_dim(
+      by_table, part + by_rows, start, axis=0
+    )
+    part = jax.lax.dynamic_slice_in_dim(by_bias, start, chunk_size)
+    by_bias = jax.lax.dynamic_update_slice_in_dim(
+      by_bias, part + jnp.sum(by_logits, axis=0), start, axis=0
+    )
+    return (by_hidden, by_table, by_bias), None
+
+  start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (hidden, table, bias))
+  chunks = jnp.arange(-(-len(table) // chunk_size))
+  (by_hidden, by_table, by_bias), _ = jax.lax.scan(add, start, chunks)
+  return (
+    by_hidden.astype(hidden.dtype),
+    by_table.astype(table.dtype),
+    by_bias.astype(bias.dtype),
+    None,
+  )
+
+
+def _primal(*args: Any) -> tuple[Array, Array]:
+  return _forward(*args)[0]
+
+
+_log_probs = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_log_probs.defvjp(_forward, _backward)

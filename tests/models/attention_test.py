@@ -1,0 +1,223 @@
+"""Attention against loops over positions, and what masks and starts promise."""
+
+import functools
+import math
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rag_jax.models import attention as attention_lib
+from rag_jax.models.attention import Attention
+
+B, T, S, N, H = 2, 3, 4, 2, 3
+D = N * H
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def shapes(module, *args):
+  variables = jax.eval_shape(module.init, jax.random.key(0), *args)
+  return nn.meta.unbox(variables)["params"]
+
+
+def random_params(module, *args):
+  """Parameters none of which is 0 or 1, so that none can be forgotten."""
+  rng = np.random.default_rng(7)
+  return jax.tree.map(
+    lambda x: 0.7 * rng.normal(size=x.shape).astype(np.float32),
+    shapes(module, *args),
+  )
+
+
+def fresh_params(module, *args):
+  init = jax.jit(lambda *a: nn.meta.unbox(module.init(*a))["params"])
+  return jax.tree.map(np.array, init(jax.random.key(0), *args))
+
+
+def apply(module, params, *args, **kwargs):
+  run = jax.jit(functools.partial(module.apply, **kwargs))
+  return np.asarray(run({"params": params}, *args))
+
+
+def attention_by_hand(params, x, memory, mask):
+  """One head, question and key at a time."""
+  query, key, value, out = (
+    (params[name]["kernel"], params[name]["bias"])
+    for name in ("query", "key", "value", "out")
+  )
+  result = np.zeros(x.shape)
+  for b in range(len(x)):
+    for t in range(x.shape[1]):
+      for n in range(N):
+        q = x[b, t] @ query[0][:, n] + query[1][n]
+        weights, values = [], []
+        for s in range(memory.shape[1]):
+          if mask[b, min(t, mask.shape[1] - 1), s]:
+            k = memory[b, s] @ key[0][:, n] + key[1][n]
+            weights.append(math.exp(q @ k / math.sqrt(H)))
+            values.append(memory[b, s] @ value[0][:, n] + value[1][n])
+        for weight, v in zip(weights, values, strict=True):
+          result[b, t] += weight / sum(weights) * (v @ out[0][n])
+      result[b, t] += out[1]
+  return result
+
+
+ATTENTION = Attention(N, H, D, dtype=jnp.float32)
+X, MEMORY = normal(B, T, D), normal(B, S, D, seed=1)
+MASK = np.array(
+  [[[1, 1, 0, 1], [0, 1, 0, 0], [1, 1, 1, 1]], [[0, 0, 1, 1]] * 3], bool
+)
+
+
+@pytest.fixture(scope="module")
+def attention():
+  """A compiled `Attention`, and parameters for it."""
+  params = random_params(ATTENTION, X, MEMORY, MASK)
+  run = jax.jit(lambda *args: ATTENTION.apply({"params": params}, *args))
+  return params, lambda *args: np.asarray(run(*args))
+
+
+def test_attention_is_a_mixture_of_what_the_mask_allows(attention):
+  params, run = attention
+  expected = attention_by_hand(params, X, MEMORY, MASK)
+  np.testing.assert_allclose(run(X, MEMORY, MASK), expected, atol=1e-5)
+
+
+def test_one_row_of_mask_serves_all_positions(attention):
+  params, run = attention
+  mask = MASK[:, :1]
+  expected = attention_by_hand(params, X, MEMORY, mask)
+  np.testing.assert_allclose(run(X, MEMORY, mask), expected, atol=1e-5)
+  repeated = np.repeat(mask, T, axis=1)
+  np.testing.assert_allclose(
+    run(X, MEMORY, mask), run(X, MEMORY, repeated), atol=1e-6
+  )
+
+
+def test_what_is_masked_can_be_anything(attention):
+  _, run = attention
+  memory = np.where(MASK.any(axis=1)[:, :, None], MEMORY, 1e4)
+  assert np.any(memory != MEMORY)
+  np.testing.assert_array_equal(run(X, memory, MASK), run(X, MEMORY, MASK))
+  memory = MEMORY.copy()
+  memory[0, 2] = 1e4  # masked for the first two positions alone
+  before, after = run(X, MEMORY, MASK)[0], run(X, memory, MASK)[0]
+  np.testing.assert_array_equal(after[:2], before[:2])
+  assert np.any(after[2] != before[2])
+
+
+def test_a_position_that_may_look_at_nothing_is_finite(attention):
+  _, run = attention
+  assert np.all(np.isfinite(run(X, MEMORY, np.zeros_like(MASK))))
+
+
+def test_attention_in_bfloat16_is_close_and_keeps_float32_parameters():
+  low = Attention(N, H, D, dtype=jnp.bfloat16)
+  params = fresh_params(low, X, MEMORY, MASK)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
+  x, memory = 30 * X, 30 * MEMORY
+  result = apply(low, params, x, memory, MASK)
+  assert result.dtype == jnp.bfloat16
+  expected = apply(ATTENTION, params, x, memory, MASK)
+  np.testing.assert_allclose(
+    result.astype(np.float32), expected, atol=0.02 * np.abs(expected).max()
+  )
+
+
+def bucket_by_hand(offset, num_buckets, max_distance):
+  """T5's bucket: half for each side, of which half for single distances."""
+  half = num_buckets // 2
+  first = half if offset > 0 else 0
+  distance, exact = abs(offset), half // 2
+  if distance < exact:
+    return first + distance
+  # The others share the rest evenly in log(distance), up to max_distance.
+  fraction = math.log(distance / exact) / math.log(max_distance / exact)
+  bucket = exact + int(fraction * (half - exact) + 1e-9)
+  return first + min(bucket, half - 1)
+
+
+@pytest.mark.parametrize(
+  ("num_buckets", "max_distance"), [(32, 128), (8, 16), (4, 128)]
+)
+def test_relative_buckets_are_those_of_t5(num_buckets, max_distance):
+  offset = np.arange(-300, 301)[None]
+  buckets = jax.jit(
+    functools.partial(
+      attention_lib.relative_bucket,
+      num_buckets=num_buckets,
+      max_distance=max_distance,
+    )
+  )(offset)
+  expected = [
+    bucket_by_hand(o, num_buckets, max_distance) for o in offset[0].tolist()
+  ]
+  np.testing.assert_array_equal(buckets[0], expected)
+
+
+def test_relative_positions_add_a_bias_for_each_offset_and_head():
+  attention = Attention(N, H, D, relative_buckets=8, dtype=jnp.float32)
+  params = random_params(attention, X, X, np.ones((B, 1, T), bool))
+  for name in ("query", "key"):  # no content: the bias alone decides
+    params[name] = jax.tree.map(np.zeros_like, params[name])
+  bias = params["relative_bias"]
+  assert bias.shape == (8, N)
+  value = X @ params["value"]["kernel"].reshape(D, D)
+  value = value.reshape(B, T, N, H) + params["value"]["bias"]
+  expected = np.zeros((B, T, D)) + params["out"]["bias"]
+  for b in range(B):
+    for t in range(T):
+      for n in range(N):
+        weights = [
+          math.exp(bias[bucket_by_hand(s - t, 8, 128), n]) for s in range(T)
+        ]
+        for s in range(T):
+          expected[b, t] += (
+            weights[s]
+            / sum(weights)
+            * (value[b, s, n] @ params["out"]["kernel"][n])
+          )
+  result = apply(attention, params, X, X, np.ones((B, 1, T), bool))
+  np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_copying_attention_returns_what_it_looks_at():
+  copying = Attention(N, H, D, start="copy", dtype=jnp.float32)
+  params = fresh_params(copying, X, MEMORY, MASK)
+  looks_at = np.array([[3, 0, 2], [1, 1, 0]])
+  one = np.arange(S) == looks_at[:, :, None]  # B T S
+  result = apply(copying, params, X, MEMORY, one)
+  for b in range(B):
+    np.testing.assert_allclose(result[b], MEMORY[b, looks_at[b]], atol=1e-6)
+
+
+def test_copying_attention_looks_where_the_rolled_half_is_what_it_asks_for():
+  """Of `memory` rolled by D / 2, it prefers what is like the question."""
+  heads, width = 2, 16
+  dim = heads * width
+  copying = Attention(heads, width, dim, start="copy", dtype=jnp.float32)
+  signs = np.sign(normal(1, S, dim))
+  memory = np.roll(signs, dim // 2, axis=-1)
+  x = signs[:, [2, 0, 3]]
+  mask = np.ones((1, 1, S), bool)
+  result = apply(
+    copying, fresh_params(copying, x, memory, mask), x, memory, mask
+  )
+  np.testing.assert_allclose(result[0], memory[0, [2, 0, 3]], atol=0.05)
+
+
+def test_previous_attention_adds_the_token_before_rolled_by_half():
+  previous = Attention(
+    N, H, D, start="previous", relative_buckets=8, dtype=jnp.float32
+  )
+  mask = np.ones((B, 1, T), bool)
+  result = apply(previous, fresh_params(previous, X, X, mask), X, X, mask)
+  # exp(6) against 1 for each other position: all but 0.5 % of the weight.
+  for t in range(1, T):
+    expected = np.roll(X[:, t - 1], D // 2, axis=-1) / math.sqrt(D)
+    np.testing.assert_allclose(result[:, t], expected, atol=0.02)
