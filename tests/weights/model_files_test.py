@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from rag_jax import artifacts
-from rag_jax.training.model_files import load_model
-from rag_jax.training.model_files import save_model
+from rag_jax.weights.model_files import load_model
+from rag_jax.weights.model_files import save_model
 
 
 @pytest.fixture

@@ -19,6 +19,10 @@ from rag_jax import artifacts
 
 FORMAT = 1  # raise when the files below change meaning
 
+_REMEDY = (
+  "Run the training command of this workdir again: it goes on from the last"
+  " checkpoint and writes the model at the end."
+)
 _KIND = "model"
 _PARAMS = "params.safetensors"
 
@@ -47,21 +51,21 @@ def save_model(
   )
 
 
-def load_model(path: epath.PathLike) -> tuple[PyTree, dict[str, Any]]:
+def load_model(
+  path: epath.PathLike, remedy: str = _REMEDY
+) -> tuple[PyTree, dict[str, Any]]:
   """Returns the parameters and the content that `save_model` wrote.
+
+  Args:
+    path: of the model.
+    remedy: what to do if it is not whole, for the messages.
 
   Raises:
     FileNotFoundError: no model was saved there.
     ValueError: a file is missing, cut off or changed.
   """
   content = artifacts.read_manifest(
-    path,
-    kind=_KIND,
-    format=FORMAT,
-    remedy=(
-      "Run the training command of this workdir again: it goes on from the last"
-      " checkpoint and writes the model at the end."
-    ),
+    path, kind=_KIND, format=FORMAT, remedy=remedy
   )
   arrays = safetensors.numpy.load((epath.Path(path) / _PARAMS).read_bytes())
   params = {k: jax.numpy.asarray(v) for k, v in arrays.items()}

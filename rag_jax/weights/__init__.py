@@ -1,0 +1,1 @@
+"""OTHER PEOPLE'S CHECKPOINTS <-> our parameter trees."""

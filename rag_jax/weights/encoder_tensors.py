@@ -1,0 +1,199 @@
+"""The tensors of BERT and DPR, for an encoder's fields.
+
+In: an `EncoderConfig` whose sizes are known. Out: the rules of its parameters,
+under the names of `BertModel` and `DPRQuestionEncoder`.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import re
+
+from rag_jax.config import EncoderConfig
+from rag_jax.weights.mapping import Architecture
+from rag_jax.weights.mapping import Redundant
+from rag_jax.weights.mapping import Rule
+
+DPR_PREFIXES = {"question": "question_encoder.", "passage": "ctx_encoder."}
+
+_OLD_NORM = re.compile(r"(LayerNorm|layer_norm)\.(gamma|beta)$")
+
+
+def dense(
+  ours: str,
+  theirs: str,
+  inputs: tuple[int, ...],
+  outputs: tuple[int, ...],
+  use_bias: bool = True,
+) -> Iterator[Rule]:
+  """Yields kernel and bias of a dense layer over one or several axes."""
+  rows, columns = 1, 1
+  for size in outputs:
+    rows *= size
+  for size in inputs:
+    columns *= size
+  yield Rule(
+    f"{ours}/kernel",
+    f"{theirs}.weight",
+    (*inputs, *outputs),
+    (rows, columns),
+    transposed=True,
+  )
+  if use_bias:
+    yield Rule(f"{ours}/bias", f"{theirs}.bias", outputs, (rows,))
+
+
+def table(ours: str, theirs: str, rows: int, dim: int) -> Rule:
+  """Returns the rule of an embedding table."""
+  return Rule(f"{ours}/embedding", f"{theirs}.weight", (rows, dim), (rows, dim))
+
+
+def norm(
+  ours: str, theirs: str, dim: int, use_bias: bool = True
+) -> Iterator[Rule]:
+  """Yields scale and bias of a norm."""
+  yield Rule(f"{ours}/scale", f"{theirs}.weight", (dim,), (dim,))
+  if use_bias:
+    yield Rule(f"{ours}/bias", f"{theirs}.bias", (dim,), (dim,))
+
+
+def _bert_layer(e: EncoderConfig, i: int) -> Iterator[Rule]:
+  ours, theirs = f"layer_{i}", f"encoder.layer.{i}"
+  heads = (e.num_heads, e.embed_dim // e.num_heads)
+  dim, wide = (e.embed_dim,), (e.mlp_dim,)
+  for part in ("query", "key", "value"):
+    yield from dense(
+      f"{ours}/self_attention/{part}",
+      f"{theirs}.attention.self.{part}",
+      dim,
+      heads,
+    )
+  out = f"{theirs}.attention.output"
+  yield from dense(f"{ours}/self_attention/out", f"{out}.dense", heads, dim)
+  yield from norm(
+    f"{ours}/self_attention_norm", f"{out}.LayerNorm", e.embed_dim
+  )
+  yield from dense(f"{ours}/mlp/up", f"{theirs}.intermediate.dense", dim, wide)
+  yield from dense(f"{ours}/mlp/down", f"{theirs}.output.dense", wide, dim)
+  yield from norm(f"{ours}/mlp_norm", f"{theirs}.output.LayerNorm", e.embed_dim)
+
+
+def _bert(e: EncoderConfig, prefix: str) -> Iterator[Rule]:
+  d, theirs = e.embed_dim, "embeddings"
+  rules = [
+    table("token_embedding", f"{theirs}.word_embeddings", e.vocab_size, d),
+    table(
+      "position_embedding", f"{theirs}.position_embeddings", e.max_positions, d
+    ),
+    *norm("embedding_norm", f"{theirs}.LayerNorm", d),
+  ]
+  if e.num_token_types:
+    rules.append(
+      table(
+        "token_type_embedding",
+        f"{theirs}.token_type_embeddings",
+        e.num_token_types,
+        d,
+      )
+    )
+  for i in range(e.num_layers):
+    rules += _bert_layer(e, i)
+  if e.pooler:
+    rules += dense("pooler", "pooler.dense", (d,), (d,))
+  for rule in rules:
+    yield dataclasses.replace(rule, theirs=prefix + rule.theirs)
+
+
+def _bert_redundant(e: EncoderConfig, prefix: str) -> Iterator[Redundant]:
+  yield Redundant(
+    f"{prefix}embeddings.position_ids",
+    "counts the positions",
+    kind="positions",
+  )
+  if not e.num_token_types:  # BERT adds a row to every token, so one of zeros
+    yield Redundant(
+      f"{prefix}embeddings.token_type_embeddings.weight",
+      "zeros, because this encoder has no token types",
+      kind="zeros",
+      shape=(1, e.embed_dim),
+      written=True,
+    )
+
+
+def bert(e: EncoderConfig) -> Architecture:
+  """Returns BertModel, whose pooler is zero where the encoder has none."""
+  redundant = [
+    *_bert_redundant(e, ""),
+    Redundant(r"cls\..*", "the heads of BERT's own training"),
+  ]
+  if not e.pooler:
+    d = e.embed_dim
+    redundant += [
+      Redundant(
+        f"pooler.dense.{name}",
+        "zeros, because this encoder has no pooler",
+        kind="zeros",
+        shape=shape,
+        written=True,
+      )
+      for name, shape in (("weight", (d, d)), ("bias", (d,)))
+    ]
+  return Architecture("BertModel", tuple(_bert(e, "")), tuple(redundant))
+
+
+def dpr(e: EncoderConfig, role: str) -> Architecture:
+  """Returns DPRQuestionEncoder or, for passages, DPRContextEncoder.
+
+  The names are those below the prefix of its kind.
+  """
+  inner = "bert_model."
+  rules = list(_bert(e, inner))
+  if e.projection_dim:
+    rules += dense(
+      "projection", "encode_proj", (e.embed_dim,), (e.projection_dim,)
+    )
+  redundant = (
+    *_bert_redundant(e, inner),
+    Redundant(rf"{inner}pooler\..*", "DPR takes the first state as it is"),
+  )
+  name = {"question": "DPRQuestionEncoder", "passage": "DPRContextEncoder"}
+  return Architecture(name[role], tuple(rules), redundant)
+
+
+def old_spelling(name: str) -> str:
+  """Returns today's name of a tensor: a norm once had gamma and beta."""
+  new = {"gamma": "weight", "beta": "bias"}
+  return _OLD_NORM.sub(lambda m: f"{m[1]}.{new[m[2]]}", name)
+
+
+def bert_names(names: list[str]) -> Callable[[str], str]:
+  """Returns the renaming of a BERT, saved alone or inside a larger model."""
+  inside = any(name.startswith("bert.") for name in names)
+
+  def rename(name: str) -> str:
+    return old_spelling(name.removeprefix("bert.") if inside else name)
+
+  return rename
+
+
+def dpr_role(names: list[str], wanted: str) -> str:
+  """Returns whose encoder is among the tensors: `wanted`, or else the other."""
+  held = [
+    role
+    for role, prefix in DPR_PREFIXES.items()
+    if any(name.startswith(prefix) for name in names)
+  ]
+  return held[0] if held and wanted not in held else wanted
+
+
+def dpr_names(names: list[str], role: str) -> Callable[[str], str | None]:
+  """Returns the renaming of a DPR; of one that holds both, that of `role`."""
+  mine = DPR_PREFIXES[role]
+  inside = any(name.startswith(mine) for name in names)
+  other = tuple(p for p in DPR_PREFIXES.values() if p != mine)
+
+  def rename(name: str) -> str | None:
+    if inside and name.startswith(other):
+      return None
+    return old_spelling(name.removeprefix(mine) if inside else name)
+
+  return rename

@@ -1,0 +1,76 @@
+"""How a checkpoint wants to generate: generation_config.json.
+
+In: a checkpoint's directory. Out: its settings, by Hugging Face's names; from
+config.json where a checkpoint is older than that file.
+"""
+
+from collections.abc import Mapping
+import json
+import pathlib
+from typing import Any
+
+from rag_jax import artifacts
+from rag_jax.weights.config_values import SpecialIds
+from rag_jax.weights.directory import CheckpointDirectory
+
+GENERATION_CONFIG = "generation_config.json"
+
+# Those that a config.json of version 3 or 4 may hold.
+_NAMES = (
+  "bad_words_ids", "bos_token_id", "decoder_start_token_id", "do_sample",
+  "early_stopping", "eos_token_id", "forced_bos_token_id",
+  "forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens",
+  "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
+  "num_return_sequences", "pad_token_id", "repetition_penalty", "temperature",
+  "top_k", "top_p",
+)  # fmt: skip
+# A setting that is one of these counts as not given: version 4 wrote them all,
+# for RAG at both levels.
+_DEFAULTS = {
+  "do_sample": False, "early_stopping": False, "length_penalty": 1.0,
+  "max_length": 20, "min_length": 0, "no_repeat_ngram_size": 0, "num_beams": 1,
+  "num_return_sequences": 1, "repetition_penalty": 1.0, "temperature": 1.0,
+  "top_k": 50, "top_p": 1.0,
+}  # fmt: skip
+_BOOKKEEPING = ("_from_model_config", "transformers_version")
+
+
+def read_generation(
+  directory: CheckpointDirectory, *configs: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the settings that are given, without those that are null.
+
+  Args:
+    directory: of the checkpoint.
+    configs: where they stood before there was a generation_config.json; the
+      first that gives another than the default counts.
+  """
+  if directory.has(GENERATION_CONFIG):
+    configs = (directory.json(GENERATION_CONFIG),)
+    names = [name for name in configs[0] if name not in _BOOKKEEPING]
+  else:
+    names = list(_NAMES)
+  settings = {}
+  for name in names:
+    given = [c[name] for c in configs if c.get(name) is not None]
+    unusual = [x for x in given if x != _DEFAULTS.get(name)]
+    if given:
+      settings[name] = (unusual or given)[0]
+  return settings
+
+
+def write_generation(
+  path: pathlib.Path,
+  settings: Mapping[str, Any],
+  special_ids: SpecialIds,
+  decoder_start_id: int,
+) -> None:
+  """Writes generation_config.json to directory `path`."""
+  start = special_ids.eos if decoder_start_id < 0 else decoder_start_id
+  ids = special_ids.to_config()
+  ids["decoder_start_token_id"] = None if start < 0 else start
+  content = {k: v for k, v in ids.items() if v is not None} | dict(settings)
+  artifacts.write_atomically(
+    path / GENERATION_CONFIG,
+    json.dumps(content, indent=2, sort_keys=True) + "\n",
+  )

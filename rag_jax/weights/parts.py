@@ -1,0 +1,166 @@
+"""One model among the tensors of a checkpoint: an encoder or a generator.
+
+In: its config and the files that hold its tensors, maybe beside others. Out:
+what does not fit, or the model.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rag_jax.weights.config_values import ConfigValues
+from rag_jax.weights.directory import CheckpointDirectory
+from rag_jax.weights.encoder_configs import ENCODER_FIELDS
+from rag_jax.weights.encoder_configs import read_encoder_config
+from rag_jax.weights.encoder_configs import read_special_ids
+from rag_jax.weights.encoder_tensors import bert
+from rag_jax.weights.encoder_tensors import bert_names
+from rag_jax.weights.encoder_tensors import dpr
+from rag_jax.weights.encoder_tensors import dpr_names
+from rag_jax.weights.encoder_tensors import dpr_role
+from rag_jax.weights.generator_configs import LmHead
+from rag_jax.weights.generator_configs import explicit
+from rag_jax.weights.generator_configs import read_generator_config
+from rag_jax.weights.generator_configs import read_generator_ids
+from rag_jax.weights.generator_tensors import generator_architecture
+from rag_jax.weights.generator_tensors import generator_names
+from rag_jax.weights.generator_tensors import shared_table
+from rag_jax.weights.loaded import LoadedEncoder
+from rag_jax.weights.loaded import LoadedGenerator
+from rag_jax.weights.mapping import View
+from rag_jax.weights.mapping import problems
+from rag_jax.weights.mapping import take
+from rag_jax.weights.pooling_modules import Modules
+from rag_jax.weights.report import Report
+from rag_jax.weights.tensors import TensorFiles
+from rag_jax.weights.tokenizer_files import check_tokenizer
+
+Select = Callable[[str], str | None]  # a part's tensors, without its prefix
+
+
+def whole(name: str) -> str:
+  """Selects every tensor: the part is the whole."""
+  return name
+
+
+def _view(files: TensorFiles, select: Select, rename: Select) -> View:
+  def renamed(stored: str) -> str | None:
+    name = select(stored)
+    return None if name is None else rename(name)
+
+  return View(files, renamed)
+
+
+def _kind(is_dpr: bool, role: str, modules: Modules | None) -> str:
+  if is_dpr:
+    return "dpr_question" if role == "question" else "dpr_context"
+  return "sentence_transformers" if modules else "bert"
+
+
+class EncoderPart:
+  """BERT or DPR."""
+
+  def __init__(
+    self,
+    values: ConfigValues,
+    files: TensorFiles,
+    role: str,
+    select: Select = whole,
+    modules: Modules | None = None,
+  ):
+    is_dpr = values.text("model_type", "") == "dpr"
+    names = [name for name in map(select, files.names) if name is not None]
+    if is_dpr:
+      role = dpr_role(names, role)
+      rename = dpr_names(names, role)
+    else:
+      rename = bert_names(names)
+    self._view = _view(files, select, rename)
+    self.kind = _kind(is_dpr, role, modules)
+    fields = read_encoder_config(
+      values, has_pooler="pooler.dense.weight" in self._view
+    )
+    if modules is not None:
+      fields.pooling, fields.normalize = modules.pooling, modules.normalize
+    self._fields = fields
+    self._architecture = dpr(fields, role) if is_dpr else bert(fields)
+    self._values, self._modules = values, modules
+
+  @property
+  def name(self) -> str:
+    """Of its class in transformers."""
+    return self._architecture.name
+
+  def problems(self) -> list[str]:
+    """Returns what does not fit."""
+    return problems(self._view, self._architecture)
+
+  def load(
+    self, tokenizer: CheckpointDirectory | None, notes: Sequence[str] = ()
+  ) -> LoadedEncoder:
+    """Returns the encoder. Call it when there are no problems."""
+    note = ""
+    if tokenizer is not None:
+      note = check_tokenizer(tokenizer, self._fields.vocab_size, "encoder")
+    fields = {name: getattr(self._fields, name) for name in ENCODER_FIELDS}
+    taken = take(self._view, self._architecture)
+    told = self._modules.notes if self._modules else ()
+    return LoadedEncoder(
+      kind=self.kind,
+      fields=fields,
+      params=taken.params,
+      tokenizer=str(tokenizer.path) if tokenizer else "",
+      special_ids=read_special_ids(self._values),
+      max_tokens=self._modules.max_tokens if self._modules else 0,
+      report=Report.of(taken, note, *told, *notes),
+    )
+
+
+class GeneratorPart:
+  """BART, one of its relatives, or T5."""
+
+  def __init__(
+    self, values: ConfigValues, files: TensorFiles, select: Select = whole
+  ):
+    model_type = values.text("model_type", "")
+    names = [name for name in map(select, files.names) if name is not None]
+    self._view = _view(files, select, generator_names(names, model_type))
+    self._values = values
+    self._fields = read_generator_config(values, self._lm_head(model_type))
+    self._architecture = generator_architecture(self._fields, model_type)
+
+  def _lm_head(self, model_type: str) -> LmHead:
+    view, table = self._view, shared_table(model_type)
+    if "lm_head.weight" not in view:
+      return "absent"
+    if table not in view or view.equal("lm_head.weight", table):
+      return "copy"
+    return "own"
+
+  @property
+  def name(self) -> str:
+    """Of its class in transformers."""
+    return self._architecture.name
+
+  def problems(self) -> list[str]:
+    """Returns what does not fit."""
+    return problems(self._view, self._architecture)
+
+  def load(
+    self,
+    tokenizer: CheckpointDirectory | None,
+    generation: dict[str, Any],
+    notes: Sequence[str] = (),
+  ) -> LoadedGenerator:
+    """Returns the generator. Call it when there are no problems."""
+    note = ""
+    if tokenizer is not None:
+      note = check_tokenizer(tokenizer, self._fields.vocab_size, "generator")
+    taken = take(self._view, self._architecture)
+    return LoadedGenerator(
+      fields=explicit(self._fields),
+      params=taken.params,
+      tokenizer=str(tokenizer.path) if tokenizer else "",
+      special_ids=read_generator_ids(self._values),
+      generation=generation,
+      report=Report.of(taken, note, *notes),
+    )
