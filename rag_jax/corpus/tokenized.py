@@ -15,8 +15,11 @@ class TokenizedPassages:
   """Title, end token, text, end token of each passage, without a start token.
 
   Attributes:
-    tokens: ids, padded with the tokenizer's `pad_id`. [P, L - 1] int32
-    begins_word: whether a token begins a word. [P, L - 1] bool
+    passages: what was tokenised.
+    tokenizer: whose ids these are.
+    tokens: ids, padded with the tokenizer's `pad_id`. [P, L - 1] int32; [P, L]
+      if the tokenizer has no start token.
+    begins_word: whether a token begins a word. Shape of `tokens`, bool
     lengths: real tokens a row. [P] int32
     num_cut: passages longer than `length`, whose last tokens were dropped.
   """
@@ -25,7 +28,9 @@ class TokenizedPassages:
     self, passages: Sequence[Passage], tokenizer: Tokenizer, length: int
   ):
     """Tokenizes `passages`; `length` (L) counts a start token as well."""
-    width = length - 1
+    self.passages = passages
+    self.tokenizer = tokenizer
+    width = length - (tokenizer.bos_id is not None)
     titles, title_words = tokenizer.encode_words([p.title for p in passages])
     texts, text_words = tokenizer.encode_words([p.text for p in passages])
     self.tokens = np.full((len(passages), width), tokenizer.pad_id, np.int32)

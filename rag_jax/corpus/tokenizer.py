@@ -1,7 +1,7 @@
 """Text to token ids and back.
 
-In: text. Out: token ids without special tokens, which data/ adds where they
-belong. The one file that imports transformers, for its tokenizers alone.
+In: text. Out: token ids, mostly without special tokens, which data/ adds where
+they belong. The one file that imports transformers, for its tokenizers alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,9 +34,24 @@ _PIECES = r" ?\p{L}[\p{L}\p{M}]*| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
 # ("1,863", "Guinea-Bissau"); or one other character.
 _WORD = re.compile(r"[^\W_]+(?:[-'.,][^\W_]+)*|[^\s]")
 
+# Older checkpoints have the files of their kind of tokenizer instead of a
+# tokenizer.json, and often not even a name of it: facebook/rag-token-nq.
+_KINDS = {
+  ("vocab.txt",): "BertTokenizer",
+  ("vocab.json", "merges.txt"): "BartTokenizer",
+}
+
 
 class Tokenizer:
-  """A `transformers` tokenizer, reduced to what the project uses."""
+  """A `transformers` tokenizer, reduced to what the project uses.
+
+  Attributes:
+    vocab_size: number of ids, with the special ones.
+    pad_id: fills rows up.
+    bos_id: begins rows: BERT's [CLS]. None where there is none, as in T5.
+    eos_id: ends rows and their parts: BERT's [SEP].
+    mask_id: stands for what is left out.
+  """
 
   def __init__(self, backend: "transformers.PreTrainedTokenizerFast"):
     self._backend = backend
@@ -49,15 +64,21 @@ class Tokenizer:
     inner.no_padding()
     self.vocab_size = len(backend)
     self.pad_id = self._special("pad_token")
-    self.bos_id = self._special("bos_token", "cls_token")
+    self.bos_id = self._find("bos_token", "cls_token")
     self.eos_id = self._special("eos_token", "sep_token")
     self.mask_id = self._special("mask_token", "unk_token")
 
-  def _special(self, *names: str) -> int:
+  def _find(self, *names: str) -> int | None:
     for name in names:
       token_id = getattr(self._backend, f"{name}_id", None)
       if token_id is not None:
         return int(token_id)
+    return None
+
+  def _special(self, *names: str) -> int:
+    token_id = self._find(*names)
+    if token_id is not None:
+      return token_id
     raise ValueError(
       f"The tokenizer has no {' or '.join(names)}; batches need one. Add it to"
       " tokenizer_config.json, or train one with tokenizer.path=''."
@@ -98,12 +119,45 @@ class Tokenizer:
       )
     return [encoding.ids for encoding in encodings], begins
 
+  def encode_inputs(
+    self, texts: Sequence[str], length: int
+  ) -> tuple[list[list[int]], int]:
+    """Returns whole rows, with special tokens, and how many were cut.
+
+    The special tokens stand where the tokenizer's own files put them, as when
+    `transformers` calls it; a text is cut on the right, and they remain.
+
+    Args:
+      texts: of any length.
+      length: ids a row at most, special tokens included.
+    """
+    if not texts:
+      return [], 0
+    inner = self._backend.backend_tokenizer
+    room = max(length - inner.num_special_tokens_to_add(False), 0)
+    encodings = inner.encode_batch(list(texts), add_special_tokens=False)
+    num_cut = 0
+    for encoding in encodings:
+      if len(encoding.ids) > room:
+        num_cut += 1
+        encoding.truncate(room)
+    return [inner.post_process(e).ids for e in encodings], num_cut
+
   def decode(self, ids: Iterable[typing.SupportsInt]) -> str:
     """Returns the text of `ids`, without special tokens and outer spaces."""
     text = self._backend.backend_tokenizer.decode(
       [int(i) for i in ids], skip_special_tokens=True
     )
     return text.strip()
+
+  def decode_hf(self, ids: Iterable[typing.SupportsInt]) -> str:
+    """Returns what Hugging Face decodes, without special tokens.
+
+    Outer spaces stay, and spaces before punctuation go if the tokenizer's files
+    say clean_up_tokenization_spaces.
+    """
+    ids = [int(i) for i in ids]
+    return str(self._backend.decode(ids, skip_special_tokens=True))
 
   def tokens(self, ids: Iterable[typing.SupportsInt]) -> list[str]:
     """Returns the text of each id alone, to show it to a person."""
@@ -120,6 +174,25 @@ class Tokenizer:
     self._backend.save_pretrained(os.fspath(path))
 
 
+def _older_kind(path: epath.Path) -> str:
+  """Returns the class of the tokenizer in `path` without a tokenizer.json."""
+  for files, kind in _KINDS.items():
+    if all((path / file).exists() for file in files):
+      return kind
+  if (path / "spiece.model").exists():
+    raise FileNotFoundError(
+      f"{path} has a spiece.model, but no tokenizer.json, which is the only one"
+      " of the two that is read. Where sentencepiece is installed, write it:"
+      " transformers.AutoTokenizer.from_pretrained(path).save_pretrained(path)."
+    )
+  kinds = ", or ".join(" and ".join(files) for files in _KINDS)
+  raise FileNotFoundError(
+    f"No tokenizer.json in {path}. Expected a directory that a tokenizer was"
+    " saved to; set tokenizer.path to one, or to '' to train a tokenizer. (The"
+    f" files of older ones do as well: {kinds}.)"
+  )
+
+
 def load_tokenizer(path: epath.PathLike) -> Tokenizer:
   """Returns the tokenizer saved in directory `path`.
 
@@ -128,16 +201,15 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     ValueError: its files cannot be read.
   """
   path = epath.Path(path)
+  kind = "AutoTokenizer"
   if not (path / "tokenizer.json").exists():
-    raise FileNotFoundError(
-      f"No tokenizer.json in {path}. Expected a directory that a tokenizer was"
-      " saved to; set tokenizer.path to one, or to '' to train a tokenizer."
-    )
+    kind = _older_kind(path)
   # Imported here: it takes a second, which asking for --help should not.
   import transformers
 
+  loader = getattr(transformers, kind)
   try:
-    backend = transformers.AutoTokenizer.from_pretrained(
+    backend = loader.from_pretrained(
       os.fspath(path), local_files_only=True, trust_remote_code=False
     )
   except Exception as error:  # transformers raises bare Exception, and others

@@ -1,13 +1,22 @@
 """Questions and documents to the tokens that retriever and generator read.
 
-In: token ids of questions and answers, rows of the passages. Out: padded
-arrays with masks. The question comes first and is never cut for a passage;
-what is cut is counted.
+In: questions, numbers of passages. Out: padded arrays with masks. Where it
+says <s>, rows of a tokenizer without a start token begin with what follows.
 
-    context   <s> question </s> title </s> text </s>
-    question  <s> question </s>
-    passage   <s> title </s> text </s>
-    target    answer </s>
+    question  <s> question </s>                     the retriever's tokenizer
+    passage   <s> title </s> text </s>              the retriever's
+    target    answer </s>                           the generator's
+    context   <s> question </s> title </s> text </s>        the generator's
+
+That is the context of data.context_style="question_first": the question is as
+it was asked, and never cut for a passage. "rag" is what `RagRetriever` of
+Hugging Face makes, for models that were trained on it: one string with the
+generator's own special tokens around it,
+
+    prefix title title_sep text doc_sep question
+
+in which the question is what the retriever's tokenizer makes of its tokens
+(BERT's: lower case), and is the first to be cut. Whatever is cut is counted.
 """
 
 from collections.abc import Sequence
@@ -23,6 +32,28 @@ from rag_jax.data.substitution import substitute
 
 Tokens = np.ndarray  # int32
 Mask = np.ndarray  # bool
+Ids = list[int]  # of one text, without special tokens
+
+
+def rag_context(
+  title: str, text: str, question: str, config: DataConfig
+) -> str:
+  """Returns the string of a document and a question, as Hugging Face's is.
+
+  `RagRetriever.postprocess_docs`, transformers 5: one quote is taken from
+  either end of the title, and double spaces become single ones in one pass, so
+  that three become two.
+  """
+  title = title.removeprefix('"').removesuffix('"')
+  parts = (
+    config.context_prefix,
+    title,
+    config.title_sep,
+    text,
+    config.doc_sep,
+    question,
+  )
+  return "".join(parts).replace("  ", " ")
 
 
 class ContextBuilder:
@@ -37,71 +68,152 @@ class ContextBuilder:
     tokenizer: Tokenizer,
     passages: TokenizedPassages,
     config: DataConfig,
+    retriever_passages: TokenizedPassages | None = None,
   ):
+    """Keeps what the arrays are made of.
+
+    Args:
+      tokenizer: the generator's.
+      passages: tokenised with it. Contexts in the style "rag" are made of their
+        strings alone.
+      config: lengths and style.
+      retriever_passages: tokenised with the retriever's, if that is another.
+    """
     self._tokenizer = tokenizer
     self._passages = passages
     self._config = config
+    self._retriever_passages = retriever_passages or passages
+    self._retriever = self._retriever_passages.tokenizer
+    self._as_strings = config.context_style == "rag"
+    if not self._as_strings and passages.tokenizer is not tokenizer:
+      raise ValueError(
+        "The passages have ids of another tokenizer than the generator's, which"
+        " reads them. Expected passages tokenised with the generator's, and the"
+        " others as retriever_passages; or set data.context_style='rag'."
+      )
     self.counts = {"questions_cut": 0, "contexts_cut": 0, "targets_cut": 0}
 
+  @property
+  def one_tokenizer(self) -> bool:
+    """Whether retriever and generator have the same."""
+    return self._retriever is self._tokenizer
+
+  def encode_questions(
+    self, questions: Sequence[str]
+  ) -> tuple[list[Ids], list[Ids]]:
+    """Returns ids for `questions` and ids for `contexts`; often the same."""
+    ids = self._retriever.encode(questions)
+    if self.one_tokenizer or self._as_strings:
+      return ids, ids
+    return ids, self._tokenizer.encode(questions)
+
+  def retriever_ids(self, ids: Sequence[Ids]) -> list[Ids]:
+    """Returns ids of the generator's tokenizer as ids of the retriever's.
+
+    By way of their text, if these are two: special tokens are lost.
+    """
+    if self.one_tokenizer:
+      return list(ids)
+    return self._retriever.encode([self._tokenizer.decode(row) for row in ids])
+
+  def is_cut(self, question_ids: Ids, context_ids: Ids) -> bool:
+    """Returns whether a question is longer than one of its readers takes.
+
+    In a context of style "rag" it may be cut too, by its document: see
+    `counts`.
+    """
+    data = self._config
+    room = data.question_length - 1 - (self._retriever.bos_id is not None)
+    if len(question_ids) > room or self._as_strings:
+      return len(question_ids) > room
+    room = data.context_length - 1 - (self._tokenizer.bos_id is not None)
+    return len(context_ids) > room
+
   def _pad(
-    self, rows: Sequence[Sequence[int]], length: int, counter: str
+    self,
+    rows: Sequence[Sequence[int]],
+    length: int,
+    counter: str,
+    tokenizer: Tokenizer,
   ) -> tuple[Tokens, Mask]:
     """Returns rows [N, length] and their mask; cut rows keep the end token."""
-    tokens = np.full((len(rows), length), self._tokenizer.pad_id, np.int32)
+    tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
     mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
       if len(row) > length:
         self.counts[counter] += 1
-        row = [*row[: length - 1], self._tokenizer.eos_id]
+        row = [*row[: length - 1], tokenizer.eos_id]
       tokens[i, : len(row)] = row
       mask[i, : len(row)] = True
     return tokens, mask
 
-  def questions(self, question_ids: Sequence[list[int]]) -> tuple[Tokens, Mask]:
+  def questions(self, question_ids: Sequence[Ids]) -> tuple[Tokens, Mask]:
     """Returns what the question tower reads, [B, Q]."""
-    start, end = [self._tokenizer.bos_id], [self._tokenizer.eos_id]
-    rows = [start + ids + end for ids in question_ids]
-    return self._pad(rows, self._config.question_length, "questions_cut")
+    start, end = _start(self._retriever), [self._retriever.eos_id]
+    rows = [[*start, *ids, *end] for ids in question_ids]
+    return self._pad(
+      rows, self._config.question_length, "questions_cut", self._retriever
+    )
 
   def passages(self, rows: np.ndarray) -> tuple[Tokens, Mask]:
     """Returns what the passage tower reads, for passage numbers, [..., L]."""
-    body = self._passages.tokens[rows]
-    start = np.full((*body.shape[:-1], 1), self._tokenizer.bos_id, np.int32)
+    body = self._retriever_passages.tokens[rows]
+    first = _start(self._retriever)
+    start = np.broadcast_to(
+      np.array(first, np.int32), (*body.shape[:-1], len(first))
+    )
     tokens = np.concatenate([start, body], axis=-1)
     # With the start token, a row is one longer than its passage.
-    lengths = self._passages.lengths[rows][..., None] + 1
+    lengths = self._retriever_passages.lengths[rows][..., None] + len(first)
     return tokens, np.arange(tokens.shape[-1]) < lengths
 
-  def targets(self, answer_ids: Sequence[list[int]]) -> tuple[Tokens, Mask]:
+  def targets(self, answer_ids: Sequence[Ids]) -> tuple[Tokens, Mask]:
     """Returns what the generator must write, [B, T]."""
     rows = [[*ids, self._tokenizer.eos_id] for ids in answer_ids]
-    return self._pad(rows, self._config.target_length, "targets_cut")
+    return self._pad(
+      rows, self._config.target_length, "targets_cut", self._tokenizer
+    )
 
   def contexts(
     self,
-    question_ids: Sequence[list[int]],
+    question_ids: Sequence[Ids],
     rows: Int[np.ndarray, "B K"],
     changes: Sequence[Change] | None = None,
   ) -> tuple[Tokens, Mask]:
     """Returns what the generator reads: [B, K, C].
 
     Args:
-      question_ids: tokens of B questions.
+      question_ids: tokens of B questions, of the generator's tokenizer; in the
+        style "rag" of the retriever's. `encode_questions` gives the right ones.
       rows: passage numbers; K = 0 gives one context a question that holds the
         question alone.
       changes: what is put in the place of each question's answer.
+
+    Raises:
+      ValueError: changes in the style "rag", whose documents are strings.
     """
+    if self._as_strings:
+      if any(changes or ()):
+        raise ValueError(
+          "Answers are changed in the documents' tokens, but with"
+          " data.context_style='rag' the generator reads them as strings."
+          " Set data.substitute_answers=0.0 or"
+          " data.context_style='question_first'."
+        )
+      return self._string_contexts(question_ids, rows)
     length = self._config.context_length
     tokenizer = self._tokenizer
+    start = _start(tokenizer)
+    longest = length - len(start) - 1
     n_docs = max(rows.shape[1], 1)
     tokens = np.full(
       (len(question_ids), n_docs, length), tokenizer.pad_id, np.int32
     )
     mask = np.zeros(tokens.shape, bool)
     for b, ids in enumerate(question_ids):
-      if len(ids) > length - 2:
+      if len(ids) > longest:
         self.counts["contexts_cut"] += 1
-      head = [tokenizer.bos_id, *ids[: length - 2], tokenizer.eos_id]
+      head = [*start, *ids[:longest], tokenizer.eos_id]
       tokens[b, :, : len(head)] = head
       mask[b, :, : len(head)] = True
       room = length - len(head)
@@ -113,3 +225,31 @@ class ContextBuilder:
         tokens[b, k, len(head) : len(head) + len(body)] = body
         mask[b, k, len(head) : len(head) + len(body)] = True
     return tokens, mask
+
+  def _string_contexts(
+    self, question_ids: Sequence[Ids], rows: Int[np.ndarray, "B K"]
+  ) -> tuple[Tokens, Mask]:
+    """Returns contexts in the style "rag", [B, K, C]."""
+    data, retriever = self._config, self._retriever
+    # What the question tower sees of a question, back as text.
+    longest = data.question_length - len(_start(retriever)) - 1
+    questions = [retriever.decode_hf(ids[:longest]) for ids in question_ids]
+    strings = []
+    for question, docs in zip(questions, rows.tolist(), strict=True):
+      for row in docs:
+        doc = self._passages.passages[row]
+        strings.append(rag_context(doc.title, doc.text, question, data))
+      if not docs:
+        strings.append((data.context_prefix + question).replace("  ", " "))
+    ids, num_cut = self._tokenizer.encode_inputs(strings, data.context_length)
+    self.counts["contexts_cut"] += num_cut
+    tokens, mask = self._pad(
+      ids, data.context_length, "contexts_cut", self._tokenizer
+    )
+    shape = (len(questions), max(rows.shape[1], 1), data.context_length)
+    return tokens.reshape(shape), mask.reshape(shape)
+
+
+def _start(tokenizer: Tokenizer) -> Ids:
+  """Returns what rows begin with: the start token, if there is one."""
+  return [] if tokenizer.bos_id is None else [tokenizer.bos_id]

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 import numpy as np
 
 from rag_jax.config import Config
-from rag_jax.config import validate
+from rag_jax.config_rules import validate
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.passages import load_passages
 from rag_jax.corpus.tokenized import TokenizedPassages
@@ -24,6 +24,7 @@ from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data.batches import RagBatch
 from rag_jax.data.context import ContextBuilder
+from rag_jax.data.initial import Initial
 from rag_jax.data.questions import load_questions
 from rag_jax.models.partitioning import check_devices
 from rag_jax.models.partitioning import make_mesh
@@ -39,13 +40,23 @@ class Experiment:
 
   config: Config
   passages: Passages
-  tokenizer: Tokenizer
-  tokenized: TokenizedPassages
+  tokenizer: Tokenizer  # the generator's
+  tokenized: TokenizedPassages  # with the generator's
+  retriever_tokenizer: Tokenizer  # often the same
   context: ContextBuilder
   model: RagModel
   mesh: jax.sharding.Mesh
   embedder: Embedder
   index_builder: IndexBuilder
+  initial: Initial  # what the parameters start from, beside fresh ones
+
+  @property
+  def token_ids(self) -> str:
+    """Identifies what the token ids mean to retriever and generator."""
+    kinds = [self.tokenizer.fingerprint]
+    if self.retriever_tokenizer is not self.tokenizer:
+      kinds.append(self.retriever_tokenizer.fingerprint)
+    return "+".join(kinds)
 
   @property
   def closed_book(self) -> bool:
@@ -89,15 +100,17 @@ def open_experiment(
   tokenizer_path: epath.PathLike = "",
   passages: Passages | None = None,
   devices: Sequence[Any] | None = None,
+  initial: Initial | None = None,
 ) -> Experiment:
   """Opens what `config` names and builds what it describes.
 
   Args:
-    config: of the run.
+    config: of the run; of `load_initial`, if it starts from checkpoints.
     tokenizer_path: where the run keeps its tokenizer. If there is none yet, it
       is made as the config says and saved there. "" keeps it in memory.
     passages: instead of those that the config names.
     devices: of the mesh; by default all.
+    initial: checkpoints to start from.
 
   Raises:
     ValueError: settings, devices, passages and tokenizer do not fit together.
@@ -109,20 +122,39 @@ def open_experiment(
   if passages is None:
     passages = load_passages(config.data.passages)
   check_n_docs(config.data.n_docs, passages)
-  tokenizer = _open_tokenizer(config, passages, tokenizer_path)
-  tokenized = TokenizedPassages(passages, tokenizer, config.data.passage_length)
-  if tokenized.num_cut:
+  initial = initial or Initial()
+  tokenizer, retriever_tokenizer = _open_tokenizers(
+    config, passages, tokenizer_path, initial
+  )
+  _check_tables(config, tokenizer, retriever_tokenizer)
+  length = config.data.passage_length
+  tokenized = TokenizedPassages(passages, tokenizer, length)
+  retriever_tokenized = tokenized
+  if retriever_tokenizer is not tokenizer:
+    retriever_tokenized = TokenizedPassages(
+      passages, retriever_tokenizer, length
+    )
+  if retriever_tokenized.num_cut:
     logging.info(
       "%d of %d passages are longer than data.passage_length=%d tokens and"
       " were cut.",
-      tokenized.num_cut,
+      retriever_tokenized.num_cut,
       len(passages),
-      config.data.passage_length,
+      length,
     )
-  context = ContextBuilder(tokenizer, tokenized, config.data)
+  context = ContextBuilder(
+    tokenizer, tokenized, config.data, retriever_tokenized
+  )
+  if config.warmup.num_steps and not context.one_tokenizer:
+    raise ValueError(
+      f"warmup.num_steps={config.warmup.num_steps} needs one tokenizer for"
+      " retriever and generator, but each of their checkpoints has its own."
+      " Trained weights need no warm-up: set warmup.num_steps=0."
+    )
   model = build_model(
     config,
     vocab_size=tokenizer.vocab_size,
+    retriever_vocab_size=retriever_tokenizer.vocab_size,
     decoder_start_id=tokenizer.eos_id,  # as in BART
   )
   embedder = Embedder(model, config.index.embed_batch_size)
@@ -131,6 +163,7 @@ def open_experiment(
     passages=passages,
     tokenizer=tokenizer,
     tokenized=tokenized,
+    retriever_tokenizer=retriever_tokenizer,
     context=context,
     model=model,
     mesh=make_mesh(mesh_config, devices),
@@ -142,6 +175,7 @@ def open_experiment(
       passages.fingerprint,
       config.index,
     ),
+    initial=initial,
   )
 
 
@@ -155,19 +189,48 @@ def check_n_docs(n_docs: int, passages: Passages) -> None:
     )
 
 
-def _open_tokenizer(
-  config: Config, passages: Passages, path: epath.PathLike
-) -> Tokenizer:
+def _check_tables(
+  config: Config, tokenizer: Tokenizer, retriever_tokenizer: Tokenizer
+) -> None:
+  """Raises `ValueError` if a tokenizer has ids that no embedding is for."""
+  for name, table, ids in (
+    ("encoder", config.encoder.vocab_size, retriever_tokenizer.vocab_size),
+    ("generator", config.generator.vocab_size, tokenizer.vocab_size),
+  ):
+    if 0 < table < ids:
+      raise ValueError(
+        f"{name}.vocab_size={table} is below the {ids} ids of its tokenizer."
+        " Use the tokenizer that the checkpoint was trained with"
+        " (tokenizer.path=''), or a larger table."
+      )
+
+
+_RETRIEVER = "retriever"  # folder of the second tokenizer, if there are two
+
+
+def _open_tokenizers(
+  config: Config, passages: Passages, path: epath.PathLike, initial: Initial
+) -> tuple[Tokenizer, Tokenizer]:
+  """Returns the generator's tokenizer and the retriever's, often the same."""
   saved = epath.Path(path) if path else None
   if saved is not None and (saved / "tokenizer.json").exists():
-    return load_tokenizer(saved)
+    tokenizer = load_tokenizer(saved)
+    if (saved / _RETRIEVER).exists():
+      return tokenizer, load_tokenizer(saved / _RETRIEVER)
+    return tokenizer, tokenizer
+  found = [initial.tokenizer, initial.retriever_tokenizer]
   if config.tokenizer.path:
-    tokenizer = load_tokenizer(config.tokenizer.path)
-  else:
+    found = [config.tokenizer.path]
+  kinds = [load_tokenizer(name) for name in found if name]
+  if not kinds:
     texts = [f"{p.title} {p.text}" for p in passages]
     train = load_questions(config.data.questions, "train")
     texts += [q.question for q in train]
-    tokenizer = train_tokenizer(texts, config.tokenizer.vocab_size)
+    kinds = [train_tokenizer(texts, config.tokenizer.vocab_size)]
+  if kinds[0].fingerprint == kinds[-1].fingerprint:
+    kinds = kinds[:1]
   if saved is not None:
-    tokenizer.save(saved)
-  return tokenizer
+    if len(kinds) > 1:
+      kinds[1].save(saved / _RETRIEVER)
+    kinds[0].save(saved)
+  return kinds[0], kinds[-1]

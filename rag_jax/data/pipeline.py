@@ -70,7 +70,9 @@ class QuestionBatches:
         f"train.batch_size={batch_size} must be a multiple of the number of"
         f" processes ({process_count}), so that each loads an equal share."
       )
-    self._question_ids = tokenizer.encode([q.question for q in questions])
+    self._question_ids, self._context_ids = context.encode_questions(
+      [q.question for q in questions]
+    )
     # Every accepted answer is right; the first is the one to learn.
     self._answer_ids = tokenizer.encode([q.answers[0] for q in questions])
     self._context = context
@@ -128,7 +130,7 @@ class QuestionBatches:
         )
     changes = self._substitution.changes(step, rows, doc_ids)
     context_tokens, context_mask = self._context.contexts(
-      question_ids, doc_ids, changes
+      [self._context_ids[i] for i in rows], doc_ids, changes
     )
     target_tokens, target_mask = self._context.targets(
       [

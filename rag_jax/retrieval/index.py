@@ -11,7 +11,8 @@ from jaxtyping import Float, Int, Shaped
 import numpy as np
 
 from rag_jax import artifacts
-from rag_jax import config as config_lib
+from rag_jax.config import IndexConfig
+from rag_jax.config_rules import check_choice
 from rag_jax.retrieval import exact
 from rag_jax.retrieval import scann
 
@@ -59,7 +60,7 @@ def resolve_kind(kind: str) -> str:
   Raises:
     ValueError: `kind` is no choice, or "scann" without the package.
   """
-  problem = config_lib.check_choice("index.kind", kind, ["auto", *_KINDS])
+  problem = check_choice("index.kind", kind, ["auto", *_KINDS])
   if problem:
     raise ValueError(f"The config is not valid: {problem}")
   if kind == "auto":
@@ -79,7 +80,7 @@ def resolve_kind(kind: str) -> str:
 
 def build_index(
   embeddings: Shaped[np.ndarray, "..."],
-  config: config_lib.IndexConfig,
+  config: IndexConfig,
   *,
   encoder_fingerprint: str,
   passages_fingerprint: str,

@@ -253,7 +253,6 @@ def test_without_a_mask_token_the_unknown_one_stands_for_it(tmp_path):
   ("left_out", "named"),
   [
     (["pad_token"], "pad_token"),
-    (["cls_token"], "bos_token or cls_token"),
     (["sep_token"], "eos_token or sep_token"),
     (["mask_token", "unk_token"], "mask_token or unk_token"),
     (list(BERT), "pad_token"),
