@@ -13,7 +13,8 @@ from jaxtyping import Float, Int, PyTree
 import numpy as np
 
 from rag_jax.data.experiment import Experiment
-from rag_jax.decoding.greedy import make_greedy
+from rag_jax.decoding.rag import RagDecoder
+from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.retrieval.index import Index
 
 
@@ -26,7 +27,9 @@ class AnswerDoc:
   text: str
   score: float  # inner product of question and passage
   prior: float  # p(z|x), over the documents read
-  posterior: float  # p(z|x,y), one document for the whole answer
+  # p(z|x,y), one document for the whole answer. Where the decoder read all of
+  # them at once ("fid"), there is none: it is the prior.
+  posterior: float
   token_posteriors: tuple[float, ...]  # the same, for each token alone
 
 
@@ -48,19 +51,11 @@ class Answerer:
   """Retrieves, reads and writes, in batches of one shape."""
 
   def __init__(self, experiment: Experiment):
-    data = experiment.config.data
     self._tokenizer = experiment.tokenizer
     self._passages = experiment.passages
     self._context = experiment.context
     self._embedder = experiment.embedder
-    self._longest_question = min(data.question_length, data.context_length) - 2
-    self._decode = make_greedy(
-      experiment.model,
-      max_tokens=data.target_length,
-      start_id=self._tokenizer.eos_id,
-      end_id=self._tokenizer.eos_id,
-      pad_id=self._tokenizer.pad_id,
-    )
+    self._decode = make_decoder(experiment)
 
   def search(
     self,
@@ -70,7 +65,7 @@ class Answerer:
     n_docs: int,
   ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B R"]]:
     """Returns the passage numbers of each question, and its embedding."""
-    question_ids = self._tokenizer.encode(questions)
+    question_ids, _ = self._context.encode_questions(questions)
     tokens, mask = self._context.questions(question_ids)
     retriever = {k: v for k, v in params.items() if k != "generator"}
     embeddings = self._embedder.questions(retriever, tokens, mask)
@@ -116,7 +111,7 @@ class Answerer:
   ) -> list[Answer]:
     # Filled up with the last question, so that every batch has one shape.
     filled = questions + questions[-1:] * (batch_size - len(questions))
-    question_ids = self._tokenizer.encode(filled)
+    question_ids, context_ids = self._context.encode_questions(filled)
     if index is None:
       retrieved = np.zeros((batch_size, 0), np.int32)
       doc_scores = np.zeros((batch_size, 1), np.float32)
@@ -127,41 +122,110 @@ class Answerer:
         "BR,BKR->BK", embeddings, index.embeddings[retrieved[:, :n_docs]]
       )
     doc_ids = retrieved[:, :n_docs]
-    contexts, mask = self._context.contexts(question_ids, doc_ids)
+    contexts, mask = self._context.contexts(context_ids, doc_ids)
     out = self._decode(params, doc_scores, contexts, mask)
     if jax.process_count() > 1:
       out = multihost_utils.process_allgather(out, tiled=True)
-    out = {
-      f.name: np.asarray(getattr(out, f.name)) for f in dataclasses.fields(out)
-    }
+    tokens, lengths, log_probs, given = (
+      np.asarray(x)[:, 0]  # the best of each question
+      for x in (out.tokens, out.lengths, out.log_probs, out.token_log_probs)
+    )
+    explained = _explain(doc_scores, given, self._decode.mode)
     answers = []
     for b, question in enumerate(questions):
-      size = int(out["mask"][b].sum())
-      ids = out["tokens"][b, :size]
-      prior = np.exp(out["doc_log_probs"][b])
+      size = int(lengths[b])
+      ids = tokens[b, :size]
       docs = [
         AnswerDoc(
           id=self._passages[int(row)].id,
           title=self._passages[int(row)].title,
           text=self._passages[int(row)].text,
           score=float(doc_scores[b, k]),
-          prior=float(prior[k]),
-          posterior=float(out["posterior"][b, k]),
-          token_posteriors=tuple(out["token_posterior"][b, k, :size].tolist()),
+          prior=float(explained.prior[b, k]),
+          posterior=float(explained.posterior[b, k]),
+          token_posteriors=tuple(
+            explained.token_posterior[b, k, :size].tolist()
+          ),
         )
         for k, row in enumerate(doc_ids[b])
       ]
-      log_probs = out["token_log_probs"][b, :size]
       answers.append(
         Answer(
           question=question,
           text=self._tokenizer.decode(ids),
-          log_prob=float(log_probs.sum()),
+          log_prob=float(log_probs[b]),
           tokens=tuple(self._tokenizer.tokens(ids)),
-          token_log_probs=tuple(log_probs.tolist()),
+          token_log_probs=tuple(explained.token_log_probs[b, :size].tolist()),
           docs=tuple(sorted(docs, key=lambda doc: -doc.prior)),
-          question_cut=len(question_ids[b]) > self._longest_question,
+          question_cut=self._context.is_cut(question_ids[b], context_ids[b]),
           retrieved=tuple(retrieved[b].tolist()),
         )
       )
     return answers
+
+
+def make_decoder(experiment: Experiment) -> RagDecoder:
+  """Returns what decodes as the config says."""
+  config, tokenizer = experiment.config, experiment.tokenizer
+  decoding, generator = config.decoding, experiment.model.generator
+  settings = GenerationSettings(
+    max_new_tokens=config.data.target_length,
+    min_new_tokens=decoding.min_new_tokens,
+    num_beams=decoding.num_beams,
+    length_penalty=decoding.length_penalty,
+    no_repeat_ngram_size=decoding.no_repeat_ngram_size,
+    decoder_start_token_id=generator.decoder_start_id,
+    eos_token_id=(tokenizer.eos_id,),
+    pad_token_id=tokenizer.pad_id,
+  )
+  mode = config.loss if decoding.mode == "auto" else decoding.mode
+  return RagDecoder(generator, settings, mode)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Explained:
+  prior: np.ndarray  # [B, K] p(z|x)
+  posterior: np.ndarray  # [B, K] p(z | x, y)
+  token_posterior: np.ndarray  # [B, K, T] p(z | x, y_t), a token alone
+  token_log_probs: np.ndarray  # [B, T] log p(y_t | x, y_<t)
+
+
+def _explain(
+  doc_scores: Float[np.ndarray, "B K"],
+  given: Float[np.ndarray, "B k T"],
+  mode: str,
+) -> _Explained:
+  """Returns what each document had to do with an answer.
+
+  `given` is log p(y_t | x, z, y_<t), of one document if only one was read.
+
+  On the host: a few hundred numbers, for which a program of their own would
+  have to be compiled for each shape.
+  """
+  log_prior = _log_softmax(doc_scores, axis=1)  # B K
+  num_docs = log_prior.shape[1]
+  if given.shape[1] != num_docs:
+    prior = np.exp(log_prior)
+    posterior = prior
+    if mode == "single":
+      posterior = np.eye(num_docs)[np.argmax(doc_scores, axis=1)]
+    shape = (*prior.shape, given.shape[2])
+    by_token = np.broadcast_to(posterior[..., None], shape)
+    return _Explained(prior, posterior, by_token, given[:, 0])
+  joint = log_prior[..., None] + given
+  so_far = log_prior[..., None] + np.cumsum(given, axis=2)  # B K T
+  if mode == "rag_token":
+    token_log_probs = np.logaddexp.reduce(joint, axis=1)
+  else:  # what is likely next, from the documents that explain what came before
+    until = np.logaddexp.reduce(so_far, axis=1)
+    token_log_probs = np.diff(until, axis=1, prepend=0.0)
+  return _Explained(
+    prior=np.exp(log_prior),
+    posterior=np.exp(_log_softmax(so_far[..., -1], axis=1)),
+    token_posterior=np.exp(_log_softmax(joint, axis=1)),
+    token_log_probs=token_log_probs,
+  )
+
+
+def _log_softmax(x: np.ndarray, axis: int) -> np.ndarray:
+  return x - np.logaddexp.reduce(x, axis=axis, keepdims=True)

@@ -1,0 +1,146 @@
+"""RAG-Sequence's candidates, scored under every document in one pass.
+
+In: sequences that the beams of some document wrote. Out: log-probabilities of
+their tokens under each document. Candidates that begin alike share what they
+share: the decoder reads each prefix once, as a node of a tree that looks at
+its ancestors.
+"""
+
+import typing
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+from rag_jax.decoding.scorers import log_norm
+from rag_jax.models.generator import Generator
+
+_VOCAB_CHUNK = 8192  # logits of all nodes exist for so many tokens at a time
+
+
+# Unchecked, because JAX makes it of shapes and of numpy's arrays too.
+@typing.no_type_check
+@flax.struct.dataclass
+class CandidateTree:
+  """The different prefixes of a question's candidates, M nodes.
+
+  Node 0 is the start token alone. Nodes that fill up look at the start alone.
+  """
+
+  tokens: Int[Array, "B M"]  # the last token of the prefix
+  depths: Int[Array, "B M"]  # its position
+  seen: Bool[Array, "B M M"]  # ancestors and itself
+  parents: Int[Array, "B C T"]  # what candidate c knows before t
+
+
+def bucket(size: int, most: int) -> int:
+  """Returns `size` or little more, one of few numbers: each is compiled.
+
+  They grow by a third or a half: 16, 24, 32, 48, 64, 96 and on.
+  """
+  power = 16
+  while power < size:
+    if power * 3 // 2 >= size:
+      return min(power * 3 // 2, most)
+    power *= 2
+  return min(power, most)
+
+
+def build_tree(
+  tokens: Int[np.ndarray, "B C T"],
+  lengths: Int[np.ndarray, "B C"],
+  start_id: int,
+) -> CandidateTree:
+  """Returns the tree of the first `lengths` tokens of each candidate."""
+  b, c, t = tokens.shape
+  parents = np.zeros((b, c, t), np.int32)
+  trees = []
+  for row in range(b):
+    children: dict[tuple[int, int], int] = {}
+    nodes = [(start_id, 0, 0)]  # token, depth, parent
+    for i in range(c):
+      node = 0
+      length = int(lengths[row, i])
+      for depth, token in enumerate(tokens[row, i, :length].tolist()):
+        parents[row, i, depth] = node
+        if depth + 1 == length:
+          break  # nothing follows the last token
+        child = children.get((node, token))
+        if child is None:
+          child = children[node, token] = len(nodes)
+          nodes.append((token, depth + 1, node))
+        node = child
+    trees.append(nodes)
+  size = bucket(max(len(nodes) for nodes in trees), 1 + c * (t - 1))
+  filled = np.array(
+    [nodes + [(start_id, 0, 0)] * (size - len(nodes)) for nodes in trees],
+    np.int32,
+  )  # B M 3
+  seen = np.zeros((b, size, size), bool)
+  for node in range(size):  # parents come before their children
+    seen[:, node] = seen[np.arange(b), filled[:, node, 2]]
+    seen[:, node, node] = True
+  return CandidateTree(
+    *map(jnp.asarray, (filled[..., 0], filled[..., 1], seen, parents))
+  )
+
+
+def score_tree(
+  generator: Generator,
+  tree: CandidateTree,
+  targets: Int[Array, "B C T"],
+  memory: Float[Array, "B K S D"],
+  memory_mask: Bool[Array, "B K S"],
+) -> tuple[Float[Array, "B C T K"], Float[Array, "B C T K"]]:
+  """Returns log p(y_t | x, z, y_<t) and the sum of it over the vocabulary.
+
+  A method for `generator.apply`. What stands behind a candidate's end has some
+  value. The sum is what Hugging Face's label smoothing needs; it costs nothing.
+  """
+  states = generator.tree_states(
+    tree.tokens, tree.depths, tree.seen, memory, memory_mask
+  )
+  states = generator.output_states(states)  # B K M D
+  table, bias = generator.output_table(), generator.output_bias()
+  v = len(table)
+  bias = jnp.zeros(v) if bias is None else bias.astype(jnp.float32)
+  norm = _chunked_norm(states, table, bias)  # B K M
+
+  b, c, t = targets.shape
+  flat = tree.parents.reshape(b, 1, c * t)
+  known = jnp.take_along_axis(states, flat[..., None], axis=2)
+  known = known.reshape(b, -1, c, t, states.shape[-1])
+  norm = jnp.take_along_axis(norm, flat, axis=2).reshape(b, -1, c, t)
+  rows = table[targets].astype(states.dtype)
+  chosen = jnp.einsum(
+    "BKCTD,BCTD->BCTK", known, rows, preferred_element_type=jnp.float32
+  )
+  norm = jnp.moveaxis(norm, 1, -1)  # B C T K
+  log_probs = chosen + bias[targets][..., None] - norm
+  total = jnp.einsum(
+    "BKCTD,D->BCTK",
+    known,
+    jnp.sum(table.astype(states.dtype), axis=0, dtype=jnp.float32),
+    preferred_element_type=jnp.float32,
+  )
+  return log_probs, total + jnp.sum(bias) - v * norm
+
+
+def _chunked_norm(
+  states: Float[Array, "B K M D"],
+  table: Float[Array, "V D"],
+  bias: Float[Array, "V"],
+) -> Float[Array, "B K M"]:
+  """Returns logsumexp of all logits, of which a chunk exists at a time."""
+  norms = []
+  for start in range(0, len(table), _VOCAB_CHUNK):
+    part = table[start : start + _VOCAB_CHUNK].astype(states.dtype)
+    logits = jnp.einsum(
+      "BKMD,VD->BKMV", states, part, preferred_element_type=jnp.float32
+    )
+    norms.append(log_norm(logits + bias[start : start + _VOCAB_CHUNK]))
+    # One after the other: together they would need the memory of all.
+    states, norms[-1] = jax.lax.optimization_barrier((states, norms[-1]))
+  return jax.nn.logsumexp(jnp.stack(norms), axis=0)

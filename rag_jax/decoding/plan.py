@@ -1,0 +1,236 @@
+"""A way to decode as compiled functions: encode, search, rank.
+
+In: parameters and arrays. Out: arrays. What is static stands in a `Plan` or in
+settings, so decoders that are alike share what was compiled for one of them.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from rag_jax.decoding.candidates import CandidateTree
+from rag_jax.decoding.candidates import score_tree
+from rag_jax.decoding.logits import PrefixTrie
+from rag_jax.decoding.ranking import Generated
+from rag_jax.decoding.ranking import HfParity
+from rag_jax.decoding.ranking import rank_fast
+from rag_jax.decoding.ranking import rank_thorough
+from rag_jax.decoding.scorers import DocScorer
+from rag_jax.decoding.scorers import sequence_log_probs
+from rag_jax.decoding.search import Found
+from rag_jax.decoding.search import Search
+from rag_jax.decoding.search import SearchState
+from rag_jax.decoding.settings import GenerationSettings
+from rag_jax.losses import doc_log_prior
+from rag_jax.models.generator import Generator
+
+# Of a row of the search: B questions of K documents, or B*K of one.
+Memory = Float[Array, "B K S D"]
+Mask = Bool[Array, "B K S"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a compiled search is made for."""
+
+  generator: Generator
+  settings: GenerationSettings
+  marginal: bool  # over K documents at each token; otherwise K = 1
+  hf_parity: bool = False  # see `Search`
+
+  def search(
+    self,
+    params: PyTree,
+    doc_log_probs: Float[Array, "B K"] | None,
+    trie: PrefixTrie | None,
+  ) -> Search:
+    """Returns the search, inside a traced function."""
+    scorer = DocScorer(
+      self.generator,
+      params,
+      doc_log_probs if self.marginal else None,
+      normalize=self.settings.num_beams > 1,
+    )
+    return Search(self.settings, scorer, trie, hf_parity=self.hf_parity)
+
+  def start(
+    self,
+    search: Search,
+    params: PyTree,
+    memory: Memory,
+    memory_mask: Mask,
+    key: Any,
+  ) -> SearchState:
+    """Returns the state before the first token, inside a traced function."""
+    cache = self.generator.apply(
+      {"params": params},
+      memory,
+      memory_mask,
+      search.width,
+      self.settings.num_steps,
+      method="init_cache",
+    )
+    b, k = memory.shape[:2]
+    return search.start(cache, b, k, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(
+  generator: Generator,
+  params: PyTree,
+  context_tokens: Int[Array, "B K C"],
+  context_mask: Bool[Array, "B K C"],
+) -> Float[Array, "B K C D"]:
+  """Returns what the decoder looks at, for each context."""
+  b, k, c = context_tokens.shape
+  memory = generator.apply(
+    {"params": params},
+    context_tokens.reshape(b * k, c),
+    context_mask.reshape(b * k, c),
+    method="encode",
+  )
+  return jnp.asarray(memory).reshape(b, k, c, -1)
+
+
+@jax.jit
+def best_doc(
+  doc_scores: Float[Array, "B K"],
+  context_tokens: Int[Array, "B K C"],
+  context_mask: Bool[Array, "B K C"],
+) -> tuple[Float[Array, "B 1"], Int[Array, "B 1 C"], Bool[Array, "B 1 C"]]:
+  """Returns the arrays of the document with the highest score."""
+  rows = jnp.arange(len(doc_scores))
+  best = jnp.argmax(doc_scores, axis=1)
+  return (
+    doc_scores[rows, best][:, None],
+    context_tokens[rows, best][:, None],
+    context_mask[rows, best][:, None],
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(
+  plan: Plan,
+  params: PyTree,
+  trie: PrefixTrie | None,
+  doc_scores: Float[Array, "B K"],
+  memory: Memory,
+  memory_mask: Mask,
+  key: Any,
+) -> Generated:
+  """Searches with all documents of a question together."""
+  prior = doc_log_prior(doc_scores)
+  search = plan.search(params, prior, trie)
+  state = plan.start(search, params, memory, memory_mask, key)
+  state = search.advance(state, plan.settings.num_steps)
+  return summarize(search.finish(state), prior)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def begin(
+  plan: Plan,
+  params: PyTree,
+  memory: Memory,
+  memory_mask: Mask,
+  key: Any,
+  trie: PrefixTrie | None,
+) -> SearchState:
+  """Returns the state of `decode` before the first token."""
+  search = plan.search(params, None, trie)
+  return plan.start(search, params, memory, memory_mask, key)
+
+
+# The state's arrays are used again: a cache is as large as the model's memory.
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+def advance(
+  plan: Plan,
+  params: PyTree,
+  trie: PrefixTrie | None,
+  doc_scores: Float[Array, "B K"],
+  state: SearchState,
+  limit: int | Int[Array, ""],
+) -> SearchState:
+  """Returns the state of `decode` when `limit` tokens are written."""
+  search = plan.search(params, doc_log_prior(doc_scores), trie)
+  return search.advance(state, limit)
+
+
+def summarize(found: Found, doc_log_probs: Float[Array, "B K"]) -> Generated:
+  """Returns what a search with all documents together found."""
+  return Generated(
+    tokens=found.tokens,
+    lengths=found.lengths,
+    log_probs=sequence_log_probs(doc_log_probs, found.evidence),
+    scores=found.scores,
+    doc_log_probs=doc_log_probs,
+    token_log_probs=jnp.swapaxes(found.evidence, 2, 3),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def find_candidates(
+  plan: Plan,
+  params: PyTree,
+  trie: PrefixTrie | None,
+  memory: Memory,
+  memory_mask: Mask,
+  key: Any,
+) -> Found:
+  """Searches with each document alone; R = K * W, the first one's first."""
+  b, k, s, d = memory.shape
+  search = plan.search(params, None, trie)
+  state = plan.start(
+    search,
+    params,
+    memory.reshape(b * k, 1, s, d),
+    memory_mask.reshape(b * k, 1, s),
+    key,
+  )
+  found = search.finish(search.advance(state, plan.settings.num_steps))
+  return jax.tree.map(lambda x: x.reshape(b, -1, *x.shape[2:]), found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def rank_without_pass(
+  settings: GenerationSettings,
+  doc_scores: Float[Array, "B K"],
+  candidates: Found,
+) -> Generated:
+  """Ranks candidates by what the beams that wrote them say."""
+  return rank_fast(doc_log_prior(doc_scores), candidates, settings)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def score_and_rank(
+  generator: Generator,
+  settings: GenerationSettings,
+  parity: HfParity | None,
+  params: PyTree,
+  doc_scores: Float[Array, "B K"],
+  memory: Memory,
+  memory_mask: Mask,
+  candidates: Found,
+  tree: CandidateTree,
+) -> Generated:
+  """Scores every candidate under every document, and ranks them."""
+  scored: Any = generator.apply(
+    {"params": params},
+    tree,
+    candidates.tokens,
+    memory,
+    memory_mask,
+    method=score_tree,
+  )
+  return rank_thorough(
+    doc_log_prior(doc_scores),
+    candidates,
+    scored[0],
+    scored[1],
+    settings,
+    generator.vocab_size,
+    parity,
+  )

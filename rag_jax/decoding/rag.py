@@ -1,0 +1,241 @@
+"""Decoding with documents: RAG-Token, RAG-Sequence, FiD, or one document.
+
+In: parameters, doc_scores [B, K] and contexts [B, K, C]. Out: `Generated`: for
+each question R sequences, log p(y|x), and what each document gave each token.
+Contexts are encoded once; candidates are scored from what was encoded.
+
+Sources: RAG-Token and RAG-Sequence, Lewis et al. 2020,
+https://arxiv.org/abs/2005.11401, section 2.5; FiD, Izacard and Grave 2020,
+https://arxiv.org/abs/2007.01282, section 3.
+"""
+
+import dataclasses
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+import numpy as np
+
+from rag_jax.decoding import plan as compiled
+from rag_jax.decoding.candidates import build_tree
+from rag_jax.decoding.logits import PrefixTrie
+from rag_jax.decoding.plan import Plan
+from rag_jax.decoding.ranking import Generated
+from rag_jax.decoding.ranking import HfParity
+from rag_jax.decoding.settings import GenerationSettings
+from rag_jax.models.generator import Generator
+
+# "rag_token": each token may come from another document.
+# "rag_sequence": thorough; the candidates of each document's beams are scored
+#   under all documents.
+# "rag_sequence_fast": a document gives nothing to what its beams did not write.
+# "fid": the decoder looks at all documents at once.
+# "single": the document with the highest score alone.
+MODES = ("rag_token", "rag_sequence", "rag_sequence_fast", "fid", "single")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A batch of questions, encoded."""
+
+  params: PyTree  # of the generator
+  doc_scores: Float[Array, "B K"]
+  memory: Float[Array, "B K S D"]
+  memory_mask: Bool[Array, "B K S"]
+
+
+class RagDecoder:
+  """One way to decode, compiled once for each shape of its inputs.
+
+  Its `log_probs` are log p(y|x) with the end token, whatever the settings did
+  to the scores that were searched by. In mode "rag_sequence" they are exact,
+  in "rag_sequence_fast" a lower bound.
+  """
+
+  def __init__(
+    self,
+    generator: Generator,
+    settings: GenerationSettings,
+    mode: str = "rag_token",
+    *,
+    trie: PrefixTrie | None = None,
+    hf_parity: HfParity | None = None,
+  ):
+    """Prepares a decoder.
+
+    Args:
+      generator: whose parameters are passed to each call.
+      settings: how to search. `decoder_start_token_id` defaults to the
+        generator's; in the modes of RAG-Sequence `num_return_sequences` counts
+        the ranked candidates, of which there are K * num_beams at most.
+      mode: one of `MODES`.
+      trie: what may be written; None: anything.
+      hf_parity: reproduces Hugging Face's ranking of RAG-Sequence, and what it
+        writes behind the end of a beam if the padding is token 0.
+
+    Raises:
+      ValueError: unknown mode, or settings that cannot work.
+    """
+    if mode not in MODES:
+      raise ValueError(
+        f"mode={mode!r} is no way to decode, expected one of {list(MODES)}."
+        " Choose one."
+      )
+    if settings.decoder_start_token_id is None:
+      start = generator.decoder_start_id
+      settings = dataclasses.replace(settings, decoder_start_token_id=start)
+    self.mode = mode
+    self.settings = settings
+    self.trie = trie
+    self._parity = hf_parity
+    self._by_sequence = mode in ("rag_sequence", "rag_sequence_fast")
+    searched = dataclasses.replace(settings, seed=0)
+    if self._by_sequence:  # every beam is a candidate
+      searched = dataclasses.replace(
+        searched, num_return_sequences=settings.num_beams
+      )
+    learned = generator.positions == "learned"
+    searched.validate(
+      vocab_size=generator.vocab_size,
+      max_positions=generator.max_positions if learned else 0,
+    )
+    self.plan = Plan(
+      generator, searched, mode == "rag_token", hf_parity is not None
+    )
+    # What ranking depends on, so that it is compiled once for many searches.
+    self._ranking = GenerationSettings(
+      num_return_sequences=settings.num_return_sequences,
+      do_deduplication=settings.do_deduplication,
+      pad_token_id=settings.pad_id,
+      bos_token_id=settings.bos_token_id,
+    )
+
+  def __call__(
+    self,
+    params: PyTree,
+    doc_scores: Float[Array | np.ndarray, "B K"],
+    context_tokens: Int[Array | np.ndarray, "B K C"],
+    context_mask: Bool[Array | np.ndarray, "B K C"],
+    *,
+    seed: int | None = None,
+  ) -> Generated:
+    """Returns what is written for each question.
+
+    Args:
+      params: of the whole model; the generator's stand under "generator".
+      doc_scores: inner products of question and document, best first: with
+        `settings.n_docs` only the first documents are read.
+      context_tokens: document and question as the generator reads them.
+      context_mask: True on real tokens.
+      seed: of sampling; None: that of the settings.
+
+    Raises:
+      ValueError: more documents are wanted than there are, or more sequences
+        than there will be candidates.
+    """
+    inputs = doc_scores, context_tokens, context_mask
+    key = self.key(seed)
+    if self.mode == "rag_sequence":
+      return self._thorough(params, inputs, key)
+    batch = self.prepare(params, *inputs)
+    rows = batch.memory, batch.memory_mask, key
+    if self.mode == "rag_sequence_fast":
+      found = compiled.find_candidates(
+        self.plan, batch.params, self.trie, *rows
+      )
+      return compiled.rank_without_pass(self._ranking, batch.doc_scores, found)
+    return compiled.decode(
+      self.plan, batch.params, self.trie, batch.doc_scores, *rows
+    )
+
+  def key(self, seed: int | None = None) -> Array:
+    """Returns the key of the random numbers of a call."""
+    return jax.random.key(self.settings.seed if seed is None else seed)
+
+  def prepare(
+    self,
+    params: PyTree,
+    doc_scores: Float[Array | np.ndarray, "B K"],
+    context_tokens: Int[Array | np.ndarray, "B K C"],
+    context_mask: Bool[Array | np.ndarray, "B K C"],
+  ) -> Prepared:
+    """Returns the documents that are read, encoded as the mode reads them."""
+    params = params["generator"]
+    num_docs = self._check_docs(context_tokens.shape[1])
+    scores, tokens, mask = (
+      _first(x, num_docs) for x in (doc_scores, context_tokens, context_mask)
+    )
+    if self.mode == "single":
+      scores, tokens, mask = compiled.best_doc(scores, tokens, mask)
+    memory = compiled.encode(self.plan.generator, params, tokens, mask)
+    if self.mode == "fid":  # one document, as long as all of them
+      b, _, _, d = memory.shape
+      memory, mask = memory.reshape(b, 1, -1, d), mask.reshape(b, 1, -1)
+      scores = jnp.zeros((b, 1))
+    return Prepared(params, scores, memory, mask)
+
+  def _check_docs(self, num_retrieved: int) -> int:
+    """Returns how many documents are read, of those that were retrieved."""
+    self.plan.settings.validate(num_retrieved=num_retrieved)
+    num_docs = self.settings.n_docs or num_retrieved
+    most = num_docs * self.settings.num_beams
+    if self._by_sequence and self.settings.num_return_sequences > most:
+      raise ValueError(
+        f"num_return_sequences={self.settings.num_return_sequences} is above"
+        f" the {most} candidates of {num_docs} documents with num_beams="
+        f"{self.settings.num_beams}. Raise num_beams, or ask for fewer."
+      )
+    if self._parity and (self._parity.n_docs or 0) > num_retrieved:
+      raise ValueError(
+        f"HfParity(n_docs={self._parity.n_docs}) ranks with more documents than"
+        f" the {num_retrieved} that were retrieved. Retrieve as many."
+      )
+    return num_docs
+
+  def _thorough(self, params: PyTree, inputs: tuple, key: Array) -> Generated:
+    """Searches, builds the tree of prefixes on the host, and ranks."""
+    params, parity = params["generator"], self._parity
+    generator = self.plan.generator
+    num_docs = self._check_docs(inputs[1].shape[1])
+    ranked = (parity and parity.n_docs) or num_docs
+    scores, tokens, mask = (_first(x, max(num_docs, ranked)) for x in inputs)
+    memory = compiled.encode(generator, params, tokens, mask)
+    searched, searched_mask = memory, mask
+    if parity:
+      searched_mask = jnp.ones_like(mask)
+      searched = compiled.encode(generator, params, tokens, searched_mask)
+    found = compiled.find_candidates(
+      self.plan,
+      params,
+      self.trie,
+      _first(searched, num_docs),
+      _first(searched_mask, num_docs),
+      key,
+    )
+    written, lengths = found.tokens, found.lengths
+    if jax.process_count() > 1:
+      written, lengths = multihost_utils.process_allgather(
+        (written, lengths), tiled=True
+      )
+    lengths = np.asarray(lengths)
+    if parity:  # what stands behind the end may count
+      longest = lengths.max(axis=1, keepdims=True)
+      lengths = np.broadcast_to(longest, lengths.shape)
+    return compiled.score_and_rank(
+      generator,
+      self._ranking,
+      parity,
+      params,
+      _first(scores, ranked),
+      _first(memory, ranked),
+      _first(mask, ranked),
+      found,
+      build_tree(np.asarray(written), lengths, self.settings.start_id),
+    )
+
+
+def _first(x: Array | np.ndarray, num: int) -> Array:
+  """Returns the first documents; nothing is copied if these are all."""
+  x = jnp.asarray(x)
+  return x if x.shape[1] == num else x[:, :num]

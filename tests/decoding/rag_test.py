@@ -1,0 +1,454 @@
+"""Decoding with documents, against losses and searches of one document.
+
+The oracle: what `losses` says of the sequences that were written, from logits
+of all tokens at once; and for RAG-Sequence, each document searched by itself.
+"""
+
+import dataclasses
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rag_jax.config import GeneratorConfig
+from rag_jax.decoding import plan
+from rag_jax.decoding.candidates import bucket
+from rag_jax.decoding.candidates import build_tree
+from rag_jax.decoding.candidates import score_tree
+from rag_jax.decoding.logits import PrefixTrie
+from rag_jax.decoding.rag import MODES
+from rag_jax.decoding.rag import RagDecoder
+from rag_jax.decoding.ranking import HfParity
+from rag_jax.decoding.settings import GenerationSettings
+from rag_jax.losses import rag_sequence_nll
+from rag_jax.losses import rag_token_nll
+from rag_jax.models.rag import build_generator
+
+B, K, C, V, D, STEPS, W = 4, 3, 6, 13, 8, 5, 3
+PAD, EOS = 1, 2
+CONFIG = GeneratorConfig(
+  num_layers=1, embed_dim=D, num_heads=2, mlp_dim=8, max_positions=8
+)
+MODEL = build_generator(
+  CONFIG, vocab_size=V, decoder_start_id=EOS, dtype=jnp.float32
+)
+BEAMS = GenerationSettings(
+  max_new_tokens=STEPS,
+  num_beams=W,
+  num_return_sequences=W,
+  eos_token_id=(EOS,),
+  pad_token_id=PAD,
+)
+GREEDY = dataclasses.replace(BEAMS, num_beams=1, num_return_sequences=1)
+
+
+@functools.cache
+def params():
+  """Returns random parameters; these make sequences of several lengths."""
+  rng = np.random.default_rng(2)
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  shapes = jax.eval_shape(
+    MODEL.init, jax.random.key(0), tokens, tokens == 0, tokens
+  )
+
+  def draw(path, x):
+    name = jax.tree_util.keystr(path)
+    values = rng.normal(size=x.shape)
+    if "scale" in name:
+      values = 1 + 0.2 * values
+    elif "position" in name:
+      values = 3 * values
+    elif "cross_attention" not in name or "norm" in name:
+      values = 0.7 * values
+    return jnp.asarray(values, jnp.float32)
+
+  tree = jax.tree_util.tree_map_with_path(draw, nn.meta.unbox(shapes)["params"])
+  bias = tree["final_logits_bias"]
+  tree["final_logits_bias"] = bias.at[EOS].add(1.5)
+  return {"generator": tree}
+
+
+@functools.cache
+def inputs():
+  """Returns doc_scores, best first, contexts of many lengths, and mask."""
+  rng = np.random.default_rng(1)
+  scores = -np.sort(-2 * rng.normal(size=(B, K)), axis=1).astype(np.float32)
+  lengths = 2 + np.arange(B * K).reshape(B, K, 1) % (C - 1)
+  tokens = rng.integers(3, V, size=(B, K, C), dtype=np.int32)
+  mask = np.arange(C) < lengths
+  return scores, np.where(mask, tokens, PAD), mask
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compiled_apply(method, params, *args):
+  return MODEL.apply({"params": params}, *args, method=method)
+
+
+def apply(method, *args):
+  """Returns what a method of the generator does."""
+  return compiled_apply(method, params()["generator"], *args)
+
+
+def decode(mode, settings=BEAMS, arrays=None, **kwargs):
+  decoder = RagDecoder(MODEL, settings, mode, **kwargs)
+  out = decoder(params(), *(inputs() if arrays is None else arrays))
+  return jax.tree.map(np.asarray, out)
+
+
+def sequences(out, row):
+  """Returns the sequences of a question, and checks what is behind them."""
+  found = []
+  for r, length in enumerate(out.lengths[row]):
+    assert np.all(out.tokens[row, r, length:] == PAD)
+    found.append(tuple(out.tokens[row, r, :length].tolist()))
+  return found
+
+
+def logits_at_once(tokens, mask, targets):
+  """Returns logits [R, B, K, T, V] of R targets a question, no cache used."""
+  count = targets.shape[1]
+
+  def spread(x):  # B K C to B*R*K C
+    return np.repeat(x[:, None], count, axis=1).reshape(-1, C)
+
+  out = apply(
+    "__call__",
+    spread(tokens),
+    spread(mask),
+    np.repeat(targets.reshape(-1, STEPS), K, axis=0),
+  )
+  return np.swapaxes(out.reshape(B, count, K, STEPS, V), 0, 1)
+
+
+def nll(loss, out):
+  """Returns what `losses` says of R sequences [B, R]."""
+  scores, tokens, mask = inputs()
+  logits = logits_at_once(tokens, mask, out.tokens)
+  real = jnp.arange(STEPS) < out.lengths[..., None]
+  each = jax.jit(jax.vmap(loss, in_axes=(None, 0, 1, 1), out_axes=1))
+  return each(scores, jnp.asarray(logits), out.tokens, real)
+
+
+def check_explained(out):
+  """Compares each document's part with the logits of all tokens at once."""
+  _, tokens, mask = inputs()
+  logits = logits_at_once(tokens, mask, out.tokens)
+  log_probs = np.asarray(jax.nn.log_softmax(logits))  # R B K T V
+  for b in range(B):
+    for r, sequence in enumerate(sequences(out, b)):
+      expected = np.zeros((K, STEPS))
+      for t, token in enumerate(sequence):
+        expected[:, t] = log_probs[r, b, :, t, token]
+      np.testing.assert_allclose(
+        out.token_log_probs[b, r], expected, rtol=1e-4, atol=1e-5
+      )
+
+
+@pytest.mark.parametrize("settings", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_rag_token_says_how_likely_its_sequences_are(settings):
+  out = decode("rag_token", settings)
+  np.testing.assert_allclose(out.log_probs, -nll(rag_token_nll, out), rtol=1e-5)
+  # Without a length penalty in the way, that is what beams are ranked by.
+  expected = out.log_probs
+  if settings is BEAMS:
+    expected = out.log_probs / out.lengths
+  np.testing.assert_allclose(out.scores, expected, rtol=1e-5)
+  check_explained(out)
+  assert len(set(out.lengths.ravel())) > 1
+  prior = np.exp(inputs()[0]) / np.exp(inputs()[0]).sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(np.exp(out.doc_log_probs), prior, rtol=1e-5)
+
+
+def test_greedy_rag_token_takes_the_likeliest_token_of_the_marginal():
+  out = decode("rag_token", GREEDY)
+  _, tokens, mask = inputs()
+  logits = logits_at_once(tokens, mask, out.tokens)[0]
+  p = np.einsum(
+    "BK,BKTV->BTV", np.exp(out.doc_log_probs), jax.nn.softmax(logits)
+  )
+  for b in range(B):
+    written = list(sequences(out, b)[0])
+    assert written == p[b].argmax(axis=-1)[: len(written)].tolist()
+    assert written[-1] == EOS or len(written) == STEPS
+
+
+def test_the_order_of_documents_changes_nothing():
+  order = np.array([2, 0, 1])
+  out = decode("rag_token")
+  other = decode("rag_token", arrays=[x[:, order] for x in inputs()])
+  np.testing.assert_array_equal(out.tokens, other.tokens)
+  np.testing.assert_allclose(
+    out.token_log_probs[:, :, order], other.token_log_probs, atol=1e-5
+  )
+
+
+@functools.cache
+def candidates_by_hand(num_beams):
+  """Returns, a question, each document's sequences, searched by itself."""
+  settings = dataclasses.replace(
+    BEAMS, num_beams=num_beams, num_return_sequences=num_beams
+  )
+  found = [[[] for _ in range(K)] for _ in range(B)]
+  for k in range(K):
+    out = decode("single", settings, [x[:, k : k + 1] for x in inputs()])
+    for b in range(B):
+      found[b][k] = sequences(out, b)
+  return found
+
+
+@functools.cache
+def log_joint(b, sequence):
+  """Returns log p(z|x) p(y|x,z) of each document: [K]."""
+  scores, tokens, mask = inputs()
+  targets = np.full((B, 1, STEPS), PAD, np.int32)
+  targets[b, 0, : len(sequence)] = sequence
+  logits = logits_at_once(tokens, mask, targets)[0, b]  # K T V
+  log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+  each = log_probs[:, np.arange(len(sequence)), list(sequence)].sum(axis=1)
+  x = scores[b].astype(np.float64)
+  return each + x - np.log(np.exp(x).sum())
+
+
+def ranked_by_hand(fast, num_beams):
+  """Returns, a question, sequences with log p(y|x), the best first."""
+  ranked = []
+  for b, found in enumerate(candidates_by_hand(num_beams)):
+    scored = {}
+    for sequence in {s for part in found for s in part}:
+      joint = log_joint(b, sequence)
+      if fast:
+        joint = joint[[sequence in part for part in found]]
+      scored[sequence] = np.log(np.exp(joint).sum())
+    ranked.append(sorted(scored.items(), key=lambda x: -x[1]))
+  return ranked
+
+
+@pytest.mark.parametrize("num_beams", [1, W])
+@pytest.mark.parametrize("mode", ["rag_sequence", "rag_sequence_fast"])
+def test_rag_sequence_ranks_the_candidates_of_every_document(mode, num_beams):
+  settings = dataclasses.replace(
+    BEAMS, num_beams=num_beams, num_return_sequences=K
+  )
+  out = decode(mode, settings)
+  expected = ranked_by_hand(mode == "rag_sequence_fast", num_beams)
+  for b in range(B):
+    best = expected[b][:K]
+    assert sequences(out, b)[: len(best)] == [s for s, _ in best]
+    np.testing.assert_allclose(
+      out.log_probs[b, : len(best)], [x for _, x in best], rtol=1e-4
+    )
+    # There may be fewer that differ than were asked for.
+    assert sequences(out, b)[len(best) :] == [()] * (K - len(best))
+  np.testing.assert_array_equal(out.scores, out.log_probs)
+
+
+def test_thorough_and_fast_differ_here():
+  """Or the test above would not tell one from the other."""
+  thorough, fast = (ranked_by_hand(x, W) for x in (False, True))
+  assert [r[0][0] for r in thorough] != [r[0][0] for r in fast]
+
+
+def test_rag_sequence_says_how_likely_its_sequences_are():
+  out = decode("rag_sequence")
+  np.testing.assert_allclose(
+    out.log_probs, -nll(rag_sequence_nll, out), rtol=1e-5
+  )
+  check_explained(out)
+
+
+def test_fast_explains_with_the_documents_that_wrote_the_sequence():
+  out = decode("rag_sequence_fast")
+  total = out.doc_log_probs[:, None] + out.token_log_probs.sum(axis=-1)
+  np.testing.assert_allclose(
+    jax.nn.logsumexp(total, axis=-1), out.log_probs, rtol=1e-5
+  )
+  wrote = out.token_log_probs[..., 0] > -1e8
+  for b, found in enumerate(candidates_by_hand(W)):
+    for r, sequence in enumerate(sequences(out, b)):
+      assert wrote[b, r].tolist() == [sequence in part for part in found]
+  assert not np.all(wrote)
+
+
+@pytest.mark.parametrize("mode", ["rag_sequence", "rag_sequence_fast"])
+def test_without_deduplication_a_candidate_comes_as_often_as_it_was_found(mode):
+  settings = dataclasses.replace(
+    BEAMS, num_return_sequences=K * W, do_deduplication=False
+  )
+  out = decode(mode, settings)
+  unique = decode(mode, dataclasses.replace(settings, do_deduplication=True))
+  repeated = False
+  for b, found in enumerate(candidates_by_hand(W)):
+    every = sorted(s for part in found for s in part)
+    assert sorted(sequences(out, b)) == every
+    kept = [s for s in sequences(unique, b) if s]
+    assert sorted(kept) == sorted(set(every))
+    repeated |= len(kept) < len(every)
+  assert repeated
+
+
+def test_fid_looks_at_all_documents_at_once():
+  """Against the decoder over the memories, one behind the other."""
+  out = decode("fid")
+  _, tokens, mask = inputs()
+  memory = apply("encode", tokens.reshape(B * K, C), mask.reshape(B * K, C))
+  log_probs = apply(
+    "score",
+    out.tokens,
+    memory.reshape(B, 1, K * C, D),
+    mask.reshape(B, 1, K * C),
+  )  # B R 1 T
+  real = (np.arange(STEPS) < out.lengths[..., None])[:, :, None]
+  np.testing.assert_allclose(
+    out.token_log_probs, np.where(real, log_probs, 0), rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    out.log_probs, out.token_log_probs.sum(axis=(2, 3)), rtol=1e-5
+  )
+  assert not np.any(out.doc_log_probs)
+
+
+def test_single_reads_the_document_with_the_highest_score():
+  order = np.array([1, 0, 2])  # the best is not the first
+  out = decode("single", arrays=[x[:, order] for x in inputs()])
+  alone = decode("rag_token", arrays=[x[:, :1] for x in inputs()])
+  np.testing.assert_array_equal(out.tokens, alone.tokens)
+  np.testing.assert_allclose(out.log_probs, alone.log_probs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["rag_token", "rag_sequence"])
+def test_fewer_documents_are_the_first(mode):
+  settings = dataclasses.replace(GREEDY, n_docs=2)
+  out = decode(mode, settings)
+  few = decode(mode, GREEDY, [x[:, :2] for x in inputs()])
+  np.testing.assert_array_equal(out.tokens, few.tokens)
+  np.testing.assert_array_equal(out.log_probs, few.log_probs)
+
+
+def test_contexts_are_encoded_once_and_candidates_scored_from_that(monkeypatch):
+  calls = []
+  encode = plan.encode
+
+  def counted(*args):
+    calls.append(args)
+    return encode(*args)
+
+  monkeypatch.setattr(plan, "encode", counted)
+  for mode in MODES:
+    calls.clear()
+    decode(mode)
+    assert len(calls) == 1
+
+  # Nothing after it could encode: it has no encoder.
+  scores, tokens, mask = (jnp.asarray(x) for x in inputs())
+  whole = params()["generator"]
+  rest = {name: part for name, part in whole.items() if name != "encoder"}
+  memory = encode(MODEL, whole, tokens, mask)
+  decoder = RagDecoder(MODEL, BEAMS, "rag_sequence")
+  found = plan.find_candidates(
+    decoder.plan, rest, None, memory, mask, decoder.key()
+  )
+  tree = build_tree(np.asarray(found.tokens), np.asarray(found.lengths), EOS)
+  ranked = plan.score_and_rank(
+    MODEL, BEAMS, None, rest, scores, memory, mask, found, tree
+  )
+  np.testing.assert_array_equal(ranked.tokens, decode("rag_sequence").tokens)
+
+
+def test_candidates_that_begin_alike_share_their_prefixes():
+  rng = np.random.default_rng(2)
+  tokens = rng.integers(3, size=(B, 7, STEPS), dtype=np.int32)
+  lengths = rng.integers(1, STEPS + 1, size=(B, 7))
+  tree = build_tree(tokens, lengths, EOS)
+  for b in range(B):
+    prefixes = {
+      tuple(tokens[b, c, :t]) for c in range(7) for t in range(lengths[b, c])
+    }
+    depths = np.asarray(tree.depths[b])
+    seen = np.asarray(tree.seen[b])
+    # What fills up stands at depth 0, as the start does.
+    assert np.sum(depths > 0) == len(prefixes) - 1
+    np.testing.assert_array_equal(
+      seen.sum(axis=1)[depths > 0] - 1, depths[depths > 0]
+    )
+  memory = rng.normal(size=(B, K, C, D)).astype(np.float32)
+  mask = inputs()[2]
+  log_probs, total = apply(score_tree, tree, tokens, memory, mask)
+  expected = apply("score", tokens, memory, mask)  # B C K T
+  real = (np.arange(STEPS) < lengths[..., None])[..., None]
+  np.testing.assert_allclose(
+    np.where(real, log_probs, 0),
+    np.where(real, np.swapaxes(expected, 2, 3), 0),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+  # Of the first token, which all share: over the vocabulary.
+  every = np.tile(np.arange(V, dtype=np.int32)[:, None], (B, 1, STEPS))
+  first = apply("score", every, memory, mask)
+  np.testing.assert_allclose(
+    total[:, 0, 0], first[:, :, :, 0].sum(axis=1), rtol=1e-4
+  )
+
+
+def test_trees_come_in_few_sizes():
+  sizes = [bucket(n, 10_000) for n in range(1, 2000)]
+  assert all(size >= n for n, size in enumerate(sizes, start=1))
+  assert all(size <= max(16, 1.5 * n) for n, size in enumerate(sizes, start=1))
+  assert len(set(sizes)) == 15
+  assert bucket(17, 20) == 20
+
+
+def test_one_shape_is_compiled_once_also_for_another_decoder():
+  settings = dataclasses.replace(GREEDY, max_new_tokens=2)
+  arrays = [x[:, :1] for x in inputs()]
+  before = plan.decode._cache_size()
+  for seed in (0, 1):
+    other = dataclasses.replace(settings, seed=seed)
+    decode("rag_token", other, arrays)
+    decode("rag_token", other, [x[::-1] for x in arrays])
+  assert plan.decode._cache_size() == before + 1
+
+
+def test_a_trie_holds_for_every_mode():
+  trie = PrefixTrie.from_sequences([[5, 6], [7], [8, 9, 10]], EOS)
+  allowed = {(5, 6, EOS), (7, EOS), (8, 9, 10, EOS)}
+  for mode in ("rag_token", "rag_sequence_fast"):
+    out = decode(mode, GREEDY, trie=trie)
+    assert {sequences(out, b)[0] for b in range(B)} <= allowed
+
+
+def test_samples_of_a_question_differ_and_follow_the_seed():
+  settings = dataclasses.replace(
+    GREEDY, do_sample=True, num_return_sequences=5, top_k=0
+  )
+  decoder = RagDecoder(MODEL, settings)
+  out, again, other = (
+    jax.tree.map(np.asarray, decoder(params(), *inputs(), seed=seed))
+    for seed in (0, None, 1)
+  )
+  np.testing.assert_array_equal(out.tokens, again.tokens)
+  assert np.any(out.tokens != other.tokens)
+  assert all(len(set(sequences(out, b))) > 1 for b in range(B))
+  np.testing.assert_allclose(out.log_probs, -nll(rag_token_nll, out), rtol=1e-4)
+
+
+def test_what_cannot_be_decoded_is_refused():
+  with pytest.raises(ValueError, match=r"mode='fusion' .*'fid'.*Choose one"):
+    RagDecoder(MODEL, BEAMS, "fusion")
+  with pytest.raises(ValueError, match="above the decoder's 8 learned posit"):
+    RagDecoder(MODEL, dataclasses.replace(BEAMS, max_new_tokens=9))
+  with pytest.raises(ValueError, match="from 0 to 12, the last of the vocab"):
+    RagDecoder(MODEL, dataclasses.replace(BEAMS, eos_token_id=(13,)))
+  with pytest.raises(ValueError, match="n_docs=4 is above the 3 documents"):
+    decode("rag_token", dataclasses.replace(BEAMS, n_docs=4))
+  with pytest.raises(ValueError, match="n_docs=0 must be at least 1"):
+    RagDecoder(MODEL, dataclasses.replace(BEAMS, n_docs=0))
+  many = dataclasses.replace(BEAMS, num_return_sequences=10)
+  with pytest.raises(ValueError, match=r"=10 is above the 9 candidates .*3"):
+    decode("rag_sequence", many)
+  with pytest.raises(ValueError, match="=10 is above num_beams=3"):
+    decode("rag_token", many)
+  with pytest.raises(ValueError, match=r"HfParity\(n_docs=4\) ranks with more"):
+    decode("rag_sequence", hf_parity=HfParity(n_docs=4))
