@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from rag_jax.config import Config
-from rag_jax.config import validate as validate_config
+from rag_jax.config_rules import validate as validate_config
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.experiment import open_experiment
 from rag_jax.data.questions import Question

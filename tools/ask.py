@@ -5,7 +5,8 @@ r"""Asks a trained model, and shows what it read.
 Several questions are several arguments. With `-`, questions are read from
 standard input, one a line; with no question, at a prompt. --json prints one
 JSON object an answer. --corpus=edited.jsonl answers from other passages without
-training again. Writes nothing but the compilation cache in the workdir.
+training again. Writes nothing but the programs that it
+compiled, into .jax_cache of the workdir.
 """
 
 from collections.abc import Iterator
@@ -17,16 +18,20 @@ from absl import app
 from absl import flags
 from absl import logging
 from etils import epath
-import jax
 
 from rag_jax.serving.explanation import explain
 from rag_jax.serving.explanation import to_json
 from rag_jax.serving.pipeline import RagPipeline
+from rag_jax.training.workdir import Workdir
+from rag_jax.training.workdir import keep_compiled
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a finished training run.")
 _CORPUS = flags.DEFINE_string("corpus", "", "Other passages to answer from.")
 _N_DOCS = flags.DEFINE_integer(
   "n_docs", 0, "Passages to read for a question; 0: as many as in training."
+)
+_CACHE_DIR = flags.DEFINE_string(
+  "cache_dir", "", "Where compiled programs are kept; '': in the workdir."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a line.")
 flags.mark_flag_as_required("workdir")
@@ -57,13 +62,11 @@ def _questions(arguments: list[str]) -> Iterator[str]:
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
-  if not flags.FLAGS[
-    "verbosity"
-  ].present:  # --verbosity=0 says how long it took
+  if not flags.FLAGS["verbosity"].present:
+    # Answers alone; --verbosity=0 also says how long each took.
     logging.set_verbosity(logging.WARNING)
-  cache = epath.Path(_WORKDIR.value or "").expanduser() / ".jax_cache"
-  jax.config.update("jax_compilation_cache_dir", str(cache))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  workdir = Workdir(epath.Path(_WORKDIR.value or "").expanduser())
+  keep_compiled(_CACHE_DIR.value or workdir.compiled)
   pipeline = RagPipeline.load(_WORKDIR.value or "", corpus=_CORPUS.value)
   for number, question in enumerate(_questions(argv[1:])):
     start = time.perf_counter()

@@ -19,8 +19,9 @@ import jax
 from ml_collections import config_flags
 
 from rag_jax import config_json
-from rag_jax.config import validate
+from rag_jax.config_rules import validate
 from rag_jax.data.experiment import open_experiment
+from rag_jax.data.initial import load_initial
 from rag_jax.data.questions import load_questions
 from rag_jax.decoding.answerer import Answerer
 from rag_jax.evaluation.evaluate import Evaluator
@@ -29,10 +30,14 @@ from rag_jax.evaluation.finish import finish
 from rag_jax.evaluation.report import table
 from rag_jax.training.interrupt import StoppedEarlyError
 from rag_jax.training.loop import train
+from rag_jax.training.workdir import keep_compiled
 from rag_jax.training.workdir import open_workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written.")
+_CACHE_DIR = flags.DEFINE_string(
+  "cache_dir", "", "Where compiled programs are kept; '': in the workdir."
+)
 flags.DEFINE_bool("debug", False, "Show where an error came from.")
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "On every host of a pod: join the others first."
@@ -54,16 +59,19 @@ def main(argv: list[str]) -> None:
       f"There is no config file {filename}. Expected a Python file with a"
       " function get_config, like configs/quickstart.py. Correct --config."
     )
-  config = validate(_CONFIG.value)
+  config, initial = load_initial(validate(_CONFIG.value))
   with open_workdir(
     _WORKDIR.value or "", config, process_index=jax.process_index()
   ) as workdir:
+    keep_compiled(_CACHE_DIR.value or workdir.compiled)
     logging.info("Config:\n%s", config_json.to_json(config))
     questions = {
       split: load_questions(config.data.questions, split)
       for split in ("train", "validation", "test")
     }
-    experiment = open_experiment(config, tokenizer_path=workdir.tokenizer)
+    experiment = open_experiment(
+      config, tokenizer_path=workdir.tokenizer, initial=initial
+    )
     evaluator = Evaluator(experiment, Answerer(experiment))
     validation = choose(
       questions["validation"], config.eval.num_validation, config.seed

@@ -22,13 +22,13 @@ from rag_jax.retrieval.retriever import RetrieverSnapshots
 from rag_jax.training.checkpoint import Checkpointer
 from rag_jax.training.loop import Clock
 from rag_jax.training.metrics import peak_memory_bytes
-from rag_jax.training.model_files import save_model
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import stage_optimizer
 from rag_jax.training.state import abstract_state
 from rag_jax.training.state import init_params
 from rag_jax.training.state import make_state
 from rag_jax.training.workdir import Workdir
+from rag_jax.weights.model_files import save_model
 
 
 def finish(
@@ -57,7 +57,7 @@ def finish(
   save_model(
     workdir.model,
     params,
-    {"step": step, "tokenizer": experiment.tokenizer.fingerprint},
+    {"step": step, "tokenizer": experiment.token_ids},
   )
   results: dict[str, Any] = evaluator.evaluate(params, index, questions, "test")
   num_questions = config.train.num_steps * config.train.batch_size

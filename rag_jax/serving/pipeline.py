@@ -24,8 +24,8 @@ from rag_jax.decoding.answerer import Answerer
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import fingerprint
-from rag_jax.training.model_files import load_model
 from rag_jax.training.workdir import Workdir
+from rag_jax.weights.model_files import load_model
 
 
 class RagPipeline:
@@ -94,7 +94,7 @@ class RagPipeline:
       passages=passages,
       devices=jax.local_devices()[:1],
     )
-    if content["tokenizer"] != experiment.tokenizer.fingerprint:
+    if content["tokenizer"] != experiment.token_ids:
       raise ValueError(
         f"The tokenizer in {run.tokenizer} is not the one that the model in"
         f" {run.model} was trained with; its token ids would mean other text."

@@ -117,7 +117,7 @@ class _Run:
     self._writer = MetricWriter(workdir.path, enabled=jax.process_index() == 0)
     self._identity = {
       "passages": experiment.passages.fingerprint,
-      "tokenizer": experiment.tokenizer.fingerprint,
+      "tokenizer": experiment.token_ids,
       "questions": fingerprint_lines(repr(q) for q in questions),
     }
     self.clock = Clock()
@@ -140,7 +140,10 @@ class _Run:
       self.clock = Clock(**extra["clock"])
       logging.info("Resuming from the checkpoint of step %d.", latest)
     params, layout = init_params(
-      self._experiment.init, self._key, self._experiment.mesh
+      self._experiment.init,
+      self._key,
+      self._experiment.mesh,
+      self._experiment.initial.params,
     )
     if self._config.index.path and not self._experiment.closed_book:
       self._adopt_index(params)

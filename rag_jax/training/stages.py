@@ -19,10 +19,12 @@ from rag_jax.data.experiment import Experiment
 from rag_jax.data.pipeline import Prepared
 from rag_jax.data.pipeline import QuestionBatches
 from rag_jax.data.questions import Question
-from rag_jax.losses import NLL_FNS
+from rag_jax.losses import MARGINAL_NLL_FNS
+from rag_jax.losses_hf import HF_NLL_FNS
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.step import LossFn
 from rag_jax.training.step import cloze_loss
+from rag_jax.training.step import hf_loss
 from rag_jax.training.step import marginal_loss
 
 WARMUP, TRAIN = "warmup", "train"
@@ -117,10 +119,27 @@ def make_stages(
       num_steps=config.train.num_steps,
       batch_size=config.train.batch_size,
       first_step=config.warmup.num_steps,
-      loss_fn=functools.partial(
-        marginal_loss, model=experiment.model, nll_fn=NLL_FNS[config.loss]
-      ),
+      loss_fn=_main_loss(experiment),
       prepare=batches.prepare,
     )
   )
   return stages
+
+
+def _main_loss(experiment: Experiment) -> LossFn:
+  """Returns the loss that the config chooses."""
+  config = experiment.config
+  if config.hf_loss:
+    return functools.partial(
+      hf_loss,
+      model=experiment.model,
+      nll_fn=HF_NLL_FNS[config.loss],
+      label_smoothing=config.label_smoothing,
+    )
+  return functools.partial(
+    marginal_loss,
+    model=experiment.model,
+    nll_fn=MARGINAL_NLL_FNS[config.loss],
+    label_smoothing=config.label_smoothing,
+    vocab_chunk=config.train.vocab_chunk,
+  )

@@ -1,6 +1,6 @@
 """What changes from one step to the next, laid out over the mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import typing
 from typing import Any
 
@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key, PyTree
+import numpy as np
 import optax
 
 from rag_jax.models.partitioning import replicated
@@ -30,17 +31,62 @@ def init_params(
   init: Callable[[Key[Array, ""]], PyTree],
   key: Key[Array, ""],
   mesh: jax.sharding.Mesh,
+  given: Mapping[str, PyTree] | None = None,
 ) -> tuple[PyTree, PyTree]:
-  """Returns fresh parameters, each born where it lives, and their shardings.
+  """Returns the first parameters, each born where it lives, and shardings.
 
   Args:
     init: key -> boxed params, as `model.init(key, ...)["params"]` gives them.
     key: random key.
     mesh: devices.
+    given: parts of the params that are not fresh, on the host: every process
+      has them whole.
+
+  Raises:
+    ValueError: a part that is given has other arrays than the model.
   """
-  layout = shardings(jax.eval_shape(init, key), mesh)
-  params = jax.jit(lambda k: nn.meta.unbox(init(k)), out_shardings=layout)(key)
+  given = given or {}
+  boxed = jax.eval_shape(init, key)
+  layout, shapes = shardings(boxed, mesh), nn.meta.unbox(boxed)
+  for name, part in given.items():
+    _check_part(name, part, shapes[name])
+  fresh = {name: tree for name, tree in layout.items() if name not in given}
+  # What is given is not computed: only what is returned is.
+  params = jax.jit(
+    lambda k: {name: nn.meta.unbox(init(k))[name] for name in fresh},
+    out_shardings=fresh,
+  )(key)
+  for name, part in given.items():
+    params[name] = jax.tree.map(_place, part, layout[name])
   return params, layout
+
+
+def _check_part(name: str, part: PyTree, shapes: PyTree) -> None:
+  """Raises `ValueError` unless the arrays of `part` are those of the model."""
+  ours, theirs = (
+    {
+      jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
+      for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for tree in (shapes, part)
+  )
+  different = [
+    f"{path}: {theirs.get(path, 'missing')}, expected {ours.get(path, 'none')}"
+    for path in sorted(ours.keys() | theirs.keys())
+    if ours.get(path) != theirs.get(path)
+  ]
+  if different:
+    raise ValueError(
+      f"The {name} to start from has other arrays than the config describes:"
+      f" {'; '.join(different)}. Use the config that was loaded with it."
+    )
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  # Works over several processes too; each takes its own part.
+  return jax.make_array_from_callback(
+    array.shape, sharding, lambda index: np.asarray(array[index])
+  )
 
 
 def make_state(

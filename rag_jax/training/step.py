@@ -11,7 +11,7 @@ import optax
 from rag_jax.data.batches import RagBatch
 from rag_jax.losses import doc_log_prior
 from rag_jax.losses import in_batch_contrastive_nll
-from rag_jax.losses import rag_token_nll
+from rag_jax.losses import marginal_token_nll
 from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import replicated
 from rag_jax.models.rag import RagModel
@@ -45,16 +45,63 @@ def marginal_loss(
   *,
   model: RagModel,
   nll_fn: Callable[..., Float[Array, "B"]],
+  label_smoothing: float = 0.0,
+  vocab_chunk: int = 0,
 ) -> tuple[Float[Array, ""], Metrics]:
-  """Returns -log p(y|x) a target token, in nats, and what to log."""
+  """Returns -log p(y|x) a target token, in nats, and what to log.
+
+  `nll_fn` is one of `losses.MARGINAL_NLL_FNS`.
+  """
+  out = _apply(
+    model,
+    params,
+    dropout_key,
+    **batch.inputs(),
+    vocab_chunk=vocab_chunk,
+    method="target_log_probs",
+  )
+  nll = nll_fn(
+    out.doc_scores,
+    out.log_probs,
+    batch.target_mask,
+    label_smoothing,
+    out.mean,
+  )  # B
+  return _a_token(nll, out.doc_scores, batch)
+
+
+def hf_loss(
+  params: PyTree,
+  batch: RagBatch,
+  dropout_key: Key[Array, ""],
+  *,
+  model: RagModel,
+  nll_fn: Callable[..., Float[Array, "*B"]],
+  label_smoothing: float = 0.0,
+) -> tuple[Float[Array, ""], Metrics]:
+  """Returns Hugging Face's loss a target token, in nats, and what to log.
+
+  `nll_fn` is one of `losses_hf.HF_NLL_FNS`, whose defects it has.
+  """
   out = _apply(model, params, dropout_key, **batch.inputs())
   nll = nll_fn(
-    out.doc_scores, out.target_logits, batch.target_tokens, batch.target_mask
+    out.doc_scores,
+    out.target_logits,
+    batch.target_tokens,
+    batch.target_mask,
+    label_smoothing,
   )  # B
+  return _a_token(nll, out.doc_scores, batch)
+
+
+def _a_token(
+  nll: Float[Array, "B"], doc_scores: Float[Array, "B K"], batch: RagBatch
+) -> tuple[Float[Array, ""], Metrics]:
+  """Returns the loss a target token, and what to log."""
   loss = jnp.sum(nll) / jnp.sum(batch.target_mask)
   metrics = {"train/loss": loss}
   if batch.question_tokens is not None:
-    prior = doc_log_prior(out.doc_scores)
+    prior = doc_log_prior(doc_scores)
     entropy = -jnp.sum(jnp.exp(prior) * prior, axis=-1)
     metrics["train/doc_entropy"] = jnp.mean(entropy)  # nats
   return loss, metrics
@@ -79,10 +126,10 @@ def cloze_loss(
   inputs = batch.inputs() | dict.fromkeys(
     ("question_tokens", "question_mask", "doc_tokens", "doc_mask")
   )
-  out = _apply(model, params, generator_key, **inputs)
-  nll = rag_token_nll(
-    out.doc_scores, out.target_logits, batch.target_tokens, batch.target_mask
+  out = _apply(
+    model, params, generator_key, **inputs, method="target_log_probs"
   )
+  nll = marginal_token_nll(out.doc_scores, out.log_probs, batch.target_mask)
   loss = jnp.sum(nll) / jnp.sum(batch.target_mask)
   metrics = {"warmup/loss": loss}
   if not closed_book:

@@ -13,22 +13,23 @@ from typing import Any
 
 from absl import logging
 from etils import epath
+import jax
 
 from rag_jax import artifacts
 from rag_jax.config import Config
-from rag_jax.config import fields
 from rag_jax.config_json import differences
 from rag_jax.config_json import from_json
 from rag_jax.config_json import to_json
+from rag_jax.config_rules import fields
 from rag_jax.training.metrics import METRICS_FILE
 
 LOCK = ".lock"
 
 _MAY_DIFFER = frozenset({
   "train.log_steps", "train.validate_steps", "train.checkpoint_steps",
-  "train.keep_checkpoints", "index.embed_batch_size",
+  "train.keep_checkpoints", "train.vocab_chunk", "index.embed_batch_size",
 })  # fmt: skip
-_SECTIONS_MAY_DIFFER = ("eval.", "mesh.")
+_SECTIONS_MAY_DIFFER = ("eval.", "mesh.", "decoding.")
 
 
 class Workdir:
@@ -57,6 +58,11 @@ class Workdir:
   def model(self) -> epath.Path:
     """The directory of the trained model, once the run has ended."""
     return self.path / "model"
+
+  @property
+  def compiled(self) -> epath.Path:
+    """The directory of compiled programs; it can be deleted at any time."""
+    return self.path / ".jax_cache"
 
   @property
   def index(self) -> epath.Path:
@@ -146,6 +152,16 @@ def open_workdir(
     workdir.close()
     raise
   return workdir
+
+
+def keep_compiled(path: epath.PathLike) -> None:
+  """Keeps compiled programs in `path`, and takes them from there.
+
+  Programs that take less than half a second to compile are not kept. Call it
+  before anything is compiled.
+  """
+  jax.config.update("jax_compilation_cache_dir", os.fspath(path))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _make_folder(path: epath.Path) -> None:

@@ -12,7 +12,7 @@ from rag_jax.evaluation.evaluate import Evaluator
 from rag_jax.evaluation.evaluate import choose
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.index import load_index
-from rag_jax.training.model_files import load_model
+from rag_jax.weights.model_files import load_model
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from rag_jax.evaluation.report import table
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import fingerprint
 from rag_jax.training.loop import Clock
-from rag_jax.training.model_files import load_model
 from rag_jax.training.workdir import Workdir
+from rag_jax.weights.model_files import load_model
 
 TIMES = (
   "train/seconds", "train/questions_per_second", "train/peak_memory_bytes",

@@ -8,8 +8,8 @@ import pytest
 
 from rag_jax.artifacts import MANIFEST
 from rag_jax.serving.pipeline import RagPipeline
-from rag_jax.training.model_files import load_model
-from rag_jax.training.model_files import save_model
+from rag_jax.weights.model_files import load_model
+from rag_jax.weights.model_files import save_model
 
 FRANCE = "What is the capital of France?"
 

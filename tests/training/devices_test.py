@@ -121,7 +121,9 @@ def train(name):
     for path, x in leaves({"params": params, "opt_state": state.opt_state})
   }
   update = compile_update(
-    functools.partial(marginal_loss, model=model, nll_fn=losses.rag_token_nll),
+    functools.partial(
+      marginal_loss, model=model, nll_fn=losses.marginal_token_nll
+    ),
     optimizer,
     state_layout,
     mesh,

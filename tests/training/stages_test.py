@@ -2,15 +2,17 @@
 
 import dataclasses
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax.losses import rag_sequence_nll
-from rag_jax.losses import rag_token_nll
+from rag_jax.losses import marginal_sequence_nll
+from rag_jax.losses import marginal_token_nll
+from rag_jax.losses_hf import hf_rag_sequence_nll
+from rag_jax.models.rag import RagLogProbs
 from rag_jax.models.rag import RagModel
-from rag_jax.models.rag import RagOutput
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import WARMUP
@@ -25,9 +27,9 @@ class FixedModel(RagModel):
   def out():
     """Returns what it says."""
     rng = np.random.default_rng(0)
-    return RagOutput(
-      jnp.asarray(rng.normal(size=(1, 2)), jnp.float32),
-      jnp.asarray(rng.normal(size=(1, 2, 8, 5)), jnp.float32),
+    log_probs = jnp.asarray(-rng.random(size=(1, 2, 8)), jnp.float32)
+    return RagLogProbs(
+      jnp.asarray(rng.normal(size=(1, 2)), jnp.float32), log_probs, log_probs
     )
 
   def apply(self, variables, *args, **kwargs):
@@ -112,7 +114,10 @@ def test_frozen_passages_come_with_their_embeddings(tiny, params, index):
 
 @pytest.mark.parametrize(
   ("name", "nll_fn"),
-  [("rag_token", rag_token_nll), ("rag_sequence", rag_sequence_nll)],
+  [
+    ("rag_token", marginal_token_nll),
+    ("rag_sequence", marginal_sequence_nll),
+  ],
 )
 def test_the_config_chooses_the_marginal_likelihood(name, nll_fn, tiny):
   experiment, _, _ = tiny.open(tiny.config(loss=name))
@@ -123,11 +128,27 @@ def test_the_config_chooses_the_marginal_likelihood(name, nll_fn, tiny):
   loss_fn = make_stages(experiment, tiny.split("train"))[-1].loss_fn
   loss, metrics = loss_fn({}, batch, jax.random.key(0))
   out = FixedModel.out()
-  nll = nll_fn(
-    out.doc_scores, out.target_logits, batch.target_tokens, batch.target_mask
-  )
+  nll = nll_fn(out.doc_scores, out.log_probs, batch.target_mask)
   np.testing.assert_allclose(loss, nll[0] / 8, rtol=1e-6)  # nats a token
   assert metrics["train/loss"] == loss
+
+
+def test_the_loss_of_hugging_face_is_a_choice(tiny):
+  config = tiny.config(loss="rag_sequence", hf_loss=True, label_smoothing=0.1)
+  experiment, _, _ = tiny.open(config)
+  batch = jax.tree.map(jnp.asarray, experiment.example_batch())
+  params = nn.meta.unbox(experiment.init(jax.random.key(0)))
+  loss_fn = make_stages(experiment, tiny.split("train"))[-1].loss_fn
+  loss, _ = jax.jit(loss_fn)(params, batch, jax.random.key(0))
+  out = jax.jit(experiment.model.apply)({"params": params}, **batch.inputs())
+  nll = hf_rag_sequence_nll(
+    out.doc_scores,
+    out.target_logits,
+    batch.target_tokens,
+    batch.target_mask,
+    label_smoothing=0.1,
+  )
+  np.testing.assert_allclose(loss, nll[0] / 8, rtol=1e-5)
 
 
 def test_a_batch_of_more_questions_than_there_are_is_refused(tiny):

@@ -167,7 +167,12 @@ def test_the_marginal_loss_is_nats_a_target_token(params):
       results[name] = (
         nll,
         step_lib.marginal_loss(
-          params, batch, jax.random.key(0), model=MODEL, nll_fn=nll_fn
+          params,
+          batch,
+          jax.random.key(0),
+          model=MODEL,
+          nll_fn=losses.MARGINAL_NLL_FNS[name],
+          vocab_chunk=5,
         ),
       )
     return out.doc_scores, results
@@ -245,7 +250,9 @@ def test_the_warm_up_adds_infilling_and_contrast(params):
   [
     (
       functools.partial(
-        step_lib.marginal_loss, model=MODEL, nll_fn=losses.rag_token_nll
+        step_lib.marginal_loss,
+        model=MODEL,
+        nll_fn=losses.marginal_token_nll,
       ),
       "train/loss",
     ),
@@ -289,7 +296,9 @@ class Training:
     _, layout = self._new()
     self._update = step_lib.compile_update(
       functools.partial(
-        step_lib.marginal_loss, model=model, nll_fn=losses.rag_token_nll
+        step_lib.marginal_loss,
+        model=model,
+        nll_fn=losses.marginal_token_nll,
       ),
       self._optimizer,
       layout,
