@@ -235,16 +235,23 @@ def test_one_token_at_a_time_gives_the_logits_of_bart(model):
   context, mask, target, _ = inputs(7)
   expected = model.torch_logits(context, mask, target).detach().numpy()
   variables = {"params": model.params}
-  init_cache = functools.partial(
-    model.generator.apply, method="init_cache", num_steps=8
+  memory = jax.jit(functools.partial(model.generator.apply, method="encode"))(
+    variables, ids(context), jnp.asarray(mask)
   )
-  cache = jax.jit(init_cache)(variables, ids(context), jnp.asarray(mask))
+  init_cache = functools.partial(
+    model.generator.apply, method="init_cache", num_beams=1, num_steps=8
+  )
+  cache = jax.jit(init_cache)(
+    variables, memory[:, None], jnp.asarray(mask)[:, None]
+  )
   step = jax.jit(functools.partial(model.generator.apply, method="step"))
-  tokens = np.full(len(target), EOS)
+  tokens = np.full((len(target), 1), EOS)
   for t in range(7):
     logits, cache = step(variables, ids(tokens), jnp.asarray(t), cache)
-    np.testing.assert_allclose(logits, expected[:, t], rtol=1e-5, atol=1e-5)
-    tokens = target[:, t]
+    np.testing.assert_allclose(
+      logits[:, 0, 0], expected[:, t], rtol=1e-5, atol=1e-5
+    )
+    tokens = target[:, t : t + 1]
 
 
 @SCALES

