@@ -35,13 +35,18 @@ def get_config() -> Config:
   c.encoder.score_scale = 10.0
   c.encoder.learn_score_scale = True
 
-  # BART, narrow, and with what helps it to learn to copy from scratch.
+  # T5, narrow, whose attention starts by copying. The shape is Hugging Face's,
+  # so the trained model can be exported: tools/convert_hf.py.
   c.generator.norm = "pre"
+  c.generator.norm_kind = "rms"
+  c.generator.norm_eps = 1e-6
+  c.generator.use_bias = False
   c.generator.embedding_norm = False
-  c.generator.position_offset = 0
-  c.generator.max_positions = 64
-  c.generator.position_init = "sinusoid"
+  c.generator.positions = "none"
   c.generator.relative_buckets = 32
+  c.generator.relative_shared = True
+  c.generator.scale_attention = False
+  c.generator.logits_bias = False
   c.generator.init = "copy"
 
   c.warmup.num_steps = 120
