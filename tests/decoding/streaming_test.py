@@ -80,7 +80,8 @@ def test_it_decodes_no_further_than_it_is_asked(monkeypatch):
     return advance(*args)
 
   monkeypatch.setattr(plan, "advance", counted)
-  iterator = stream(RagDecoder(MODEL, GREEDY), *arguments())
+  settings = dataclasses.replace(GREEDY, min_new_tokens=3)
+  iterator = stream(RagDecoder(MODEL, settings), *arguments())
   assert limits == []
   next(iterator)
   assert limits == [1]
