@@ -7,89 +7,34 @@ of all tokens at once; and for RAG-Sequence, each document searched by itself.
 import dataclasses
 import functools
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_rag import BEAMS
+from small_rag import EOS
+from small_rag import GREEDY
+from small_rag import MODEL
+from small_rag import PAD
+from small_rag import STEPS
+from small_rag import B
+from small_rag import C
+from small_rag import D
+from small_rag import K
+from small_rag import V
+from small_rag import W
+from small_rag import apply
+from small_rag import inputs
+from small_rag import params
 
-from rag_jax.config import GeneratorConfig
 from rag_jax.decoding import plan
-from rag_jax.decoding.candidates import bucket
 from rag_jax.decoding.candidates import build_tree
-from rag_jax.decoding.candidates import score_tree
 from rag_jax.decoding.logits import PrefixTrie
 from rag_jax.decoding.rag import MODES
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.ranking import HfParity
-from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.losses import rag_sequence_nll
 from rag_jax.losses import rag_token_nll
-from rag_jax.models.rag import build_generator
-
-B, K, C, V, D, STEPS, W = 4, 3, 6, 13, 8, 5, 3
-PAD, EOS = 1, 2
-CONFIG = GeneratorConfig(
-  num_layers=1, embed_dim=D, num_heads=2, mlp_dim=8, max_positions=8
-)
-MODEL = build_generator(
-  CONFIG, vocab_size=V, decoder_start_id=EOS, dtype=jnp.float32
-)
-BEAMS = GenerationSettings(
-  max_new_tokens=STEPS,
-  num_beams=W,
-  num_return_sequences=W,
-  eos_token_id=(EOS,),
-  pad_token_id=PAD,
-)
-GREEDY = dataclasses.replace(BEAMS, num_beams=1, num_return_sequences=1)
-
-
-@functools.cache
-def params():
-  """Returns random parameters; these make sequences of several lengths."""
-  rng = np.random.default_rng(2)
-  tokens = jnp.zeros((1, 2), jnp.int32)
-  shapes = jax.eval_shape(
-    MODEL.init, jax.random.key(0), tokens, tokens == 0, tokens
-  )
-
-  def draw(path, x):
-    name = jax.tree_util.keystr(path)
-    values = rng.normal(size=x.shape)
-    if "scale" in name:
-      values = 1 + 0.2 * values
-    elif "position" in name:
-      values = 3 * values
-    elif "cross_attention" not in name or "norm" in name:
-      values = 0.7 * values
-    return jnp.asarray(values, jnp.float32)
-
-  tree = jax.tree_util.tree_map_with_path(draw, nn.meta.unbox(shapes)["params"])
-  bias = tree["final_logits_bias"]
-  tree["final_logits_bias"] = bias.at[EOS].add(1.5)
-  return {"generator": tree}
-
-
-@functools.cache
-def inputs():
-  """Returns doc_scores, best first, contexts of many lengths, and mask."""
-  rng = np.random.default_rng(1)
-  scores = -np.sort(-2 * rng.normal(size=(B, K)), axis=1).astype(np.float32)
-  lengths = 2 + np.arange(B * K).reshape(B, K, 1) % (C - 1)
-  tokens = rng.integers(3, V, size=(B, K, C), dtype=np.int32)
-  mask = np.arange(C) < lengths
-  return scores, np.where(mask, tokens, PAD), mask
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def compiled_apply(method, params, *args):
-  return MODEL.apply({"params": params}, *args, method=method)
-
-
-def apply(method, *args):
-  """Returns what a method of the generator does."""
-  return compiled_apply(method, params()["generator"], *args)
 
 
 def decode(mode, settings=BEAMS, arrays=None, **kwargs):
@@ -355,49 +300,6 @@ def test_contexts_are_encoded_once_and_candidates_scored_from_that(monkeypatch):
     MODEL, BEAMS, None, rest, scores, memory, mask, found, tree
   )
   np.testing.assert_array_equal(ranked.tokens, decode("rag_sequence").tokens)
-
-
-def test_candidates_that_begin_alike_share_their_prefixes():
-  rng = np.random.default_rng(2)
-  tokens = rng.integers(3, size=(B, 7, STEPS), dtype=np.int32)
-  lengths = rng.integers(1, STEPS + 1, size=(B, 7))
-  tree = build_tree(tokens, lengths, EOS)
-  for b in range(B):
-    prefixes = {
-      tuple(tokens[b, c, :t]) for c in range(7) for t in range(lengths[b, c])
-    }
-    depths = np.asarray(tree.depths[b])
-    seen = np.asarray(tree.seen[b])
-    # What fills up stands at depth 0, as the start does.
-    assert np.sum(depths > 0) == len(prefixes) - 1
-    np.testing.assert_array_equal(
-      seen.sum(axis=1)[depths > 0] - 1, depths[depths > 0]
-    )
-  memory = rng.normal(size=(B, K, C, D)).astype(np.float32)
-  mask = inputs()[2]
-  log_probs, total = apply(score_tree, tree, tokens, memory, mask)
-  expected = apply("score", tokens, memory, mask)  # B C K T
-  real = (np.arange(STEPS) < lengths[..., None])[..., None]
-  np.testing.assert_allclose(
-    np.where(real, log_probs, 0),
-    np.where(real, np.swapaxes(expected, 2, 3), 0),
-    rtol=1e-4,
-    atol=1e-5,
-  )
-  # Of the first token, which all share: over the vocabulary.
-  every = np.tile(np.arange(V, dtype=np.int32)[:, None], (B, 1, STEPS))
-  first = apply("score", every, memory, mask)
-  np.testing.assert_allclose(
-    total[:, 0, 0], first[:, :, :, 0].sum(axis=1), rtol=1e-4
-  )
-
-
-def test_trees_come_in_few_sizes():
-  sizes = [bucket(n, 10_000) for n in range(1, 2000)]
-  assert all(size >= n for n, size in enumerate(sizes, start=1))
-  assert all(size <= max(16, 1.5 * n) for n, size in enumerate(sizes, start=1))
-  assert len(set(sizes)) == 15
-  assert bucket(17, 20) == 20
 
 
 def test_one_shape_is_compiled_once_also_for_another_decoder():

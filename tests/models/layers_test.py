@@ -1,11 +1,14 @@
 """Layers against loops over positions."""
 
-import functools
 import math
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from linen import apply
+from linen import attention_by_hand
+from linen import fresh_params
+from linen import normal
+from linen import random_params
 import numpy as np
 import pytest
 
@@ -13,57 +16,6 @@ from rag_jax.models import layers
 
 B, T, S, N, H, F = 2, 3, 4, 2, 3, 5
 D = N * H
-
-
-def normal(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def shapes(module, *args):
-  variables = jax.eval_shape(module.init, jax.random.key(0), *args)
-  return nn.meta.unbox(variables)["params"]
-
-
-def random_params(module, *args):
-  """Parameters none of which is 0 or 1, so that none can be forgotten."""
-  rng = np.random.default_rng(7)
-  return jax.tree.map(
-    lambda x: 0.7 * rng.normal(size=x.shape).astype(np.float32),
-    shapes(module, *args),
-  )
-
-
-def fresh_params(module, *args):
-  init = jax.jit(lambda *a: nn.meta.unbox(module.init(*a))["params"])
-  return jax.tree.map(np.array, init(jax.random.key(0), *args))
-
-
-def apply(module, params, *args, **kwargs):
-  run = jax.jit(functools.partial(module.apply, **kwargs))
-  return np.asarray(run({"params": params}, *args))
-
-
-def attention_by_hand(params, x, memory, mask):
-  """One head, question and key at a time."""
-  query, key, value, out = (
-    (params[name]["kernel"], params[name]["bias"])
-    for name in ("query", "key", "value", "out")
-  )
-  result = np.zeros(x.shape)
-  for b in range(len(x)):
-    for t in range(x.shape[1]):
-      for n in range(N):
-        q = x[b, t] @ query[0][:, n] + query[1][n]
-        weights, values = [], []
-        for s in range(memory.shape[1]):
-          if mask[b, min(t, mask.shape[1] - 1), s]:
-            k = memory[b, s] @ key[0][:, n] + key[1][n]
-            weights.append(math.exp(q @ k / math.sqrt(H)))
-            values.append(memory[b, s] @ value[0][:, n] + value[1][n])
-        for weight, v in zip(weights, values, strict=True):
-          result[b, t] += weight / sum(weights) * (v @ out[0][n])
-      result[b, t] += out[1]
-  return result
 
 
 def mlp_by_hand(params, x, activation):

@@ -1,9 +1,9 @@
 """Beam and greedy search write the tokens that transformers writes.
 
 The reference: `generate` of tiny random RAG models, with settings drawn at
-random, on ragged batches. Every token of every sequence is compared. RAG-Token
-is compared as it is; RAG-Sequence with `HfParity`, since the ranking of
-transformers has defects.
+random, on ragged batches. Every token of every sequence is compared. With
+`HfParity` where transformers has a defect: it ranks RAG-Sequence wrongly, and
+if the padding is token 0, as T5's, it writes end tokens behind an end.
 """
 
 import dataclasses
@@ -205,7 +205,7 @@ def test_tokens_are_those_of_transformers(kind, name, number):
       pad_token_id=pad, bos_token_id=bos, eos_token_id=eos, **settings
     ),
     kind,
-    hf_parity=HfParity(),
+    hf_parity=None if (kind, name) == ("rag_token", "bart") else HfParity(),
   )
   for _ in range(NUM_BATCHES):
     inputs = draw_inputs(rng, pad, settings["n_docs"])
