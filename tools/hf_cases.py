@@ -355,7 +355,7 @@ def _encode_passages(setup: Setup) -> Case:
     # Padded to one of a few lengths: each is compiled for once.
     blocks = []
     for rows in batches:
-      longest = -(-lengths[rows][-1] // 32) * 32
+      longest = -(-lengths[rows][-1] // 8) * 8
       blocks.append(apply(params, tokens[rows, :longest], mask[rows, :longest]))
     return np.concatenate([np.asarray(block) for block in blocks])
 

@@ -16,7 +16,10 @@ import numpy as np
 from rag_jax.models.partitioning import named
 
 # The axis names "B T S D N H" are those of DESIGN: here B may stand for B*K.
-Keys = Float[Array, "B S N H"]
+# Laid out as the products of `attend` read them: otherwise each step of
+# decoding would copy all keys and values into that order again.
+Keys = Float[Array, "B N H S"]
+Values = Float[Array, "B N S H"]
 Bias = Float[Array, "#B N T S"]
 
 
@@ -182,15 +185,16 @@ class Attention(nn.Module):
       inits["value"] = inits["out"] = identity_init
     return inits
 
-  def keys_values(self, memory: Float[Array, "B S D"]) -> tuple[Keys, Keys]:
+  def keys_values(self, memory: Float[Array, "B S D"]) -> tuple[Keys, Values]:
     """Returns what `memory` offers to be looked at: keys and values."""
-    return self.key(memory), self.value(memory)
+    key, value = self.key(memory), self.value(memory)  # B S N H
+    return jnp.moveaxis(key, 1, -1), jnp.moveaxis(value, 1, -2)
 
   def attend(
     self,
     x: Float[Array, "B T D"],
     key: Keys,
-    value: Keys,
+    value: Values,
     mask: Bool[Array, "#B #T S"],  # True where attention is allowed
     bias: Bias | None = None,
   ) -> Float[Array, "B T D"]:
@@ -200,12 +204,12 @@ class Attention(nn.Module):
       query *= self.head_dim**-0.5
     # Softmax in float32: bfloat16 keeps 8 bits of mantissa.
     attn_logits = jnp.einsum(
-      "BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32
+      "BTNH,BNHS->BNTS", query, key, preferred_element_type=jnp.float32
     )
     if bias is not None:
       attn_logits += bias
     if self.relative_buckets:
-      offset = jnp.arange(key.shape[1]) - jnp.arange(x.shape[1])[:, None]
+      offset = jnp.arange(key.shape[-1]) - jnp.arange(x.shape[1])[:, None]
       attn_logits += relative_bias(
         self.relative_bias,
         offset[None],
@@ -216,7 +220,7 @@ class Attention(nn.Module):
       mask[:, None], attn_logits, jnp.finfo(jnp.float32).min
     )
     attn_probs = jax.nn.softmax(attn_logits, axis=-1).astype(self.dtype)
-    return self.out(jnp.einsum("BNTS,BSNH->BTNH", attn_probs, value))
+    return self.out(jnp.einsum("BNTS,BNSH->BTNH", attn_probs, value))
 
   def __call__(
     self,

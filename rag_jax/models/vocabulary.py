@@ -39,7 +39,7 @@ def chunked_token_log_probs(
     bias: added to the logits of each token; None adds nothing.
     target_tokens: the tokens to predict.
     chunk_size: rows of the table whose logits exist at a time, at most. From V
-      on, there is one chunk.
+      on, all exist, and are kept for the gradient: faster where they fit.
 
   Raises:
     ValueError: `chunk_size` is not positive.
@@ -68,14 +68,31 @@ def chunked_log_probs(
   n, t, d = hidden.shape
   if bias is None:
     bias = jnp.zeros(len(table), jnp.float32)
-  log_probs, mean = _log_probs(
-    _even(chunk_size, len(table)),
-    hidden.reshape(n * t, d),
-    table,
-    bias,
-    target_tokens.reshape(n * t),
-  )
+  rows, tokens = hidden.reshape(n * t, d), target_tokens.reshape(n * t)
+  if chunk_size >= len(table):
+    log_probs, mean = _whole_log_probs(rows, table, bias, tokens)
+  else:
+    size = _even(chunk_size, len(table))
+    log_probs, mean = _log_probs(size, rows, table, bias, tokens)
   return log_probs.reshape(n, t), mean.reshape(n, t)
+
+
+def _whole_log_probs(
+  hidden: Array, table: Array, bias: Array, tokens: Array
+) -> tuple[Array, Array]:
+  """Returns both results [M], M = N*T; the logits are kept for the gradient."""
+  logits = jnp.einsum(
+    "MD,VD->MV",
+    hidden,
+    table.astype(hidden.dtype),
+    preferred_element_type="float32",
+  )
+  logits += bias.astype(jnp.float32)
+  # Not a gather: the gradient of this one is no scatter, but part of a pass.
+  here = tokens[:, None] == jnp.arange(len(table))
+  chosen = jnp.sum(logits, axis=-1, where=here)
+  log_norm = jax.nn.logsumexp(logits, axis=-1)
+  return chosen - log_norm, jnp.mean(logits, axis=-1) - log_norm
 
 
 def _even(chunk_size: int, vocab_size: int) -> int:
