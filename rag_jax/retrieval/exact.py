@@ -5,7 +5,6 @@ inner product, and a directory that holds the embeddings. The host side alone:
 numpy, no accelerator.
 """
 
-import os
 from typing import Any
 
 from etils import epath
@@ -13,6 +12,9 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax.retrieval.embeddings import StoredEmbeddings
+from rag_jax.retrieval.embeddings import open_embeddings
+from rag_jax.retrieval.embeddings import save_embeddings
 
 ARTIFACT = "index"  # the kind in the manifest, of every kind of index
 FORMAT = 1  # raise when the files below change meaning
@@ -20,7 +22,6 @@ REMEDY = (
   "Build the index again, or set index.path='' to build it from the passages."
 )
 
-_EMBEDDINGS = "embeddings.npy"
 _BLOCK_PASSAGES = 65_536  # scored at a time, for _BLOCK_QUESTIONS questions
 _BLOCK_QUESTIONS = 64
 _SPARE = 256  # passages scored again beside the n_docs best, at most
@@ -39,7 +40,8 @@ class ExactIndex:
 
   def __init__(
     self,
-    embeddings: Float[np.ndarray, "P R"],  # float32; kept, not copied
+    # In float32, or in files; kept, not copied.
+    embeddings: Float[np.ndarray, "P R"] | StoredEmbeddings,
     *,
     encoder_fingerprint: str,
     passages_fingerprint: str,
@@ -83,7 +85,7 @@ class ExactIndex:
   def save(self, path: epath.PathLike) -> None:
     """Writes the index to directory `path`, its manifest last."""
     path = artifacts.start_directory(path)
-    write_embeddings(self, path)
+    save_embeddings(path, self.embeddings)
     write_index_manifest(self, path, settings={})
 
   @classmethod
@@ -97,18 +99,13 @@ class ExactIndex:
     Raises:
       ValueError: the embeddings are not those that the manifest describes.
     """
-    file = epath.Path(path) / _EMBEDDINGS
-    if artifacts.is_local(file):
-      embeddings = np.load(file, mmap_mode="r", allow_pickle=False)
-    else:
-      with file.open("rb") as f:
-        embeddings = np.load(f, allow_pickle=False)
+    embeddings = open_embeddings(path)
     expected = (content["num_passages"], content["embedding_dim"])
-    if embeddings.shape != expected or embeddings.dtype != np.float32:
+    if embeddings.shape != expected:
       raise ValueError(
-        f"{file} has shape {embeddings.shape} and dtype {embeddings.dtype},"
-        f" {artifacts.MANIFEST} says {expected} and float32; the directory"
-        f" mixes two builds. {REMEDY}"
+        f"The embeddings in {path} have shape {embeddings.shape},"
+        f" {artifacts.MANIFEST} says {expected}; the directory mixes two"
+        f" builds. {REMEDY}"
       )
     return cls(
       embeddings,
@@ -119,7 +116,7 @@ class ExactIndex:
 
 def rank(
   questions: Float[np.ndarray, "B R"],
-  embeddings: Float[np.ndarray, "P R"],
+  embeddings: Float[np.ndarray, "P R"] | StoredEmbeddings,
   ids: Int[np.ndarray, "B K"],
 ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
   """Returns `ids` sorted by their exact scores, and these scores."""
@@ -140,7 +137,7 @@ def stack_rows(
   return ids.reshape(-1, n_docs), scores.reshape(-1, n_docs)
 
 
-def bad_rows(embeddings: np.ndarray) -> np.ndarray:
+def bad_rows(embeddings: np.ndarray | StoredEmbeddings) -> np.ndarray:
   """Returns the numbers of the rows [P, R] that hold what cannot be scored."""
   bad = [
     # Written so that NaN, which compares as False, is bad as well.
@@ -183,18 +180,6 @@ def check_search(index: Any, questions: np.ndarray, n_docs: int) -> np.ndarray:
 def name_rows(rows: np.ndarray) -> str:
   """Returns the first few row numbers, for a message."""
   return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-
-
-def write_embeddings(index: ExactIndex, path: epath.Path) -> None:
-  """Writes the embeddings to directory `path`."""
-  # An index that was opened from `path` reads the old file: it has to stay
-  # whole until the new one is.
-  file = path / _EMBEDDINGS
-  temp = artifacts.temp_path(file) if artifacts.is_local(path) else file
-  with temp.open("wb") as f:
-    np.save(f, index.embeddings, allow_pickle=False)
-  if temp != file:
-    os.replace(temp, file)
 
 
 def write_index_manifest(

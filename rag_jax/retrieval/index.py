@@ -15,6 +15,7 @@ from rag_jax.config import IndexConfig
 from rag_jax.config_rules import check_choice
 from rag_jax.retrieval import exact
 from rag_jax.retrieval import scann
+from rag_jax.retrieval.embeddings import StoredEmbeddings
 
 _KINDS = {"exact": exact.ExactIndex, "scann": scann.ScannIndex}
 # What the manifest says of every index.
@@ -41,7 +42,8 @@ class Index(Protocol):
   embedding_dim: int  # R
   encoder_fingerprint: str  # of the weights that embedded the passages
   passages_fingerprint: str
-  embeddings: Float[np.ndarray, "P R"]  # in float32, for scoring again
+  # For scoring again; what is taken from them is float32.
+  embeddings: Float[np.ndarray, "P R"] | StoredEmbeddings
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
@@ -79,7 +81,7 @@ def resolve_kind(kind: str) -> str:
 
 
 def build_index(
-  embeddings: Shaped[np.ndarray, "..."],
+  embeddings: Shaped[np.ndarray, "..."] | StoredEmbeddings,
   config: IndexConfig,
   *,
   encoder_fingerprint: str,
@@ -88,8 +90,8 @@ def build_index(
   """Returns an index of passage embeddings, of the kind that `config` names.
 
   Args:
-    embeddings: [P, R], row = passage id. In float32 they are kept, not copied:
-      do not write into them afterwards.
+    embeddings: [P, R], row = passage id. In float32, or in files, they are
+      kept, not copied: do not write into them afterwards.
     config: how passages are searched.
     encoder_fingerprint: of the weights that embedded the passages.
     passages_fingerprint: of the passages.
@@ -154,8 +156,10 @@ def load_index(
   return _KINDS[content["kind"]].load(path, content)
 
 
-def _check_embeddings(embeddings: np.ndarray) -> np.ndarray:
-  """Returns the embeddings in float32.
+def _check_embeddings(
+  embeddings: np.ndarray | StoredEmbeddings,
+) -> np.ndarray | StoredEmbeddings:
+  """Returns the embeddings, those in memory in float32.
 
   Raises:
     ValueError: as `build_index`.
@@ -171,8 +175,9 @@ def _check_embeddings(embeddings: np.ndarray) -> np.ndarray:
       "There are no passages to index: the embeddings have shape"
       f" {embeddings.shape}. Expected at least one; is data.passages empty?"
     )
-  with np.errstate(over="ignore"):  # becomes infinity, which is reported below
-    embeddings = np.ascontiguousarray(embeddings, np.float32)
+  if isinstance(embeddings, np.ndarray):
+    with np.errstate(over="ignore"):  # becomes infinity, reported below
+      embeddings = np.ascontiguousarray(embeddings, np.float32)
   bad = exact.bad_rows(embeddings)
   if len(bad):
     raise ValueError(

@@ -15,11 +15,14 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
+from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import replicated
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import build_index
 
 PassageTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+_SORTED_PASSAGES = 65_536  # whose tokens are sorted by length at a time
 
 
 class RetrieverSnapshots:
@@ -48,9 +51,28 @@ def fingerprint(retriever_params: PyTree) -> str:
 
 
 class Embedder:
-  """The two towers as compiled programs, one shape each."""
+  """The two towers as compiled programs.
 
-  def __init__(self, model: nn.Module, embed_batch_size: int):
+  Questions have one shape. Passages are embedded with others of like length,
+  padded to the longest of them, rounded up to one of a few lengths: each is
+  compiled once.
+  """
+
+  def __init__(
+    self,
+    model: nn.Module,
+    embed_batch_size: int,
+    mesh: jax.sharding.Mesh | None = None,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      model: whose methods `embed_questions` and `embed_passages` are used.
+      embed_batch_size: passages embedded at a time; a multiple of the devices.
+      mesh: of local devices that share each batch, each with all parameters;
+        None: where the parameters are.
+    """
+
     def apply(method: str) -> Callable:
       return jax.jit(
         lambda params, tokens, mask: model.apply(
@@ -61,6 +83,20 @@ class Embedder:
     self._questions = apply("embed_questions")
     self._passages = apply("embed_passages")
     self._batch_size = embed_batch_size
+    self._mesh = mesh
+
+  def place(self, retriever_params: PyTree) -> PyTree:
+    """Returns the parameters where passages are embedded."""
+    if self._mesh is None:
+      return retriever_params
+    return jax.device_put(retriever_params, replicated(self._mesh))
+
+  def embedding_dim(self, retriever_params: PyTree) -> int:
+    """Returns R."""
+    tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
+    mask = jax.ShapeDtypeStruct((1, 8), np.bool_)
+    shape = jax.eval_shape(self._passages, retriever_params, tokens, mask)
+    return shape.shape[-1]
 
   def questions(
     self,
@@ -81,22 +117,76 @@ class Embedder:
 
     Args:
       retriever_params: of the retriever.
-      passage_tokens: passage numbers -> (tokens, mask), both [N, L].
+      passage_tokens: passage numbers -> (tokens, mask), both [N, L], real
+        tokens first.
       num_passages: how many there are.
     """
+    starts = range(0, num_passages, _SORTED_PASSAGES)
     return np.concatenate(
-      list(self._blocks(retriever_params, passage_tokens, num_passages))
+      [
+        self.rows(
+          retriever_params,
+          passage_tokens,
+          np.arange(start, min(start + _SORTED_PASSAGES, num_passages)),
+        )
+        for start in starts
+      ]
     )
 
+  def rows(
+    self,
+    retriever_params: PyTree,
+    passage_tokens: PassageTokens,
+    rows: Int[np.ndarray, "N"],
+  ) -> Float[np.ndarray, "N R"]:
+    """Returns the embeddings of the passages `rows`, in their order.
+
+    Their tokens are in memory all at once, [N, L]. Arguments as in `passages`.
+    """
+    tokens, mask = passage_tokens(rows)
+    lengths = mask.sum(axis=1)
+    order = np.argsort(lengths, kind="stable")
+    blocks = []
+    for part, block in self._blocks(
+      retriever_params, tokens, mask, lengths, order
+    ):
+      # Waiting for a block here lets the next one be computed meanwhile.
+      blocks.append(block[: len(part)])
+      if len(blocks) > 1:
+        blocks[-2] = np.asarray(blocks[-2])
+    embeddings = np.concatenate([np.asarray(block) for block in blocks])
+    result = np.empty_like(embeddings)
+    result[order] = embeddings
+    return result
+
   def _blocks(
-    self, params: PyTree, passage_tokens: PassageTokens, num_passages: int
-  ) -> Iterator[np.ndarray]:
-    for start in range(0, num_passages, self._batch_size):
-      rows = np.arange(start, min(start + self._batch_size, num_passages))
-      # The last block is filled up with its last passage: one shape alone.
-      filled = np.minimum(np.arange(start, start + self._batch_size), rows[-1])
-      tokens, mask = passage_tokens(filled)
-      yield np.asarray(self._passages(params, tokens, mask))[: len(rows)]
+    self,
+    params: PyTree,
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    lengths: np.ndarray,
+    order: np.ndarray,
+  ) -> Iterator[tuple[np.ndarray, jax.Array]]:
+    """Yields which rows a block embeds, and it, before it is computed."""
+    for start in range(0, len(order), self._batch_size):
+      part = order[start : start + self._batch_size]
+      # The last block is filled up with its last passage: one size alone.
+      filled = np.pad(part, (0, self._batch_size - len(part)), mode="edge")
+      width = padded_length(int(lengths[part[-1]]), tokens.shape[1])
+      batch = tokens[filled, :width], mask[filled, :width]
+      if self._mesh is not None:
+        batch = jax.device_put(batch, batch_sharding(self._mesh))
+      yield part, self._passages(params, *batch)
+
+
+def padded_length(length: int, longest: int) -> int:
+  """Returns to how many tokens rows of `length` are padded.
+
+  Steps of an eighth of the power of two below, and of 8 at least: eight
+  lengths an octave, for at most an eighth of padding.
+  """
+  step = max(8, (1 << max(length - 1, 1).bit_length()) // 16)
+  return min(-(-max(length, 1) // step) * step, longest)
 
 
 class IndexBuilder:

@@ -21,6 +21,8 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import exact
+from rag_jax.retrieval.embeddings import StoredEmbeddings
+from rag_jax.retrieval.embeddings import save_embeddings
 
 _ARTIFACTS = "scann"  # the folder that ScaNN writes, inside the index
 _CODEBOOK = 16  # ScaNN cannot quantise fewer passages than these
@@ -64,18 +66,18 @@ class ScannIndex:
   @classmethod
   def build(
     cls,
-    embeddings: Float[np.ndarray, "P R"],
+    embeddings: Float[np.ndarray, "P R"] | StoredEmbeddings,
     config: IndexConfig,
     *,
     encoder_fingerprint: str,
     passages_fingerprint: str,
   ) -> "ScannIndex":
-    """Trains ScaNN on passage embeddings in float32, which are kept.
+    """Trains ScaNN on passage embeddings, which are kept.
 
     Raises:
       ValueError: ScaNN is not installed.
     """
-    builder = _module().builder(embeddings, 10, "dot_product")
+    builder = _module().builder(embeddings[:], 10, "dot_product")
     # The same passages give the same index: one thread, and k-means++ below,
     # as ScaNN draws the leaves' first centres without a seed (1.4.2).
     builder = builder.set_n_training_threads(1)
@@ -149,7 +151,7 @@ class ScannIndex:
   def save(self, path: epath.PathLike) -> None:
     """Writes the index to directory `path`, its manifest last."""
     path = artifacts.start_directory(path)
-    exact.write_embeddings(self._exact, path)
+    save_embeddings(path, self.embeddings)
     folder = path / _ARTIFACTS
     # ScaNN writes to a local disk alone, and over what it may be reading.
     parent = path if artifacts.is_local(path) else None

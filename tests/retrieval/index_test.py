@@ -11,6 +11,10 @@ import pytest
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import exact
+from rag_jax.retrieval.embeddings import EMBEDDINGS
+from rag_jax.retrieval.embeddings import EmbeddingFile
+from rag_jax.retrieval.embeddings import StoredEmbeddings
+from rag_jax.retrieval.embeddings import open_embeddings
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.index import load_index
@@ -99,7 +103,39 @@ def test_an_index_goes_to_a_bucket_and_back(kind, tmp_path, monkeypatch):
 
 
 def test_a_loaded_index_stays_on_the_disk_until_it_is_searched(saved):
-  assert isinstance(load_index(saved).embeddings, np.memmap)
+  embeddings = load_index(saved).embeddings
+  assert isinstance(embeddings, StoredEmbeddings)
+  assert isinstance(embeddings.arrays[EMBEDDINGS], np.memmap)
+  assert np.shares_memory(embeddings[2:4], embeddings.arrays[EMBEDDINGS])
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", ["exact", "scann"])
+def test_an_index_of_stored_embeddings_searches_what_is_stored(
+  tmp_path, kind, storage
+):
+  if kind == "scann":
+    pytest.importorskip("scann")
+  files = EmbeddingFile(tmp_path, P, R, storage)
+  files.write(0, normal(P, R))
+  before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+  index = build(kind, embeddings=open_embeddings(tmp_path))
+  index.save(tmp_path)
+  assert (
+    before.items()
+    <= {
+      f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()
+    }.items()
+  )
+  index.save(tmp_path / "copy")
+  questions = normal(3, R, seed=1)
+  stored = np.asarray(open_embeddings(tmp_path))
+  expected = build(embeddings=stored).search(questions, 4)
+  moved = (tmp_path / "copy").rename(tmp_path.parent / f"{kind} {storage}")
+  for directory in (moved, tmp_path):
+    ids, scores = load_index(directory).search(questions, 4)
+    np.testing.assert_array_equal(ids, expected[0])
+    np.testing.assert_array_equal(scores, expected[1])
 
 
 def test_float64_embeddings_are_searched_in_float32():
@@ -255,7 +291,7 @@ def test_a_manifest_that_describes_no_index_is_refused(saved, content):
 def test_embeddings_of_another_build_are_refused(saved):
   edit(saved, num_passages=P + 1)
   with pytest.raises(
-    ValueError, match=r"shape \(60, 8\) .*says \(61, 8\).*mixes two builds"
+    ValueError, match=r"shape \(60, 8\), .*says \(61, 8\).*mixes two builds"
   ):
     load_index(saved)
 

@@ -20,6 +20,7 @@ from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import IndexBuilder
 from rag_jax.retrieval.retriever import RetrieverSnapshots
 from rag_jax.retrieval.retriever import fingerprint
+from rag_jax.retrieval.retriever import padded_length
 
 P, L, R, V = 11, 9, 16, 50  # R is D: there is no projection
 
@@ -70,15 +71,7 @@ def retriever_of(params):
 @pytest.mark.parametrize("block", [1, 4, P, 64])
 def test_embeddings_in_blocks_are_those_of_all_at_once(untied, block):
   model, params = untied
-  sizes = []
-
-  def passage_tokens(rows):
-    sizes.append(len(rows))
-    return tokens_of(rows)
-
-  got = Embedder(model, block).passages(retriever_of(params), passage_tokens, P)
-  assert set(sizes) == {block}  # one shape is one compilation
-  assert len(sizes) == -(-P // block)
+  got = Embedder(model, block).passages(retriever_of(params), tokens_of, P)
   assert got.shape == (P, R)
   assert got.dtype == np.float32
   expected = model.apply(
@@ -87,6 +80,39 @@ def test_embeddings_in_blocks_are_those_of_all_at_once(untied, block):
     method="embed_passages",
   )
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_passages_of_like_length_share_a_block_without_the_padding_of_others():
+  shapes = []
+
+  class Lengths(nn.Module):
+    def embed_passages(self, tokens, mask):
+      shapes.append(tokens.shape)
+      pair = jnp.stack([tokens[:, 0], mask.sum(axis=1)], axis=1)
+      return pair.astype(jnp.float32)
+
+    def embed_questions(self, tokens, mask):
+      raise NotImplementedError
+
+  lengths = np.array([3, 90, 17, 40, 8, 64, 128, 1, 33])
+
+  def passage_tokens(rows):
+    mask = np.arange(128) < lengths[rows][:, None]
+    return np.where(mask, rows[:, None], 0).astype(np.int32), mask
+
+  got = Embedder(Lengths(), 2).rows({}, passage_tokens, np.arange(9))
+  np.testing.assert_array_equal(got[:, 0], np.arange(9))
+  np.testing.assert_array_equal(got[:, 1], lengths)
+  # In pairs by length, each of whose widths is traced once.
+  assert shapes == [(2, 8), (2, 24), (2, 40), (2, 96), (2, 128)]
+
+
+@pytest.mark.parametrize("longest", [5, 256, 300])
+def test_padded_lengths_are_few_and_close(longest):
+  padded = {n: padded_length(n, longest) for n in range(1, longest + 1)}
+  assert all(n <= to <= longest for n, to in padded.items())
+  assert all(to - n < max(8, n / 8) for n, to in padded.items())
+  assert len(set(padded.values())) <= 8 + 8 * 3
 
 
 def test_questions_and_passages_have_towers_of_their_own(untied, embedder):

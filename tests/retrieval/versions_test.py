@@ -60,7 +60,7 @@ def make(tmp_path, opened):
 def seen(versions):
   """The step whose parameters embedded what is searched."""
   assert versions.index.encoder_fingerprint == f"step {versions.version}"
-  return int(versions.index.embeddings[0, 0])
+  return int(versions.index.embeddings[0][0])
 
 
 def run(versions, first, last):

@@ -1,0 +1,279 @@
+"""Embedding a whole corpus, in shards that survive an interruption.
+
+In: an embedder, its parameters, the tokens of all passages, a directory. Out:
+the embeddings in that directory, the same bytes however often the work was
+interrupted, or by how many processes it was shared.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import json
+import shutil
+import time
+from typing import Any
+
+from absl import logging
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+import numpy as np
+
+from rag_jax import artifacts
+from rag_jax.retrieval import exact
+from rag_jax.retrieval.embeddings import EmbeddingFile
+from rag_jax.retrieval.embeddings import StoredEmbeddings
+from rag_jax.retrieval.embeddings import bytes_of
+from rag_jax.retrieval.embeddings import check_storage
+from rag_jax.retrieval.embeddings import open_embeddings
+from rag_jax.retrieval.retriever import Embedder
+from rag_jax.retrieval.retriever import PassageTokens
+
+_PLAN = "plan.json"  # what the shards in a directory are of
+_DONE = "done"  # folder with a file for each finished shard
+_REPORT_SECS = 10.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingJob:
+  """What is embedded, and how it is stored.
+
+  Another value of any field is another result: a directory that holds part of
+  one is not continued with another.
+  """
+
+  num_passages: int  # P
+  embedding_dim: int  # R
+  passage_length: int  # tokens of the longest, L
+  storage: str = "float32"  # or "bfloat16", "int8"
+  passages_per_shard: int = 32_768
+  embed_batch_size: int = 64
+  encoder_fingerprint: str = ""
+  passages_fingerprint: str = ""
+
+  @property
+  def num_shards(self) -> int:
+    """How many shards there are; the last may be smaller."""
+    return -(-self.num_passages // self.passages_per_shard)
+
+  @property
+  def num_bytes(self) -> int:
+    """Of the embeddings on the disk."""
+    return bytes_of(self.storage, self.num_passages, self.embedding_dim)
+
+  def rows(self, shard: int) -> range:
+    """Returns the passages of a shard."""
+    start = shard * self.passages_per_shard
+    return range(start, min(start + self.passages_per_shard, self.num_passages))
+
+
+def embed_corpus(
+  directory: epath.PathLike,
+  job: EmbeddingJob,
+  embedder: Embedder,
+  retriever_params: PyTree,
+  passage_tokens: PassageTokens,
+  on_shard: Callable[[int], None] = lambda shard: None,
+) -> StoredEmbeddings:
+  """Embeds what is not embedded yet and returns all embeddings.
+
+  Every process of a program that spans several calls it, with the same
+  arguments; each embeds its share of the shards.
+
+  Args:
+    directory: on a disk that all processes see. What an interrupted call left
+      there is continued.
+    job: what is embedded.
+    embedder: whose batch size is that of the job.
+    retriever_params: of the retriever.
+    passage_tokens: passage numbers -> (tokens, mask), both [N, L].
+    on_shard: called when a shard is on the disk.
+
+  Raises:
+    ValueError: there are no passages, the directory holds something else, or an
+      embedding is NaN, infinite or huge.
+    OSError: the disk has no room, or cannot be written to.
+  """
+  directory = epath.Path(directory)
+  _check(directory, job)
+  first = jax.process_index() == 0
+  if first:
+    _start(directory, job)
+  _wait_for_all("embedding: the files are there")
+  file = EmbeddingFile(
+    directory, job.num_passages, job.embedding_dim, job.storage
+  )
+  missing = [
+    i for i in range(job.num_shards) if not _is_done(directory, job, file, i)
+  ]
+  mine = missing[jax.process_index() :: jax.process_count()]
+  if first:
+    logging.info(
+      "%d passages in %d shards, of which %d are embedded already.",
+      job.num_passages,
+      job.num_shards,
+      job.num_shards - len(missing),
+    )
+  _wait_for_all("embedding: everyone knows what is missing")
+  params = embedder.place(retriever_params)
+  progress = _Progress(sum(len(job.rows(i)) for i in mine))
+  for shard in mine:
+    rows = job.rows(shard)
+    embeddings = embedder.rows(params, passage_tokens, np.array(rows))
+    _check_numbers(embeddings, rows)
+    file.write(rows.start, embeddings)
+    digest = file.digest(rows.start, rows.stop)
+    artifacts.write_atomically(_marker(directory, shard), digest)
+    progress.add(len(rows))
+    on_shard(shard)
+  _wait_for_all("embedding: everything is embedded")
+  return open_embeddings(directory)
+
+
+def finish(directory: epath.PathLike) -> None:
+  """Removes what only an unfinished job needs."""
+  directory = epath.Path(directory)
+  (directory / _PLAN).unlink(missing_ok=True)
+  if (directory / _DONE).exists():
+    (directory / _DONE).rmtree()
+
+
+def _check(directory: epath.Path, job: EmbeddingJob) -> None:
+  check_storage(job.storage)
+  if job.num_passages < 1 or job.passages_per_shard < 1:
+    raise ValueError(
+      f"There is nothing to embed: {job.num_passages} passages in shards of"
+      f" {job.passages_per_shard}; expected at least one of each. Is the corpus"
+      " empty?"
+    )
+  if not artifacts.is_local(directory):
+    raise ValueError(
+      f"{directory} is in a bucket, where shards cannot be written in place;"
+      " expected a directory on a disk. Build there, and copy the finished"
+      " directory: it can be moved."
+    )
+
+
+def _start(directory: epath.Path, job: EmbeddingJob) -> None:
+  """Makes the files for the job, or checks that what lies there is its own."""
+  directory.mkdir(parents=True, exist_ok=True)
+  plan = json.dumps(dataclasses.asdict(job), indent=2) + "\n"
+  path = directory / _PLAN
+  if path.exists():
+    found = path.read_text()
+    if found != plan:
+      raise ValueError(
+        f"{directory} holds a part of other embeddings:"
+        f" {_differences(found, job)}. Expected what this call would write. Go"
+        " on with the same settings, or remove the directory or choose another"
+        " to start anew."
+      )
+  else:
+    if (directory / _DONE).exists():
+      (directory / _DONE).rmtree()  # of nobody knows what
+    _check_room(directory, job)
+    EmbeddingFile(directory, job.num_passages, job.embedding_dim, job.storage)
+    artifacts.write_atomically(path, plan)
+  (directory / _DONE).mkdir(exist_ok=True)
+
+
+def _differences(found: str, job: EmbeddingJob) -> str:
+  try:
+    old = json.loads(found)
+  except ValueError:
+    old = {}
+  new: dict[str, Any] = dataclasses.asdict(job)
+  return ", ".join(
+    f"{name} is {old.get(name)!r} there and {value!r} here"
+    for name, value in new.items()
+    if old.get(name) != value
+  )
+
+
+def _check_room(directory: epath.Path, job: EmbeddingJob) -> None:
+  """Raises `OSError` if the disk is too small; says what will be used."""
+  free = shutil.disk_usage(directory).free
+  logging.info(
+    "The embeddings of %d passages, %d numbers of %s each, take %.2f GiB of"
+    " disk, of %.2f GiB that are free. In memory: the parameters and one shard"
+    " of %d passages, %.2f GiB.",
+    job.num_passages,
+    job.embedding_dim,
+    job.storage,
+    job.num_bytes / 2**30,
+    free / 2**30,
+    len(job.rows(0)),
+    len(job.rows(0)) * (5 * job.passage_length + 8 * job.embedding_dim) / 2**30,
+  )
+  existing = sum(f.stat().length for f in directory.glob("*.npy"))
+  if job.num_bytes > free + existing:
+    raise OSError(
+      f"The disk of {directory} has {free:,} bytes free, but the embeddings"
+      f" need {job.num_bytes:,}. Free some, choose another output, or store"
+      " them smaller (bfloat16 or int8)."
+    )
+
+
+def _marker(directory: epath.Path, shard: int) -> epath.Path:
+  return directory / _DONE / f"{shard:06d}"
+
+
+def _is_done(
+  directory: epath.Path, job: EmbeddingJob, file: EmbeddingFile, shard: int
+) -> bool:
+  """Returns whether the shard was finished, and is still what it was."""
+  marker = _marker(directory, shard)
+  if not marker.exists():
+    return False
+  rows = job.rows(shard)
+  if marker.read_text() == file.digest(rows.start, rows.stop):
+    return True
+  logging.warning(
+    "Shard %d in %s changed since it was written; it is embedded again.",
+    shard,
+    directory,
+  )
+  return False
+
+
+def _check_numbers(embeddings: np.ndarray, rows: range) -> None:
+  bad = exact.bad_rows(embeddings)
+  if len(bad):
+    named = exact.name_rows(bad + rows.start)
+    raise ValueError(
+      f"The embeddings of {len(bad)} of {len(rows)} passages hold NaN,"
+      f" infinity or huge numbers: passages {named}. Expected finite numbers."
+      " Check the encoder's weights. The shards before are kept."
+    )
+
+
+def _wait_for_all(what: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+class _Progress:
+  """Says now and then how far the work of this process is."""
+
+  def __init__(self, num_passages: int):
+    self._todo = num_passages
+    self._done = 0
+    self._start = self._last = time.monotonic()
+
+  def add(self, num_passages: int) -> None:
+    self._done += num_passages
+    now = time.monotonic()
+    if now - self._last < _REPORT_SECS and self._done < self._todo:
+      return
+    self._last = now
+    rate = self._done / max(now - self._start, 1e-9)
+    left = int((self._todo - self._done) / rate)
+    logging.info(
+      "Embedded %d of %d passages (%.0f%%), %.0f passages/s, %d:%02d left.",
+      self._done,
+      self._todo,
+      100 * self._done / self._todo,
+      rate,
+      left // 60,
+      left % 60,
+    )
