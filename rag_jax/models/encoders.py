@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rag_jax.models.attention import identity_init
 from rag_jax.models.layers import TransformerLayer
+from rag_jax.models.layers import check_positions
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 from rag_jax.models.partitioning import named
@@ -66,6 +67,9 @@ class RetrieverEncoder(nn.Module):
       name="token_embedding",
     )(tokens).astype(self.dtype)  # N L D
     if self.num_layers:
+      check_positions(
+        tokens.shape[1], self.max_positions, "Questions or passages"
+      )
       x += embed(
         self.max_positions,
         embedding_init=dense_init("position", "embed"),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from rag_jax.models.layers import check_positions
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 from rag_jax.models.partitioning import named
@@ -127,6 +128,10 @@ class Generator(nn.Module):
         self.param_dtype,
       )
 
+  def _check_positions(self, length: int, what: str) -> None:
+    learned = self.positions == "learned"
+    check_positions(length, self.max_positions if learned else 0, what)
+
   def _embed(self, tokens: Int[Array, "N T"]) -> Float[Array, "N T D"]:
     x = self.token_embedding(tokens).astype(self.dtype)
     return x * self.embed_dim**0.5 if self.scale_embedding else x
@@ -164,6 +169,7 @@ class Generator(nn.Module):
     deterministic: bool = True,
   ) -> Float[Array, "N C D"]:
     """Returns what the decoder looks at."""
+    self._check_positions(context_tokens.shape[1], "Contexts")
     return self.encoder(
       self._embed(context_tokens),
       context_mask[:, None, :],
@@ -179,6 +185,7 @@ class Generator(nn.Module):
     deterministic: bool = True,
   ) -> Float[Array, "N T D"]:
     """Returns what the logits at each position are computed from."""
+    self._check_positions(target_tokens.shape[1], "Targets")
     memory = self.encode(context_tokens, context_mask, deterministic)
     inputs = self.shift_right(target_tokens)
     length = inputs.shape[1]

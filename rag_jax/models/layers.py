@@ -41,6 +41,24 @@ ACTIVATIONS = {
 }
 
 
+def check_positions(length: int, max_positions: int, what: str) -> None:
+  """Raises `ValueError` if rows are longer than the table of positions.
+
+  Looked up beyond its end, a table gives NaN or its last row, without a word.
+
+  Args:
+    length: tokens a row, padding included.
+    max_positions: rows of the table; 0: there is none.
+    what: what the rows are, for the message.
+  """
+  if 0 < max_positions < length:
+    raise ValueError(
+      f"{what} of {length} tokens a row were given to a model with"
+      f" {max_positions} learned positions; expected at most as many. Cut them"
+      " to that length, or take a model with more positions."
+    )
+
+
 Norm = nn.LayerNorm | nn.RMSNorm
 
 

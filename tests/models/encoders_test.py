@@ -93,6 +93,14 @@ def test_the_amount_of_padding_does_not_matter(num_layers):
   )
 
 
+def test_rows_longer_than_the_positions_are_refused():
+  tokens, mask = np.ones((1, L + 1), np.int32), np.ones((1, L + 1), bool)
+  params, run, _ = tower(num_layers=1)
+  with pytest.raises(ValueError, match=r"Questions or passages of 6 tokens"):
+    run(params, tokens, mask)
+  assert embed(tokens, mask).shape == (1, D)  # a bag of words has no positions
+
+
 def test_without_layers_the_order_of_words_does_not_matter():
   for pooling in ("mean", "learned"):
     np.testing.assert_allclose(

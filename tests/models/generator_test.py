@@ -317,3 +317,18 @@ def test_logits_of_bfloat16_are_float32_and_close():
   assert logits.dtype == jnp.float32
   assert np.any(logits != exact.logits())
   np.testing.assert_allclose(logits, exact.logits(), atol=0.2)
+
+
+@pytest.mark.parametrize(
+  ("context", "target", "message"),
+  [
+    (7, T, r"Contexts of 7 tokens a row .* 6 learned positions.*Cut them"),
+    (C, 7, r"Targets of 7 tokens a row .* 6 learned positions.*Cut them"),
+  ],
+)
+def test_rows_longer_than_the_positions_are_refused(context, target, message):
+  tokens, mask = np.ones((1, context), np.int32), np.ones((1, context), bool)
+  args = tokens, mask, np.ones((1, target), np.int32)
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(make_generator(**BART).init, jax.random.key(0), *args)
+  jax.eval_shape(make_generator(**T5).init, jax.random.key(0), *args)
