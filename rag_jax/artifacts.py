@@ -2,7 +2,9 @@
 
 In: a directory of files that another module wrote. Out: its manifest, written
 last, with a digest of each file; and the content of that manifest, once every
-digest was found to be right. No pickle is accepted beside them.
+digest was found to be right. No pickle is accepted beside them. Of a directory
+inside that has a manifest of its own, the digest of that manifest stands for
+all: who opens it checks the rest.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -201,7 +203,12 @@ def _files_below(
       if os.path.islink(path) and path.is_dir():
         continue  # it stays inside, so its files are met without it
     if path.is_dir():
-      yield from _files_below(directory, remedy, name + "/")
+      # A directory with a manifest of its own answers for what is in it.
+      own = path / MANIFEST
+      if own.exists():
+        yield f"{name}/{MANIFEST}"
+      else:
+        yield from _files_below(directory, remedy, name + "/")
     elif path.suffix.lower() in _PICKLES:
       raise ValueError(
         f"{directory} holds {name}, a pickle: loading it could run any code."

@@ -150,3 +150,24 @@ class RetrieverEncoder(nn.Module):
     )
     weights = jax.nn.softmax(weight_logits, axis=-1)
     return jnp.einsum("NL,NLD->ND", weights, x)
+
+
+class OneTower(nn.Module):
+  """One encoder for whatever is embedded, with the methods of `RagModel`.
+
+  Params: `question_encoder`.
+  """
+
+  question_encoder: RetrieverEncoder
+
+  def embed_questions(
+    self, question_tokens: Int[Array, "B Q"], question_mask: Bool[Array, "B Q"]
+  ) -> Float[Array, "B R"]:
+    """Returns question embeddings."""
+    return self.question_encoder(question_tokens, question_mask)
+
+  def embed_passages(
+    self, passage_tokens: Int[Array, "N L"], passage_mask: Bool[Array, "N L"]
+  ) -> Float[Array, "N R"]:
+    """Returns passage embeddings."""
+    return self.question_encoder(passage_tokens, passage_mask)

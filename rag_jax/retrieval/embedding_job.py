@@ -29,8 +29,9 @@ from rag_jax.retrieval.embeddings import open_embeddings
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import PassageTokens
 
-_PLAN = "plan.json"  # what the shards in a directory are of
-_DONE = "done"  # folder with a file for each finished shard
+# Named like files that are not finished, which no manifest lists.
+_PLAN = ".plan.json.tmp"  # what the shards in a directory are of
+_DONE = ".done.tmp"  # folder with a file for each finished shard
 _REPORT_SECS = 10.0
 
 
@@ -99,7 +100,7 @@ def embed_corpus(
   first = jax.process_index() == 0
   if first:
     _start(directory, job)
-  _wait_for_all("embedding: the files are there")
+  wait_for_all("embedding: the files are there")
   file = EmbeddingFile(
     directory, job.num_passages, job.embedding_dim, job.storage
   )
@@ -114,7 +115,7 @@ def embed_corpus(
       job.num_shards,
       job.num_shards - len(missing),
     )
-  _wait_for_all("embedding: everyone knows what is missing")
+  wait_for_all("embedding: everyone knows what is missing")
   params = embedder.place(retriever_params)
   progress = _Progress(sum(len(job.rows(i)) for i in mine))
   for shard in mine:
@@ -126,7 +127,7 @@ def embed_corpus(
     artifacts.write_atomically(_marker(directory, shard), digest)
     progress.add(len(rows))
     on_shard(shard)
-  _wait_for_all("embedding: everything is embedded")
+  wait_for_all("embedding: everything is embedded")
   return open_embeddings(directory)
 
 
@@ -247,7 +248,8 @@ def _check_numbers(embeddings: np.ndarray, rows: range) -> None:
     )
 
 
-def _wait_for_all(what: str) -> None:
+def wait_for_all(what: str) -> None:
+  """Returns when every process of the program called it with this `what`."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
 

@@ -1,0 +1,321 @@
+"""A corpus and an encoder to a directory that can be searched.
+
+In: a folder or file of text, a checkpoint of an encoder. Out: the directory
+that search_directory.py opens. What an interrupted build finished is kept, and
+the next one goes on from there.
+"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from typing import Any
+
+from absl import logging
+from etils import epath
+import jax
+import numpy as np
+
+from rag_jax import artifacts
+from rag_jax.building import building
+from rag_jax.config import IndexConfig
+from rag_jax.config import MeshConfig
+from rag_jax.corpus.document import DEFAULT_FIELDS
+from rag_jax.corpus.document import FieldNames
+from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.prepare import read_passages
+from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.splitting import SplitConfig
+from rag_jax.corpus.store import PassageStore
+from rag_jax.corpus.store import write_store
+from rag_jax.data.search_directory import BM25
+from rag_jax.data.search_directory import ENCODER
+from rag_jax.data.search_directory import FORMAT
+from rag_jax.data.search_directory import INDEX
+from rag_jax.data.search_directory import KIND
+from rag_jax.data.search_directory import PASSAGES
+from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.data.text_encoder import TextEncoder
+from rag_jax.data.text_encoder import open_checkpoint
+from rag_jax.data.text_encoder import save_encoder
+from rag_jax.models.partitioning import make_mesh
+from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.certificate import certify
+from rag_jax.retrieval.embedding_job import EmbeddingJob
+from rag_jax.retrieval.embedding_job import embed_corpus
+from rag_jax.retrieval.embedding_job import finish
+from rag_jax.retrieval.embedding_job import wait_for_all
+from rag_jax.retrieval.embeddings import check_storage
+from rag_jax.retrieval.embeddings import open_embeddings
+from rag_jax.retrieval.index import build_index
+from rag_jax.retrieval.index import resolve_kind
+from rag_jax.retrieval.retriever import Embedder
+
+_COUNTED = 4096  # passages tokenised at a time, to count what will be cut
+_PARTS = (PASSAGES, ENCODER, INDEX, BM25)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
+class BuildConfig:
+  """How a corpus becomes something to search."""
+
+  split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
+  fields: FieldNames = DEFAULT_FIELDS  # of JSON records
+  on_bad_record: str = "fail"  # or "skip": counted and left out
+  passage_length: int = 0  # tokens that are embedded; 0: as the encoder says
+  embed_batch_size: int = 32  # passages
+  passages_per_embedding_shard: int = 16_384  # lost at most, if interrupted
+  storage: str = "float32"  # of embeddings; or "bfloat16", "int8"
+  index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
+  bm25: bool = True  # words can be searched too
+
+
+def build_search_directory(
+  corpus: str,
+  encoder: str,
+  output: epath.PathLike,
+  config: BuildConfig,
+  *,
+  question_encoder: str = "",
+  questions: Sequence[str] = (),
+) -> SearchDirectory:
+  """Builds the directory, or what is missing of it, and opens it.
+
+  Args:
+    corpus: what `corpus.documents.read_documents` reads.
+    encoder: a checkpoint, a directory or "hf:ORG/NAME": what embeds passages.
+    output: the directory; local.
+    config: how.
+    question_encoder: what embeds questions; "": the same.
+    questions: that the index is certified with; none: passages stand for them.
+
+  Raises:
+    FileNotFoundError: the corpus or the checkpoint is not there.
+    ValueError: one of them cannot be used; the settings are not possible; the
+      output holds something else, is of other inputs or is being built.
+    OSError: the disk is full.
+  """
+  check_storage(config.storage)
+  resolve_kind(config.index.kind)
+  output = epath.Path(output).expanduser()
+  first = jax.process_index() == 0
+  lock = building(output, kind=KIND, own=_PARTS.__contains__)
+  with lock if first else contextlib.nullcontext():
+    inputs = _open_inputs(corpus, encoder, question_encoder, config)
+    if (output / artifacts.MANIFEST).exists():
+      return _reopen(output, inputs.plan)
+    if first:
+      _write_passages(output / PASSAGES, corpus, config, inputs)
+      where = question_encoder or encoder
+      save_encoder(inputs.asking, output / ENCODER, where)
+    wait_for_all("building: the passages are there")
+    store = PassageStore(output / PASSAGES)
+    _embed(output / INDEX, config, inputs, store)
+    if first:
+      _build_index(output / INDEX, config, inputs, store, questions)
+      if config.bm25:
+        logging.info("Indexing the words of %d passages.", len(store))
+        words = Bm25Index.build(store, passages_fingerprint=store.fingerprint)
+        words.save(output / BM25)
+      content = {
+        "plan": inputs.plan,
+        "num_passages": len(store),
+        "passages_fingerprint": store.fingerprint,
+        "passage_encoder_fingerprint": inputs.encoder.fingerprint,
+      }
+      artifacts.write_manifest(
+        output, kind=KIND, format=FORMAT, content=content
+      )
+      finish(output / INDEX)
+    wait_for_all("building: the directory is complete")
+  return SearchDirectory(output)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Inputs:
+  """What is put together.
+
+  Attributes:
+    encoder: of passages.
+    asking: of questions; often the same.
+    length: tokens of a passage that are embedded.
+    plan: all that the result depends on, as JSON holds it.
+  """
+
+  encoder: TextEncoder
+  asking: TextEncoder
+  length: int
+  plan: dict[str, Any]
+
+
+def _open_inputs(
+  corpus: str, encoder: str, question_encoder: str, config: BuildConfig
+) -> _Inputs:
+  passages = open_checkpoint(encoder, "passage")
+  asking = passages
+  if question_encoder:
+    asking = open_checkpoint(question_encoder, "question")
+  elif passages.kind == "dpr_context":
+    raise ValueError(
+      f"{encoder} is DPR's encoder of passages; expected the one of questions"
+      " beside it, which searching needs. Give it as --question_encoder."
+    )
+  length = config.passage_length or passages.max_tokens
+  longest = passages.fields.get("max_positions", 0) or length
+  if not 8 <= length <= longest:
+    raise ValueError(
+      f"passage_length={length} tokens are to be embedded of a passage;"
+      f" expected 8 to {longest}, the positions of {encoder}. Change it, or"
+      " leave it at 0."
+    )
+  plan = {
+    "corpus": corpus,
+    "sources": _sources(corpus),
+    "passage_length": length,
+    "passage_encoder": passages.fingerprint,
+    "passage_tokenizer": passages.tokenizer.fingerprint,
+    "question_encoder": asking.fingerprint,
+    "question_tokenizer": asking.tokenizer.fingerprint,
+    **dataclasses.asdict(config),
+  }
+  return _Inputs(passages, asking, length, json.loads(json.dumps(plan)))
+
+
+def _sources(corpus: str) -> str:
+  """Identifies the files of a corpus by name, size and time of change."""
+  path = epath.Path(corpus).expanduser()
+  if not artifacts.is_local(path) or not path.exists():
+    return ""  # in a bucket, or of a library: known by its name alone
+  files = [path] if path.is_file() else sorted(path.rglob("*"))
+  lines = []
+  for file in files:
+    stat = os.stat(file)
+    name = os.path.relpath(file, path)
+    lines.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+  return artifacts.fingerprint_lines(lines)
+
+
+def _reopen(output: epath.Path, plan: dict[str, Any]) -> SearchDirectory:
+  """Returns the complete directory, if it is what would be built."""
+  directory = SearchDirectory(output)
+  _check_same(output, directory.content.get("plan", {}), plan)
+  logging.info("%s is complete already.", output)
+  return directory
+
+
+def _check_same(
+  path: epath.Path, found: dict[str, Any], plan: dict[str, Any]
+) -> None:
+  """Raises `ValueError` if something was made of other inputs."""
+  other = [
+    f"{name} is {found.get(name)!r} there and {value!r} here"
+    for name, value in plan.items()
+    if found.get(name) != value
+  ]
+  if other:
+    raise ValueError(
+      f"{path} was made of other inputs: {'; '.join(other)}. Expected those of"
+      " this call. Give the same ones to go on, or choose another output, or"
+      " remove it."
+    )
+
+
+def _write_passages(
+  path: epath.Path, corpus: str, config: BuildConfig, inputs: _Inputs
+) -> None:
+  """Writes the passages of the corpus, unless they are there already."""
+  named = ("corpus", "sources", "split", "fields", "on_bad_record")
+  made = {name: inputs.plan[name] for name in named}
+  made["passage_length"] = inputs.length
+  if (path / artifacts.MANIFEST).exists():
+    store = PassageStore(path)
+    _check_same(path, dict(store.config), made)
+    logging.info("%s holds the %d passages already.", path, len(store))
+    return
+  bad_records = BadRecords(config.on_bad_record)
+
+  def passages() -> Iterator[Passage]:
+    cut = 0
+    read = read_passages(
+      corpus,
+      config.split,
+      fields=config.fields,
+      bad_records=bad_records,
+      tokenizer=inputs.encoder.tokenizer,
+    )
+    while block := list(itertools.islice(read, _COUNTED)):
+      cut += inputs.encoder.passage_rows(block, inputs.length)[2]
+      yield from block
+      logging.log_every_n_seconds(
+        logging.INFO, "Read %d passages.", 10, bad_records.report.passages
+      )
+    # Only now is it known; the store writes its manifest after the last.
+    made["report"] = bad_records.report.content()
+    made["cut_by_encoder"] = cut
+
+  store = write_store(path, passages(), config=made)
+  logging.info(
+    "%d passages of %s:\n%s\n%d of them are longer than %d tokens; what is"
+    " beyond is not embedded.",
+    len(store),
+    corpus,
+    bad_records.report,
+    made["cut_by_encoder"],
+    inputs.length,
+  )
+
+
+def _embed(
+  path: epath.Path, config: BuildConfig, inputs: _Inputs, store: PassageStore
+) -> None:
+  """Embeds all passages, unless the index over them is there already."""
+  if (path / artifacts.MANIFEST).exists():
+    return
+  devices = jax.local_devices()
+  batch = -(-config.embed_batch_size // len(devices)) * len(devices)
+  mesh = make_mesh(MeshConfig(data=len(devices)), devices)
+  encoder = inputs.encoder
+  embedder = Embedder(encoder.model, batch, mesh)
+
+  def passage_tokens(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    some = store.get(rows)
+    tokens, mask, _ = encoder.passage_rows(some, inputs.length)
+    return tokens, mask
+
+  job = EmbeddingJob(
+    num_passages=len(store),
+    embedding_dim=embedder.embedding_dim(encoder.params),
+    passage_length=inputs.length,
+    storage=config.storage,
+    passages_per_shard=config.passages_per_embedding_shard,
+    embed_batch_size=batch,
+    encoder_fingerprint=encoder.fingerprint,
+    passages_fingerprint=store.fingerprint,
+  )
+  embed_corpus(path, job, embedder, encoder.params, passage_tokens)
+
+
+def _build_index(
+  path: epath.Path,
+  config: BuildConfig,
+  inputs: _Inputs,
+  store: PassageStore,
+  questions: Sequence[str],
+) -> None:
+  """Builds and certifies the index, unless it is there already."""
+  if (path / artifacts.MANIFEST).exists():
+    return
+  index = build_index(
+    open_embeddings(path),
+    config.index,
+    encoder_fingerprint=inputs.encoder.fingerprint,
+    passages_fingerprint=store.fingerprint,
+  )
+  sample = None
+  if questions:
+    embedder = Embedder(inputs.asking.model, 1)
+    sample = inputs.asking.embed_questions(embedder, questions)
+  index.certificate = certify(index, sample)
+  index.save(path)

@@ -1,0 +1,176 @@
+"""A corpus that can be searched, in one directory.
+
+In: the directory that search_build.py made. Out: the passages that answer a
+question, by embeddings, by words or by both.
+
+    passages/       the texts
+    encoder/        what embeds questions, with its tokenizer
+    index/          what embeddings are searched with, and its certificate
+    bm25/           what words are searched with
+    manifest.json   what it was made of; written last
+
+Nothing in it names a place outside: it can be moved.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+from etils import epath
+from jaxtyping import Float, Int
+import numpy as np
+
+from rag_jax import artifacts
+from rag_jax.config_rules import check_choice
+from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.store import PassageStore
+from rag_jax.data.text_encoder import TextEncoder
+from rag_jax.data.text_encoder import load_saved_encoder
+from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.filters import Conditions
+from rag_jax.retrieval.filters import search_filtered
+from rag_jax.retrieval.hybrid import HybridRetriever
+from rag_jax.retrieval.hybrid import Rrf
+from rag_jax.retrieval.index import Index
+from rag_jax.retrieval.index import load_index
+from rag_jax.retrieval.retriever import Embedder
+
+KIND = "search directory"  # in its manifest
+FORMAT = 1  # raise when the files change meaning
+PASSAGES, ENCODER, INDEX, BM25 = "passages", "encoder", "index", "bm25"
+MODES = ("dense", "bm25", "hybrid")
+
+REMEDY = "Build it again: python tools/build_index.py --output=DIRECTORY."
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hit:
+  """A passage that was found for a question."""
+
+  passage: Passage
+  score: float  # by which hits are ordered; what it means depends on the mode
+
+
+class SearchDirectory:
+  """What is in the directory, opened.
+
+  Attributes:
+    path: of the directory.
+    content: of its manifest: what it was made of, and what became of the
+      corpus.
+    passages: row = passage number of the indexes.
+    encoder: of the questions.
+    index: over the embeddings.
+    bm25: over the words; None if it was left out.
+  """
+
+  def __init__(self, path: epath.PathLike):
+    """Opens the directory; every digest in it is checked.
+
+    Raises:
+      FileNotFoundError: nothing was built there, or its build was cut off.
+      ValueError: a file is missing, cut off or changed, or a part is of another
+        build.
+    """
+    self.path = epath.Path(path).expanduser()
+    self.content: dict[str, Any] = artifacts.read_manifest(
+      self.path, kind=KIND, format=FORMAT, remedy=REMEDY
+    )
+    self.passages = PassageStore(self.path / PASSAGES)
+    self.encoder: TextEncoder = load_saved_encoder(self.path / ENCODER)
+    self.index: Index = load_index(
+      self.path / INDEX,
+      encoder_fingerprint=self.content["passage_encoder_fingerprint"],
+      passages_fingerprint=self.passages.fingerprint,
+    )
+    self.bm25: Bm25Index | None = None
+    if (self.path / BM25).exists():
+      self.bm25 = Bm25Index.load(
+        self.path / BM25, passages_fingerprint=self.passages.fingerprint
+      )
+    self._embedder = Embedder(self.encoder.model, 1)
+
+  def search(
+    self,
+    questions: Sequence[str],
+    n_docs: int,
+    *,
+    mode: str = "dense",
+    conditions: Conditions = (),
+  ) -> list[list[Hit]]:
+    """Returns the best passages of each question, best first.
+
+    Args:
+      questions: any number.
+      n_docs: passages a question.
+      mode: "dense": inner products of embeddings; "bm25": words; "hybrid": both
+        rankings, fused by reciprocal ranks.
+      conditions: on the metadata; see `filters.parse_conditions`.
+
+    Raises:
+      ValueError: there are fewer passages, or fewer that meet the conditions,
+        than `n_docs`; a question is empty; or the mode is not there.
+    """
+    ids, scores = self.search_ids(
+      questions, n_docs, mode=mode, conditions=conditions
+    )
+    return [
+      [
+        Hit(passage, float(score))
+        for passage, score in zip(self.passages.get(row), best, strict=True)
+      ]
+      for row, best in zip(ids, scores, strict=True)
+    ]
+
+  def search_ids(
+    self,
+    questions: Sequence[str],
+    n_docs: int,
+    *,
+    mode: str = "dense",
+    conditions: Conditions = (),
+  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+    """Returns passage numbers and scores; as `search`."""
+    self._check(questions, n_docs, mode)
+    embeddings = np.zeros((len(questions), self.index.embedding_dim))
+    if mode != "bm25":
+      embeddings = self.encoder.embed_questions(self._embedder, questions)
+
+    def search(rows: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+      some = [questions[row] for row in rows]
+      if mode == "dense":
+        return self.index.search(embeddings[rows], depth)
+      assert self.bm25 is not None
+      if mode == "bm25":
+        return self.bm25.search(some, depth)
+      hybrid = HybridRetriever(self.index, self.bm25, Rrf())
+      return hybrid.search(embeddings[rows], some, depth)
+
+    return search_filtered(
+      search,
+      self.passages,
+      conditions,
+      num_questions=len(questions),
+      n_docs=n_docs,
+    )
+
+  def _check(self, questions: Sequence[str], n_docs: int, mode: str) -> None:
+    problem = check_choice("mode", mode, MODES)
+    if problem:
+      raise ValueError(problem)
+    if mode != "dense" and self.bm25 is None:
+      raise ValueError(
+        f"mode={mode!r} searches words, but {self.path} was built without them;"
+        " expected mode='dense'. Build it again with --bm25."
+      )
+    if not 1 <= n_docs <= len(self.passages):
+      raise ValueError(
+        f"n_docs={n_docs} passages a question were asked for; expected 1 to"
+        f" {len(self.passages)}, all that {self.path} holds. Ask for fewer."
+      )
+    for number, question in enumerate(questions, start=1):
+      if not question.strip():
+        raise ValueError(
+          f"Question {number} of {len(questions)} is empty; expected some text."
+          " Leave it out."
+        )

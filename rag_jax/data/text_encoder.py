@@ -1,0 +1,212 @@
+"""Texts to embeddings, with a checkpoint's encoder and its tokenizer.
+
+In: a checkpoint of an encoder, and passages or questions. Out: their tokens as
+the encoder reads them, and embeddings.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any, Literal
+
+from etils import epath
+import jax
+from jaxtyping import Bool, Float, Int, PyTree
+import numpy as np
+
+from rag_jax.config import EncoderConfig
+from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.corpus.tokenizer import load_tokenizer
+from rag_jax.models.encoders import OneTower
+from rag_jax.models.rag import build_encoder
+from rag_jax.models.rag import compute_dtype
+from rag_jax.retrieval import retriever
+from rag_jax.retrieval.retriever import Embedder
+from rag_jax.retrieval.retriever import padded_length
+from rag_jax.weights.load import load_encoder
+from rag_jax.weights.model_files import load_model
+from rag_jax.weights.model_files import save_model
+
+_TOKENIZER = "tokenizer"  # folder in a saved encoder
+_LONGEST = 256  # tokens, where a checkpoint does not say what it was trained on
+_BATCH = 64  # questions embedded at a time, at most
+_REMEDY = "Build the directory again: python tools/build_index.py."
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TextEncoder:
+  """An encoder of questions or passages, with its tokenizer.
+
+  Attributes:
+    kind: of checkpoint it was read from, as in `LoadedEncoder`.
+    params: {"question_encoder": ...}, whatever it embeds.
+    max_tokens: of an input; longer ones are cut.
+  """
+
+  kind: str
+  fields: dict[str, Any]  # of EncoderConfig
+  params: PyTree
+  tokenizer: Tokenizer
+  max_tokens: int
+  model: OneTower
+
+  @property
+  def fingerprint(self) -> str:
+    """Identifies the weights."""
+    return retriever.fingerprint(self.params)
+
+  def passage_rows(
+    self, passages: Sequence[Passage], length: int = 0
+  ) -> tuple[Int[np.ndarray, "N L"], Bool[np.ndarray, "N L"], int]:
+    """Returns tokens, mask, and how many passages were cut.
+
+    <s> title </s> text </s>, as DPR reads them, and <s> text </s> without a
+    title; <s> is left out where the tokenizer has none.
+
+    Args:
+      passages: any number.
+      length: tokens a row, L; 0: `max_tokens`.
+    """
+    tokenizer, length = self.tokenizer, length or self.max_tokens
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    end = [tokenizer.eos_id]
+    titles = tokenizer.encode([p.title for p in passages])
+    texts = tokenizer.encode([p.text for p in passages])
+    rows = [
+      [*start, *(title + end if title else []), *text, *end]
+      for title, text in zip(titles, texts, strict=True)
+    ]
+    return _padded(rows, length, tokenizer)
+
+  def question_rows(
+    self, questions: Sequence[str]
+  ) -> tuple[Int[np.ndarray, "B Q"], Bool[np.ndarray, "B Q"], int]:
+    """Returns tokens, mask, and how many questions were cut.
+
+    <s> question </s>; Q is the longest, rounded up.
+    """
+    tokenizer = self.tokenizer
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = tokenizer.encode(questions)
+    rows = [[*start, *row, tokenizer.eos_id] for row in ids]
+    longest = max(map(len, rows), default=1)
+    return _padded(rows, padded_length(longest, self.max_tokens), tokenizer)
+
+  def embed_questions(
+    self, embedder: Embedder, questions: Sequence[str]
+  ) -> Float[np.ndarray, "B R"]:
+    """Returns the embeddings of questions, of which there may be none."""
+    blocks = [np.zeros((0, embedder.embedding_dim(self.params)), np.float32)]
+    for start in range(0, len(questions), _BATCH):
+      tokens, mask, _ = self.question_rows(questions[start : start + _BATCH])
+      # Filled up with the last: few shapes are few compilations.
+      size = 1 << (len(tokens) - 1).bit_length()
+      rows = np.minimum(np.arange(size), len(tokens) - 1)
+      block = embedder.questions(self.params, tokens[rows], mask[rows])
+      blocks.append(block[: len(tokens)])
+    return np.concatenate(blocks)
+
+
+def _padded(
+  rows: Sequence[list[int]], length: int, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray, int]:
+  """Returns tokens, mask, and how many rows were cut; these keep their end."""
+  tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
+  lengths = np.array([len(row) for row in rows], np.int32).reshape(-1)
+  for i, row in enumerate(rows):
+    if len(row) > length:
+      row = [*row[: length - 1], tokenizer.eos_id]
+    tokens[i, : len(row)] = row
+  mask = np.arange(length) < lengths[:, None]
+  return tokens, mask, int(np.sum(lengths > length))
+
+
+def open_checkpoint(
+  where: epath.PathLike, role: Literal["question", "passage"]
+) -> TextEncoder:
+  """Returns the encoder of a checkpoint, a directory or "hf:ORG/NAME".
+
+  Raises:
+    FileNotFoundError: there is no checkpoint, or no tokenizer in it.
+    ValueError: it is damaged, of an unsupported architecture, or of the other
+      role.
+  """
+  loaded = load_encoder(str(where), role)
+  other = {"question": "dpr_context", "passage": "dpr_question"}[role]
+  if loaded.kind == other:
+    raise ValueError(
+      f"{where} is a {loaded.kind} encoder, but it is to embed {role}s; DPR has"
+      " one encoder for each. Give the other one."
+    )
+  if not loaded.tokenizer:
+    raise FileNotFoundError(
+      f"{where} has no tokenizer beside its weights; expected one, such as"
+      " tokenizer.json. Copy its files there."
+    )
+  return _build(
+    loaded.kind,
+    loaded.fields,
+    {"question_encoder": loaded.params},
+    loaded.tokenizer,
+    loaded.max_tokens,
+  )
+
+
+def save_encoder(
+  encoder: TextEncoder, path: epath.PathLike, where: epath.PathLike
+) -> None:
+  """Writes an encoder to directory `path`, its manifest last.
+
+  Args:
+    encoder: what `open_checkpoint` returned.
+    path: the directory to write.
+    where: the checkpoint it was opened from, for the manifest.
+  """
+  encoder.tokenizer.save(epath.Path(path) / _TOKENIZER)
+  content = {
+    "kind": encoder.kind,
+    "encoder": encoder.fields,
+    "max_tokens": encoder.max_tokens,
+    "from": str(where),
+  }
+  save_model(path, encoder.params, content)
+
+
+def load_saved_encoder(path: epath.PathLike) -> TextEncoder:
+  """Returns what `save_encoder` wrote.
+
+  Raises:
+    FileNotFoundError: nothing was saved there.
+    ValueError: a file is missing, cut off or changed.
+  """
+  params, content = load_model(path, _REMEDY)
+  return _build(
+    content["kind"],
+    content["encoder"],
+    params,
+    str(epath.Path(path) / _TOKENIZER),
+    content["max_tokens"],
+  )
+
+
+def _build(
+  kind: str,
+  fields: dict[str, Any],
+  params: PyTree,
+  tokenizer_path: str,
+  max_tokens: int,
+) -> TextEncoder:
+  config = dataclasses.replace(EncoderConfig(), **fields)
+  if not max_tokens:
+    max_tokens = min(config.max_positions or _LONGEST, _LONGEST)
+  tokenizer = load_tokenizer(tokenizer_path)
+  tower = build_encoder(
+    config,
+    vocab_size=tokenizer.vocab_size,
+    max_positions=max_tokens,
+    dtype=compute_dtype("auto"),
+  )
+  params = jax.tree.map(jax.numpy.asarray, params)
+  return TextEncoder(
+    kind, fields, params, tokenizer, max_tokens, OneTower(tower)
+  )

@@ -1,0 +1,128 @@
+r"""Makes a folder or file of text searchable.
+
+  python tools/build_index.py --corpus=documents/ \
+      --encoder=hf:sentence-transformers/all-MiniLM-L6-v2 --output=runs/index
+  python tools/search.py --index=runs/index "what does the contract say?"
+
+--corpus is a folder of .txt, .md and .html files, a .jsonl, .json or .tsv file
+(also BEIR's, SQuAD's, DPR's), or a name such as tfds:beir/nfcorpus. --encoder
+is a directory or a name of the hub: DPR, BERT or sentence-transformers.
+
+An interrupted build goes on where it was when the same command is given again.
+At the end stands the certificate: what the index was measured to find.
+"""
+
+import dataclasses
+import signal
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+from etils import epath
+
+from rag_jax.corpus.document import FieldNames
+from rag_jax.corpus.records import read_lines
+from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.splitting import SplitConfig
+from rag_jax.data.search_build import BuildConfig
+from rag_jax.data.search_build import build_search_directory
+from rag_jax.retrieval.embeddings import STORAGE
+from rag_jax.training.workdir import keep_compiled
+
+_SPLIT, _FIELDS, _BUILD = SplitConfig(), FieldNames(), BuildConfig()
+
+_CORPUS = flags.DEFINE_string("corpus", None, "What to search in.")
+_ENCODER = flags.DEFINE_string("encoder", None, "Of passages, and questions.")
+_QUESTION_ENCODER = flags.DEFINE_string(
+  "question_encoder", "", "Of questions alone, for DPR; '': --encoder."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "The directory to write.")
+_QUESTIONS = flags.DEFINE_string(
+  "questions", "", "File of questions, one a line, to certify the index with."
+)
+_METHOD = flags.DEFINE_enum(
+  "split", _SPLIT.method, ["words", "sentences", "none"],
+  "Documents into passages: of a number of words, of whole sentences, not.",
+)  # fmt: skip
+_SIZE = flags.DEFINE_integer("split_size", _SPLIT.size, "Of a passage.")
+_UNIT = flags.DEFINE_enum(
+  "split_unit", _SPLIT.unit, ["words", "tokens"], "Of --split_size."
+)
+_OVERLAP = flags.DEFINE_integer(
+  "split_overlap", _SPLIT.overlap, "Of passages, with --split=sentences."
+)
+_ON_BAD_RECORD = flags.DEFINE_enum(
+  "on_bad_record", "fail", list(BadRecords.ACTIONS),
+  "Stop at a record that cannot be used, or count it and go on.",
+)  # fmt: skip
+_ID, _TITLE, _TEXT = (
+  flags.DEFINE_string(f"{name}_field", getattr(_FIELDS, name), "In JSON.")
+  for name in ("id", "title", "text")
+)
+_LENGTH = flags.DEFINE_integer(
+  "passage_length", 0, "Tokens that are embedded; 0: as the encoder says."
+)
+_BATCH = flags.DEFINE_integer(
+  "batch_size", _BUILD.embed_batch_size, "Passages embedded at a time."
+)
+_STORAGE = flags.DEFINE_enum(
+  "storage", "float32", list(STORAGE), "Of the embeddings."
+)
+_KIND = flags.DEFINE_enum(
+  "kind", "auto", ["auto", "exact", "scann"], "auto: ScaNN if it is installed."
+)
+_BM25 = flags.DEFINE_bool("bm25", True, "Index the words too.")
+_CACHE_DIR = flags.DEFINE_string(
+  "cache_dir", "", "Where compiled programs are kept; '': beside the output."
+)
+flags.mark_flags_as_required(["corpus", "encoder", "output"])
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  if len(argv) > 1:
+    raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+  output = epath.Path(_OUTPUT.value or "").expanduser()
+  keep_compiled(_CACHE_DIR.value or output.parent / ".jax_cache")
+  config = BuildConfig(
+    split=dataclasses.replace(
+      _SPLIT,
+      method=_METHOD.value,
+      size=_SIZE.value,
+      unit=_UNIT.value,
+      overlap=_OVERLAP.value,
+    ),
+    fields=FieldNames(id=_ID.value, title=_TITLE.value, text=_TEXT.value),
+    on_bad_record=_ON_BAD_RECORD.value,
+    passage_length=_LENGTH.value,
+    embed_batch_size=_BATCH.value,
+    storage=_STORAGE.value,
+    bm25=_BM25.value,
+  )
+  config.index.kind = _KIND.value
+  questions = []
+  if _QUESTIONS.value:
+    questions = [line.strip() for _, line in read_lines(_QUESTIONS.value)]
+  directory = build_search_directory(
+    _CORPUS.value or "",
+    _ENCODER.value or "",
+    output,
+    config,
+    question_encoder=_QUESTION_ENCODER.value,
+    questions=[question for question in questions if question],
+  )
+  assert directory.index.certificate is not None
+  print(directory.index.certificate.table())
+  print(f"{len(directory.passages)} passages can be searched in {output}.")
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.INFO)
+  try:
+    app.run(main)
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
+  except (ValueError, TypeError, ImportError, OSError) as error:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(1)
