@@ -165,7 +165,9 @@ def fit_weights(
   """Returns the weights with the smallest mean of `hybrid_nll`.
 
   L-BFGS (optax) on both scores divided by their standard deviation, so that it
-  does not matter that BM25's are larger than cosines.
+  does not matter that BM25's are larger than cosines. With one passage of use a
+  question there is one minimum; with likelihoods there can be several, and it
+  is the one below equal weights.
 
   Args:
     dense_scores: of some passages, for instance `HybridRetriever.candidates`.
