@@ -35,6 +35,7 @@ class Passage:
   id: str
   title: str  # may be empty
   text: str
+  metadata: tuple[tuple[str, str], ...] = ()  # (name, value), to filter by
 
 
 class Passages(Sequence[Passage]):

@@ -12,20 +12,18 @@ import math
 from typing import Any
 
 from etils import epath
-from jaxtyping import Bool
 import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.evaluation.answers import exact_match
 from rag_jax.evaluation.answers import token_f1
+from rag_jax.evaluation.intervals import bootstrap_interval
 
 RESULTS_FILE = "results.json"
 RECALL_K = 5  # of answer_recall_at_5
 
 _WIDTH = 80
 _RELATION_WIDTH = 34
-_RESAMPLES = 1000
-_SEED = 0  # of the resamples: the same records give the same interval
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, frozen=True)
@@ -72,7 +70,7 @@ def summarise(
   relations = np.array([r.relation for r in records])
   has_docs = any(r.retrieved_ids for r in records)
 
-  low, high = _interval(hits)
+  low, high = bootstrap_interval(hits)
   result = {
     f"{prefix}/exact_match_low": low,
     f"{prefix}/exact_match_high": high,
@@ -174,18 +172,6 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
       f" results. {remedy}"
     )
   return results
-
-
-def _interval(hits: Bool[np.ndarray, "B"]) -> tuple[float, float]:
-  """Returns the bootstrap 95% interval of the mean of `hits`.
-
-  The hits among B draws with replacement are a binomial number, so that each
-  resample takes one draw in place of B.
-  """
-  rng = np.random.default_rng(_SEED)
-  means = rng.binomial(len(hits), hits.mean(), size=_RESAMPLES) / len(hits)
-  low, high = np.quantile(means, (0.025, 0.975))
-  return float(low), float(high)
 
 
 def _share(value: float | None) -> str:

@@ -1,0 +1,135 @@
+"""How high retrieval ranks the passages that people judged.
+
+In: ids of retrieved passages, best first, and the grades that judges gave. Out:
+one number from 0 to 1 for every question. All are those of trec_eval
+(https://github.com/usnistgov/trec_eval): a passage without a grade counts as
+one of no use, and so does a grade below 1.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import math
+from typing import Any
+
+from jaxtyping import Float, Int
+import numpy as np
+
+Id = int | str  # a row of the passages, or the id of one
+Ranked = Sequence[Sequence[Id]] | Int[np.ndarray, "B K"]
+# Of each question: passage -> grade. `Any` stands for `Id`: a mapping from
+# strings is no mapping from strings and numbers.
+Qrels = Sequence[Mapping[Any, int]]
+
+_CUT = 10  # of MRR and nDCG
+
+
+def recall_at_k(
+  ranked_ids: Ranked, qrels: Qrels, k: int
+) -> Float[np.ndarray, "B"]:
+  """Returns which part of the passages of use is among the first `k`.
+
+  trec_eval's `recall_k`. 0 for a question without a passage of use: leave such
+  questions out of a mean.
+
+  Args:
+    ranked_ids: best first; -1 where nothing was found. A question may have
+      fewer than `k`.
+    qrels: grades by id, of the same type as those in `ranked_ids`.
+    k: how many passages are looked at.
+
+  Raises:
+    ValueError: `k` is below 1, the two have different lengths, a passage is
+      ranked twice for a question, or ids are numbers in one and strings in the
+      other.
+  """
+  if k < 1:
+    raise ValueError(
+      f"k={k} passages to look at; expected at least 1. Raise k."
+    )
+  recalls = []
+  for grades, judged in _graded(ranked_ids, qrels):
+    of_use = sum(grade > 0 for grade in judged.values())
+    found = sum(grade > 0 for grade in grades[:k])
+    recalls.append(found / of_use if of_use else 0.0)
+  return np.array(recalls, np.float64)
+
+
+def mrr_at_10(ranked_ids: Ranked, qrels: Qrels) -> Float[np.ndarray, "B"]:
+  """Returns 1 / rank of the first passage of use, 0 if it is not in the top 10.
+
+  trec_eval's `recip_rank` of runs that end at rank 10. Arguments and errors as
+  in `recall_at_k`.
+  """
+  ranks = (
+    next((r for r, g in enumerate(grades[:_CUT], 1) if g > 0), math.inf)
+    for grades, _ in _graded(ranked_ids, qrels)
+  )
+  return np.array([1 / rank for rank in ranks], np.float64)
+
+
+def ndcg_at_10(ranked_ids: Ranked, qrels: Qrels) -> Float[np.ndarray, "B"]:
+  """Returns the discounted gain of the top 10 over that of the best ranking.
+
+  trec_eval's `ndcg_cut_10` (Jarvelin and Kekalainen 2002): the gain is the
+  grade itself, divided by log2(1 + rank). 0 for a question without a passage of
+  use. Arguments and errors as in `recall_at_k`.
+  """
+  values = []
+  for grades, judged in _graded(ranked_ids, qrels):
+    ideal = _discounted_gain(sorted(judged.values(), reverse=True))
+    values.append(_discounted_gain(grades) / ideal if ideal else 0.0)
+  return np.array(values, np.float64)
+
+
+def trec_eval_order(scores: Mapping[str, float]) -> list[str]:
+  """Returns ids as trec_eval ranks them, whatever rank a run says.
+
+  By score in float32, the largest first, and of equal scores the id that is
+  later in the alphabet. Our own searches put the smaller row first: use this
+  to compare with a run that others measured.
+  """
+  return sorted(
+    scores, key=lambda id_: (np.float32(scores[id_]), id_), reverse=True
+  )
+
+
+def _discounted_gain(grades: Sequence[int]) -> float:
+  """Returns the sum of grade / log2(1 + rank) over the first 10."""
+  return math.fsum(
+    max(grade, 0) / math.log2(1 + rank)
+    for rank, grade in enumerate(grades[:_CUT], 1)
+  )
+
+
+def _graded(
+  ranked_ids: Ranked, qrels: Qrels
+) -> Iterator[tuple[list[int], Mapping[Any, int]]]:
+  """Yields the grades of what was found, best first, and all grades."""
+  if len(ranked_ids) != len(qrels):
+    raise ValueError(
+      f"ranked_ids has {len(ranked_ids)} questions, qrels has {len(qrels)};"
+      " expected one of each a question, in the same order."
+    )
+  for number, (row, judged) in enumerate(zip(ranked_ids, qrels, strict=True)):
+    ids = [id_ if isinstance(id_, str) else int(id_) for id_ in row]
+    _check_ids(number, ids, judged)
+    yield [0 if id_ == -1 else judged.get(id_, 0) for id_ in ids], judged
+
+
+def _check_ids(
+  number: int, ids: Sequence[Id], judged: Mapping[Any, int]
+) -> None:
+  """Raises `ValueError` unless the ids are different, and of the same type."""
+  found = [id_ for id_ in ids if id_ != -1]
+  if len(set(found)) < len(found):
+    twice = next(id_ for id_ in found if found.count(id_) > 1)
+    raise ValueError(
+      f"Passage {twice!r} is ranked more than once for question {number};"
+      " expected different passages. Keep the first place of each."
+    )
+  kinds = {isinstance(id_, str) for id_ in (*found, *judged)}
+  if len(kinds) > 1:
+    raise ValueError(
+      f"For question {number} the ranked ids are like {found[:2]}, those of"
+      f" qrels like {list(judged)[:2]}; expected all to be strings, or all to"
+      " be rows of the passages. Convert one of the two."
+    )

@@ -1,0 +1,212 @@
+"""A filtered search, against a search of the filtered passages alone."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.passages import Passages
+from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.exact import ExactIndex
+from rag_jax.retrieval.filters import meets
+from rag_jax.retrieval.filters import parse_conditions
+from rag_jax.retrieval.filters import search_filtered
+
+B, P, R = 9, 200, 5
+
+
+def corpus(seed=0):
+  """Returns passages of two languages and five years."""
+  rng = np.random.default_rng(seed)
+  langs = rng.choice(["en", "de"], size=P, p=[0.1, 0.9])
+  years = rng.integers(2020, 2025, size=P)
+  return [
+    Passage(str(i), "", "text", (("lang", str(lang)), ("year", str(year))))
+    for i, (lang, year) in enumerate(zip(langs, years, strict=True))
+  ]
+
+
+def indexed(seed=0):
+  rng = np.random.default_rng(seed)
+  embeddings = rng.normal(size=(P, R)).astype(np.float32)
+  index = ExactIndex(
+    embeddings, encoder_fingerprint="", passages_fingerprint=""
+  )
+  return index, rng.normal(size=(B, R)).astype(np.float32)
+
+
+@pytest.mark.parametrize("n_docs", [1, 3, 12])
+@pytest.mark.parametrize(
+  "texts", [[], ["lang=en"], ["lang=de", "year=2021"], ["year=2020"]]
+)
+def test_the_result_is_that_of_searching_the_filtered_passages(texts, n_docs):
+  passages, (index, questions) = corpus(), indexed()
+  conditions = parse_conditions(texts)
+  ids, scores = search_filtered(
+    lambda rows, n: index.search(questions[rows], n),
+    passages,
+    conditions,
+    num_questions=B,
+    n_docs=n_docs,
+  )
+  rows = [
+    i
+    for i, p in enumerate(passages)
+    if all(dict(p.metadata)[text[:4]] == text[5:] for text in texts)
+  ]
+  alone = ExactIndex(
+    index.embeddings[rows], encoder_fingerprint="", passages_fingerprint=""
+  )
+  expected, expected_scores = alone.search(questions, n_docs)
+  np.testing.assert_array_equal(ids, np.array(rows)[expected])
+  np.testing.assert_array_equal(scores, expected_scores)
+  assert (ids.dtype, scores.dtype) == (np.int32, np.float32)
+
+
+def test_the_search_is_widened_for_those_that_lack_passages_alone():
+  passages, (index, questions) = corpus(), indexed()
+  asked = []
+
+  def search(rows, n):
+    asked.append((rows.tolist(), n))
+    return index.search(questions[rows], n)
+
+  search_filtered(
+    search, passages, (("lang", "en"),), num_questions=B, n_docs=3
+  )
+  assert [n for _, n in asked] == [6 * 2**i for i in range(len(asked))]
+  assert len(asked) > 2
+  assert asked[0][0] == list(range(B))
+  for (before, _), (after, _) in itertools.pairwise(asked):
+    assert set(after) <= set(before)
+  assert len(asked[-1][0]) < B
+
+
+def test_without_conditions_as_many_are_searched_for_as_are_wanted():
+  passages, (index, questions) = corpus(), indexed()
+  asked = []
+
+  def search(rows, n):
+    asked.append(n)
+    return index.search(questions[rows], n)
+
+  search_filtered(search, passages, (), num_questions=B, n_docs=3)
+  assert asked == [3]
+
+
+def test_any_search_can_be_filtered():
+  passages = corpus()
+  bm25 = Bm25Index.build(passages, passages_fingerprint="")
+  questions = ["text", "unheard"]
+  ids, _ = search_filtered(
+    lambda rows, n: bm25.search([questions[i] for i in rows], n),
+    passages,
+    (("lang", "en"),),
+    num_questions=2,
+    n_docs=4,
+  )
+  english = [i for i, p in enumerate(passages) if ("lang", "en") in p.metadata]
+  assert ids.tolist() == [english[:4]] * 2  # all tie
+
+
+FEW = Passages(
+  [
+    Passage("a", "", "text", (("lang", "en"),)),
+    Passage("b", "", "text", (("lang", "de"), ("lang", "fr"))),
+    Passage("c", "", "text"),
+  ],
+  "test",
+)
+
+
+def search_few(rows, n):
+  ids = np.tile(np.array([2, 1, 0], np.int32)[:n], (len(rows), 1))
+  return ids, -ids.astype(np.float32)
+
+
+def filtered_few(texts, n_docs=2, **settings):
+  return search_filtered(
+    search_few,
+    FEW,
+    parse_conditions(texts),
+    num_questions=2,
+    n_docs=n_docs,
+    **settings,
+  )
+
+
+def test_too_few_passages_are_an_error_that_names_what_there_is():
+  with pytest.raises(
+    ValueError,
+    match=r"Only 1 of 3 .* lang=en; expected .*n_docs=2.*'de', 'en', 'fr'.*low",
+  ):
+    filtered_few(["lang=en"])
+
+
+def test_a_name_that_no_passage_has_is_an_error_that_names_the_names():
+  with pytest.raises(
+    ValueError, match=r"Only 0 of 3 .*land=en and x=1;.* named \['lang'\]"
+  ):
+    filtered_few(["land=en", "x=1"])
+
+
+def test_short_rows_are_filled_up_if_asked_for():
+  ids, scores = filtered_few(["lang=en"], too_few="fill")
+  assert ids.tolist() == [[0, -1]] * 2
+  assert scores[:, 0].tolist() == [0.0] * 2
+  assert np.all(scores[:, 1] == np.finfo(np.float32).min)
+
+
+def test_gaps_of_an_index_are_never_a_passage():
+  def search(rows, n):
+    ids = np.tile(np.array([1, -1, -1], np.int32)[:n], (len(rows), 1))
+    return ids, np.zeros(ids.shape, np.float32)
+
+  ids, _ = search_filtered(
+    search, FEW, (), num_questions=1, n_docs=2, too_few="fill"
+  )
+  assert ids.tolist() == [[1, -1]]
+
+
+def test_no_questions_find_nothing():
+  ids, scores = search_filtered(search_few, FEW, (), num_questions=0, n_docs=2)
+  assert (ids.shape, scores.shape) == ((0, 2), (0, 2))
+
+
+@pytest.mark.parametrize(
+  ("texts", "row", "expected"),
+  [
+    ([], 2, True),
+    (["lang=en"], 0, True),
+    (["lang=EN"], 0, False),
+    (["lang=e"], 0, False),
+    (["lang=fr"], 1, True),  # the second value of that name
+    (["lang=de", "lang=fr"], 1, True),
+    (["lang=de", "lang=en"], 1, False),
+    (["lang="], 2, False),  # no value is not an empty one
+  ],
+)
+def test_conditions_are_met_by_equal_strings(texts, row, expected):
+  assert meets(FEW[row], parse_conditions(texts)) is expected
+
+
+def test_a_value_may_hold_an_equals_sign_or_nothing():
+  assert parse_conditions(["url=a?b=c", "x="]) == (("url", "a?b=c"), ("x", ""))
+
+
+@pytest.mark.parametrize("text", ["lang", "", "=en"])
+def test_a_filter_that_is_not_understood_is_refused(text):
+  with pytest.raises(ValueError, match=f"filter '{text}' .*NAME=VALUE, such"):
+    parse_conditions(["a=b", text])
+
+
+def test_one_string_is_no_list_of_filters():
+  with pytest.raises(TypeError, match="'lang=en' are one string; expected a"):
+    parse_conditions("lang=en")
+
+
+@pytest.mark.parametrize("n_docs", [0, 4])
+def test_a_number_of_passages_that_is_not_there_is_refused(n_docs):
+  with pytest.raises(ValueError, match=f"n_docs={n_docs} .*expected 1 to 3"):
+    filtered_few([], n_docs)
