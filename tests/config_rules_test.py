@@ -61,7 +61,11 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
   ("name", "value", "problem"),
   [
-    ("index.kind", "ivfpq", " is not one of ['auto', 'exact', 'scann']."),
+    (
+      "index.kind",
+      "ivfpq",
+      " is not one of ['auto', 'device', 'exact', 'scann'].",
+    ),
     ("generator.norm", 7, " is not one of ['post', 'pre']."),
     (
       "loss",
@@ -97,6 +101,16 @@ NAN, INF = float("nan"), float("inf")
     ("encoder.dropout", 1.5, " must be below 1."),
     ("optimizer.b2", 1.0, " must be below 1."),
     ("eval.min_index_recall", 1.5, " must be at most 1."),
+    (
+      "index.device_recall_target",
+      0.0,
+      " must be above 0 and at most 1, which is exact.",
+    ),
+    (
+      "index.device_recall_target",
+      1.5,
+      " must be above 0 and at most 1, which is exact.",
+    ),
     ("warmup.span_max_words", 0, " must be at least 1."),
     (
       "generator.max_positions",

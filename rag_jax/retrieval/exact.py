@@ -198,7 +198,7 @@ def write_embeddings(index: ExactIndex, path: epath.Path) -> None:
 
 
 def write_index_manifest(
-  index: Any, path: epath.Path, settings: dict[str, int]
+  index: Any, path: epath.Path, settings: dict[str, Any]
 ) -> None:
   """Writes the manifest of a finished index of any kind."""
   content = {

@@ -7,16 +7,22 @@ from typing import Protocol, runtime_checkable
 
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import Float, Int, Shaped
 import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
 from rag_jax.config_rules import check_choice
+from rag_jax.retrieval import device_index
 from rag_jax.retrieval import exact
 from rag_jax.retrieval import scann
 
-_KINDS = {"exact": exact.ExactIndex, "scann": scann.ScannIndex}
+_KINDS = {
+  "exact": exact.ExactIndex,
+  "scann": scann.ScannIndex,
+  "device": device_index.DeviceIndex,
+}
 # What the manifest says of every index.
 _CONTENT = {
   "kind": str,
@@ -55,7 +61,7 @@ class Index(Protocol):
 
 
 def resolve_kind(kind: str) -> str:
-  """Returns "exact" or "scann" for index.kind; "auto": ScaNN if it works here.
+  """Returns a kind for index.kind; for "auto" ScaNN, if it works here.
 
   Raises:
     ValueError: `kind` is no choice, or "scann" without the package.
@@ -84,6 +90,7 @@ def build_index(
   *,
   encoder_fingerprint: str,
   passages_fingerprint: str,
+  mesh: Mesh | None = None,
 ) -> Index:
   """Returns an index of passage embeddings, of the kind that `config` names.
 
@@ -93,6 +100,7 @@ def build_index(
     config: how passages are searched.
     encoder_fingerprint: of the weights that embedded the passages.
     passages_fingerprint: of the passages.
+    mesh: of kind "device", where it lies; None: on this process's devices.
 
   Raises:
     ValueError: no passages, not [P, R] numbers, or NaN or infinity in them.
@@ -105,6 +113,10 @@ def build_index(
   }
   if kind == "scann":
     return scann.ScannIndex.build(embeddings, config, **fingerprints)
+  if kind == "device":
+    return device_index.DeviceIndex.build(
+      embeddings, config, **fingerprints, mesh=mesh
+    )
   return exact.ExactIndex(embeddings, **fingerprints)
 
 
@@ -113,6 +125,7 @@ def load_index(
   *,
   encoder_fingerprint: str = "",
   passages_fingerprint: str = "",
+  mesh: Mesh | None = None,
 ) -> Index:
   """Opens the index in directory `path`, whatever its kind.
 
@@ -120,6 +133,7 @@ def load_index(
     path: what `Index.save` was called with, or where that was moved to.
     encoder_fingerprint: of the weights that embed passages now; "" = any.
     passages_fingerprint: of the passages that ids stand for; "" = any.
+    mesh: of kind "device", where it will lie; None: on this process's devices.
 
   Raises:
     FileNotFoundError: no index was built there, or its build was cut off.
@@ -151,6 +165,8 @@ def load_index(
       f" {passages_fingerprint!r}. Set data.passages to those that it was built"
       f" of, or rebuild. {exact.REMEDY}"
     )
+  if content["kind"] == "device":
+    return device_index.DeviceIndex.load(path, content, mesh)
   return _KINDS[content["kind"]].load(path, content)
 
 
