@@ -188,6 +188,9 @@ class IndexConfig:
   refresh_steps: int = 50  # between rebuilds while the passage encoder learns
   swap_steps: int = 5  # from the start of a rebuild to its first use
   embed_batch_size: int = 512  # passages embedded at a time
+  # More passages are several searchers on the host, built one after the other;
+  # 0: one of all.
+  passages_per_shard: int = 0
   # ScaNN's own settings; below `scann_tree_passages` it scores every passage.
   scann_tree_passages: int = 20_000
   scann_num_leaves: int = 0  # 0: the square root of the number of passages

@@ -238,6 +238,10 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
     ({"data__passage_length": 3}, "data.passage_length=3 leaves no room"),
     ({"encoder__score_scale": 0.0}, "encoder.score_scale=0.0 makes every"),
     ({"index__swap_steps": 50}, "index.swap_steps=50 must be between 1 and"),
+    (
+      {"index__kind": "device", "index__passages_per_shard": 9},
+      "index.passages_per_shard=9 is for an index on the host",
+    ),
     ({"data": None}, "data is None, expected a DataConfig"),
     ({"generator__relative_buckets": 4}, "relative_buckets=4 must be 0"),
     ({"generator__relative_buckets": 9}, "relative_buckets=9 must be 0"),

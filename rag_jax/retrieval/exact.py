@@ -39,7 +39,7 @@ class ExactIndex:
 
   def __init__(
     self,
-    embeddings: Float[np.ndarray, "P R"],  # float32; kept, not copied
+    embeddings: Float[Any, "P R"],  # float32 rows; kept, not copied
     *,
     encoder_fingerprint: str,
     passages_fingerprint: str,
@@ -119,7 +119,7 @@ class ExactIndex:
 
 def rank(
   questions: Float[np.ndarray, "B R"],
-  embeddings: Float[np.ndarray, "P R"],
+  embeddings: Float[Any, "P R"],  # an array, or JoinedRows
   ids: Int[np.ndarray, "B K"],
 ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
   """Returns `ids` sorted by their exact scores, and these scores."""

@@ -3,7 +3,9 @@
 In: passage embeddings, or a directory. Out: an `Index` to search on the host.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
 
 from absl import logging
 from etils import epath
@@ -17,12 +19,14 @@ from rag_jax.config_rules import check_choice
 from rag_jax.retrieval import device_index
 from rag_jax.retrieval import exact
 from rag_jax.retrieval import scann
+from rag_jax.retrieval import sharded
 
 _KINDS = {
   "exact": exact.ExactIndex,
   "scann": scann.ScannIndex,
   "device": device_index.DeviceIndex,
 }
+_SHARDED = "sharded"  # several of these kinds; index.passages_per_shard asks
 # What the manifest says of every index.
 _CONTENT = {
   "kind": str,
@@ -47,7 +51,8 @@ class Index(Protocol):
   embedding_dim: int  # R
   encoder_fingerprint: str  # of the weights that embedded the passages
   passages_fingerprint: str
-  embeddings: Float[np.ndarray, "P R"]  # in float32, for scoring again
+  # In float32, for scoring again: an array, or rows.JoinedRows of several.
+  embeddings: Float[Any, "P R"]
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
@@ -106,18 +111,71 @@ def build_index(
     ValueError: no passages, not [P, R] numbers, or NaN or infinity in them.
   """
   kind = resolve_kind(config.kind)
-  embeddings = _check_embeddings(embeddings)
-  fingerprints = {
-    "encoder_fingerprint": encoder_fingerprint,
-    "passages_fingerprint": passages_fingerprint,
-  }
-  if kind == "scann":
-    return scann.ScannIndex.build(embeddings, config, **fingerprints)
-  if kind == "device":
-    return device_index.DeviceIndex.build(
-      embeddings, config, **fingerprints, mesh=mesh
+  _check_embeddings(embeddings)
+  build = _builder(
+    kind, config, encoder_fingerprint, passages_fingerprint, mesh
+  )
+  embeddings = np.ascontiguousarray(embeddings, np.float32)
+  if kind != "device" and 0 < config.passages_per_shard < len(embeddings):
+    return sharded.ShardedIndex.build(
+      embeddings, config.passages_per_shard, build
     )
-  return exact.ExactIndex(embeddings, **fingerprints)
+  return build(embeddings)
+
+
+def build_index_directory(
+  path: epath.PathLike,
+  embeddings: Shaped[np.ndarray, "..."],
+  config: IndexConfig,
+  *,
+  encoder_fingerprint: str,
+  passages_fingerprint: str,
+) -> None:
+  """Builds the index of `build_index` into a directory, for `load_index`.
+
+  With `index.passages_per_shard` one shard is in memory at a time, and a build
+  that was cut off goes on after the last shard that was finished.
+
+  Args:
+    path: of the directory.
+    embeddings: [P, R], row = passage id; a memory map is read shard by shard.
+    config: how passages are searched.
+    encoder_fingerprint: of the weights that embedded the passages.
+    passages_fingerprint: of the passages.
+
+  Raises:
+    ValueError: as `build_index`.
+  """
+  kind = resolve_kind(config.kind)
+  per_shard = 0 if kind == "device" else config.passages_per_shard
+  if per_shard:
+    _check_embeddings(embeddings)
+  if not 0 < per_shard < len(embeddings):
+    index = build_index(
+      embeddings,
+      config,
+      encoder_fingerprint=encoder_fingerprint,
+      passages_fingerprint=passages_fingerprint,
+    )
+    index.save(path)
+    return
+  own = {
+    name: value
+    for name, value in dataclasses.asdict(config).items()
+    if name.startswith(f"{kind}_")
+  }
+  sharded.build_directory(
+    path,
+    embeddings,
+    per_shard,
+    _builder(kind, config, encoder_fingerprint, passages_fingerprint),
+    own
+    | {
+      "kind": kind,
+      "encoder_fingerprint": encoder_fingerprint,
+      "passages_fingerprint": passages_fingerprint,
+    },
+  )
 
 
 def load_index(
@@ -144,11 +202,12 @@ def load_index(
     path, kind=exact.ARTIFACT, format=exact.FORMAT, remedy=exact.REMEDY
   )
   bad = [k for k, t in _CONTENT.items() if not isinstance(content.get(k), t)]
-  if bad or content["kind"] not in _KINDS:
+  kinds = [*_KINDS, _SHARDED]
+  if bad or content["kind"] not in kinds:
     raise ValueError(
       f"{path}/{artifacts.MANIFEST} describes no index that this version of"
       f" rag_jax can read: {', '.join(bad) or 'kind'} missing or wrong;"
-      f" expected {', '.join(_CONTENT)} and a kind of {sorted(_KINDS)}."
+      f" expected {', '.join(_CONTENT)} and a kind of {kinds}."
       f" {exact.REMEDY}"
     )
   if encoder_fingerprint not in ("", content["encoder_fingerprint"]):
@@ -165,17 +224,36 @@ def load_index(
       f" {passages_fingerprint!r}. Set data.passages to those that it was built"
       f" of, or rebuild. {exact.REMEDY}"
     )
+  if content["kind"] == _SHARDED:
+    return sharded.ShardedIndex.load(path, content, _KINDS)
   if content["kind"] == "device":
     return device_index.DeviceIndex.load(path, content, mesh)
   return _KINDS[content["kind"]].load(path, content)
 
 
-def _check_embeddings(embeddings: np.ndarray) -> np.ndarray:
-  """Returns the embeddings in float32.
+def _builder(
+  kind: str,
+  config: IndexConfig,
+  encoder_fingerprint: str,
+  passages_fingerprint: str,
+  mesh: Mesh | None = None,
+) -> Callable[[np.ndarray], Index]:
+  """Returns embeddings in float32 -> index of a kind."""
+  fingerprints = {
+    "encoder_fingerprint": encoder_fingerprint,
+    "passages_fingerprint": passages_fingerprint,
+  }
+  if kind == "scann":
+    return lambda rows: scann.ScannIndex.build(rows, config, **fingerprints)
+  if kind == "device":
+    return lambda rows: device_index.DeviceIndex.build(
+      rows, config, **fingerprints, mesh=mesh
+    )
+  return lambda rows: exact.ExactIndex(rows, **fingerprints)
 
-  Raises:
-    ValueError: as `build_index`.
-  """
+
+def _check_embeddings(embeddings: np.ndarray) -> None:
+  """Raises `ValueError` as `build_index`."""
   floating = np.issubdtype(embeddings.dtype, np.floating)
   if embeddings.ndim != 2 or not floating or not embeddings.shape[1]:
     raise ValueError(
@@ -187,8 +265,6 @@ def _check_embeddings(embeddings: np.ndarray) -> np.ndarray:
       "There are no passages to index: the embeddings have shape"
       f" {embeddings.shape}. Expected at least one; is data.passages empty?"
     )
-  with np.errstate(over="ignore"):  # becomes infinity, which is reported below
-    embeddings = np.ascontiguousarray(embeddings, np.float32)
   bad = exact.bad_rows(embeddings)
   if len(bad):
     raise ValueError(
@@ -197,4 +273,3 @@ def _check_embeddings(embeddings: np.ndarray) -> np.ndarray:
       " numbers. Check the passage encoder: its training may have diverged; go"
       " back to an earlier checkpoint."
     )
-  return embeddings
