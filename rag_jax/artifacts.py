@@ -2,9 +2,7 @@
 
 In: a directory of files that another module wrote. Out: its manifest, written
 last, with a digest of each file; and the content of that manifest, once every
-digest was found to be right. No pickle is accepted beside them. Of a directory
-inside that has a manifest of its own, the digest of that manifest stands for
-all: who opens it checks the rest.
+digest was found to be right. No pickle is accepted beside them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -72,6 +70,7 @@ def write_manifest(
   kind: str,
   format: int,
   content: Mapping[str, Any],
+  nested: bool = False,
 ) -> None:
   """Writes the manifest of all files below `directory`; call it last.
 
@@ -80,13 +79,16 @@ def write_manifest(
     kind: what the directory is, for instance "index".
     format: raise it when the files or `content` change their meaning.
     content: what JSON can hold; `read_manifest` returns it.
+    nested: whether a directory inside that has a manifest of its own answers
+      for its files: who opens it checks them.
 
   Raises:
     ValueError: the directory holds a pickle or a link that leaves it.
   """
   directory = epath.Path(directory)
   files = {}
-  for name in _files_below(directory, remedy="Remove it and save again."):
+  remedy = "Remove it and save again."
+  for name in _files_below(directory, remedy, nested=nested):
     digest, size = _digest(directory / name)
     files[name] = {"sha256": digest, "bytes": size}
   manifest = {
@@ -190,9 +192,12 @@ def _digest(path: epath.Path) -> tuple[str, int]:
 
 
 def _files_below(
-  directory: epath.Path, remedy: str, prefix: str = ""
+  directory: epath.Path, remedy: str, prefix: str = "", *, nested: bool = False
 ) -> Iterator[str]:
-  """Yields the names of the finished files, relative to `directory`."""
+  """Yields the names of the finished files, relative to `directory`.
+
+  Nested: of a directory inside that has a manifest, that manifest alone.
+  """
   for path in sorted((directory / prefix).iterdir()):
     name = prefix + path.name
     unfinished = path.name[0] == "." and path.name.endswith(_TEMP_SUFFIX)
@@ -203,12 +208,10 @@ def _files_below(
       if os.path.islink(path) and path.is_dir():
         continue  # it stays inside, so its files are met without it
     if path.is_dir():
-      # A directory with a manifest of its own answers for what is in it.
-      own = path / MANIFEST
-      if own.exists():
+      if nested and (path / MANIFEST).exists():
         yield f"{name}/{MANIFEST}"
       else:
-        yield from _files_below(directory, remedy, name + "/")
+        yield from _files_below(directory, remedy, name + "/", nested=nested)
     elif path.suffix.lower() in _PICKLES:
       raise ValueError(
         f"{directory} holds {name}, a pickle: loading it could run any code."

@@ -182,16 +182,26 @@ class WarmupConfig:
 class IndexConfig:
   """How passages are searched."""
 
-  kind: str = _choice("auto", "exact", "scann")  # auto: scann if installed
+  # "auto": scann if installed. "device" lies in the accelerators' memory.
+  kind: str = _choice("auto", "exact", "scann", "device")
   path: str = ""  # a built index to open; "" builds it from the passages
   refresh_steps: int = 50  # between rebuilds while the passage encoder learns
   swap_steps: int = 5  # from the start of a rebuild to its first use
   embed_batch_size: int = 512  # passages embedded at a time
+  # More passages are several searchers on the host, built one after the other;
+  # 0: one of all.
+  passages_per_shard: int = 0
   # ScaNN's own settings; below `scann_tree_passages` it scores every passage.
   scann_tree_passages: int = 20_000
   scann_num_leaves: int = 0  # 0: the square root of the number of passages
   scann_leaves_to_search: int = 0  # 0: a tenth of the leaves
   scann_reorder: int = 100  # candidates scored again in float32
+  # What the accelerators hold; int8 has a scale a passage.
+  device_storage: str = _choice("float32", "bfloat16", "int8")
+  device_recall_target: float = (
+    1.0  # 1.0: exact; below, approx_max_k aims at it
+  )
+  device_chunk_passages: int = 65_536  # scored at a time; 0: a device's all
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)

@@ -214,6 +214,17 @@ def _cross_problems(c: Config) -> Iterator[str]:
       f" index.refresh_steps={c.index.refresh_steps} (exclusive), so that one"
       " rebuild is in use before the next begins."
     )
+  if c.index.kind == "device" and c.index.passages_per_shard:
+    yield (
+      f"index.passages_per_shard={c.index.passages_per_shard} is for an index"
+      " on the host; index.kind='device' is spread over all devices. Set it to"
+      " 0."
+    )
+  if not 0 < c.index.device_recall_target <= 1:
+    yield (
+      f"index.device_recall_target={c.index.device_recall_target} must be above"
+      " 0 and at most 1, which is exact."
+    )
   if c.decoding.min_new_tokens > c.data.target_length:
     yield (
       f"decoding.min_new_tokens={c.decoding.min_new_tokens} is above"

@@ -61,7 +61,11 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
   ("name", "value", "problem"),
   [
-    ("index.kind", "ivfpq", " is not one of ['auto', 'exact', 'scann']."),
+    (
+      "index.kind",
+      "ivfpq",
+      " is not one of ['auto', 'device', 'exact', 'scann'].",
+    ),
     ("generator.norm", 7, " is not one of ['post', 'pre']."),
     (
       "loss",
@@ -97,6 +101,16 @@ NAN, INF = float("nan"), float("inf")
     ("encoder.dropout", 1.5, " must be below 1."),
     ("optimizer.b2", 1.0, " must be below 1."),
     ("eval.min_index_recall", 1.5, " must be at most 1."),
+    (
+      "index.device_recall_target",
+      0.0,
+      " must be above 0 and at most 1, which is exact.",
+    ),
+    (
+      "index.device_recall_target",
+      1.5,
+      " must be above 0 and at most 1, which is exact.",
+    ),
     ("warmup.span_max_words", 0, " must be at least 1."),
     (
       "generator.max_positions",
@@ -224,6 +238,10 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
     ({"data__passage_length": 3}, "data.passage_length=3 leaves no room"),
     ({"encoder__score_scale": 0.0}, "encoder.score_scale=0.0 makes every"),
     ({"index__swap_steps": 50}, "index.swap_steps=50 must be between 1 and"),
+    (
+      {"index__kind": "device", "index__passages_per_shard": 9},
+      "index.passages_per_shard=9 is for an index on the host",
+    ),
     ({"data": None}, "data is None, expected a DataConfig"),
     ({"generator__relative_buckets": 4}, "relative_buckets=4 must be 0"),
     ({"generator__relative_buckets": 9}, "relative_buckets=9 must be 0"),

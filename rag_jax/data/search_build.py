@@ -126,7 +126,7 @@ def build_search_directory(
         "passage_encoder_fingerprint": inputs.encoder.fingerprint,
       }
       artifacts.write_manifest(
-        output, kind=KIND, format=FORMAT, content=content
+        output, kind=KIND, format=FORMAT, content=content, nested=True
       )
       finish(output / INDEX)
     wait_for_all("building: the directory is complete")

@@ -40,8 +40,9 @@ class ExactIndex:
 
   def __init__(
     self,
-    # In float32, or in files; kept, not copied.
-    embeddings: Float[np.ndarray, "P R"] | StoredEmbeddings,
+    # In float32, also in files (StoredEmbeddings) or several (JoinedRows);
+    # kept, not copied.
+    embeddings: Float[Any, "P R"],
     *,
     encoder_fingerprint: str,
     passages_fingerprint: str,
@@ -116,7 +117,7 @@ class ExactIndex:
 
 def rank(
   questions: Float[np.ndarray, "B R"],
-  embeddings: Float[np.ndarray, "P R"] | StoredEmbeddings,
+  embeddings: Float[Any, "P R"],  # as of ExactIndex
   ids: Int[np.ndarray, "B K"],
 ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
   """Returns `ids` sorted by their exact scores, and these scores."""
@@ -183,7 +184,7 @@ def name_rows(rows: np.ndarray) -> str:
 
 
 def write_index_manifest(
-  index: Any, path: epath.Path, settings: dict[str, int]
+  index: Any, path: epath.Path, settings: dict[str, Any]
 ) -> None:
   """Writes the manifest of a finished index of any kind."""
   content = {

@@ -3,21 +3,31 @@
 In: passage embeddings, or a directory. Out: an `Index` to search on the host.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
 
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import Float, Int, Shaped
 import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
 from rag_jax.config_rules import check_choice
+from rag_jax.retrieval import device_index
 from rag_jax.retrieval import exact
 from rag_jax.retrieval import scann
+from rag_jax.retrieval import sharded
 from rag_jax.retrieval.embeddings import StoredEmbeddings
 
-_KINDS = {"exact": exact.ExactIndex, "scann": scann.ScannIndex}
+_KINDS = {
+  "exact": exact.ExactIndex,
+  "scann": scann.ScannIndex,
+  "device": device_index.DeviceIndex,
+}
+_SHARDED = "sharded"  # several of these kinds; index.passages_per_shard asks
 # What the manifest says of every index.
 _CONTENT = {
   "kind": str,
@@ -42,8 +52,9 @@ class Index(Protocol):
   embedding_dim: int  # R
   encoder_fingerprint: str  # of the weights that embedded the passages
   passages_fingerprint: str
-  # For scoring again; what is taken from them is float32.
-  embeddings: Float[np.ndarray, "P R"] | StoredEmbeddings
+  # In float32, for scoring again: an array, StoredEmbeddings in files, or
+  # rows.JoinedRows of several.
+  embeddings: Float[Any, "P R"]
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
@@ -57,7 +68,7 @@ class Index(Protocol):
 
 
 def resolve_kind(kind: str) -> str:
-  """Returns "exact" or "scann" for index.kind; "auto": ScaNN if it works here.
+  """Returns a kind for index.kind; for "auto" ScaNN, if it works here.
 
   Raises:
     ValueError: `kind` is no choice, or "scann" without the package.
@@ -86,6 +97,7 @@ def build_index(
   *,
   encoder_fingerprint: str,
   passages_fingerprint: str,
+  mesh: Mesh | None = None,
 ) -> Index:
   """Returns an index of passage embeddings, of the kind that `config` names.
 
@@ -95,19 +107,78 @@ def build_index(
     config: how passages are searched.
     encoder_fingerprint: of the weights that embedded the passages.
     passages_fingerprint: of the passages.
+    mesh: of kind "device", where it lies; None: on this process's devices.
 
   Raises:
     ValueError: no passages, not [P, R] numbers, or NaN or infinity in them.
   """
   kind = resolve_kind(config.kind)
-  embeddings = _check_embeddings(embeddings)
-  fingerprints = {
-    "encoder_fingerprint": encoder_fingerprint,
-    "passages_fingerprint": passages_fingerprint,
+  _check_embeddings(embeddings)
+  build = _builder(
+    kind, config, encoder_fingerprint, passages_fingerprint, mesh
+  )
+  if isinstance(embeddings, np.ndarray):
+    embeddings = np.ascontiguousarray(embeddings, np.float32)
+  if kind != "device" and 0 < config.passages_per_shard < len(embeddings):
+    return sharded.ShardedIndex.build(
+      embeddings, config.passages_per_shard, build
+    )
+  return build(embeddings)
+
+
+def build_index_directory(
+  path: epath.PathLike,
+  embeddings: Shaped[np.ndarray, "..."] | StoredEmbeddings,
+  config: IndexConfig,
+  *,
+  encoder_fingerprint: str,
+  passages_fingerprint: str,
+) -> None:
+  """Builds the index of `build_index` into a directory, for `load_index`.
+
+  With `index.passages_per_shard` one shard is in memory at a time, and a build
+  that was cut off goes on after the last shard that was finished.
+
+  Args:
+    path: of the directory.
+    embeddings: [P, R], row = passage id; a memory map is read shard by shard.
+    config: how passages are searched.
+    encoder_fingerprint: of the weights that embedded the passages.
+    passages_fingerprint: of the passages.
+
+  Raises:
+    ValueError: as `build_index`.
+  """
+  kind = resolve_kind(config.kind)
+  per_shard = 0 if kind == "device" else config.passages_per_shard
+  if per_shard:
+    _check_embeddings(embeddings)
+  if not 0 < per_shard < len(embeddings):
+    index = build_index(
+      embeddings,
+      config,
+      encoder_fingerprint=encoder_fingerprint,
+      passages_fingerprint=passages_fingerprint,
+    )
+    index.save(path)
+    return
+  own = {
+    name: value
+    for name, value in dataclasses.asdict(config).items()
+    if name.startswith(f"{kind}_")
   }
-  if kind == "scann":
-    return scann.ScannIndex.build(embeddings, config, **fingerprints)
-  return exact.ExactIndex(embeddings, **fingerprints)
+  sharded.build_directory(
+    path,
+    embeddings,
+    per_shard,
+    _builder(kind, config, encoder_fingerprint, passages_fingerprint),
+    own
+    | {
+      "kind": kind,
+      "encoder_fingerprint": encoder_fingerprint,
+      "passages_fingerprint": passages_fingerprint,
+    },
+  )
 
 
 def load_index(
@@ -115,6 +186,7 @@ def load_index(
   *,
   encoder_fingerprint: str = "",
   passages_fingerprint: str = "",
+  mesh: Mesh | None = None,
 ) -> Index:
   """Opens the index in directory `path`, whatever its kind.
 
@@ -122,6 +194,7 @@ def load_index(
     path: what `Index.save` was called with, or where that was moved to.
     encoder_fingerprint: of the weights that embed passages now; "" = any.
     passages_fingerprint: of the passages that ids stand for; "" = any.
+    mesh: of kind "device", where it will lie; None: on this process's devices.
 
   Raises:
     FileNotFoundError: no index was built there, or its build was cut off.
@@ -132,11 +205,12 @@ def load_index(
     path, kind=exact.ARTIFACT, format=exact.FORMAT, remedy=exact.REMEDY
   )
   bad = [k for k, t in _CONTENT.items() if not isinstance(content.get(k), t)]
-  if bad or content["kind"] not in _KINDS:
+  kinds = [*_KINDS, _SHARDED]
+  if bad or content["kind"] not in kinds:
     raise ValueError(
       f"{path}/{artifacts.MANIFEST} describes no index that this version of"
       f" rag_jax can read: {', '.join(bad) or 'kind'} missing or wrong;"
-      f" expected {', '.join(_CONTENT)} and a kind of {sorted(_KINDS)}."
+      f" expected {', '.join(_CONTENT)} and a kind of {kinds}."
       f" {exact.REMEDY}"
     )
   if encoder_fingerprint not in ("", content["encoder_fingerprint"]):
@@ -153,17 +227,36 @@ def load_index(
       f" {passages_fingerprint!r}. Set data.passages to those that it was built"
       f" of, or rebuild. {exact.REMEDY}"
     )
+  if content["kind"] == _SHARDED:
+    return sharded.ShardedIndex.load(path, content, _KINDS)
+  if content["kind"] == "device":
+    return device_index.DeviceIndex.load(path, content, mesh)
   return _KINDS[content["kind"]].load(path, content)
 
 
-def _check_embeddings(
-  embeddings: np.ndarray | StoredEmbeddings,
-) -> np.ndarray | StoredEmbeddings:
-  """Returns the embeddings, those in memory in float32.
+def _builder(
+  kind: str,
+  config: IndexConfig,
+  encoder_fingerprint: str,
+  passages_fingerprint: str,
+  mesh: Mesh | None = None,
+) -> Callable[[Any], Index]:
+  """Returns embeddings in float32 -> index of a kind."""
+  fingerprints = {
+    "encoder_fingerprint": encoder_fingerprint,
+    "passages_fingerprint": passages_fingerprint,
+  }
+  if kind == "scann":
+    return lambda rows: scann.ScannIndex.build(rows, config, **fingerprints)
+  if kind == "device":
+    return lambda rows: device_index.DeviceIndex.build(
+      rows, config, **fingerprints, mesh=mesh
+    )
+  return lambda rows: exact.ExactIndex(rows, **fingerprints)
 
-  Raises:
-    ValueError: as `build_index`.
-  """
+
+def _check_embeddings(embeddings: np.ndarray | StoredEmbeddings) -> None:
+  """Raises `ValueError` as `build_index`."""
   floating = np.issubdtype(embeddings.dtype, np.floating)
   if embeddings.ndim != 2 or not floating or not embeddings.shape[1]:
     raise ValueError(
@@ -175,9 +268,6 @@ def _check_embeddings(
       "There are no passages to index: the embeddings have shape"
       f" {embeddings.shape}. Expected at least one; is data.passages empty?"
     )
-  if isinstance(embeddings, np.ndarray):
-    with np.errstate(over="ignore"):  # becomes infinity, reported below
-      embeddings = np.ascontiguousarray(embeddings, np.float32)
   bad = exact.bad_rows(embeddings)
   if len(bad):
     raise ValueError(
@@ -186,4 +276,3 @@ def _check_embeddings(
       " numbers. Check the passage encoder: its training may have diverged; go"
       " back to an earlier checkpoint."
     )
-  return embeddings

@@ -21,6 +21,7 @@ from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.index import resolve_kind
 
 BOTH = pytest.mark.parametrize("kind", ["exact", "scann"])
+ALL = pytest.mark.parametrize("kind", ["exact", "scann", "device"])
 P, R = 60, 8
 
 
@@ -69,7 +70,7 @@ def test_a_loaded_index_finds_the_same_wherever_it_was_moved_to(kind, tmp_path):
     np.testing.assert_array_equal(before, after)
 
 
-@BOTH
+@ALL
 def test_an_open_index_can_be_saved_over_itself(kind, tmp_path):
   build(kind).save(tmp_path)
   loaded = load_index(tmp_path)
@@ -175,7 +176,7 @@ def test_only_the_first_bad_rows_are_named():
     build(embeddings=np.full((P, R), np.nan, np.float32))
 
 
-@BOTH
+@ALL
 def test_questions_that_are_not_finite_are_refused_by_row(kind):
   questions = normal(3, R)
   questions[1, 0] = np.nan
@@ -183,7 +184,7 @@ def test_questions_that_are_not_finite_are_refused_by_row(kind):
     build(kind).search(questions, 2)
 
 
-@BOTH
+@ALL
 def test_questions_of_another_size_are_refused(kind):
   with pytest.raises(
     ValueError, match=r"shape \(3, 9\), but the index holds 8-dimensional"
@@ -191,7 +192,7 @@ def test_questions_of_another_size_are_refused(kind):
     build(kind).search(normal(3, 9), 2)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("n_docs", [0, P + 1])
 def test_more_passages_than_there_are_cannot_be_asked_for(kind, n_docs):
   with pytest.raises(
@@ -206,7 +207,7 @@ def test_all_passages_can_be_asked_for(kind):
   np.testing.assert_array_equal(np.sort(ids, axis=1), [np.arange(P)] * 3)
 
 
-@BOTH
+@ALL
 def test_no_questions_find_nothing(kind):
   ids, scores = build(kind).search(np.zeros((0, R), np.float32), 2)
   assert ids.shape == scores.shape == (0, 2)
@@ -230,7 +231,7 @@ def test_a_directory_without_index_is_refused(tmp_path):
     load_index(tmp_path)
 
 
-@BOTH
+@ALL
 def test_a_missing_file_is_named(kind, tmp_path):
   build(kind).save(tmp_path)
   (tmp_path / "embeddings.npy").unlink()
@@ -296,7 +297,7 @@ def test_embeddings_of_another_build_are_refused(saved):
     load_index(saved)
 
 
-@BOTH
+@ALL
 def test_an_index_of_other_weights_is_refused(kind, tmp_path):
   build(kind).save(tmp_path)
   with pytest.raises(

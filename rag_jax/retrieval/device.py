@@ -1,0 +1,346 @@
+"""Search in the memory of the accelerators, inside a compiled program.
+
+In: passage embeddings, and passages as tokens. Out: arrays whose rows lie
+spread over a mesh, and pure functions that search them and fetch passages, for
+a train step or an index of kind "device" (device_index.py).
+
+Each device scores its own rows. Only the best of them travel: B x K x devices
+ids and scores, never B x P.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import typing
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Integer
+import numpy as np
+
+_SPARE = 16  # rows scored again beside the n_docs best, on each device
+STORAGES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "int8": np.int8}
+
+
+# Unchecked, because JAX makes it of shapes and shardings too.
+@typing.no_type_check
+@flax.struct.dataclass
+class DeviceArrays:
+  """Passages, their rows spread over all devices of `mesh`. Row = passage id.
+
+  There are N >= num_passages rows: a multiple of the devices, and each device's
+  rows of its chunks. The rows that fill up are never found.
+  """
+
+  embeddings: Float[Any, "N R"]  # or int8
+  scales: Float[Any, "N"] | None  # of int8: a row is scale * integers
+  tokens: Integer[Any, "N L"] | None
+  lengths: Int[Any, "N"] | None  # of the tokens; the rest is padding
+  num_passages: int = flax.struct.field(pytree_node=False)  # P
+  mesh: Mesh = flax.struct.field(pytree_node=False)
+  num_chunks: int = flax.struct.field(pytree_node=False)  # on each device
+  recall_target: float = flax.struct.field(pytree_node=False)  # 1.0: exact
+
+
+def place_arrays(
+  embeddings: Float[np.ndarray, "P R"],
+  mesh: Mesh,
+  *,
+  storage: str = "float32",
+  recall_target: float = 1.0,
+  chunk_passages: int = 0,
+) -> DeviceArrays:
+  """Copies embeddings into the memory of the devices of `mesh`.
+
+  Args:
+    embeddings: finite numbers, which `build_index` checks. A memory map is read
+      one device's rows at a time, and in several processes only those of the
+      process's own devices.
+    mesh: all its axes together split the rows.
+    storage: "float32", "bfloat16" or "int8" (with a scale a row).
+    recall_target: below 1.0 `jax.lax.approx_max_k` aims at it.
+    chunk_passages: rows that a device scores at a time, so that only [B, this]
+      scores exist; 0: all its rows at once.
+  """
+  rows = -(-len(embeddings) // mesh.size)
+  num_chunks = -(-rows // (chunk_passages or rows))
+  rows = -(-rows // num_chunks) * num_chunks
+  place = functools.partial(_place, mesh=mesh, num_rows=rows * mesh.size)
+  if storage == "int8":
+    stored, scales = place(embeddings, _to_int8), place(embeddings, _scales)
+  else:
+    stored = place(embeddings, lambda block: block.astype(STORAGES[storage]))
+    scales = None
+  return DeviceArrays(
+    embeddings=stored,
+    scales=scales,
+    tokens=None,
+    lengths=None,
+    num_passages=len(embeddings),
+    mesh=mesh,
+    num_chunks=num_chunks,
+    recall_target=recall_target,
+  )
+
+
+def place_tokens(
+  arrays: DeviceArrays,
+  tokens: Integer[np.ndarray, "P L"],
+  lengths: Integer[np.ndarray, "P"],
+) -> DeviceArrays:
+  """Returns `arrays` with the passages as tokens, for `gather_passages`.
+
+  Args:
+    arrays: of the same passages.
+    tokens: kept in their type: uint16 halves the memory of int32.
+    lengths: how many of a row are real; the rest is padding.
+
+  Raises:
+    ValueError: there are more or fewer rows than passages.
+  """
+  if not len(tokens) == len(lengths) == arrays.num_passages:
+    raise ValueError(
+      f"There are tokens of {len(tokens)} passages and {len(lengths)} lengths,"
+      f" but the index holds {arrays.num_passages} passages. Expected a row for"
+      " each; use the tokens of the passages that the index was built of."
+    )
+  place = functools.partial(
+    _place, mesh=arrays.mesh, num_rows=len(arrays.embeddings)
+  )
+  return dataclasses.replace(
+    arrays,
+    tokens=place(tokens, np.asarray),
+    lengths=place(lengths, lambda block: block.astype(np.int32)),
+  )
+
+
+def search_device(
+  arrays: DeviceArrays,
+  question_embeddings: Float[Array, "B R"],
+  n_docs: int,
+) -> tuple[Int[Array, "B K"], Float[Array, "B K"]]:
+  """Finds the passages with the largest inner product; call it inside a jit.
+
+  No gradient flows through it. NaN in a question gives passages of no meaning,
+  but passages.
+
+  Args:
+    arrays: as `place_arrays` made them; an argument of the jit, for a constant
+      would be copied into the program.
+    question_embeddings: [B, R].
+    n_docs: how many passages to return for each question (K), static.
+
+  Returns:
+    Passage ids [B, K] int32 and scores [B, K] float32 of the stored
+    embeddings, best first; of equal scores the smaller id. Every device has
+    them all.
+
+  Raises:
+    ValueError: there are fewer passages than `n_docs`, or the embeddings have
+      another dimension.
+  """
+  dim = arrays.embeddings.shape[1]
+  if question_embeddings.shape[1:] != (dim,):
+    raise ValueError(
+      f"The question embeddings have shape {question_embeddings.shape}, but the"
+      f" device index holds {dim}-dimensional embeddings: expected (questions,"
+      f" {dim}). Search with the encoder that belongs to the index."
+    )
+  if not 1 <= n_docs <= arrays.num_passages:
+    raise ValueError(
+      f"data.n_docs={n_docs} passages a question were asked for; expected 1 to"
+      f" {arrays.num_passages}, the passages in the device index. Change"
+      " data.n_docs or index more passages."
+    )
+  rows = PartitionSpec(arrays.mesh.axis_names)
+  search = jax.shard_map(
+    functools.partial(_search_shard, arrays, n_docs),
+    mesh=arrays.mesh,
+    in_specs=(rows, rows, PartitionSpec()),
+    out_specs=PartitionSpec(),  # each device merges the same winners,
+    check_vma=False,  # which JAX cannot prove
+  )
+  return search(
+    *jax.lax.stop_gradient(
+      (
+        arrays.embeddings,
+        arrays.scales,
+        question_embeddings.astype(jnp.float32),
+      )
+    )
+  )
+
+
+def gather_passages(
+  arrays: DeviceArrays, ids: Int[Array, "B K"]
+) -> tuple[Int[Array, "B K L"], Bool[Array, "B K L"]]:
+  """Returns tokens [B, K, L] int32 and their mask; call it inside a jit.
+
+  Raises:
+    ValueError: `place_tokens` was not called.
+  """
+  if arrays.tokens is None or arrays.lengths is None:
+    raise ValueError(
+      "The device index holds no tokens, only embeddings; expected both to"
+      " gather passages. Call place_tokens(arrays, tokens, lengths) first."
+    )
+  tokens = _gather(arrays, arrays.tokens, ids).astype(jnp.int32)
+  lengths = _gather(arrays, arrays.lengths, ids)
+  return tokens, jnp.arange(tokens.shape[-1]) < lengths[..., None]
+
+
+def gather_embeddings(
+  arrays: DeviceArrays, ids: Int[Array, "B K"]
+) -> Float[Array, "B K R"]:
+  """Returns embeddings in float32, as they are stored; without gradient."""
+  embeddings = jax.lax.stop_gradient(arrays.embeddings)
+  found = _gather(arrays, embeddings, ids).astype(jnp.float32)
+  if arrays.scales is None:
+    return found
+  return found * _gather(arrays, arrays.scales, ids)[..., None]
+
+
+def _place(
+  array: np.ndarray,
+  convert: Callable[[np.ndarray], np.ndarray],
+  *,
+  mesh: Mesh,
+  num_rows: int,
+) -> jax.Array:
+  """Returns `convert` of `array`, filled up with zeros, spread over `mesh`."""
+  tail = convert(array[:1]).shape[1:]
+
+  def read(index: Any) -> np.ndarray:
+    start, stop, _ = index[0].indices(num_rows)
+    block = convert(np.asarray(array[start:stop]))
+    filled = np.zeros((stop - start, *tail), block.dtype)
+    filled[: len(block)] = block
+    return filled
+
+  return jax.make_array_from_callback(
+    (num_rows, *tail),
+    NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
+    read,
+  )
+
+
+def _scales(block: np.ndarray) -> np.ndarray:
+  """Returns what an integer of each row stands for; of zeros, anything."""
+  largest = np.abs(block).max(axis=1, initial=0.0)
+  return np.where(largest > 0, largest / 127, 1).astype(np.float32)
+
+
+def _to_int8(block: np.ndarray) -> np.ndarray:
+  return np.rint(block / _scales(block)[:, None]).astype(np.int8)
+
+
+def _search_shard(
+  arrays: DeviceArrays,  # for its settings alone
+  n_docs: int,
+  embeddings: jax.Array,  # n R, the rows of this device
+  scales: jax.Array | None,  # n
+  questions: jax.Array,  # B R
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the best of all devices, from the rows of each."""
+  axes, rows = arrays.mesh.axis_names, len(embeddings)
+  first = jax.lax.axis_index(axes) * rows  # id of the first row
+  spare = min(n_docs + _SPARE, rows)
+  rough, row = _scan_chunks(arrays, spare, first, embeddings, scales, questions)
+  # A matrix product rounds in an order that depends on its shape and on the
+  # row's place in it. Summed like this, equal rows have equal scores, on
+  # however many devices they lie.
+  found = embeddings[row].astype(jnp.float32)  # B k R
+  scores = jnp.sum(questions[:, None] * found, axis=-1)
+  if scales is not None:
+    scores *= scales[row]
+  scores = jnp.where(rough > -jnp.inf, _finite(scores), -jnp.inf)
+  best = _sort(scores, first + row, min(n_docs, rows))
+  scores, ids = jax.lax.all_gather(best, axes, axis=1, tiled=True)
+  scores, ids = _sort(scores, ids, n_docs)
+  return ids, scores
+
+
+def _scan_chunks(
+  arrays: DeviceArrays,
+  k: int,
+  first: jax.Array,
+  embeddings: jax.Array,
+  scales: jax.Array | None,
+  questions: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the scores and rows [B, k] of the best, by chunks of the rows.
+
+  A row that fills up has the score -inf; there may be some in place of a row.
+  """
+  size = len(embeddings) // arrays.num_chunks
+
+  def merge(best: tuple, start: jax.Array) -> tuple[tuple, None]:
+    block = jax.lax.dynamic_slice_in_dim(embeddings, start, size)
+    scores = jnp.einsum(
+      "BR,NR->BN",
+      questions,
+      block.astype(jnp.float32),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    if scales is not None:
+      scores *= jax.lax.dynamic_slice_in_dim(scales, start, size)
+    real = first + start + jnp.arange(size) < arrays.num_passages
+    scores = jnp.where(real, _finite(scores), -jnp.inf)
+    if arrays.recall_target < 1:
+      scores, row = jax.lax.approx_max_k(
+        scores, min(k, size), recall_target=arrays.recall_target
+      )
+    else:  # of equal scores the first, which is the smaller id
+      scores, row = jax.lax.top_k(scores, min(k, size))
+    scores = jnp.concatenate([best[0], scores], axis=1)
+    row = jnp.concatenate([best[1], start + row], axis=1)
+    scores, chosen = jax.lax.top_k(scores, k)
+    return (scores, jnp.take_along_axis(row, chosen, axis=1)), None
+
+  shape = (len(questions), k)
+  none = jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
+  starts = jnp.arange(arrays.num_chunks, dtype=jnp.int32) * size
+  return jax.lax.scan(merge, none, starts)[0]
+
+
+def _finite(scores: jax.Array) -> jax.Array:
+  """Returns scores that order: no NaN, no -inf, no minus zero."""
+  lowest = jnp.finfo(jnp.float32).min
+  scores = jnp.where(scores > lowest, scores, lowest)
+  return jnp.where(scores == 0, 0.0, scores)
+
+
+def _sort(
+  scores: jax.Array, ids: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the best k scores and ids of each row, ties by the smaller id."""
+  scores, ids = jax.lax.sort((-scores, ids), num_keys=2)
+  return -scores[:, :k], ids[:, :k]
+
+
+def _gather(
+  arrays: DeviceArrays, values: jax.Array, ids: jax.Array
+) -> jax.Array:
+  """Returns rows `ids` of `values`; zeros where there is no such row."""
+  axes = arrays.mesh.axis_names
+
+  def take(block: jax.Array, ids: jax.Array) -> jax.Array:
+    row = ids - jax.lax.axis_index(axes) * len(block)
+    here = (row >= 0) & (row < len(block))
+    found = block[jnp.clip(row, 0, len(block) - 1)]
+    here = here.reshape(here.shape + (1,) * (found.ndim - here.ndim))
+    # One device has the row. Sums of small types are not exact, or not there.
+    wide = jnp.promote_types(found.dtype, jnp.int32)
+    return jax.lax.psum(jnp.where(here, found, 0).astype(wide), axes)
+
+  return jax.shard_map(
+    take,
+    mesh=arrays.mesh,
+    in_specs=(PartitionSpec(axes), PartitionSpec()),
+    out_specs=PartitionSpec(),
+  )(values, ids)

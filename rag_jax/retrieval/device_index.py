@@ -1,0 +1,148 @@
+"""An index of kind "device": the accelerators search, the host asks.
+
+In: passage embeddings. Out: for each question the passages that the devices
+found, and a directory that holds the embeddings.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+import jax
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+import numpy as np
+
+from rag_jax import artifacts
+from rag_jax.config import IndexConfig
+from rag_jax.retrieval import device
+from rag_jax.retrieval import exact
+from rag_jax.retrieval.embeddings import save_embeddings
+
+_BLOCK_QUESTIONS = 256  # searched for at a time
+_SETTINGS = ("storage", "recall_target", "chunk_passages")
+
+
+class DeviceIndex:
+  """`device.DeviceArrays` as an index that the host searches. Row = passage id.
+
+  The passages that the devices find are ranked by their exact scores, so a
+  recall below 1 (of a recall target, of stored numbers that are rounded) is all
+  that differs from `ExactIndex`. A train step uses `arrays`.
+  """
+
+  def __init__(
+    self,
+    inner: exact.ExactIndex,
+    settings: dict[str, Any],
+    mesh: Mesh | None = None,
+  ):
+    """Copies the embeddings of `inner` to the devices.
+
+    Args:
+      inner: keeps the embeddings in float32 on the host.
+      settings: how, as in `device.place_arrays`.
+      mesh: over which devices; None: those of this process.
+    """
+    self.kind = "device"
+    self.embeddings = inner.embeddings
+    self.num_passages = inner.num_passages
+    self.embedding_dim = inner.embedding_dim
+    self.encoder_fingerprint = inner.encoder_fingerprint
+    self.passages_fingerprint = inner.passages_fingerprint
+    self.settings = settings
+    mesh = mesh or _mesh_over(jax.local_devices())
+    self.arrays = device.place_arrays(inner.embeddings[:], mesh, **settings)
+    self._exact = inner
+    self._search = jax.jit(device.search_device, static_argnames="n_docs")
+
+  @classmethod
+  def build(
+    cls,
+    embeddings: Float[np.ndarray, "P R"],
+    config: IndexConfig,
+    *,
+    encoder_fingerprint: str,
+    passages_fingerprint: str,
+    mesh: Mesh | None = None,
+  ) -> "DeviceIndex":
+    """Returns an index of embeddings in float32, which are kept."""
+    inner = exact.ExactIndex(
+      embeddings,
+      encoder_fingerprint=encoder_fingerprint,
+      passages_fingerprint=passages_fingerprint,
+    )
+    settings = {s: getattr(config, f"device_{s}") for s in _SETTINGS}
+    return cls(inner, settings, mesh)
+
+  def search(
+    self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
+  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+    """Finds the passages with the largest inner product.
+
+    Args:
+      question_embeddings: [B, R].
+      n_docs: how many passages to return for each question (K).
+
+    Returns:
+      Passage ids [B, K] int32 and exact scores [B, K] float32, best first; of
+      equal scores the smaller id.
+
+    Raises:
+      ValueError: there are fewer passages than `n_docs`, or the embeddings
+        have another dimension, NaN or infinity.
+    """
+    questions = exact.check_search(self, question_embeddings, n_docs)
+    ids = np.zeros((len(questions), n_docs), np.int32)
+    for start in range(0, len(questions), _BLOCK_QUESTIONS):
+      block = questions[start : start + _BLOCK_QUESTIONS]
+      # Filled up to a power of two: few shapes to compile programs for.
+      filled = np.zeros((1 << (len(block) - 1).bit_length(), block.shape[1]))
+      filled[: len(block)] = block
+      found, _ = self._search(self.arrays, np.float32(filled), n_docs=n_docs)
+      ids[start : start + len(block)] = np.asarray(found)[: len(block)]
+    return exact.rank(questions, self.embeddings, ids)
+
+  def save(self, path: epath.PathLike) -> None:
+    """Writes the index to directory `path`, its manifest last."""
+    path = artifacts.start_directory(path)
+    save_embeddings(path, self.embeddings)
+    exact.write_index_manifest(self, path, self.settings)
+
+  @classmethod
+  def load(
+    cls,
+    path: epath.PathLike,
+    content: dict[str, Any],
+    mesh: Mesh | None = None,
+  ) -> "DeviceIndex":
+    """Opens what `save` wrote, and copies it to the devices.
+
+    Args:
+      path: the directory.
+      content: of its manifest, once that was checked (`index.load_index`).
+      mesh: over which devices, not those that it was saved from; None: those
+        of this process.
+
+    Raises:
+      ValueError: the files do not fit together.
+    """
+    settings = content["settings"]
+    if (
+      set(settings) != set(_SETTINGS)
+      or settings["storage"] not in device.STORAGES
+    ):
+      raise ValueError(
+        f"{path} says that it is an index of kind 'device', but its settings"
+        f" {settings} are not {', '.join(_SETTINGS)}, with a storage of"
+        f" {sorted(device.STORAGES)}. {exact.REMEDY}"
+      )
+    return cls(exact.ExactIndex.load(path, content), settings, mesh)
+
+
+def _mesh_over(devices: Sequence[Any]) -> Mesh:
+  """Returns a mesh of one axis."""
+  return jax.make_mesh(
+    (len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices
+  )

@@ -1,0 +1,250 @@
+"""An index larger than one searcher: many, each of a contiguous range of rows.
+
+In: memory-mapped embeddings. Out: a directory with one index a shard, built one
+after the other, and an index that searches them in parallel.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+import itertools
+import json
+import os
+from typing import Any
+
+from absl import logging
+from etils import epath
+from jaxtyping import Float, Int
+import numpy as np
+
+from rag_jax import artifacts
+from rag_jax.retrieval import exact
+from rag_jax.retrieval.rows import JoinedRows
+
+_FOLDER = "shards"
+_INPUTS = "inputs.json"  # in a shard: what it was built of
+
+BuildShard = Callable[[Any], Any]  # float32 embeddings -> Index
+
+
+class ShardedIndex:
+  """Host indexes, each of the rows that follow those of the one before it.
+
+  For exact search the result is that of a single index, bit for bit: a score
+  does not depend on the shard.
+  """
+
+  def __init__(self, shards: Sequence[Any]):
+    self.kind = "sharded"
+    self.shards = list(shards)
+    self.embeddings = JoinedRows([s.embeddings for s in shards])
+    self.num_passages, self.embedding_dim = self.embeddings.shape
+    self.encoder_fingerprint = shards[0].encoder_fingerprint
+    self.passages_fingerprint = shards[0].passages_fingerprint
+    # NumPy and ScaNN let go of Python's lock while they multiply.
+    workers = min(len(self.shards), os.cpu_count() or 1)
+    self._threads = futures.ThreadPoolExecutor(workers, "shard")
+
+  @classmethod
+  def build(
+    cls,
+    embeddings: Float[Any, "P R"],
+    passages_per_shard: int,
+    build_shard: BuildShard,
+  ) -> "ShardedIndex":
+    """Builds every shard, and keeps all in memory."""
+    bounds = shard_bounds(len(embeddings), passages_per_shard)
+    return cls([build_shard(embeddings[a:b]) for a, b in bounds])
+
+  def search(
+    self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
+  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+    """Finds the passages with the largest inner product.
+
+    Args:
+      question_embeddings: [B, R].
+      n_docs: how many passages to return for each question (K).
+
+    Returns:
+      Passage ids [B, K] int32 and exact scores [B, K] float32, best first; of
+      equal scores the smaller id.
+
+    Raises:
+      ValueError: there are fewer passages than `n_docs`, or the embeddings
+        have another dimension, NaN or infinity.
+    """
+    questions = exact.check_search(self, question_embeddings, n_docs)
+    found = self._threads.map(
+      lambda shard: shard.search(questions, min(n_docs, shard.num_passages)),
+      self.shards,
+    )
+    ids, scores, offset = [], [], 0
+    for shard, (shard_ids, shard_scores) in zip(
+      self.shards, found, strict=True
+    ):
+      ids.append(shard_ids + np.int32(offset))
+      scores.append(shard_scores)
+      offset += shard.num_passages
+    return merge(np.concatenate(ids, 1), np.concatenate(scores, 1), n_docs)
+
+  def save(self, path: epath.PathLike) -> None:
+    """Writes the index to directory `path`, its manifest last."""
+    path = artifacts.start_directory(path)
+    for i, shard in enumerate(self.shards):
+      (_folder(path, i) / _INPUTS).unlink(missing_ok=True)
+      shard.save(_folder(path, i))
+    _finish(path, len(self.shards))
+
+  @classmethod
+  def load(
+    cls,
+    path: epath.PathLike,
+    content: dict[str, Any],
+    kinds: Mapping[str, Any],
+  ) -> "ShardedIndex":
+    """Opens what `save` or `build_directory` wrote.
+
+    Args:
+      path: the directory.
+      content: of its manifest, once that was checked (`index.load_index`):
+        together with every file of every shard.
+      kinds: the classes of the shards.
+
+    Raises:
+      ValueError: the shards do not fit together.
+    """
+    contents = content["settings"].get("shards")
+    if (
+      not isinstance(contents, list)
+      or not contents
+      or any(c.get("kind") not in kinds for c in contents)
+      or sum(c["num_passages"] for c in contents) != content["num_passages"]
+    ):
+      raise ValueError(
+        f"{path} says that it is an index of kind 'sharded', but its shards"
+        f" {contents} are not of kinds {sorted(kinds)} with"
+        f" {content['num_passages']} passages together. {exact.REMEDY}"
+      )
+    path = epath.Path(path)
+    return cls(
+      [
+        kinds[c["kind"]].load(_folder(path, i), c)
+        for i, c in enumerate(contents)
+      ]
+    )
+
+
+def shard_bounds(
+  num_passages: int, passages_per_shard: int
+) -> list[tuple[int, int]]:
+  """Returns the first and the last + 1 row of each shard, of nearly one size.
+
+  Args:
+    num_passages: at least 1.
+    passages_per_shard: at most so many; 0: all in one.
+  """
+  number = -(-num_passages // (passages_per_shard or num_passages))
+  ends = [num_passages * i // number for i in range(number + 1)]
+  return list(itertools.pairwise(ends))
+
+
+def merge(
+  ids: Int[np.ndarray, "B N"], scores: Float[np.ndarray, "B N"], n_docs: int
+) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+  """Returns the `n_docs` best of each row; of equal scores the smaller id."""
+  order = np.lexsort((ids, -scores), axis=1)[:, :n_docs]
+  return (
+    np.take_along_axis(ids, order, axis=1),
+    np.take_along_axis(scores, order, axis=1),
+  )
+
+
+def build_directory(
+  path: epath.PathLike,
+  embeddings: Float[Any, "P R"],
+  passages_per_shard: int,
+  build_shard: BuildShard,
+  inputs: Mapping[str, Any],
+) -> None:
+  """Builds an index into directory `path`, one shard in memory at a time.
+
+  Started again after it was cut off, it keeps the shards that are whole and
+  were built of the same inputs.
+
+  Args:
+    path: of the index; what else lies in its shards is removed.
+    embeddings: [P, R], a memory map in any type; read shard by shard.
+    passages_per_shard: at most so many in one.
+    build_shard: makes the index of a shard, from its rows in float32.
+    inputs: whatever else decides what a shard holds: settings, fingerprints.
+  """
+  path = artifacts.start_directory(path)
+  bounds = shard_bounds(len(embeddings), passages_per_shard)
+  for i, (start, stop) in enumerate(bounds):
+    rows = embeddings[start:stop]
+    wanted = json.dumps(
+      dict(inputs)
+      | {
+        "rows": [start, stop],
+        "embeddings": artifacts.fingerprint_arrays({"rows": np.asarray(rows)}),
+      },
+      sort_keys=True,
+    )
+    folder = _folder(path, i)
+    kept = _is_finished(folder, wanted)
+    if not kept:
+      if folder.exists():
+        folder.rmtree()
+      folder.mkdir(parents=True)
+      (folder / _INPUTS).write_text(wanted)  # the shard's manifest covers it
+      build_shard(np.ascontiguousarray(rows, np.float32)).save(folder)
+    logging.info(
+      "Shard %d of %d: %d passages %s.",
+      i + 1,
+      len(bounds),
+      stop - start,
+      "were there" if kept else "indexed",
+    )
+  _finish(path, len(bounds))
+
+
+def _is_finished(folder: epath.Path, wanted: str) -> bool:
+  """Returns whether a shard is whole and was built of `wanted`."""
+  try:
+    artifacts.read_manifest(
+      folder, kind=exact.ARTIFACT, format=exact.FORMAT, remedy=exact.REMEDY
+    )
+  except (FileNotFoundError, ValueError) as e:
+    if folder.exists():
+      logging.info("%s is built again: %s", folder, e)
+    return False
+  file = folder / _INPUTS
+  same = file.exists() and file.read_text() == wanted
+  if not same:
+    logging.info("%s is built again: it was built of other inputs.", folder)
+  return same
+
+
+def _finish(path: epath.Path, num_shards: int) -> None:
+  """Removes the shards of a larger index, and writes the manifest of all."""
+  folders = [_folder(path, i) for i in range(num_shards)]
+  names = {folder.name for folder in folders}
+  for old in (path / _FOLDER).iterdir():
+    if old.name not in names:
+      old.rmtree()
+  contents = [
+    json.loads((folder / artifacts.MANIFEST).read_text())["content"]
+    for folder in folders
+  ]
+  same = ("embedding_dim", "encoder_fingerprint", "passages_fingerprint")
+  content = {name: contents[0][name] for name in same} | {
+    "kind": "sharded",
+    "num_passages": sum(c["num_passages"] for c in contents),
+    "settings": {"shards": contents},
+  }
+  artifacts.write_manifest(
+    path, kind=exact.ARTIFACT, format=exact.FORMAT, content=content
+  )
+
+
+def _folder(path: epath.Path, shard: int) -> epath.Path:
+  return path / _FOLDER / f"{shard:05d}"

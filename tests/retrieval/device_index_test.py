@@ -1,0 +1,109 @@
+"""An index on devices, as the host sees it."""
+
+import json
+
+import jax
+from jax.sharding import AxisType
+import numpy as np
+import pytest
+
+from rag_jax.config import IndexConfig
+from rag_jax.retrieval.device_index import DeviceIndex
+from rag_jax.retrieval.exact import ExactIndex
+from rag_jax.retrieval.index import Index
+from rag_jax.retrieval.index import build_index
+from rag_jax.retrieval.index import load_index
+
+P, R = 203, 16
+MESH = jax.make_mesh(
+  (1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2
+)
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def exact(embeddings):
+  return ExactIndex(
+    embeddings, encoder_fingerprint="1a2b", passages_fingerprint="3c4d"
+  )
+
+
+def build(embeddings, **settings):
+  return build_index(
+    embeddings,
+    IndexConfig(kind="device", **settings),
+    encoder_fingerprint="1a2b",
+    passages_fingerprint="3c4d",
+    mesh=MESH,
+  )
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_the_host_gets_exact_scores_whatever_is_stored(storage):
+  embeddings, questions = normal(P, R), normal(300, R, seed=1)
+  index = build(embeddings, device_storage=storage)
+  ids, scores = index.search(questions, 4)
+  rows = embeddings[ids].astype(np.float64)
+  expected = np.einsum("BR,BKR->BK", questions.astype(np.float64), rows)
+  np.testing.assert_array_equal(scores, expected.astype(np.float32))
+  assert np.all(np.diff(scores) <= 0)
+  if storage == "float32":
+    for found, exactly in zip(
+      (ids, scores), exact(embeddings).search(questions, 4), strict=True
+    ):
+      np.testing.assert_array_equal(found, exactly)
+
+
+def test_a_loaded_index_searches_as_it_was_built_to(tmp_path):
+  built = build(
+    normal(P, R),
+    device_storage="int8",
+    device_recall_target=0.8,
+    device_chunk_passages=40,
+  )
+  built.save(tmp_path)
+  loaded = load_index(tmp_path, encoder_fingerprint="1a2b")
+  assert isinstance(loaded, DeviceIndex)
+  assert isinstance(loaded, Index)
+  assert loaded.settings == built.settings
+  assert loaded.arrays.recall_target == 0.8
+  assert loaded.arrays.embeddings.dtype == np.int8
+  assert loaded.arrays.num_chunks == 6  # of at most 40 of 203
+  np.testing.assert_array_equal(
+    loaded.search(normal(9, R, seed=1), 3)[0],
+    built.search(normal(9, R, seed=1), 3)[0],
+  )
+
+
+def test_an_index_is_opened_on_the_devices_of_a_mesh(tmp_path):
+  build(normal(P, R)).save(tmp_path)
+  index = load_index(tmp_path, mesh=MESH)
+  assert index.arrays.mesh == MESH
+  assert load_index(tmp_path).arrays.mesh.axis_names == ("rows",)
+  questions = normal(5, R, seed=1)
+  np.testing.assert_array_equal(
+    index.search(questions, 3)[0], exact(normal(P, R)).search(questions, 3)[0]
+  )
+
+
+def test_settings_that_no_device_index_has_are_refused(tmp_path):
+  build(normal(P, R)).save(tmp_path)
+  file = tmp_path / "manifest.json"
+  manifest = json.loads(file.read_text())
+  for settings in (
+    {},
+    manifest["content"]["settings"] | {"storage": "float8"},
+  ):
+    manifest["content"]["settings"] = settings
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"'device', but its settings .*Build"):
+      load_index(tmp_path)
+
+
+def test_embeddings_with_nan_are_refused():
+  embeddings = normal(P, R)
+  embeddings[5, 2] = np.nan
+  with pytest.raises(ValueError, match=r"1 of 203 passages hold NaN.*rows 5\."):
+    build(embeddings)
