@@ -294,7 +294,7 @@ def test_both_together_find_no_fewer_answers_than_meaning_alone():
     ]
     for name, ids in found.items()
   }
-  # Gold recall at 1, 5 and 20, and answer recall at 5; two questions may differ.
+  # Gold recall at 1, 5 and 20, answer recall at 5; two questions may differ.
   expected = {
     "dense": [0.8849, 0.9815, 0.9933, 0.9824],
     "bm25": [0.9202, 0.9857, 0.9933, 0.9849],
