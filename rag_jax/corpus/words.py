@@ -11,6 +11,7 @@ import functools
 import itertools
 import re
 import sys
+import threading
 import unicodedata
 
 import snowballstemmer
@@ -77,9 +78,15 @@ class WordTokenizer:
 def _stem_function(language: str) -> Callable[[str], str] | None:
   if not language:
     return None
+  stemmer, lock = snowballstemmer.stemmer(language), threading.Lock()
+
   # The frequent words are met again and again, and stemming is slow.
-  stem = snowballstemmer.stemmer(language).stemWord
-  return functools.lru_cache(maxsize=1 << 17)(stem)
+  @functools.lru_cache(maxsize=1 << 17)
+  def stem(word: str) -> str:
+    with lock:  # it keeps the word that it works on in itself
+      return stemmer.stemWord(word)
+
+  return stem
 
 
 def _normal(text: str) -> str:

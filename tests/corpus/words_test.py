@@ -1,7 +1,9 @@
 """Words of texts in several scripts, against a loop over characters."""
 
+from concurrent import futures
 import itertools
 import random
+import sys
 import unicodedata
 
 import pytest
@@ -83,6 +85,21 @@ def test_endings_are_cut_off_if_asked_for():
   assert WordTokenizer()("Running rivers") == ["running", "rivers"]
   assert WordTokenizer("english")("Running rivers") == ["run", "river"]
   assert WordTokenizer("german")("Häuser") == ["haus"]
+
+
+def test_threads_do_not_cut_each_others_words():
+  words = [f"{a}{b}{end}" for a in "bcdfg" for b in ("unn", "elat", "ossibl")
+           for end in ("ings", "ations", "iveness", "ies")]  # fmt: skip
+  expected = [WordTokenizer("english")(word) for word in words]
+  before = sys.getswitchinterval()
+  sys.setswitchinterval(1e-6)
+  try:
+    for _ in range(5):
+      shared = WordTokenizer("english")
+      with futures.ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(shared, words)) == expected
+  finally:
+    sys.setswitchinterval(before)
 
 
 def test_stop_words_are_left_out_in_any_case():
