@@ -140,7 +140,7 @@ def stack_rows(
   return ids.reshape(-1, n_docs), scores.reshape(-1, n_docs)
 
 
-def bad_rows(embeddings: np.ndarray) -> np.ndarray:
+def bad_rows(embeddings: Float[Any, "P R"]) -> np.ndarray:
   """Returns the numbers of the rows [P, R] that hold what cannot be scored."""
   bad = [
     # Written so that NaN, which compares as False, is bad as well.

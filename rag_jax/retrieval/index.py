@@ -90,7 +90,7 @@ def resolve_kind(kind: str) -> str:
 
 
 def build_index(
-  embeddings: Shaped[np.ndarray, "..."],
+  embeddings: Shaped[Any, "..."],
   config: IndexConfig,
   *,
   encoder_fingerprint: str,
@@ -125,7 +125,7 @@ def build_index(
 
 def build_index_directory(
   path: epath.PathLike,
-  embeddings: Shaped[np.ndarray, "..."],
+  embeddings: Shaped[Any, "..."],
   config: IndexConfig,
   *,
   encoder_fingerprint: str,
@@ -138,7 +138,8 @@ def build_index_directory(
 
   Args:
     path: of the directory.
-    embeddings: [P, R], row = passage id; a memory map is read shard by shard.
+    embeddings: [P, R], row = passage id: an array, or `JoinedRows`. A memory
+      map is read shard by shard.
     config: how passages are searched.
     encoder_fingerprint: of the weights that embedded the passages.
     passages_fingerprint: of the passages.
@@ -252,7 +253,7 @@ def _builder(
   return lambda rows: exact.ExactIndex(rows, **fingerprints)
 
 
-def _check_embeddings(embeddings: np.ndarray) -> None:
+def _check_embeddings(embeddings: Any) -> None:
   """Raises `ValueError` as `build_index`."""
   floating = np.issubdtype(embeddings.dtype, np.floating)
   if embeddings.ndim != 2 or not floating or not embeddings.shape[1]:
