@@ -12,7 +12,6 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax import artifacts
-from rag_jax.retrieval.embeddings import StoredEmbeddings
 from rag_jax.retrieval.embeddings import open_embeddings
 from rag_jax.retrieval.embeddings import save_embeddings
 
@@ -138,7 +137,7 @@ def stack_rows(
   return ids.reshape(-1, n_docs), scores.reshape(-1, n_docs)
 
 
-def bad_rows(embeddings: np.ndarray | StoredEmbeddings) -> np.ndarray:
+def bad_rows(embeddings: Float[Any, "P R"]) -> np.ndarray:
   """Returns the numbers of the rows [P, R] that hold what cannot be scored."""
   bad = [
     # Written so that NaN, which compares as False, is bad as well.

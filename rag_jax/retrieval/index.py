@@ -20,7 +20,6 @@ from rag_jax.retrieval import device_index
 from rag_jax.retrieval import exact
 from rag_jax.retrieval import scann
 from rag_jax.retrieval import sharded
-from rag_jax.retrieval.embeddings import StoredEmbeddings
 
 _KINDS = {
   "exact": exact.ExactIndex,
@@ -92,7 +91,7 @@ def resolve_kind(kind: str) -> str:
 
 
 def build_index(
-  embeddings: Shaped[np.ndarray, "..."] | StoredEmbeddings,
+  embeddings: Shaped[Any, "..."],
   config: IndexConfig,
   *,
   encoder_fingerprint: str,
@@ -128,7 +127,7 @@ def build_index(
 
 def build_index_directory(
   path: epath.PathLike,
-  embeddings: Shaped[np.ndarray, "..."] | StoredEmbeddings,
+  embeddings: Shaped[Any, "..."],
   config: IndexConfig,
   *,
   encoder_fingerprint: str,
@@ -141,7 +140,8 @@ def build_index_directory(
 
   Args:
     path: of the directory.
-    embeddings: [P, R], row = passage id; a memory map is read shard by shard.
+    embeddings: [P, R], row = passage id: an array, or `JoinedRows`. A memory
+      map is read shard by shard.
     config: how passages are searched.
     encoder_fingerprint: of the weights that embedded the passages.
     passages_fingerprint: of the passages.
@@ -255,7 +255,7 @@ def _builder(
   return lambda rows: exact.ExactIndex(rows, **fingerprints)
 
 
-def _check_embeddings(embeddings: np.ndarray | StoredEmbeddings) -> None:
+def _check_embeddings(embeddings: Any) -> None:
   """Raises `ValueError` as `build_index`."""
   floating = np.issubdtype(embeddings.dtype, np.floating)
   if embeddings.ndim != 2 or not floating or not embeddings.shape[1]:

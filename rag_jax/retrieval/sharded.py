@@ -172,7 +172,7 @@ def build_directory(
 
   Args:
     path: of the index; what else lies in its shards is removed.
-    embeddings: [P, R], a memory map in any type; read shard by shard.
+    embeddings: [P, R], read shard by shard: a memory map in any type.
     passages_per_shard: at most so many in one.
     build_shard: makes the index of a shard, from its rows in float32.
     inputs: whatever else decides what a shard holds: settings, fingerprints.

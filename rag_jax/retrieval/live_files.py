@@ -1,0 +1,183 @@
+"""What lies in the directory of a live index, and how it is changed safely.
+
+In: the parts of a version. Out: a directory that holds, whenever its writer is
+killed, the old version or the new.
+
+  CURRENT     the name of the version in use
+  LOCK        held by the one that writes
+  v000001/    which base, the rows that changed since it was built, tombstones
+  b000001/    a base: an index of any kind, shared by versions
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from rag_jax import artifacts
+
+CURRENT = "CURRENT"
+
+_LOCK = "LOCK"
+_ARTIFACT = "version of a live index"
+_FORMAT = 1  # raise when the files of a version change their meaning
+_REMEDY = (
+  "Restore the directory from a copy, or create the live index again with"
+  " LiveIndex.create."
+)
+_VERSION, _BASE = "v", "b"  # the first letter of a name
+_NAME = re.compile(r"[vb]\d{6}")
+_UNFINISHED = re.compile(r"\.(CURRENT|[vb]\d{6})\.[0-9a-f]+\.tmp")
+_ARRAYS = ("delta_ids", "delta", "deleted")
+
+
+def check_local(path: epath.PathLike) -> epath.Path:
+  """Returns `path`.
+
+  Raises:
+    ValueError: it is in a bucket.
+  """
+  if not artifacts.is_local(path):
+    raise ValueError(
+      f"{path} is in a bucket; expected a directory of a file system, where a"
+      " file can be replaced and locked. Keep the live index on a disk, and"
+      " copy it to the bucket."
+    )
+  return epath.Path(path)
+
+
+@contextlib.contextmanager
+def lock(path: epath.Path) -> Iterator[None]:
+  """Waits until no other writes; a process that is killed lets go."""
+  with open(path / _LOCK, "a") as f:
+    fcntl.flock(f, fcntl.LOCK_EX)
+    yield
+
+
+def read_current(path: epath.Path) -> str:
+  """Returns the name of the version in use.
+
+  Raises:
+    FileNotFoundError: there is no live index.
+    ValueError: it is no name.
+  """
+  file = path / CURRENT
+  if not file.exists():
+    raise FileNotFoundError(
+      f"There is no {CURRENT} in {path}; expected the directory of a live"
+      " index. Create one with LiveIndex.create."
+    )
+  name = file.read_text().strip()
+  if not _NAME.fullmatch(name) or name[0] != _VERSION:
+    raise ValueError(
+      f"{file} names {name!r}; expected a version like 'v000001'. {_REMEDY}"
+    )
+  return name
+
+
+def add_base(path: epath.Path, save: Callable[[epath.Path], None]) -> str:
+  """Returns the name of a new base that `save` wrote."""
+  name = _next_name(path, _BASE)
+  temp = artifacts.temp_path(path / name)
+  save(temp)
+  os.rename(temp, path / name)
+  return name
+
+
+def publish(
+  path: epath.Path,
+  *,
+  base: str,
+  base_deleted: int,
+  passages_fingerprint: str,
+  **arrays: np.ndarray,  # of LiveVersion: delta_ids, delta, deleted
+) -> None:
+  """Writes a version, complete, and only then names it in `CURRENT`."""
+  name = _next_name(path, _VERSION)
+  temp = artifacts.start_directory(artifacts.temp_path(path / name))
+  for part in _ARRAYS:
+    np.save(temp / f"{part}.npy", arrays[part], allow_pickle=False)
+  content = {
+    "base": base,
+    "base_manifest": _manifest_digest(path / base),
+    "base_deleted": base_deleted,
+    "passages_fingerprint": passages_fingerprint,
+  }
+  artifacts.write_manifest(
+    temp, kind=_ARTIFACT, format=_FORMAT, content=content
+  )
+  os.rename(temp, path / name)
+  artifacts.write_atomically(path / CURRENT, name + "\n")
+
+
+def read_version(
+  path: epath.Path, name: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Returns what a version says of itself, and its arrays.
+
+  Raises:
+    FileNotFoundError: there is no such version, or not its base.
+    ValueError: its files are missing, cut off or changed, or the base is not
+      the one that it was made of.
+  """
+  content = artifacts.read_manifest(
+    path / name, kind=_ARTIFACT, format=_FORMAT, remedy=_REMEDY
+  )
+  base = path / content["base"]
+  if not _NAME.fullmatch(content["base"]) or not base.exists():
+    raise FileNotFoundError(
+      f"{name} in {path} needs the base {content['base']!r}, which is not"
+      f" there; expected both from one copy of the directory. {_REMEDY}"
+    )
+  if _manifest_digest(base) != content["base_manifest"]:
+    raise ValueError(
+      f"{base} is not the base that {name} was made of: its manifest is"
+      f" another. Expected both from one copy of the directory. {_REMEDY}"
+    )
+  arrays = {
+    part: np.load(path / name / f"{part}.npy", allow_pickle=False)
+    for part in _ARRAYS
+  }
+  return content, arrays
+
+
+def prune(path: epath.Path, current: str, keep: int) -> None:
+  """Removes what the `keep` versions up to `current` do not need."""
+  older = [name for name in _names(path, _VERSION) if name <= current]
+  kept = set(older[-keep:])
+  kept |= {read_version(path, name)[0]["base"] for name in kept}
+  for name in _names(path, _VERSION) + _names(path, _BASE):
+    if name not in kept:
+      # Renamed first: half a version is never met under its name.
+      os.rename(path / name, artifacts.temp_path(path / name))
+  remove_unfinished(path)
+
+
+def remove_unfinished(path: epath.Path) -> None:
+  """Removes what a writer left that was killed; call it with the lock."""
+  for left in path.iterdir():
+    if _UNFINISHED.fullmatch(left.name):
+      left.rmtree() if left.is_dir() else left.unlink()
+
+
+def _names(path: epath.Path, letter: str) -> list[str]:
+  """Returns the names of all versions or bases, the oldest first."""
+  names = (p.name for p in path.iterdir())
+  return sorted(n for n in names if _NAME.fullmatch(n) and n[0] == letter)
+
+
+def _next_name(path: epath.Path, letter: str) -> str:
+  last = max(_names(path, letter), default=f"{letter}0")
+  return f"{letter}{int(last[1:]) + 1:06d}"
+
+
+def _manifest_digest(folder: epath.Path) -> str:
+  """Returns the sha256 of a manifest, which holds those of all files."""
+  data = (folder / artifacts.MANIFEST).read_bytes()
+  return hashlib.sha256(data).hexdigest()
