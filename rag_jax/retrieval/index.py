@@ -3,7 +3,7 @@
 In: passage embeddings, or a directory. Out: an `Index` to search on the host.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from absl import logging
 from etils import epath
@@ -15,6 +15,9 @@ from rag_jax.config import IndexConfig
 from rag_jax.config_rules import check_choice
 from rag_jax.retrieval import exact
 from rag_jax.retrieval import scann
+from rag_jax.retrieval.certificate import Certificate
+from rag_jax.retrieval.cost import BuildCost
+from rag_jax.retrieval.cost import BuildMeter
 
 _KINDS = {"exact": exact.ExactIndex, "scann": scann.ScannIndex}
 # What the manifest says of every index.
@@ -42,6 +45,10 @@ class Index(Protocol):
   encoder_fingerprint: str  # of the weights that embedded the passages
   passages_fingerprint: str
   embeddings: Float[np.ndarray, "P R"]  # in float32, for scoring again
+  settings: dict[str, Any]  # of its kind
+  memory_bytes: int  # that searching it takes
+  certificate: Certificate | None  # what `certify` measured; `save` keeps it
+  build_cost: BuildCost | None  # None once loaded
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
@@ -103,9 +110,13 @@ def build_index(
     "encoder_fingerprint": encoder_fingerprint,
     "passages_fingerprint": passages_fingerprint,
   }
+  meter = BuildMeter()
   if kind == "scann":
-    return scann.ScannIndex.build(embeddings, config, **fingerprints)
-  return exact.ExactIndex(embeddings, **fingerprints)
+    index = scann.ScannIndex.build(embeddings, config, **fingerprints)
+  else:
+    index = exact.ExactIndex(embeddings, **fingerprints)
+  index.build_cost = meter.cost()
+  return index
 
 
 def load_index(
@@ -151,7 +162,12 @@ def load_index(
       f" {passages_fingerprint!r}. Set data.passages to those that it was built"
       f" of, or rebuild. {exact.REMEDY}"
     )
-  return _KINDS[content["kind"]].load(path, content)
+  index = _KINDS[content["kind"]].load(path, content)
+  if "certificate" in content:  # indexes of before have none
+    index.certificate = Certificate.from_content(
+      content["certificate"], f"{path}/{artifacts.MANIFEST}"
+    )
+  return index
 
 
 def _check_embeddings(embeddings: np.ndarray) -> np.ndarray:
