@@ -64,6 +64,17 @@ def start_directory(directory: epath.PathLike) -> epath.Path:
   return directory
 
 
+def directory_bytes(directory: epath.PathLike) -> int:
+  """Returns the size of the finished files below `directory`.
+
+  Raises:
+    ValueError: as `write_manifest`.
+  """
+  directory = epath.Path(directory)
+  names = _files_below(directory, remedy="Remove it and save again.")
+  return sum((directory / name).stat().length for name in names)
+
+
 def write_manifest(
   directory: epath.PathLike,
   *,

@@ -191,16 +191,28 @@ class IndexConfig:
   # More passages are several searchers on the host, built one after the other;
   # 0: one of all.
   passages_per_shard: int = 0
+  # Refuse to train or evaluate with an index whose certificate says less, from
+  # 0 to 1, of index_recall at data.n_docs; 0.0 never refuses.
+  min_recall: float = 0.0
   # ScaNN's own settings; below `scann_tree_passages` it scores every passage.
+  # rag_jax/retrieval/tuner.py finds the fastest for a recall.
   scann_tree_passages: int = 20_000
   scann_num_leaves: int = 0  # 0: the square root of the number of passages
   scann_leaves_to_search: int = 0  # 0: a tenth of the leaves
-  scann_reorder: int = 100  # candidates scored again in float32
+  # Each passage in a second leaf too (SOAR, arXiv:2404.00774); the weight of
+  # how orthogonal its two residuals are, 0.0: in one leaf.
+  scann_soar_lambda: float = 0.0
+  scann_soar_overretrieve: float = 0.0  # 0.0: ScaNN's own, else above 1
+  scann_dims_per_block: int = 2  # dimensions that share a 4-bit code
+  # How much an error along a passage counts more than one across it (Guo et
+  # al. 2020, T of section 3.2); 0.0: both alike.
+  scann_anisotropic_threshold: float = 0.2
+  scann_reorder: int = 100  # candidates scored again, from larger numbers:
+  scann_reorder_dtype: str = _choice("float32", "bfloat16", "int8")
   # What the accelerators hold; int8 has a scale a passage.
   device_storage: str = _choice("float32", "bfloat16", "int8")
-  device_recall_target: float = (
-    1.0  # 1.0: exact; below, approx_max_k aims at it
-  )
+  # 1.0 is exact; below, approx_max_k aims at it.
+  device_recall_target: float = 1.0
   device_chunk_passages: int = 65_536  # scored at a time; 0: a device's all
 
 

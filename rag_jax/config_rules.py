@@ -12,6 +12,7 @@ import typing
 from typing import Any
 
 from rag_jax.config import Config
+from rag_jax.config import IndexConfig
 
 # Numbers that must be positive, by the last part of their name; the others may
 # be 0, which mostly turns a thing off.
@@ -21,6 +22,7 @@ _AT_LEAST_ONE = frozenset({
   "keep_checkpoints", "max_positions", "refresh_steps", "embed_batch_size",
   "fsdp", "tensor", "span_max_words", "span_max_tokens", "window_tokens",
   "scann_reorder", "relative_max_distance", "num_beams",
+  "scann_dims_per_block",
 })  # fmt: skip
 
 _LEAST = {"generator.decoder_start_id": -1, "encoder.max_positions": 0}
@@ -145,6 +147,38 @@ def _generator_problems(c: Config) -> Iterator[str]:
     yield "generator.scale_output=True is for generator.tied_output=True."
 
 
+def _index_problems(i: IndexConfig) -> Iterator[str]:
+  """Yields what no index can be."""
+  if i.min_recall > 1.0:
+    yield f"index.min_recall={i.min_recall} must be at most 1."
+  if i.scann_anisotropic_threshold >= 1.0:
+    yield (
+      f"index.scann_anisotropic_threshold={i.scann_anisotropic_threshold} must"
+      " be below 1; 0.0 turns it off."
+    )
+  if 0.0 < i.scann_soar_overretrieve <= 1.0:
+    # ScaNN 1.4.2 builds it with 1.0, and cannot open what it then saves.
+    yield (
+      f"index.scann_soar_overretrieve={i.scann_soar_overretrieve} must be above"
+      " 1, or 0.0 for ScaNN's own."
+    )
+  if i.scann_soar_overretrieve and not i.scann_soar_lambda:
+    yield (
+      f"index.scann_soar_overretrieve={i.scann_soar_overretrieve} is for"
+      " index.scann_soar_lambda above 0."
+    )
+  if i.kind == "device" and i.passages_per_shard:
+    yield (
+      f"index.passages_per_shard={i.passages_per_shard} is for an index on the"
+      " host; index.kind='device' is spread over all devices. Set it to 0."
+    )
+  if not 0 < i.device_recall_target <= 1:
+    yield (
+      f"index.device_recall_target={i.device_recall_target} must be above 0 and"
+      " at most 1, which is exact."
+    )
+
+
 def _cross_problems(c: Config) -> Iterator[str]:
   """Yields the settings that contradict one another."""
   yield from _encoder_problems(c)
@@ -214,17 +248,7 @@ def _cross_problems(c: Config) -> Iterator[str]:
       f" index.refresh_steps={c.index.refresh_steps} (exclusive), so that one"
       " rebuild is in use before the next begins."
     )
-  if c.index.kind == "device" and c.index.passages_per_shard:
-    yield (
-      f"index.passages_per_shard={c.index.passages_per_shard} is for an index"
-      " on the host; index.kind='device' is spread over all devices. Set it to"
-      " 0."
-    )
-  if not 0 < c.index.device_recall_target <= 1:
-    yield (
-      f"index.device_recall_target={c.index.device_recall_target} must be above"
-      " 0 and at most 1, which is exact."
-    )
+  yield from _index_problems(c.index)
   if c.decoding.min_new_tokens > c.data.target_length:
     yield (
       f"decoding.min_new_tokens={c.decoding.min_new_tokens} is above"

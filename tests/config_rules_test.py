@@ -66,6 +66,14 @@ NAN, INF = float("nan"), float("inf")
       "ivfpq",
       " is not one of ['auto', 'device', 'exact', 'scann'].",
     ),
+    ("index.min_recall", 1.1, " must be at most 1."),
+    ("index.min_recall", -0.1, " must be at least 0."),
+    ("index.scann_dims_per_block", 0, " must be at least 1."),
+    (
+      "index.scann_anisotropic_threshold",
+      1.0,
+      " must be below 1; 0.0 turns it off.",
+    ),
     ("generator.norm", 7, " is not one of ['post', 'pre']."),
     (
       "loss",
@@ -155,6 +163,19 @@ NAN, INF = float("nan"), float("inf")
 def test_what_is_not_possible_is_named_with_its_value(name, value, problem):
   config = make(**{name.replace(".", "__"): value})
   assert refused(config) == [f"  {name}={value!r}{problem}"]
+
+
+def test_soar_can_only_be_what_scann_opens_again():
+  settings = {"index__scann_soar_lambda": 1.5}
+  validate(make(**settings, index__scann_soar_overretrieve=1.1))
+  assert refused(make(**settings, index__scann_soar_overretrieve=1.0)) == [
+    "  index.scann_soar_overretrieve=1.0 must be above 1, or 0.0 for ScaNN's"
+    " own."
+  ]
+  assert refused(make(index__scann_soar_overretrieve=1.1)) == [
+    "  index.scann_soar_overretrieve=1.1 is for index.scann_soar_lambda above"
+    " 0."
+  ]
 
 
 def test_a_span_has_to_fit_into_the_target_if_there_is_a_warmup():

@@ -174,6 +174,7 @@ def open_experiment(
       len(passages),
       passages.fingerprint,
       config.index,
+      config.data.n_docs,
     ),
     initial=initial,
   )

@@ -57,6 +57,15 @@ class Answerer:
     self._embedder = experiment.embedder
     self._decode = make_decoder(experiment)
 
+  def embed(
+    self, params: PyTree, questions: Sequence[str]
+  ) -> Float[np.ndarray, "B R"]:
+    """Returns the embedding of each question."""
+    question_ids, _ = self._context.encode_questions(questions)
+    tokens, mask = self._context.questions(question_ids)
+    retriever = {k: v for k, v in params.items() if k != "generator"}
+    return self._embedder.questions(retriever, tokens, mask)
+
   def search(
     self,
     params: PyTree,
@@ -65,10 +74,7 @@ class Answerer:
     n_docs: int,
   ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B R"]]:
     """Returns the passage numbers of each question, and its embedding."""
-    question_ids, _ = self._context.encode_questions(questions)
-    tokens, mask = self._context.questions(question_ids)
-    retriever = {k: v for k, v in params.items() if k != "generator"}
-    embeddings = self._embedder.questions(retriever, tokens, mask)
+    embeddings = self.embed(params, questions)
     return index.search(embeddings, n_docs)[0], embeddings
 
   def answer(

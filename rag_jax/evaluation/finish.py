@@ -15,7 +15,9 @@ from rag_jax.data.experiment import Experiment
 from rag_jax.data.questions import Question
 from rag_jax.evaluation.evaluate import Evaluator
 from rag_jax.evaluation.plots import learning_curves
+from rag_jax.evaluation.report import CERTIFICATE
 from rag_jax.evaluation.report import write_results
+from rag_jax.retrieval.certificate import check_min_recall
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import RetrieverSnapshots
@@ -49,11 +51,11 @@ def finish(
 
   Raises:
     ValueError: the best checkpoint is damaged, or the index finds less than
-      eval.min_index_recall.
+      index.min_recall or eval.min_index_recall.
   """
   config = experiment.config
   params, step = _best_params(experiment, workdir)
-  index = _final_index(experiment, workdir, params)
+  index = _final_index(experiment, workdir, params, evaluator, questions)
   save_model(
     workdir.model,
     params,
@@ -61,6 +63,8 @@ def finish(
   )
   results: dict[str, Any] = evaluator.evaluate(params, index, questions, "test")
   num_questions = config.train.num_steps * config.train.batch_size
+  if index is not None and index.certificate is not None:
+    results[CERTIFICATE] = index.certificate.to_content()
   results |= {
     "seed": config.seed,
     "step": step,
@@ -108,15 +112,28 @@ def _best_params(
 
 
 def _final_index(
-  experiment: Experiment, workdir: Workdir, params: PyTree
+  experiment: Experiment,
+  workdir: Workdir,
+  params: PyTree,
+  evaluator: Evaluator,
+  questions: Sequence[Question],
 ) -> Index | None:
-  """Returns the index of `params`, saved, unless the config names one."""
+  """Returns the index of `params`, certified; saved, if it was built here.
+
+  Raises:
+    ValueError: it finds less than index.min_recall.
+  """
+  config = experiment.config
   if experiment.closed_book:
     return None
-  if experiment.config.index.path:
-    return load_index(experiment.config.index.path)
-  retriever = RetrieverSnapshots(experiment.mesh).take(params)
-  index = experiment.index_builder.build(retriever)
-  if jax.process_index() == 0:
+  if config.index.path:
+    index = load_index(config.index.path)
+  else:
+    retriever = RetrieverSnapshots(experiment.mesh).take(params)
+    index = experiment.index_builder.build(retriever)
+  if not config.index.path or index.certificate is None:
+    index.certificate = evaluator.certify(params, index, questions)
+  if not config.index.path and jax.process_index() == 0:
     index.save(workdir.index)
+  check_min_recall(index, config.index.min_recall, config.data.n_docs)
   return index

@@ -18,9 +18,11 @@ from rag_jax import artifacts
 from rag_jax.evaluation.answers import exact_match
 from rag_jax.evaluation.answers import token_f1
 from rag_jax.evaluation.intervals import bootstrap_interval
+from rag_jax.retrieval.certificate import Certificate
 
 RESULTS_FILE = "results.json"
 RECALL_K = 5  # of answer_recall_at_5
+CERTIFICATE = "index/certificate"  # among the results: of the index
 
 _WIDTH = 80
 _RELATION_WIDTH = 34
@@ -92,8 +94,9 @@ def table(results: Mapping[str, Any], prefix: str = "test") -> str:
 
   Args:
     results: what `summarise` returned with the same `prefix`. Of the run, as
-      far as they are there: `PREFIX/index_recall_at_5`, `train/seconds`,
-      `train/questions_per_second`, `train/peak_memory_bytes` and `seed`.
+      far as they are there: `PREFIX/index_recall_at_5`, `index/certificate`,
+      `train/seconds`, `train/questions_per_second`, `train/peak_memory_bytes`
+      and `seed`.
     prefix: of the names that are shown.
   """
   recall = f"{prefix}/answer_recall_at_{RECALL_K}"
@@ -192,6 +195,8 @@ def _run_lines(results: Mapping[str, Any], prefix: str) -> Iterator[str]:
   if f"{prefix}/index_recall_at_{RECALL_K}" in results:
     recall = results[f"{prefix}/index_recall_at_{RECALL_K}"]
     yield f"index recall@{RECALL_K}    {recall:.3f}   against exact search"
+  if CERTIFICATE in results:
+    yield from _certificate_lines(results[CERTIFICATE])
   if "train/seconds" in results:
     secs = results["train/seconds"]
     yield f"training          {secs:,.0f} s, without compilation"
@@ -202,6 +207,22 @@ def _run_lines(results: Mapping[str, Any], prefix: str) -> Iterator[str]:
     yield f"peak memory       {peak / 2**30:.2f} GiB"
   if "seed" in results:
     yield f"seed              {results['seed']}"
+
+
+def _certificate_lines(content: Mapping[str, Any]) -> Iterator[str]:
+  """Yields the certificate of the index, shorter than its own table."""
+  certificate = Certificate.from_content(content)
+  sample = f"{certificate.num_questions:,} {certificate.sample}"
+  yield f"index             {certificate.kind}, certified on {sample}"
+  for recall in certificate.recalls:
+    yield (
+      f"{f'  recall@{recall.k}':<17} {recall.mean:.3f}"
+      f"   95% interval {recall.low:.3f} to {recall.high:.3f}"
+    )
+  for size, speed in sorted(certificate.queries_per_second.items()):
+    yield f"  questions/s     {speed:,.0f}, {size} at a time"
+  each = certificate.memory_bytes / certificate.num_passages
+  yield f"  memory          {each:,.0f} bytes a passage"
 
 
 def _plain(name: str, value: Any) -> Any:

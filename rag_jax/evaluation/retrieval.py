@@ -1,8 +1,9 @@
 """How often retrieval finds what it should.
 
-In: texts or ids of retrieved passages, best first. Out: one number from 0 to 1
-for every question. Two recalls, never called just "recall": of an answer among
-the passages, and of the exact search among what an index found.
+In: texts of retrieved passages, best first. Out: one number from 0 to 1 for
+every question. There are two recalls, never called just "recall": this one, of
+an answer among the passages, and that of rag_jax/retrieval/recall.py, of the
+exact search among what an index found.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ import functools
 import itertools
 import unicodedata
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 import numpy as np
 
 
@@ -62,36 +63,6 @@ def answer_recall_at_k(
     for texts, accepted in zip(retrieved_texts, answers, strict=True)
   ]
   return np.array(found, np.float64)
-
-
-def index_recall_at_k(
-  ids: Int[np.ndarray, "B K"],
-  exact_ids: Int[np.ndarray, "B M"],
-  k: int,
-) -> Float[np.ndarray, "B"]:
-  """Returns which part of the exact top `k` is in the top `k` of an index.
-
-  Args:
-    ids: passages that the index found, best first; -1 where it found none.
-    exact_ids: passages that exact search found, best first.
-    k: how many of each are compared; their order does not count.
-
-  Raises:
-    ValueError: `k` is below 1 or above K or M, or `exact_ids` has a gap.
-  """
-  _check_k(k)
-  if k > min(ids.shape[1], exact_ids.shape[1]):
-    raise ValueError(
-      f"k={k} is more than was retrieved: ids has {ids.shape[1]} a question,"
-      f" exact_ids {exact_ids.shape[1]}. Retrieve k of both, or lower k."
-    )
-  if np.any(exact_ids[:, :k] < 0):
-    raise ValueError(
-      f"exact_ids has ids below 0 among the first k={k}: exact search found"
-      " fewer passages, so there are fewer in the corpus. Lower k."
-    )
-  hits = exact_ids[:, :k, None] == ids[:, None, :k]  # B k k
-  return np.mean(np.any(hits, axis=2), axis=1)
 
 
 def _check_k(k: int) -> None:

@@ -54,6 +54,10 @@ class DeviceIndex:
     self.settings = settings
     mesh = mesh or _mesh_over(jax.local_devices())
     self.arrays = device.place_arrays(inner.embeddings[:], mesh, **settings)
+    on_devices = sum(x.nbytes for x in jax.tree.leaves(self.arrays))
+    self.memory_bytes = inner.memory_bytes + on_devices
+    self.certificate: Any = None  # see certificate.py
+    self.build_cost: Any = None
     self._exact = inner
     self._search = jax.jit(device.search_device, static_argnames="n_docs")
 

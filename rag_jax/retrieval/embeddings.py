@@ -115,7 +115,7 @@ class StoredEmbeddings:
     return arrays if self._scales is None else arrays | {SCALES: self._scales}
 
   @property
-  def num_bytes(self) -> int:
+  def nbytes(self) -> int:
     """Bytes of the numbers in the files."""
     return sum(array.nbytes for array in self.arrays.values())
 

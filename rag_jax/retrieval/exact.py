@@ -5,6 +5,7 @@ inner product, and a directory that holds the embeddings. The host side alone:
 numpy, no accelerator.
 """
 
+import dataclasses
 from typing import Any
 
 from etils import epath
@@ -51,6 +52,11 @@ class ExactIndex:
     self.num_passages, self.embedding_dim = embeddings.shape
     self.encoder_fingerprint = encoder_fingerprint  # which weights made them
     self.passages_fingerprint = passages_fingerprint
+    self.settings: dict[str, Any] = {}
+    # Memory-mapped once loaded: then the system keeps as much as it can.
+    self.memory_bytes = embeddings.nbytes
+    self.certificate: Any = None  # see certificate.py
+    self.build_cost: Any = None
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
@@ -86,7 +92,7 @@ class ExactIndex:
     """Writes the index to directory `path`, its manifest last."""
     path = artifacts.start_directory(path)
     save_embeddings(path, self.embeddings)
-    write_index_manifest(self, path, settings={})
+    write_index_manifest(self, path, self.settings)
 
   @classmethod
   def load(cls, path: epath.PathLike, content: dict[str, Any]) -> "ExactIndex":
@@ -185,8 +191,11 @@ def name_rows(rows: np.ndarray) -> str:
 def write_index_manifest(
   index: Any, path: epath.Path, settings: dict[str, Any]
 ) -> None:
-  """Writes the manifest of a finished index of any kind."""
-  content = {
+  """Writes the manifest of a finished index of any kind.
+
+  Its certificate, if it has one, goes into it, with the size of the files.
+  """
+  content: dict[str, Any] = {
     "kind": index.kind,
     "num_passages": index.num_passages,
     "embedding_dim": index.embedding_dim,
@@ -194,6 +203,11 @@ def write_index_manifest(
     "passages_fingerprint": index.passages_fingerprint,
     "settings": settings,
   }
+  if index.certificate is not None:
+    index.certificate = dataclasses.replace(
+      index.certificate, disk_bytes=artifacts.directory_bytes(path)
+    )
+    content["certificate"] = index.certificate.to_content()
   artifacts.write_manifest(path, kind=ARTIFACT, format=FORMAT, content=content)
 
 

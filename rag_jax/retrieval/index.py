@@ -20,6 +20,9 @@ from rag_jax.retrieval import device_index
 from rag_jax.retrieval import exact
 from rag_jax.retrieval import scann
 from rag_jax.retrieval import sharded
+from rag_jax.retrieval.certificate import Certificate
+from rag_jax.retrieval.cost import BuildCost
+from rag_jax.retrieval.cost import BuildMeter
 
 _KINDS = {
   "exact": exact.ExactIndex,
@@ -54,6 +57,10 @@ class Index(Protocol):
   # In float32, for scoring again: an array, StoredEmbeddings in files, or
   # rows.JoinedRows of several.
   embeddings: Float[Any, "P R"]
+  settings: dict[str, Any]  # of its kind
+  memory_bytes: int  # that searching it takes
+  certificate: Certificate | None  # what `certify` measured; `save` keeps it
+  build_cost: BuildCost | None  # None once loaded
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
@@ -118,11 +125,15 @@ def build_index(
   )
   if isinstance(embeddings, np.ndarray):
     embeddings = np.ascontiguousarray(embeddings, np.float32)
+  meter = BuildMeter()
   if kind != "device" and 0 < config.passages_per_shard < len(embeddings):
-    return sharded.ShardedIndex.build(
+    index = sharded.ShardedIndex.build(
       embeddings, config.passages_per_shard, build
     )
-  return build(embeddings)
+  else:
+    index = build(embeddings)
+  index.build_cost = meter.cost()
+  return index
 
 
 def build_index_directory(
@@ -228,10 +239,16 @@ def load_index(
       f" of, or rebuild. {exact.REMEDY}"
     )
   if content["kind"] == _SHARDED:
-    return sharded.ShardedIndex.load(path, content, _KINDS)
-  if content["kind"] == "device":
-    return device_index.DeviceIndex.load(path, content, mesh)
-  return _KINDS[content["kind"]].load(path, content)
+    index = sharded.ShardedIndex.load(path, content, _KINDS)
+  elif content["kind"] == "device":
+    index = device_index.DeviceIndex.load(path, content, mesh)
+  else:
+    index = _KINDS[content["kind"]].load(path, content)
+  if "certificate" in content:  # indexes of before have none
+    index.certificate = Certificate.from_content(
+      content["certificate"], f"{path}/{artifacts.MANIFEST}"
+    )
+  return index
 
 
 def _builder(

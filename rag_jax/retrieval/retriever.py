@@ -17,6 +17,7 @@ from rag_jax import artifacts
 from rag_jax.config import IndexConfig
 from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import replicated
+from rag_jax.retrieval.certificate import check_min_recall
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import build_index
 
@@ -199,16 +200,32 @@ class IndexBuilder:
     num_passages: int,
     passages_fingerprint: str,
     config: IndexConfig,
+    n_docs: int = 1,
   ):
+    """Builds nothing yet.
+
+    Args:
+      embedder: embeds passages.
+      passage_tokens: passage numbers -> (tokens, mask), both [N, L].
+      num_passages: how many there are.
+      passages_fingerprint: of them.
+      config: of the index.
+      n_docs: passages that are read for a question: where recall matters.
+    """
     self._embedder = embedder
     self._passage_tokens = passage_tokens
     self._num_passages = num_passages
     self._passages_fingerprint = passages_fingerprint
     self._config = config
+    self._n_docs = n_docs
 
   def build(self, retriever_params: PyTree) -> Index:
-    """Embeds every passage and returns the index over them."""
-    return build_index(
+    """Embeds every passage and returns the index over them.
+
+    Raises:
+      ValueError: as `check`.
+    """
+    index = build_index(
       self._embedder.passages(
         retriever_params, self._passage_tokens, self._num_passages
       ),
@@ -216,3 +233,9 @@ class IndexBuilder:
       encoder_fingerprint=fingerprint(retriever_params),
       passages_fingerprint=self._passages_fingerprint,
     )
+    self.check(index)
+    return index
+
+  def check(self, index: Index) -> None:
+    """Raises `ValueError` if `index` finds less than index.min_recall."""
+    check_min_recall(index, self._config.min_recall, self._n_docs)

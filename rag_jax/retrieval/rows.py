@@ -21,6 +21,11 @@ class JoinedRows:
     self.shape = (int(self._starts[-1]), self._blocks[0].shape[1])
     self.ndim = 2
 
+  @property
+  def nbytes(self) -> int:
+    """Of all blocks."""
+    return sum(block.nbytes for block in self._blocks)
+
   def __len__(self) -> int:
     return self.shape[0]
 

@@ -27,7 +27,16 @@ from rag_jax.retrieval.embeddings import save_embeddings
 _ARTIFACTS = "scann"  # the folder that ScaNN writes, inside the index
 _CODEBOOK = 16  # ScaNN cannot quantise fewer passages than these
 _BATCH = 32  # questions that one thread searches for at a time
+# What the manifest of the first ScaNN indexes says, and what it leaves out.
 _SETTINGS = ("num_leaves", "leaves_to_search", "reorder")
+_FIRST = {
+  "dims_per_block": 2,
+  "anisotropic_threshold": 0.2,
+  "soar_lambda": 0.0,
+  "soar_overretrieve": 0.0,
+  "reorder_dtype": "float32",
+}
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def import_problem() -> str:
@@ -51,7 +60,7 @@ class ScannIndex:
   """
 
   def __init__(
-    self, inner: exact.ExactIndex, searcher: Any, settings: dict[str, int]
+    self, inner: exact.ExactIndex, searcher: Any, settings: dict[str, Any]
   ):
     self.kind = "scann"
     self.embeddings = inner.embeddings
@@ -60,6 +69,9 @@ class ScannIndex:
     self.encoder_fingerprint = inner.encoder_fingerprint
     self.passages_fingerprint = inner.passages_fingerprint
     self.settings = settings  # all 0: every passage is scored
+    self.memory_bytes = inner.memory_bytes + _searcher_bytes(inner, settings)
+    self.certificate: Any = None  # see certificate.py
+    self.build_cost: Any = None
     self._exact = inner
     self._searcher = searcher
 
@@ -77,22 +89,13 @@ class ScannIndex:
     Raises:
       ValueError: ScaNN is not installed.
     """
-    builder = _module().builder(embeddings[:], 10, "dot_product")
-    # The same passages give the same index: one thread, and k-means++ below,
-    # as ScaNN draws the leaves' first centres without a seed (1.4.2).
-    builder = builder.set_n_training_threads(1)
+    module = _module()
     settings = _settings(len(embeddings), config)
-    if settings["num_leaves"]:
-      builder = builder.tree(
-        num_leaves=settings["num_leaves"],
-        num_leaves_to_search=settings["leaves_to_search"],
-        random_init=False,
-      )
-      # 2 dimensions a code and threshold 0.2: what ScaNN's authors recommend.
-      builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2)
-      builder = builder.reorder(settings["reorder"])
-    else:
-      builder = builder.score_brute_force()
+    builder = module.builder(embeddings[:], 10, "dot_product")
+    # The same passages give the same index: one thread, and k-means++ in
+    # `_configure`, as ScaNN draws the leaves' first centres without a seed
+    # (1.4.2).
+    builder = _configure(builder.set_n_training_threads(1), settings)
     inner = exact.ExactIndex(
       embeddings,
       encoder_fingerprint=encoder_fingerprint,
@@ -126,6 +129,7 @@ class ScannIndex:
       questions,
       final_num_neighbors=n_docs,
       pre_reorder_num_neighbors=reorder if self.settings["reorder"] else None,
+      leaves_to_search=self.settings["leaves_to_search"] or None,
       batch_size=_BATCH,
     )
     ids = np.zeros((len(questions), n_docs), np.int32)
@@ -147,6 +151,41 @@ class ScannIndex:
       )
       ids[short], _ = self._exact.search(questions[short], n_docs)
     return exact.rank(questions, self.embeddings, ids)
+
+  def with_search_settings(
+    self, *, leaves_to_search: int, reorder: int
+  ) -> "ScannIndex":
+    """Returns the same index, searched with other settings; nothing is built.
+
+    It has no certificate: that of this one was measured with its settings.
+
+    Args:
+      leaves_to_search: more find more, and take longer.
+      reorder: candidates scored again; likewise.
+
+    Raises:
+      ValueError: out of range, or this index scores every passage.
+    """
+    leaves = self.settings["num_leaves"]
+    if not leaves:
+      raise ValueError(
+        f"This index scores all of its {self.num_passages} passages and has no"
+        " settings of the search: index.scann_tree_passages was above their"
+        " number. Build it again with a smaller one to have a tree."
+      )
+    if not 1 <= leaves_to_search <= leaves or reorder < 1:
+      raise ValueError(
+        f"leaves_to_search={leaves_to_search} and reorder={reorder} were asked"
+        f" for; expected 1 to {leaves}, the leaves of the index, and at least"
+        " 1. Change them."
+      )
+    settings = self.settings | {
+      "leaves_to_search": leaves_to_search,
+      "reorder": reorder,
+    }
+    other = ScannIndex(self._exact, self._searcher, settings)
+    other.build_cost = self.build_cost
+    return other
 
   def save(self, path: epath.PathLike) -> None:
     """Writes the index to directory `path`, its manifest last."""
@@ -200,7 +239,8 @@ class ScannIndex:
         f"{path}/{_ARTIFACTS} holds {searcher.size()} passages, the embeddings"
         f" {inner.num_passages}; the directory mixes two builds. {exact.REMEDY}"
       )
-    return cls(inner, searcher, settings)
+    first = _FIRST if settings["num_leaves"] else dict.fromkeys(_FIRST, 0)
+    return cls(inner, searcher, first | settings)
 
 
 def check_import() -> None:
@@ -222,10 +262,10 @@ def _module() -> Any:
   return scann_ops_pybind
 
 
-def _settings(num_passages: int, config: IndexConfig) -> dict[str, int]:
+def _settings(num_passages: int, config: IndexConfig) -> dict[str, Any]:
   """Returns the settings with the automatic ones filled in."""
   if num_passages < max(config.scann_tree_passages, _CODEBOOK):
-    return dict.fromkeys(_SETTINGS, 0)
+    return dict.fromkeys([*_SETTINGS, *_FIRST], 0)
   leaves = config.scann_num_leaves or math.isqrt(num_passages)
   leaves = min(leaves, num_passages)
   searched = config.scann_leaves_to_search or max(leaves // 10, 1)
@@ -233,7 +273,51 @@ def _settings(num_passages: int, config: IndexConfig) -> dict[str, int]:
     "num_leaves": leaves,
     "leaves_to_search": min(searched, leaves),
     "reorder": config.scann_reorder,
+    "dims_per_block": config.scann_dims_per_block,
+    "anisotropic_threshold": config.scann_anisotropic_threshold,
+    "soar_lambda": config.scann_soar_lambda,
+    "soar_overretrieve": config.scann_soar_overretrieve,
+    "reorder_dtype": config.scann_reorder_dtype,
   }
+
+
+def _configure(builder: Any, settings: dict[str, Any]) -> Any:
+  """Returns ScaNN's builder with our settings."""
+  if not settings["num_leaves"]:
+    return builder.score_brute_force()
+  from scann.scann_ops.py import scann_builder
+
+  builder = builder.tree(
+    num_leaves=settings["num_leaves"],
+    num_leaves_to_search=settings["leaves_to_search"],
+    random_init=False,
+    soar_lambda=settings["soar_lambda"] or None,
+    overretrieve_factor=settings["soar_overretrieve"] or None,
+  )
+  builder = builder.score_ah(
+    settings["dims_per_block"],
+    # NaN is how ScaNN spells "off".
+    anisotropic_quantization_threshold=settings["anisotropic_threshold"]
+    or math.nan,
+  )
+  dtype = scann_builder.ReorderType[settings["reorder_dtype"].upper()]
+  return builder.reorder(settings["reorder"], quantize=dtype)
+
+
+def _searcher_bytes(inner: exact.ExactIndex, settings: dict[str, Any]) -> int:
+  """Returns what ScaNN keeps beside the embeddings, in memory and on disk.
+
+  Counted, not measured: centres, each passage's leaf, its codes (a byte a
+  block, ScaNN 1.4.2), all that twice with SOAR, and what is reordered by.
+  """
+  rows, dim = inner.num_passages, inner.embedding_dim
+  leaves = settings["num_leaves"]
+  if not leaves:
+    return 4 * rows * dim
+  codes = 4 + math.ceil(dim / settings["dims_per_block"])
+  codes *= 2 if settings["soar_lambda"] else 1
+  reorder = dim * _DTYPE_BYTES[settings["reorder_dtype"]]
+  return rows * (codes + reorder) + 4 * leaves * dim
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ after the other, and an index that searches them in parallel.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
+import dataclasses
 import itertools
 import json
 import os
@@ -40,6 +41,10 @@ class ShardedIndex:
     self.num_passages, self.embedding_dim = self.embeddings.shape
     self.encoder_fingerprint = shards[0].encoder_fingerprint
     self.passages_fingerprint = shards[0].passages_fingerprint
+    self.settings = {"shards": len(shards), **shards[0].settings}
+    self.memory_bytes = sum(s.memory_bytes for s in shards)
+    self.certificate: Any = None  # see certificate.py
+    self.build_cost: Any = None
     # NumPy and ScaNN let go of Python's lock while they multiply.
     workers = min(len(self.shards), os.cpu_count() or 1)
     self._threads = futures.ThreadPoolExecutor(workers, "shard")
@@ -92,7 +97,7 @@ class ShardedIndex:
     for i, shard in enumerate(self.shards):
       (_folder(path, i) / _INPUTS).unlink(missing_ok=True)
       shard.save(_folder(path, i))
-    _finish(path, len(self.shards))
+    _finish(path, len(self.shards), self.certificate)
 
   @classmethod
   def load(
@@ -224,7 +229,7 @@ def _is_finished(folder: epath.Path, wanted: str) -> bool:
   return same
 
 
-def _finish(path: epath.Path, num_shards: int) -> None:
+def _finish(path: epath.Path, num_shards: int, certificate: Any = None) -> None:
   """Removes the shards of a larger index, and writes the manifest of all."""
   folders = [_folder(path, i) for i in range(num_shards)]
   names = {folder.name for folder in folders}
@@ -241,6 +246,10 @@ def _finish(path: epath.Path, num_shards: int) -> None:
     "num_passages": sum(c["num_passages"] for c in contents),
     "settings": {"shards": contents},
   }
+  if certificate is not None:
+    content["certificate"] = dataclasses.replace(
+      certificate, disk_bytes=artifacts.directory_bytes(path)
+    ).to_content()
   artifacts.write_manifest(
     path, kind=exact.ARTIFACT, format=exact.FORMAT, content=content
   )

@@ -63,7 +63,12 @@ class IndexVersions:
     self.index = self._builder.build(retriever_params)
 
   def adopt(self, index: Index) -> None:
-    """Uses `index`, which was built elsewhere and is not saved again."""
+    """Uses `index`, which was built elsewhere and is not saved again.
+
+    Raises:
+      ValueError: it finds less than index.min_recall.
+    """
+    self._builder.check(index)
     self.index, self._adopted = index, True
 
   def is_due(self, step: int) -> bool:

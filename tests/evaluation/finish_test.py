@@ -1,5 +1,7 @@
 """What a run leaves when it has ended, and of which of its steps."""
 
+import copy
+import dataclasses
 import json
 import shutil
 
@@ -10,6 +12,7 @@ from rag_jax.evaluation.evaluate import Evaluator
 from rag_jax.evaluation.finish import finish
 from rag_jax.evaluation.report import read_results
 from rag_jax.evaluation.report import table
+from rag_jax.retrieval.certificate import Certificate
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import fingerprint
 from rag_jax.training.loop import Clock
@@ -18,7 +21,7 @@ from rag_jax.weights.model_files import load_model
 
 TIMES = (
   "train/seconds", "train/questions_per_second", "train/peak_memory_bytes",
-  "test/questions_per_second", "cut",
+  "test/questions_per_second", "cut", "index/certificate",
 )  # fmt: skip
 
 
@@ -104,6 +107,49 @@ def test_the_index_belongs_to_the_model_and_the_passages(uninterrupted):
     "step": uninterrupted.results["step"],
     "tokenizer": tokenizer.fingerprint,
   }
+
+
+def test_the_certificate_of_the_index_is_saved_and_reported(uninterrupted):
+  results = read_results(uninterrupted.path)
+  certificate = Certificate.from_content(results["index/certificate"])
+  assert (certificate.sample, certificate.num_questions) == ("questions", 10)
+  assert [(r.k, r.mean) for r in certificate.recalls] == [
+    (1, 1.0), (10, 1.0), (40, 1.0),
+  ]  # fmt: skip
+  assert sorted(certificate.queries_per_second) == [1, 256]
+  assert load_index(uninterrupted.path / "index").certificate == certificate
+  assert "certified on 10 questions" in table(results)
+
+
+def test_a_run_whose_index_finds_too_little_is_refused_before_its_test(
+  tiny, uninterrupted, tmp_path
+):
+  shutil.copytree(uninterrupted.path, tmp_path / "run")
+  (tmp_path / "run" / "results.json").unlink()
+  path = tmp_path / "run" / "index"
+  index = load_index(path)
+  # Whoever built it measured that it finds little.
+  low = dataclasses.replace(index.certificate.recall(10), mean=0.25)
+  index.certificate = dataclasses.replace(index.certificate, recalls=(low,))
+  index.save(path)
+  experiment, answerer, _ = tiny.open(uninterrupted.config)
+  config = copy.deepcopy(uninterrupted.config)
+  config.index.path = str(path)
+  config.index.min_recall = 0.9
+  with (
+    tiny.compiling(),
+    pytest.raises(
+      ValueError, match=r"recall_at_10 is 0\.2500 .*index\.min_recall=0\.9"
+    ),
+  ):
+    finish(
+      dataclasses.replace(experiment, config=config),
+      Workdir(tmp_path / "run"),
+      tiny.split("test"),
+      Evaluator(experiment, answerer),
+      Clock(train_secs=3.0, question_secs=2.0),
+    )
+  assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_the_learning_curves_are_a_picture(uninterrupted):

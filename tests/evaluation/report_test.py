@@ -9,6 +9,8 @@ import pytest
 
 from rag_jax.evaluation import report
 from rag_jax.evaluation.report import AnswerRecord
+from rag_jax.retrieval.certificate import Certificate
+from rag_jax.retrieval.recall import Recall
 
 
 def record(prediction, relation="", *, ids=(1, 2), in_top=True):
@@ -23,6 +25,19 @@ def record(prediction, relation="", *, ids=(1, 2), in_top=True):
   )
 
 
+CERTIFICATE = Certificate(
+  kind="scann",
+  settings={"num_leaves": 100},
+  num_passages=10_000,
+  embedding_dim=384,
+  sample="questions",
+  num_questions=500,
+  recalls=(Recall(k=10, mean=0.9931, low=0.9902, high=0.9953),),
+  speed_k=10,
+  queries_per_second={1: 900.0, 256: 11_234.0},
+  num_cpus=2,
+  memory_bytes=20_800_000,
+)
 RECORDS = [
   record("paris", "capital"),
   record("Rome", "capital", in_top=False),
@@ -107,6 +122,7 @@ def test_nothing_to_summarise_is_refused():
 def test_the_table_shows_every_number_in_80_columns():
   results = report.summarise(RECORDS) | {
     "test/index_recall_at_5": 0.9987,
+    "index/certificate": CERTIFICATE.to_content(),
     "train/seconds": 83.4,
     "train/questions_per_second": 1412.34,
     "train/peak_memory_bytes": 3 * 2**29,
@@ -127,6 +143,10 @@ def test_the_table_shows_every_number_in_80_columns():
   assert ["nickname", "2", "0.500", "1.000"] in rows
   assert ["training", "83", "s,", "without", "compilation"] in rows
   assert ["index", "recall@5", "0.999", "against", "exact", "search"] in rows
+  assert ["index", "scann,", "certified", "on", "500", "questions"] in rows
+  assert "  recall@10       0.993   95% interval 0.990 to 0.995\n" in text
+  assert "  questions/s     11,234, 256 at a time\n" in text
+  assert "  memory          2,080 bytes a passage\n" in text
   assert ["questions/s", "1,412"] in rows
   assert ["peak", "memory", "1.50", "GiB"] in rows
   assert ["seed", "17"] in rows

@@ -1,4 +1,4 @@
-"""The two recalls, against loops over tokens and over sets of ids."""
+"""The recall of answers, against a loop over tokens."""
 
 import unicodedata
 
@@ -7,7 +7,6 @@ import pytest
 
 from rag_jax.evaluation.retrieval import answer_recall_at_k
 from rag_jax.evaluation.retrieval import contains_answer
-from rag_jax.evaluation.retrieval import index_recall_at_k
 
 
 @pytest.mark.parametrize(
@@ -97,58 +96,9 @@ def test_each_question_has_its_own_answers():
   np.testing.assert_array_equal(recall, [1, 0])
 
 
-def test_index_recall_is_the_overlap_of_two_sets():
-  rng = np.random.default_rng(0)
-  ids = np.stack([rng.permutation(12)[:8] for _ in range(50)])
-  exact = np.stack([rng.permutation(12)[:6] for _ in range(50)])
-  for k in (1, 3, 6):
-    expected = [
-      len(set(a[:k].tolist()) & set(b[:k].tolist())) / k
-      for a, b in zip(ids, exact, strict=True)
-    ]
-    np.testing.assert_allclose(index_recall_at_k(ids, exact, k), expected)
-
-
-def test_order_does_not_matter_to_index_recall():
-  ids = np.array([[3, 1, 2]])
-  assert index_recall_at_k(ids, ids[:, ::-1], 3) == 1.0
-
-
-def test_places_where_an_index_found_nothing_are_misses():
-  ids = np.array([[4, -1, -1, -1]])
-  exact = np.array([[4, 5, 6, 7]])
-  assert index_recall_at_k(ids, exact, 4) == 0.25
-
-
-def test_a_passage_found_twice_is_one_hit():
-  recall = index_recall_at_k(np.array([[4, 4]]), np.array([[4, 5]]), 2)
-  assert recall == 0.5
-
-
 def test_k_below_one_is_refused():
-  ids = np.zeros((1, 2), np.int32)
-  with pytest.raises(ValueError, match="k=0 passages; expected at least 1"):
-    index_recall_at_k(ids, ids, 0)
   with pytest.raises(ValueError, match="k=-1 passages; expected at least 1"):
     answer_recall_at_k([["a"]], [["a"]], -1)
-
-
-def test_k_above_what_was_retrieved_is_refused():
-  wide, narrow = np.zeros((1, 5), np.int32), np.zeros((1, 2), np.int32)
-  with pytest.raises(
-    ValueError,
-    match=r"k=3 is more than was retrieved: ids has 5 .* exact_ids 2",
-  ):
-    index_recall_at_k(wide, narrow, 3)
-  with pytest.raises(ValueError, match="ids has 2 a question, exact_ids 5"):
-    index_recall_at_k(narrow, wide, 3)
-
-
-def test_an_exact_search_that_found_too_few_is_refused():
-  ids = np.array([[0, 1]])
-  with pytest.raises(ValueError, match=r"below 0 among the first k=2.*Lower k"):
-    index_recall_at_k(ids, np.array([[0, -1]]), 2)
-  assert index_recall_at_k(ids, np.array([[0, -1]]), 1) == 1.0
 
 
 def test_texts_and_answers_of_different_length_are_refused():

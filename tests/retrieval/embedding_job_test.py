@@ -100,7 +100,7 @@ def test_what_is_read_is_what_was_embedded_as_far_as_it_is_stored(
     assert np.abs(got[:] - expected()).max() > 1e-4
   rows = np.array([[4, 0], [22, 4]])
   np.testing.assert_array_equal(got[rows], got[:][rows])
-  assert got.num_bytes == job_of(storage=storage).num_bytes
+  assert got.nbytes == job_of(storage=storage).num_bytes
 
 
 @pytest.mark.parametrize("stop_after", range(5))

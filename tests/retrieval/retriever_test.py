@@ -16,6 +16,8 @@ from rag_jax.config import IndexConfig
 from rag_jax.config import MeshConfig
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.rag import build_model
+from rag_jax.retrieval import retriever as retriever_lib
+from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import IndexBuilder
 from rag_jax.retrieval.retriever import RetrieverSnapshots
@@ -304,3 +306,28 @@ def test_a_built_index_holds_every_passage_and_where_it_is_from(
   ids, _ = index.search(questions, 2)
   best = np.argsort(-questions @ embeddings.T, axis=1)[:, :2]
   np.testing.assert_array_equal(ids, best)
+
+
+def test_an_index_that_finds_too_little_is_refused_when_it_is_built(
+  untied, embedder, monkeypatch
+):
+  class Worst(ExactIndex):
+    def search(self, question_embeddings, n_docs):
+      return super().search(-question_embeddings, n_docs)
+
+  def build_worst(embeddings, config, **fingerprints):
+    return Worst(embeddings, **fingerprints)
+
+  monkeypatch.setattr(retriever_lib, "build_index", build_worst)
+  retriever = retriever_of(untied[1])
+  config = IndexConfig(kind="exact", min_recall=0.9)
+  builder = IndexBuilder(embedder, tokens_of, P, "3c4d", config, 1)
+  with pytest.raises(ValueError, match=r"finds too little.*min_recall=0\.9"):
+    builder.build(retriever)
+  config.min_recall = 0.0
+  index = builder.build(retriever)
+  assert index.certificate is None  # nobody asked
+  config.min_recall = 0.9
+  with pytest.raises(ValueError, match="finds too little"):
+    builder.check(index)
+  assert index.certificate.recall(1).mean < 0.9

@@ -78,6 +78,11 @@ def test_a_tree_finds_nine_of_ten_passages():
     "num_leaves": 173,  # the square root of 30,000
     "leaves_to_search": 17,
     "reorder": 100,
+    "dims_per_block": 2,
+    "anisotropic_threshold": 0.2,
+    "soar_lambda": 0.0,
+    "soar_overretrieve": 0.0,
+    "reorder_dtype": "float32",
   }
   ids, scores = index.search(questions, 10)
   expected, expected_scores = exact_search(embeddings, questions, 10)
@@ -233,3 +238,104 @@ def test_an_index_without_the_folder_of_scann_is_refused(tmp_path):
   (tmp_path / "manifest.json").write_text(json.dumps(manifest))
   with pytest.raises(ValueError, match=r"kind 'scann', but there is no scann/"):
     load_index(tmp_path)
+
+
+KINDS = [
+  {"scann_soar_lambda": 1.5},
+  {"scann_soar_lambda": 1.0, "scann_soar_overretrieve": 1.2},
+  {"scann_reorder_dtype": "bfloat16", "scann_dims_per_block": 4},
+  {"scann_reorder_dtype": "int8", "scann_anisotropic_threshold": 0.0},
+  {"scann_reorder_dtype": "int8", "scann_soar_lambda": 1.5},
+]
+
+
+@pytest.mark.parametrize("config", KINDS, ids=str)
+def test_every_way_to_build_finds_most_and_stays_the_same_when_saved(
+  config, tmp_path
+):
+  embeddings = clusters(4000, 33)
+  questions = embeddings[::70] + 0.1 * normal(58, 33, seed=1)
+  index = build(embeddings, scann_tree_passages=1, **config)
+  assert {f"scann_{k}": v for k, v in index.settings.items()}.items() >= (
+    config.items()
+  )
+  ids, scores = index.search(questions, 10)
+  assert all(len(set(row)) == 10 for row in ids.tolist())  # also in two leaves
+  expected, _ = exact_search(embeddings, questions, 10)
+  overlap = [np.isin(a, b).mean() for a, b in zip(ids, expected, strict=True)]
+  assert np.mean(overlap) > 0.8
+  again = build(embeddings, scann_tree_passages=1, **config)
+  np.testing.assert_array_equal(again.search(questions, 10)[0], ids)
+  index.save(tmp_path)
+  loaded = load_index(tmp_path)
+  assert loaded.settings == index.settings
+  np.testing.assert_array_equal(loaded.search(questions, 10)[1], scores)
+
+
+@pytest.mark.parametrize("config", [{}, *KINDS], ids=str)
+def test_what_scann_keeps_is_counted_as_it_is_saved(config, tmp_path):
+  index = build(
+    clusters(4000, 33), scann_tree_passages=1, scann_num_leaves=20, **config
+  )
+  index.save(tmp_path)
+  saved = sum(f.stat().st_size for f in (tmp_path / "scann").iterdir())
+  counted = index.memory_bytes - index.embeddings.nbytes
+  # The rest are codebooks and settings, of a size of their own.
+  assert saved - 25_000 < counted <= saved
+
+
+def test_the_search_can_change_without_a_new_build():
+  index = build(clusters(2000, 16), scann_tree_passages=1)
+  questions = normal(50, 16, seed=1)
+  found = {
+    leaves: index.with_search_settings(leaves_to_search=leaves, reorder=50)
+    for leaves in (1, 44)
+  }
+  assert found[1].settings == index.settings | {
+    "leaves_to_search": 1,
+    "reorder": 50,
+  }
+  assert found[1].certificate is None
+  expected, _ = exact_search(index.embeddings, questions, 5)
+  hits = {
+    leaves: (other.search(questions, 5)[0] == expected).mean()
+    for leaves, other in found.items()
+  }
+  assert hits[1] < 0.7 < hits[44]
+
+
+@pytest.mark.parametrize(
+  ("settings", "problem"),
+  [
+    ({"leaves_to_search": 45, "reorder": 5}, "=45 and reorder=5 .*1 to 44"),
+    ({"leaves_to_search": 0, "reorder": 5}, "leaves_to_search=0 and"),
+    ({"leaves_to_search": 4, "reorder": 0}, "reorder=0 were asked"),
+  ],
+)
+def test_a_search_that_cannot_be_is_refused(settings, problem):
+  index = build(clusters(2000, 16), scann_tree_passages=1)
+  with pytest.raises(ValueError, match=problem):
+    index.with_search_settings(**settings)
+
+
+def test_without_a_tree_there_is_nothing_to_set():
+  with pytest.raises(ValueError, match="scores all of its 50 passages"):
+    build(normal(50, 4)).with_search_settings(leaves_to_search=1, reorder=1)
+
+
+def test_an_index_of_before_says_what_it_was_built_with(tmp_path):
+  index = build(clusters(2000, 16), scann_tree_passages=1)
+  index.save(tmp_path)
+  path = tmp_path / "manifest.json"
+  manifest = json.loads(path.read_text())
+  old = {
+    k: index.settings[k] for k in ("num_leaves", "leaves_to_search", "reorder")
+  }
+  manifest["content"]["settings"] = old
+  path.write_text(json.dumps(manifest))
+  loaded = load_index(tmp_path)
+  assert loaded.settings == index.settings
+  questions = normal(20, 16, seed=1)
+  np.testing.assert_array_equal(
+    loaded.search(questions, 5)[0], index.search(questions, 5)[0]
+  )

@@ -1,0 +1,92 @@
+"""How much of what exact search finds an index finds, and how sure that is.
+
+In: ids of passages that an index found and that exact search found, best first.
+Out: one number from 0 to 1 for every question, and their mean with an interval.
+"""
+
+import dataclasses
+
+from jaxtyping import Float, Int
+import numpy as np
+
+_RESAMPLES = 1000
+_SEED = 0  # of the resamples: the same questions give the same interval
+_OUTSIDE = 0.025  # of the 95% interval, at either end
+_BLOCK_QUESTIONS = 64  # compared at a time: k * k booleans each
+
+
+@dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
+class Recall:
+  """Mean index_recall_at_k over questions, with its 95% interval."""
+
+  k: int
+  mean: float
+  low: float
+  high: float
+
+  def __str__(self) -> str:
+    """Returns the numbers as a table shows them."""
+    return f"{self.mean:.4f} ({self.low:.4f} to {self.high:.4f})"
+
+
+def index_recall_at_k(
+  ids: Int[np.ndarray, "B K"],
+  exact_ids: Int[np.ndarray, "B M"],
+  k: int,
+) -> Float[np.ndarray, "B"]:
+  """Returns which part of the exact top `k` is in the top `k` of an index.
+
+  Args:
+    ids: passages that the index found, best first; -1 where it found none.
+    exact_ids: passages that exact search found, best first.
+    k: how many of each are compared; their order does not count.
+
+  Raises:
+    ValueError: `k` is below 1 or above K or M, or `exact_ids` has a gap.
+  """
+  if k < 1:
+    raise ValueError(f"k={k} passages; expected at least 1.")
+  if k > min(ids.shape[1], exact_ids.shape[1]):
+    raise ValueError(
+      f"k={k} is more than was retrieved: ids has {ids.shape[1]} a question,"
+      f" exact_ids {exact_ids.shape[1]}. Retrieve k of both, or lower k."
+    )
+  if np.any(exact_ids[:, :k] < 0):
+    raise ValueError(
+      f"exact_ids has ids below 0 among the first k={k}: exact search found"
+      " fewer passages, so there are fewer in the corpus. Lower k."
+    )
+  recalls = np.zeros(len(ids))
+  for start in range(0, len(ids), _BLOCK_QUESTIONS):
+    rows = slice(start, start + _BLOCK_QUESTIONS)
+    hits = exact_ids[rows, :k, None] == ids[rows, None, :k]  # b k k
+    recalls[rows] = np.mean(np.any(hits, axis=2), axis=1)
+  return recalls
+
+
+def mean_recall(recalls: Float[np.ndarray, "B"], k: int) -> Recall:
+  """Returns the mean over questions and its bootstrap 95% interval.
+
+  Resamples of equal numbers are all the same, which would claim certainty, of
+  twenty questions as of a million. The interval then is that of Clopper and
+  Pearson for the share of questions that have this number, the others being
+  as far off as they can be.
+
+  Args:
+    recalls: one number from 0 to 1 a question, of at least one.
+    k: of index_recall_at_k.
+  """
+  assert len(recalls), "the mean of no questions"
+  mean = float(np.mean(recalls))
+  if np.all(recalls == recalls[0]):
+    share = _OUTSIDE ** (1 / len(recalls))
+    return Recall(k=k, mean=mean, low=mean * share, high=1 - (1 - mean) * share)
+  rng = np.random.default_rng(_SEED)
+  # How often each value is drawn, in place of which questions: there are few
+  # values, k + 1 at most, and many questions.
+  values, counts = np.unique(recalls, return_counts=True)
+  drawn = rng.multinomial(len(recalls), counts / len(recalls), size=_RESAMPLES)
+  low, high = np.quantile(
+    drawn @ values / len(recalls), (_OUTSIDE, 1 - _OUTSIDE)
+  )
+  return Recall(k=k, mean=mean, low=float(low), high=float(high))
