@@ -22,7 +22,7 @@ _AT_LEAST_ONE = frozenset({
   "keep_checkpoints", "max_positions", "refresh_steps", "embed_batch_size",
   "fsdp", "tensor", "span_max_words", "span_max_tokens", "window_tokens",
   "scann_reorder", "relative_max_distance", "num_beams",
-  "scann_dims_per_block",
+  "scann_dims_per_block", "size", "max_word_chars",
 })  # fmt: skip
 
 _LEAST = {"generator.decoder_start_id": -1, "encoder.max_positions": 0}
@@ -49,7 +49,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
   return f"{name}={value!r} is not one of {sorted(choices)}.{hint}"
 
 
-def _type_problem(name: str, field: dataclasses.Field, value: Any) -> str:
+def type_problem(name: str, field: dataclasses.Field, value: Any) -> str:
   """Returns what is wrong with the type or choice of `value`, or ""."""
   if "choices" in field.metadata:
     return check_choice(name, value, field.metadata["choices"])
@@ -67,7 +67,7 @@ def _type_problem(name: str, field: dataclasses.Field, value: Any) -> str:
   return "" if good else f"{name}={value!r} is not {expected}."
 
 
-def _range_problem(name: str, field: dataclasses.Field, value: Any) -> str:
+def range_problem(name: str, field: dataclasses.Field, value: Any) -> str:
   """Returns what is wrong with the size of a number, or ""."""
   if field.type not in (int, float):
     return ""
@@ -284,8 +284,8 @@ def validate(config: Any) -> Config:
     if section not in (int, str) and type(getattr(config, name)) is not section
   ]
   for name, field, value in fields(config) if not problems else ():
-    problem = _type_problem(name, field, value)
-    problems.append(problem or _range_problem(name, field, value))
+    problem = type_problem(name, field, value)
+    problems.append(problem or range_problem(name, field, value))
   problems = [p for p in problems if p]
   # Rules between settings read numbers: only once each is one.
   problems += list(_cross_problems(config)) if not problems else []

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import json
 from typing import SupportsIndex, overload
 
 from etils import epath
@@ -20,6 +21,7 @@ from rag_jax.corpus.records import find_file
 from rag_jax.corpus.records import read_lines
 from rag_jax.corpus.records import read_records
 from rag_jax.corpus.records import shorten
+from rag_jax.corpus.report import BadRecords
 
 # Corpora that come with the library: passages.jsonl and the questions about
 # them, train.jsonl, validation.jsonl and test.jsonl.
@@ -36,6 +38,19 @@ class Passage:
   title: str  # may be empty
   text: str
   metadata: tuple[tuple[str, str], ...] = ()  # (name, value), to filter by
+
+
+def fingerprint_parts(passage: Passage) -> tuple[str, str, str]:
+  """Returns the three lines that a passage gives to a fingerprint.
+
+  They are id, title and text where there is no metadata, as they were before
+  there was any. It goes behind the id and a NUL, which no id that was read
+  can hold: `fingerprint_lines` of all passages' parts stays unambiguous.
+  """
+  first = passage.id
+  if passage.metadata:
+    first += "\0" + json.dumps(passage.metadata)
+  return first, passage.title, passage.text
 
 
 class Passages(Sequence[Passage]):
@@ -85,9 +100,9 @@ class Passages(Sequence[Passage]):
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Hex digits that change with any id, title or text, and their order."""
+    """Hex digits that change with any part of any passage, and their order."""
     return fingerprint_lines(
-      line for p in self._passages for line in (p.id, p.title, p.text)
+      line for p in self._passages for line in fingerprint_parts(p)
     )
 
   def by_id(self, id: str) -> Passage:
@@ -158,45 +173,73 @@ def _check_row(row: list[str], where: str, last_line: int) -> None:
       )
 
 
-def read_psgs_w100(path: epath.PathLike) -> Iterator[tuple[int, Passage]]:
+def read_psgs_w100(
+  path: epath.PathLike, *, bad_records: BadRecords | None = None
+) -> Iterator[tuple[int, Passage]]:
   r"""Yields (line number, passage) of a file like DPR's psgs_w100.tsv.
 
   The columns are id, text and title, named in the first line, separated by
   tabs. A column with double quotes around it has the quotes inside doubled,
   as in https://github.com/facebookresearch/DPR.
 
+  Args:
+    path: an existing file, perhaps a .gz.
+    bad_records: what to do with a row that is not like that; None raises.
+
   Raises:
-    ValueError: names the line that is not like that.
+    ValueError: names the line that is not like that. A wrong first line is
+      never skipped: all others would be wrong too.
   """
-  lines = (text for _, text in read_lines(path))
+  bad = bad_records or BadRecords("fail")
+  taken: list[int] = []  # the lines of one row
+
+  def lines() -> Iterator[str]:
+    for line, text in read_lines(path, bad_records=bad):
+      taken.append(line)
+      yield text
+
   # Not strict: DPR reads the file without, so a title like `"Heroes" (song)`,
   # which csv would have written otherwise, has always been accepted.
-  reader = csv.reader(lines, delimiter="\t")
-  start = 1  # the line that the next row starts on
+  reader = csv.reader(lines(), delimiter="\t")
+  header = None
   while True:
-    where = f"{path}:{start}"
+    taken.clear()
     try:
       row = next(reader, None)
     except csv.Error as error:
-      raise ValueError(
-        f"{where}: the passage that starts here cannot be read ({error})."
-        f" Expected columns of at most {csv.field_size_limit()} characters,"
-        " with every double quote closed. Correct the line, or convert longer"
-        " passages to .jsonl."
-      ) from error
+      problem = ValueError(
+        f"{path}:{taken[0]}: the passage that starts here cannot be read"
+        f" ({error}). Expected columns of at most {csv.field_size_limit()}"
+        " characters, with every double quote closed. Correct the line, or"
+        " convert longer passages to .jsonl."
+      )
+      problem.__cause__ = error
+      bad.refuse("bad_record", problem)
+      continue
     if row is None:
       return
-    if start == 1 and row != _TSV_HEADER:
-      raise ValueError(
-        f"{where}: the first line is {shorten(row, 120)}. Expected the names"
-        f" of the columns, {_TSV_HEADER}, separated by tabs, as in DPR's"
-        " psgs_w100.tsv. Add or correct that line."
-      )
-    if start > 1 and row:
-      _check_row(row, where, reader.line_num)
+    where = f"{path}:{taken[0]}"
+    if header is None:
+      header = row
+      if header != _TSV_HEADER:
+        raise ValueError(
+          f"{where}: the first line is {shorten(row, 120)}. Expected the names"
+          f" of the columns, {_TSV_HEADER}, separated by tabs, as in DPR's"
+          " psgs_w100.tsv. Add or correct that line."
+        )
+      continue
+    if not row:
+      continue
+    kind = "bad_record"
+    try:
+      _check_row(row, where, taken[-1])
       id_, text, title = row
-      yield start, _check(Passage(id_, title, text), where)
-    start = reader.line_num + 1
+      kind = "bad_record" if text.strip() else "empty"
+      passage = _check(Passage(id_, title, text), where)
+    except ValueError as error:
+      bad.refuse(kind, error)
+      continue
+    yield taken[0], passage
 
 
 _READERS: dict[

@@ -1,7 +1,7 @@
 """Text files, line by line, with the place of everything that is wrong.
 
 In: the path of a UTF-8 file, gzip-compressed if its name ends in .gz. Out: its
-lines, or the JSON objects on them, each with its line number.
+text, its lines, or the JSON objects on them, each with its line number.
 """
 
 import codecs
@@ -14,6 +14,8 @@ import zlib
 
 from etils import epath
 
+from rag_jax.corpus.report import BadRecords
+
 # What `json` makes of each kind of value, and what to call it.
 _TYPE_NAMES: dict[type, str] = {
   str: "a string",
@@ -24,6 +26,8 @@ _TYPE_NAMES: dict[type, str] = {
   dict: "an object",
   type(None): "null",
 }
+
+_GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 
 FieldTypes = Mapping[str, type | tuple[type, ...]]
 
@@ -108,16 +112,31 @@ def _decode(raw: bytes, where: str, offset: int) -> str:
     ) from error
 
 
-def read_lines(path: epath.PathLike) -> Iterator[tuple[int, str]]:
+def _damaged(place: str, error: Exception) -> ValueError:
+  """Returns the error for gzip data that cannot be read on from `place`."""
+  return ValueError(
+    f"{place}: the gzip data is damaged or cut off ({error}). Expected a"
+    " complete .gz file. Download or compress it again."
+  )
+
+
+def read_lines(
+  path: epath.PathLike, *, bad_records: BadRecords | None = None
+) -> Iterator[tuple[int, str]]:
   r"""Yields (line number, line with its line end) of a UTF-8 file.
 
   Lines end in \n alone: text may hold U+2028 and its like. A byte order mark
   is dropped. Files whose name ends in .gz are decompressed on the way.
 
+  Args:
+    path: an existing file.
+    bad_records: what to do with a line that is not UTF-8, and with the rest of
+      a file where its gzip data is damaged; None raises.
+
   Raises:
     ValueError: names the line, and the byte, where it is no such file.
   """
-  path = epath.Path(path)
+  path, bad = epath.Path(path), bad_records or BadRecords("fail")
   line, offset = 0, 0
   with path.open("rb") as file:
     stream = cast(BinaryIO, file)
@@ -125,17 +144,49 @@ def read_lines(path: epath.PathLike) -> Iterator[tuple[int, str]]:
       stream = cast(BinaryIO, gzip.GzipFile(fileobj=stream))
     try:
       for raw in stream:
-        line += 1
-        text = _decode(raw, f"{path}:{line}", offset)
+        line, start, offset = line + 1, offset, offset + len(raw)
+        try:
+          text = _decode(raw, f"{path}:{line}", start)
+        except ValueError as error:
+          bad.refuse("undecodable", error)
+          continue
         if line == 1 and raw.startswith(codecs.BOM_UTF8):
           text = text[1:]
         yield line, text
-        offset += len(raw)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-      raise ValueError(
-        f"{path}:{line + 1}: the gzip data is damaged or cut off ({error})."
-        " Expected a complete .gz file. Download or compress it again."
-      ) from error
+    except _GZIP_ERRORS as error:
+      bad.refuse("undecodable", _damaged(f"{path}:{line + 1}", error))
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+  """Returns what a file holds, decompressed if its name ends in .gz.
+
+  Raises:
+    ValueError: the gzip data is damaged.
+  """
+  path = epath.Path(path)
+  raw = path.read_bytes()
+  try:
+    return gzip.decompress(raw) if path.suffix == ".gz" else raw
+  except _GZIP_ERRORS as error:
+    raise _damaged(f"{path}:1", error) from error
+
+
+def decode_text(raw: bytes, path: epath.PathLike) -> str:
+  """Returns the text of the UTF-8 file `path`, without a byte order mark.
+
+  Raises:
+    ValueError: names the line, and the byte, that is not UTF-8.
+  """
+  try:
+    return raw.decode("utf-8-sig")
+  except UnicodeDecodeError:
+    pass
+  offset = 0
+  for line, part in enumerate(raw.split(b"\n"), start=1):
+    _decode(part, f"{path}:{line}", offset)
+    offset += len(part) + 1
+  # A byte of a longer character is never a line end.
+  raise AssertionError(f"{path} is UTF-8 line by line, but not as a whole.")
 
 
 def _refuse_constant(name: str) -> None:
@@ -145,6 +196,17 @@ def _refuse_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
+def parse_json(text: str) -> Any:
+  """Returns the JSON value that `text` is.
+
+  Raises:
+    json.JSONDecodeError: it is none; a `ValueError`, as is that of a number
+      that is not finite or has too many digits.
+    RecursionError: it is nested too deeply.
+  """
+  return _DECODER.decode(text)
+
+
 def _parse(text: str, where: str) -> dict[str, Any]:
   """Returns the object that one line holds."""
   remedy = (
@@ -152,7 +214,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     " it is the last one, the file may be cut off: copy it again."
   )
   try:
-    record = _DECODER.decode(text)
+    record = parse_json(text)
   except (ValueError, RecursionError) as error:
     raise ValueError(
       f"{where}: not valid JSON ({error}): {shorten(text)}. {remedy}"
@@ -195,11 +257,40 @@ def _check_field(
     )
 
 
+def check_fields(
+  record: Mapping[str, Any],
+  where: str,
+  *,
+  required: FieldTypes,
+  optional: FieldTypes | None = None,
+) -> None:
+  """Raises `ValueError` unless the fields of a JSON object can be used.
+
+  Args:
+    record: the object.
+    where: its file and line, for the message.
+    required: fields that it has, with their type or types.
+    optional: fields that have this type if they are there.
+  """
+  for name, types in required.items():
+    if name not in record:
+      raise ValueError(
+        f"{where}: no field {name!r}; the record has {sorted(record)}."
+        f" Expected {name!r} to be {_describe(types)}. Add or rename the"
+        " field."
+      )
+    _check_field(record, name, types, where)
+  for name, types in (optional or {}).items():
+    if name in record:
+      _check_field(record, name, types, where)
+
+
 def read_records(
   path: epath.PathLike,
   *,
   required: FieldTypes,
   optional: FieldTypes | None = None,
+  bad_records: BadRecords | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields (line number, JSON object) of a .jsonl or .jsonl.gz file.
 
@@ -209,26 +300,22 @@ def read_records(
     path: an existing file.
     required: fields that every record has, with their type or types.
     optional: fields that have this type if they are there.
+    bad_records: what to do with a record that is not like that; None raises.
 
   Raises:
     ValueError: a record is not like that; says `path:line`, what is wrong,
       what was expected and what to do.
   """
-  for line, text in read_lines(path):
+  bad = bad_records or BadRecords("fail")
+  for line, text in read_lines(path, bad_records=bad):
     text = text.strip()
     if not text:
       continue
     where = f"{path}:{line}"
-    record = _parse(text, where)
-    for name, types in required.items():
-      if name not in record:
-        raise ValueError(
-          f"{where}: no field {name!r}; the record has {sorted(record)}."
-          f" Expected {name!r} to be {_describe(types)}. Add or rename the"
-          " field."
-        )
-      _check_field(record, name, types, where)
-    for name, types in (optional or {}).items():
-      if name in record:
-        _check_field(record, name, types, where)
+    try:
+      record = _parse(text, where)
+      check_fields(record, where, required=required, optional=optional)
+    except ValueError as error:
+      bad.refuse("bad_record", error)
+      continue
     yield line, record

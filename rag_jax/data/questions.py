@@ -16,10 +16,12 @@ from rag_jax.corpus.passages import BUNDLED
 from rag_jax.corpus.records import find_file
 from rag_jax.corpus.records import read_records
 from rag_jax.corpus.records import shorten
+from rag_jax.corpus.tfds_rows import TFDS
+from rag_jax.corpus.tfds_rows import open_tfds
+from rag_jax.corpus.tfds_rows import tfds_errors
+from rag_jax.corpus.tfds_rows import tfds_text
 
 SPLITS = ("train", "validation", "test")
-
-_TFDS = "tfds:"
 
 # TFDS data sets that are read without TensorFlow: where their answers are.
 # Both have the splits train and validation alone.
@@ -30,7 +32,7 @@ _TFDS_ANSWERS: dict[str, Callable[[Any], Iterable[str | bytes]]] = {
 
 _EXPECTED = (
   f"one of {sorted(BUNDLED)}, a folder with train.jsonl, validation.jsonl and"
-  f" test.jsonl, or one of {[_TFDS + name for name in sorted(_TFDS_ANSWERS)]}"
+  f" test.jsonl, or one of {[TFDS + name for name in sorted(_TFDS_ANSWERS)]}"
 )
 
 
@@ -109,7 +111,7 @@ def _split_file(source: str, split: str) -> epath.Path:
   folder = BUNDLED.get(source) or epath.Path(source).expanduser()
   if not source or not folder.exists():  # Path("") is this folder
     close = difflib.get_close_matches(
-      source, [*BUNDLED, *(_TFDS + name for name in _TFDS_ANSWERS)], n=1
+      source, [*BUNDLED, *(TFDS + name for name in _TFDS_ANSWERS)], n=1
     )
     hint = f"Did you mean {close[0]!r}?" if close else "Correct the path."
     error = FileNotFoundError if "/" in source else ValueError
@@ -136,11 +138,11 @@ def _check_tfds_name(name: str) -> None:
   """Raises `ValueError` unless the data set is one that is known to work."""
   if name in _TFDS_ANSWERS:
     return
-  known = [_TFDS + known for known in sorted(_TFDS_ANSWERS)]
+  known = [TFDS + known for known in sorted(_TFDS_ANSWERS)]
   close = difflib.get_close_matches(name, _TFDS_ANSWERS, n=1)
-  hint = f" Did you mean '{_TFDS}{close[0]}'?" if close else ""
+  hint = f" Did you mean '{TFDS}{close[0]}'?" if close else ""
   raise ValueError(
-    f"{_TFDS}{name} is not a data set that rag_jax reads. Expected one of"
+    f"{TFDS}{name} is not a data set that rag_jax reads. Expected one of"
     f" {known}, which need no TensorFlow.{hint} Write the questions of another"
     " one to a folder of .jsonl files and give that folder; to open it, most"
     " of TFDS needs TensorFlow (`pip install 'rag_jax[tf]'`), without which"
@@ -158,64 +160,15 @@ def _rows(split: str, num_rows: int) -> range:
 
 def _read_tfds(name: str, split: str) -> list[Any]:
   """Returns the examples of a split, downloaded if they are not there yet."""
-  # Slow, and of no use to those who bring their own questions.
-  import tensorflow_datasets as tfds
-  from tensorflow_datasets.core import constants
-  from tensorflow_datasets.core import download
-  from tensorflow_datasets.core.download import download_manager
-
   tfds_split = "validation" if split == "test" else "train"
-  # ArrayRecord: TFDS reads its default format with TensorFlow alone.
-  kwargs = {"file_format": "array_record"}
-  try:
-    source = cast(
-      Sequence[Any],  # as one split is asked for
-      tfds.data_source(name, split=tfds_split, builder_kwargs=kwargs),
-    )
+  with tfds_errors(name):
+    source = cast(Sequence[Any], open_tfds(name, tfds_split))
     rows = _rows(split, len(source))
     logging.info(
       "%s%s: split %s is rows %d to %d of the %d of TFDS's %s split.",
-      *(_TFDS, name, split, rows.start, rows.stop, len(source), tfds_split),
+      *(TFDS, name, split, rows.start, rows.stop, len(source), tfds_split),
     )
     return [source[row] for row in rows]
-  except ImportError as error:
-    package = error.name or str(error)
-    pip = "'rag_jax[tf]'" if package == "tensorflow" else package
-    raise ImportError(
-      f"{_TFDS}{name} cannot be prepared: TFDS needs the Python package"
-      f" {package}, which is not installed. Run `pip install {pip}`.",
-      name=error.name,
-    ) from error
-  # RuntimeError: of array_record, whose files are damaged.
-  except (ValueError, NotImplementedError, RuntimeError) as error:
-    raise ValueError(
-      f"{_TFDS}{name} cannot be read ({error}). Expected complete files in the"
-      " ArrayRecord format, the one that is read without TensorFlow, in"
-      f" {constants.DATA_DIR}. Delete its folder {name} there, or set the"
-      " environment variable TFDS_DATA_DIR to another place, and it is"
-      " prepared again."
-    ) from error
-  except (
-    OSError,  # no network is one
-    download.DownloadError,
-    download_manager.NonMatchingChecksumError,
-  ) as error:
-    command = (
-      'python -c "import tensorflow_datasets as tfds;'
-      f" tfds.data_source('{name}')\""
-    )
-    raise FileNotFoundError(
-      f"{_TFDS}{name} is not prepared on this machine and could not be"
-      f" downloaded ({type(error).__name__}: {error}). Expected it in"
-      f" {constants.DATA_DIR}. On a machine with a network run `{command}` and"
-      f" copy the folder ~/tensorflow_datasets/{name} that it makes to that"
-      " place, or to the one that TFDS_DATA_DIR names."
-    ) from error
-
-
-def _text(value: str | bytes) -> str:
-  # TFDS returns bytes from its files, and str where it makes up examples.
-  return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _load_tfds(name: str, split: str) -> tuple[Question, ...]:
@@ -229,11 +182,11 @@ def _load_tfds(name: str, split: str) -> tuple[Question, ...]:
   examples = _read_tfds(name, split)
   questions: list[Question] = []
   for example in examples:
-    answers = dict.fromkeys(map(_text, _TFDS_ANSWERS[name](example)))
+    answers = dict.fromkeys(map(tfds_text, _TFDS_ANSWERS[name](example)))
     question = Question(
-      question=_text(example["question"]),
+      question=tfds_text(example["question"]),
       answers=tuple(a for a in answers if a.strip()),
-      id=_text(example.get("id", "")),
+      id=tfds_text(example.get("id", "")),
     )
     if question.question.strip() and question.answers:
       questions.append(question)
@@ -241,11 +194,11 @@ def _load_tfds(name: str, split: str) -> tuple[Question, ...]:
   if len(questions) < len(examples):
     logging.warning(
       "%s%s: left out %d of the %d %s questions: empty, or without an answer.",
-      *(_TFDS, name, len(examples) - len(questions), len(examples), split),
+      *(TFDS, name, len(examples) - len(questions), len(examples), split),
     )
   if not questions:
     raise ValueError(
-      f"{_TFDS}{name} has no questions with an answer among the"
+      f"{TFDS}{name} has no questions with an answer among the"
       f" {len(examples)} rows of its {split} split. Expected at least one."
       " Delete the prepared data set, and it is prepared again."
     )
@@ -274,6 +227,6 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
       f"There is no split {split!r} of the questions {source}. Expected one of"
       f" {list(SPLITS)}. {hint}"
     )
-  if source.startswith(_TFDS):
-    return _load_tfds(source.removeprefix(_TFDS), split)
+  if source.startswith(TFDS):
+    return _load_tfds(source.removeprefix(TFDS), split)
   return read_questions(_split_file(source, split))

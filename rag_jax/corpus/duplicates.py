@@ -1,0 +1,87 @@
+"""Which ids and texts were met before, for any number of them.
+
+In: strings, one after the other. Out: where each was met first. They are kept
+as hashes in a temporary database on the disk, so memory stays bounded.
+"""
+
+import hashlib
+import sqlite3
+
+_HASH_BYTES = 16  # 21 million of them collide with a chance of 1e-24
+_CACHE_BYTES = 64 << 20  # of the database, in memory
+
+
+class Seen:
+  """Strings that were met, and where; about 30 bytes of disk for each.
+
+  SQLite removes its file when the process ends, however it ends. It lies in
+  the folder that the environment variable SQLITE_TMPDIR or TMPDIR names, else
+  in /var/tmp.
+  """
+
+  def __init__(self, cache_bytes: int = _CACHE_BYTES):
+    """Opens the database; `cache_bytes` is about what it needs of memory."""
+    # "": a temporary file of its own. Nothing is ever rolled back.
+    self._db = sqlite3.connect("", isolation_level=None)
+    for setting in (
+      "temp_store = FILE",
+      "journal_mode = OFF",
+      "synchronous = OFF",
+      f"cache_size = -{max(cache_bytes >> 10, 64)}",
+    ):
+      self._db.execute(f"PRAGMA {setting}")
+    self._db.execute(
+      "CREATE TABLE seen (hash BLOB PRIMARY KEY, file INTEGER, place)"
+      " WITHOUT ROWID"
+    )
+    self._db.execute("CREATE TABLE files (name TEXT)")
+    self._file = ("", 0)  # name and row of the last one
+
+  def add(self, where: str, *key: str) -> str:
+    """Returns where the strings of `key` were added before, or "".
+
+    Args:
+      where: file and place, as in "corpus.jsonl:7".
+      *key: one or more strings, which count together.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    hashed = hashlib.blake2b(digest_size=_HASH_BYTES)
+    for part in key:
+      data = part.encode("utf-8", "surrogatepass")
+      # The length first: else ("ab", "c") would be ("a", "bc").
+      hashed.update(len(data).to_bytes(8, "little"))
+      hashed.update(data)
+    digest = hashed.digest()
+    try:
+      return self._add(digest, where)
+    except sqlite3.OperationalError as error:
+      raise OSError(
+        "The ids and texts that were met cannot be kept on the disk"
+        f" ({error}). Expected about 60 bytes for each passage in the folder"
+        " for temporary files. Make room there, or set SQLITE_TMPDIR to a"
+        " folder on another disk."
+      ) from error
+
+  def _add(self, digest: bytes, where: str) -> str:
+    name, _, place = where.rpartition(":")
+    if name != self._file[0] or not self._file[1]:
+      row = self._db.execute("INSERT INTO files VALUES (?)", (name,)).lastrowid
+      self._file = (name, row or 0)
+    new = self._db.execute(
+      "INSERT OR IGNORE INTO seen VALUES (?, ?, ?)",
+      (digest, self._file[1], int(place) if place.isdecimal() else place),
+    ).rowcount
+    if new:
+      return ""
+    first, place = self._db.execute(
+      "SELECT name, place FROM seen JOIN files ON files.rowid = file"
+      " WHERE hash = ?",
+      (digest,),
+    ).fetchone()
+    return f"{first}:{place}"
+
+  def close(self) -> None:
+    """Removes the database."""
+    self._db.close()

@@ -1,0 +1,151 @@
+"""Documents of a folder of text files, one a file.
+
+In: a folder, or one file, of .txt, .md or .html, perhaps with .gz behind it.
+Out: a document a file, in the order of the names. One file is in memory at a
+time, and the names in the folders above it.
+"""
+
+from collections.abc import Callable, Iterator
+import os
+import re
+
+from etils import epath
+
+from rag_jax.artifacts import is_local
+from rag_jax.corpus.document import Document
+from rag_jax.corpus.html_text import declared_encoding
+from rag_jax.corpus.html_text import html_text
+from rag_jax.corpus.records import bad_character
+from rag_jax.corpus.records import decode_text
+from rag_jax.corpus.records import read_bytes
+from rag_jax.corpus.records import shorten
+from rag_jax.corpus.report import BadRecords
+
+_FENCE = re.compile(r" {0,3}(```|~~~)")
+_HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$")
+
+
+def _plain(raw: bytes, path: epath.Path) -> tuple[str, str]:
+  return "", decode_text(raw, path)
+
+
+def _markdown(raw: bytes, path: epath.Path) -> tuple[str, str]:
+  """Returns the first heading outside a code block, and the whole text."""
+  text, fence = decode_text(raw, path), ""
+  for line in text.splitlines():
+    if match := _FENCE.match(line):
+      if not fence:
+        fence = match[1]
+      elif fence == match[1]:
+        fence = ""
+    elif not fence and (match := _HEADING.match(line)) and match[1]:
+      return match[1], text
+  return "", text
+
+
+def _html(raw: bytes, path: epath.Path) -> tuple[str, str]:
+  """Returns title and text; a page may say in which encoding it is."""
+  try:
+    page = decode_text(raw, path)
+  except ValueError:
+    try:
+      page = raw.decode(declared_encoding(raw))
+    except (LookupError, UnicodeDecodeError):
+      page = ""
+    if not page:
+      raise
+  return html_text(page)
+
+
+_READERS: dict[str, Callable[[bytes, epath.Path], tuple[str, str]]] = {
+  ".txt": _plain,
+  ".md": _markdown,
+  ".markdown": _markdown,
+  ".html": _html,
+  ".htm": _html,
+}
+TEXT_ENDS = tuple(_READERS)
+
+
+def _end(name: str) -> str:
+  """Returns which of `TEXT_ENDS` a file's name has before any .gz, or ""."""
+  end = os.path.splitext(name.lower().removesuffix(".gz"))[1]
+  return end if end in _READERS else ""
+
+
+def read_text_file(
+  path: epath.Path, id: str, bad_records: BadRecords
+) -> Iterator[Document]:
+  """Yields the one document of a text file, or nothing if it is skipped.
+
+  Args:
+    path: a file whose name ends in one of `TEXT_ENDS`, perhaps with .gz.
+    id: of the document.
+    bad_records: what to do if it is not UTF-8, or the gzip data is damaged.
+  """
+  try:
+    raw = read_bytes(path)
+    title, text = _READERS[_end(path.name)](raw, path)
+    if bad := bad_character(text) or bad_character(title):
+      place = text.find("\0")
+      raise ValueError(
+        f"{path}:{text.count(chr(10), 0, max(place, 0)) + 1}: the text holds"
+        f" {bad}, near {shorten(text[max(place - 20, 0) :])}. Expected plain"
+        " text. Is it another kind of file? Rename it or remove the character."
+      )
+  except ValueError as error:
+    bad_records.refuse("undecodable", error)
+    return
+  title = title or os.path.splitext(_without_gz(path.name))[0]
+  yield Document(id, title, text, (), f"{path}:1")
+
+
+def _without_gz(name: str) -> str:
+  return name[:-3] if name.lower().endswith(".gz") else name
+
+
+def _files_below(
+  folder: epath.Path, prefix: str, bad_records: BadRecords
+) -> Iterator[tuple[str, epath.Path]]:
+  """Yields (relative name, path) of the text files, in order of the names."""
+  for path in sorted(folder.iterdir(), key=lambda p: p.name):
+    name = prefix + path.name
+    hidden = path.name.startswith(".")
+    if path.is_dir():
+      # A link may lead back up, and then there would be no end.
+      linked = is_local(path) and os.path.islink(path)
+      if not hidden and not linked:
+        yield from _files_below(path, name + "/", bad_records)
+        continue
+    elif not hidden and _end(path.name):
+      yield name, path
+      continue
+    bad_records.report.other_files += 1
+    bad_records.report.note("other_files", str(path))
+
+
+def read_folder(
+  folder: epath.Path, bad_records: BadRecords
+) -> Iterator[Document]:
+  """Yields a document for each text file in a folder and the folders below.
+
+  The id is the path in the folder, with slashes. The title is that of the page
+  (<title>, else a heading), the first heading of a Markdown file, or the
+  file's name. Other files, hidden ones and links to folders are left alone
+  and counted.
+
+  Raises:
+    ValueError: a file is not UTF-8, or there is no text file at all.
+  """
+  found = False
+  for name, path in _files_below(folder, "", bad_records):
+    found = True
+    yield from read_text_file(path, name, bad_records)
+  if not found:
+    other = bad_records.report.places.get("other_files", [])
+    raise ValueError(
+      f"The folder {folder} holds no text: no file in it or below ends in one"
+      f" of {list(TEXT_ENDS)} (or with .gz behind), nor is there a"
+      f" corpus.jsonl, as BEIR has. It holds {shorten(other, 200)}. Give the"
+      " path of one of these files, or another folder."
+    )

@@ -1,0 +1,154 @@
+"""What became of a corpus on its way to passages, and where it was not right.
+
+In: every record that cannot be used, every document that is split or cut. Out:
+counts, and the first places of each, as a table and as JSON.
+"""
+
+import dataclasses
+import json
+from typing import Any, NoReturn
+
+from rag_jax.config_rules import check_choice
+
+# What is counted, and what a person reads about it.
+_COUNTS = {
+  "documents": "documents read",
+  "passages": "passages written",
+  "split": "documents split into several passages",
+  "broken": "passages that end inside a sentence or word that is too long",
+  "cut": "passages cut off at max_chars",
+}
+_DROPPED = {
+  "empty": "without any text",
+  "duplicate_id": "with an id that an earlier one has",
+  "duplicate_text": "with the title and text of an earlier one",
+  "undecodable": "not UTF-8, or damaged",
+  "bad_record": "not as expected in another way",
+}
+_OTHER_FILES = "other_files"
+
+_MAX_PLACES = 20  # that are named, of each kind
+_MAX_CHARS = 300  # of what is said about one of them
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class CorpusReport:
+  """Counts, which grow while the passages are drawn.
+
+  Attributes:
+    documents: with an id and text, before duplicates are dropped.
+    passages: that came out.
+    split: documents that gave more than one passage.
+    broken: passages that end inside a sentence or word, which is longer than
+      a passage may be; the next one goes on there, and nothing is lost.
+    cut: passages that lost their end, as settings said.
+    cut_chars: characters that were lost so.
+    other_files: files of a folder that are not read by their name.
+    dropped: records left out, by reason.
+    places: the first places of each of these, and what is there.
+  """
+
+  documents: int = 0
+  passages: int = 0
+  split: int = 0
+  broken: int = 0
+  cut: int = 0
+  cut_chars: int = 0
+  other_files: int = 0
+  dropped: dict[str, int] = dataclasses.field(
+    default_factory=lambda: dict.fromkeys(_DROPPED, 0)
+  )
+  places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+  def note(self, kind: str, place: str) -> None:
+    """Keeps a place of `kind`, unless there are enough of them."""
+    places = self.places.setdefault(kind, [])
+    if len(places) < _MAX_PLACES:
+      more = "..." if len(place) > _MAX_CHARS else ""
+      places.append(place[:_MAX_CHARS] + more)
+
+  def drop(self, kind: str, place: str) -> None:
+    """Counts one record that is left out.
+
+    Args:
+      kind: a key of `dropped`.
+      place: file and line, and what is wrong there.
+    """
+    self.dropped[kind] += 1
+    self.note(kind, place)
+
+  def content(self) -> dict[str, Any]:
+    """Returns the report as JSON can hold it, for instance in a manifest."""
+    return dataclasses.asdict(self)
+
+  def to_json(self) -> str:
+    """Returns the report as JSON text."""
+    return json.dumps(self.content(), indent=2, ensure_ascii=False) + "\n"
+
+  def table(self) -> str:
+    """Returns what a person reads: counts, then places."""
+    rows = [(getattr(self, name), text) for name, text in _COUNTS.items()]
+    if self.cut:
+      rows.append((self.cut_chars, "characters lost by that"))
+    rows += [
+      (count, f"dropped: {_DROPPED[kind]}")
+      for kind, count in self.dropped.items()
+    ]
+    if self.other_files:
+      rows.append((self.other_files, "other files in the folder, not read"))
+    width = max(len(f"{count:,}") for count, _ in rows)
+    lines = [f"{count:>{width},}  {text}" for count, text in rows]
+    for kind, places in self.places.items():
+      if kind == "split":  # nothing is wrong there; they stand in the JSON
+        continue
+      total = self.dropped[kind] if kind in _DROPPED else getattr(self, kind)
+      some = f"the first {len(places)} of " if total > len(places) else ""
+      lines.append(f"{kind} ({some}{total:,}):")
+      lines += [f"  {place}" for place in places]
+    return "\n".join(lines)
+
+  def __str__(self) -> str:
+    return self.table()
+
+
+class BadRecords:
+  """What is done with a record that cannot be used.
+
+  Attributes:
+    action: "fail" raises at the first one; "skip" counts it and goes on.
+    report: where it is counted.
+  """
+
+  ACTIONS = ("fail", "skip")
+
+  def __init__(self, action: str = "fail", report: CorpusReport | None = None):
+    """Makes a report of its own where none is given.
+
+    Raises:
+      ValueError: there is no such action.
+    """
+    if problem := check_choice("on_bad_record", action, self.ACTIONS):
+      raise ValueError(problem)
+    self.action = action
+    self.report = CorpusReport() if report is None else report
+
+  def refuse(self, kind: str, error: ValueError) -> None:
+    """Raises `error`, or counts what it says and returns.
+
+    Args:
+      kind: a key of `CorpusReport.dropped`.
+      error: its message begins with file and line.
+    """
+    if self.action == "fail":
+      raise error
+    self.report.drop(kind, str(error))
+
+
+def raise_empty(source: str, report: CorpusReport) -> NoReturn:
+  """Raises the error for a corpus of which nothing is left."""
+  raise ValueError(
+    f"{source} holds no passages: nothing was found, or nothing is left."
+    " Expected at least one document with an id and text. Is it the right"
+    " file or folder, was it copied completely, and do the names of its fields"
+    f" fit? What was read:\n{report.table()}"
+  )

@@ -1,0 +1,107 @@
+"""Documents of TFDS data sets.
+
+In: a name such as "beir/nfcorpus". Out: the passages of a BEIR data set, the
+paragraphs of SQuAD, or the text of any other whose builder needs no
+TensorFlow. Rows are read one by one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+from rag_jax.corpus.document import DEFAULT_FIELDS
+from rag_jax.corpus.document import Document
+from rag_jax.corpus.document import FieldNames
+from rag_jax.corpus.document import record_document
+from rag_jax.corpus.records import parse_json
+from rag_jax.corpus.records import shorten
+from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.tfds_rows import TFDS
+from rag_jax.corpus.tfds_rows import open_tfds
+from rag_jax.corpus.tfds_rows import tfds_errors
+from rag_jax.corpus.tfds_rows import tfds_text
+
+
+def _rows(name: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+  """Yields (split, number, row), text as str."""
+  with tfds_errors(name):
+    # The other splits of BEIR hold the questions, and each passage again for
+    # every question that it answers.
+    split = "passage" if name.startswith("beir/") else None
+    source = open_tfds(name, split)
+    splits = source if isinstance(source, Mapping) else {split or "": source}
+    for key in sorted(splits):
+      rows = cast(Sequence[Any], splits[key])
+      for number in range(len(rows)):
+        row = {
+          k: tfds_text(v) if isinstance(v, str | bytes) else v
+          for k, v in rows[number].items()
+        }
+        yield key, number, row
+
+
+def _beir_record(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """Returns a row of beir/* as the line of corpus.jsonl that it was."""
+  try:
+    metadata = parse_json(row["passage_metadata"] or "{}")
+    title = metadata.pop("title", "")
+  except (ValueError, AttributeError) as error:
+    raise ValueError(
+      f"{where}: passage_metadata is {shorten(row['passage_metadata'])}."
+      " Expected a JSON object, as in BEIR's corpus.jsonl. Delete the prepared"
+      " data set, and it is prepared again; or skip bad records."
+    ) from error
+  return {
+    "_id": row["passage_id"],
+    "title": title,
+    "text": row["passage"],
+    "metadata": metadata,
+  }
+
+
+def read_tfds_documents(
+  name: str, fields: FieldNames, bad_records: BadRecords
+) -> Iterator[Document]:
+  """Yields the documents of a TFDS data set, in the order of its files.
+
+  Of `beir/*` the passages; of `squad` the paragraphs, each once for every
+  question about it. Of others, of all splits, the features that `fields`
+  names; without an id the documents are numbered, as in "train/7".
+
+  Args:
+    name: without "tfds:".
+    fields: names of the features, but for beir/* and squad.
+    bad_records: what to do with a row without text, or with other types.
+
+  Raises:
+    FileNotFoundError: the data set is not here and could not be downloaded.
+    ImportError: TFDS needs a package that is not installed.
+    ValueError: there is no such data set without TensorFlow, its files are
+      damaged, or it has no feature of the name of the text.
+  """
+  beir, squad = name.startswith("beir/"), name.split("/")[0] == "squad"
+  if squad:
+    fields = FieldNames(text="context")
+  elif beir:
+    fields = DEFAULT_FIELDS
+  for split, number, row in _rows(name):
+    where = f"{TFDS}{name}:{split}[{number}]"
+    if not beir and fields.text not in row:
+      # The same in every row: not a bad record but a wrong name.
+      raise ValueError(
+        f"{TFDS}{name} has no feature {fields.text!r}; it has {sorted(row)}."
+        " Expected the name of one that holds text. Set the names of the"
+        " fields."
+      )
+    try:
+      if beir:
+        record = _beir_record(row, where)
+      else:
+        record = {fields.id: f"{split}/{number}"} | row
+      if squad:
+        record["title"] = record["title"].replace("_", " ")
+        del record["question"]
+      document = record_document(record, fields, where)
+    except ValueError as error:
+      bad_records.refuse("bad_record", error)
+      continue
+    yield document

@@ -1,0 +1,116 @@
+"""Words and sentences are found where a reader finds them, and none is lost."""
+
+import random
+import time
+
+import pytest
+
+from rag_jax.corpus.text_spans import inside_word
+from rag_jax.corpus.text_spans import sentence_spans
+from rag_jax.corpus.text_spans import word_spans
+
+
+def words(text, max_chars=100):
+  return [text[a:b] for a, b in word_spans(text, max_chars=max_chars)]
+
+
+def sentences(text):
+  return [text[a:b] for a, b in sentence_spans(text)]
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    " \n\t ",
+    "One two  three\nfour\u00a0five.",
+    "naïve cafe\u0301 — 1,863 km² (e.g. this)",
+    "한국어 텍스트에는 공백이 있다.",
+    "Слово за словом",
+  ],
+)
+def test_words_are_what_stands_between_white_space(text):
+  assert words(text) == text.split()
+
+
+def test_each_chinese_character_is_a_word_with_the_mark_behind_it():
+  assert words("黑豹队。第308分，NFL (a)") == [
+    *("黑", "豹", "队。", "第", "308", "分，", "NFL", "(a)"),
+  ]
+
+
+def test_a_thai_vowel_or_tone_stays_with_its_consonant():
+  assert words("ที่นี่") == ["ที่", "นี่"]
+
+
+def test_a_long_run_is_several_words():
+  assert words("a" * 25 + " b", max_chars=10) == [
+    *("a" * 10, "a" * 10, "a" * 5, "b"),
+  ]
+
+
+def test_an_accent_is_not_parted_from_its_letter_at_the_limit():
+  assert words("abcde\u0301f", max_chars=5) == ["abcde\u0301", "f"]
+
+
+def test_a_text_of_signs_alone_has_no_word_without_an_end():
+  assert max(map(len, words("\u0301" * 1000, max_chars=10))) <= 18
+
+
+def test_inside_a_word_is_between_two_letters_without_space():
+  text = "ab c你好。d"
+  inside = [place for place in range(len(text) + 1) if inside_word(text, place)]
+  assert inside == [1]
+
+
+@pytest.mark.parametrize(
+  "expected",
+  [
+    ["One.", "Two!", "Three?", "Four"],
+    ["He said “no.”", 'Then "yes!"', "(Both.)", "End…", "Go on."],
+    ["Mr. J. Smith met Dr. No, e.g. at 5.30 in St. Ives.", "He left."],
+    ["It has 6.5 km (see www.a.org/b.html) of v1.2.3.", "Next."],
+    ["Why?!", "Wait..."],
+  ],
+)
+def test_sentences_end_where_a_reader_ends_them(expected):
+  assert sentences(" ".join(expected)) == expected
+  assert sentences("\n  ".join(expected)) == expected
+
+
+def test_chinese_sentences_need_no_space_between_them():
+  expected = ["他来了。", "“真的吗？”", "是！", "完"]
+  assert sentences("".join(expected)) == expected
+
+
+def test_an_empty_line_ends_a_sentence_and_a_line_end_does_not():
+  assert sentences("A heading\n \nText that\ngoes on\n\n\n\nEnd") == [
+    *("A heading", "Text that\ngoes on", "End"),
+  ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_between_sentences_and_words_there_is_white_space_alone(seed):
+  rng = random.Random(seed)
+  alphabet = "ab .!?\n“”\"')。！你好ก่\u0301,;Mr. \t\u2028"
+  text = "".join(rng.choice(alphabet) for _ in range(400))
+  for spans in (sentence_spans(text), word_spans(text, max_chars=3)):
+    end = 0
+    for start, stop in spans:
+      assert start < stop
+      assert not text[end:start].strip()
+      assert text[start:stop] == text[start:stop].strip()
+      end = stop
+    assert not text[end:].strip()
+
+
+@pytest.mark.parametrize("text", [".", ".a", ".)", "\n", "。", "\n ", "a"])
+def test_long_texts_without_a_sentence_end_take_linear_time(text):
+  def seconds(count):
+    start = time.process_time()
+    for _ in sentence_spans(text * count):
+      pass
+    return time.process_time() - start
+
+  # Quadratic, the second would take 400 times as long as the first.
+  assert seconds(100_000) < 100 * max(seconds(5_000), 0.01)
