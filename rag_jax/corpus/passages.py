@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import json
 from typing import SupportsIndex, overload
 
 from etils import epath
@@ -35,6 +36,20 @@ class Passage:
   id: str
   title: str  # may be empty
   text: str
+  metadata: tuple[tuple[str, str], ...] = ()  # (name, value), to filter by
+
+
+def fingerprint_parts(passage: Passage) -> tuple[str, str, str]:
+  """Returns the three lines that a passage gives to a fingerprint.
+
+  They are id, title and text where there is no metadata, as they were before
+  there was any. It goes behind the id and a NUL, which no id that was read
+  can hold: `fingerprint_lines` of all passages' parts stays unambiguous.
+  """
+  first = passage.id
+  if passage.metadata:
+    first += "\0" + json.dumps(passage.metadata)
+  return first, passage.title, passage.text
 
 
 class Passages(Sequence[Passage]):
@@ -80,13 +95,13 @@ class Passages(Sequence[Passage]):
     return iter(self._passages)
 
   def __repr__(self) -> str:
-    return f"Passages({len(self)} from {self.origin})"
+    return f"{type(self).__name__}({len(self)} from {self.origin})"
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Hex digits that change with any id, title or text, and their order."""
+    """Hex digits that change with any part of any passage, and their order."""
     return fingerprint_lines(
-      line for p in self._passages for line in (p.id, p.title, p.text)
+      line for p in self._passages for line in fingerprint_parts(p)
     )
 
   def by_id(self, id: str) -> Passage:
@@ -95,14 +110,19 @@ class Passages(Sequence[Passage]):
     Raises:
       ValueError: there is none.
     """
-    if id not in self._rows:
-      some = [p.id for p in self._passages[:3]]
+    row = self._row_of(id)
+    if row is None:
+      some = [p.id for p in self[:3]]
       raise ValueError(
         f"No passage of {self.origin} has the id {id!r}. Expected one of its"
         f" {len(self)} ids, which look like {some}. Was the id taken from"
         " another corpus?"
       )
-    return self._passages[self._rows[id]]
+    return self[row]
+
+  def _row_of(self, id: str) -> int | None:
+    """Returns the row of the passage with this id; None if there is none."""
+    return self._rows.get(id)
 
 
 def _check(passage: Passage, where: str) -> Passage:
@@ -209,7 +229,7 @@ _READERS: dict[
 
 _EXPECTED = (
   f"one of the bundled corpora {sorted(BUNDLED)}, or a file whose name ends in"
-  f" one of {sorted(_READERS)}"
+  f" one of {sorted(_READERS)}, or the directory of a passage store"
 )
 
 
@@ -236,16 +256,24 @@ def _find(name_or_path: str) -> tuple[epath.Path, str]:
 
 
 def load_passages(name_or_path: str) -> Passages:
-  """Returns the passages of a bundled corpus or of a file.
+  """Returns the passages of a bundled corpus, of a file or of a store.
 
   Args:
-    name_or_path: "world_facts", or a .jsonl, .jsonl.gz, .tsv or .tsv.gz file.
+    name_or_path: "world_facts"; or a .jsonl, .jsonl.gz, .tsv or .tsv.gz file,
+      read into memory; or the directory of a `PassageStore`, opened.
 
   Raises:
     FileNotFoundError: there is no such file; names the nearest ones.
     ValueError: there is no such corpus, or a record cannot be used (with its
       line), or two have the same id (with both lines), or there are none.
   """
+  # Imported here: a store is made of the passages above.
+  from rag_jax.corpus import store
+
+  folder = epath.Path(name_or_path).expanduser()
+  is_folder = bool(name_or_path) and folder.is_dir()
+  if name_or_path not in BUNDLED and is_folder and store.is_store(folder):
+    return store.open_store(folder)
   path, end = _find(name_or_path)
   passages: list[Passage] = []
   lines: dict[str, int] = {}
