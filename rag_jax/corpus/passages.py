@@ -96,7 +96,7 @@ class Passages(Sequence[Passage]):
     return iter(self._passages)
 
   def __repr__(self) -> str:
-    return f"Passages({len(self)} from {self.origin})"
+    return f"{type(self).__name__}({len(self)} from {self.origin})"
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -111,14 +111,19 @@ class Passages(Sequence[Passage]):
     Raises:
       ValueError: there is none.
     """
-    if id not in self._rows:
-      some = [p.id for p in self._passages[:3]]
+    row = self._row_of(id)
+    if row is None:
+      some = [p.id for p in self[:3]]
       raise ValueError(
         f"No passage of {self.origin} has the id {id!r}. Expected one of its"
         f" {len(self)} ids, which look like {some}. Was the id taken from"
         " another corpus?"
       )
-    return self._passages[self._rows[id]]
+    return self[row]
+
+  def _row_of(self, id: str) -> int | None:
+    """Returns the row of the passage with this id; None if there is none."""
+    return self._rows.get(id)
 
 
 def _check(passage: Passage, where: str) -> Passage:
@@ -253,7 +258,7 @@ _READERS: dict[
 
 _EXPECTED = (
   f"one of the bundled corpora {sorted(BUNDLED)}, or a file whose name ends in"
-  f" one of {sorted(_READERS)}"
+  f" one of {sorted(_READERS)}, or the directory of a passage store"
 )
 
 
@@ -280,16 +285,24 @@ def _find(name_or_path: str) -> tuple[epath.Path, str]:
 
 
 def load_passages(name_or_path: str) -> Passages:
-  """Returns the passages of a bundled corpus or of a file.
+  """Returns the passages of a bundled corpus, of a file or of a store.
 
   Args:
-    name_or_path: "world_facts", or a .jsonl, .jsonl.gz, .tsv or .tsv.gz file.
+    name_or_path: "world_facts"; or a .jsonl, .jsonl.gz, .tsv or .tsv.gz file,
+      read into memory; or the directory of a `PassageStore`, opened.
 
   Raises:
     FileNotFoundError: there is no such file; names the nearest ones.
     ValueError: there is no such corpus, or a record cannot be used (with its
       line), or two have the same id (with both lines), or there are none.
   """
+  # Imported here: a store is made of the passages above.
+  from rag_jax.corpus import store
+
+  folder = epath.Path(name_or_path).expanduser()
+  is_folder = bool(name_or_path) and folder.is_dir()
+  if name_or_path not in BUNDLED and is_folder and store.is_store(folder):
+    return store.open_store(folder)
   path, end = _find(name_or_path)
   passages: list[Passage] = []
   lines: dict[str, int] = {}

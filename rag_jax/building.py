@@ -1,0 +1,84 @@
+"""A directory that one process builds at a time, with nothing else in it.
+
+In: the directory that a module is going to fill. Out: the same, made, locked,
+and known to hold at most what an interrupted build left there.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import fcntl
+import os
+
+from absl import logging
+from etils import epath
+
+from rag_jax.artifacts import MANIFEST
+from rag_jax.artifacts import is_local
+
+# Ends like a file that is not finished: no part of any manifest.
+_LOCK = ".lock.tmp"
+
+
+@contextlib.contextmanager
+def building(
+  directory: epath.PathLike, *, kind: str, own: Callable[[str], bool]
+) -> Iterator[epath.Path]:
+  """Yields `directory`, which nobody else builds until the `with` ends.
+
+  The lock is released when the process dies, however it does; the lock file
+  that stays behind means nothing.
+
+  Args:
+    directory: local; made if there is none.
+    kind: what is built, for messages.
+    own: whether a file of this name is one that the build writes.
+
+  Raises:
+    ValueError: it is in a bucket, somebody else builds there, or it holds
+      files of others.
+  """
+  directory = epath.Path(directory)
+  if not is_local(directory):
+    raise ValueError(
+      f"The {kind} cannot be built in {directory}, a bucket: its files are"
+      " appended to and mapped into memory. Expected a local directory. Build"
+      " it on a disk, and copy it to the bucket when it is complete."
+    )
+  directory.mkdir(parents=True, exist_ok=True)
+  lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+  try:
+    _take(lock, directory, kind)
+    foreign = [
+      name
+      for name in sorted(os.listdir(directory))
+      if name not in (_LOCK, MANIFEST) and not own(name)
+    ]
+    if foreign:
+      raise ValueError(
+        f"{directory} holds other files than the {kind} that is to be built"
+        f" there: {foreign[:5]}{' ...' if len(foreign) > 5 else ''}. Expected"
+        " an empty directory, or what an interrupted build left. Choose"
+        " another directory, or move the files."
+      )
+    yield directory
+  finally:
+    os.close(lock)  # which releases it
+
+
+def _take(lock: int, directory: epath.Path, kind: str) -> None:
+  """Raises `ValueError` if somebody else holds the lock."""
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise ValueError(
+      f"Somebody else is building a {kind} in {directory} right now. Expected"
+      " one writer in a directory at a time. Wait until that one ends, stop"
+      " it, or choose another directory."
+    ) from None
+  except OSError as error:  # some network file systems
+    logging.warning(
+      "The file system of %s has no locks (%s): make sure that nobody else"
+      " writes there.",
+      directory,
+      error,
+    )
