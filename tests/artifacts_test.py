@@ -213,3 +213,12 @@ def test_a_fingerprint_of_lines_knows_where_each_line_ends():
   assert artifacts.fingerprint_lines(iter(["a"])) == (
     artifacts.fingerprint_lines(["a"])
   )
+
+
+def test_the_size_of_a_directory_is_that_of_its_finished_files(tmp_path):
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "folder" / "a").write_bytes(bytes(10))
+  (tmp_path / "b").write_bytes(bytes(5))
+  (tmp_path / ".b.1234.tmp").write_bytes(bytes(100))
+  (tmp_path / artifacts.MANIFEST).write_bytes(bytes(100))
+  assert artifacts.directory_bytes(tmp_path) == 15

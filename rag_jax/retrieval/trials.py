@@ -94,6 +94,8 @@ class TunerResult:
     for trial in self.frontier:
       each = trial.memory_bytes / self.index.num_passages
       reaches = "yes" if trial.reaches(self.target_recall) else "no"
+      if trial.checked is not None and reaches == "no":
+        reaches += f": {trial.checked.mean:.4f} when checked"
       cells = [
         str(trial.recall),
         f"{trial.queries_per_second:,.0f}",

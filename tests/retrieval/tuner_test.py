@@ -250,6 +250,13 @@ def test_luck_with_a_few_questions_does_not_reach_a_target():
   assert trial(1.0, 0.9).reaches(1.0)
 
 
+def test_the_table_says_which_trials_were_lucky(tuned):
+  lucky = trial(0.99, 0.98, checked=TARGET - 0.05)
+  lucky.settings, lucky.queries_per_second = tuned.chosen.settings, 1e9
+  result = dataclasses.replace(tuned, trials=(*tuned.trials, lucky))
+  assert rows_of(result)[0][-1] == "no: 0.8500 when checked"
+
+
 @pytest.mark.parametrize("target", [0.0, -1.0, 1.01])
 def test_a_recall_that_cannot_be_is_refused(target, built):
   for use in (

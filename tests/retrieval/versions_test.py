@@ -287,3 +287,16 @@ def test_closing_ends_the_thread(make):
   assert set(threading.enumerate()) - before
   versions.close()
   assert set(threading.enumerate()) <= before
+
+
+def test_an_index_that_finds_too_little_is_not_adopted(make, monkeypatch):
+  versions = make()
+  index = versions._builder.build({"step": 0})
+
+  def check(index):
+    raise ValueError("finds too little")
+
+  monkeypatch.setattr(versions._builder, "check", check)
+  with pytest.raises(ValueError, match="finds too little"):
+    versions.adopt(index)
+  assert versions.index is None
