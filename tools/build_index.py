@@ -93,7 +93,9 @@ def main(argv: list[str]) -> None:
       unit=_UNIT.value,
       overlap=_OVERLAP.value,
     ),
-    fields=FieldNames(id=_ID.value, title=_TITLE.value, text=_TEXT.value),
+    fields=FieldNames(
+      id=_ID.value or "", title=_TITLE.value or "", text=_TEXT.value or ""
+    ),
     on_bad_record=_ON_BAD_RECORD.value,
     passage_length=_LENGTH.value,
     embed_batch_size=_BATCH.value,

@@ -188,9 +188,15 @@ def _sources(corpus: str) -> str:
   path = epath.Path(corpus).expanduser()
   if not artifacts.is_local(path) or not path.exists():
     return ""  # in a bucket, or of a library: known by its name alone
-  files = [path] if path.is_file() else sorted(path.rglob("*"))
+  files = [os.fspath(path)]
+  if path.is_dir():
+    files = [
+      os.path.join(folder, name)
+      for folder, _, names in os.walk(path)
+      for name in names
+    ]
   lines = []
-  for file in files:
+  for file in sorted(files):
     stat = os.stat(file)
     name = os.path.relpath(file, path)
     lines.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
@@ -235,6 +241,8 @@ def _write_passages(
     logging.info("%s holds the %d passages already.", path, len(store))
     return
   bad_records = BadRecords(config.on_bad_record)
+  in_tokens = config.split.unit == "tokens"
+  tokenizer = inputs.encoder.tokenizer if in_tokens else None
 
   def passages() -> Iterator[Passage]:
     cut = 0
@@ -243,7 +251,7 @@ def _write_passages(
       config.split,
       fields=config.fields,
       bad_records=bad_records,
-      tokenizer=inputs.encoder.tokenizer,
+      tokenizer=tokenizer,
     )
     while block := list(itertools.islice(read, _COUNTED)):
       cut += inputs.encoder.passage_rows(block, inputs.length)[2]

@@ -137,7 +137,7 @@ class SearchDirectory:
       embeddings = self.encoder.embed_questions(self._embedder, questions)
 
     def search(rows: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-      some = [questions[row] for row in rows]
+      some = [questions[int(row)] for row in rows]
       if mode == "dense":
         return self.index.search(embeddings[rows], depth)
       assert self.bm25 is not None

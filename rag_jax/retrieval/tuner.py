@@ -86,10 +86,6 @@ def tune(
   scann.check_import()
   settings = settings or TunerSettings()
   _check(target_recall, k, len(embeddings), len(sample_questions))
-  fingerprints = {
-    "encoder_fingerprint": encoder_fingerprint,
-    "passages_fingerprint": passages_fingerprint,
-  }
   start = dataclasses.replace(
     config,
     kind="scann",
@@ -100,7 +96,12 @@ def tune(
   every = dataclasses.replace(start, scann_tree_passages=len(embeddings) + 1)
 
   def build(chosen: IndexConfig) -> scann.ScannIndex:
-    index = build_index(embeddings, chosen, **fingerprints)
+    index = build_index(
+      embeddings,
+      chosen,
+      encoder_fingerprint=encoder_fingerprint,
+      passages_fingerprint=passages_fingerprint,
+    )
     assert isinstance(index, scann.ScannIndex)
     return index
 
