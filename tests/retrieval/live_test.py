@@ -158,7 +158,7 @@ def test_a_search_sees_one_version_never_a_mixture(live):
   threads.append(threading.Thread(target=reload))
   for thread in threads:
     thread.start()
-  for n in range(1, 25):
+  for n in range(1, 13):
     live.upsert(n * ones, np.arange(P))
     live.prune(keep=1)
   done.set()
