@@ -137,7 +137,8 @@ def search_device(
 
   Returns:
     Passage ids [B, K] int32 and scores [B, K] float32 of the stored
-    embeddings, best first; of equal scores the smaller id. Every device has
+    embeddings, best first; of equal scores the smaller id (of more than 16
+    equal passages at the last place some may be passed over). Every device has
     them all.
 
   Raises:

@@ -4,7 +4,6 @@ In: passage embeddings. Out: for each question the passages that the devices
 found, and a directory that holds the embeddings.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -43,7 +42,8 @@ class DeviceIndex:
     Args:
       inner: keeps the embeddings in float32 on the host.
       settings: how, as in `device.place_arrays`.
-      mesh: over which devices; None: those of this process.
+      mesh: over which devices; None: one of this process. Over several, do
+        not search in a thread while another program runs on them.
     """
     self.kind = "device"
     self.embeddings = inner.embeddings
@@ -52,8 +52,9 @@ class DeviceIndex:
     self.encoder_fingerprint = inner.encoder_fingerprint
     self.passages_fingerprint = inner.passages_fingerprint
     self.settings = settings
-    mesh = mesh or _mesh_over(jax.local_devices())
-    self.arrays = device.place_arrays(inner.embeddings[:], mesh, **settings)
+    self.arrays = device.place_arrays(
+      inner.embeddings[:], mesh or _one_device(), **settings
+    )
     on_devices = sum(x.nbytes for x in jax.tree.leaves(self.arrays))
     self.memory_bytes = inner.memory_bytes + on_devices
     self.certificate: Any = None  # see certificate.py
@@ -126,7 +127,7 @@ class DeviceIndex:
     Args:
       path: the directory.
       content: of its manifest, once that was checked (`index.load_index`).
-      mesh: over which devices, not those that it was saved from; None: those
+      mesh: over which devices, not those that it was saved from; None: one
         of this process.
 
     Raises:
@@ -145,8 +146,15 @@ class DeviceIndex:
     return cls(exact.ExactIndex.load(path, content), settings, mesh)
 
 
-def _mesh_over(devices: Sequence[Any]) -> Mesh:
-  """Returns a mesh of one axis."""
+def _one_device() -> Mesh:
+  """Returns a mesh of one device of this process.
+
+  Of one alone, because a thread may search while a step runs on all: two
+  programs that both wait for all devices could wait for each other.
+  """
   return jax.make_mesh(
-    (len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices
+    (1,),
+    ("rows",),
+    axis_types=(AxisType.Auto,),
+    devices=jax.local_devices()[:1],
   )

@@ -113,7 +113,7 @@ def build_index(
     config: how passages are searched.
     encoder_fingerprint: of the weights that embedded the passages.
     passages_fingerprint: of the passages.
-    mesh: of kind "device", where it lies; None: on this process's devices.
+    mesh: of kind "device", where it lies; None: on one local device.
 
   Raises:
     ValueError: no passages, not [P, R] numbers, or NaN or infinity in them.
@@ -205,7 +205,7 @@ def load_index(
     path: what `Index.save` was called with, or where that was moved to.
     encoder_fingerprint: of the weights that embed passages now; "" = any.
     passages_fingerprint: of the passages that ids stand for; "" = any.
-    mesh: of kind "device", where it will lie; None: on this process's devices.
+    mesh: of kind "device", where it will lie; None: on one local device.
 
   Raises:
     FileNotFoundError: no index was built there, or its build was cut off.

@@ -55,14 +55,12 @@ def exact(embeddings):
 
 
 @over(2, 4, 8)
-@pytest.mark.parametrize(("n_docs", "chunk_passages"), [(9, 0), (P, 7)])
-def test_the_exact_passages_are_found(count, chunk_passages, n_docs):
+def test_the_exact_passages_are_found(count):
   embeddings, questions = normal(P, R), normal(6, R, seed=1)
-  arrays = place_arrays(
-    embeddings, mesh_of(count), chunk_passages=chunk_passages
-  )
-  ids, scores = search(arrays, questions, n_docs=n_docs)
-  expected, expected_scores = exact(embeddings).search(questions, n_docs)
+  # Chunks that do not divide the rows, and more documents than a chunk has.
+  arrays = place_arrays(embeddings, mesh_of(count), chunk_passages=7)
+  ids, scores = search(arrays, questions, n_docs=9)
+  expected, expected_scores = exact(embeddings).search(questions, 9)
   np.testing.assert_array_equal(ids, expected)
   np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
 
@@ -90,6 +88,21 @@ def test_of_equal_passages_the_smaller_ids_come_first(
 
 
 @over(8)
+def test_equal_passages_stay_equal_where_a_matrix_product_rounds_them_apart(
+  count,
+):
+  # For one question XLA on a CPU sums the last of these rows in another order.
+  same = np.arange(0, 97, 8)
+  for seed in (1, 2, 3):
+    question, embeddings = normal(1, 100, seed=seed), normal(97, 100)
+    embeddings[same] = embeddings[0] + question / 3
+    arrays = place_arrays(embeddings, mesh_of(count))
+    ids, scores = search(arrays, question, n_docs=5)
+    np.testing.assert_array_equal(ids[0], same[:5])
+    assert len(np.unique(scores)) == 1
+
+
+@over(8)
 @pytest.mark.parametrize("num_passages", [1, 9])
 def test_rows_that_fill_up_are_never_found(count, num_passages):
   # Every real score is negative, that of a row of zeros would be 0.
@@ -106,7 +119,7 @@ def test_rows_that_fill_up_are_never_found(count, num_passages):
 
 
 @over(8)
-@STORAGES
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
 def test_what_is_gathered_are_the_rows_themselves(count, storage):
   embeddings = normal(P, R)
   tokens = np.random.default_rng(1).integers(0, 60_000, (P, L), np.uint16)
@@ -120,7 +133,7 @@ def test_what_is_gathered_are_the_rows_themselves(count, storage):
   np.testing.assert_array_equal(mask, np.arange(L) < lengths[ids][..., None])
   rows = np.asarray(jax.jit(gather_embeddings)(arrays, ids))
   step = np.abs(embeddings[ids]).max(axis=-1, keepdims=True)
-  allowed = {"float32": 0.0, "bfloat16": 2**-8, "int8": 0.5 / 127}[storage]
+  allowed = {"bfloat16": 2**-8, "int8": 0.5 / 127}[storage]
   assert np.all(np.abs(rows - embeddings[ids]) <= allowed * step * 1.0001)
 
 
@@ -187,14 +200,13 @@ def test_only_the_winners_travel_between_devices(
 
 
 @over(8)
-@pytest.mark.parametrize("chunk_passages", [0, 100])
-def test_an_approximate_search_reaches_its_recall_target(count, chunk_passages):
+def test_an_approximate_search_reaches_its_recall_target(count):
   embeddings, questions = normal(4000, R), normal(50, R, seed=1)
   arrays = place_arrays(
     embeddings,
     mesh_of(count),
     recall_target=0.9,
-    chunk_passages=chunk_passages,
+    chunk_passages=100,
   )
   program = search.lower(arrays, questions, n_docs=10).as_text()
   assert "ApproxTopK" in program
@@ -270,4 +282,4 @@ def test_all_of_this_holds_on_two_four_and_eight_devices():
     },
   )
   assert done.returncode == 0, done.stdout + done.stderr
-  assert re.search(r"\b2\d passed, \d+ deselected", done.stdout), done.stdout
+  assert re.search(r"\b1\d passed, \d+ deselected", done.stdout), done.stdout

@@ -158,14 +158,14 @@ def test_a_search_sees_one_version_never_a_mixture(live):
   threads.append(threading.Thread(target=reload))
   for thread in threads:
     thread.start()
-  for n in range(1, 25):
+  for n in range(1, 13):
     live.upsert(n * ones, np.arange(P))
     live.prune(keep=1)
   done.set()
   for thread in threads:
     thread.join()
   assert not problems
-  assert len(seen) > 3  # the readers did see versions come
+  assert len(seen) > 1  # the readers did see versions come
 
 
 def test_two_writers_take_turns_and_lose_nothing(live):
