@@ -15,6 +15,7 @@ import pytest
 from rag_jax import artifacts
 from rag_jax.config import DataConfig
 from rag_jax.corpus import token_store
+from rag_jax.corpus import tokenized as tokenized_lib
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.store import write_store
@@ -269,6 +270,7 @@ def test_a_writer_begins_again_where_it_cannot_go_on(
 KILLED = """
 import os, signal, sys
 from rag_jax.corpus import token_store
+from rag_jax.corpus import tokenized as tokenized_lib
 from rag_jax.corpus.store import open_store
 from rag_jax.corpus.tokenizer import load_tokenizer
 
@@ -373,6 +375,7 @@ def test_memory_does_not_grow_with_the_passages(
 ):
   monkeypatch.setattr(artifacts, "_READ_BYTES", 1 << 14)
   monkeypatch.setattr(token_store, "_BLOCK_ROWS", 32)
+  monkeypatch.setattr(tokenized_lib, "_SAMPLE", 32)
   store = write_store(tmp_path / "store", make(400))
   limit = 350_000
   args = (store, tokenizer, 256)
