@@ -4,7 +4,8 @@ In: text. Out: token ids, mostly without special tokens, which data/ adds where
 they belong. The one file that imports transformers, for its tokenizers alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+import functools
 import logging
 import os
 import re
@@ -102,22 +103,63 @@ class Tokenizer:
     encodings = self._backend.backend_tokenizer.encode_batch(
       list(texts), add_special_tokens=False
     )
-    begins = []
-    for text, encoding in zip(texts, encodings, strict=True):
-      words = {word.start() for word in _WORD.finditer(text)}
-      # A token may hold the space before its word; of several tokens of one
-      # character, the first begins it.
-      places = [
-        start + len(text[start:end]) - len(text[start:end].lstrip())
-        for start, end in encoding.offsets
-      ]
-      begins.append(
-        [
-          place in words and place not in places[:i]
-          for i, place in enumerate(places)
-        ]
-      )
+    begins = [
+      _begins_word(text, encoding.offsets, _word_starts(text))
+      for text, encoding in zip(texts, encodings, strict=True)
+    ]
     return [encoding.ids for encoding in encodings], begins
+
+  def encode_joined(
+    self, texts: Sequence[Sequence[str]]
+  ) -> tuple[list[list[int]], list[list[bool]]]:
+    """Returns what `encode_words` does, of texts in one string.
+
+    Each is followed by the end token, as it is written: "title</s>text</s>".
+    Special tokens are read as what they are, so nothing that somebody else
+    wrote may hold one: see `holds_special`.
+    """
+    if not texts:
+      return [], []
+    end = self._end_text
+    joined = ["".join(part + end for part in parts) for parts in texts]
+    encodings = self._reading_special.encode_batch(
+      joined, add_special_tokens=False
+    )
+    begins = []
+    for parts, whole, encoding in zip(texts, joined, encodings, strict=True):
+      words, start = set[int](), 0
+      for part in parts:
+        words |= {start + place for place in _word_starts(part)}
+        start += len(part)
+        words.add(start)  # the end token
+        start += len(end)
+      begins.append(_begins_word(whole, encoding.offsets, words))
+    return [encoding.ids for encoding in encodings], begins
+
+  def holds_special(self, text: str) -> bool:
+    """Returns whether a special token is written in `text`."""
+    return any(special in text for special in self._special_texts)
+
+  @functools.cached_property
+  def _end_text(self) -> str:
+    return str(self._backend.convert_ids_to_tokens(self.eos_id))
+
+  @functools.cached_property
+  def _special_texts(self) -> list[str]:
+    added = self._backend.backend_tokenizer.get_added_tokens_decoder()
+    return [token.content for token in added.values() if token.special]
+
+  @functools.cached_property
+  def _reading_special(self) -> tokenizers.Tokenizer:
+    """A copy for which "</s>" in a string is the end token."""
+    return tokenizers.Tokenizer.from_str(
+      self._backend.backend_tokenizer.to_str()
+    )
+
+  @functools.cached_property
+  def largest_id(self) -> int:
+    """The largest id that can occur; `vocab_size` - 1, if there are no gaps."""
+    return max(self._backend.get_vocab().values())
 
   def encode_inputs(
     self, texts: Sequence[str], length: int
@@ -172,6 +214,25 @@ class Tokenizer:
   def save(self, path: epath.PathLike) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json` to a directory."""
     self._backend.save_pretrained(os.fspath(path))
+
+
+def _word_starts(text: str) -> set[int]:
+  return {word.start() for word in _WORD.finditer(text)}
+
+
+def _begins_word(
+  text: str, offsets: Sequence[tuple[int, int]], words: Set[int]
+) -> list[bool]:
+  """Returns whether each token begins one of the words that start there."""
+  begins, seen = [], set[int]()
+  for start, end in offsets:
+    # A token may hold the space before its word; of several tokens of one
+    # character, the first begins it.
+    piece = text[start:end]
+    place = start + len(piece) - len(piece.lstrip())
+    begins.append(place in words and place not in seen)
+    seen.add(place)
+  return begins
 
 
 def _older_kind(path: epath.Path) -> str:

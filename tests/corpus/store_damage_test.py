@@ -10,7 +10,6 @@ import sys
 
 import pytest
 
-from rag_jax.building import building
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import load_passages
 from rag_jax.corpus.store import PassageStore
@@ -160,18 +159,6 @@ def test_of_two_writers_one_is_refused_and_the_other_finishes(tmp_path):
   store = write_store(tmp_path / "s", first(), passages_per_shard=10)
   assert list(store) == expected
   assert list(open_store(tmp_path / "s")) == expected
-
-
-def test_a_file_system_without_locks_is_warned_about(
-  tmp_path, monkeypatch, caplog
-):
-  def no_locks(file, how):
-    raise OSError(95, "Operation not supported")
-
-  monkeypatch.setattr("fcntl.flock", no_locks)
-  with building(tmp_path, kind="thing", own=lambda name: False) as path:
-    assert path == tmp_path
-  assert "has no locks ([Errno 95]" in caplog.text
 
 
 @contextlib.contextmanager

@@ -1,0 +1,78 @@
+"""One builds in a directory at a time, and only where nothing else lies."""
+
+import pytest
+
+from rag_jax import artifacts
+from rag_jax.building import building
+
+
+def build(path):
+  return building(path, kind="thing", own=lambda name: name.endswith(".part"))
+
+
+def test_the_directory_is_made_and_no_lock_gets_into_its_manifest(tmp_path):
+  with build(tmp_path / "a" / "b") as path:
+    (path / "1.part").write_text("x")
+    artifacts.write_manifest(path, kind="thing", format=1, content={})
+  manifest = (path / artifacts.MANIFEST).read_text()
+  assert "1.part" in manifest
+  assert "lock" not in manifest
+
+
+def test_a_second_one_is_refused_until_the_first_ends(tmp_path):
+  with build(tmp_path):
+    with (
+      pytest.raises(ValueError, match=r"else is building a thing .*Wait until"),
+      build(tmp_path),
+    ):
+      pytest.fail("two build at once")
+    # One that was refused does not release the lock of the other.
+    with pytest.raises(ValueError, match="else is building"):
+      build(tmp_path).__enter__()
+  with build(tmp_path):
+    pass
+
+
+def test_the_lock_is_released_by_an_error(tmp_path):
+  with pytest.raises(KeyError), build(tmp_path):
+    raise KeyError
+  with build(tmp_path):
+    pass
+
+
+def test_what_an_interrupted_build_left_may_lie_there(tmp_path):
+  for name in ("1.part", artifacts.MANIFEST):
+    (tmp_path / name).write_text("x")
+  with build(tmp_path) as path:
+    assert (path / "1.part").exists()
+
+
+def test_files_of_others_are_named_and_left_alone(tmp_path):
+  for i in range(7):
+    (tmp_path / f"{i}.txt").write_text("years of work")
+  with (
+    pytest.raises(ValueError, match=r"other files .*'0.txt'.* \.\.\..*Choose"),
+    build(tmp_path),
+  ):
+    pytest.fail("built among files of others")
+  assert len(list(tmp_path.glob("*.txt"))) == 7
+
+
+def test_a_bucket_is_refused():
+  with (
+    pytest.raises(ValueError, match=r"gs://b/x, a bucket.*Build it on a disk"),
+    build("gs://b/x"),
+  ):
+    pytest.fail("built in a bucket")
+
+
+def test_a_file_system_without_locks_is_warned_about(
+  tmp_path, monkeypatch, caplog
+):
+  def no_locks(file, how):
+    raise OSError(95, "Operation not supported")
+
+  monkeypatch.setattr("fcntl.flock", no_locks)
+  with build(tmp_path) as path:
+    assert path == tmp_path
+  assert "has no locks ([Errno 95]" in caplog.text
