@@ -30,8 +30,9 @@ def _read_tsv(
   path: epath.PathLike, fields: FieldNames, bad_records: BadRecords
 ) -> Iterator[Document]:
   del fields  # the file's first line names them
+  name = str(path)
   for line, p in read_psgs_w100(path, bad_records=bad_records):
-    yield Document(p.id, p.title, p.text, (), f"{path}:{line}")
+    yield Document(p.id, p.title, p.text, (), f"{name}:{line}")
 
 
 _READERS: dict[

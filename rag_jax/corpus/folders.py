@@ -50,7 +50,7 @@ def _html(raw: bytes, path: epath.Path) -> tuple[str, str]:
   except ValueError:
     try:
       page = raw.decode(declared_encoding(raw))
-    except (LookupError, UnicodeDecodeError):
+    except (LookupError, UnicodeError):
       page = ""
     if not page:
       raise

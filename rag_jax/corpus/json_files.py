@@ -82,8 +82,9 @@ def read_jsonl_documents(
   path: epath.PathLike, fields: FieldNames, bad_records: BadRecords
 ) -> Iterator[Document]:
   """Yields the documents of a file with one JSON object a line."""
+  name = str(path)
   records = (
-    (f"{path}:{line}", record)
+    (f"{name}:{line}", record)
     for line, record in read_records(path, required={}, bad_records=bad_records)
   )
   yield from record_documents(records, fields, bad_records)

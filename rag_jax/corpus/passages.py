@@ -195,7 +195,7 @@ def read_psgs_w100(
     ValueError: names the line that is not like that. A wrong first line is
       never skipped: all others would be wrong too.
   """
-  bad = bad_records or BadRecords("fail")
+  bad, name = bad_records or BadRecords("fail"), str(path)
   taken: list[int] = []  # the lines of one row
 
   def lines() -> Iterator[str]:
@@ -223,7 +223,7 @@ def read_psgs_w100(
       continue
     if row is None:
       return
-    where = f"{path}:{taken[0]}"
+    where = f"{name}:{taken[0]}"
     if header is None:
       header = row
       if header != _TSV_HEADER:

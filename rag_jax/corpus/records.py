@@ -137,6 +137,7 @@ def read_lines(
     ValueError: names the line, and the byte, where it is no such file.
   """
   path, bad = epath.Path(path), bad_records or BadRecords("fail")
+  name = str(path)  # once: it takes as long as to read a line
   line, offset = 0, 0
   with path.open("rb") as file:
     stream = cast(BinaryIO, file)
@@ -146,7 +147,7 @@ def read_lines(
       for raw in stream:
         line, start, offset = line + 1, offset, offset + len(raw)
         try:
-          text = _decode(raw, f"{path}:{line}", start)
+          text = _decode(raw, f"{name}:{line}", start)
         except ValueError as error:
           bad.refuse("undecodable", error)
           continue
@@ -154,7 +155,7 @@ def read_lines(
           text = text[1:]
         yield line, text
     except _GZIP_ERRORS as error:
-      bad.refuse("undecodable", _damaged(f"{path}:{line + 1}", error))
+      bad.refuse("undecodable", _damaged(f"{name}:{line + 1}", error))
 
 
 def read_bytes(path: epath.PathLike) -> bytes:
@@ -306,12 +307,12 @@ def read_records(
     ValueError: a record is not like that; says `path:line`, what is wrong,
       what was expected and what to do.
   """
-  bad = bad_records or BadRecords("fail")
+  bad, name = bad_records or BadRecords("fail"), str(path)
   for line, text in read_lines(path, bad_records=bad):
     text = text.strip()
     if not text:
       continue
-    where = f"{path}:{line}"
+    where = f"{name}:{line}"
     try:
       record = _parse(text, where)
       check_fields(record, where, required=required, optional=optional)

@@ -43,16 +43,17 @@ def _beir_record(row: Mapping[str, Any], where: str) -> dict[str, Any]:
   """Returns a row of beir/* as the line of corpus.jsonl that it was."""
   try:
     metadata = parse_json(row["passage_metadata"] or "{}")
-    title = metadata.pop("title", "")
-  except (ValueError, AttributeError) as error:
+  except ValueError:
+    metadata = None
+  if not isinstance(metadata, dict):
     raise ValueError(
       f"{where}: passage_metadata is {shorten(row['passage_metadata'])}."
       " Expected a JSON object, as in BEIR's corpus.jsonl. Delete the prepared"
       " data set, and it is prepared again; or skip bad records."
-    ) from error
+    )
   return {
     "_id": row["passage_id"],
-    "title": title,
+    "title": metadata.pop("title", ""),
     "text": row["passage"],
     "metadata": metadata,
   }

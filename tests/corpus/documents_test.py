@@ -210,13 +210,13 @@ def test_of_a_damaged_gzip_file_what_comes_before_is_read(write, name):
     f"{i}\tsome text {i * 7919}\tT\n"
     if end == "x.tsv"
     else jsonl([{"id": i, "text": f"some text {i * 7919}"}])
-    for i in range(20_000)
+    for i in range(4_000)
   )
   packed = gzip.compress((data + lines).encode())
   path = write(packed[: len(packed) // 2], name)
   refused(path, f"{path}:", "the gzip data is damaged or cut off", "Expected")
   documents, report = skipped(path)
-  assert 1_000 < len(documents) < 19_000
+  assert 200 < len(documents) < 3_800
   assert plain(documents)[:2] == EXPECTED
   assert report.dropped["undecodable"] == 1
   assert report.dropped["bad_record"] == 0

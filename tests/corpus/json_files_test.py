@@ -43,7 +43,7 @@ def read(path, action="fail", **kwargs):
 
 def refused(path, *parts):
   """Reading fails, and the message has every part in this order."""
-  with pytest.raises(ValueError, match="x.json") as info:
+  with pytest.raises(ValueError, match=r"x\.json") as info:
     read(path)
   message = str(info.value)
   for part in parts:

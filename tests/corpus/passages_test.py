@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from rag_jax.artifacts import fingerprint_lines
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.passages import load_passages
@@ -319,3 +320,23 @@ def test_a_file_of_another_kind_is_refused(write, name):
     *("cannot be read by the end of their name", "." + name.split(".")[1]),
     *("['.jsonl', '.jsonl.gz', '.tsv', '.tsv.gz']", "Convert or rename"),
   )
+
+
+def test_metadata_changes_the_fingerprint_only_where_there_is_some():
+  def fingerprint(*passages):
+    return Passages(passages, origin="here").fingerprint
+
+  plain = Passage("a", "T", "x")
+  lang = (("lang", "en"),)
+  tagged = [
+    Passage("a", "T", "x", lang),
+    Passage("a", "T", "x", (("lang", "de"),)),
+    Passage("a", "T", "x", (("lan", "gen"),)),
+    Passage("a", "T", "x", lang * 2),
+  ]
+  assert fingerprint(Passage("a", "T", "x", ())) == fingerprint(plain)
+  assert fingerprint(plain) == fingerprint_lines(["a", "T", "x"])
+  assert len({fingerprint(p) for p in (plain, *tagged)}) == 5
+  second = Passage("b", "", "y")
+  swapped = (plain, Passage("b", "", "y", lang))
+  assert fingerprint(tagged[0], second) != fingerprint(*swapped)

@@ -91,7 +91,7 @@ def test_the_json_holds_the_whole_report():
 def test_an_empty_corpus_is_an_error_that_shows_the_report():
   report = CorpusReport()
   report.drop("empty", "a.jsonl:1: no text")
-  with pytest.raises(ValueError, match="a.jsonl holds no passages") as info:
+  with pytest.raises(ValueError, match=r"a\.jsonl holds no passages") as info:
     raise_empty("a.jsonl", report)
   assert "Expected at least one document" in str(info.value)
   assert "a.jsonl:1: no text" in str(info.value)
