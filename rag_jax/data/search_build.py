@@ -8,7 +8,7 @@ the next one goes on from there.
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import itertools
+import functools
 import json
 import os
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 from absl import logging
 from etils import epath
 import jax
-import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.building import building
@@ -30,6 +29,9 @@ from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.store import write_store
+from rag_jax.corpus.token_store import open_tokens
+from rag_jax.corpus.token_store import write_tokens
+from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.data.search_directory import BM25
 from rag_jax.data.search_directory import ENCODER
 from rag_jax.data.search_directory import FORMAT
@@ -53,8 +55,9 @@ from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.index import resolve_kind
 from rag_jax.retrieval.retriever import Embedder
 
-_COUNTED = 4096  # passages tokenised at a time, to count what will be cut
-_PARTS = (PASSAGES, ENCODER, INDEX, BM25)
+# Only while it is built; named like what is not finished, for no manifest.
+_TOKENS = ".tokens.tmp"
+_PARTS = (PASSAGES, ENCODER, INDEX, BM25, _TOKENS)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -110,9 +113,13 @@ def build_search_directory(
       _write_passages(output / PASSAGES, corpus, config, inputs)
       where = question_encoder or encoder
       save_encoder(inputs.asking, output / ENCODER, where)
+      _tokenize(output / _TOKENS, inputs, PassageStore(output / PASSAGES))
     wait_for_all("building: the passages are there")
     store = PassageStore(output / PASSAGES)
-    _embed(output / INDEX, config, inputs, store)
+    tokenized = open_tokens(
+      output / _TOKENS, store, inputs.encoder.tokenizer, inputs.length
+    )
+    _embed(output / INDEX, config, inputs, store, tokenized)
     if first:
       _build_index(output / INDEX, config, inputs, store, questions)
       if config.bm25:
@@ -122,6 +129,7 @@ def build_search_directory(
       content = {
         "plan": inputs.plan,
         "num_passages": len(store),
+        "num_cut": tokenized.num_cut,  # longer than what is embedded
         "passages_fingerprint": store.fingerprint,
         "passage_encoder_fingerprint": inputs.encoder.fingerprint,
       }
@@ -129,6 +137,7 @@ def build_search_directory(
         output, kind=KIND, format=FORMAT, content=content, nested=True
       )
       finish(output / INDEX)
+      (output / _TOKENS).rmtree()
     wait_for_all("building: the directory is complete")
   return SearchDirectory(output)
 
@@ -234,7 +243,6 @@ def _write_passages(
   """Writes the passages of the corpus, unless they are there already."""
   named = ("corpus", "sources", "split", "fields", "on_bad_record")
   made = {name: inputs.plan[name] for name in named}
-  made["passage_length"] = inputs.length
   if (path / artifacts.MANIFEST).exists():
     store = PassageStore(path)
     _check_same(path, dict(store.config), made)
@@ -245,38 +253,45 @@ def _write_passages(
   tokenizer = inputs.encoder.tokenizer if in_tokens else None
 
   def passages() -> Iterator[Passage]:
-    cut = 0
-    read = read_passages(
+    for passage in read_passages(
       corpus,
       config.split,
       fields=config.fields,
       bad_records=bad_records,
       tokenizer=tokenizer,
-    )
-    while block := list(itertools.islice(read, _COUNTED)):
-      cut += inputs.encoder.passage_rows(block, inputs.length)[2]
-      yield from block
+    ):
+      yield passage
       logging.log_every_n_seconds(
         logging.INFO, "Read %d passages.", 10, bad_records.report.passages
       )
     # Only now is it known; the store writes its manifest after the last.
     made["report"] = bad_records.report.content()
-    made["cut_by_encoder"] = cut
 
   store = write_store(path, passages(), config=made)
+  logging.info("%d passages of %s:\n%s", len(store), corpus, bad_records.report)
+
+
+def _tokenize(
+  path: epath.Path, inputs: _Inputs, store: PassageStore
+) -> TokenizedPassages:
+  """Writes the tokens that are embedded, or opens them if they are there."""
+  tokenized = write_tokens(path, store, inputs.encoder.tokenizer, inputs.length)
   logging.info(
-    "%d passages of %s:\n%s\n%d of them are longer than %d tokens; what is"
-    " beyond is not embedded.",
+    "%d of %d passages are longer than %d tokens; what is beyond is not"
+    " embedded.",
+    tokenized.num_cut,
     len(store),
-    corpus,
-    bad_records.report,
-    made["cut_by_encoder"],
     inputs.length,
   )
+  return tokenized
 
 
 def _embed(
-  path: epath.Path, config: BuildConfig, inputs: _Inputs, store: PassageStore
+  path: epath.Path,
+  config: BuildConfig,
+  inputs: _Inputs,
+  store: PassageStore,
+  tokenized: TokenizedPassages,
 ) -> None:
   """Embeds all passages, unless the index over them is there already."""
   if (path / artifacts.MANIFEST).exists():
@@ -286,11 +301,6 @@ def _embed(
   mesh = make_mesh(MeshConfig(data=len(devices)), devices)
   encoder = inputs.encoder
   embedder = Embedder(encoder.model, batch, mesh)
-
-  def passage_tokens(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    some = store.get(rows)
-    tokens, mask, _ = encoder.passage_rows(some, inputs.length)
-    return tokens, mask
 
   job = EmbeddingJob(
     num_passages=len(store),
@@ -302,7 +312,8 @@ def _embed(
     encoder_fingerprint=encoder.fingerprint,
     passages_fingerprint=store.fingerprint,
   )
-  embed_corpus(path, job, embedder, encoder.params, passage_tokens)
+  rows = functools.partial(encoder.passage_rows, tokenized)
+  embed_corpus(path, job, embedder, encoder.params, rows)
 
 
 def _build_index(

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, PyTree
 import numpy as np
 
 from rag_jax.config import EncoderConfig
-from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.models.encoders import OneTower
@@ -56,27 +56,19 @@ class TextEncoder:
     return retriever.fingerprint(self.params)
 
   def passage_rows(
-    self, passages: Sequence[Passage], length: int = 0
-  ) -> tuple[Int[np.ndarray, "N L"], Bool[np.ndarray, "N L"], int]:
-    """Returns tokens, mask, and how many passages were cut.
+    self, tokenized: TokenizedPassages, rows: Int[np.ndarray, "N"]
+  ) -> tuple[Int[np.ndarray, "N L"], Bool[np.ndarray, "N L"]]:
+    """Returns what the encoder reads of passages, and the mask.
 
     <s> title </s> text </s>, as DPR reads them, and <s> text </s> without a
     title; <s> is left out where the tokenizer has none.
-
-    Args:
-      passages: any number.
-      length: tokens a row, L; 0: `max_tokens`.
     """
-    tokenizer, length = self.tokenizer, length or self.max_tokens
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    end = [tokenizer.eos_id]
-    titles = tokenizer.encode([p.title for p in passages])
-    texts = tokenizer.encode([p.text for p in passages])
-    rows = [
-      [*start, *(title + end if title else []), *text, *end]
-      for title, text in zip(titles, texts, strict=True)
-    ]
-    return _padded(rows, length, tokenizer)
+    first = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+    body = np.asarray(tokenized.tokens[rows], np.int32)
+    start = np.broadcast_to(np.array(first, np.int32), (len(body), len(first)))
+    tokens = np.concatenate([start, body], axis=1)
+    lengths = np.asarray(tokenized.lengths[rows])[:, None] + len(first)
+    return tokens, np.arange(tokens.shape[1]) < lengths
 
   def question_rows(
     self, questions: Sequence[str]
