@@ -56,6 +56,9 @@ _ON_BAD_RECORD = flags.DEFINE_enum(
   "on_bad_record", "fail", list(BadRecords.ACTIONS),
   "Stop at a record that cannot be used, or count it and go on.",
 )  # fmt: skip
+_DUPLICATES = flags.DEFINE_bool(
+  "drop_duplicate_texts", True, "--no... where ids are judged, as BEIR's."
+)
 _ID, _TITLE, _TEXT = (
   flags.DEFINE_string(f"{name}_field", getattr(_FIELDS, name), "In JSON.")
   for name in ("id", "title", "text")
@@ -71,6 +74,11 @@ _STORAGE = flags.DEFINE_enum(
 )
 _KIND = flags.DEFINE_enum(
   "kind", "auto", ["auto", "exact", "scann"], "auto: ScaNN if it is installed."
+)
+_TARGET_RECALL = flags.DEFINE_float(
+  "target_recall",
+  0.0,
+  "Of index_recall@10 that ScaNN is tuned to; 0: it is not.",
 )
 _BM25 = flags.DEFINE_bool("bm25", True, "Index the words too.")
 _CACHE_DIR = flags.DEFINE_string(
@@ -97,9 +105,11 @@ def main(argv: list[str]) -> None:
       id=_ID.value or "", title=_TITLE.value or "", text=_TEXT.value or ""
     ),
     on_bad_record=_ON_BAD_RECORD.value,
+    drop_duplicate_texts=_DUPLICATES.value,
     passage_length=_LENGTH.value,
     embed_batch_size=_BATCH.value,
     storage=_STORAGE.value,
+    target_recall=_TARGET_RECALL.value,
     bm25=_BM25.value,
   )
   config.index.kind = _KIND.value

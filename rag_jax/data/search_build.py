@@ -54,9 +54,11 @@ from rag_jax.retrieval.embeddings import open_embeddings
 from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.index import resolve_kind
 from rag_jax.retrieval.retriever import Embedder
+from rag_jax.retrieval.tuner import tune
 
 # Only while it is built; named like what is not finished, for no manifest.
 _TOKENS = ".tokens.tmp"
+_LEAST_QUESTIONS = 20  # to tune an index with
 _PARTS = (PASSAGES, ENCODER, INDEX, BM25, _TOKENS)
 
 
@@ -67,12 +69,16 @@ class BuildConfig:
   split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
   fields: FieldNames = DEFAULT_FIELDS  # of JSON records
   on_bad_record: str = "fail"  # or "skip": counted and left out
+  drop_duplicate_texts: bool = True  # False: where ids are judged, as BEIR's
   passage_length: int = 0  # tokens that are embedded; 0: as the encoder says
   embed_batch_size: int = 32  # passages
   passages_per_embedding_shard: int = 16_384  # lost at most, if interrupted
   storage: str = "float32"  # of embeddings; or "bfloat16", "int8"
   index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
+  # Of index_recall@10, which the ScaNN index is tuned to; 0: not tuned.
+  target_recall: float = 0.0
   bm25: bool = True  # words can be searched too
+  speed_secs: float = 1.0  # that each batch size is timed for the certificate
 
 
 def build_search_directory(
@@ -101,7 +107,7 @@ def build_search_directory(
     OSError: the disk is full.
   """
   check_storage(config.storage)
-  resolve_kind(config.index.kind)
+  _check_tuning(config, questions)
   output = epath.Path(output).expanduser()
   first = jax.process_index() == 0
   lock = building(output, kind=KIND, own=_PARTS.__contains__)
@@ -136,10 +142,28 @@ def build_search_directory(
       artifacts.write_manifest(
         output, kind=KIND, format=FORMAT, content=content, nested=True
       )
-      finish(output / INDEX)
-      (output / _TOKENS).rmtree()
+      _clean(output)
     wait_for_all("building: the directory is complete")
   return SearchDirectory(output)
+
+
+def _check_tuning(config: BuildConfig, questions: Sequence[str]) -> None:
+  """Raises `ValueError` if the index cannot be tuned as asked."""
+  kind = resolve_kind(config.index.kind)
+  if not config.target_recall:
+    return
+  if kind != "scann" or not 0 < config.target_recall <= 1:
+    raise ValueError(
+      f"target_recall={config.target_recall} with an index of kind {kind!r};"
+      " expected a number above 0 and at most 1, and kind 'scann', the only one"
+      " that is tuned. Change them, or leave target_recall at 0."
+    )
+  if len(questions) < _LEAST_QUESTIONS:
+    raise ValueError(
+      f"target_recall={config.target_recall} is tuned on questions, of which"
+      f" there are {len(questions)}; expected at least {_LEAST_QUESTIONS}: half"
+      " of them to tune on, half for the certificate. Give a file of them."
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -215,9 +239,17 @@ def _sources(corpus: str) -> str:
 def _reopen(output: epath.Path, plan: dict[str, Any]) -> SearchDirectory:
   """Returns the complete directory, if it is what would be built."""
   directory = SearchDirectory(output)
+  _clean(output)  # which it may have been cut off before
   _check_same(output, directory.content.get("plan", {}), plan)
   logging.info("%s is complete already.", output)
   return directory
+
+
+def _clean(output: epath.Path) -> None:
+  """Removes what only an unfinished directory needs."""
+  finish(output / INDEX)
+  if (output / _TOKENS).exists():
+    (output / _TOKENS).rmtree()
 
 
 def _check_same(
@@ -241,7 +273,10 @@ def _write_passages(
   path: epath.Path, corpus: str, config: BuildConfig, inputs: _Inputs
 ) -> None:
   """Writes the passages of the corpus, unless they are there already."""
-  named = ("corpus", "sources", "split", "fields", "on_bad_record")
+  named = (
+    "corpus", "sources", "split", "fields", "on_bad_record",
+    "drop_duplicate_texts",
+  )  # fmt: skip
   made = {name: inputs.plan[name] for name in named}
   if (path / artifacts.MANIFEST).exists():
     store = PassageStore(path)
@@ -259,6 +294,7 @@ def _write_passages(
       fields=config.fields,
       bad_records=bad_records,
       tokenizer=tokenizer,
+      drop_duplicate_texts=config.drop_duplicate_texts,
     ):
       yield passage
       logging.log_every_n_seconds(
@@ -326,15 +362,30 @@ def _build_index(
   """Builds and certifies the index, unless it is there already."""
   if (path / artifacts.MANIFEST).exists():
     return
-  index = build_index(
-    open_embeddings(path),
-    config.index,
-    encoder_fingerprint=inputs.encoder.fingerprint,
-    passages_fingerprint=store.fingerprint,
-  )
+  embeddings = open_embeddings(path)
   sample = None
   if questions:
     embedder = Embedder(inputs.asking.model, 1)
     sample = inputs.asking.embed_questions(embedder, questions)
-  index.certificate = certify(index, sample)
+  if config.target_recall:
+    assert sample is not None
+    tuned = tune(
+      embeddings[:],
+      sample[::2],
+      target_recall=config.target_recall,
+      k=min(10, len(store)),
+      config=config.index,
+      encoder_fingerprint=inputs.encoder.fingerprint,
+      passages_fingerprint=store.fingerprint,
+    )
+    logging.info("What was tried:\n%s", tuned.table())
+    index, sample = tuned.index, sample[1::2]
+  else:
+    index = build_index(
+      embeddings,
+      config.index,
+      encoder_fingerprint=inputs.encoder.fingerprint,
+      passages_fingerprint=store.fingerprint,
+    )
+  index.certificate = certify(index, sample, speed_secs=config.speed_secs)
   index.save(path)

@@ -1,0 +1,245 @@
+"""A folder of text becomes a directory that answers, whatever happens."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from small_encoder import POSITIONS
+from small_encoder import write_encoder
+from small_search import QUESTION
+from small_search import build
+from small_search import config
+from small_search import files_of
+
+from rag_jax.building import building
+from rag_jax.data import search_build
+from rag_jax.data.search_directory import SearchDirectory
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(built):
+  return files_of(built.path)
+
+
+def test_the_certificate_stands_in_the_manifest(built):
+  manifest = json.loads((built.path / "index/manifest.json").read_text())
+  certificate = manifest["content"]["certificate"]
+  assert [r["k"] for r in certificate["recalls"]] == [1, 10, 39]
+  assert all(r["mean"] == 1.0 for r in certificate["recalls"])
+  assert certificate["sample"] == "passages"
+
+
+def test_questions_certify_the_index_where_they_are_given(
+  corpus, encoder, tmp_path
+):
+  made = build(corpus, encoder, tmp_path, questions=[QUESTION, "the cows"])
+  assert made.index.certificate.sample == "questions"
+  assert made.index.certificate.num_questions == 2
+
+
+def test_a_tuned_index_reaches_its_target_on_questions_of_its_own(
+  corpus, encoder, texts, tmp_path
+):
+  pytest.importorskip("scann")
+  made = config(target_recall=0.9)
+  made.index.kind = "scann"
+  questions = [text.removeprefix("the ") for text in texts]
+  directory = build(corpus, encoder, tmp_path, made, questions=questions)
+  assert directory.index.kind == "scann"
+  certificate = directory.index.certificate
+  assert certificate.num_questions == len(questions) // 2
+  assert certificate.recall(10).high >= 0.9
+
+
+@pytest.mark.parametrize(
+  ("kind", "target", "questions", "message"),
+  [
+    ("exact", 0.9, 30, "kind 'exact'; expected .* kind 'scann'"),
+    ("scann", 1.5, 30, "target_recall=1.5 .* at most 1"),
+    ("scann", 0.9, 19, "there are 19; expected at least 20"),
+  ],
+)
+def test_tuning_that_cannot_be_done_is_refused(
+  corpus, encoder, tmp_path, kind, target, questions, message
+):
+  if kind == "scann":
+    pytest.importorskip("scann")
+  made = config(target_recall=target)
+  made.index.kind = kind
+  with pytest.raises(ValueError, match=message):
+    build(corpus, encoder, tmp_path, made, questions=["a"] * questions)
+
+
+def test_long_passages_are_cut_where_the_encoder_says_and_counted(
+  encoder, tmp_path, texts
+):
+  (tmp_path / "docs").mkdir()
+  (tmp_path / "docs/long.txt").write_text(" ".join(texts))
+  (tmp_path / "docs/short.txt").write_text("the owls live")
+  made = build(tmp_path / "docs", encoder, tmp_path / "index")
+  assert made.content["num_cut"] == 1
+  short = build(
+    tmp_path / "docs",
+    encoder,
+    tmp_path / "short",
+    config(passage_length=POSITIONS - 4),
+  )
+  assert not np.array_equal(short.index.embeddings[0], made.index.embeddings[0])
+  np.testing.assert_allclose(
+    short.index.embeddings[1], made.index.embeddings[1], rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize("length", [3, POSITIONS + 1])
+def test_a_length_that_the_encoder_does_not_have_is_refused(
+  corpus, encoder, tmp_path, length
+):
+  with pytest.raises(ValueError, match=f"={length} tokens .* 8 to {POSITIONS}"):
+    build(corpus, encoder, tmp_path, config(passage_length=length))
+
+
+def test_dpr_needs_both_of_its_encoders(corpus, texts, tmp_path):
+  passages = write_encoder(tmp_path / "ctx", texts, "dpr_context", seed=1)
+  questions = write_encoder(tmp_path / "q", texts, "dpr_question", seed=2)
+  with pytest.raises(ValueError, match="--question_encoder"):
+    build(corpus, passages, tmp_path / "a")
+  with pytest.raises(ValueError, match=r"dpr_question encoder.*embed passages"):
+    build(corpus, questions, tmp_path / "a")
+  with pytest.raises(ValueError, match=r"dpr_context encoder.*embed questions"):
+    build(corpus, passages, tmp_path / "a", question_encoder=str(passages))
+  made = build(
+    corpus, passages, tmp_path / "a", question_encoder=str(questions)
+  )
+  assert made.encoder.kind == "dpr_question"
+  assert made.encoder.fingerprint != made.index.encoder_fingerprint
+
+
+def test_the_same_call_again_only_opens(built, corpus, encoder, monkeypatch):
+  def never(*args, **kwargs):
+    raise AssertionError
+
+  for name in ("write_store", "embed_corpus", "build_index", "save_encoder"):
+    monkeypatch.setattr(search_build, name, never)
+  again = build(corpus, encoder, built.path)
+  assert again.passages.fingerprint == built.passages.fingerprint
+
+
+def test_a_directory_of_other_inputs_is_not_written_over(
+  built, corpus, encoder, texts, tmp_path, uninterrupted
+):
+  other = write_encoder(tmp_path / "other", texts, seed=5)
+  with pytest.raises(ValueError, match="of other inputs: passage_encoder is"):
+    build(corpus, other, built.path)
+  with pytest.raises(ValueError, match="storage is 'float32' there and 'int8'"):
+    build(corpus, encoder, built.path, config(storage="int8"))
+  copied = shutil.copy(corpus, tmp_path / "changed.jsonl")
+  with pytest.raises(ValueError, match="corpus is"):
+    build(copied, encoder, built.path)
+  assert files_of(built.path) == uninterrupted
+
+
+def test_a_corpus_that_changed_is_noticed(corpus, encoder, tmp_path):
+  copied = pathlib.Path(shutil.copy(corpus, tmp_path / "copy.jsonl"))
+  build(copied, encoder, tmp_path / "index")
+  with copied.open("a") as f:
+    f.write('{"id": "new", "title": "", "text": "the yaks live here"}\n')
+  with pytest.raises(ValueError, match="sources is"):
+    build(copied, encoder, tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+  "step",
+  ["write_tokens", "embed_corpus", "build_index", "certify", "finish"],
+)
+def test_interrupted_before_any_step_it_goes_on_to_the_same_files(
+  corpus, encoder, tmp_path, monkeypatch, uninterrupted, step
+):
+  def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(search_build, step, stop)
+    with pytest.raises(KeyboardInterrupt):
+      build(corpus, encoder, tmp_path)
+  if step != "finish":
+    with pytest.raises(FileNotFoundError, match="build was cut off"):
+      SearchDirectory(tmp_path)
+  build(corpus, encoder, tmp_path)
+  assert files_of(tmp_path) == uninterrupted
+  assert not list(tmp_path.glob("**/.*done*"))
+
+
+def test_two_builds_at_once_are_refused(corpus, encoder, tmp_path):
+  with (
+    building(tmp_path, kind="search directory", own=lambda name: True),
+    pytest.raises(ValueError, match="Somebody else is building"),
+  ):
+    build(corpus, encoder, tmp_path)
+
+
+def test_a_directory_with_other_things_in_it_is_refused(
+  corpus, encoder, tmp_path
+):
+  (tmp_path / "thesis.tex").write_text("years of work")
+  with pytest.raises(ValueError, match=r"thesis\.tex"):
+    build(corpus, encoder, tmp_path)
+  assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+_SLOW_BUILD = """
+import sys
+import time
+
+corpus, encoder, output, *folders = sys.argv[1:]
+sys.path[:0] = folders
+import small_search
+from rag_jax.data import search_build
+
+inner = search_build.embed_corpus
+
+def slowly(*args):
+  def wait(shard):
+    print(shard, flush=True)
+    time.sleep(0.3)
+
+  return inner(*args, wait)
+
+search_build.embed_corpus = slowly
+small_search.build(corpus, encoder, output)
+"""
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_files(
+  corpus, encoder, tmp_path, uninterrupted
+):
+  helpers = pathlib.Path(__file__).parents[1] / "helpers"
+  arguments = corpus, encoder, tmp_path, helpers
+  process = subprocess.Popen(
+    [sys.executable, "-c", _SLOW_BUILD, *map(os.fspath, arguments)],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout is not None
+  while (line := process.stdout.readline()) and line != "1\n":
+    pass
+  assert line == "1\n"
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  embedded = []
+  inner = search_build.embed_corpus
+
+  def counted(*args):
+    return inner(*args, embedded.append)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(search_build, "embed_corpus", counted)
+    build(corpus, encoder, tmp_path)
+  assert embedded in ([2, 3], [3])
+  assert files_of(tmp_path) == uninterrupted
