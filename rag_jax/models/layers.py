@@ -14,26 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
-import numpy as np
 
 from rag_jax.models.attention import Attention
 from rag_jax.models.partitioning import dense_init
 
 # The axis names "B T S D N H" are those of DESIGN: here B may stand for B*K.
-
-
-def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-  """Returns `x` times the normal distribution function of `x`.
-
-  By `erf`, as PyTorch has it: `jax.nn.gelu` takes `erfc`, which costs twice as
-  much on a CPU to be exact where x is far below zero and the result is nothing.
-  """
-  root = np.sqrt(0.5).astype(x.dtype)
-  return 0.5 * x * (1 + jax.lax.erf(x * root))
-
-
 ACTIVATIONS = {
-  "gelu": gelu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
   "relu": jax.nn.relu,
   "silu": jax.nn.silu,

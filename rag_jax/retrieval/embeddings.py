@@ -159,14 +159,14 @@ def open_embeddings(directory: epath.PathLike) -> StoredEmbeddings:
 
 
 def save_embeddings(
-  directory: epath.Path, embeddings: Float[np.ndarray, "P R"] | StoredEmbeddings
+  directory: epath.Path, embeddings: Float[Any, "P R"]
 ) -> None:
-  """Writes embeddings to a directory, as they are stored.
+  """Writes embeddings to a directory: of files as they are stored, or float32.
 
   Who reads the files that were there before goes on reading them. Embeddings
   that are in these files already stay as they are.
   """
-  arrays = {EMBEDDINGS: embeddings}
+  arrays: dict[str, Any] = {EMBEDDINGS: embeddings}
   if isinstance(embeddings, StoredEmbeddings):
     if _same(embeddings.directory, directory):
       return

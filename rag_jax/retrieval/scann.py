@@ -21,7 +21,6 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import exact
-from rag_jax.retrieval.embeddings import StoredEmbeddings
 from rag_jax.retrieval.embeddings import save_embeddings
 
 _ARTIFACTS = "scann"  # the folder that ScaNN writes, inside the index
@@ -78,7 +77,7 @@ class ScannIndex:
   @classmethod
   def build(
     cls,
-    embeddings: Float[np.ndarray, "P R"] | StoredEmbeddings,
+    embeddings: Float[Any, "P R"],
     config: IndexConfig,
     *,
     encoder_fingerprint: str,

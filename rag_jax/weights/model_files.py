@@ -34,10 +34,15 @@ def save_model(
 
   Args:
     path: of the model.
-    params: of any sharding. Every process calls; the first one writes.
+    params: of any sharding. Every process calls, and the first one writes; it
+      may call alone if it holds all of them.
     content: what the manifest says of them; what JSON can hold.
   """
-  if jax.process_count() > 1:
+  if not all(
+    x.is_fully_addressable
+    for x in jax.tree.leaves(params)
+    if isinstance(x, jax.Array)
+  ):
     params = multihost_utils.process_allgather(params, tiled=True)
   if jax.process_index():
     return

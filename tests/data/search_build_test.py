@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -242,4 +243,48 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_files(
     patch.setattr(search_build, "embed_corpus", counted)
     build(corpus, encoder, tmp_path)
   assert embedded in ([2, 3], [3])
+  assert files_of(tmp_path) == uninterrupted
+
+
+_SHARED_BUILD = """
+import sys
+
+import jax
+
+process, port, corpus, encoder, output, *folders = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(
+  coordinator_address=f"localhost:{port}",
+  num_processes=2,
+  process_id=int(process),
+)
+sys.path[:0] = folders
+import small_search
+
+directory = small_search.build(corpus, encoder, output)
+print("found", directory.search(["the bees"], 1, mode="bm25")[0][0].passage.id)
+"""
+
+
+def test_two_processes_build_what_one_does(
+  corpus, encoder, tmp_path, uninterrupted, built
+):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = str(free.getsockname()[1])
+  helpers = pathlib.Path(__file__).parents[1] / "helpers"
+  arguments = [os.fspath(x) for x in (corpus, encoder, tmp_path, helpers)]
+  both = [
+    subprocess.Popen(
+      [sys.executable, "-c", _SHARED_BUILD, str(process), port, *arguments],
+      env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+      | {"JAX_PLATFORMS": "cpu"},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for process in range(2)
+  ]
+  printed = [process.communicate(timeout=200)[0] for process in both]
+  best = built.search(["the bees"], 1, mode="bm25")[0][0].passage.id
+  assert all(f"found {best}" in text for text in printed)
   assert files_of(tmp_path) == uninterrupted
