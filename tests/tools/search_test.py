@@ -1,0 +1,163 @@
+"""tools/build_index.py and tools/search.py as a person runs them."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from small_encoder import write_encoder
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCUMENTS = {
+  "mole.md": "# Mount Mole\nMount Mole is 1,863 metres high.\n",
+  "contract.txt": "The contract ends in March. Either side can leave it.\n",
+  "deep/bread.html": "<title>Bread</title><p>Bake it for 40 minutes.</p>",
+}
+
+
+def run(tool, *arguments, stdin=""):
+  """Returns the finished process."""
+  environment = {
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "HF_HUB_OFFLINE": "1",
+  }
+  return subprocess.run(
+    [sys.executable, ROOT / "tools" / tool, *map(str, arguments)],
+    env=os.environ | environment,
+    input=stdin,
+    capture_output=True,
+    encoding="utf-8",
+    timeout=300,
+    check=False,
+  )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Documents, an encoder, and what was built of them."""
+  root = tmp_path_factory.mktemp("own")
+  for name, text in DOCUMENTS.items():
+    path = root / "documents" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  write_encoder(root / "encoder", list(DOCUMENTS.values()) * 4)
+  return root
+
+
+def build(folder, *arguments, output="index"):
+  return run(
+    "build_index.py",
+    f"--corpus={folder / 'documents'}",
+    f"--encoder={folder / 'encoder'}",
+    f"--output={folder / output}",
+    *arguments,
+  )
+
+
+@pytest.fixture(scope="module")
+def built(folder):
+  process = build(folder, "--kind=exact")
+  assert process.returncode == 0, process.stderr
+  return process
+
+
+def test_a_folder_of_text_is_built_and_certified(folder, built):
+  assert "| index_recall@1 | 1.0000" in built.stdout
+  assert "3 passages can be searched in" in built.stdout
+  assert "3  documents read" in built.stderr
+  manifest = json.loads((folder / "index/index/manifest.json").read_text())
+  printed = manifest["content"]["certificate"]["recalls"][0]
+  assert printed["mean"] == 1.0
+
+
+def test_the_answer_is_printed_with_its_title_and_file(folder, built):
+  process = run(
+    "search.py",
+    f"--index={folder / 'index'}",
+    "--n_docs=1",
+    "--mode=bm25",
+    "how high is the mount?",
+    "baking for minutes",
+  )
+  assert process.returncode == 0, process.stderr
+  first, second = process.stdout.split("\n\nbaking for minutes\n")
+  assert "Mount Mole  [mole.md]" in first
+  assert "1,863 metres" in first
+  assert "Bread  [deep/bread.html]" in second
+
+
+def test_json_is_for_programs_and_questions_come_through_a_pipe(folder, built):
+  process = run(
+    "search.py",
+    f"--index={folder / 'index'}",
+    "--n_docs=2",
+    "--json",
+    "-",
+    stdin="the contract\n\nBread\n",
+  )
+  assert process.returncode == 0, process.stderr
+  found = [json.loads(line) for line in process.stdout.splitlines()]
+  assert [one["question"] for one in found] == ["the contract", "Bread"]
+  assert all(len(one["passages"]) == 2 for one in found)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--n_docs=9", "a"], "n_docs=9 .* expected 1 to 3"),
+    (["--filter=lang", "a"], "'lang' is not understood"),
+    (["--filter=lang=en", "--n_docs=1", "a"], "lang=en"),
+    ([], "Give a question"),
+  ],
+)
+def test_a_search_that_cannot_be_done_is_a_message(
+  folder, built, arguments, message
+):
+  process = run("search.py", f"--index={folder / 'index'}", *arguments)
+  assert process.returncode == 1
+  assert "Traceback" not in process.stderr
+  text = process.stderr + process.stdout
+  assert re.search(message, text)
+
+
+@pytest.mark.parametrize(
+  ("name", "data", "message"),
+  [
+    ("bad.txt", b"caf\xe9", r"bad\.txt.*not UTF-8"),
+    ("empty.md", b"", r"empty\.md"),
+  ],
+)
+def test_a_bad_file_stops_the_build_or_is_counted(
+  folder, built, name, data, message
+):
+  bad = folder / "documents" / name
+  bad.write_bytes(data)
+  try:
+    process = build(folder, "--kind=exact", output=f"{name} fails")
+    assert process.returncode == 1
+    assert re.search(message, process.stderr, re.S)
+    assert "Traceback" not in process.stderr
+    process = build(
+      folder, "--kind=exact", "--on_bad_record=skip", output=f"{name} skips"
+    )
+    assert process.returncode == 0, process.stderr
+    assert name in process.stderr
+    assert "3 passages can be searched" in process.stdout
+  finally:
+    bad.unlink()
+
+
+def test_an_encoder_that_is_not_there_is_a_message(folder):
+  process = run(
+    "build_index.py",
+    f"--corpus={folder / 'documents'}",
+    f"--encoder={folder / 'nothing'}",
+    f"--output={folder / 'x'}",
+  )
+  assert process.returncode == 1
+  assert "There is no directory" in process.stderr
+  assert "Traceback" not in process.stderr
