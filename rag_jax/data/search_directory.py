@@ -134,7 +134,7 @@ class SearchDirectory:
     self._check(questions, n_docs, mode)
     embeddings = np.zeros((len(questions), self.index.embedding_dim))
     if mode != "bm25":
-      embeddings = self.encoder.embed_questions(self._embedder, questions)
+      embeddings = self.embed_questions(questions)
 
     def search(rows: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
       some = [questions[int(row)] for row in rows]
@@ -153,6 +153,12 @@ class SearchDirectory:
       num_questions=len(questions),
       n_docs=n_docs,
     )
+
+  def embed_questions(
+    self, questions: Sequence[str]
+  ) -> Float[np.ndarray, "B R"]:
+    """Returns what the index is searched with."""
+    return self.encoder.embed_questions(self._embedder, questions)
 
   def _check(self, questions: Sequence[str], n_docs: int, mode: str) -> None:
     problem = check_choice("mode", mode, MODES)

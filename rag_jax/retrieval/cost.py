@@ -9,7 +9,7 @@ import os
 import time
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Shaped
 import numpy as np
 
 _LEAST_CALLS = 3  # of a search
@@ -44,7 +44,7 @@ class BuildMeter:
 
 def queries_per_second(
   index: Any,
-  questions: Float[np.ndarray, "B R"],
+  questions: Shaped[np.ndarray, "B ..."],  # as its `search` takes them
   k: int,
   batch_size: int,
   secs: float,

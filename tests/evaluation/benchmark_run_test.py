@@ -1,0 +1,139 @@
+"""A whole benchmark: from files to numbers that are known beforehand."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from rag_jax.corpus.passages import Passage
+from rag_jax.evaluation import benchmark_run
+from rag_jax.evaluation.benchmark_run import BenchmarkSettings
+from rag_jax.evaluation.benchmark_run import benchmark_directory
+from rag_jax.evaluation.benchmark_run import benchmark_embeddings
+from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.exact import ExactIndex
+
+P = 12
+
+
+def settings(*systems, **changes):
+  fields = {"systems": systems, "rounds": 1, "speed_secs": 1e-3}
+  return BenchmarkSettings(**fields | changes)
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+  """Passage r is "word r"; embeddings take question r for passage r + 1."""
+  passages = [
+    Passage(id=f"p{r}", title="", text=f"word{r} is here") for r in range(P)
+  ]
+  words = Bm25Index.build(passages, passages_fingerprint="f")
+  words.save(tmp_path / "index" / "bm25")
+  vectors = np.eye(P, dtype=np.float32)
+  asked = []
+
+  def embed(texts):
+    asked.append(len(texts))
+    rows = [int(t.removeprefix("word").removesuffix("?")) for t in texts]
+    return np.roll(vectors, -1, axis=0)[rows] + 0.1 * vectors[rows]
+
+  opened = types.SimpleNamespace(
+    path=tmp_path / "index",
+    passages=passages,
+    index=ExactIndex(vectors, encoder_fingerprint="", passages_fingerprint="f"),
+    bm25=words,
+    embed_questions=embed,
+    asked=asked,
+  )
+  monkeypatch.setattr(benchmark_run, "SearchDirectory", lambda _: opened)
+  return opened
+
+
+@pytest.fixture
+def questions(tmp_path):
+  records = [
+    {"question": f"word{r}?", "answers": [f"Word{r}"], "gold": [f"p{r}"]}
+    for r in range(P)
+  ]
+  records[0] |= {"answers": [], "gold": ["gone", "p0"]}
+  path = tmp_path / "questions.jsonl"
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  return path
+
+
+def test_each_system_gets_the_numbers_of_its_planted_rankings(
+  directory, questions
+):
+  names = ("index", "exact", "bm25")
+  result = benchmark_directory("there", questions, settings(*names))
+  rows = {row.family: row for row in result.rows}
+  assert list(rows) == ["index as built", "exact", "BM25"]
+  exact, words = rows["exact"].metrics, rows["BM25"].metrics
+  # The passage that answers is second, always.
+  assert exact["answer_recall@1"].mean == 0
+  assert exact["answer_recall@5"].mean == 1
+  assert exact["MRR@10"].mean == pytest.approx(0.5)
+  assert words["answer_recall@1"].mean == 1
+  assert words["MRR@10"].mean == 1
+  # One question has two passages of use, and one of these is not there.
+  assert words["gold_recall@12"].mean == pytest.approx((P - 0.5) / P)
+  assert rows["exact"].metrics == rows["index as built"].metrics
+  assert rows["exact"].recall(10).mean == 1
+  assert (result.num_passages, result.num_questions) == (P, P)
+  assert result.num_tuning == 0
+  assert result.inputs["questions"] == str(questions)
+  assert any(
+    note.startswith("1 passages that are known") for note in result.notes
+  )
+  assert any(
+    note.startswith(f"1 of {P} questions have no known answers")
+    for note in result.notes
+  )
+
+
+def test_questions_that_tune_are_not_measured(directory, questions):
+  result = benchmark_directory(
+    "there", questions, settings("learned", max_questions=5)
+  )
+  assert (result.num_questions, result.num_tuning) == (5, 5)
+  assert directory.asked == [10]
+  # Gold and embeddings stay together when the questions are drawn.
+  assert result.rows[0].metrics["answer_recall@5"].mean == 1
+
+
+def test_embeddings_alone_are_measured_without_questions(tmp_path):
+  rng = np.random.default_rng(0)
+  np.save(tmp_path / "p.npy", rng.normal(size=(50, 6)).astype(np.float16))
+  np.save(tmp_path / "q.npy", rng.normal(size=(9, 6)))
+  result = benchmark_embeddings(
+    tmp_path / "p.npy", tmp_path / "q.npy", settings("exact", "bm25")
+  )
+  (row,) = result.rows
+  assert row.metrics == {}
+  assert row.recall(50).mean == 1
+  assert "bm25 is left out" in result.notes[0]
+  assert result.question_table() == ""
+
+
+def test_embeddings_that_cannot_be_used_are_named(tmp_path):
+  good = tmp_path / "good.npy"
+  np.save(good, np.ones((3, 4), np.float32))
+  bad = tmp_path / "bad.npy"
+  for array, message in (
+    (np.ones((3, 5), np.float32), "4 numbers a passage, .*5 a question"),
+    (np.ones(3, np.float32), r"bad\.npy holds float32 of shape \(3,\)"),
+    (np.ones((3, 4), np.int64), r"bad\.npy holds int64"),
+    (np.ones((0, 4), np.float32), "at least one row"),
+    (np.array([{}], object), r"bad\.npy cannot be read"),
+  ):
+    np.save(bad, array, allow_pickle=True)
+    with pytest.raises(ValueError, match=message):
+      benchmark_embeddings(good, bad, settings("exact"))
+  with pytest.raises(FileNotFoundError, match=r"no\.npy"):
+    benchmark_embeddings(tmp_path / "no.npy", good, settings("exact"))
+
+
+def test_no_questions_to_measure_are_refused(directory, questions):
+  with pytest.raises(ValueError, match="max_questions=0; expected at least 1"):
+    benchmark_directory("there", questions, settings("exact", max_questions=0))

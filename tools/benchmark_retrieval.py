@@ -1,0 +1,94 @@
+r"""Measures searches of passages side by side: what they find, how fast.
+
+  python tools/benchmark_retrieval.py --index=runs/index \
+      --questions=beir/nfcorpus --output=runs/retrieval
+
+--index is what tools/build_index.py made. --questions is a BEIR folder, SQuAD's
+or DPR's .json, or .jsonl with "question", "answers" and perhaps "gold". Or, for
+indexes of embeddings alone:
+
+  python tools/benchmark_retrieval.py --embeddings=passages.npy \
+      --question_embeddings=questions.npy --output=runs/retrieval
+
+Prints the tables; --output gets results.json, recall_speed.png and report.html,
+which holds all. FAISS is measured too where it is installed (pip install
+faiss-cpu). Tuned systems are tuned with half of the questions and measured with
+the others.
+"""
+
+import signal
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+
+from rag_jax.evaluation.benchmark_report import write_benchmark
+from rag_jax.evaluation.benchmark_run import BenchmarkSettings
+from rag_jax.evaluation.benchmark_run import benchmark_directory
+from rag_jax.evaluation.benchmark_run import benchmark_embeddings
+from rag_jax.evaluation.benchmark_systems import SYSTEMS
+
+_DEFAULT = BenchmarkSettings(systems=SYSTEMS)
+
+_INDEX = flags.DEFINE_string("index", "", "Directory of tools/build_index.py.")
+_QUESTIONS = flags.DEFINE_string("questions", "", "File, or BEIR folder.")
+_EMBEDDINGS = flags.DEFINE_string("embeddings", "", ".npy, of passages.")
+_QUESTION_EMBEDDINGS = flags.DEFINE_string(
+  "question_embeddings", "", ".npy, of questions."
+)
+_SYSTEMS = flags.DEFINE_list(
+  "systems", list(SYSTEMS), f"What is measured, of {', '.join(SYSTEMS)}."
+)
+_OUTPUT = flags.DEFINE_string("output", "", "Directory to write.")
+_MAX = flags.DEFINE_integer(
+  "max_questions", _DEFAULT.max_questions, "Measured; as many tune."
+)
+_TARGET = flags.DEFINE_float(
+  "target_recall", _DEFAULT.target_recall, "index_recall@10 to tune for."
+)
+_TUNE_SECS = flags.DEFINE_float(
+  "tune_secs", _DEFAULT.tune_secs, "That ScaNN's tuner may take."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", _DEFAULT.rounds, "Of timing.")
+_SPEED_SECS = flags.DEFINE_float(
+  "speed_secs", _DEFAULT.speed_secs, "Of each system, in each round."
+)
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  if len(argv) > 1:
+    raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+  settings = BenchmarkSettings(
+    systems=tuple(_SYSTEMS.value or ()),
+    max_questions=_MAX.value,
+    target_recall=_TARGET.value,
+    tune_secs=_TUNE_SECS.value,
+    rounds=_ROUNDS.value,
+    speed_secs=_SPEED_SECS.value,
+  )
+  directory = _INDEX.value, _QUESTIONS.value
+  arrays = _EMBEDDINGS.value, _QUESTION_EMBEDDINGS.value
+  if all(directory) and not any(arrays):
+    benchmark = benchmark_directory(*directory, settings)
+  elif all(arrays) and not any(directory):
+    benchmark = benchmark_embeddings(*arrays, settings)
+  else:
+    raise app.UsageError(
+      "Give --index and --questions, or --embeddings and --question_embeddings."
+    )
+  if _OUTPUT.value:
+    write_benchmark(_OUTPUT.value, benchmark)
+  print(benchmark.markdown())
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.INFO)
+  try:
+    app.run(main)
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)
+  except (ValueError, TypeError, ImportError, OSError) as error:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(1)
