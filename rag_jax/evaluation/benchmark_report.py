@@ -260,11 +260,20 @@ def _draw_speed(
       [row.speed(batch) for row in members],
       xerr=np.maximum([low, high], 0),
       label=family,
+      linestyle="none",
       color=_COLOURS[number % len(_COLOURS)],
       marker=_MARKERS[number % len(_MARKERS)],
       markersize=12 if family.endswith("tuned") else 6,
       elinewidth=0.8,
       zorder=2,
+    )
+    # Through the best of the family: its builds are of several sizes.
+    best = pareto(members, k, batch)
+    axes.plot(
+      [_mean_recall(row, k) for row in best],
+      [row.speed(batch) for row in best],
+      color=_COLOURS[number % len(_COLOURS)],
+      linewidth=1.5,
     )
   axes.set_yscale("log")
   axes.set_ylabel(f"questions/s, {batch} at a time")
@@ -281,7 +290,7 @@ def _draw_memory(
       [row.memory_bytes / benchmark.num_passages for row in members],
       color=_COLOURS[number % len(_COLOURS)],
       marker=_MARKERS[number % len(_MARKERS)],
-      linewidth=1.5,
+      linestyle="none",
     )
   axes.set_ylim(bottom=0)
   axes.set_ylabel("bytes a passage")
