@@ -1,7 +1,6 @@
 """Words and sentences are found where a reader finds them, and none is lost."""
 
 import random
-import time
 
 import pytest
 
@@ -105,12 +104,8 @@ def test_between_sentences_and_words_there_is_white_space_alone(seed):
 
 
 @pytest.mark.parametrize("text", [".", ".a", ".)", "\n", "。", "\n ", "a"])
-def test_long_texts_without_a_sentence_end_take_linear_time(text):
-  def seconds(count):
-    start = time.process_time()
-    for _ in sentence_spans(text * count):
-      pass
-    return time.process_time() - start
-
-  # Quadratic, the second would take 400 times as long as the first.
-  assert seconds(100_000) < 100 * max(seconds(5_000), 0.01)
+def test_long_texts_without_a_sentence_end_are_read_to_their_end(text):
+  # In quadratic time, this would not end.
+  long = text * 300_000
+  kept = "".join(long[start:stop] for start, stop in sentence_spans(long))
+  assert "".join(kept.split()) == "".join(long.split())
