@@ -27,12 +27,14 @@ from rag_jax.data.batches import RagBatch
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.losses import MARGINAL_NLL_FNS
+from rag_jax.models.encoders import OneTower
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.partitioning import replicated
 from rag_jax.models.rag import RagModel
 from rag_jax.models.rag import build_encoder
 from rag_jax.models.rag import build_generator
+from rag_jax.retrieval.retriever import Embedder
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.state import make_state
 from rag_jax.training.step import compile_update
@@ -349,15 +351,15 @@ def _encode_passages(setup: Setup) -> Case:
   tokens = np.where(mask, words, 0).astype(np.int32)
   starts = range(0, NUM_PASSAGES, ENCODE_BATCH)
   batches = [slice(start, start + ENCODE_BATCH) for start in starts]
-  apply = jax.jit(lambda params, *args: tower.apply({"params": params}, *args))
+  # What building an index calls.
+  embedder = Embedder(OneTower(tower), ENCODE_BATCH)
+
+  def passage_tokens(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return tokens[rows], mask[rows]
 
   def ours() -> np.ndarray:
-    # Padded to one of a few lengths: each is compiled for once.
-    blocks = []
-    for rows in batches:
-      longest = -(-lengths[rows][-1] // 8) * 8
-      blocks.append(apply(params, tokens[rows, :longest], mask[rows, :longest]))
-    return np.concatenate([np.asarray(block) for block in blocks])
+    rows = np.arange(NUM_PASSAGES)
+    return embedder.rows({"question_encoder": params}, passage_tokens, rows)
 
   def hf() -> np.ndarray:
     blocks = []
