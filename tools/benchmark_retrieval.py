@@ -16,12 +16,10 @@ faiss-cpu). Tuned systems are tuned with half of the questions and measured with
 the others.
 """
 
-import signal
-import sys
-
 from absl import app
 from absl import flags
 from absl import logging
+import command
 
 from rag_jax.evaluation.benchmark_report import write_benchmark
 from rag_jax.evaluation.benchmark_run import BenchmarkSettings
@@ -85,10 +83,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   logging.set_verbosity(logging.INFO)
-  try:
-    app.run(main)
-  except KeyboardInterrupt:
-    sys.exit(128 + signal.SIGINT)
-  except (ValueError, TypeError, ImportError, OSError) as error:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    sys.exit(1)
+  command.run(main)

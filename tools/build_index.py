@@ -13,12 +13,11 @@ At the end stands the certificate: what the index was measured to find.
 """
 
 import dataclasses
-import signal
-import sys
 
 from absl import app
 from absl import flags
 from absl import logging
+import command
 from etils import epath
 
 from rag_jax.corpus.document import FieldNames
@@ -131,10 +130,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   logging.set_verbosity(logging.INFO)
-  try:
-    app.run(main)
-  except KeyboardInterrupt:
-    sys.exit(128 + signal.SIGINT)
-  except (ValueError, TypeError, ImportError, OSError) as error:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    sys.exit(1)
+  command.run(main)

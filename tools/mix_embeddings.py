@@ -14,12 +14,11 @@ the two. questions.npy is what --questions embeds to; these are in no mixture.
 """
 
 import itertools
-import signal
-import sys
 
 from absl import app
 from absl import flags
 from absl import logging
+import command
 from etils import epath
 import numpy as np
 
@@ -83,10 +82,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   logging.set_verbosity(logging.INFO)
-  try:
-    app.run(main)
-  except KeyboardInterrupt:
-    sys.exit(128 + signal.SIGINT)
-  except (ValueError, TypeError, ImportError, OSError) as error:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    sys.exit(1)
+  command.run(main)

@@ -8,13 +8,13 @@ input, one a line. --mode=bm25 searches words, --mode=hybrid both;
 """
 
 import json
-import signal
 import sys
 import textwrap
 
 from absl import app
 from absl import flags
 from absl import logging
+import command
 
 from rag_jax.data.search_directory import MODES
 from rag_jax.data.search_directory import SearchDirectory
@@ -69,10 +69,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except KeyboardInterrupt:
-    sys.exit(128 + signal.SIGINT)
-  except (ValueError, TypeError, ImportError, OSError) as error:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    sys.exit(1)
+  command.run(main)
