@@ -20,6 +20,7 @@ import numpy as np
 
 from rag_jax.retrieval.cost import num_cpus
 from rag_jax.retrieval.recall import index_recall_at_k
+from rag_jax.retrieval.recall import mean_recall
 
 _LEAST_PASSAGES = 256  # fewer cannot be clustered into anything
 _PROBES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8)  # of the lists
@@ -86,17 +87,17 @@ class FaissIndex:
     target_recall: float,
     depth: int,
   ) -> int:
-    """Returns the least effort whose mean index_recall is enough, or 0.
+    """Returns the least effort whose index_recall is surely enough, or 0.
 
-    0 if no effort is enough. Halves the range, as if more effort never found
-    less.
+    The low end of its interval counts, as in the tuner of ScaNN. 0 if no effort
+    is enough. Halves the range, as if more effort never found less.
     """
     k = exact_ids.shape[1]
 
     def enough(effort: int) -> bool:
       found = self.search(questions, k, effort, depth)
-      recall = index_recall_at_k(found, exact_ids, k).mean()
-      return bool(recall >= target_recall)
+      recall = mean_recall(index_recall_at_k(found, exact_ids, k), k)
+      return recall.mean == 1.0 or recall.low >= target_recall
 
     good = 1
     while not enough(good):

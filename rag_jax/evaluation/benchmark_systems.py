@@ -228,7 +228,8 @@ class _Builder:
       target_recall=self._target,
       k=self._k,
       config=IndexConfig(kind="scann"),
-      settings=TunerSettings(budget_secs=self._tune_secs),
+      # The questions that are measured say what the choice is worth.
+      settings=TunerSettings(budget_secs=self._tune_secs, held_out=0.1),
     )
     verdict = "reached" if result.reached else "NOT reached"
     self._notes.append(
@@ -371,6 +372,8 @@ def _settings(index: Index) -> str:
     f"{settings['dims_per_block']} dims a code",
     f"T {settings['anisotropic_threshold']:g}",
   ]
+  if settings["pca_dims"]:
+    parts.append(f"PCA {settings['pca_dims']}")
   if settings["soar_lambda"]:
     parts.append(f"SOAR {settings['soar_lambda']:g}")
   return ", ".join(parts)

@@ -21,14 +21,16 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import exact
+from rag_jax.retrieval.cost import num_cpus
 from rag_jax.retrieval.embeddings import save_embeddings
 
 _ARTIFACTS = "scann"  # the folder that ScaNN writes, inside the index
 _CODEBOOK = 16  # ScaNN cannot quantise fewer passages than these
-_BATCH = 32  # questions that one thread searches for at a time
+_BATCH = 64  # questions that one thread searches for at a time, at most
 # What the manifest of the first ScaNN indexes says, and what it leaves out.
 _SETTINGS = ("num_leaves", "leaves_to_search", "reorder")
 _FIRST = {
+  "pca_dims": 0,
   "dims_per_block": 2,
   "anisotropic_threshold": 0.2,
   "soar_lambda": 0.0,
@@ -86,15 +88,19 @@ class ScannIndex:
     """Trains ScaNN on passage embeddings, which are kept.
 
     Raises:
-      ValueError: ScaNN is not installed.
+      ValueError: ScaNN is not installed, or `index.scann_pca_dims` is more
+        than the embeddings have.
     """
     module = _module()
+    if config.scann_pca_dims > embeddings.shape[1]:
+      raise ValueError(
+        f"index.scann_pca_dims={config.scann_pca_dims} principal components of"
+        f" embeddings of {embeddings.shape[1]} dimensions; expected at most as"
+        " many. Lower it, for instance to half; 0 takes all dimensions."
+      )
     settings = _settings(len(embeddings), config)
     builder = module.builder(embeddings[:], 10, "dot_product")
-    # The same passages give the same index: one thread, and k-means++ in
-    # `_configure`, as ScaNN draws the leaves' first centres without a seed
-    # (1.4.2).
-    builder = _configure(builder.set_n_training_threads(1), settings)
+    builder = _configure(builder.set_n_training_threads(num_cpus()), settings)
     inner = exact.ExactIndex(
       embeddings,
       encoder_fingerprint=encoder_fingerprint,
@@ -129,7 +135,7 @@ class ScannIndex:
       final_num_neighbors=n_docs,
       pre_reorder_num_neighbors=reorder if self.settings["reorder"] else None,
       leaves_to_search=self.settings["leaves_to_search"] or None,
-      batch_size=_BATCH,
+      batch_size=min(-(-len(questions) // num_cpus()), _BATCH),
     )
     ids = np.zeros((len(questions), n_docs), np.int32)
     width = found.shape[1]  # of the longest row
@@ -272,6 +278,7 @@ def _settings(num_passages: int, config: IndexConfig) -> dict[str, Any]:
     "num_leaves": leaves,
     "leaves_to_search": min(searched, leaves),
     "reorder": config.scann_reorder,
+    "pca_dims": config.scann_pca_dims,
     "dims_per_block": config.scann_dims_per_block,
     "anisotropic_threshold": config.scann_anisotropic_threshold,
     "soar_lambda": config.scann_soar_lambda,
@@ -286,9 +293,13 @@ def _configure(builder: Any, settings: dict[str, Any]) -> Any:
     return builder.score_brute_force()
   from scann.scann_ops.py import scann_builder
 
+  if settings["pca_dims"]:
+    builder = builder.pca(settings["pca_dims"], pca_significance_threshold=None)
   builder = builder.tree(
     num_leaves=settings["num_leaves"],
     num_leaves_to_search=settings["leaves_to_search"],
+    # ScaNN draws random centres without a seed (1.4.2): with k-means++ the same
+    # passages give the same index, on as many CPUs.
     random_init=False,
     soar_lambda=settings["soar_lambda"] or None,
     overretrieve_factor=settings["soar_overretrieve"] or None,
@@ -313,7 +324,8 @@ def _searcher_bytes(inner: exact.ExactIndex, settings: dict[str, Any]) -> int:
   leaves = settings["num_leaves"]
   if not leaves:
     return 4 * rows * dim
-  codes = 4 + math.ceil(dim / settings["dims_per_block"])
+  scored = settings["pca_dims"] or dim
+  codes = 4 + math.ceil(scored / settings["dims_per_block"])
   codes *= 2 if settings["soar_lambda"] else 1
   reorder = dim * _DTYPE_BYTES[settings["reorder_dtype"]]
   return rows * (codes + reorder) + 4 * leaves * dim

@@ -16,7 +16,7 @@ from rag_jax.retrieval.recall import Recall
 
 _COLUMNS = (
   "num_leaves", "leaves_to_search", "reorder", "reorder_dtype",
-  "dims_per_block", "anisotropic_threshold", "soar_lambda",
+  "pca_dims", "dims_per_block", "anisotropic_threshold", "soar_lambda",
   "soar_overretrieve",
 )  # fmt: skip
 

@@ -44,8 +44,12 @@ class TunerSettings:
   speed_secs: float = 0.1  # for which each setting is timed
   repeats: int = 5  # times that the fastest are timed again
   seed: int = 0  # of which questions are held out
+  # Of the questions, those that say what the choice is worth. The others
+  # decide: two thirds tune, a third checks what came out first.
+  held_out: float = 0.5
   # What is tried in place of the values of the config, one after the other.
-  soar_lambdas: tuple[float, ...] = (1.5, 1.0, 0.0)
+  pca_shares: tuple[float, ...] = (0.5, 0.4, 0.67, 0.0)  # of the dimensions
+  soar_lambdas: tuple[float, ...] = (1.5, 0.5, 0.0)
   reorder_dtypes: tuple[str, ...] = ("int8", "bfloat16", "float32")
   dims_per_block: tuple[int, ...] = (4, 1, 2)
   anisotropic_thresholds: tuple[float, ...] = (0.0, 0.1, 0.2)
@@ -65,9 +69,9 @@ def tune(
   """Finds the fastest ScaNN settings whose index_recall_at_k is enough.
 
   Starts with the settings of `config` and changes one after the other, keeping
-  what is faster: leaves, SOAR, the type and the codes of what is scored. Half
-  of the questions decide (a third tunes, a sixth checks what came out first),
-  the other half says what the choice is worth.
+  what is faster: principal components, leaves, SOAR, the type and the codes of
+  what is scored. Some questions decide, the others say what the choice is
+  worth (`TunerSettings.held_out`).
 
   Args:
     embeddings: [P, R], row = passage id; kept, not copied.
@@ -170,8 +174,11 @@ class _Search:
     self._target, self._k, self._settings = target_recall, k, settings
     order = np.random.default_rng(settings.seed).permutation(len(questions))
     truth = exact_search(index, questions, k)
-    third, half = len(order) // 3 or 1, len(order) - len(order) // 2
-    tuning, check, held_out = np.split(order, [third, half])
+    deciding = len(order) - max(int(settings.held_out * len(order)), 1)
+    tuning_and_check, held_out = np.split(order, [deciding])
+    tuning, check = np.split(
+      tuning_and_check, [max(round(deciding * 2 / 3), 1)]
+    )
     self._num_tuning = len(tuning) + len(check)
     self._questions, self._truth = questions[tuning], truth[tuning]
     self._check = questions[check], truth[check]
@@ -180,6 +187,7 @@ class _Search:
     self.best: Trial | None = None
     self._best_index = index
     self.num_passages = index.num_passages
+    self.embedding_dim = index.embedding_dim
 
   @property
   def reached(self) -> bool:
@@ -318,6 +326,16 @@ def _changes(
   The caller sweeps each before it asks for the next.
   """
   best = start
+  for share in settings.pca_shares:
+    pca_dims = int(share * search.embedding_dim)
+    if pca_dims == start.scann_pca_dims:
+      continue
+    before = search.best
+    changed = dataclasses.replace(best, scann_pca_dims=pca_dims)
+    yield changed
+    if search.best is not before:
+      best = changed
+  decided = best
   leaves = start.scann_num_leaves
   for factor in (2.0, 0.5):
     while 1 <= int(leaves * factor) <= search.num_passages:
@@ -328,7 +346,7 @@ def _changes(
       if search.best is before:
         break
       best = changed
-    if best is not start:
+    if best is not decided:
       break  # twice as many were better: half as many are not
     leaves = start.scann_num_leaves
   for name, values in (

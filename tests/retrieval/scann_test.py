@@ -78,6 +78,7 @@ def test_a_tree_finds_nine_of_ten_passages():
     "num_leaves": 173,  # the square root of 30,000
     "leaves_to_search": 17,
     "reorder": 100,
+    "pca_dims": 0,
     "dims_per_block": 2,
     "anisotropic_threshold": 0.2,
     "soar_lambda": 0.0,
@@ -246,6 +247,8 @@ KINDS = [
   {"scann_reorder_dtype": "bfloat16", "scann_dims_per_block": 4},
   {"scann_reorder_dtype": "int8", "scann_anisotropic_threshold": 0.0},
   {"scann_reorder_dtype": "int8", "scann_soar_lambda": 1.5},
+  {"scann_pca_dims": 23},
+  {"scann_pca_dims": 24, "scann_soar_lambda": 0.5},
 ]
 
 
@@ -282,6 +285,26 @@ def test_what_scann_keeps_is_counted_as_it_is_saved(config, tmp_path):
   counted = index.memory_bytes - index.embeddings.nbytes
   # The rest are codebooks and settings, of a size of their own.
   assert saved - 25_000 < counted <= saved
+
+
+def test_more_principal_components_than_dimensions_are_refused():
+  with pytest.raises(ValueError, match=r"pca_dims=17 .* of 16 dimensions"):
+    build(clusters(100, 16), scann_tree_passages=1, scann_pca_dims=17)
+
+
+def test_half_the_components_are_half_the_codes_and_find_what_matters():
+  rng = np.random.default_rng(0)
+  # Eight directions hold nearly all that differs.
+  scales = np.r_[np.full(8, 1.0), np.full(24, 0.01)]
+  embeddings = (rng.normal(size=(3000, 32)) * scales).astype(np.float32)
+  options = {"scann_tree_passages": 1, "scann_leaves_to_search": 54}
+  every = build(embeddings, **options)
+  half = build(embeddings, scann_pca_dims=8, **options)
+  assert every.memory_bytes - half.memory_bytes >= 3000 * 24 / 2
+  expected, _ = exact_search(embeddings, embeddings[:100], 10)
+  found, _ = half.search(embeddings[:100], 10)
+  overlap = [np.isin(a, b).mean() for a, b in zip(found, expected, strict=True)]
+  assert np.mean(overlap) > 0.97
 
 
 def test_the_search_can_change_without_a_new_build():

@@ -23,6 +23,7 @@ QUICK = TunerSettings(
   speed_secs=0.01,
   repeats=2,
   batch_size=64,
+  pca_shares=(0.5,),
   soar_lambdas=(1.5,),
   reorder_dtypes=("int8",),
   dims_per_block=(4,),
@@ -129,6 +130,7 @@ def test_every_setting_of_scann_is_tried_and_all_passages_too(tuned):
   assert {0.0, 1.5} <= tried["soar_lambda"]
   assert {"float32", "int8"} <= tried["reorder_dtype"]
   assert {2, 4} <= tried["dims_per_block"]
+  assert {0, R // 2} <= tried["pca_dims"]
   assert len(tried["leaves_to_search"]) > 4
   assert len(tried["reorder"]) > 3
   every = [t for t in tuned.trials if not t.settings["num_leaves"]]
