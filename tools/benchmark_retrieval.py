@@ -10,6 +10,10 @@ indexes of embeddings alone:
   python tools/benchmark_retrieval.py --embeddings=passages.npy \
       --question_embeddings=questions.npy --output=runs/retrieval
 
+Several --embeddings, of corpora of different sizes, measure what an index costs
+as the corpus grows: building, memory and latency, into growth.json, growth.md
+and growth.png.
+
 Prints the tables; --output gets results.json, recall_speed.png and report.html,
 which holds all. FAISS is measured too where it is installed (pip install
 faiss-cpu). Tuned systems are tuned with half of the questions and measured with
@@ -21,17 +25,23 @@ from absl import flags
 from absl import logging
 import command
 
+from rag_jax.evaluation.benchmark_growth import GrowthSettings
+from rag_jax.evaluation.benchmark_growth import benchmark_growth
 from rag_jax.evaluation.benchmark_report import write_benchmark
 from rag_jax.evaluation.benchmark_run import BenchmarkSettings
 from rag_jax.evaluation.benchmark_run import benchmark_directory
 from rag_jax.evaluation.benchmark_run import benchmark_embeddings
 from rag_jax.evaluation.benchmark_systems import SYSTEMS
+from rag_jax.evaluation.growth_report import growth_table
+from rag_jax.evaluation.growth_report import write_growth
 
 _DEFAULT = BenchmarkSettings(systems=SYSTEMS)
 
 _INDEX = flags.DEFINE_string("index", "", "Directory of tools/build_index.py.")
 _QUESTIONS = flags.DEFINE_string("questions", "", "File, or BEIR folder.")
-_EMBEDDINGS = flags.DEFINE_string("embeddings", "", ".npy, of passages.")
+_EMBEDDINGS = flags.DEFINE_multi_string(
+  "embeddings", [], ".npy, of passages; several: as the corpus grows."
+)
 _QUESTION_EMBEDDINGS = flags.DEFINE_string(
   "question_embeddings", "", ".npy, of questions."
 )
@@ -67,11 +77,15 @@ def main(argv: list[str]) -> None:
     speed_secs=_SPEED_SECS.value,
   )
   directory = _INDEX.value, _QUESTIONS.value
-  arrays = _EMBEDDINGS.value, _QUESTION_EMBEDDINGS.value
+  files = _EMBEDDINGS.value or []
+  arrays = files, _QUESTION_EMBEDDINGS.value
   if all(directory) and not any(arrays):
     benchmark = benchmark_directory(*directory, settings)
+  elif all(arrays) and not any(directory) and len(files) > 1:
+    _measure_growth(files, _QUESTION_EMBEDDINGS.value or "")
+    return
   elif all(arrays) and not any(directory):
-    benchmark = benchmark_embeddings(*arrays, settings)
+    benchmark = benchmark_embeddings(files[0], arrays[1], settings)
   else:
     raise app.UsageError(
       "Give --index and --questions, or --embeddings and --question_embeddings."
@@ -79,6 +93,16 @@ def main(argv: list[str]) -> None:
   if _OUTPUT.value:
     write_benchmark(_OUTPUT.value, benchmark)
   print(benchmark.markdown())
+
+
+def _measure_growth(files: list[str], questions: str) -> None:
+  settings = GrowthSettings(
+    target_recall=_TARGET.value, max_questions=_MAX.value
+  )
+  growth = benchmark_growth(files, questions, settings)
+  if _OUTPUT.value:
+    write_growth(_OUTPUT.value, growth)
+  print(growth_table(growth))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ module that imports `faiss`, and only when it is used. They search with as many
 threads as there are CPUs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import importlib
 import importlib.util
@@ -99,16 +99,7 @@ class FaissIndex:
       recall = mean_recall(index_recall_at_k(found, exact_ids, k), k)
       return recall.mean == 1.0 or recall.low >= target_recall
 
-    good = 1
-    while not enough(good):
-      if good == self.most:
-        return 0
-      good = min(2 * good, self.most)
-    bad = good // 2
-    while good - bad > max(1, good // 16):
-      middle = (bad + good) // 2
-      good, bad = (middle, bad) if enough(middle) else (good, middle)
-    return good
+    return least_effort(enough, self.most)
 
   def describe(self, effort: int, depth: int) -> str:
     """Returns the settings of a search."""
@@ -131,6 +122,23 @@ class FaissIndex:
     )
 
 
+def least_effort(enough: Callable[[int], bool], most: int) -> int:
+  """Returns about the least effort from 1 to `most` that is enough, or 0.
+
+  At most a sixteenth above it, if more effort never is less; 0: none is enough.
+  """
+  good = 1
+  while not enough(good):
+    if good == most:
+      return 0
+    good = min(2 * good, most)
+  bad = good // 2
+  while good - bad > max(1, good // 16):
+    middle = (bad + good) // 2
+    good, bad = (middle, bad) if enough(middle) else (good, middle)
+  return good
+
+
 def build_faiss(embeddings: Float[np.ndarray, "P R"]) -> Iterator[FaissIndex]:
   """Yields FAISS's indexes over passage embeddings, row = passage id.
 
@@ -141,20 +149,28 @@ def build_faiss(embeddings: Float[np.ndarray, "P R"]) -> Iterator[FaissIndex]:
   faiss = _module()
   faiss.omp_set_num_threads(num_cpus())
   embeddings = np.ascontiguousarray(embeddings, np.float32)
-  rows, dim = embeddings.shape
+  rows = len(embeddings)
   yield _build("FAISS flat", "", "Flat", embeddings)
   if rows < _LEAST_PASSAGES:
     logging.info("%d passages: FAISS has the flat index alone.", rows)
     return
-  blocks = dim // 2 if dim % 2 == 0 else dim
   lists = [math.isqrt(rows), 4 * math.isqrt(rows)]
   lists = [n for n in lists if 16 * n <= rows]  # FAISS wants 39 a list
   for n in lists:
     yield _build("FAISS IVF", f"{n} lists", f"IVF{n},Flat", embeddings, n)
-    name = f"{n} lists, PQ{blocks}x4fs"
-    factory = f"IVF{n},PQ{blocks}x4fs,RFlat"
-    yield _build("FAISS IVF-PQ", name, factory, embeddings, n)
+    yield build_ivf_pq(embeddings, n)
   yield _build("FAISS HNSW", "M 32", "HNSW32", embeddings)
+
+
+def build_ivf_pq(
+  embeddings: Float[np.ndarray, "P R"], num_lists: int
+) -> FaissIndex:
+  """Returns IVF with codes of 4 bits a two dimensions, scored again."""
+  dim = embeddings.shape[1]
+  blocks = dim // 2 if dim % 2 == 0 else dim
+  name = f"{num_lists} lists, PQ{blocks}x4fs"
+  factory = f"IVF{num_lists},PQ{blocks}x4fs,RFlat"
+  return _build("FAISS IVF-PQ", name, factory, embeddings, num_lists)
 
 
 def _build(

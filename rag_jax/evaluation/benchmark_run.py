@@ -140,7 +140,17 @@ def benchmark_embeddings(
 
 
 def load_embeddings(path: epath.PathLike) -> Float[np.ndarray, "P R"]:
-  """Returns the embeddings of a .npy file in float32.
+  """Returns the embeddings of a .npy file in float32, in memory.
+
+  Raises:
+    FileNotFoundError: it is not there.
+    ValueError: it holds no embeddings.
+  """
+  return np.array(open_embeddings(path), np.float32, order="C")
+
+
+def open_embeddings(path: epath.PathLike) -> Float[np.ndarray, "P R"]:
+  """Returns the embeddings of a .npy file: mapped, not read, if in float32.
 
   Raises:
     FileNotFoundError: it is not there.
@@ -151,8 +161,7 @@ def load_embeddings(path: epath.PathLike) -> Float[np.ndarray, "P R"]:
   if not path.exists():
     raise FileNotFoundError(f"There is no {path}. {remedy}. Correct the path.")
   try:
-    with path.open("rb") as file:
-      array: Any = np.load(file, allow_pickle=False)
+    array: Any = np.load(os.fspath(path), mmap_mode="r", allow_pickle=False)
   except (ValueError, EOFError, OSError) as error:
     raise ValueError(
       f"{path} cannot be read ({error}). {remedy}. Save it again with np.save."
