@@ -3,7 +3,7 @@
 And one for the two weights of the scores of a hybrid retriever.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import flax.traverse_util
 import jax
@@ -103,7 +103,7 @@ def make_optimizer(
       mask=_decays,
     )
 
-  parts = {
+  parts: dict[Hashable, optax.GradientTransformation] = {
     "generator": adamw(config.peak_lr),
     "retriever": adamw(config.retriever_lr),
     "frozen": optax.set_to_zero(),
