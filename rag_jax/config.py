@@ -144,6 +144,9 @@ class OptimizerConfig:
 
   peak_lr: float = 3e-5  # of the generator
   retriever_lr: float = 3e-5  # of the retriever, at its peak
+  # Of the two weights of index.hybrid, at its peak: 0.01 changes a weight by at
+  # most about 1 % a step, whatever its size.
+  hybrid_lr: float = 1e-2
   warmup_steps: int = 500
   schedule: str = _choice("linear", "constant", "cosine")
   end_lr_ratio: float = 0.0  # of the peak, at the last step
@@ -194,6 +197,14 @@ class IndexConfig:
   # Refuse to train or evaluate with an index whose certificate says less, from
   # 0 to 1, of index_recall at data.n_docs; 0.0 never refuses.
   min_recall: float = 0.0
+  # Search by words too (BM25): p(z|x) = softmax(a * inner product + b * BM25
+  # score), whose two weights the marginal likelihood trains.
+  hybrid: bool = False
+  hybrid_dense: float = 1.0  # a before the first step
+  hybrid_bm25: float = 0.1  # b; BM25 scores are often 5 to 30
+  # A saved BM25 index to open; "" builds it from the passages at each start, at
+  # some 5,000 passages of 100 words a second.
+  bm25_path: str = ""
   # ScaNN's own settings; below `scann_tree_passages` it scores every passage.
   # rag_jax/retrieval/tuner.py finds the fastest for a recall.
   scann_tree_passages: int = 20_000

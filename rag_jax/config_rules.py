@@ -179,6 +179,29 @@ def _index_problems(i: IndexConfig) -> Iterator[str]:
     )
 
 
+def _hybrid_problems(c: Config) -> Iterator[str]:
+  """Yields what no search by embeddings and words can be."""
+  i = c.index
+  if i.bm25_path and not i.hybrid:
+    yield (
+      f"index.bm25_path={i.bm25_path!r} is for index.hybrid=True. Set that, or"
+      " index.bm25_path=''."
+    )
+  if not i.hybrid:
+    return
+  if not c.data.n_docs:
+    yield (
+      "index.hybrid=True searches documents, but data.n_docs=0 is closed book"
+      " and reads none. Set index.hybrid=False, or data.n_docs to 2 or more."
+    )
+  for name in ("hybrid_dense", "hybrid_bm25"):
+    if not getattr(i, name):
+      yield (
+        f"index.{name}=0.0 would stay 0, since the logarithm of a weight is"
+        " what is learned. Start with a small one, for instance 0.01."
+      )
+
+
 def _cross_problems(c: Config) -> Iterator[str]:
   """Yields the settings that contradict one another."""
   yield from _encoder_problems(c)
@@ -249,6 +272,7 @@ def _cross_problems(c: Config) -> Iterator[str]:
       " rebuild is in use before the next begins."
     )
   yield from _index_problems(c.index)
+  yield from _hybrid_problems(c)
   if c.decoding.min_new_tokens > c.data.target_length:
     yield (
       f"decoding.min_new_tokens={c.decoding.min_new_tokens} is above"

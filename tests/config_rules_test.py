@@ -263,6 +263,22 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
       {"index__kind": "device", "index__passages_per_shard": 9},
       "index.passages_per_shard=9 is for an index on the host",
     ),
+    (
+      {"index__bm25_path": "bm25"},
+      "index.bm25_path='bm25' is for index.hybrid=True. Set that, or",
+    ),
+    (
+      {"index__hybrid": True, "data__n_docs": 0},
+      "index.hybrid=True searches documents, but data.n_docs=0 is closed book",
+    ),
+    (
+      {"index__hybrid": True, "index__hybrid_bm25": 0.0},
+      "index.hybrid_bm25=0.0 would stay 0, since the logarithm of a weight is",
+    ),
+    (
+      {"index__hybrid": True, "index__hybrid_dense": 0.0},
+      "index.hybrid_dense=0.0 would stay 0, since the logarithm of a weight is",
+    ),
     ({"data": None}, "data is None, expected a DataConfig"),
     ({"generator__relative_buckets": 4}, "relative_buckets=4 must be 0"),
     ({"generator__relative_buckets": 9}, "relative_buckets=9 must be 0"),

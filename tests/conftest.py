@@ -43,6 +43,12 @@ def uninterrupted(tiny):
 
 
 @pytest.fixture(scope="session")
-def learned(tmp_path_factory):
+def learned_run():
+  """The module learned_run.py."""
+  return _read("learned_run")
+
+
+@pytest.fixture(scope="session")
+def learned(learned_run, tmp_path_factory):
   """A run that answers for countries that it was not trained on."""
-  return _read("learned_run").train_run(tmp_path_factory.mktemp("learned"))
+  return learned_run.train_run(tmp_path_factory.mktemp("learned"))

@@ -85,9 +85,7 @@ def make_config(root: pathlib.Path, seed: int = 0) -> Config:
 
 def train_run(root: pathlib.Path, seed: int = 0) -> LearnedRun:
   """Trains as tools/train.py does, in `root`."""
-  _copy(root, "passages", "id", ("/capital", "/region"))
-  for split in SPLITS:
-    _copy(root, split, "relation", ("capital", "continent"))
+  write_corpus(root)
   config, path = make_config(root, seed), root / "run"
   with open_workdir(path, config) as workdir:
     experiment = open_experiment(config, tokenizer_path=workdir.tokenizer)
@@ -98,6 +96,13 @@ def train_run(root: pathlib.Path, seed: int = 0) -> LearnedRun:
       experiment, workdir, _questions(root, "test"), evaluator, clock
     )
   return LearnedRun(path, root / "passages.jsonl", results)
+
+
+def write_corpus(root: pathlib.Path) -> None:
+  """Writes the passages and the three splits into `root`."""
+  _copy(root, "passages", "id", ("/capital", "/region"))
+  for split in SPLITS:
+    _copy(root, split, "relation", ("capital", "continent"))
 
 
 def _questions(root: pathlib.Path, split: str) -> tuple[Question, ...]:

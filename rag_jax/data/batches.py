@@ -24,7 +24,7 @@ class RagBatch:
 
   The retriever's fields are None for closed book. Exactly one of `doc_tokens`
   (the passage encoder trains) and `doc_embeddings` (it is frozen) is given
-  otherwise.
+  otherwise; `bm25_scores` where words are searched too (index.hybrid).
   """
 
   context_tokens: Int[Any, "B K C"]
@@ -36,6 +36,7 @@ class RagBatch:
   doc_tokens: Int[Any, "B K L"] | None = None
   doc_mask: Bool[Any, "B K L"] | None = None
   doc_embeddings: Float[Any, "B K R"] | None = None
+  bm25_scores: Float[Any, "B K"] | None = None
 
   def inputs(self) -> dict[str, Any]:
     """Returns the arrays that `RagModel.__call__` names."""
@@ -48,4 +49,5 @@ class RagBatch:
       "doc_tokens": self.doc_tokens,
       "doc_mask": self.doc_mask,
       "doc_embeddings": self.doc_embeddings,
+      "bm25_scores": self.bm25_scores,
     }

@@ -30,6 +30,7 @@ from rag_jax.models.partitioning import check_devices
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.rag import RagModel
 from rag_jax.models.rag import build_model
+from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import IndexBuilder
 
@@ -49,6 +50,7 @@ class Experiment:
   embedder: Embedder
   index_builder: IndexBuilder
   initial: Initial  # what the parameters start from, beside fresh ones
+  bm25: Bm25Index | None = None  # of the passages' words, with index.hybrid
 
   @property
   def token_ids(self) -> str:
@@ -57,6 +59,17 @@ class Experiment:
     if self.retriever_tokenizer is not self.tokenizer:
       kinds.append(self.retriever_tokenizer.fingerprint)
     return "+".join(kinds)
+
+  @property
+  def identity(self) -> dict[str, str]:
+    """Identifies, by name, what a run cannot go on without."""
+    identity = {
+      "passages": self.passages.fingerprint,
+      "tokenizer": self.token_ids,
+    }
+    if self.bm25 is not None:
+      identity["BM25 settings"] = repr(self.bm25.settings)
+    return identity
 
   @property
   def closed_book(self) -> bool:
@@ -91,6 +104,7 @@ class Experiment:
       question_mask=question_mask,
       doc_tokens=doc,
       doc_mask=doc_mask,
+      bm25_scores=None if self.bm25 is None else np.zeros((1, k), np.float32),
     )
 
 
@@ -177,7 +191,21 @@ def open_experiment(
       config.data.n_docs,
     ),
     initial=initial,
+    bm25=_open_bm25(config, passages) if config.index.hybrid else None,
   )
+
+
+def _open_bm25(config: Config, passages: Passages) -> Bm25Index:
+  """Returns the BM25 index that the config names, or builds it.
+
+  It is not saved with the run: it is a function of the passages.
+  """
+  if config.index.bm25_path:
+    return Bm25Index.load(
+      config.index.bm25_path, passages_fingerprint=passages.fingerprint
+    )
+  logging.info("Indexing the words of %d passages.", len(passages))
+  return Bm25Index.build(passages, passages_fingerprint=passages.fingerprint)
 
 
 def check_n_docs(n_docs: int, passages: Passages) -> None:

@@ -22,8 +22,10 @@ from rag_jax.data.batches import process_share
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.questions import Question
 from rag_jax.data.substitution import AnswerSubstitution
+from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import Embedder
+from rag_jax.retrieval.retriever import find_docs
 
 _POLL_SECS = 0.002
 
@@ -57,6 +59,7 @@ class QuestionBatches:
     seed: int,
     frozen_passages: bool,  # documents by their embedding in the index
     substitute_answers: float = 0.0,  # share of the questions
+    bm25: Bm25Index | None = None,  # searched too, and scores the documents
     process_index: int = 0,
     process_count: int = 1,
   ):
@@ -70,13 +73,15 @@ class QuestionBatches:
         f"train.batch_size={batch_size} must be a multiple of the number of"
         f" processes ({process_count}), so that each loads an equal share."
       )
+    self._texts = [q.question for q in questions]
     self._question_ids, self._context_ids = context.encode_questions(
-      [q.question for q in questions]
+      self._texts
     )
     # Every accepted answer is right; the first is the one to learn.
     self._answer_ids = tokenizer.encode([q.answers[0] for q in questions])
     self._context = context
     self._embedder = embedder
+    self._bm25 = bm25
     self._n_docs = n_docs
     self._frozen_passages = frozen_passages
     self._share = process_share(batch_size, process_index, process_count)
@@ -107,7 +112,8 @@ class QuestionBatches:
 
     Args:
       step: of the main stage.
-      retriever_params: embed the questions for the search.
+      retriever_params: embed the questions for the search, and say what their
+        words count for.
       index: what is searched; None is closed book.
       doc_ids: what a search found before, instead of searching.
     """
@@ -118,10 +124,20 @@ class QuestionBatches:
       doc_ids = np.zeros((len(rows), 0), np.int32)
     else:
       tokens, mask = self._context.questions(question_ids)
+      texts = [self._texts[i] for i in rows]
       if doc_ids is None:
         embeddings = self._embedder.questions(retriever_params, tokens, mask)
-        doc_ids, _ = index.search(embeddings, self._n_docs)
+        doc_ids = find_docs(
+          index,
+          self._bm25,
+          retriever_params,
+          embeddings,
+          texts,
+          self._n_docs,
+        )
       fields |= {"question_tokens": tokens, "question_mask": mask}
+      if self._bm25 is not None:
+        fields["bm25_scores"] = self._bm25.score(texts, doc_ids)
       if self._frozen_passages:
         fields["doc_embeddings"] = index.embeddings[doc_ids]
       else:

@@ -15,7 +15,10 @@ import numpy as np
 from rag_jax.data.experiment import Experiment
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.settings import GenerationSettings
+from rag_jax.models.hybrid import hybrid_scores
+from rag_jax.models.hybrid import learned_weights
 from rag_jax.retrieval.index import Index
+from rag_jax.retrieval.retriever import find_docs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,7 +28,9 @@ class AnswerDoc:
   id: str
   title: str
   text: str
-  score: float  # inner product of question and passage
+  # Inner product of question and passage; with index.hybrid, the weighted sum
+  # of it and the BM25 score.
+  score: float
   prior: float  # p(z|x), over the documents read
   # p(z|x,y), one document for the whole answer. Where the decoder read all of
   # them at once ("fid"), there is none: it is the prior.
@@ -55,6 +60,7 @@ class Answerer:
     self._passages = experiment.passages
     self._context = experiment.context
     self._embedder = experiment.embedder
+    self._bm25 = experiment.bm25
     self._decode = make_decoder(experiment)
 
   def embed(
@@ -75,7 +81,8 @@ class Answerer:
   ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B R"]]:
     """Returns the passage numbers of each question, and its embedding."""
     embeddings = self.embed(params, questions)
-    return index.search(embeddings, n_docs)[0], embeddings
+    found = find_docs(index, self._bm25, params, embeddings, questions, n_docs)
+    return found, embeddings
 
   def answer(
     self,
@@ -106,6 +113,24 @@ class Answerer:
       )
     return answers
 
+  def _score(
+    self,
+    params: PyTree,
+    index: Index,
+    questions: Sequence[str],
+    embeddings: Float[np.ndarray, "B R"],
+    doc_ids: Int[np.ndarray, "B K"],
+  ) -> Float[np.ndarray, "B K"]:
+    """Returns doc_scores as the model has them in training."""
+    # Scored again from the float32 embeddings: an index may be lossy.
+    scores = np.einsum("BR,BKR->BK", embeddings, index.embeddings[doc_ids])
+    weights = learned_weights(params)
+    if weights is None:
+      return scores
+    assert self._bm25 is not None
+    bm25_scores = self._bm25.score(questions, doc_ids)
+    return np.asarray(hybrid_scores(weights, scores, bm25_scores))
+
   def _answer_batch(
     self,
     params: PyTree,
@@ -123,9 +148,8 @@ class Answerer:
       doc_scores = np.zeros((batch_size, 1), np.float32)
     else:
       retrieved, embeddings = self.search(params, index, filled, num_retrieved)
-      # Scored again from the float32 embeddings: an index may be lossy.
-      doc_scores = np.einsum(
-        "BR,BKR->BK", embeddings, index.embeddings[retrieved[:, :n_docs]]
+      doc_scores = self._score(
+        params, index, filled, embeddings, retrieved[:, :n_docs]
       )
     doc_ids = retrieved[:, :n_docs]
     contexts, mask = self._context.contexts(context_ids, doc_ids)

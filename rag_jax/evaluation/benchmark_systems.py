@@ -16,11 +16,11 @@ import numpy as np
 
 from rag_jax.config import IndexConfig
 from rag_jax.evaluation import benchmark_faiss
+from rag_jax.models.hybrid import HybridWeights
 from rag_jax.retrieval import scann
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.hybrid import HybridRetriever
-from rag_jax.retrieval.hybrid import HybridWeights
 from rag_jax.retrieval.hybrid import Rrf
 from rag_jax.retrieval.hybrid import fit_weights
 from rag_jax.retrieval.hybrid import label_log_likelihoods

@@ -17,6 +17,7 @@ from rag_jax.evaluation.evaluate import Evaluator
 from rag_jax.evaluation.plots import learning_curves
 from rag_jax.evaluation.report import CERTIFICATE
 from rag_jax.evaluation.report import write_results
+from rag_jax.models.hybrid import learned_weights
 from rag_jax.retrieval.certificate import check_min_recall
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
@@ -77,6 +78,10 @@ def finish(
     "cut": experiment.context.counts
     | {"passages_cut": experiment.tokenized.num_cut},
   }
+  weights = learned_weights(params)
+  if weights is not None:
+    results["hybrid_dense"] = float(weights.dense)
+    results["hybrid_bm25"] = float(weights.bm25)
   if jax.process_index() == 0:
     write_results(workdir.path, results)
     learning_curves(

@@ -19,6 +19,7 @@ from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.generator import Generator
+from rag_jax.models.hybrid import HybridScores
 from rag_jax.models.partitioning import named
 from rag_jax.models.vocabulary import chunked_log_probs
 
@@ -65,7 +66,7 @@ class RagModel(nn.Module):
   """Question tower, passage tower and generator.
 
   Params: `question_encoder`; `passage_encoder` if the towers are not tied;
-  `log_score_scale` if it is learned; `generator`.
+  `log_score_scale` if it is learned; `hybrid` if words count too; `generator`.
   """
 
   question_encoder: RetrieverEncoder
@@ -73,6 +74,7 @@ class RagModel(nn.Module):
   generator: Generator
   score_scale: float = 1.0
   learn_score_scale: bool = False
+  hybrid: HybridScores | None = None  # None: embeddings alone score documents
 
   def setup(self):
     if self.learn_score_scale:
@@ -121,6 +123,7 @@ class RagModel(nn.Module):
     doc_tokens: Int[Array, "B K L"] | None = None,
     doc_mask: Bool[Array, "B K L"] | None = None,
     doc_embeddings: Float[Array, "B K R"] | None = None,
+    bm25_scores: Float[Array, "B K"] | None = None,
     deterministic: bool = True,
   ) -> RagOutput:
     """Returns the scores of K documents and the logits given each.
@@ -135,6 +138,7 @@ class RagModel(nn.Module):
       doc_tokens: embedded with gradient, if given.
       doc_mask: True on real tokens.
       doc_embeddings: taken as they are, if `doc_tokens` is not given.
+      bm25_scores: of the documents; for a model with `hybrid`, and only for it.
       deterministic: no dropout.
     """
     b, k, _ = context_tokens.shape
@@ -145,6 +149,7 @@ class RagModel(nn.Module):
       doc_tokens,
       doc_mask,
       doc_embeddings,
+      bm25_scores,
       deterministic,
     )
     states = self._states(
@@ -165,6 +170,7 @@ class RagModel(nn.Module):
     doc_tokens: Int[Array, "B K L"] | None = None,
     doc_mask: Bool[Array, "B K L"] | None = None,
     doc_embeddings: Float[Array, "B K R"] | None = None,
+    bm25_scores: Float[Array, "B K"] | None = None,
     deterministic: bool = True,
     vocab_chunk: int = 0,
   ) -> RagLogProbs:
@@ -181,6 +187,7 @@ class RagModel(nn.Module):
       doc_tokens,
       doc_mask,
       doc_embeddings,
+      bm25_scores,
       deterministic,
     )
     states = self._states(
@@ -221,6 +228,7 @@ class RagModel(nn.Module):
     doc_tokens: Int[Array, "B K L"] | None,
     doc_mask: Bool[Array, "B K L"] | None,
     doc_embeddings: Float[Array, "B K R"] | None,
+    bm25_scores: Float[Array, "B K"] | None,
     deterministic: bool,
   ) -> Float[Array, "B K"]:
     """Returns doc_scores of `shape`; arguments as in `__call__`."""
@@ -237,7 +245,11 @@ class RagModel(nn.Module):
     question_embedding = self.embed_questions(
       question_tokens, question_mask, deterministic
     )
-    return score_docs(question_embedding, doc_embeddings)
+    scores = score_docs(question_embedding, doc_embeddings)
+    if self.hybrid is None:
+      return scores
+    assert bm25_scores is not None
+    return self.hybrid(scores, bm25_scores)
 
   def encode(
     self,
@@ -298,6 +310,11 @@ def build_model(
     ),
     score_scale=e.score_scale,
     learn_score_scale=e.learn_score_scale,
+    hybrid=(
+      HybridScores(config.index.hybrid_dense, config.index.hybrid_bm25)
+      if config.index.hybrid
+      else None
+    ),
   )
 
 

@@ -18,19 +18,14 @@ import numpy as np
 import optax
 
 from rag_jax.losses import marginal_sequence_nll
+from rag_jax.models.hybrid import HybridWeights
+from rag_jax.models.hybrid import hybrid_scores
 from rag_jax.retrieval import exact
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.index import Index
 
 _Arrays = jax.Array | np.ndarray
 _LOWEST = np.finfo(np.float32).min
-
-
-class HybridWeights(NamedTuple):
-  """p(z|x) = softmax(dense * dense score + bm25 * BM25 score). A pytree."""
-
-  dense: float | Float[Array, ""]
-  bm25: float | Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,18 +104,6 @@ def rrf(
     order = sorted(sums, key=lambda id_: (-sums[id_], id_))[:n_docs]
     best.append((np.array(order), np.array([sums[id_] for id_ in order])))
   return exact.stack_rows(best, n_docs)
-
-
-def hybrid_scores(
-  weights: HybridWeights,
-  dense_scores: Float[_Arrays, "*B"],
-  bm25_scores: Float[_Arrays, "*B"],
-) -> Float[Array, "*B"]:
-  """Returns the doc_scores whose softmax is p(z|x): the weighted sum."""
-  return (
-    jnp.float32(weights.dense) * dense_scores
-    + jnp.float32(weights.bm25) * bm25_scores
-  )
 
 
 def hybrid_nll(

@@ -5,7 +5,7 @@ passages to read. Everything runs on one local device of this process, from a
 copy of the parameters, so that a thread can do it while the devices train.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from flax import linen as nn
 import jax
@@ -15,9 +15,12 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
+from rag_jax.models.hybrid import learned_weights
 from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import replicated
+from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.certificate import check_min_recall
+from rag_jax.retrieval.hybrid import HybridRetriever
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import build_index
 
@@ -39,6 +42,27 @@ class RetrieverSnapshots:
     """Returns the retriever's parameters on one local device."""
     retriever = {k: v for k, v in params.items() if k != "generator"}
     return jax.tree.map(lambda x: x.addressable_data(0), self._copy(retriever))
+
+
+def find_docs(
+  index: Index,
+  bm25: Bm25Index | None,
+  retriever_params: PyTree,
+  question_embeddings: Float[np.ndarray, "B R"],
+  questions: Sequence[str],
+  n_docs: int,
+) -> Int[np.ndarray, "B K"]:
+  """Returns the passages to read for each question, best first.
+
+  By the scores of `index`, and by the words too if the retriever has weights of
+  both scores. Errors as in `HybridRetriever.search`.
+  """
+  weights = learned_weights(retriever_params)
+  if weights is None:
+    return index.search(question_embeddings, n_docs)[0]
+  assert bm25 is not None, "the experiment opens one with index.hybrid"
+  both = HybridRetriever(index, bm25, weights)
+  return both.search(question_embeddings, questions, n_docs)[0]
 
 
 def fingerprint(retriever_params: PyTree) -> str:

@@ -77,6 +77,8 @@ class RagPipeline:
         " trained closed book (data.n_docs=0) and reads no passages. Leave the"
         " corpus away, or train with data.n_docs=1 or more."
       )
+    if corpus:
+      config.index.bm25_path = ""  # which is of the passages of the run
     # One device answers, whatever mesh the model was trained on.
     config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
     passages = load_passages(str(corpus) or config.data.passages)

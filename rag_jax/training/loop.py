@@ -115,9 +115,7 @@ class _Run:
       process_index=jax.process_index(),
     )
     self._writer = MetricWriter(workdir.path, enabled=jax.process_index() == 0)
-    self._identity = {
-      "passages": experiment.passages.fingerprint,
-      "tokenizer": experiment.token_ids,
+    self._identity = experiment.identity | {
       "questions": fingerprint_lines(repr(q) for q in questions),
     }
     self.clock = Clock()

@@ -1,6 +1,9 @@
-"""AdamW with one learning rate for the retriever and one for the generator."""
+"""AdamW with one learning rate for the retriever and one for the generator.
 
-from collections.abc import Sequence
+And one for the two weights of the scores of a hybrid retriever.
+"""
+
+from collections.abc import Hashable, Sequence
 
 import flax.traverse_util
 import jax
@@ -8,6 +11,7 @@ from jaxtyping import PyTree
 import optax
 
 from rag_jax.config import OptimizerConfig
+from rag_jax.models import hybrid
 
 
 def schedule(
@@ -31,7 +35,7 @@ def schedule(
 
 
 def parameter_labels(params: PyTree, freeze: Sequence[str]) -> PyTree:
-  """Returns "generator", "retriever" or "frozen" for every parameter.
+  """Returns "generator", "retriever", "hybrid" or "frozen" for each parameter.
 
   Raises:
     ValueError: a prefix in `freeze` names no parameter.
@@ -49,7 +53,8 @@ def parameter_labels(params: PyTree, freeze: Sequence[str]) -> PyTree:
   def label(path: str) -> str:
     if any(_below(path, prefix) for prefix in freeze):
       return "frozen"
-    return "generator" if path.startswith("generator/") else "retriever"
+    part = path.split("/")[0]
+    return part if part in ("generator", hybrid.PARAMS) else "retriever"
 
   return flax.traverse_util.unflatten_dict(
     {path: label(path) for path in flat}, sep="/"
@@ -98,6 +103,14 @@ def make_optimizer(
       mask=_decays,
     )
 
+  parts: dict[Hashable, optax.GradientTransformation] = {
+    "generator": adamw(config.peak_lr),
+    "retriever": adamw(config.retriever_lr),
+    "frozen": optax.set_to_zero(),
+  }
+  # Only where it is needed: each part has a place in the checkpoints.
+  if hybrid.PARAMS in jax.tree.leaves(labels):
+    parts[hybrid.PARAMS] = adamw(config.hybrid_lr)
   clip = (
     optax.clip_by_global_norm(config.clip_norm)
     if config.clip_norm
@@ -106,12 +119,5 @@ def make_optimizer(
   return optax.chain(
     optax.masked(optax.set_to_zero(), frozen),
     clip,
-    optax.partition(
-      {
-        "generator": adamw(config.peak_lr),
-        "retriever": adamw(config.retriever_lr),
-        "frozen": optax.set_to_zero(),
-      },
-      labels,
-    ),
+    optax.partition(parts, labels),
   )

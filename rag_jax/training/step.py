@@ -12,6 +12,7 @@ from rag_jax.data.batches import RagBatch
 from rag_jax.losses import doc_log_prior
 from rag_jax.losses import in_batch_contrastive_nll
 from rag_jax.losses import marginal_token_nll
+from rag_jax.models.hybrid import learned_weights
 from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import replicated
 from rag_jax.models.rag import RagModel
@@ -67,7 +68,7 @@ def marginal_loss(
     label_smoothing,
     out.mean,
   )  # B
-  return _a_token(nll, out.doc_scores, batch)
+  return _a_token(nll, out.doc_scores, batch, params)
 
 
 def hf_loss(
@@ -91,11 +92,14 @@ def hf_loss(
     batch.target_mask,
     label_smoothing,
   )  # B
-  return _a_token(nll, out.doc_scores, batch)
+  return _a_token(nll, out.doc_scores, batch, params)
 
 
 def _a_token(
-  nll: Float[Array, "B"], doc_scores: Float[Array, "B K"], batch: RagBatch
+  nll: Float[Array, "B"],
+  doc_scores: Float[Array, "B K"],
+  batch: RagBatch,
+  params: PyTree,
 ) -> tuple[Float[Array, ""], Metrics]:
   """Returns the loss a target token, and what to log."""
   loss = jnp.sum(nll) / jnp.sum(batch.target_mask)
@@ -104,6 +108,10 @@ def _a_token(
     prior = doc_log_prior(doc_scores)
     entropy = -jnp.sum(jnp.exp(prior) * prior, axis=-1)
     metrics["train/doc_entropy"] = jnp.mean(entropy)  # nats
+  weights = learned_weights(params)
+  if weights is not None:
+    metrics["train/hybrid_dense"] = jnp.asarray(weights.dense)
+    metrics["train/hybrid_bm25"] = jnp.asarray(weights.bm25)
   return loss, metrics
 
 

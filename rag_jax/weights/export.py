@@ -21,6 +21,7 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
+from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights import bag_of_words
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import MANIFEST_FORMAT
@@ -183,6 +184,15 @@ def export_rag(
     ValueError: no such model computes these, or the parameters or a tokenizer
       do not fit the fields.
   """
+  weights = learned_weights(params)
+  if weights is not None:
+    raise ValueError(
+      "The model scores documents by embeddings and words (index.hybrid=True,"
+      f" weights {weights.dense:.3g} and {weights.bm25:.3g}), but"
+      f" {_RAG_NAMES[settings.kind]} by embeddings alone; expected a model that"
+      " was trained with index.hybrid=False. Train one, or export the parts:"
+      " kind 'generator' and kind 'dpr_question'."
+    )
   scale = score_scale(encoder, params)
   positions = encoder.max_positions
   question_config, question, encoder_fields = _encoder(

@@ -11,6 +11,8 @@ from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.data.experiment import check_n_docs
 from rag_jax.data.experiment import open_experiment
+from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.bm25 import Bm25Settings
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +151,36 @@ def test_missing_passages_are_refused(tiny):
     open_experiment(
       tiny.config(data__passages=str(tiny.root / "passage.jsonl"))
     )
+
+
+def test_words_are_indexed_only_if_they_are_searched(experiment, tiny):
+  assert experiment.bm25 is None
+  assert experiment.example_batch().bm25_scores is None
+  assert set(experiment.identity) == {"passages", "tokenizer"}
+  hybrid = open_experiment(tiny.config(index__hybrid=True))
+  assert hybrid.bm25.num_passages == 40
+  assert hybrid.example_batch().bm25_scores.shape == (1, 2)
+  new = {"hybrid/log_dense": (), "hybrid/log_bm25": ()}
+  found = {k.removesuffix("/value"): v for k, v in shapes(hybrid).items()}
+  known = {k.removesuffix("/value"): v for k, v in shapes(experiment).items()}
+  assert found == known | new
+
+
+def test_a_saved_index_of_words_is_opened_if_it_is_of_the_passages(
+  experiment, tiny, tmp_path
+):
+  settings = Bm25Settings(k1=1.2, stemmer="english")
+  for name, fingerprint in (
+    ("good", experiment.passages.fingerprint),
+    ("other", "1a2b"),
+  ):
+    Bm25Index.build(
+      experiment.passages, passages_fingerprint=fingerprint, settings=settings
+    ).save(tmp_path / name)
+  config = tiny.config(
+    index__hybrid=True, index__bm25_path=str(tmp_path / "good")
+  )
+  assert open_experiment(config).bm25.settings == settings
+  config.index.bm25_path = str(tmp_path / "other")
+  with pytest.raises(ValueError, match="was built of other passages"):
+    open_experiment(config)

@@ -18,6 +18,7 @@ from rag_jax.data.pipeline import Ahead
 from rag_jax.data.pipeline import Prepared
 from rag_jax.data.pipeline import QuestionBatches
 from rag_jax.data.questions import load_questions
+from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.retriever import Embedder
 
@@ -206,6 +207,31 @@ def test_documents_that_were_found_before_are_not_searched_again(make):
   assert make.embedder.num_calls == num_calls
   with pytest.raises(AssertionError, match="searched"):
     make().prepare(1, RETRIEVER, make_index(NeverSearched))
+
+
+def test_with_words_the_fused_scores_choose_and_exact_ones_are_given(make):
+  bm25 = Bm25Index.build(PASSAGES, passages_fingerprint="3c4d")
+  params = RETRIEVER | {
+    "hybrid": {"log_dense": np.float32(0.0), "log_bm25": np.float32(-1.0)}
+  }
+  batches = make(bm25=bm25)
+  prepared = batches.prepare(1, params, make_index())
+  texts = [QUESTIONS[i].question for i in batches.rows(1)]
+  words = bm25.score(texts, np.tile(np.arange(R), (B, 1)))
+  tokens, mask = prepared.batch.question_tokens, prepared.batch.question_mask
+  dense = make.embedder.questions(RETRIEVER, tokens, mask)  # of one-hot rows
+  expected = np.argsort(-(dense + np.exp(-1) * words), axis=1)[:, :K]
+  np.testing.assert_array_equal(prepared.doc_ids, expected)
+  alone = make().prepare(1, RETRIEVER, make_index())
+  assert not np.array_equal(prepared.doc_ids, alone.doc_ids)
+  np.testing.assert_array_equal(
+    prepared.batch.bm25_scores,
+    np.take_along_axis(words, prepared.doc_ids, axis=1),
+  )
+  assert alone.batch.bm25_scores is None
+  # What a resumed run makes of the documents in its checkpoint.
+  again = batches.prepare(1, None, make_index(NeverSearched), prepared.doc_ids)
+  assert_equal(again.batch, prepared.batch)
 
 
 def test_frozen_passages_are_given_as_the_index_embedded_them(make):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from rag_jax.corpus.passages import Passage
+from rag_jax.models.hybrid import HybridWeights
+from rag_jax.models.hybrid import hybrid_scores
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.hybrid import HybridRetriever
-from rag_jax.retrieval.hybrid import HybridWeights
 from rag_jax.retrieval.hybrid import Rrf
 from rag_jax.retrieval.hybrid import fit_weights
 from rag_jax.retrieval.hybrid import hybrid_nll
-from rag_jax.retrieval.hybrid import hybrid_scores
 from rag_jax.retrieval.hybrid import label_log_likelihoods
 from rag_jax.retrieval.hybrid import rrf
 

@@ -134,6 +134,23 @@ def test_retriever_and_generator_have_their_own_learning_rates():
     np.testing.assert_allclose(move, expected, rtol=1e-4, err_msg=path)
 
 
+def test_the_weights_of_both_scores_have_a_learning_rate_of_their_own():
+  params = {"hybrid": {"log_bm25": jnp.float32(1.0)}} | {
+    name: jnp.float32(1.0) for name in ("question_encoder", "generator")
+  }
+  config = constant(peak_lr=0.1, retriever_lr=0.2, hybrid_lr=0.4)
+
+  def update(freeze):
+    optimizer = optimizer_lib.make_optimizer(config, params, 10, freeze)
+    state = jax.jit(optimizer.init)(params)
+    return flat(jax.jit(optimizer.update)(params, state, params)[0])
+
+  moved = update(())
+  np.testing.assert_allclose(moved["hybrid/log_bm25"], -0.4, rtol=1e-5)
+  np.testing.assert_allclose(moved["question_encoder"], -0.2, rtol=1e-5)
+  assert update(("hybrid",))["hybrid/log_bm25"] == 0
+
+
 def test_updates_are_those_of_adamw():
   config = constant(
     peak_lr=0.1, retriever_lr=0.2, b1=0.8, b2=0.9, eps=0.1, weight_decay=0.3

@@ -1,0 +1,81 @@
+"""p(z|x) of two scores: of embeddings and of words.
+
+In: inner products and BM25 scores of the same documents. Out: their weighted
+sum, doc_scores, whose two weights are parameters of the model.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+from rag_jax.models.partitioning import named
+
+_Arrays = jax.Array | np.ndarray
+
+PARAMS = "hybrid"  # their name among the parameters of `RagModel`
+
+
+class HybridWeights(NamedTuple):
+  """p(z|x) = softmax(dense * dense score + bm25 * BM25 score). A pytree."""
+
+  dense: float | Float[Array, ""]
+  bm25: float | Float[Array, ""]
+
+
+def hybrid_scores(
+  weights: HybridWeights,
+  dense_scores: Float[_Arrays, "*B"],
+  bm25_scores: Float[_Arrays, "*B"],
+) -> Float[Array, "*B"]:
+  """Returns the doc_scores whose softmax is p(z|x): the weighted sum."""
+  return (
+    jnp.float32(weights.dense) * dense_scores
+    + jnp.float32(weights.bm25) * bm25_scores
+  )
+
+
+class HybridScores(nn.Module):
+  """`hybrid_scores` with learned weights.
+
+  Params: `log_dense` and `log_bm25`. Logarithms, because BM25 scores can be ten
+  times the inner products, or a tenth: one learning rate then means the same
+  share of either weight a step, whatever its score is measured in. And no
+  weight gets below 0, where the search would find the best of what the model
+  likes least.
+  """
+
+  dense: float = 1.0  # weights before the first step
+  bm25: float = 0.1
+
+  @nn.compact
+  def __call__(
+    self,
+    dense_scores: Float[Array, "B K"],
+    bm25_scores: Float[Array, "B K"],
+  ) -> Float[Array, "B K"]:
+    """Returns doc_scores."""
+
+    def weight(name: str, start: float) -> Float[Array, ""]:
+      init = nn.initializers.constant(np.log(start))
+      return jnp.exp(self.param(name, named(init), ()))
+
+    weights = HybridWeights(
+      weight("log_dense", self.dense), weight("log_bm25", self.bm25)
+    )
+    return hybrid_scores(weights, dense_scores, bm25_scores)
+
+
+def learned_weights(params: Mapping[str, Any]) -> HybridWeights | None:
+  """Returns the weights in the parameters of a `RagModel`; None: it has none.
+
+  All of them or the retriever's; inside a traced function or outside.
+  """
+  if PARAMS not in params:
+    return None
+  logs = params[PARAMS]
+  return HybridWeights(jnp.exp(logs["log_dense"]), jnp.exp(logs["log_bm25"]))
