@@ -189,6 +189,10 @@ class IndexConfig:
   kind: str = _choice("auto", "exact", "scann", "device")
   path: str = ""  # a built index to open; "" builds it from the passages
   refresh_steps: int = 50  # between rebuilds while the passage encoder learns
+  # Above 0, with kind "device", the step itself searches, and embeds about so
+  # many passages again, in turn, instead of rebuilding. 0: searched between
+  # steps.
+  refresh_rows: int = 0
   swap_steps: int = 5  # from the start of a rebuild to its first use
   embed_batch_size: int = 512  # passages embedded at a time
   # More passages are several searchers on the host, built one after the other;

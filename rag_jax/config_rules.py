@@ -202,6 +202,30 @@ def _hybrid_problems(c: Config) -> Iterator[str]:
       )
 
 
+def _in_step_problems(c: Config) -> Iterator[str]:
+  """Yields what a step that searches cannot do."""
+  if not c.index.refresh_rows:
+    return
+  for name, value, needed in (
+    ("index.kind", c.index.kind, "device"),
+    ("encoder.train_passage_encoder", c.encoder.train_passage_encoder, True),
+    ("data.context_style", c.data.context_style, "question_first"),
+    ("data.substitute_answers", c.data.substitute_answers, 0.0),
+    ("index.hybrid", c.index.hybrid, False),
+  ):
+    if value != needed:
+      yield (
+        f"index.refresh_rows={c.index.refresh_rows} searches and embeds inside"
+        f" the step, which needs {name}={needed!r}, but it is {value!r}. Change"
+        " it, or set index.refresh_rows=0."
+      )
+  if not c.data.n_docs:
+    yield (
+      f"index.refresh_rows={c.index.refresh_rows} is for an index, but"
+      " data.n_docs=0 reads no documents. Set one of them otherwise."
+    )
+
+
 def _cross_problems(c: Config) -> Iterator[str]:
   """Yields the settings that contradict one another."""
   yield from _encoder_problems(c)
@@ -273,6 +297,7 @@ def _cross_problems(c: Config) -> Iterator[str]:
     )
   yield from _index_problems(c.index)
   yield from _hybrid_problems(c)
+  yield from _in_step_problems(c)
   if c.decoding.min_new_tokens > c.data.target_length:
     yield (
       f"decoding.min_new_tokens={c.decoding.min_new_tokens} is above"

@@ -279,6 +279,48 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
       {"index__hybrid": True, "index__hybrid_dense": 0.0},
       "index.hybrid_dense=0.0 would stay 0, since the logarithm of a weight is",
     ),
+    (
+      {
+        "index__refresh_rows": 9,
+        "index__kind": "device",
+        "index__hybrid": True,
+      },
+      "needs index.hybrid=False, but it is True",
+    ),
+    (
+      {"index__refresh_rows": 9, "index__kind": "exact"},
+      "index.refresh_rows=9 searches and embeds inside the step, which needs"
+      " index.kind='device', but it is 'exact'. Change it, or set index.refr",
+    ),
+    (
+      {
+        "index__refresh_rows": 9,
+        "index__kind": "device",
+        "encoder__tied": False,
+        "encoder__train_passage_encoder": False,
+      },
+      "needs encoder.train_passage_encoder=True, but it is False",
+    ),
+    (
+      {
+        "index__refresh_rows": 9,
+        "index__kind": "device",
+        "data__context_style": "rag",
+      },
+      "needs data.context_style='question_first', but it is 'rag'",
+    ),
+    (
+      {
+        "index__refresh_rows": 9,
+        "index__kind": "device",
+        "data__substitute_answers": 0.5,
+      },
+      "needs data.substitute_answers=0.0, but it is 0.5",
+    ),
+    (
+      {"index__refresh_rows": 9, "index__kind": "device", "data__n_docs": 0},
+      "index.refresh_rows=9 is for an index, but data.n_docs=0 reads no",
+    ),
     ({"data": None}, "data is None, expected a DataConfig"),
     ({"generator__relative_buckets": 4}, "relative_buckets=4 must be 0"),
     ({"generator__relative_buckets": 9}, "relative_buckets=9 must be 0"),

@@ -29,6 +29,7 @@ from rag_jax.evaluation.evaluate import Evaluator
 from rag_jax.evaluation.finish import finish
 from rag_jax.training import loop
 from rag_jax.training.checkpoint import Checkpointer
+from rag_jax.training.in_step import abstract_index
 from rag_jax.training.interrupt import StoppedEarlyError
 from rag_jax.training.metrics import MetricWriter
 from rag_jax.training.metrics import read_metrics
@@ -244,7 +245,11 @@ class Run:
       params, layout = self._first_params()
       optimizer = stage_optimizer(self.config, stage, params)
       state = make_state(params, layout, optimizer, self.experiment.mesh)
-      self.compiled[f"{stage} state"] = abstract_state(*state)
+      abstract = abstract_state(*state)
+      if stage == "train":
+        index = abstract_index(self.experiment, params)
+        abstract = abstract.replace(index=index)
+      self.compiled[f"{stage} state"] = abstract
     abstract = self.compiled[f"{stage} state"]
     return flat(self._checkpoints().restore(abstract, step)[0])
 
@@ -336,7 +341,7 @@ def _compile_once(
   compile_update = loop.compile_update
 
   def compile_once(*args: Any) -> Any:
-    return _Lowered(compile_update(*args), args[-1], compiled, spoil)
+    return _Lowered(compile_update(*args), args[4], compiled, spoil)
 
   return compile_once
 

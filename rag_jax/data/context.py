@@ -94,6 +94,11 @@ class ContextBuilder:
     self.counts = {"questions_cut": 0, "contexts_cut": 0, "targets_cut": 0}
 
   @property
+  def retriever_passages(self) -> TokenizedPassages:
+    """The passages, tokenised with the retriever's tokenizer."""
+    return self._retriever_passages
+
+  @property
   def one_tokenizer(self) -> bool:
     """Whether retriever and generator have the same."""
     return self._retriever is self._tokenizer

@@ -34,7 +34,7 @@ _POLL_SECS = 0.002
 class Prepared:
   """A batch, and what a checkpoint needs to make it again."""
 
-  batch: RagBatch
+  batch: Any  # a RagBatch; a QuestionBatch, if the step searches
   doc_ids: Int[np.ndarray, "B K"]  # passage numbers; K = 0 without documents
 
 

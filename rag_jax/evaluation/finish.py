@@ -5,6 +5,7 @@ In: the checkpoints of a run that has trained. Out, in the workdir: `model`,
 """
 
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 from absl import logging
@@ -23,6 +24,7 @@ from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import RetrieverSnapshots
 from rag_jax.training.checkpoint import Checkpointer
+from rag_jax.training.in_step import abstract_index
 from rag_jax.training.loop import Clock
 from rag_jax.training.metrics import peak_memory_bytes
 from rag_jax.training.stages import TRAIN
@@ -109,7 +111,11 @@ def _best_params(
     process_index=jax.process_index(),
   )
   best = checkpoints.best_step()
-  state, _ = checkpoints.restore(abstract_state(state, state_layout), best)
+  abstract = dataclasses.replace(
+    abstract_state(state, state_layout),
+    index=abstract_index(experiment, params),
+  )
+  state, _ = checkpoints.restore(abstract, best)
   step = best if best is not None else checkpoints.latest_step()
   assert step is not None, "a run that has trained has a checkpoint"
   logging.info("The best checkpoint is that of step %d.", step)

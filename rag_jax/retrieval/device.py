@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 import numpy as np
 
 _SPARE = 16  # rows scored again beside the n_docs best, on each device
@@ -41,6 +41,7 @@ class DeviceArrays:
   scales: Float[Any, "N"] | None  # of int8: a row is scale * integers
   tokens: Integer[Any, "N L"] | None
   lengths: Int[Any, "N"] | None  # of the tokens; the rest is padding
+  embedded_at: Int[Any, "N"]  # the step whose parameters embedded a row
   num_passages: int = flax.struct.field(pytree_node=False)  # P
   mesh: Mesh = flax.struct.field(pytree_node=False)
   num_chunks: int = flax.struct.field(pytree_node=False)  # on each device
@@ -54,6 +55,7 @@ def place_arrays(
   storage: str = "float32",
   recall_target: float = 1.0,
   chunk_passages: int = 0,
+  step: int = 0,
 ) -> DeviceArrays:
   """Copies embeddings into the memory of the devices of `mesh`.
 
@@ -66,11 +68,10 @@ def place_arrays(
     recall_target: below 1.0 `jax.lax.approx_max_k` aims at it.
     chunk_passages: rows that a device scores at a time, so that only [B, this]
       scores exist; 0: all its rows at once.
+    step: whose parameters embedded them.
   """
-  rows = -(-len(embeddings) // mesh.size)
-  num_chunks = -(-rows // (chunk_passages or rows))
-  rows = -(-rows // num_chunks) * num_chunks
-  place = functools.partial(_place, mesh=mesh, num_rows=rows * mesh.size)
+  num_rows, num_chunks = _split(len(embeddings), mesh, chunk_passages)
+  place = functools.partial(_place, mesh=mesh, num_rows=num_rows)
   if storage == "int8":
     stored, scales = place(embeddings, _to_int8), place(embeddings, _scales)
   else:
@@ -81,7 +82,39 @@ def place_arrays(
     scales=scales,
     tokens=None,
     lengths=None,
+    embedded_at=place(
+      embeddings, lambda block: np.full(len(block), step, np.int32)
+    ),
     num_passages=len(embeddings),
+    mesh=mesh,
+    num_chunks=num_chunks,
+    recall_target=recall_target,
+  )
+
+
+def abstract_arrays(
+  num_passages: int,
+  embedding_dim: int,
+  mesh: Mesh,
+  *,
+  storage: str = "float32",
+  recall_target: float = 1.0,
+  chunk_passages: int = 0,
+) -> DeviceArrays:
+  """Returns shapes, dtypes and shardings of what `place_arrays` makes."""
+  num_rows, num_chunks = _split(num_passages, mesh, chunk_passages)
+  sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+  def array(dtype: Any, *tail: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((num_rows, *tail), dtype, sharding=sharding)
+
+  return DeviceArrays(
+    embeddings=array(STORAGES[storage], embedding_dim),
+    scales=array(np.float32) if storage == "int8" else None,
+    tokens=None,
+    lengths=None,
+    embedded_at=array(np.int32),
+    num_passages=num_passages,
     mesh=mesh,
     num_chunks=num_chunks,
     recall_target=recall_target,
@@ -190,8 +223,8 @@ def gather_passages(
       "The device index holds no tokens, only embeddings; expected both to"
       " gather passages. Call place_tokens(arrays, tokens, lengths) first."
     )
-  tokens = _gather(arrays, arrays.tokens, ids).astype(jnp.int32)
-  lengths = _gather(arrays, arrays.lengths, ids)
+  tokens = gather_rows(arrays, arrays.tokens, ids).astype(jnp.int32)
+  lengths = gather_rows(arrays, arrays.lengths, ids)
   return tokens, jnp.arange(tokens.shape[-1]) < lengths[..., None]
 
 
@@ -200,10 +233,47 @@ def gather_embeddings(
 ) -> Float[Array, "B K R"]:
   """Returns embeddings in float32, as they are stored; without gradient."""
   embeddings = jax.lax.stop_gradient(arrays.embeddings)
-  found = _gather(arrays, embeddings, ids).astype(jnp.float32)
+  found = gather_rows(arrays, embeddings, ids).astype(jnp.float32)
   if arrays.scales is None:
     return found
-  return found * _gather(arrays, arrays.scales, ids)[..., None]
+  return found * gather_rows(arrays, arrays.scales, ids)[..., None]
+
+
+def gather_rows(
+  arrays: DeviceArrays,
+  values: Shaped[Array, "N *rest"],
+  ids: Int[Array, "B K"],
+) -> Shaped[Array, "B K *rest"]:
+  """Returns rows `ids` of `values`, which lie as the rows of `arrays` do.
+
+  Zeros where there is no such row; small types come back wider.
+  """
+  axes = arrays.mesh.axis_names
+
+  def take(block: jax.Array, ids: jax.Array) -> jax.Array:
+    row = ids - jax.lax.axis_index(axes) * len(block)
+    here = (row >= 0) & (row < len(block))
+    found = block[jnp.clip(row, 0, len(block) - 1)]
+    here = here.reshape(here.shape + (1,) * (found.ndim - here.ndim))
+    # One device has the row. Sums of small types are not exact, or not there.
+    wide = jnp.promote_types(found.dtype, jnp.int32)
+    return jax.lax.psum(jnp.where(here, found, 0).astype(wide), axes)
+
+  return jax.shard_map(
+    take,
+    mesh=arrays.mesh,
+    in_specs=(PartitionSpec(axes), PartitionSpec()),
+    out_specs=PartitionSpec(),
+  )(values, ids)
+
+
+def _split(
+  num_passages: int, mesh: Mesh, chunk_passages: int
+) -> tuple[int, int]:
+  """Returns how many rows there are, and into how many chunks a device's."""
+  rows = -(-num_passages // mesh.size)
+  num_chunks = -(-rows // (chunk_passages or rows))
+  return -(-rows // num_chunks) * num_chunks * mesh.size, num_chunks
 
 
 def _place(
@@ -322,26 +392,3 @@ def _sort(
   """Returns the best k scores and ids of each row, ties by the smaller id."""
   scores, ids = jax.lax.sort((-scores, ids), num_keys=2)
   return -scores[:, :k], ids[:, :k]
-
-
-def _gather(
-  arrays: DeviceArrays, values: jax.Array, ids: jax.Array
-) -> jax.Array:
-  """Returns rows `ids` of `values`; zeros where there is no such row."""
-  axes = arrays.mesh.axis_names
-
-  def take(block: jax.Array, ids: jax.Array) -> jax.Array:
-    row = ids - jax.lax.axis_index(axes) * len(block)
-    here = (row >= 0) & (row < len(block))
-    found = block[jnp.clip(row, 0, len(block) - 1)]
-    here = here.reshape(here.shape + (1,) * (found.ndim - here.ndim))
-    # One device has the row. Sums of small types are not exact, or not there.
-    wide = jnp.promote_types(found.dtype, jnp.int32)
-    return jax.lax.psum(jnp.where(here, found, 0).astype(wide), axes)
-
-  return jax.shard_map(
-    take,
-    mesh=arrays.mesh,
-    in_specs=(PartitionSpec(axes), PartitionSpec()),
-    out_specs=PartitionSpec(),
-  )(values, ids)

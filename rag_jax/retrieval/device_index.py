@@ -23,6 +23,15 @@ _BLOCK_QUESTIONS = 256  # searched for at a time
 _SETTINGS = ("storage", "recall_target", "chunk_passages")
 
 
+_search = jax.jit(device.search_device, static_argnames="n_docs")
+_gather = jax.jit(device.gather_embeddings)
+
+
+def settings_of(config: IndexConfig) -> dict[str, Any]:
+  """Returns the settings that `device.place_arrays` takes."""
+  return {s: getattr(config, f"device_{s}") for s in _SETTINGS}
+
+
 class DeviceIndex:
   """`device.DeviceArrays` as an index that the host searches. Row = passage id.
 
@@ -60,7 +69,6 @@ class DeviceIndex:
     self.certificate: Any = None  # see certificate.py
     self.build_cost: Any = None
     self._exact = inner
-    self._search = jax.jit(device.search_device, static_argnames="n_docs")
 
   @classmethod
   def build(
@@ -78,8 +86,7 @@ class DeviceIndex:
       encoder_fingerprint=encoder_fingerprint,
       passages_fingerprint=passages_fingerprint,
     )
-    settings = {s: getattr(config, f"device_{s}") for s in _SETTINGS}
-    return cls(inner, settings, mesh)
+    return cls(inner, settings_of(config), mesh)
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
@@ -105,7 +112,7 @@ class DeviceIndex:
       # Filled up to a power of two: few shapes to compile programs for.
       filled = np.zeros((1 << (len(block) - 1).bit_length(), block.shape[1]))
       filled[: len(block)] = block
-      found, _ = self._search(self.arrays, np.float32(filled), n_docs=n_docs)
+      found, _ = _search(self.arrays, np.float32(filled), n_docs=n_docs)
       ids[start : start + len(block)] = np.asarray(found)[: len(block)]
     return exact.rank(questions, self.embeddings, ids)
 
@@ -144,6 +151,62 @@ class DeviceIndex:
         f" {sorted(device.STORAGES)}. {exact.REMEDY}"
       )
     return cls(exact.ExactIndex.load(path, content), settings, mesh)
+
+
+class RefreshedIndex(DeviceIndex):
+  """An index that a train step keeps fresh, seen from the host in between.
+
+  Its rows are of the weights of several steps, so it has no fingerprint of an
+  encoder. The next step, which is given its arrays for good, ends its use.
+  Of several processes, all do the same with it.
+  """
+
+  def __init__(
+    self,
+    arrays: device.DeviceArrays,
+    settings: dict[str, Any],
+    *,
+    passages_fingerprint: str,
+  ):
+    """Keeps the arrays; nothing is copied."""
+    self.kind = "device"
+    self.arrays = arrays
+    self.embeddings = DeviceRows(arrays)
+    self.num_passages, self.embedding_dim = self.embeddings.shape
+    self.encoder_fingerprint = ""
+    self.passages_fingerprint = passages_fingerprint
+    self.settings = settings
+    self.memory_bytes = sum(x.nbytes for x in jax.tree.leaves(arrays))
+    self.certificate: Any = None
+    self.build_cost: Any = None
+
+
+class DeviceRows:
+  """The embeddings of `DeviceArrays`, of which the host copies what it reads.
+
+  In float32, rounded as they are stored.
+  """
+
+  def __init__(self, arrays: device.DeviceArrays):
+    self._arrays = arrays
+    self.dtype = np.dtype(np.float32)
+    self.shape = (arrays.num_passages, arrays.embeddings.shape[1])
+    self.ndim = 2
+    self.nbytes = 4 * self.shape[0] * self.shape[1]
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: Any) -> np.ndarray:
+    """Returns the rows that a slice or an array of numbers names."""
+    if isinstance(rows, slice):
+      rows = np.arange(*rows.indices(len(self)))
+    rows = np.asarray(rows, np.int32)
+    # Filled up to a power of two: few shapes to compile programs for.
+    filled = np.zeros((1, 1 << max(rows.size - 1, 0).bit_length()), np.int32)
+    filled[0, : rows.size] = rows.reshape(-1)
+    found = np.asarray(_gather(self._arrays, filled))[0, : rows.size]
+    return found.reshape(*rows.shape, self.shape[1])
 
 
 def _one_device() -> Mesh:

@@ -243,8 +243,12 @@ class IndexBuilder:
     self._config = config
     self._n_docs = n_docs
 
-  def build(self, retriever_params: PyTree) -> Index:
+  def build(
+    self, retriever_params: PyTree, mesh: jax.sharding.Mesh | None = None
+  ) -> Index:
     """Embeds every passage and returns the index over them.
+
+    Of kind "device" it lies over `mesh`; None: on one local device.
 
     Raises:
       ValueError: as `check`.
@@ -256,6 +260,7 @@ class IndexBuilder:
       self._config,
       encoder_fingerprint=fingerprint(retriever_params),
       passages_fingerprint=self._passages_fingerprint,
+      mesh=mesh,
     )
     self.check(index)
     return index

@@ -29,11 +29,15 @@ from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import RetrieverSnapshots
 from rag_jax.retrieval.retriever import fingerprint
 from rag_jax.retrieval.versions import IndexVersions
+from rag_jax.training import in_step
+from rag_jax.training import step as step_lib
 from rag_jax.training.checkpoint import Checkpointer
 from rag_jax.training.interrupt import StoppedEarlyError
 from rag_jax.training.interrupt import StopRequest
 from rag_jax.training.metrics import MetricWriter
 from rag_jax.training.metrics import Progress
+from rag_jax.training.resuming import check_end
+from rag_jax.training.resuming import check_identity
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import Stage
 from rag_jax.training.stages import make_stages
@@ -132,8 +136,8 @@ class _Run:
     if latest is None:
       self._writer.truncate_after(stages[0].name, 0)
     else:
-      self._check_identity(extra, latest)
-      self._check_end(stages[-1], latest)
+      check_identity(extra["identity"], self._identity, latest)
+      check_end(stages[-1], latest)
       self._writer.truncate_after(extra["stage"], extra["stage_step"])
       self.clock = Clock(**extra["clock"])
       logging.info("Resuming from the checkpoint of step %d.", latest)
@@ -150,26 +154,6 @@ class _Run:
         continue  # a later stage goes on from the checkpoint
       resumed = extra if extra.get("stage") == stage.name else {}
       params = self._stage(stage, params, layout, resumed, latest)
-
-  def _check_identity(self, extra: dict, step: int) -> None:
-    changed = [
-      k for k, v in self._identity.items() if extra["identity"][k] != v
-    ]
-    if changed:
-      raise ValueError(
-        f"The checkpoint of step {step} was made with other"
-        f" {' and '.join(changed)}: what the config names has changed since."
-        " Put the old files back, or start in another --workdir."
-      )
-
-  def _check_end(self, stage: Stage, step: int) -> None:
-    if step > stage.first_step + stage.num_steps:
-      raise ValueError(
-        f"The checkpoint of step {step} is beyond the end of the run:"
-        f" train.num_steps={stage.num_steps}, after {stage.first_step} of the"
-        " warm-up. Expected a run that goes on. Set train.num_steps to"
-        f" {step - stage.first_step} or more, or start in another --workdir."
-      )
 
   def _stage(
     self,
@@ -188,10 +172,17 @@ class _Run:
     doc_ids = None
     if extra:
       abstract = abstract_state(state, state_layout)
+      if stage.in_step:
+        kept = in_step.abstract_index(self._experiment, params)
+        abstract = dataclasses.replace(abstract, index=kept)
       state, _ = self._checkpoints.restore(abstract, latest)
       doc_ids = np.asarray(extra["doc_ids"], np.int32)
     step = int(state.step)
-    if main and not (self._experiment.closed_book or self._config.index.path):
+    if stage.in_step:
+      state, state_layout = in_step.place_index(
+        self._experiment, state, state_layout, self._snapshots
+      )
+    elif main and not (self._experiment.closed_book or self._config.index.path):
       self._open_index(state.params, extra, latest)
     if step >= stage.num_steps:
       return state.params
@@ -206,12 +197,15 @@ class _Run:
       state_layout,
       self._experiment.mesh,
       stage.name,
+      stage.in_step.update if stage.in_step else step_lib.update,
     )
     compiled = update.lower(
       state, self._to_devices(first.batch), self._key
     ).compile()
     if main:  # compiles what validation needs, outside the clock
-      self._validate(state.params, index)
+      self._validate(
+        state.params, in_step.searched(self._experiment, state, index)
+      )
     return self._steps(stage, compiled, state, step, first)
 
   def _adopt_index(self, params: PyTree) -> None:
@@ -283,7 +277,8 @@ class _Run:
         # After the last step too: the run may be made longer.
         more = not last or main
         # Before the update, which donates the parameters it is given.
-        retriever = self._retriever_params(state.params) if more else None
+        outside = more and not stage.in_step
+        retriever = self._retriever_params(state.params) if outside else None
         state, metrics = update(
           state, self._to_devices(prepared.batch), self._key
         )
@@ -315,7 +310,8 @@ class _Run:
         if validate:
           began = time.perf_counter()
           with progress.paused():
-            values |= self._validate(state.params, index)
+            searched = in_step.searched(self._experiment, state, index)
+            values |= self._validate(state.params, searched)
           paused += time.perf_counter() - began
         if log:
           self._writer.write(step, stage.name, values)
@@ -383,7 +379,8 @@ class _Run:
       "config": dataclasses.asdict(self._config),
       "metrics": {k: v for k, v in values.items() if math.isfinite(v)},
     }
-    self._checkpoints.save(name, state, extra, values.get(_BEST))
+    kept_state = in_step.without_tokens(state)
+    self._checkpoints.save(name, kept_state, extra, values.get(_BEST))
     if versions:
       kept = [
         self._checkpoints.read_extra(s) for s in self._checkpoints.steps()

@@ -19,8 +19,11 @@ from rag_jax.data.experiment import Experiment
 from rag_jax.data.pipeline import Prepared
 from rag_jax.data.pipeline import QuestionBatches
 from rag_jax.data.questions import Question
+from rag_jax.data.step_batches import StepBatches
 from rag_jax.losses import MARGINAL_NLL_FNS
 from rag_jax.losses_hf import HF_NLL_FNS
+from rag_jax.training.in_step import InStep
+from rag_jax.training.in_step import open_in_step
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.step import LossFn
 from rag_jax.training.step import cloze_loss
@@ -41,6 +44,7 @@ class Stage:
   loss_fn: LossFn
   # (step, retriever's params, index, document ids) -> batch of that step
   prepare: Callable[..., Prepared]
+  in_step: InStep | None = None  # None: documents are searched between steps
 
 
 def stage_optimizer(
@@ -99,7 +103,8 @@ def make_stages(
         prepare=prepare_cloze,
       )
     )
-  batches = QuestionBatches(
+  in_step = open_in_step(experiment)
+  batches = (StepBatches if in_step else QuestionBatches)(
     questions,
     experiment.tokenizer,
     experiment.tokenized,
@@ -122,6 +127,7 @@ def make_stages(
       first_step=config.warmup.num_steps,
       loss_fn=_main_loss(experiment),
       prepare=batches.prepare,
+      in_step=in_step,
     )
   )
   return stages

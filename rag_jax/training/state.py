@@ -20,11 +20,15 @@ from rag_jax.models.partitioning import shardings
 @typing.no_type_check
 @flax.struct.dataclass
 class TrainState:
-  """All that changes from one step to the next, and all that is saved."""
+  """All that changes from one step to the next, and all that is saved.
+
+  But for the tokens in the index, which are made again.
+  """
 
   step: Int[Array, ""]  # of the stage: updates made
   params: PyTree
   opt_state: optax.OptState
+  index: Any = None  # an in_step.StepIndex, if the step itself searches
 
 
 def init_params(

@@ -194,15 +194,16 @@ def compile_update(
   layout: TrainState,
   mesh: jax.sharding.Mesh,
   stage: str,
+  update_fn: Callable[..., tuple[TrainState, Metrics]] = update,
 ) -> Any:
-  """Returns `update`, jitted over the mesh; its state is donated."""
+  """Returns `update_fn`, jitted over the mesh; its state is donated."""
 
   def on_mesh(
-    state: TrainState, batch: RagBatch, key: Key[Array, ""]
+    state: TrainState, batch: PyTree, key: Key[Array, ""]
   ) -> tuple[TrainState, Metrics]:
     # Where no mesh is set, `constrain` in the model silently does nothing.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return update(
+      return update_fn(
         state, batch, key, loss_fn=loss_fn, optimizer=optimizer, stage=stage
       )
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from rag_jax.config import IndexConfig
+from rag_jax.retrieval.device import place_arrays
 from rag_jax.retrieval.device_index import DeviceIndex
+from rag_jax.retrieval.device_index import RefreshedIndex
+from rag_jax.retrieval.device_index import settings_of
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import build_index
@@ -107,3 +110,28 @@ def test_embeddings_with_nan_are_refused():
   embeddings[5, 2] = np.nan
   with pytest.raises(ValueError, match=r"1 of 203 passages hold NaN.*rows 5\."):
     build(embeddings)
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_arrays_of_a_step_are_an_index_for_the_host(storage):
+  settings = settings_of(
+    IndexConfig(device_storage=storage, device_chunk_passages=50)
+  )
+  index = RefreshedIndex(
+    place_arrays(normal(P, R), MESH, **settings),
+    settings,
+    passages_fingerprint="3c4d",
+  )
+  assert isinstance(index, Index)
+  assert index.encoder_fingerprint == ""  # rows are of several weights
+  rows = index.embeddings[:]
+  np.testing.assert_allclose(
+    rows, normal(P, R), atol={"float32": 0, "int8": 0.02}[storage]
+  )
+  for some in (np.array([[3, 202], [0, 7]]), slice(5, 5), slice(9, 150)):
+    np.testing.assert_array_equal(index.embeddings[some], rows[some])
+  questions = normal(9, R, seed=1)
+  for found, exactly in zip(
+    index.search(questions, 4), exact(rows).search(questions, 4), strict=True
+  ):
+    np.testing.assert_array_equal(found, exactly)

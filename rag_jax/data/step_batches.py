@@ -1,0 +1,107 @@
+"""Batches whose documents the step itself finds, and how it reads them.
+
+In: questions, by step; tokens of the passages that a search inside the step
+found. Out: what the step takes, and the contexts that the generator reads:
+those of context.py, joined on the devices.
+"""
+
+import typing
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree
+import numpy as np
+
+from rag_jax.data.pipeline import Prepared
+from rag_jax.data.pipeline import QuestionBatches
+from rag_jax.retrieval.index import Index
+
+
+# Unchecked, because JAX makes it of shapes and shardings too.
+@typing.no_type_check
+@flax.struct.dataclass
+class QuestionBatch:
+  """Questions and answers, as tokens; a `RagBatch` without its documents."""
+
+  question_tokens: Int[Any, "B Q"]
+  question_mask: Bool[Any, "B Q"]
+  head_tokens: Int[Any, "B C"]  # a context that holds the question alone
+  head_mask: Bool[Any, "B C"]
+  target_tokens: Int[Any, "B T"]
+  target_mask: Bool[Any, "B T"]
+
+
+class StepBatches(QuestionBatches):
+  """The batches of the main stage, by step, without documents."""
+
+  def prepare(
+    self,
+    step: int,
+    retriever_params: PyTree,
+    index: Index | None,
+    doc_ids: Int[np.ndarray, "B K"] | None = None,
+  ) -> Prepared:
+    """Returns the batch of `step`, which is all that it depends on."""
+    del retriever_params, index, doc_ids
+    rows = self.rows(step)
+    nothing = np.zeros((len(rows), 0), np.int32)
+    question_tokens, question_mask = self._context.questions(
+      [self._question_ids[i] for i in rows]
+    )
+    heads, heads_mask = self._context.contexts(
+      [self._context_ids[i] for i in rows], nothing
+    )
+    target_tokens, target_mask = self._context.targets(
+      [self._answer_ids[i] for i in rows]
+    )
+    return Prepared(
+      QuestionBatch(
+        question_tokens=question_tokens,
+        question_mask=question_mask,
+        head_tokens=heads[:, 0],
+        head_mask=heads_mask[:, 0],
+        target_tokens=target_tokens,
+        target_mask=target_mask,
+      ),
+      nothing,
+    )
+
+
+def join_contexts(
+  head_tokens: Int[Array, "B C"],
+  head_mask: Bool[Array, "B C"],
+  body_tokens: Int[Array, "B K L"],
+  body_mask: Bool[Array, "B K L"],
+) -> tuple[Int[Array, "B K C"], Bool[Array, "B K C"], Int[Array, ""]]:
+  """Returns contexts, their mask, and how many were cut; call it inside a jit.
+
+  What `ContextBuilder.contexts` makes of the same questions and passages. The
+  masks are True on real tokens, which come first.
+  """
+  length = head_tokens.shape[-1]
+  start = jnp.sum(head_mask, axis=-1)[:, None, None]  # B 1 1
+  end = start + jnp.sum(body_mask, axis=-1)[..., None]  # B K 1
+  place = jnp.arange(length)  # C
+  source = jnp.clip(place - start, 0, body_tokens.shape[-1] - 1)  # B 1 C
+  body = jnp.take_along_axis(body_tokens, source, axis=-1)  # B K C
+  in_body = (place >= start) & (place < end)
+  tokens = jnp.where(in_body, body, head_tokens[:, None])  # else padding
+  return tokens, place < end, jnp.sum(end > length)
+
+
+def add_start(
+  tokens: Int[Array, "*N L"], mask: Bool[Array, "*N L"], bos_id: int | None
+) -> tuple[Int[Array, "*N M"], Bool[Array, "*N M"]]:
+  """Returns rows as the passage tower reads them: after the start token.
+
+  What `ContextBuilder.passages` does; without a start token, the rows.
+  """
+  if bos_id is None:
+    return tokens, mask
+  start = jnp.full((*tokens.shape[:-1], 1), bos_id, tokens.dtype)
+  real = jnp.ones((*mask.shape[:-1], 1), bool)
+  return (
+    jnp.concatenate([start, tokens], axis=-1),
+    jnp.concatenate([real, mask], axis=-1),
+  )

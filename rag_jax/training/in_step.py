@@ -1,0 +1,262 @@
+"""An update that searches its documents itself, and keeps their index fresh.
+
+In: questions; the index in the memory of the devices, with the passages as
+tokens. Out: the new state, with some of the passages embedded again by it. One
+program: no passage, embedding or score of a search goes through the host.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key, PyTree
+import optax
+
+from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.data.batches import RagBatch
+from rag_jax.data.experiment import Experiment
+from rag_jax.data.step_batches import QuestionBatch
+from rag_jax.data.step_batches import add_start
+from rag_jax.data.step_batches import join_contexts
+from rag_jax.models.partitioning import constrain
+from rag_jax.models.rag import RagModel
+from rag_jax.retrieval import device
+from rag_jax.retrieval import device_index
+from rag_jax.retrieval import device_refresh
+from rag_jax.retrieval.index import Index
+from rag_jax.retrieval.retriever import RetrieverSnapshots
+from rag_jax.training.state import TrainState
+from rag_jax.training.step import LossFn
+from rag_jax.training.step import Metrics
+from rag_jax.training.step import update
+
+
+# Unchecked, because JAX makes it of shapes and shardings too.
+@typing.no_type_check
+@flax.struct.dataclass
+class StepIndex:
+  """What a step searches and reads.
+
+  The retriever's tokens lie in `arrays`; the generator's are None where they
+  are the same, or where a checkpoint left out all tokens.
+  """
+
+  arrays: device.DeviceArrays
+  context_tokens: Int[Any, "N L"] | None = None
+  context_lengths: Int[Any, "N"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InStep:
+  """The search of a step, and what it embeds again."""
+
+  model: RagModel
+  n_docs: int
+  refresh_rows: int  # passages embedded again in each step
+  bos_id: int | None  # of the retriever
+
+  def update(
+    self,
+    state: TrainState,
+    batch: QuestionBatch,
+    key: Key[Array, ""],
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    stage: str,
+  ) -> tuple[TrainState, Metrics]:
+    """Applies one gradient update, as `step.update`, on documents of its own.
+
+    The documents are those of the parameters before the update. The passages
+    whose turn it is are embedded by those after it: the next search asks with
+    these, and to the step before they would be one step old already.
+    """
+    index = state.index
+    assert index is not None
+    documents, ids, num_cut = self.documents(state.params, index, batch)
+    state, metrics = update(
+      state,
+      documents,
+      key,
+      loss_fn=loss_fn,
+      optimizer=optimizer,
+      stage=stage,
+    )
+    arrays = self.refresh(index.arrays, state)
+    mean, most = device_refresh.staleness(arrays, state.step)
+    metrics |= {
+      f"{stage}/index_staleness_steps": mean,
+      f"{stage}/index_staleness_max_steps": most,
+      f"{stage}/distinct_docs": _share_of_distinct(ids),
+      f"{stage}/contexts_cut": num_cut / ids.size,
+    }
+    return dataclasses.replace(
+      state, index=dataclasses.replace(index, arrays=arrays)
+    ), metrics
+
+  def documents(
+    self, params: PyTree, index: StepIndex, batch: QuestionBatch
+  ) -> tuple[RagBatch, Int[Array, "B K"], Int[Array, ""]]:
+    """Returns the batch with its documents, their ids, contexts cut.
+
+    No gradient flows through the search; the scores are thrown away.
+    """
+    embeddings: Any = self.model.apply(
+      {"params": jax.lax.stop_gradient(params)},
+      batch.question_tokens,
+      batch.question_mask,
+      method="embed_questions",
+    )
+    ids, _ = device.search_device(index.arrays, embeddings, self.n_docs)
+    tokens, mask = _split(device.gather_passages(index.arrays, ids))
+    doc_tokens, doc_mask = add_start(tokens, mask, self.bos_id)
+    if index.context_tokens is not None:
+      generator = dataclasses.replace(
+        index.arrays,
+        tokens=index.context_tokens,
+        lengths=index.context_lengths,
+      )
+      tokens, mask = _split(device.gather_passages(generator, ids))
+    context_tokens, context_mask, num_cut = join_contexts(
+      batch.head_tokens, batch.head_mask, tokens, mask
+    )
+    found = RagBatch(
+      context_tokens=context_tokens,
+      context_mask=context_mask,
+      target_tokens=batch.target_tokens,
+      target_mask=batch.target_mask,
+      question_tokens=batch.question_tokens,
+      question_mask=batch.question_mask,
+      doc_tokens=doc_tokens,
+      doc_mask=doc_mask,
+    )
+    return found, ids, num_cut
+
+  def refresh(
+    self, arrays: device.DeviceArrays, state: TrainState
+  ) -> device.DeviceArrays:
+    """Returns `arrays` with the rows of a step embedded by `state`."""
+    rows = device_refresh.due_rows(arrays, state.step, self.refresh_rows)
+    tokens, mask = device_refresh.own_passages(arrays, rows)
+    embeddings: Any = self.model.apply(
+      {"params": jax.lax.stop_gradient(state.params)},
+      *add_start(tokens, mask, self.bos_id),
+      method="embed_passages",
+    )
+    return device_refresh.refresh_rows(arrays, rows, embeddings, state.step)
+
+
+def open_in_step(experiment: Experiment) -> InStep | None:
+  """Returns the search that the config puts into the step; None: outside."""
+  config = experiment.config
+  if not config.index.refresh_rows:
+    return None
+  return InStep(
+    model=experiment.model,
+    n_docs=config.data.n_docs,
+    refresh_rows=config.index.refresh_rows,
+    bos_id=experiment.retriever_tokenizer.bos_id,
+  )
+
+
+def place_index(
+  experiment: Experiment,
+  state: TrainState,
+  layout: TrainState,
+  snapshots: RetrieverSnapshots,
+) -> tuple[TrainState, TrainState]:
+  """Returns a state whose step searches, and the sharding of each array.
+
+  Args:
+    experiment: of the run.
+    state: with the index of a checkpoint, or without: then every passage is
+      embedded.
+    layout: sharding of each array, without the index.
+    snapshots: copies the parameters that embed.
+  """
+  index = state.index
+  if index is None:
+    built = experiment.index_builder.build(
+      snapshots.take(state.params), experiment.mesh
+    )
+    assert isinstance(built, device_index.DeviceIndex)
+    index = StepIndex(built.arrays)
+  index = _with_tokens(experiment, index)
+  shardings = jax.tree.map(lambda x: x.sharding, index)
+  return (
+    dataclasses.replace(state, index=index),
+    dataclasses.replace(layout, index=shardings),
+  )
+
+
+def _with_tokens(experiment: Experiment, index: StepIndex) -> StepIndex:
+  """Returns `index` with the passages as tokens of retriever and generator."""
+
+  def place(passages: TokenizedPassages) -> device.DeviceArrays:
+    return device.place_tokens(index.arrays, passages.tokens, passages.lengths)
+
+  context = experiment.context
+  index = dataclasses.replace(index, arrays=place(context.retriever_passages))
+  if context.one_tokenizer:
+    return index
+  generator = place(experiment.tokenized)
+  return dataclasses.replace(
+    index, context_tokens=generator.tokens, context_lengths=generator.lengths
+  )
+
+
+def without_tokens(state: TrainState) -> TrainState:
+  """Returns what a checkpoint keeps: tokens are made again from passages."""
+  if state.index is None:
+    return state
+  arrays = dataclasses.replace(state.index.arrays, tokens=None, lengths=None)
+  return dataclasses.replace(state, index=StepIndex(arrays))
+
+
+def abstract_index(experiment: Experiment, params: PyTree) -> StepIndex | None:
+  """Returns what a checkpoint of the main stage keeps of the index, if any.
+
+  As `jax.ShapeDtypeStruct`s, for `Checkpointer.restore`.
+  """
+  config = experiment.config.index
+  if not config.refresh_rows:
+    return None
+  return StepIndex(
+    device.abstract_arrays(
+      len(experiment.passages),
+      experiment.embedder.embedding_dim(params),
+      experiment.mesh,
+      **device_index.settings_of(config),
+    )
+  )
+
+
+def searched(
+  experiment: Experiment, state: TrainState, index: Index | None
+) -> Index | None:
+  """Returns what a search between two steps uses: `index`, or the state's."""
+  if state.index is None:
+    return index
+  return device_index.RefreshedIndex(
+    state.index.arrays,
+    device_index.settings_of(experiment.config.index),
+    passages_fingerprint=experiment.passages.fingerprint,
+  )
+
+
+def _split(
+  tokens: tuple[Int[Array, "B K L"], Bool[Array, "B K L"]],
+) -> tuple[Int[Array, "B K L"], Bool[Array, "B K L"]]:
+  """Returns tokens and mask, which every device has, split as a batch is."""
+  ids, mask = tokens
+  axes = ("batch", "docs", "length")
+  return constrain(ids, *axes), constrain(mask, *axes)
+
+
+def _share_of_distinct(ids: Int[Array, "B K"]) -> jax.Array:
+  """Returns how many of the documents are different ones, from 0 to 1."""
+  ids = jnp.sort(ids.reshape(-1))
+  return (1 + jnp.sum(ids[1:] != ids[:-1])) / ids.size

@@ -1,0 +1,256 @@
+"""Rows that are embedded again against a loop over them, on several devices."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+import numpy as np
+import pytest
+
+from rag_jax.retrieval.device import abstract_arrays
+from rag_jax.retrieval.device import gather_embeddings
+from rag_jax.retrieval.device import place_arrays
+from rag_jax.retrieval.device import place_tokens
+from rag_jax.retrieval.device_refresh import due_rows
+from rag_jax.retrieval.device_refresh import num_turns
+from rag_jax.retrieval.device_refresh import own_passages
+from rag_jax.retrieval.device_refresh import refresh_rows
+from rag_jax.retrieval.device_refresh import staleness
+
+P, R, L = 203, 16, 5
+SEVERAL = jax.device_count() == 8  # in the process that the last test starts
+STORAGES = pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+TOKENS = np.random.default_rng(1).integers(0, 60_000, (P, L), np.uint16)
+LENGTHS = 1 + np.arange(P) % L
+TABLE = np.random.default_rng(2).normal(size=(1000, R)).astype(np.float32)
+
+
+def over(*counts):
+  """Numbers of devices, of those that this process has."""
+  counts = counts if SEVERAL else (1,)
+  ids = [f"over{n}" for n in counts]
+  return pytest.mark.parametrize("count", counts, ids=ids)
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def mesh_of(count):
+  shape = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}[count]
+  return jax.make_mesh(
+    shape,
+    ("data", "tensor"),
+    axis_types=(AxisType.Auto,) * 2,
+    devices=jax.devices()[:count],
+  )
+
+
+def place(count, **settings):
+  arrays = place_arrays(normal(P, R), mesh_of(count), **settings)
+  return place_tokens(arrays, TOKENS, LENGTHS)
+
+
+def encode(tokens, mask, step):
+  """Stands for a passage encoder whose parameters are the step."""
+  found = jnp.asarray(TABLE)[tokens % len(TABLE)]  # M L R
+  return jnp.sum(found * mask[..., None], axis=1) + step
+
+
+def encode_by_hand(row, step):
+  ids = TOKENS[row, : LENGTHS[row]].astype(int)
+  return TABLE[ids % len(TABLE)].sum(axis=0) + np.float32(step)
+
+
+def one_step(arrays, step, num_rows):
+  """Embeds the rows of `step` with its parameters, as a train step does."""
+  rows = due_rows(arrays, step, num_rows)
+  embeddings = encode(*own_passages(arrays, rows), step)
+  return refresh_rows(arrays, rows, embeddings, step)
+
+
+run_step = jax.jit(one_step, static_argnums=2, donate_argnums=0)
+
+
+@over(1, 2, 4, 8)
+@pytest.mark.parametrize("num_rows", [1, 7, 40, P, 3 * P])
+def test_every_row_has_its_turn_whatever_the_devices(count, num_rows):
+  arrays = place(count, chunk_passages=10)
+  turns = num_turns(P, num_rows)
+  assert turns == max(1, -(-P // num_rows))
+  rows_of = jax.jit(due_rows, static_argnums=2)
+  total, shards = len(arrays.embedded_at), []
+  for step in range(2 * turns):
+    rows = rows_of(arrays, step, num_rows)
+    shards += [
+      (d, np.asarray(s.data)) for d, s in enumerate(rows.addressable_shards)
+    ]
+    real = np.asarray(rows)
+    real = real[real < total]
+    by_hand = [row for row in range(P) if row % turns == step % turns]
+    assert sorted(real.tolist()) == by_hand
+  # A device is given rows that it holds, and not many more than the others.
+  held = total // count
+  for device, rows in shards:
+    assert len(rows) == -(-held // turns)
+    assert set(rows[rows < total] // held) <= {device}
+
+
+@over(1, 2, 8)
+@STORAGES
+def test_steps_write_what_a_loop_over_the_rows_writes(count, storage):
+  num_rows, steps = 60, 6  # the fifth and the sixth step go round again
+  embeddings = normal(P, R)
+  embedded_at = np.zeros(P, int)
+  arrays = place(count, storage=storage)
+  for step in range(1, steps + 1):
+    arrays = run_step(arrays, step, num_rows)
+    for row in range(P):
+      if row % num_turns(P, num_rows) == step % num_turns(P, num_rows):
+        embeddings[row] = encode_by_hand(row, step)
+        embedded_at[row] = step
+  np.testing.assert_array_equal(arrays.embedded_at[:P], embedded_at)
+  assert sorted(set(embedded_at)) == [3, 4, 5, 6]
+  expected = place_arrays(embeddings, mesh_of(count), storage=storage)
+  assert arrays.embeddings.dtype == expected.embeddings.dtype
+  assert arrays.embeddings.sharding == expected.embeddings.sharding
+  ids = np.arange(P)[None]
+  got, wanted = (
+    np.asarray(jax.jit(gather_embeddings)(a, ids)) for a in (arrays, expected)
+  )
+  # The encoder sums in another order than the loop: a unit in the last place
+  # of what is stored.
+  unit = {"float32": 1e-6, "bfloat16": 2**-8, "int8": 1 / 127}[storage]
+  allowed = unit * np.abs(embeddings).max(axis=-1, keepdims=True)
+  assert np.all(np.abs(got[0] - wanted[0]) <= 1.001 * allowed)
+  assert np.mean(got == wanted) > 0.5
+
+
+@over(1, 8)
+def test_rows_that_fill_up_are_left_alone(count):
+  arrays = place_arrays(normal(9, R), mesh_of(count), chunk_passages=1)
+  arrays = place_tokens(arrays, TOKENS[:9], LENGTHS[:9])
+  for step in (1, 2, 3):
+    arrays = run_step(arrays, step, 4)
+  assert np.all(np.asarray(arrays.embedded_at[:9]) > 0)
+  assert not np.any(arrays.embedded_at[9:])
+  assert not np.any(arrays.embeddings[9:])
+
+
+@over(2, 8)
+def test_a_row_that_its_device_does_not_hold_is_dropped(count):
+  arrays = place_arrays(normal(P, R), mesh_of(count))
+  before = np.asarray(arrays.embeddings)
+  # One place a device, all of which name the last device's last passage.
+  rows = np.full(count, P - 1, np.int32)
+  after = jax.jit(refresh_rows)(arrays, rows, np.ones((count, R)), 5)
+  # Of 203 rows over 8 devices of 26, passage 202 lies on the last.
+  expected = before.copy()
+  expected[P - 1] = 1
+  np.testing.assert_array_equal(after.embeddings, expected)
+
+
+@over(1, 8)
+def test_staleness_is_the_age_of_each_row_averaged(count):
+  arrays = place(count)
+  age_of = jax.jit(staleness)
+  embedded_at = np.zeros(P, int)
+  for step in range(1, 9):
+    arrays = run_step(arrays, step, 60)
+    embedded_at[np.arange(P) % 4 == step % 4] = step
+    mean, most = age_of(arrays, step)
+    np.testing.assert_allclose(mean, np.mean(step - embedded_at), rtol=1e-6)
+    assert most == np.max(step - embedded_at)
+  assert most == 3
+
+
+@over(2, 8)
+def test_no_row_travels_and_none_is_copied(count):
+  arrays = place(count, storage="int8")
+  size = arrays.embeddings.nbytes + arrays.scales.nbytes
+  lowered = run_step.lower(arrays, 1, 60).compile()
+  program = lowered.as_text()
+  moves = r"= .*\b(all-\w+|collective-\w+|reduce-scatter)\("
+  assert not re.findall(moves, program)
+  # Each device writes into its own part, which was given for good.
+  assert lowered.memory_analysis().alias_size_in_bytes >= size // count
+  assert lowered.memory_analysis().temp_size_in_bytes < 60 * 1000
+  run_step(arrays, 1, 60)
+  assert arrays.embeddings.is_deleted()
+
+
+def test_no_gradient_flows_through_what_is_written():
+  arrays = place(1)
+
+  def total(scale):
+    step = jnp.int32(1)
+    rows = due_rows(arrays, step, 60)
+    fresh = refresh_rows(arrays, rows, scale * jnp.ones((len(rows), R)), step)
+    return jnp.sum(fresh.embeddings)
+
+  assert jax.grad(total)(2.0) == 0.0
+
+
+@STORAGES
+def test_abstract_arrays_are_what_is_placed(storage):
+  settings = {"storage": storage, "chunk_passages": 7, "recall_target": 0.9}
+  mesh = mesh_of(8 if SEVERAL else 1)
+  placed = place_arrays(normal(P, R), mesh, **settings)
+  abstract = abstract_arrays(P, R, mesh, **settings)
+  assert jax.tree.structure(placed) == jax.tree.structure(abstract)
+  for x, y in zip(
+    jax.tree.leaves(placed), jax.tree.leaves(abstract), strict=True
+  ):
+    assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
+
+
+def test_the_step_that_embedded_the_rows_is_kept():
+  arrays = place_arrays(normal(P, R), mesh_of(1), step=30)
+  assert staleness(arrays, jnp.int32(37)) == (7.0, 7)
+
+
+def test_no_rows_to_embed_again_are_refused():
+  with pytest.raises(
+    ValueError, match=r"num_rows=0 passages .* Set index\.ref"
+  ):
+    due_rows(place(1), jnp.int32(1), 0)
+
+
+def test_embedding_again_without_tokens_says_how_to_bring_them():
+  arrays = place_arrays(normal(P, R), mesh_of(1))
+  with pytest.raises(ValueError, match=r"no tokens.*Call place_tokens"):
+    own_passages(arrays, jnp.zeros(1, int))
+
+
+@pytest.mark.skipif(SEVERAL, reason="this is the process that it starts")
+def test_all_of_this_holds_on_two_four_and_eight_devices():
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "pytest",
+      "-q",
+      "-p",
+      "no:cacheprovider",
+      "-k",
+      "over",
+      __file__,
+    ],
+    check=False,
+    capture_output=True,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[2],
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "PYTHONPATH": os.pathsep.join(sys.path),
+    },
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert re.search(r"\b3\d passed, \d+ deselected", done.stdout), done.stdout
