@@ -124,7 +124,7 @@ def test_other_settings_are_refused_with_both_values(path):
   assert "\n  optimizer.peak_lr: 3e-05 -> 0.001\n" in message
   assert "train.log_steps: " not in message
   assert "Choose another --workdir, or restore the old values" in message
-  assert "These may differ: index.embed_batch_size, train.log_steps" in message
+  assert "These may differ: data.token_cache, index.embed_batch_size" in message
   assert (path / "config.json").read_text() == before
   open_workdir(path, Config()).close()  # the refusal released the lock
 
