@@ -69,7 +69,9 @@ def test_a_new_folder_is_made_with_the_config_in_it(path):
 
 def test_every_path_lies_in_the_folder(path):
   with open_workdir(path, Config()) as workdir:
-    names = ["checkpoints", "indexes", "tokenizer", "metrics", "config_path"]
+    names = [
+      "checkpoints", "indexes", "tokenizer", "tokens", "metrics", "config_path",
+    ]  # fmt: skip
     places = {getattr(workdir, name) for name in names}
   assert len(places) == len(names)
   assert {place.parent for place in places} == {workdir.path}
@@ -88,6 +90,16 @@ def test_the_same_experiment_resumes_in_its_folder(path):
     assert workdir.checkpoints.exists()
 
 
+def test_a_run_of_before_there_was_a_setting_resumes(path):
+  open_workdir(path, Config()).close()
+  (path / "checkpoints" / "10").mkdir(parents=True)
+  old = json.loads((path / "config.json").read_text())
+  del old["data"]["token_cache"]
+  (path / "config.json").write_text(json.dumps(old))
+  with open_workdir(path, Config()) as workdir:
+    assert workdir.checkpoints.exists()
+
+
 @pytest.mark.parametrize(
   "settings",
   [
@@ -95,6 +107,7 @@ def test_the_same_experiment_resumes_in_its_folder(path):
     {"train__checkpoint_steps": 3, "train__keep_checkpoints": 9},
     {"eval__batch_size": 8, "eval__num_validation": 5, "eval__num_test": 3},
     {"mesh__data": 2, "mesh__fsdp": 4, "index__embed_batch_size": 64},
+    {"data__token_cache": "elsewhere"},
   ],
 )
 def test_settings_that_change_no_parameter_may_differ(path, settings, caplog):
