@@ -21,7 +21,11 @@ _LOCK = ".lock.tmp"
 
 @contextlib.contextmanager
 def building(
-  directory: epath.PathLike, *, kind: str, own: Callable[[str], bool]
+  directory: epath.PathLike,
+  *,
+  kind: str,
+  own: Callable[[str], bool],
+  wait: bool = False,
 ) -> Iterator[epath.Path]:
   """Yields `directory`, which nobody else builds until the `with` ends.
 
@@ -32,10 +36,11 @@ def building(
     directory: local; made if there is none.
     kind: what is built, for messages.
     own: whether a file of this name is one that the build writes.
+    wait: until somebody else who builds there ends, however that is.
 
   Raises:
-    ValueError: it is in a bucket, somebody else builds there, or it holds
-      files of others.
+    ValueError: it is in a bucket, somebody else builds there and `wait` is
+      False, or it holds files of others.
   """
   directory = epath.Path(directory)
   if not is_local(directory):
@@ -47,7 +52,7 @@ def building(
   directory.mkdir(parents=True, exist_ok=True)
   lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
   try:
-    _take(lock, directory, kind)
+    _take(lock, directory, kind, wait)
     foreign = [
       name
       for name in sorted(os.listdir(directory))
@@ -65,11 +70,15 @@ def building(
     os.close(lock)  # which releases it
 
 
-def _take(lock: int, directory: epath.Path, kind: str) -> None:
-  """Raises `ValueError` if somebody else holds the lock."""
+def _take(lock: int, directory: epath.Path, kind: str, wait: bool) -> None:
+  """Raises `ValueError` if somebody else holds the lock, or waits for it."""
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
+    if wait:
+      logging.info("Waiting for another process that builds %s.", directory)
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      return
     raise ValueError(
       f"Somebody else is building a {kind} in {directory} right now. Expected"
       " one writer in a directory at a time. Wait until that one ends, stop"

@@ -26,8 +26,12 @@ class DataConfig:
   """What is read, and the fixed lengths that it is cut or padded to."""
 
   # Passages: "world_facts" (bundled), a .jsonl file of id, title, text, or a
-  # DPR .tsv file (psgs_w100.tsv).
+  # DPR .tsv file (psgs_w100.tsv): read into memory. Or a passage store, such as
+  # the folder passages/ of what tools/build_index.py writes: of any size.
   passages: str = "world_facts"
+  # Local folder for the token ids of a passage store, which take 3 to 5 bytes
+  # a token of passage_length; runs can share it. "" = in the workdir.
+  token_cache: str = ""
   # Questions: "world_facts" (bundled), a directory with train.jsonl,
   # validation.jsonl and test.jsonl, or "tfds:NAME".
   questions: str = "world_facts"

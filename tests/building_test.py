@@ -1,5 +1,8 @@
 """One builds in a directory at a time, and only where nothing else lies."""
 
+import threading
+import time
+
 import pytest
 
 from rag_jax import artifacts
@@ -31,6 +34,23 @@ def test_a_second_one_is_refused_until_the_first_ends(tmp_path):
       build(tmp_path).__enter__()
   with build(tmp_path):
     pass
+
+
+def test_one_that_waits_builds_when_the_other_ends(tmp_path, caplog):
+  order = []
+
+  def second():
+    with building(tmp_path, kind="thing", own=lambda name: True, wait=True):
+      order.append("second")
+
+  with caplog.at_level("INFO"), build(tmp_path):
+    thread = threading.Thread(target=second)
+    thread.start()
+    while "Waiting for another process" not in caplog.text:
+      time.sleep(0.01)
+    order.append("first")
+  thread.join()
+  assert order == ["first", "second"]
 
 
 def test_the_lock_is_released_by_an_error(tmp_path):

@@ -70,7 +70,10 @@ def main(argv: list[str]) -> None:
       for split in ("train", "validation", "test")
     }
     experiment = open_experiment(
-      config, tokenizer_path=workdir.tokenizer, initial=initial
+      config,
+      tokenizer_path=workdir.tokenizer,
+      tokens_path=workdir.tokens,
+      initial=initial,
     )
     evaluator = Evaluator(experiment, Answerer(experiment))
     validation = choose(

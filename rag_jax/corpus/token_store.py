@@ -227,6 +227,8 @@ def write_tokens(
   passages: Sequence[Passage],
   tokenizer: Tokenizer,
   length: int,
+  *,
+  wait: bool = False,
 ) -> TokenizedPassages:
   """Returns the tokens of `passages`, after writing them to a directory.
 
@@ -238,15 +240,63 @@ def write_tokens(
     passages: a store, or any other sequence.
     tokenizer: whose ids are wanted.
     length: of a row, with the start token; longer passages are cut.
+    wait: for somebody else who writes there, and open what that wrote.
 
   Raises:
-    ValueError: the directory holds something else, or somebody writes there.
+    ValueError: the directory holds something else, or somebody writes there
+      and `wait` is False.
     OSError: the disk is full.
   """
-  with building(directory, kind="token store", own=_is_own) as directory:
+  with building(
+    directory, kind="token store", own=_is_own, wait=wait
+  ) as directory:
     if not (directory / artifacts.MANIFEST).exists():
       _write(directory, passages, tokenizer, length)
   return open_tokens(directory, passages, tokenizer, length)
+
+
+def keep_tokens(
+  folder: epath.PathLike,
+  passages: Sequence[Passage],
+  tokenizer: Tokenizer,
+  length: int,
+) -> TokenizedPassages:
+  """Returns the tokens of `passages`, which `folder` keeps once they are made.
+
+  Tokens of other passages, tokenizers or lengths may lie there too, each in a
+  directory of its own. Of several processes one writes and the others wait; if
+  it dies, the next goes on. The folder can be deleted while nobody uses it.
+
+  Args:
+    folder: local.
+    passages: a store, or any other sequence.
+    tokenizer: whose ids are wanted.
+    length: as in `write_tokens`.
+
+  Raises:
+    ValueError: the folder is in a bucket, or a file there is damaged.
+    OSError: nothing can be written there.
+  """
+  folder = epath.Path(folder)
+  if not artifacts.is_local(folder):
+    raise ValueError(
+      f"The passages' tokens cannot be kept in {folder}, a bucket: they are"
+      " mapped into memory. Expected a local folder. Set data.token_cache to"
+      " one, for instance beside the passages."
+    )
+  identity = _identity(passages, tokenizer, length)
+  directory = folder / artifacts.fingerprint_lines([json.dumps(identity)])
+  if (directory / artifacts.MANIFEST).exists():  # perhaps on a read-only disk
+    return open_tokens(directory, passages, tokenizer, length)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise OSError(
+      f"The passages' tokens cannot be kept in {folder} ({error}). Expected a"
+      " folder that can be written to. Set data.token_cache to one, or change"
+      " the permissions of this one."
+    ) from error
+  return write_tokens(directory, passages, tokenizer, length, wait=True)
 
 
 def _write(

@@ -207,9 +207,17 @@ class TokenizedPassages:
     tokenized._keep(passages, tokenizer, rows, joined_by)
     return tokenized
 
-  def titles(self) -> Iterator[list[int]]:
-    """Yields the tokens of each title; passages without one are left out."""
-    for row, length in zip(self.tokens, self.lengths, strict=True):
+  def titles(self, most: int = 0) -> Iterator[list[int]]:
+    """Yields the tokens of each title; passages without one are left out.
+
+    Args:
+      most: passages that are looked at, evenly spaced; 0: all.
+    """
+    step = -(-len(self) // most) if most else 1
+    step = max(step, 1)
+    for row, length in zip(
+      self.tokens[::step], self.lengths[::step], strict=True
+    ):
       ends = np.flatnonzero(row[:length] == self._end)
       if len(ends) > 1:
         yield row[: ends[0]].tolist()

@@ -21,7 +21,7 @@ in which the question is what the retriever's tokenizer makes of its tokens
 
 from collections.abc import Sequence
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 import numpy as np
 
 from rag_jax.config import DataConfig
@@ -222,14 +222,34 @@ class ContextBuilder:
       tokens[b, :, : len(head)] = head
       mask[b, :, : len(head)] = True
       room = length - len(head)
+      change = changes[b] if changes else None
+      if change is None:
+        self._put(rows[b], tokens[b], mask[b], len(head))
+        continue
       for k, row in enumerate(rows[b].tolist()):
-        body = substitute(self._passages, row, changes[b] if changes else None)
+        body = substitute(self._passages, row, change)
         if len(body) > room:
           self.counts["contexts_cut"] += 1
           body = body[:room]
         tokens[b, k, len(head) : len(head) + len(body)] = body
         mask[b, k, len(head) : len(head) + len(body)] = True
     return tokens, mask
+
+  def _put(
+    self,
+    rows: Int[np.ndarray, "K"],
+    tokens: Int[np.ndarray, "_ C"],
+    mask: Bool[np.ndarray, "_ C"],
+    start: int,
+  ) -> None:
+    """Writes passages from `start` on into rows that are padded so far."""
+    room = tokens.shape[1] - start
+    body = self._passages.tokens[rows, :room]
+    lengths = self._passages.lengths[rows]
+    where = slice(len(rows)), slice(start, start + body.shape[1])
+    tokens[where] = body  # padded alike
+    mask[where] = np.arange(body.shape[1]) < lengths[:, None]
+    self.counts["contexts_cut"] += int(np.sum(lengths > room))
 
   def _string_contexts(
     self, question_ids: Sequence[Ids], rows: Int[np.ndarray, "B K"]

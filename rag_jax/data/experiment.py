@@ -4,8 +4,9 @@ In: a config, and the tokenizer of the run if there is one. Out: passages,
 tokenizer, model and what connects them, for training, evaluation and serving.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
+import itertools
 from typing import Any
 
 from absl import logging
@@ -18,6 +19,8 @@ from rag_jax.config import Config
 from rag_jax.config_rules import validate
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.passages import load_passages
+from rag_jax.corpus.store import PassageStore
+from rag_jax.corpus.token_store import keep_tokens
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
@@ -33,6 +36,10 @@ from rag_jax.models.rag import build_model
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import IndexBuilder
+
+# More would take hours and memory, and the frequent pieces stay the same.
+_TOKENIZER_PASSAGES = 1 << 20
+_TOKENIZER_BLOCK = 1024  # of these in memory at once
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,6 +119,7 @@ def open_experiment(
   config: Config,
   *,
   tokenizer_path: epath.PathLike = "",
+  tokens_path: epath.PathLike = "",
   passages: Passages | None = None,
   devices: Sequence[Any] | None = None,
   initial: Initial | None = None,
@@ -122,6 +130,9 @@ def open_experiment(
     config: of the run; of `load_initial`, if it starts from checkpoints.
     tokenizer_path: where the run keeps its tokenizer. If there is none yet, it
       is made as the config says and saved there. "" keeps it in memory.
+    tokens_path: where the tokens of a passage store are kept, unless in
+      data.token_cache. Without either, and those of other passages, are made
+      anew and in memory.
     passages: instead of those that the config names.
     devices: of the mesh; by default all.
     initial: checkpoints to start from.
@@ -142,12 +153,11 @@ def open_experiment(
   )
   _check_tables(config, tokenizer, retriever_tokenizer)
   length = config.data.passage_length
-  tokenized = TokenizedPassages(passages, tokenizer, length)
+  kept = config.data.token_cache or tokens_path
+  tokenized = _tokenize(passages, tokenizer, length, kept)
   retriever_tokenized = tokenized
   if retriever_tokenizer is not tokenizer:
-    retriever_tokenized = TokenizedPassages(
-      passages, retriever_tokenizer, length
-    )
+    retriever_tokenized = _tokenize(passages, retriever_tokenizer, length, kept)
   if retriever_tokenized.num_cut:
     logging.info(
       "%d of %d passages are longer than data.passage_length=%d tokens and"
@@ -218,6 +228,29 @@ def check_n_docs(n_docs: int, passages: Passages) -> None:
     )
 
 
+def _tokenize(
+  passages: Passages, tokenizer: Tokenizer, length: int, kept: epath.PathLike
+) -> TokenizedPassages:
+  """Returns the tokens of `passages`: on the disk, if they are there too."""
+  if kept and isinstance(passages, PassageStore):
+    return keep_tokens(kept, passages, tokenizer, length)
+  return TokenizedPassages(passages, tokenizer, length)
+
+
+def _texts(passages: Passages) -> Iterator[str]:
+  """Yields what a tokenizer is trained on: at most so many passages."""
+  step = -(-len(passages) // _TOKENIZER_PASSAGES)
+  if step > 1:
+    logging.info(
+      "The tokenizer is trained on every %dth of %d passages.",
+      *(step, len(passages)),
+    )
+  block = step * _TOKENIZER_BLOCK
+  for start in range(0, len(passages), block):
+    for passage in passages[start : start + block : step]:
+      yield f"{passage.title} {passage.text}"
+
+
 def _check_tables(
   config: Config, tokenizer: Tokenizer, retriever_tokenizer: Tokenizer
 ) -> None:
@@ -252,9 +285,8 @@ def _open_tokenizers(
     found = [config.tokenizer.path]
   kinds = [load_tokenizer(name) for name in found if name]
   if not kinds:
-    texts = [f"{p.title} {p.text}" for p in passages]
     train = load_questions(config.data.questions, "train")
-    texts += [q.question for q in train]
+    texts = itertools.chain(_texts(passages), (q.question for q in train))
     kinds = [train_tokenizer(texts, config.tokenizer.vocab_size)]
   if kinds[0].fingerprint == kinds[-1].fingerprint:
     kinds = kinds[:1]

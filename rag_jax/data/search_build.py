@@ -130,8 +130,9 @@ def build_search_directory(
       _build_index(output / INDEX, config, inputs, store, questions)
       if config.bm25:
         logging.info("Indexing the words of %d passages.", len(store))
-        words = Bm25Index.build(store, passages_fingerprint=store.fingerprint)
-        words.save(output / BM25)
+        Bm25Index.write(
+          output / BM25, store, passages_fingerprint=store.fingerprint
+        )
       content = {
         "plan": inputs.plan,
         "num_passages": len(store),

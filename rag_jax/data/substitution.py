@@ -21,6 +21,8 @@ from rag_jax.data.questions import Question
 # (tokens of the answer, tokens that stand in for it); None: as it is
 Change = tuple[list[int], list[int]] | None
 
+_MOST_PASSAGES = 1 << 20  # whose titles are in memory
+
 
 class AnswerSubstitution:
   """Chooses whose answer is changed, and into what: by (seed, step) alone."""
@@ -54,7 +56,9 @@ class AnswerSubstitution:
     self._is_name = [
       not any(c.isdigit() for c in q.answers[0]) for q in questions
     ]
-    self._titles = list(dict.fromkeys(map(tuple, passages.titles())))
+    # Nothing is looked up if nothing is changed. Of all of Wikipedia a part.
+    titles = passages.titles(_MOST_PASSAGES) if share else ()
+    self._titles = list(dict.fromkeys(map(tuple, titles)))
 
   def changes(
     self,

@@ -6,12 +6,13 @@ module that imports `bm25s`, and only when it is used: that import starts JAX's
 devices (0.3.16), which is too early for `jax.distributed.initialize`.
 """
 
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import tempfile
 from typing import Any
 
 from etils import epath
@@ -19,17 +20,19 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax.building import building
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.words import WordTokenizer
 from rag_jax.retrieval import exact
+from rag_jax.retrieval.postings import ARRAYS
+from rag_jax.retrieval.postings import Postings
+from rag_jax.retrieval.postings import open_arrays
 
 ARTIFACT = "bm25"  # the kind in the manifest
 FORMAT = 1  # raise when the files below, or what a word is, change meaning
 REMEDY = "Build the BM25 index again from the passages."
 
 _VOCABULARY = "vocabulary.json"
-# Where the scores of a word start, the passages that hold it, the scores.
-_ARRAYS = {"starts": np.int64, "passages": np.int32, "scores": np.float32}
 _CONTENT = {
   "num_passages": int,
   "passages_fingerprint": str,
@@ -66,8 +69,8 @@ class Bm25Index:
   f_wd: how often w is in d; n_w: in how many of the P passages it is; l_d: the
   words of d. It is the variant "Lucene (accurate)" of Kamphuis et al. 2020
   (https://cs.uwaterloo.ca/~jimmylin/publications/Kamphuis_etal_ECIR2020_preprint.pdf),
-  never below 0. All of a word's scores are computed when the index is built, by
-  `bm25s` (Lu 2024, arXiv:2407.03618).
+  never below 0. All of a word's scores are computed when the index is built, to
+  the last bit as `bm25s` does (Lu 2024, arXiv:2407.03618), which adds them up.
   """
 
   def __init__(
@@ -104,48 +107,66 @@ class Bm25Index:
     passages_fingerprint: str,
     settings: Bm25Settings | None = None,
   ) -> "Bm25Index":
-    """Returns the index of `passages`, which are read once, one by one.
+    """Returns the index of `passages` in memory: 8 bytes a posting.
 
-    The texts are not kept. At its peak the build takes about 47 bytes for each
-    different word of each passage (measured at 100,000 and 200,000 passages of
-    55 different words: 0.25 and 0.5 GB); the index keeps 8 of them.
+    A posting is one of the different words of one of the passages. While it is
+    built, the index needs 20 bytes for each in the system's temporary folder.
 
     Args:
-      passages: row = passage id. Title and text are searched alike.
+      passages: row = passage id, read once. Title and text are searched alike.
       passages_fingerprint: of the passages.
       settings: those of `Bm25Settings` unless given.
 
     Raises:
       ValueError: there are no passages, or a setting is out of its range.
+      OSError: the disk is full.
     """
     settings = _check(settings or Bm25Settings())
-    words = WordTokenizer(settings.stemmer, settings.stop_words)
-    vocabulary: dict[str, int] = {}
-    rows = _WordRows()
-    for passage in passages:
-      text = f"{passage.title}\n{passage.text}"
-      rows.append(
-        vocabulary.setdefault(word, len(vocabulary)) for word in words(text)
-      )
-    if not len(rows):
-      raise ValueError(
-        "There are no passages to index by their words; expected at least one."
-        " Is data.passages empty?"
-      )
-    with np.errstate(invalid="ignore"):  # no passage has a word: mean l is 0
-      scores = _bm25s(settings).build_index_from_ids(
-        range(len(vocabulary)), rows, show_progress=False
-      )
-    arrays = dict(
-      starts=scores["indptr"], passages=scores["indices"], scores=scores["data"]
-    )
+    with tempfile.TemporaryDirectory() as folder:
+      path = epath.Path(folder)
+      vocabulary, num_passages = _write_arrays(path, passages, settings)
+      arrays = {name: np.load(path / f"{name}.npy") for name in ARRAYS}
     return cls(
-      list(vocabulary),
-      {name: arrays[name].astype(t, copy=False) for name, t in _ARRAYS.items()},
-      num_passages=len(rows),
+      vocabulary,
+      arrays,
+      num_passages=num_passages,
       passages_fingerprint=passages_fingerprint,
       settings=settings,
     )
+
+  @classmethod
+  def write(
+    cls,
+    path: epath.PathLike,
+    passages: Iterable[Passage],
+    *,
+    passages_fingerprint: str,
+    settings: Bm25Settings | None = None,
+  ) -> "Bm25Index":
+    """Builds the index in directory `path`, and opens it.
+
+    The files are those of `build` and `save`, but the postings are never all
+    in memory: it holds the different words of the corpus, as a search does, 4
+    bytes a passage, and 0.3 GB whatever the size.
+
+    Args:
+      path: local. An older index is replaced; one that is open stays whole.
+      passages: as in `build`.
+      passages_fingerprint: of the passages.
+      settings: those of `Bm25Settings` unless given.
+
+    Raises:
+      ValueError: as `build`; or the directory holds something else, or somebody
+        writes there, or it is in a bucket.
+      OSError: the disk is full.
+    """
+    settings = _check(settings or Bm25Settings())
+    with building(path, kind="BM25 index", own=_is_own) as directory:
+      artifacts.start_directory(directory)
+      vocabulary, num_passages = _write_arrays(directory, passages, settings)
+      made = vocabulary, num_passages, passages_fingerprint, settings
+      _finish(directory, *made)
+    return cls.load(directory)
 
   def search(
     self, questions: Sequence[str], n_docs: int
@@ -215,17 +236,8 @@ class Bm25Index:
         np.save(f, array_, allow_pickle=False)
       if temp != file:
         os.replace(temp, file)
-    artifacts.write_atomically(
-      path / _VOCABULARY, json.dumps(list(self._vocabulary))
-    )
-    content = dataclasses.asdict(self.settings) | {
-      "num_passages": self.num_passages,
-      "passages_fingerprint": self.passages_fingerprint,
-      "stop_words": list(self.settings.stop_words),
-    }
-    artifacts.write_manifest(
-      path, kind=ARTIFACT, format=FORMAT, content=content
-    )
+    made = self.num_passages, self.passages_fingerprint, self.settings
+    _finish(path, list(self._vocabulary), *made)
 
   @classmethod
   def load(
@@ -261,8 +273,7 @@ class Bm25Index:
         f" built of. {REMEDY}"
       )
     vocabulary = json.loads((path / _VOCABULARY).read_text(encoding="utf-8"))
-    arrays = {name: _read_array(path / f"{name}.npy") for name in _ARRAYS}
-    _check_arrays(path, vocabulary, arrays)
+    arrays = open_arrays(path, vocabulary, REMEDY)
     return cls(
       vocabulary,
       arrays,
@@ -302,24 +313,45 @@ class Bm25Index:
     return total
 
 
-class _WordRows:
-  """The words of each passage as numbers, 4 bytes each; reads like lists."""
+def _is_own(name: str) -> bool:
+  """Returns whether a file is one that writing an index makes."""
+  arrays = [f"{array}.npy" for array in ARRAYS]
+  unfinished = name.startswith(".") and name.endswith(".tmp")
+  return unfinished or name in (_VOCABULARY, *arrays)
 
-  def __init__(self):
-    self._words, self._ends = array("i"), array("q")
 
-  def append(self, words: Iterable[int]) -> None:
-    self._words.extend(words)
-    self._ends.append(len(self._words))
+def _write_arrays(
+  directory: epath.Path, passages: Iterable[Passage], settings: Bm25Settings
+) -> tuple[list[str], int]:
+  """Writes the arrays; returns the vocabulary and the number of passages."""
+  words = WordTokenizer(settings.stemmer, settings.stop_words)
+  with contextlib.closing(Postings(directory)) as postings:
+    for passage in passages:
+      postings.add(words(f"{passage.title}\n{passage.text}"))
+    if not len(postings):
+      raise ValueError(
+        "There are no passages to index by their words; expected at least one."
+        " Is data.passages empty?"
+      )
+    postings.write_arrays(settings.k1, settings.b)
+    return list(postings.vocabulary), len(postings)
 
-  def __len__(self) -> int:
-    return len(self._ends)
 
-  def __iter__(self) -> Iterator[list[int]]:
-    start = 0
-    for end in self._ends:
-      yield self._words[start:end].tolist()
-      start = end
+def _finish(
+  path: epath.Path,
+  vocabulary: list[str],
+  num_passages: int,
+  passages_fingerprint: str,
+  settings: Bm25Settings,
+) -> None:
+  """Writes what belongs to the arrays, the manifest last."""
+  artifacts.write_atomically(path / _VOCABULARY, json.dumps(vocabulary))
+  content = dataclasses.asdict(settings) | {
+    "num_passages": num_passages,
+    "passages_fingerprint": passages_fingerprint,
+    "stop_words": list(settings.stop_words),
+  }
+  artifacts.write_manifest(path, kind=ARTIFACT, format=FORMAT, content=content)
 
 
 def _bm25s(settings: Bm25Settings) -> Any:
@@ -362,34 +394,3 @@ def _best(
   above = above[np.argsort(-scores[above], kind="stable")]
   ids = np.concatenate([above, equal])
   return ids, scores[ids]
-
-
-def _read_array(file: epath.Path) -> np.ndarray:
-  if artifacts.is_local(file):
-    return np.load(file, mmap_mode="r", allow_pickle=False)
-  with file.open("rb") as f:
-    return np.load(f, allow_pickle=False)
-
-
-def _check_arrays(
-  path: epath.Path, vocabulary: Any, arrays: dict[str, np.ndarray]
-) -> None:
-  """Raises `ValueError` unless the files are of one build."""
-  starts, passages, scores = (arrays[name] for name in _ARRAYS)
-  typed = all(
-    arrays[name].dtype == dtype and arrays[name].ndim == 1
-    for name, dtype in _ARRAYS.items()
-  )
-  if (
-    not typed
-    or not isinstance(vocabulary, list)
-    or starts.shape != (len(vocabulary) + 1,)
-    or len(passages) != starts[-1]
-    or len(scores) != starts[-1]
-  ):
-    shapes = {name: (a.shape, a.dtype.name) for name, a in arrays.items()}
-    raise ValueError(
-      f"{path} holds arrays {shapes} for {len(vocabulary)} words; expected one"
-      " start more than words, and as many passages as scores as the last"
-      f" start; the directory mixes two builds. {REMEDY}"
-    )

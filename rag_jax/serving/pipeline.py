@@ -93,6 +93,7 @@ class RagPipeline:
     experiment = open_experiment(
       config,
       tokenizer_path=run.tokenizer,
+      tokens_path=run.tokens,
       passages=passages,
       devices=jax.local_devices()[:1],
     )

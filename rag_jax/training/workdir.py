@@ -28,6 +28,7 @@ LOCK = ".lock"
 _MAY_DIFFER = frozenset({
   "train.log_steps", "train.validate_steps", "train.checkpoint_steps",
   "train.keep_checkpoints", "train.vocab_chunk", "index.embed_batch_size",
+  "data.token_cache",
 })  # fmt: skip
 _SECTIONS_MAY_DIFFER = ("eval.", "mesh.", "decoding.")
 
@@ -75,6 +76,11 @@ class Workdir:
     return self.path / "tokenizer"
 
   @property
+  def tokens(self) -> epath.Path:
+    """The directory of a passage store's tokens; it can be made again."""
+    return self.path / "tokens"
+
+  @property
   def metrics(self) -> epath.Path:
     """The file of the metrics, one JSON object a line."""
     return self.path / METRICS_FILE
@@ -104,7 +110,7 @@ def open_workdir(
   - what is watched: eval.*, train.log_steps and train.validate_steps;
   - what is kept: train.checkpoint_steps and train.keep_checkpoints;
   - where it is computed, not what: mesh.* and index.embed_batch_size (the
-    result is the same up to rounding);
+    result is the same up to rounding), and data.token_cache;
   - how long: train.num_steps, if optimizer.schedule is "constant" and its
     warm-up fits. The other schedules end at the last step, so that every step
     depends on it.

@@ -208,3 +208,20 @@ def test_the_counts_add_up_over_batches(build, tokenizer):
     counts.append(dict(builder.counts))
   assert min(counts[0].values()) > 0
   assert counts[1] == {name: 2 * count for name, count in counts[0].items()}
+
+
+@pytest.mark.parametrize("context_length", [12, 24, 90])
+def test_contexts_that_are_gathered_are_those_of_a_loop(
+  build, tokenizer, context_length
+):
+  rows = np.array([[2, 0, 1], [1, 1, 2]])
+  ids = tokenizer.encode(QUESTIONS)
+  gathered = build(context_length=context_length, passage_length=20)
+  looped = build(context_length=context_length, passage_length=20)
+  # A change of what no passage says goes through them one by one.
+  absent = (tokenizer.encode(["Nowhere else"])[0], [BOS])
+  expected = looped.contexts(ids, rows, [absent, absent])
+  for actual, array in zip(gathered.contexts(ids, rows), expected, strict=True):
+    np.testing.assert_array_equal(actual, array)
+    assert actual.dtype == array.dtype
+  assert gathered.counts == looped.counts

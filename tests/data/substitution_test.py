@@ -7,6 +7,7 @@ from rag_jax.config import DataConfig
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import train_tokenizer
+from rag_jax.data import substitution
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.questions import Question
 from rag_jax.data.substitution import AnswerSubstitution
@@ -153,3 +154,24 @@ def test_the_generator_reads_the_changed_passage(tokenizer, tokenized):
   assert "Lomé is the capital of France. Lomé is large." in read[0][0]
   assert "Paris is the capital of France. Paris is large." in read[1][0]
   assert read[0][1] == read[1][1]
+
+
+def test_titles_are_those_of_so_many_passages_at_most(
+  make, tokenizer, tokenized, monkeypatch
+):
+  # Of three passages every second one.
+  monkeypatch.setattr(substitution, "_MOST_PASSAGES", 2)
+  rows, docs = np.zeros(1, int), np.zeros((1, 1), int)
+  new = {
+    tokenizer.decode(change[1])
+    for step in range(40)
+    for change in make(1.0).changes(step, rows, docs)
+  }
+  assert new == {"France", "Nigeria"}
+  assert len(list(tokenized.titles(3))) == len(list(tokenized.titles())) == 3
+
+
+def test_without_a_share_no_title_is_read(make, tokenized, monkeypatch):
+  monkeypatch.setattr(tokenized, "tokens", None)
+  rows, docs = np.zeros(1, int), np.zeros((1, 1), int)
+  assert make(0.0).changes(0, rows, docs) == [None]

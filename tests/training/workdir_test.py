@@ -69,7 +69,9 @@ def test_a_new_folder_is_made_with_the_config_in_it(path):
 
 def test_every_path_lies_in_the_folder(path):
   with open_workdir(path, Config()) as workdir:
-    names = ["checkpoints", "indexes", "tokenizer", "metrics", "config_path"]
+    names = [
+      "checkpoints", "indexes", "tokenizer", "tokens", "metrics", "config_path",
+    ]  # fmt: skip
     places = {getattr(workdir, name) for name in names}
   assert len(places) == len(names)
   assert {place.parent for place in places} == {workdir.path}
@@ -88,6 +90,16 @@ def test_the_same_experiment_resumes_in_its_folder(path):
     assert workdir.checkpoints.exists()
 
 
+def test_a_run_of_before_there_was_a_setting_resumes(path):
+  open_workdir(path, Config()).close()
+  (path / "checkpoints" / "10").mkdir(parents=True)
+  old = json.loads((path / "config.json").read_text())
+  del old["data"]["token_cache"]
+  (path / "config.json").write_text(json.dumps(old))
+  with open_workdir(path, Config()) as workdir:
+    assert workdir.checkpoints.exists()
+
+
 @pytest.mark.parametrize(
   "settings",
   [
@@ -95,6 +107,7 @@ def test_the_same_experiment_resumes_in_its_folder(path):
     {"train__checkpoint_steps": 3, "train__keep_checkpoints": 9},
     {"eval__batch_size": 8, "eval__num_validation": 5, "eval__num_test": 3},
     {"mesh__data": 2, "mesh__fsdp": 4, "index__embed_batch_size": 64},
+    {"data__token_cache": "elsewhere"},
   ],
 )
 def test_settings_that_change_no_parameter_may_differ(path, settings, caplog):
@@ -124,7 +137,7 @@ def test_other_settings_are_refused_with_both_values(path):
   assert "\n  optimizer.peak_lr: 3e-05 -> 0.001\n" in message
   assert "train.log_steps: " not in message
   assert "Choose another --workdir, or restore the old values" in message
-  assert "These may differ: index.embed_batch_size, train.log_steps" in message
+  assert "These may differ: data.token_cache, index.embed_batch_size" in message
   assert (path / "config.json").read_text() == before
   open_workdir(path, Config()).close()  # the refusal released the lock
 

@@ -1,0 +1,240 @@
+"""The words of passages to the arrays of a BM25 index, in bounded memory.
+
+In: passages, one after the other, as lists of words. Out: three .npy files: for
+each word the passages that hold it, in ascending order, and its score in each.
+
+Blocks of words are sorted in memory and written to one file, a run each. When
+all passages were read, the runs are merged, some words at a time. The host side
+alone.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator
+import contextlib
+import itertools
+import math
+import os
+from typing import Any
+
+from absl import logging
+from etils import epath
+import numpy as np
+
+from rag_jax import artifacts
+from rag_jax.corpus.array_rows import ArrayRows
+
+# Where the scores of a word start, the passages that hold it, the scores.
+ARRAYS = {"starts": np.int64, "passages": np.int32, "scores": np.float32}
+
+_BLOCK = 1 << 22  # words, and later postings, in memory at once
+_POSTING = np.dtype(
+  [("word", np.int32), ("passage", np.int32), ("count", np.int32)]
+)
+
+
+class Postings:
+  """How often each passage has each of its words, on the disk.
+
+  In memory are the different words of all passages, 4 bytes for each passage,
+  and a block.
+
+  Attributes:
+    vocabulary: the number of each word, in the order of first use.
+  """
+
+  def __init__(self, directory: epath.PathLike):
+    """Begins without any; `directory` is there, and on a disk."""
+    self.vocabulary: dict[str, int] = {}
+    self._directory = epath.Path(directory)
+    self._path = self._directory / ".runs.tmp"
+    self._file = open(self._path, "wb")  # noqa: SIM115, closed by `close`
+    self._words = array("i")  # of the block
+    self._lengths = array("i")  # words of each passage
+    self._num_sorted = 0  # passages of the runs
+    self._ends = [0]  # of the runs, in postings
+    self._num_holders = np.zeros(0, np.int64)  # passages that hold a word
+
+  def __len__(self) -> int:
+    return len(self._lengths)
+
+  def add(self, words: Iterable[str]) -> None:
+    """Takes the words of the next passage.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    number, before = self.vocabulary, len(self._words)
+    self._words.extend(number.setdefault(word, len(number)) for word in words)
+    self._lengths.append(len(self._words) - before)
+    if len(self._words) >= _BLOCK:
+      self._write_run()
+
+  def _write_run(self) -> None:
+    """Writes the block as a run, sorted by word and then passage."""
+    first, self._num_sorted = self._num_sorted, len(self)
+    passages = np.arange(first, len(self))
+    keys = np.array(self._words, np.int64) << 32
+    keys |= np.repeat(passages, self._lengths[first:])
+    keys.sort()
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    run = np.empty(len(starts), _POSTING)
+    run["word"] = keys[starts] >> 32
+    run["passage"] = keys[starts] & 0xFFFFFFFF
+    run["count"] = np.diff(starts, append=len(keys))
+    with _full_disk(self._directory):
+      self._file.write(run.view(np.uint8).data)
+    self._words = array("i")
+    self._ends.append(self._ends[-1] + len(run))
+    holders = np.bincount(run["word"], minlength=len(self.vocabulary))
+    holders[: len(self._num_holders)] += self._num_holders
+    self._num_holders = holders
+    logging.log_every_n_seconds(
+      logging.INFO, "The words of %d passages are sorted.", 30, len(self)
+    )
+
+  def write_arrays(self, k1: float, b: float) -> None:
+    """Writes the arrays `ARRAYS` into the directory, once all was added.
+
+    Args:
+      k1: as in `Bm25Settings`.
+      b: as there.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    if self._words:
+      self._write_run()
+    with _full_disk(self._directory):
+      self._file.flush()
+    starts = np.concatenate([[0], np.cumsum(self._num_holders)])
+    shape = (int(starts[-1]),)
+    lengths = np.array(self._lengths)
+    mean_length = int(lengths.sum(dtype=np.int64)) / len(self)
+    idf = _idf(self._num_holders, len(self))
+    with (
+      _full_disk(self._directory),
+      self._array("starts", starts.shape) as starts_file,
+      self._array("passages", shape) as passages_file,
+      self._array("scores", shape) as scores_file,
+    ):
+      starts_file.append(starts)
+      for postings in self._merged(starts):
+        passages = postings["passage"]
+        count = postings["count"].astype(np.float32)
+        # In float64, and in the order of bm25s, so that no bit is another.
+        room = k1 * ((1 - b) + b * lengths[passages] / mean_length)
+        passages_file.append(passages)
+        scores_file.append(idf[postings["word"]] * (count / (room + count)))
+
+  @contextlib.contextmanager
+  def _array(self, name: str, shape: tuple[int, ...]) -> Iterator[ArrayRows]:
+    """Yields a new file, which gets its name when all is written.
+
+    An index that was opened from the directory reads the old one: it has to
+    stay whole until the new one is.
+    """
+    temp = self._directory / f".{name}.npy.tmp"
+    rows = ArrayRows(temp, shape, ARRAYS[name])
+    try:
+      yield rows
+      rows.flush()
+      rows.close()
+      os.replace(temp, self._directory / f"{name}.npy")
+    finally:
+      with contextlib.suppress(OSError):
+        rows.close()
+      temp.unlink(missing_ok=True)
+
+  def _merged(self, starts: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields all postings by word and passage, a block at a time at most."""
+    # Words 0 up to the second, from there up to the third, ...
+    bounds = [0]
+    while bounds[-1] < len(starts) - 1:
+      most = starts[bounds[-1]] + _BLOCK
+      last = int(np.searchsorted(starts, most, side="right")) - 1
+      bounds.append(max(last, bounds[-1] + 1))  # one word may be more
+    # Where each run has these words: found by reading the runs once.
+    places = [
+      (start + np.searchsorted(self._read(start, end)["word"], bounds)).tolist()
+      for start, end in itertools.pairwise(self._ends)
+    ]
+    for part, (first, last) in enumerate(itertools.pairwise(bounds)):
+      slices = (self._read(run[part], run[part + 1]) for run in places)
+      if starts[last] - starts[first] > _BLOCK:  # a single word: sorted
+        yield from slices
+        continue
+      postings = np.concatenate(list(slices))
+      # Later runs have later passages.
+      yield postings[np.argsort(postings["word"], kind="stable")]
+
+  def _read(self, start: int, end: int) -> np.ndarray:
+    """Returns postings of the file. Not mapped: they would count as memory."""
+    offset = start * _POSTING.itemsize
+    return np.fromfile(self._path, _POSTING, end - start, offset=offset)
+
+  def close(self) -> None:
+    """Removes the runs."""
+    with contextlib.suppress(OSError):
+      self._file.close()
+    self._path.unlink(missing_ok=True)
+
+
+def _idf(num_holders: np.ndarray, num_passages: int) -> np.ndarray:
+  """Returns how much each word counts, from the passages that hold it."""
+  # Not np.log, whose last bit may be another than that of bm25s.
+  numbers, which = np.unique(num_holders, return_inverse=True)
+  weights = [
+    math.log(1 + (num_passages - n + 0.5) / (n + 0.5)) for n in numbers.tolist()
+  ]
+  return np.array(weights, np.float32)[which]
+
+
+@contextlib.contextmanager
+def _full_disk(directory: epath.Path) -> Iterator[None]:
+  """Says what to do when a file cannot be written."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(
+      f"The BM25 index cannot be written to {directory} ({error}). Expected"
+      " room for 20 bytes for each different word of each passage, of which 12"
+      " are free again when it is built. Free some space, or choose another"
+      " directory, and build it again."
+    ) from error
+
+
+def _read_array(file: epath.Path) -> np.ndarray:
+  if artifacts.is_local(file):
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+  with file.open("rb") as f:
+    return np.load(f, allow_pickle=False)
+
+
+def open_arrays(
+  path: epath.Path, vocabulary: Any, remedy: str
+) -> dict[str, np.ndarray]:
+  """Returns the arrays `ARRAYS`, which stay on the disk until used.
+
+  Raises:
+    ValueError: the files are not of one build.
+  """
+  arrays = {name: _read_array(path / f"{name}.npy") for name in ARRAYS}
+  starts, passages, scores = (arrays[name] for name in ARRAYS)
+  typed = all(
+    arrays[name].dtype == dtype and arrays[name].ndim == 1
+    for name, dtype in ARRAYS.items()
+  )
+  if (
+    not typed
+    or not isinstance(vocabulary, list)
+    or starts.shape != (len(vocabulary) + 1,)
+    or len(passages) != starts[-1]
+    or len(scores) != starts[-1]
+  ):
+    shapes = {name: (a.shape, a.dtype.name) for name, a in arrays.items()}
+    raise ValueError(
+      f"{path} holds arrays {shapes} for {len(vocabulary)} words; expected one"
+      " start more than words, and as many passages as scores as the last"
+      f" start; the directory mixes two builds. {remedy}"
+    )
+  return arrays
