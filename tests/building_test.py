@@ -1,9 +1,12 @@
 """One builds in a directory at a time, and only where nothing else lies."""
 
+import threading
+
 import pytest
 
 from rag_jax import artifacts
 from rag_jax.building import building
+from rag_jax.building import lock
 
 
 def build(path):
@@ -31,6 +34,23 @@ def test_a_second_one_is_refused_until_the_first_ends(tmp_path):
       build(tmp_path).__enter__()
   with build(tmp_path):
     pass
+
+
+def test_who_waits_for_the_lock_gets_it_when_the_other_ends(tmp_path):
+  order = []
+
+  def second():
+    with lock(tmp_path, kind="thing", wait=True):
+      order.append("second")
+
+  thread = threading.Thread(target=second)
+  with build(tmp_path):
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    order.append("first")
+  thread.join(10)
+  assert order == ["first", "second"]
 
 
 def test_the_lock_is_released_by_an_error(tmp_path):

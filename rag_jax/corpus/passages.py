@@ -111,7 +111,7 @@ class Passages(Sequence[Passage]):
     Raises:
       ValueError: there is none.
     """
-    row = self._row_of(id)
+    row = self.row_of(id)
     if row is None:
       some = [p.id for p in self[:3]]
       raise ValueError(
@@ -121,7 +121,7 @@ class Passages(Sequence[Passage]):
       )
     return self[row]
 
-  def _row_of(self, id: str) -> int | None:
+  def row_of(self, id: str) -> int | None:
     """Returns the row of the passage with this id; None if there is none."""
     return self._rows.get(id)
 
