@@ -53,6 +53,13 @@ def fingerprint_parts(passage: Passage) -> tuple[str, str, str]:
   return first, passage.title, passage.text
 
 
+def fingerprint_passages(passages: Iterable[Passage]) -> str:
+  """Returns hex digits that change with any passage, and their order."""
+  return fingerprint_lines(
+    line for p in passages for line in fingerprint_parts(p)
+  )
+
+
 class Passages(Sequence[Passage]):
   """Passages in memory, in the order of the index.
 
@@ -101,9 +108,7 @@ class Passages(Sequence[Passage]):
   @functools.cached_property
   def fingerprint(self) -> str:
     """Hex digits that change with any part of any passage, and their order."""
-    return fingerprint_lines(
-      line for p in self._passages for line in fingerprint_parts(p)
-    )
+    return fingerprint_passages(self)
 
   def by_id(self, id: str) -> Passage:
     """Returns the passage with this id.

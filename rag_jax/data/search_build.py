@@ -20,7 +20,6 @@ import jax
 from rag_jax import artifacts
 from rag_jax.building import building
 from rag_jax.config import IndexConfig
-from rag_jax.config import MeshConfig
 from rag_jax.corpus.document import DEFAULT_FIELDS
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.passages import Passage
@@ -32,17 +31,17 @@ from rag_jax.corpus.store import write_store
 from rag_jax.corpus.token_store import open_tokens
 from rag_jax.corpus.token_store import write_tokens
 from rag_jax.corpus.tokenized import TokenizedPassages
-from rag_jax.data.search_directory import BM25
 from rag_jax.data.search_directory import ENCODER
 from rag_jax.data.search_directory import FORMAT
-from rag_jax.data.search_directory import INDEX
 from rag_jax.data.search_directory import KIND
-from rag_jax.data.search_directory import PASSAGES
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.data.search_versions import BM25
+from rag_jax.data.search_versions import INDEX
+from rag_jax.data.search_versions import PASSAGES
+from rag_jax.data.search_versions import UPDATES
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import open_checkpoint
 from rag_jax.data.text_encoder import save_encoder
-from rag_jax.models.partitioning import make_mesh
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.certificate import certify
 from rag_jax.retrieval.embedding_job import EmbeddingJob
@@ -59,7 +58,7 @@ from rag_jax.retrieval.tuner import tune
 # Only while it is built; named like what is not finished, for no manifest.
 _TOKENS = ".tokens.tmp"
 _LEAST_QUESTIONS = 20  # to tune an index with
-_PARTS = (PASSAGES, ENCODER, INDEX, BM25, _TOKENS)
+_PARTS = (PASSAGES, ENCODER, INDEX, BM25, UPDATES, _TOKENS)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -332,19 +331,15 @@ def _embed(
   """Embeds all passages, unless the index over them is there already."""
   if (path / artifacts.MANIFEST).exists():
     return
-  devices = jax.local_devices()
-  batch = -(-config.embed_batch_size // len(devices)) * len(devices)
-  mesh = make_mesh(MeshConfig(data=len(devices)), devices)
   encoder = inputs.encoder
-  embedder = Embedder(encoder.model, batch, mesh)
-
+  embedder = encoder.passage_embedder(config.embed_batch_size)
   job = EmbeddingJob(
     num_passages=len(store),
     embedding_dim=embedder.embedding_dim(encoder.params),
     passage_length=inputs.length,
     storage=config.storage,
     passages_per_shard=config.passages_per_embedding_shard,
-    embed_batch_size=batch,
+    embed_batch_size=embedder.batch_size,
     encoder_fingerprint=encoder.fingerprint,
     passages_fingerprint=store.fingerprint,
   )

@@ -16,7 +16,6 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.corpus.passages import Passage
-from rag_jax.data.search_directory import BM25
 from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.evaluation.benchmark_measure import INDEX_DEPTHS
 from rag_jax.evaluation.benchmark_measure import SPEED_K
@@ -80,7 +79,7 @@ def benchmark_directory(
   num = len(measured)
   bm25_bytes = 0
   if directory.bm25 is not None:
-    bm25_bytes = artifacts.directory_bytes(directory.path / BM25)
+    bm25_bytes = artifacts.directory_bytes(directory.version.bm25_path)
 
   def relevant(number: int, rows: Sequence[int]) -> list[bool]:
     return known.relevant(num + number, rows)
