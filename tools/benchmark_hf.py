@@ -12,14 +12,13 @@ import importlib.util
 import json
 import os
 import pathlib
-import signal
-import sys
 import time
 from typing import Any
 
 from absl import app
 from absl import flags
 import benchmark_report
+import command
 from etils import epath
 import jax
 import trace_costs
@@ -158,10 +157,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except KeyboardInterrupt:
-    sys.exit(128 + signal.SIGINT)
-  except (ValueError, ImportError, OSError) as error:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    sys.exit(1)
+  command.run(main)
