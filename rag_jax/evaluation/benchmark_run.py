@@ -25,11 +25,11 @@ from rag_jax.evaluation.benchmark_questions import BenchmarkQuestion
 from rag_jax.evaluation.benchmark_questions import gold_rows
 from rag_jax.evaluation.benchmark_questions import read_benchmark_questions
 from rag_jax.evaluation.benchmark_report import Benchmark
-from rag_jax.evaluation.benchmark_report import machine
 from rag_jax.evaluation.benchmark_systems import Sample
 from rag_jax.evaluation.benchmark_systems import Workload
 from rag_jax.evaluation.benchmark_systems import build_systems
 from rag_jax.evaluation.benchmark_systems import needs_tuning
+from rag_jax.evaluation.machine import describe_machine
 from rag_jax.retrieval.exact import ExactIndex
 
 _SEED = 0  # of which questions tune, and which are measured
@@ -252,5 +252,5 @@ def _run(
     rounds=settings.rounds,
     rows=tuple(measured),
     notes=tuple(notes),
-    machine=machine(load),
+    machine=describe_machine(load),
   )
