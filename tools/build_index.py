@@ -74,6 +74,9 @@ _STORAGE = flags.DEFINE_enum(
 _KIND = flags.DEFINE_enum(
   "kind", "auto", ["auto", "exact", "scann"], "auto: ScaNN if it is installed."
 )
+_PER_SHARD = flags.DEFINE_integer(
+  "passages_per_shard", 0, "At most so many in a searcher; 0: one of all."
+)
 _TARGET_RECALL = flags.DEFINE_float(
   "target_recall",
   0.0,
@@ -112,6 +115,7 @@ def main(argv: list[str]) -> None:
     bm25=_BM25.value,
   )
   config.index.kind = _KIND.value
+  config.index.passages_per_shard = _PER_SHARD.value
   questions = []
   if _QUESTIONS.value:
     questions = [line.strip() for _, line in read_lines(_QUESTIONS.value)]
