@@ -15,7 +15,7 @@ from absl import logging
 import command
 from etils import epath
 
-from rag_jax.corpus.records import read_lines
+from rag_jax.corpus.records import read_texts
 from rag_jax.corpus.report import BadRecords
 from rag_jax.data.search_update import update_search_directory
 
@@ -34,15 +34,10 @@ _ON_BAD_RECORD = flags.DEFINE_enum(
 flags.mark_flag_as_required("index")
 
 
-def _lines(path: str) -> list[str]:
-  lines = (line.strip() for _, line in read_lines(path))
-  return [line for line in lines if line]
-
-
 def _ids(file_or_list: str) -> list[str]:
   """Returns the ids that --delete names."""
   if file_or_list and epath.Path(file_or_list).expanduser().is_file():
-    return _lines(file_or_list)
+    return read_texts(file_or_list)
   return [id for id in file_or_list.split(",") if id]
 
 
@@ -56,7 +51,7 @@ def main(argv: list[str]) -> None:
     delete=_ids(_DELETE.value or ""),
     encoder=_ENCODER.value or "",
     on_bad_record=_ON_BAD_RECORD.value or "",
-    questions=_lines(_QUESTIONS.value) if _QUESTIONS.value else [],
+    questions=read_texts(_QUESTIONS.value) if _QUESTIONS.value else [],
   )
   print(report.text())
 
