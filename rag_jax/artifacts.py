@@ -20,6 +20,7 @@ MANIFEST = "manifest.json"
 _TEMP_SUFFIX = ".tmp"  # of files that are not finished; never in a manifest
 _PICKLES = (".pkl", ".pickle")  # loading one runs the code inside it
 _READ_BYTES = 1 << 22
+_DIGEST = "sha256"  # in a manifest: of the rest of it
 _FINGERPRINT_CHARS = 32  # 128 bits of the sha256
 
 
@@ -108,6 +109,8 @@ def write_manifest(
     "content": dict(content),
     "files": files,
   }
+  # As it will be read: JSON makes other keys and tuples of some.
+  manifest[_DIGEST] = _own_digest(json.loads(json.dumps(manifest)))
   write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
@@ -128,8 +131,9 @@ def read_manifest(
 
   Raises:
     FileNotFoundError: no manifest: nothing was built, or it was cut off.
-    ValueError: of another kind or a newer format; or a file is missing, cut
-      off or changed; or the directory holds a pickle or a link that leaves it.
+    ValueError: the manifest was changed, or is of another kind or a newer
+      format; or a file is missing, cut off or changed; or the directory holds
+      a pickle or a link that leaves it.
   """
   directory = epath.Path(directory)
   path = directory / MANIFEST
@@ -250,6 +254,7 @@ def _parse(path: epath.Path, remedy: str) -> dict[str, Any]:
   except ValueError as e:  # of JSON, or of UTF-8
     raise ValueError(f"{path} is not JSON ({e}). {remedy}") from e
   parts = {"kind": str, "format": int, "content": dict, "files": dict}
+  others = [*parts, _DIGEST]  # a name that is damaged is another
   if not isinstance(manifest, dict):
     manifest = {}
   bad = [k for k, t in parts.items() if not isinstance(manifest.get(k), t)]
@@ -258,7 +263,23 @@ def _parse(path: epath.Path, remedy: str) -> dict[str, Any]:
       f"{path} is no manifest: {', '.join(bad)} missing or of the wrong type;"
       f" expected {', '.join(parts)}. {remedy}"
     )
+  # Those of before have no digest of their own, and just these parts.
+  unknown = [name for name in manifest if name not in others]
+  digest = manifest.get(_DIGEST)
+  if unknown or (digest is not None and digest != _own_digest(manifest)):
+    raise ValueError(
+      f"{path} was damaged: what it says changed since it was written, or it"
+      f" was edited. Expected the digest {digest!r} of its content and the"
+      f" parts {', '.join(others)}. {remedy}"
+    )
   return manifest
+
+
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+  """Returns the sha256 of a manifest, but for its digest and white space."""
+  rest = {name: part for name, part in manifest.items() if name != _DIGEST}
+  text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_file(

@@ -29,9 +29,6 @@ def building(
 ) -> Iterator[epath.Path]:
   """Yields `directory`, which nobody else builds until the `with` ends.
 
-  The lock is released when the process dies, however it does; the lock file
-  that stays behind means nothing.
-
   Args:
     directory: local; made if there is none.
     kind: what is built, for messages.
@@ -50,9 +47,7 @@ def building(
       " it on a disk, and copy it to the bucket when it is complete."
     )
   directory.mkdir(parents=True, exist_ok=True)
-  lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-  try:
-    _take(lock, directory, kind, wait)
+  with lock(directory, kind=kind, wait=wait):
     foreign = [
       name
       for name in sorted(os.listdir(directory))
@@ -66,18 +61,42 @@ def building(
         " another directory, or move the files."
       )
     yield directory
+
+
+@contextlib.contextmanager
+def lock(
+  directory: epath.PathLike, *, kind: str, wait: bool = False
+) -> Iterator[None]:
+  """Keeps others from writing in `directory`, which exists, until it ends.
+
+  The lock is released when the process dies, however it does; the lock file
+  that stays behind means nothing.
+
+  Args:
+    directory: local.
+    kind: what is written, for messages.
+    wait: until nobody else writes.
+
+  Raises:
+    ValueError: somebody else writes there, unless it waits for that.
+  """
+  directory = epath.Path(directory)
+  file = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+  try:
+    _take(file, directory, kind, wait)
+    yield
   finally:
-    os.close(lock)  # which releases it
+    os.close(file)  # which releases it
 
 
-def _take(lock: int, directory: epath.Path, kind: str, wait: bool) -> None:
+def _take(file: int, directory: epath.Path, kind: str, wait: bool) -> None:
   """Raises `ValueError` if somebody else holds the lock, or waits for it."""
   try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     if wait:
       logging.info("Waiting for another process that builds %s.", directory)
-      fcntl.flock(lock, fcntl.LOCK_EX)
+      fcntl.flock(file, fcntl.LOCK_EX)
       return
     raise ValueError(
       f"Somebody else is building a {kind} in {directory} right now. Expected"

@@ -38,8 +38,20 @@ def from_json(text: str, origin: str = "the config") -> Config:
       " Restore it, or start in another workdir."
     ) from error
   config = Config()
-  _update(config, tree, "", origin)
+  _update(config, _renamed(tree), "", origin)
   return validate(config)
+
+
+def _renamed(tree: Any) -> Any:
+  """Returns the settings of a run of before by the names that they have now."""
+  try:
+    old = tree["eval"]["min_index_recall"]  # of two limits, the higher held
+    now = max(old, tree.get("index", {}).get("min_recall", 0.0))
+  except (AttributeError, KeyError, TypeError):
+    return tree
+  rest = {k: v for k, v in tree["eval"].items() if k != "min_index_recall"}
+  index = tree.get("index", {}) | {"min_recall": now}
+  return tree | {"eval": rest, "index": index}
 
 
 def _update(config: Any, tree: Any, prefix: str, origin: str) -> None:

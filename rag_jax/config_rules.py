@@ -303,8 +303,6 @@ def _cross_problems(c: Config) -> Iterator[str]:
       f"decoding.min_new_tokens={c.decoding.min_new_tokens} is above"
       f" data.target_length={c.data.target_length}."
     )
-  if c.eval.min_index_recall > 1.0:
-    yield f"eval.min_index_recall={c.eval.min_index_recall} must be at most 1."
   trained = not (
     c.tokenizer.path or c.encoder.init_from or c.generator.init_from
   )

@@ -29,7 +29,9 @@ def read(path, **changes):
 
 
 def edit(path, **changes):
+  """Writes what somebody who takes the digest off could have written."""
   manifest = json.loads((path / "manifest.json").read_text())
+  del manifest["sha256"]
   (path / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
@@ -104,6 +106,50 @@ def test_one_flipped_bit_is_noticed(directory):
   data[50] ^= 1
   (directory / "a.bin").write_bytes(data)
   refused(directory, r"a.bin.*content changed.*digest")
+
+
+def test_every_flipped_bit_of_the_manifest_is_noticed(directory):
+  content = {"n": 7, "x": [1.5, "\u00e9"], 3: {"a": True, "b": None}}
+  artifacts.write_manifest(directory, kind="thing", format=3, content=content)
+  expected = read(directory)
+  assert expected == {"n": 7, "x": [1.5, "\u00e9"], "3": content[3]}
+  file = directory / "manifest.json"
+  whole = file.read_bytes()
+  noticed = 0
+  for place in range(len(whole)):
+    for bit in (1, 4, 32):
+      data = bytearray(whole)
+      data[place] ^= bit
+      file.write_bytes(data)
+      try:
+        content = read(directory)
+      except ValueError:
+        noticed += 1
+      else:
+        assert content == expected, place  # white space, or a digit's case
+  assert noticed > len(whole)
+
+
+def test_an_edited_manifest_is_refused(directory):
+  file = directory / "manifest.json"
+  file.write_text(file.read_text().replace('"n": 7', '"n": 8'))
+  refused(directory, "manifest.json was damaged.*or it was edited")
+
+
+def test_white_space_and_the_order_of_parts_mean_nothing(directory):
+  file = directory / "manifest.json"
+  manifest = json.loads(file.read_text())
+  file.write_text(json.dumps(dict(reversed(manifest.items()))))
+  assert read(directory) == {"n": 7}
+
+
+def test_a_manifest_of_before_has_no_digest_and_is_read(directory):
+  edit(directory)
+  assert read(directory) == {"n": 7}
+  edit_file = directory / "manifest.json"
+  manifest = json.loads(edit_file.read_text())
+  edit_file.write_text(json.dumps(manifest | {"sha25": "0"}))
+  refused(directory, "was damaged")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 
 from rag_jax import artifacts
 from rag_jax.building import building
+from rag_jax.building import lock
 
 
 def build(path):
@@ -50,6 +51,23 @@ def test_one_that_waits_builds_when_the_other_ends(tmp_path, caplog):
       time.sleep(0.01)
     order.append("first")
   thread.join()
+  assert order == ["first", "second"]
+
+
+def test_who_waits_for_the_lock_gets_it_when_the_other_ends(tmp_path):
+  order = []
+
+  def second():
+    with lock(tmp_path, kind="thing", wait=True):
+      order.append("second")
+
+  thread = threading.Thread(target=second)
+  with build(tmp_path):
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    order.append("first")
+  thread.join(10)
   assert order == ["first", "second"]
 
 

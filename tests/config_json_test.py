@@ -47,6 +47,21 @@ def test_what_json_leaves_out_has_its_default():
   assert differences(Config(), config) == ["data.n_docs: 4 -> 2"]
 
 
+@pytest.mark.parametrize(
+  ("report", "refuse", "now"), [(0.9, 0.5, 0.9), (0.0, 0.5, 0.5), (0.3, 0, 0.3)]
+)
+def test_a_run_of_before_had_two_limits_of_recall_and_the_higher_holds(
+  report, refuse, now
+):
+  def change(tree):
+    tree["eval"]["min_index_recall"] = report
+    tree["index"]["min_recall"] = refuse
+
+  assert from_json(edited(change)).index.min_recall == now
+  config = from_json(f'{{"eval": {{"min_index_recall": {report}}}}}')
+  assert config.index.min_recall == report
+
+
 @pytest.mark.parametrize("end", [0, 1, 40, -3])
 def test_json_that_was_cut_off_is_named(end):
   with pytest.raises(

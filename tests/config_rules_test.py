@@ -108,7 +108,6 @@ NAN, INF = float("nan"), float("inf")
     ("generator.dropout", 1.0, " must be below 1."),
     ("encoder.dropout", 1.5, " must be below 1."),
     ("optimizer.b2", 1.0, " must be below 1."),
-    ("eval.min_index_recall", 1.5, " must be at most 1."),
     (
       "index.device_recall_target",
       0.0,

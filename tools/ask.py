@@ -10,13 +10,12 @@ compiled, into .jax_cache of the workdir.
 """
 
 from collections.abc import Iterator
-import signal
 import sys
 import time
 
-from absl import app
 from absl import flags
 from absl import logging
+import command
 from etils import epath
 
 from rag_jax.serving.explanation import explain
@@ -80,10 +79,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except KeyboardInterrupt:
-    sys.exit(128 + signal.SIGINT)
-  except (ValueError, FileNotFoundError, TypeError) as error:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    sys.exit(1)
+  command.run(main)

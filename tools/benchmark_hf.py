@@ -12,19 +12,19 @@ import importlib.util
 import json
 import os
 import pathlib
-import signal
-import sys
 import time
 from typing import Any
 
 from absl import app
 from absl import flags
 import benchmark_report
+import command
 from etils import epath
 import jax
 import trace_costs
 
 from rag_jax.artifacts import write_atomically
+from rag_jax.evaluation.machine import describe_machine
 
 _SIZES = flags.DEFINE_list("sizes", ["base"], "Of tiny, base and large.")
 _CASES = flags.DEFINE_list("cases", [], "What to measure; empty: everything.")
@@ -129,10 +129,13 @@ def main(argv: list[str]) -> None:
       " JAX both can use. Install their CUDA builds, or give --device=cpu."
     )
   gpu = torch.cuda.get_device_name() if _DEVICE.value == "gpu" else ""
-  machine = benchmark_report.machine(gpu, torch.get_num_threads())
-  if machine["load"] > 0.5:
+  load = os.getloadavg()[0]
+  packages = ("jax", "flax", "optax", "torch", "transformers")
+  machine = describe_machine(load, packages)
+  machine |= {"torch_threads": torch.get_num_threads(), "gpu": gpu}
+  if load > 0.5:
     benchmark_report.log(
-      f"Others use this machine too (load {machine['load']:.1f}). It has to be"
+      f"Others use this machine too (load {load:.1f}). It has to be"
       " idle: PyTorch's threads wait for each other, JAX's less so."
     )
   rows = []
@@ -158,10 +161,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  try:
-    app.run(main)
-  except KeyboardInterrupt:
-    sys.exit(128 + signal.SIGINT)
-  except (ValueError, ImportError, OSError) as error:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    sys.exit(1)
+  command.run(main)

@@ -1,11 +1,6 @@
 """What benchmark_hf.py measures of a case, and how that is printed."""
 
 from collections.abc import Callable
-import importlib.metadata
-import os
-import pathlib
-import platform
-import re
 import statistics
 import sys
 import time
@@ -53,29 +48,6 @@ def measure(case: Any, repetitions: int) -> dict[str, Any]:
     "ours_runs": ours,
     "hf_runs": theirs,
     "note": case.note,
-  }
-
-
-def machine(gpu: str, torch_threads: int) -> dict[str, Any]:
-  """Returns what the numbers depend on; `gpu` is its name, or ""."""
-  cpu = platform.processor()
-  info = pathlib.Path("/proc/cpuinfo")
-  if info.exists():
-    names = re.findall(r"model name\s*: (.*)", info.read_text())
-    cpu = names[0] if names else cpu
-  return {
-    "cpu": cpu,
-    "architecture": platform.machine(),
-    "cores": len(os.sched_getaffinity(0)),
-    "torch_threads": torch_threads,
-    # Processes that wanted a core in the last minute, before the start.
-    "load": os.getloadavg()[0],
-    "gpu": gpu,
-    "python": platform.python_version(),
-    "versions": {
-      name: importlib.metadata.version(name)
-      for name in ("jax", "flax", "optax", "torch", "transformers")
-    },
   }
 
 

@@ -21,7 +21,7 @@ import command
 from etils import epath
 
 from rag_jax.corpus.document import FieldNames
-from rag_jax.corpus.records import read_lines
+from rag_jax.corpus.records import read_texts
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.data.search_build import BuildConfig
@@ -74,6 +74,9 @@ _STORAGE = flags.DEFINE_enum(
 _KIND = flags.DEFINE_enum(
   "kind", "auto", ["auto", "exact", "scann"], "auto: ScaNN if it is installed."
 )
+_PER_SHARD = flags.DEFINE_integer(
+  "passages_per_shard", 0, "At most so many in a searcher; 0: one of all."
+)
 _TARGET_RECALL = flags.DEFINE_float(
   "target_recall",
   0.0,
@@ -112,16 +115,14 @@ def main(argv: list[str]) -> None:
     bm25=_BM25.value,
   )
   config.index.kind = _KIND.value
-  questions = []
-  if _QUESTIONS.value:
-    questions = [line.strip() for _, line in read_lines(_QUESTIONS.value)]
+  config.index.passages_per_shard = _PER_SHARD.value
   directory = build_search_directory(
     _CORPUS.value or "",
     _ENCODER.value or "",
     output,
     config,
     question_encoder=_QUESTION_ENCODER.value,
-    questions=[question for question in questions if question],
+    questions=read_texts(_QUESTIONS.value) if _QUESTIONS.value else [],
   )
   assert directory.index.certificate is not None
   print(directory.index.certificate.table())

@@ -12,10 +12,10 @@ Safetensors alone: a pytorch_model.bin is refused, with the way to convert it.
 """
 
 import os
-import sys
 
 from absl import app
 from absl import flags
+import command
 
 from rag_jax.weights import convert
 from rag_jax.weights.hub import HUB_PREFIX
@@ -32,8 +32,6 @@ _MAX_SHARD_BYTES = flags.DEFINE_integer(
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "An output that exists.")
 flags.DEFINE_bool("debug", False, "Show where an error came from.")
 flags.mark_flags_as_required(["input", "output"])
-# What a user can mend; anything else is a bug, and shows where.
-_MENDABLE = (OSError, TypeError, ValueError, ImportError)
 
 
 def main(argv: list[str]) -> None:
@@ -60,16 +58,5 @@ def main(argv: list[str]) -> None:
   print(f"{done} {output}.")
 
 
-def run() -> None:
-  """Runs `main`; what a user can mend is a message, not a stack trace."""
-  try:
-    app.run(main)
-  except _MENDABLE as error:
-    if "--debug" in sys.argv:
-      raise
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    sys.exit(1)
-
-
 if __name__ == "__main__":
-  run()
+  command.run(main)

@@ -9,12 +9,12 @@ same command again goes on from the last checkpoint; Ctrl-C saves one first.
 """
 
 import os
-import signal
 import sys
 
 from absl import app
 from absl import flags
 from absl import logging
+import command
 import jax
 from ml_collections import config_flags
 
@@ -42,9 +42,11 @@ flags.DEFINE_bool("debug", False, "Show where an error came from.")
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "On every host of a pod: join the others first."
 )
+_MIN_INDEX_RECALL = flags.DEFINE_float(
+  "min_index_recall", None, "Refuse to train or evaluate with an index that"
+  " finds less, from 0 to 1; the same as --config.index.min_recall.",
+)  # fmt: skip
 flags.mark_flags_as_required(["config", "workdir"])
-# What a user can mend; anything else is a bug, and shows where.
-_MENDABLE = (OSError, TypeError, ValueError, FloatingPointError, ImportError)
 
 
 def main(argv: list[str]) -> None:
@@ -59,6 +61,8 @@ def main(argv: list[str]) -> None:
       f"There is no config file {filename}. Expected a Python file with a"
       " function get_config, like configs/quickstart.py. Correct --config."
     )
+  if _MIN_INDEX_RECALL.value is not None:
+    _CONFIG.value.index.min_recall = _MIN_INDEX_RECALL.value
   config, initial = load_initial(validate(_CONFIG.value))
   with open_workdir(
     _WORKDIR.value or "", config, process_index=jax.process_index()
@@ -89,21 +93,16 @@ def main(argv: list[str]) -> None:
 
 
 def run() -> None:
-  """Runs `main`; what a user can mend is a message, not a stack trace."""
+  """Runs `main`; a run that was asked to stop says how to go on."""
   try:
-    config_json.check_overrides(sys.argv[1:])
-    app.run(main)
+    command.run(
+      main,
+      check=config_json.check_overrides,
+      interrupted="Stopped. Run the same command again to go on.",
+    )
   except StoppedEarlyError as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(128 + stopped.signum)
-  except KeyboardInterrupt:
-    print("Stopped. Run the same command again to go on.", file=sys.stderr)
-    sys.exit(128 + signal.SIGINT)
-  except _MENDABLE as error:
-    if "--debug" in sys.argv:
-      raise
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,13 @@ def fingerprint_parts(passage: Passage) -> tuple[str, str, str]:
   return first, passage.title, passage.text
 
 
+def fingerprint_passages(passages: Iterable[Passage]) -> str:
+  """Returns hex digits that change with any passage, and their order."""
+  return fingerprint_lines(
+    line for p in passages for line in fingerprint_parts(p)
+  )
+
+
 class Passages(Sequence[Passage]):
   """Passages in memory, in the order of the index.
 
@@ -101,9 +108,7 @@ class Passages(Sequence[Passage]):
   @functools.cached_property
   def fingerprint(self) -> str:
     """Hex digits that change with any part of any passage, and their order."""
-    return fingerprint_lines(
-      line for p in self._passages for line in fingerprint_parts(p)
-    )
+    return fingerprint_passages(self)
 
   def by_id(self, id: str) -> Passage:
     """Returns the passage with this id.
@@ -111,7 +116,7 @@ class Passages(Sequence[Passage]):
     Raises:
       ValueError: there is none.
     """
-    row = self._row_of(id)
+    row = self.row_of(id)
     if row is None:
       some = [p.id for p in self[:3]]
       raise ValueError(
@@ -121,7 +126,7 @@ class Passages(Sequence[Passage]):
       )
     return self[row]
 
-  def _row_of(self, id: str) -> int | None:
+  def row_of(self, id: str) -> int | None:
     """Returns the row of the passage with this id; None if there is none."""
     return self._rows.get(id)
 

@@ -10,6 +10,7 @@ import contextlib
 from etils import epath
 
 from rag_jax.corpus.document import DEFAULT_FIELDS
+from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.documents import read_documents
 from rag_jax.corpus.duplicates import Seen
@@ -55,12 +56,48 @@ def read_passages(
       was no passage at all.
   """
   report = bad_records.report
-  splitter = Splitter(settings, tokenizer=tokenizer, report=report)
   with contextlib.ExitStack() as stack:
-    ids, texts = Seen(), Seen()
-    stack.callback(ids.close)
+    texts = Seen()
     stack.callback(texts.close)
     found = 0
+    for document, passage in read_parts(
+      path,
+      settings,
+      fields=fields,
+      bad_records=bad_records,
+      tokenizer=tokenizer,
+    ):
+      if drop_duplicate_texts:
+        first = texts.add(document.where, passage.title, passage.text)
+        if first:
+          what = f"passage {passage.id!r} has the text of {first}"
+          report.drop("duplicate_text", f"{document.where}: {what}")
+          continue
+      found += 1
+      report.passages += 1
+      yield passage
+  if not found:
+    raise_empty(str(path), report)
+
+
+def read_parts(
+  path: epath.PathLike,
+  settings: SplitConfig,
+  *,
+  fields: FieldNames = DEFAULT_FIELDS,
+  bad_records: BadRecords,
+  tokenizer: Encoder | None = None,
+) -> Iterator[tuple[Document, Passage]]:
+  """Yields the passages of a corpus, each with its document.
+
+  Every id is there once, texts as often as the corpus has them. Arguments and
+  errors are those of `read_passages`; an empty corpus yields nothing.
+  """
+  report = bad_records.report
+  splitter = Splitter(settings, tokenizer=tokenizer, report=report)
+  with contextlib.ExitStack() as stack:
+    ids = Seen()
+    stack.callback(ids.close)
 
     def is_new(id: str, where: str) -> bool:
       first = ids.add(where, id)
@@ -79,16 +116,5 @@ def read_passages(
         continue
       for passage in splitter.split(document):
         # "a#1" may be part of "a", or a document of that name.
-        if passage.id != document.id and not is_new(passage.id, document.where):
-          continue
-        if drop_duplicate_texts:
-          first = texts.add(document.where, passage.title, passage.text)
-          if first:
-            what = f"passage {passage.id!r} has the text of {first}"
-            report.drop("duplicate_text", f"{document.where}: {what}")
-            continue
-        found += 1
-        report.passages += 1
-        yield passage
-  if not found:
-    raise_empty(str(path), report)
+        if passage.id == document.id or is_new(passage.id, document.where):
+          yield document, passage

@@ -286,6 +286,18 @@ def check_fields(
       _check_field(record, name, types, where)
 
 
+def read_texts(path: epath.PathLike) -> list[str]:
+  """Returns the lines of a file that are not empty, trimmed; questions or ids.
+
+  Raises:
+    FileNotFoundError: there is no such file; names the nearest ones.
+    ValueError: as `read_lines`.
+  """
+  file = find_file(path, "a file of one text a line")
+  lines = (line.strip() for _, line in read_lines(file))
+  return [line for line in lines if line]
+
+
 def read_records(
   path: epath.PathLike,
   *,

@@ -333,7 +333,8 @@ class PassageStore(Passages):
     """That of `Passages` of the same passages, taken while writing."""
     return self._fingerprint
 
-  def _row_of(self, id: str) -> int | None:
+  def row_of(self, id: str) -> int | None:
+    """Returns the row of the passage with this id; None if there is none."""
     for row in self._ids.candidates(id):
       if self[row].id == id:
         return row

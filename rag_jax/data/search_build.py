@@ -20,7 +20,6 @@ import jax
 from rag_jax import artifacts
 from rag_jax.building import building
 from rag_jax.config import IndexConfig
-from rag_jax.config import MeshConfig
 from rag_jax.corpus.document import DEFAULT_FIELDS
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.passages import Passage
@@ -32,34 +31,30 @@ from rag_jax.corpus.store import write_store
 from rag_jax.corpus.token_store import open_tokens
 from rag_jax.corpus.token_store import write_tokens
 from rag_jax.corpus.tokenized import TokenizedPassages
-from rag_jax.data.search_directory import BM25
 from rag_jax.data.search_directory import ENCODER
 from rag_jax.data.search_directory import FORMAT
-from rag_jax.data.search_directory import INDEX
 from rag_jax.data.search_directory import KIND
-from rag_jax.data.search_directory import PASSAGES
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.data.search_versions import BM25
+from rag_jax.data.search_versions import INDEX
+from rag_jax.data.search_versions import PASSAGES
+from rag_jax.data.search_versions import UPDATES
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import open_checkpoint
 from rag_jax.data.text_encoder import save_encoder
-from rag_jax.models.partitioning import make_mesh
 from rag_jax.retrieval.bm25 import Bm25Index
-from rag_jax.retrieval.certificate import certify
+from rag_jax.retrieval.certified_index import build_certified_index
+from rag_jax.retrieval.certified_index import check_tuning
 from rag_jax.retrieval.embedding_job import EmbeddingJob
 from rag_jax.retrieval.embedding_job import embed_corpus
 from rag_jax.retrieval.embedding_job import finish
 from rag_jax.retrieval.embedding_job import wait_for_all
 from rag_jax.retrieval.embeddings import check_storage
-from rag_jax.retrieval.embeddings import open_embeddings
-from rag_jax.retrieval.index import build_index
-from rag_jax.retrieval.index import resolve_kind
 from rag_jax.retrieval.retriever import Embedder
-from rag_jax.retrieval.tuner import tune
 
 # Only while it is built; named like what is not finished, for no manifest.
 _TOKENS = ".tokens.tmp"
-_LEAST_QUESTIONS = 20  # to tune an index with
-_PARTS = (PASSAGES, ENCODER, INDEX, BM25, _TOKENS)
+_PARTS = (PASSAGES, ENCODER, INDEX, BM25, UPDATES, _TOKENS)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -107,7 +102,7 @@ def build_search_directory(
     OSError: the disk is full.
   """
   check_storage(config.storage)
-  _check_tuning(config, questions)
+  check_tuning(config.index, config.target_recall, len(questions))
   output = epath.Path(output).expanduser()
   first = jax.process_index() == 0
   lock = building(output, kind=KIND, own=_PARTS.__contains__)
@@ -146,25 +141,6 @@ def build_search_directory(
       _clean(output)
     wait_for_all("building: the directory is complete")
   return SearchDirectory(output)
-
-
-def _check_tuning(config: BuildConfig, questions: Sequence[str]) -> None:
-  """Raises `ValueError` if the index cannot be tuned as asked."""
-  kind = resolve_kind(config.index.kind)
-  if not config.target_recall:
-    return
-  if kind != "scann" or not 0 < config.target_recall <= 1:
-    raise ValueError(
-      f"target_recall={config.target_recall} with an index of kind {kind!r};"
-      " expected a number above 0 and at most 1, and kind 'scann', the only one"
-      " that is tuned. Change them, or leave target_recall at 0."
-    )
-  if len(questions) < _LEAST_QUESTIONS:
-    raise ValueError(
-      f"target_recall={config.target_recall} is tuned on questions, of which"
-      f" there are {len(questions)}; expected at least {_LEAST_QUESTIONS}: half"
-      " of them to tune on, half for the certificate. Give a file of them."
-    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -333,19 +309,15 @@ def _embed(
   """Embeds all passages, unless the index over them is there already."""
   if (path / artifacts.MANIFEST).exists():
     return
-  devices = jax.local_devices()
-  batch = -(-config.embed_batch_size // len(devices)) * len(devices)
-  mesh = make_mesh(MeshConfig(data=len(devices)), devices)
   encoder = inputs.encoder
-  embedder = Embedder(encoder.model, batch, mesh)
-
+  embedder = encoder.passage_embedder(config.embed_batch_size)
   job = EmbeddingJob(
     num_passages=len(store),
     embedding_dim=embedder.embedding_dim(encoder.params),
     passage_length=inputs.length,
     storage=config.storage,
     passages_per_shard=config.passages_per_embedding_shard,
-    embed_batch_size=batch,
+    embed_batch_size=embedder.batch_size,
     encoder_fingerprint=encoder.fingerprint,
     passages_fingerprint=store.fingerprint,
   )
@@ -361,32 +333,16 @@ def _build_index(
   questions: Sequence[str],
 ) -> None:
   """Builds and certifies the index, unless it is there already."""
-  if (path / artifacts.MANIFEST).exists():
-    return
-  embeddings = open_embeddings(path)
   sample = None
   if questions:
     embedder = Embedder(inputs.asking.model, 1)
     sample = inputs.asking.embed_questions(embedder, questions)
-  if config.target_recall:
-    assert sample is not None
-    tuned = tune(
-      embeddings[:],
-      sample[::2],
-      target_recall=config.target_recall,
-      k=min(10, len(store)),
-      config=config.index,
-      encoder_fingerprint=inputs.encoder.fingerprint,
-      passages_fingerprint=store.fingerprint,
-    )
-    logging.info("What was tried:\n%s", tuned.table())
-    index, sample = tuned.index, sample[1::2]
-  else:
-    index = build_index(
-      embeddings,
-      config.index,
-      encoder_fingerprint=inputs.encoder.fingerprint,
-      passages_fingerprint=store.fingerprint,
-    )
-  index.certificate = certify(index, sample, speed_secs=config.speed_secs)
-  index.save(path)
+  build_certified_index(
+    path,
+    config.index,
+    sample,
+    target_recall=config.target_recall,
+    speed_secs=config.speed_secs,
+    encoder_fingerprint=inputs.encoder.fingerprint,
+    passages_fingerprint=store.fingerprint,
+  )

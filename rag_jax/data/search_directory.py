@@ -1,12 +1,14 @@
 """A corpus that can be searched, in one directory.
 
-In: the directory that search_build.py made. Out: the passages that answer a
-question, by embeddings, by words or by both.
+In: the directory that search_build.py made, and search_update.py may have
+updated. Out: the passages that answer a question, by embeddings, by words or by
+both.
 
     passages/       the texts
     encoder/        what embeds questions, with its tokenizer
     index/          what embeddings are searched with, and its certificate
     bm25/           what words are searched with
+    updates/        what came and went since; see search_versions.py
     manifest.json   what it was made of; written last
 
 Nothing in it names a place outside: it can be moved.
@@ -14,6 +16,7 @@ Nothing in it names a place outside: it can be moved.
 
 from collections.abc import Sequence
 import dataclasses
+import threading
 from typing import Any
 
 from etils import epath
@@ -24,6 +27,12 @@ from rag_jax import artifacts
 from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.store import PassageStore
+from rag_jax.corpus.updated_passages import UpdatedPassages
+from rag_jax.data.search_versions import INDEX
+from rag_jax.data.search_versions import PASSAGES
+from rag_jax.data.search_versions import SearchVersion
+from rag_jax.data.search_versions import current_name
+from rag_jax.data.search_versions import open_current
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import load_saved_encoder
 from rag_jax.retrieval.bm25 import Bm25Index
@@ -37,7 +46,7 @@ from rag_jax.retrieval.retriever import Embedder
 
 KIND = "search directory"  # in its manifest
 FORMAT = 1  # raise when the files change meaning
-PASSAGES, ENCODER, INDEX, BM25 = "passages", "encoder", "index", "bm25"
+ENCODER = "encoder"
 MODES = ("dense", "bm25", "hybrid")
 
 REMEDY = "Build it again: python tools/build_index.py --output=DIRECTORY."
@@ -58,10 +67,10 @@ class SearchDirectory:
     path: of the directory.
     content: of its manifest: what it was made of, and what became of the
       corpus.
-    passages: row = passage number of the indexes.
     encoder: of the questions.
-    index: over the embeddings.
-    bm25: over the words; None if it was left out.
+    built: the passages and the index below all versions.
+    version: what is searched; take it once where rows and texts have to be of
+      one version.
   """
 
   def __init__(self, path: epath.PathLike):
@@ -76,19 +85,47 @@ class SearchDirectory:
     self.content: dict[str, Any] = artifacts.read_manifest(
       self.path, kind=KIND, format=FORMAT, remedy=REMEDY
     )
-    self.passages = PassageStore(self.path / PASSAGES)
+    passages = PassageStore(self.path / PASSAGES)
     self.encoder: TextEncoder = load_saved_encoder(self.path / ENCODER)
-    self.index: Index = load_index(
+    index: Index = load_index(
       self.path / INDEX,
       encoder_fingerprint=self.content["passage_encoder_fingerprint"],
-      passages_fingerprint=self.passages.fingerprint,
+      passages_fingerprint=passages.fingerprint,
     )
-    self.bm25: Bm25Index | None = None
-    if (self.path / BM25).exists():
-      self.bm25 = Bm25Index.load(
-        self.path / BM25, passages_fingerprint=self.passages.fingerprint
-      )
+    self.built = passages, index
+    self._switching = threading.Lock()
+    # Searches read this reference once: replacing it is the whole switch.
+    self.version: SearchVersion = open_current(self.path, passages, index)
     self._embedder = Embedder(self.encoder.model, 1)
+
+  @property
+  def passages(self) -> PassageStore | UpdatedPassages:
+    """Row = passage number of the indexes."""
+    return self.version.passages
+
+  @property
+  def index(self) -> Index:
+    """Over the embeddings."""
+    return self.version.index
+
+  @property
+  def bm25(self) -> Bm25Index | None:
+    """Over the words; None if it was left out."""
+    return self.version.bm25
+
+  def reload(self) -> bool:
+    """Switches to the version that is in use now; returns if it is another.
+
+    Raises:
+      FileNotFoundError: the version is gone.
+      ValueError: its files are missing, cut off or changed. The version that
+        was open stays open.
+    """
+    with self._switching:  # else a slower thread could switch back
+      if current_name(self.path) == self.version.name:
+        return False
+      self.version = open_current(self.path, *self.built)
+    return True
 
   def search(
     self,
@@ -111,13 +148,12 @@ class SearchDirectory:
       ValueError: there are fewer passages, or fewer that meet the conditions,
         than `n_docs`; a question is empty; or the mode is not there.
     """
-    ids, scores = self.search_ids(
-      questions, n_docs, mode=mode, conditions=conditions
-    )
+    version = self.version
+    ids, scores = self._search(version, questions, n_docs, mode, conditions)
     return [
       [
         Hit(passage, float(score))
-        for passage, score in zip(self.passages.get(row), best, strict=True)
+        for passage, score in zip(version.passages.get(row), best, strict=True)
       ]
       for row, best in zip(ids, scores, strict=True)
     ]
@@ -131,24 +167,36 @@ class SearchDirectory:
     conditions: Conditions = (),
   ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
     """Returns passage numbers and scores; as `search`."""
-    self._check(questions, n_docs, mode)
-    embeddings = np.zeros((len(questions), self.index.embedding_dim))
+    return self._search(self.version, questions, n_docs, mode, conditions)
+
+  def _search(
+    self,
+    version: SearchVersion,
+    questions: Sequence[str],
+    n_docs: int,
+    mode: str,
+    conditions: Conditions,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns passage numbers and scores in one version."""
+    self._check(version, questions, n_docs, mode)
+    index, bm25 = version.index, version.bm25
+    embeddings = np.zeros((len(questions), index.embedding_dim))
     if mode != "bm25":
       embeddings = self.embed_questions(questions)
 
     def search(rows: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
       some = [questions[int(row)] for row in rows]
       if mode == "dense":
-        return self.index.search(embeddings[rows], depth)
-      assert self.bm25 is not None
+        return index.search(embeddings[rows], depth)
+      assert bm25 is not None
       if mode == "bm25":
-        return self.bm25.search(some, depth)
-      hybrid = HybridRetriever(self.index, self.bm25, Rrf())
+        return bm25.search(some, depth)
+      hybrid = HybridRetriever(index, bm25, Rrf())
       return hybrid.search(embeddings[rows], some, depth)
 
     return search_filtered(
       search,
-      self.passages,
+      version.passages,
       conditions,
       num_questions=len(questions),
       n_docs=n_docs,
@@ -160,19 +208,25 @@ class SearchDirectory:
     """Returns what the index is searched with."""
     return self.encoder.embed_questions(self._embedder, questions)
 
-  def _check(self, questions: Sequence[str], n_docs: int, mode: str) -> None:
+  def _check(
+    self,
+    version: SearchVersion,
+    questions: Sequence[str],
+    n_docs: int,
+    mode: str,
+  ) -> None:
     problem = check_choice("mode", mode, MODES)
     if problem:
       raise ValueError(problem)
-    if mode != "dense" and self.bm25 is None:
+    if mode != "dense" and version.bm25 is None:
       raise ValueError(
         f"mode={mode!r} searches words, but {self.path} was built without them;"
         " expected mode='dense'. Build it again with --bm25."
       )
-    if not 1 <= n_docs <= len(self.passages):
+    if not 1 <= n_docs <= len(version.passages):
       raise ValueError(
         f"n_docs={n_docs} passages a question were asked for; expected 1 to"
-        f" {len(self.passages)}, all that {self.path} holds. Ask for fewer."
+        f" {len(version.passages)}, all that {self.path} holds. Ask for fewer."
       )
     for number, question in enumerate(questions, start=1):
       if not question.strip():

@@ -14,10 +14,12 @@ from jaxtyping import Bool, Float, Int, PyTree
 import numpy as np
 
 from rag_jax.config import EncoderConfig
+from rag_jax.config import MeshConfig
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.models.encoders import OneTower
+from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.rag import build_encoder
 from rag_jax.models.rag import compute_dtype
 from rag_jax.retrieval import retriever
@@ -54,6 +56,17 @@ class TextEncoder:
   def fingerprint(self) -> str:
     """Identifies the weights."""
     return retriever.fingerprint(self.params)
+
+  def passage_embedder(self, batch_size: int) -> Embedder:
+    """Returns what embeds passages on all local devices.
+
+    Args:
+      batch_size: passages at a time, rounded up to a multiple of the devices.
+    """
+    devices = jax.local_devices()
+    batch_size = -(-batch_size // len(devices)) * len(devices)
+    mesh = make_mesh(MeshConfig(data=len(devices)), devices)
+    return Embedder(self.model, batch_size, mesh)
 
   def passage_rows(
     self, tokenized: TokenizedPassages, rows: Int[np.ndarray, "N"]

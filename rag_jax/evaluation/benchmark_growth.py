@@ -20,8 +20,8 @@ import numpy as np
 
 from rag_jax.config import IndexConfig
 from rag_jax.evaluation import benchmark_faiss
-from rag_jax.evaluation.benchmark_report import machine
 from rag_jax.evaluation.benchmark_run import open_embeddings
+from rag_jax.evaluation.machine import describe_machine
 from rag_jax.retrieval import scann
 from rag_jax.retrieval.cost import BuildCost
 from rag_jax.retrieval.cost import BuildMeter
@@ -153,7 +153,7 @@ def benchmark_growth(
     num_questions=len(chosen) - len(chosen) // 2,
     target_recall=settings.target_recall,
     rows=tuple(rows),
-    machine=machine(load),
+    machine=describe_machine(load),
     notes=tuple(notes),
   )
 

@@ -8,13 +8,8 @@ import base64
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import html
-import importlib.metadata
 import io
 import json
-import os
-import pathlib
-import platform
-import re
 from typing import Any
 
 from etils import epath
@@ -30,13 +25,11 @@ from rag_jax.evaluation.benchmark_measure import INDEX_DEPTHS
 from rag_jax.evaluation.benchmark_measure import SPEED_K
 from rag_jax.evaluation.benchmark_measure import Mean
 from rag_jax.evaluation.benchmark_measure import Measured
-from rag_jax.retrieval.cost import num_cpus
 from rag_jax.retrieval.recall import Recall
 
 RESULTS, PICTURE, PAGE = "results.json", "recall_speed.png", "report.html"
 FORMAT = 1  # of results.json; raise when a field changes its meaning
 
-_PACKAGES = ("numpy", "jax", "scann", "faiss-cpu", "bm25s")
 # Of Okabe and Ito, but for the last: told apart by colour-blind people.
 _COLOURS = (
   "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
@@ -61,7 +54,7 @@ class Benchmark:
     inputs: what was measured, by name.
     num_tuning: questions that the tuned systems had, and no other.
     notes: what was left out, and what was tuned.
-    machine: see `machine`.
+    machine: see machine.py.
   """
 
   inputs: Mapping[str, str]
@@ -134,30 +127,6 @@ class Benchmark:
     notes = "".join(f"- {note}\n" for note in self.notes)
     parts = [self.summary(), self.speed_table(), self.question_table(), notes]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
-
-
-def machine(load_before: float) -> dict[str, Any]:
-  """Returns what numbers depend on: CPU, versions, load.
-
-  Args:
-    load_before: processes that wanted a CPU, in the minute before the run.
-  """
-  cpu, info = platform.processor(), pathlib.Path("/proc/cpuinfo")
-  if info.exists():
-    names = re.findall(r"model name\s*: (.*)", info.read_text())
-    cpu = names[0] if names else cpu
-  versions = {"python": platform.python_version()}
-  for name in _PACKAGES:
-    try:
-      versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return {
-    "cpu": cpu or platform.machine(),
-    "num_cpus": num_cpus(),
-    "load": [load_before, os.getloadavg()[0]],
-    "versions": versions,
-  }
 
 
 def pareto(rows: Sequence[Measured], k: int, batch_size: int) -> list[Measured]:

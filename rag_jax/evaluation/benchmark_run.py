@@ -16,7 +16,6 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.corpus.passages import Passage
-from rag_jax.data.search_directory import BM25
 from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.evaluation.benchmark_measure import INDEX_DEPTHS
 from rag_jax.evaluation.benchmark_measure import SPEED_K
@@ -26,11 +25,11 @@ from rag_jax.evaluation.benchmark_questions import BenchmarkQuestion
 from rag_jax.evaluation.benchmark_questions import gold_rows
 from rag_jax.evaluation.benchmark_questions import read_benchmark_questions
 from rag_jax.evaluation.benchmark_report import Benchmark
-from rag_jax.evaluation.benchmark_report import machine
 from rag_jax.evaluation.benchmark_systems import Sample
 from rag_jax.evaluation.benchmark_systems import Workload
 from rag_jax.evaluation.benchmark_systems import build_systems
 from rag_jax.evaluation.benchmark_systems import needs_tuning
+from rag_jax.evaluation.machine import describe_machine
 from rag_jax.retrieval.exact import ExactIndex
 
 _SEED = 0  # of which questions tune, and which are measured
@@ -80,7 +79,7 @@ def benchmark_directory(
   num = len(measured)
   bm25_bytes = 0
   if directory.bm25 is not None:
-    bm25_bytes = artifacts.directory_bytes(directory.path / BM25)
+    bm25_bytes = artifacts.directory_bytes(directory.version.bm25_path)
 
   def relevant(number: int, rows: Sequence[int]) -> list[bool]:
     return known.relevant(num + number, rows)
@@ -262,5 +261,5 @@ def _run(
     rounds=settings.rounds,
     rows=tuple(measured),
     notes=tuple(notes),
-    machine=machine(load),
+    machine=describe_machine(load),
   )

@@ -78,7 +78,7 @@ class Evaluator:
     """Returns the metrics of `report.summarise`, and the index's recall.
 
     Raises:
-      ValueError: the index finds less than eval.min_index_recall.
+      ValueError: the index finds less than index.min_recall.
     """
     start = time.perf_counter()
     metrics = summarise(self.records(params, index, questions), prefix)
@@ -113,10 +113,10 @@ class Evaluator:
     return certify(index, embeddings, speed_secs=_SPEED_SECS)
 
   def _check_recall(self, name: str, recall: float) -> None:
-    floor = self._experiment.config.eval.min_index_recall
+    floor = self._experiment.config.index.min_recall
     if recall < floor:
       raise ValueError(
-        f"{name}={recall:.4f} is below eval.min_index_recall={floor}: the"
+        f"{name}={recall:.4f} is below index.min_recall={floor}: the"
         " answers would be blamed for what the index did not find. Use"
         " index.kind='exact', or raise index.scann_leaves_to_search or"
         " index.scann_reorder."

@@ -54,7 +54,7 @@ def finish(
 
   Raises:
     ValueError: the best checkpoint is damaged, or the index finds less than
-      index.min_recall or eval.min_index_recall.
+      index.min_recall.
   """
   config = experiment.config
   params, step = _best_params(experiment, workdir)

@@ -9,6 +9,7 @@ the index, not assumed.
 """
 
 import errno
+import json
 import os
 from typing import Any
 
@@ -22,6 +23,9 @@ from rag_jax import artifacts
 STORAGE = ("float32", "bfloat16", "int8")  # of numbers in the file
 EMBEDDINGS = "embeddings.npy"
 SCALES = "scales.npy"  # of int8 alone, [P] float32
+# In place of both, in a shard of an index: which rows of the files two folders
+# above, where those of all shards lie once.
+PART = "part.json"
 
 # NumPy's files know no bfloat16: its bits are stored as whole numbers.
 _DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
@@ -84,10 +88,19 @@ class StoredEmbeddings:
     stored: np.ndarray,
     scales: np.ndarray | None = None,
     directory: epath.PathLike = "",
+    part: tuple[int, int] | None = None,
   ):
-    """Keeps what was stored, and which directory it is in; "": in none."""
+    """Keeps what was stored.
+
+    Args:
+      stored: the numbers, as `pack` returns them.
+      scales: of int8.
+      directory: whose files they are, or in whose files; "": in none.
+      part: first and last + 1 of the rows of these files; None: all.
+    """
     self._stored = stored
     self.directory = directory
+    self.rows = part
     self._scales = scales
     self.shape = stored.shape
     names = {np.dtype(v): k for k, v in _DTYPES.items()}
@@ -95,6 +108,16 @@ class StoredEmbeddings:
 
   def __len__(self) -> int:
     return self.shape[0]
+
+  def part(self, start: int, stop: int) -> "StoredEmbeddings":
+    """Returns rows of these embeddings, in the same files."""
+    first = self.rows[0] if self.rows else 0
+    return StoredEmbeddings(
+      self._stored[start:stop],
+      None if self._scales is None else self._scales[start:stop],
+      self.directory,
+      (first + start, first + stop),
+    )
 
   def __getitem__(
     self, rows: slice | int | Int[np.ndarray, "*N"]
@@ -129,6 +152,8 @@ def open_embeddings(directory: epath.PathLike) -> StoredEmbeddings:
     ValueError: the files are not those of embeddings.
   """
   directory = epath.Path(directory)
+  if (directory / PART).exists():
+    return _open_part(directory)
 
   def load(name: str) -> np.ndarray:
     file = directory / name
@@ -158,17 +183,40 @@ def open_embeddings(directory: epath.PathLike) -> StoredEmbeddings:
   return StoredEmbeddings(stored, scales, directory)
 
 
+def _open_part(directory: epath.Path) -> StoredEmbeddings:
+  """Returns the rows that a shard names of the files two folders above."""
+  text = (directory / PART).read_text()
+  above = open_embeddings(directory.parent.parent)
+  try:
+    start, stop = json.loads(text)["rows"]
+    fits = 0 <= start < stop <= len(above)
+  except (KeyError, TypeError, ValueError):
+    start, stop, fits = 0, 0, False
+  if not fits:
+    raise ValueError(
+      f"{directory / PART} says {text!r}; expected the first and last + 1 of"
+      f" the {len(above)} rows in {directory.parent.parent}. Build it again."
+    )
+  return above.part(start, stop)
+
+
 def save_embeddings(
   directory: epath.Path, embeddings: Float[Any, "P R"]
 ) -> None:
   """Writes embeddings to a directory: of files as they are stored, or float32.
 
   Who reads the files that were there before goes on reading them. Embeddings
-  that are in these files already stay as they are.
+  that are in these files already stay as they are, and of a part of the files
+  two folders above only its rows are named.
   """
   arrays: dict[str, Any] = {EMBEDDINGS: embeddings}
   if isinstance(embeddings, StoredEmbeddings):
-    if _same(embeddings.directory, directory):
+    if embeddings.rows:
+      if is_in(embeddings, directory.parent.parent):
+        text = json.dumps({"rows": embeddings.rows})
+        artifacts.write_atomically(directory / PART, text)
+        return
+    elif is_in(embeddings, directory):
       return
     arrays = embeddings.arrays
   for name, array in arrays.items():
@@ -179,13 +227,17 @@ def save_embeddings(
       np.save(f, array, allow_pickle=False)
     if local:
       os.replace(temp, file)
+  (directory / PART).unlink(missing_ok=True)
 
 
-def _same(one: epath.PathLike, other: epath.PathLike) -> bool:
-  """Returns whether two names are of one directory on a disk."""
-  if not os.fspath(one) or not artifacts.is_local(one):
+def is_in(embeddings: Any, directory: epath.PathLike) -> bool:
+  """Returns whether embeddings lie in files of a directory on a disk."""
+  if not isinstance(embeddings, StoredEmbeddings):
     return False
-  return os.path.realpath(one) == os.path.realpath(other)
+  own = embeddings.directory
+  if not os.fspath(own) or not artifacts.is_local(own):
+    return False
+  return os.path.realpath(own) == os.path.realpath(directory)
 
 
 class EmbeddingFile:

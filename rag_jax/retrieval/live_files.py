@@ -4,14 +4,13 @@ In: the parts of a version. Out: a directory that holds, whenever its writer is
 killed, the old version or the new.
 
   CURRENT     the name of the version in use
-  LOCK        held by the one that writes
+  .lock.tmp   held by the one that writes
   v000001/    which base, the rows that changed since it was built, tombstones
   b000001/    a base: an index of any kind, shared by versions
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -21,17 +20,17 @@ from etils import epath
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax import building
 
 CURRENT = "CURRENT"
 
-_LOCK = "LOCK"
 _ARTIFACT = "version of a live index"
 _FORMAT = 1  # raise when the files of a version change their meaning
 _REMEDY = (
   "Restore the directory from a copy, or create the live index again with"
   " LiveIndex.create."
 )
-_VERSION, _BASE = "v", "b"  # the first letter of a name
+VERSION, _BASE = "v", "b"  # the first letter of a name
 _NAME = re.compile(r"[vb]\d{6}")
 _UNFINISHED = re.compile(r"\.(CURRENT|[vb]\d{6})\.[0-9a-f]+\.tmp")
 _ARRAYS = ("delta_ids", "delta", "deleted")
@@ -52,15 +51,12 @@ def check_local(path: epath.PathLike) -> epath.Path:
   return epath.Path(path)
 
 
-@contextlib.contextmanager
-def lock(path: epath.Path) -> Iterator[None]:
-  """Waits until no other writes; a process that is killed lets go."""
-  with open(path / _LOCK, "a") as f:
-    fcntl.flock(f, fcntl.LOCK_EX)
-    yield
+def lock(path: epath.Path) -> contextlib.AbstractContextManager[None]:
+  """Waits until no other writes."""
+  return building.lock(path, kind="live index", wait=True)
 
 
-def read_current(path: epath.Path) -> str:
+def read_current(path: epath.Path, remedy: str = _REMEDY) -> str:
   """Returns the name of the version in use.
 
   Raises:
@@ -74,20 +70,33 @@ def read_current(path: epath.Path) -> str:
       " index. Create one with LiveIndex.create."
     )
   name = file.read_text().strip()
-  if not _NAME.fullmatch(name) or name[0] != _VERSION:
+  if not _NAME.fullmatch(name) or name[0] != VERSION:
     raise ValueError(
-      f"{file} names {name!r}; expected a version like 'v000001'. {_REMEDY}"
+      f"{file} names {name!r}; expected a version like 'v000001'. {remedy}"
     )
   return name
 
 
 def add_base(path: epath.Path, save: Callable[[epath.Path], None]) -> str:
   """Returns the name of a new base that `save` wrote."""
-  name = _next_name(path, _BASE)
+  return add(path, _BASE, save)
+
+
+def add(
+  path: epath.Path, letter: str, save: Callable[[epath.Path], None]
+) -> str:
+  """Returns the name of a new version or base, complete, that `save` wrote."""
+  last = max(names(path, letter), default=f"{letter}0")
+  name = f"{letter}{int(last[1:]) + 1:06d}"
   temp = artifacts.temp_path(path / name)
   save(temp)
   os.rename(temp, path / name)
   return name
+
+
+def switch(path: epath.Path, name: str) -> None:
+  """Names the version to read from now on."""
+  artifacts.write_atomically(path / CURRENT, name + "\n")
 
 
 def publish(
@@ -99,21 +108,22 @@ def publish(
   **arrays: np.ndarray,  # of LiveVersion: delta_ids, delta, deleted
 ) -> None:
   """Writes a version, complete, and only then names it in `CURRENT`."""
-  name = _next_name(path, _VERSION)
-  temp = artifacts.start_directory(artifacts.temp_path(path / name))
-  for part in _ARRAYS:
-    np.save(temp / f"{part}.npy", arrays[part], allow_pickle=False)
   content = {
     "base": base,
-    "base_manifest": _manifest_digest(path / base),
+    "base_manifest": manifest_digest(path / base),
     "base_deleted": base_deleted,
     "passages_fingerprint": passages_fingerprint,
   }
-  artifacts.write_manifest(
-    temp, kind=_ARTIFACT, format=_FORMAT, content=content
-  )
-  os.rename(temp, path / name)
-  artifacts.write_atomically(path / CURRENT, name + "\n")
+
+  def save(temp: epath.Path) -> None:
+    artifacts.start_directory(temp)
+    for part in _ARRAYS:
+      np.save(temp / f"{part}.npy", arrays[part], allow_pickle=False)
+    artifacts.write_manifest(
+      temp, kind=_ARTIFACT, format=_FORMAT, content=content
+    )
+
+  switch(path, add(path, VERSION, save))
 
 
 def read_version(
@@ -135,7 +145,7 @@ def read_version(
       f"{name} in {path} needs the base {content['base']!r}, which is not"
       f" there; expected both from one copy of the directory. {_REMEDY}"
     )
-  if _manifest_digest(base) != content["base_manifest"]:
+  if manifest_digest(base) != content["base_manifest"]:
     raise ValueError(
       f"{base} is not the base that {name} was made of: its manifest is"
       f" another. Expected both from one copy of the directory. {_REMEDY}"
@@ -149,14 +159,19 @@ def read_version(
 
 def prune(path: epath.Path, current: str, keep: int) -> None:
   """Removes what the `keep` versions up to `current` do not need."""
-  older = [name for name in _names(path, _VERSION) if name <= current]
+  older = [name for name in names(path, VERSION) if name <= current]
   kept = set(older[-keep:])
   kept |= {read_version(path, name)[0]["base"] for name in kept}
-  for name in _names(path, _VERSION) + _names(path, _BASE):
+  for name in names(path, VERSION) + names(path, _BASE):
     if name not in kept:
-      # Renamed first: half a version is never met under its name.
-      os.rename(path / name, artifacts.temp_path(path / name))
+      retire(path, name)
   remove_unfinished(path)
+
+
+def retire(path: epath.Path, name: str) -> None:
+  """Makes a version or base what `remove_unfinished` removes."""
+  # Half a version is never met under its name.
+  os.rename(path / name, artifacts.temp_path(path / name))
 
 
 def remove_unfinished(path: epath.Path) -> None:
@@ -166,18 +181,13 @@ def remove_unfinished(path: epath.Path) -> None:
       left.rmtree() if left.is_dir() else left.unlink()
 
 
-def _names(path: epath.Path, letter: str) -> list[str]:
+def names(path: epath.Path, letter: str = VERSION) -> list[str]:
   """Returns the names of all versions or bases, the oldest first."""
-  names = (p.name for p in path.iterdir())
-  return sorted(n for n in names if _NAME.fullmatch(n) and n[0] == letter)
+  found = (p.name for p in path.iterdir())
+  return sorted(n for n in found if _NAME.fullmatch(n) and n[0] == letter)
 
 
-def _next_name(path: epath.Path, letter: str) -> str:
-  last = max(_names(path, letter), default=f"{letter}0")
-  return f"{letter}{int(last[1:]) + 1:06d}"
-
-
-def _manifest_digest(folder: epath.Path) -> str:
+def manifest_digest(folder: epath.Path) -> str:
   """Returns the sha256 of a manifest, which holds those of all files."""
   data = (folder / artifacts.MANIFEST).read_bytes()
   return hashlib.sha256(data).hexdigest()

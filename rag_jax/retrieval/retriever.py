@@ -107,7 +107,7 @@ class Embedder:
 
     self._questions = apply("embed_questions")
     self._passages = apply("embed_passages")
-    self._batch_size = embed_batch_size
+    self.batch_size = embed_batch_size
     self._mesh = mesh
 
   def place(self, retriever_params: PyTree) -> PyTree:
@@ -193,10 +193,10 @@ class Embedder:
     order: np.ndarray,
   ) -> Iterator[tuple[np.ndarray, jax.Array]]:
     """Yields which rows a block embeds, and it, before it is computed."""
-    for start in range(0, len(order), self._batch_size):
-      part = order[start : start + self._batch_size]
+    for start in range(0, len(order), self.batch_size):
+      part = order[start : start + self.batch_size]
       # The last block is filled up with its last passage: one size alone.
-      filled = np.pad(part, (0, self._batch_size - len(part)), mode="edge")
+      filled = np.pad(part, (0, self.batch_size - len(part)), mode="edge")
       width = padded_length(int(lengths[part[-1]]), tokens.shape[1])
       batch = tokens[filled, :width], mask[filled, :width]
       if self._mesh is not None:

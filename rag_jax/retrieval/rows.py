@@ -4,7 +4,7 @@ In: arrays, for instance memory maps of files. Out: what `embeddings[ids]` and
 `embeddings[start:stop]` need, and a copy of only the rows asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,3 +97,47 @@ class PatchedRows(JoinedRows):
       found = np.array(found)  # it may be a view of a file
       found[replaced] = self._patches[at[replaced]]
     return found
+
+
+class SelectedRows:
+  """Some rows of an array, or of `JoinedRows`, renumbered from 0 on."""
+
+  ndim = 2
+
+  def __init__(
+    self,
+    rows: Any,
+    num_rows: int,
+    select: Callable[[np.ndarray], np.ndarray],
+  ):
+    """Takes the rows, how many are selected, and numbers -> their rows."""
+    self._rows, self._select = rows, select
+    self.dtype = rows.dtype
+    self.shape = (num_rows, rows.shape[1])
+
+  @property
+  def nbytes(self) -> int:
+    """Of the rows below, also of those that are not selected."""
+    return self._rows.nbytes
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __array__(
+    self, dtype: Any = None, copy: bool | None = None
+  ) -> np.ndarray:
+    """Returns all rows; they have to fit in memory."""
+    return np.asarray(self[:], dtype)
+
+  def __getitem__(self, rows: Any) -> np.ndarray:
+    """Returns the rows that a number, a slice or an array of numbers names."""
+    if isinstance(rows, slice):
+      return self._rows[self._select(np.arange(*rows.indices(len(self))))]
+    rows = np.asarray(rows)
+    if rows.size and not -len(self) <= rows.min() <= rows.max() < len(self):
+      raise IndexError(
+        f"Row {rows.max() if rows.max() >= len(self) else rows.min()} was asked"
+        f" for; expected less than the {len(self)} rows that there are. Do the"
+        " ids belong to this index?"
+      )
+    return self._rows[self._select(np.where(rows < 0, rows + len(self), rows))]

@@ -19,6 +19,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.retrieval import exact
+from rag_jax.retrieval.embeddings import is_in
 from rag_jax.retrieval.rows import JoinedRows
 
 _FOLDER = "shards"
@@ -177,7 +178,8 @@ def build_directory(
 
   Args:
     path: of the index; what else lies in its shards is removed.
-    embeddings: [P, R], read shard by shard: a memory map in any type.
+    embeddings: [P, R], read shard by shard: a memory map in any type. Those
+      that lie in `path` already are not stored again in the shards.
     passages_per_shard: at most so many in one.
     build_shard: makes the index of a shard, from its rows in float32.
     inputs: whatever else decides what a shard holds: settings, fingerprints.
@@ -185,12 +187,17 @@ def build_directory(
   path = artifacts.start_directory(path)
   bounds = shard_bounds(len(embeddings), passages_per_shard)
   for i, (start, stop) in enumerate(bounds):
-    rows = embeddings[start:stop]
+    if is_in(embeddings, path):
+      rows = embeddings.part(start, stop)
+      arrays = rows.arrays
+    else:
+      rows = np.asarray(embeddings[start:stop])
+      arrays = {"rows": rows}
     wanted = json.dumps(
       dict(inputs)
       | {
         "rows": [start, stop],
-        "embeddings": artifacts.fingerprint_arrays({"rows": np.asarray(rows)}),
+        "embeddings": artifacts.fingerprint_arrays(arrays),
       },
       sort_keys=True,
     )
@@ -201,7 +208,7 @@ def build_directory(
         folder.rmtree()
       folder.mkdir(parents=True)
       (folder / _INPUTS).write_text(wanted)  # the shard's manifest covers it
-      build_shard(np.ascontiguousarray(rows, np.float32)).save(folder)
+      build_shard(_float32(rows)).save(folder)
     logging.info(
       "Shard %d of %d: %d passages %s.",
       i + 1,
@@ -210,6 +217,13 @@ def build_directory(
       "were there" if kept else "indexed",
     )
   _finish(path, len(bounds))
+
+
+def _float32(rows: Any) -> Any:
+  """Returns rows in float32; of StoredEmbeddings, as they lie in files."""
+  if not isinstance(rows, np.ndarray):
+    return rows
+  return np.ascontiguousarray(rows, np.float32)
 
 
 def _is_finished(folder: epath.Path, wanted: str) -> bool:

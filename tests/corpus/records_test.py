@@ -10,6 +10,7 @@ from rag_jax.corpus.records import bad_character
 from rag_jax.corpus.records import find_file
 from rag_jax.corpus.records import read_lines
 from rag_jax.corpus.records import read_records
+from rag_jax.corpus.records import read_texts
 from rag_jax.corpus.records import shorten
 
 GOOD = b'{"id": "a", "text": "one"}\n'
@@ -288,3 +289,10 @@ def test_a_folder_in_the_place_of_a_file_is_refused(write, tmp_path):
     ValueError, match=r"is a folder, not a file.*holds \['x.jsonl'\]"
   ):
     find_file(tmp_path, "a .jsonl file")
+
+
+def test_texts_are_the_lines_that_are_not_empty(write):
+  path = write("\ufeff one two \r\n\n  \nthrée".encode(), "questions.txt")
+  assert read_texts(path) == ["one two", "thrée"]
+  with pytest.raises(FileNotFoundError, match=r"questions\.txt"):
+    read_texts(path.parent / "question.txt")

@@ -21,6 +21,7 @@ from small_search import files_of
 from rag_jax.building import building
 from rag_jax.data import search_build
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.retrieval import certified_index
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +126,9 @@ def test_the_same_call_again_only_opens(built, corpus, encoder, monkeypatch):
   def never(*args, **kwargs):
     raise AssertionError
 
-  for name in ("write_store", "embed_corpus", "build_index", "save_encoder"):
+  for name in ("write_store", "embed_corpus", "save_encoder"):
     monkeypatch.setattr(search_build, name, never)
+  monkeypatch.setattr(certified_index, "build_index", never)
   again = build(corpus, encoder, built.path)
   assert again.passages.fingerprint == built.passages.fingerprint
 
@@ -165,7 +167,8 @@ def test_interrupted_before_any_step_it_goes_on_to_the_same_files(
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(search_build, step, stop)
+    module = certified_index if hasattr(certified_index, step) else search_build
+    patch.setattr(module, step, stop)
     with pytest.raises(KeyboardInterrupt):
       build(corpus, encoder, tmp_path)
   if step != "finish":
@@ -174,6 +177,47 @@ def test_interrupted_before_any_step_it_goes_on_to_the_same_files(
   build(corpus, encoder, tmp_path)
   assert files_of(tmp_path) == uninterrupted
   assert not list(tmp_path.glob("**/.*done*"))
+
+
+def test_many_searchers_find_what_one_does_and_store_embeddings_once(
+  corpus, encoder, tmp_path, built, monkeypatch
+):
+  made = config()
+  made.index.passages_per_shard = 15
+
+  def stop(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:  # between the shards and the certificate
+    patch.setattr(certified_index, "certify", stop)
+    with pytest.raises(KeyboardInterrupt):
+      build(corpus, encoder, tmp_path, made)
+  sharded = build(corpus, encoder, tmp_path, made)
+  assert sharded.index.kind == "sharded"
+  assert len(sharded.index.shards) == 3
+  assert sharded.index.certificate.recall(10).mean == 1.0
+  for k in (1, 7, 40):
+    ours, theirs = (d.search_ids([QUESTION], k) for d in (sharded, built))
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    np.testing.assert_array_equal(ours[1], theirs[1])
+  # 40 x 16 float32; the rest of index/ are manifests.
+  sizes = {p: p.stat().st_size for p in (tmp_path / "index").rglob("*.npy")}
+  assert list(sizes) == [tmp_path / "index/embeddings.npy"]
+  assert sum(sizes.values()) < 40 * 16 * 4 + 200
+
+
+@pytest.mark.parametrize(
+  ("target", "per_shard", "message"),
+  [(0.9, 10, "expected one of the two"), (0.0, -1, "per_shard=-1; expected")],
+)
+def test_shards_that_cannot_be_are_refused(
+  corpus, encoder, tmp_path, target, per_shard, message
+):
+  pytest.importorskip("scann")
+  made = config(target_recall=target)
+  made.index.kind, made.index.passages_per_shard = "scann", per_shard
+  with pytest.raises(ValueError, match=message):
+    build(corpus, encoder, tmp_path, made, questions=["a"] * 30)
 
 
 def test_two_builds_at_once_are_refused(corpus, encoder, tmp_path):

@@ -131,8 +131,6 @@ def test_a_damaged_part_is_noticed_when_it_is_opened(
   file = path / name
   data = bytearray(file.read_bytes())
   data[len(data) // 2] ^= 1
-  if damage == "flip" and name == "manifest.json":
-    data[data.index(b"sha256") + 12] ^= 1  # what it says is not checked itself
   if damage == "remove":
     file.unlink()
   else:
@@ -170,6 +168,7 @@ def test_words_of_other_passages_are_refused(built, tmp_path, monkeypatch):
   )
   words.save(path / "bm25")
   manifest = json.loads((path / "manifest.json").read_text())
+  del manifest["sha256"]  # as of a manifest of before
   for name in list(manifest["files"]):
     if name.startswith("bm25/"):
       del manifest["files"][name]

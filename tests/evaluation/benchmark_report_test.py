@@ -15,6 +15,7 @@ from rag_jax.evaluation.benchmark_measure import Measured
 from rag_jax.evaluation.benchmark_report import Benchmark
 from rag_jax.evaluation.benchmark_report import pareto
 from rag_jax.evaluation.benchmark_report import write_benchmark
+from rag_jax.evaluation.machine import describe_machine
 from rag_jax.retrieval.recall import Recall
 
 
@@ -52,7 +53,7 @@ def benchmark():
       row("BM25", None, 50.0),
     ),
     notes=("x is left out: <why>.",),
-    machine=benchmark_report.machine(0.5),
+    machine=describe_machine(0.5),
   )
 
 

@@ -188,19 +188,19 @@ def test_results_of_an_index_that_finds_too_little_are_refused(
 ):
   with pytest.raises(
     ValueError,
-    match=r"test/index_recall_at_5=0\.2000 is below eval\.min_index_recall=0\.9"
+    match=r"test/index_recall_at_5=0\.2000 is below index\.min_recall=0\.9"
     r": the answers would be blamed.*Use index\.kind='exact', or raise"
     r" index\.scann_leaves_to_search or index\.scann_reorder\.",
   ):
-    evaluate(tiny, params, worst(index), eval__min_index_recall=0.9)
+    evaluate(tiny, params, worst(index), index__min_recall=0.9)
 
 
 def test_results_of_an_index_that_finds_enough_are_reported(
   tiny, params, index
 ):
-  metrics = evaluate(tiny, params, index, eval__min_index_recall=1.0)
+  metrics = evaluate(tiny, params, index, index__min_recall=1.0)
   assert metrics["test/index_recall_at_5"] == 1.0
-  metrics = evaluate(tiny, params, worst(index), eval__min_index_recall=0.2)
+  metrics = evaluate(tiny, params, worst(index), index__min_recall=0.2)
   assert metrics["test/index_recall_at_5"] == pytest.approx(0.2)
 
 

@@ -95,6 +95,7 @@ def test_settings_that_no_device_index_has_are_refused(tmp_path):
   build(normal(P, R)).save(tmp_path)
   file = tmp_path / "manifest.json"
   manifest = json.loads(file.read_text())
+  del manifest["sha256"]  # as of a manifest of before
   for settings in (
     {},
     manifest["content"]["settings"] | {"storage": "float8"},

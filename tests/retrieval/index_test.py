@@ -268,6 +268,7 @@ def test_a_planted_pickle_is_refused_before_scann_can_run_it(tmp_path):
 def edit(path, **content):
   """Changes the content of a manifest, and no file."""
   manifest = json.loads((path / "manifest.json").read_text())
+  del manifest["sha256"]  # as of a manifest of before
   manifest["content"] |= content
   (path / "manifest.json").write_text(json.dumps(manifest))
 

@@ -13,6 +13,8 @@ from rag_jax import artifacts
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import exact
 from rag_jax.retrieval import sharded
+from rag_jax.retrieval.embeddings import EmbeddingFile
+from rag_jax.retrieval.embeddings import open_embeddings
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.index import build_index_directory
@@ -21,6 +23,7 @@ from rag_jax.retrieval.sharded import ShardedIndex
 from rag_jax.retrieval.sharded import shard_bounds
 
 P, R, PER_SHARD = 100, 8, 30
+ARRAYS = ("embeddings.npy", "scales.npy")  # ScaNN has files of its own
 KINDS = pytest.mark.parametrize("kind", ["exact", "scann"])
 PRINTS = {"encoder_fingerprint": "1a2b", "passages_fingerprint": "3c4d"}
 
@@ -94,6 +97,47 @@ def test_a_directory_finds_the_same_wherever_it_was_moved_to(kind, tmp_path):
   index.save(tmp_path / "moved")  # over itself
   again = load_index(tmp_path / "moved")
   assert_equal(index.search(questions, 6), again.search(questions, 6))
+
+
+@KINDS
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_embeddings_that_lie_in_the_directory_are_not_stored_again(
+  kind, storage, tmp_path
+):
+  path, questions = tmp_path / "built", normal(5, R, seed=1)
+  path.mkdir()
+  EmbeddingFile(path, P, R, storage).write(0, normal(P, R))
+  embeddings = open_embeddings(path)
+  build_index_directory(path, embeddings, config(kind), **PRINTS)
+  arrays = {"embeddings.npy"} | ({"scales.npy"} if storage == "int8" else set())
+  stored = {p.name for p in path.rglob("*") if p.name in ARRAYS}
+  assert stored == arrays
+  assert len([p for p in path.rglob("*.npy") if p.name in ARRAYS]) == len(
+    arrays
+  )
+  path.rename(tmp_path / "moved")
+  index = load_index(tmp_path / "moved")
+  expected = single(embeddings[:]).search(questions, 6)
+  assert_equal(index.search(questions, 6), expected)
+  np.testing.assert_array_equal(index.embeddings[:], embeddings[:])
+  index.save(tmp_path / "moved")  # over itself
+  index.save(tmp_path / "other")  # where there are no such files
+  for folder in ("moved", "other"):
+    again = load_index(tmp_path / folder)
+    assert_equal(again.search(questions, 6), expected)
+  assert len(list((tmp_path / "other").rglob("embeddings.npy"))) == 4
+
+
+def test_a_shard_of_rows_that_are_not_there_is_refused(tmp_path):
+  EmbeddingFile(tmp_path, P, R, "float32").write(0, normal(P, R))
+  build_index_directory(tmp_path, open_embeddings(tmp_path), config(), **PRINTS)
+  part = tmp_path / "shards" / "00003" / "part.json"
+  for text in ('{"rows": [75, 101]}', '{"rows": [5, 5]}', "{}", "75"):
+    part.write_text(text)
+    with pytest.raises(ValueError, match=r"part.json says .* of the 100 rows"):
+      open_embeddings(part.parent)
+  with pytest.raises(ValueError, match=r"part.json"):
+    load_index(tmp_path)
 
 
 def test_few_passages_are_one_index(tmp_path):
@@ -254,6 +298,7 @@ def test_shards_that_do_not_add_up_are_refused(tmp_path):
   build_index_directory(tmp_path, normal(P, R), config(), **PRINTS)
   file = tmp_path / "manifest.json"
   manifest = json.loads(file.read_text())
+  del manifest["sha256"]  # as of a manifest of before
   shards = manifest["content"]["settings"]["shards"]
   for wrong in (None, [], shards[:-1], [{"kind": "annoy"}]):
     manifest["content"]["settings"]["shards"] = wrong

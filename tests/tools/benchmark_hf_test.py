@@ -79,7 +79,7 @@ def test_every_case_is_a_row_of_positive_numbers_and_the_machine_is_named(
     assert row["ours_runs"] == [row["ours_secs"]]
     assert row["hf_runs"] == [row["hf_secs"]]
   machine = result["machine"]
-  assert machine["cores"] == machine["torch_threads"] == 1
+  assert machine["num_cpus"] == machine["torch_threads"] == 1
   assert set(machine["versions"]) >= {"jax", "torch", "transformers"}
 
 

@@ -146,6 +146,13 @@ def test_what_cannot_work_is_one_message_and_no_stack(settings, command, tiny):
   assert_one_message(result, WRONG[settings])
 
 
+def test_the_limit_of_recall_can_be_given_by_its_name(command):
+  assert_one_message(
+    command("--min_index_recall=1.5"),
+    r"ValueError: The config is not valid:\n  index\.min_recall=1\.5 must be",
+  )
+
+
 def test_a_batch_that_eight_devices_cannot_share_is_refused(command):
   result = command(
     "--config.train.batch_size=12",
@@ -292,6 +299,7 @@ def test_passages_that_changed_since_the_checkpoint_are_refused(
 
 def serve():
   """Runs tools/train.py once a line of the input, and prints its exit code."""
+  sys.path.insert(0, str(TOOL.parent))  # as Python does for a script
   spec = importlib.util.spec_from_file_location("train", TOOL)
   train = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(train)

@@ -1,0 +1,142 @@
+"""Passages of which some are gone, and others came behind them.
+
+In: two stores, and which rows of the first are gone. Out: what is left as one,
+numbered from 0 without gaps, like a store that was written of it.
+"""
+
+from collections.abc import Iterator, Sequence
+import functools
+import operator
+from typing import SupportsIndex, overload
+
+from jaxtyping import Int
+import numpy as np
+
+from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.passages import fingerprint_passages
+from rag_jax.corpus.store import PassageStore
+
+_ITER_ROWS = 1024  # read at once by a loop over all passages
+
+
+class Gaps:
+  """Rows of which some are gone; the others are numbered from 0 on.
+
+  In memory are 16 bytes for each that is gone, none for the others.
+  """
+
+  def __init__(self, gone: Int[np.ndarray, "G"]):
+    """Takes the rows that are gone, rising."""
+    self.gone = np.asarray(gone, np.int64)
+    # How many rows that are left lie before each of them.
+    self._left_before = self.gone - np.arange(len(self.gone))
+
+  def rows(self, numbers: Int[np.ndarray, "*N"]) -> Int[np.ndarray, "*N"]:
+    """Returns the rows that have these numbers."""
+    before = np.searchsorted(self._left_before, numbers, "right")
+    return np.asarray(numbers + before)  # of a single one too
+
+  def numbers(self, rows: Int[np.ndarray, "*N"]) -> Int[np.ndarray, "*N"]:
+    """Returns the numbers of rows that are left."""
+    return np.asarray(rows - np.searchsorted(self.gone, rows, "left"))
+
+  def is_gone(self, row: int) -> bool:
+    """Returns whether there is no number for a row."""
+    at = np.searchsorted(self.gone, row, "left")
+    return bool(at < len(self.gone) and self.gone[at] == row)
+
+
+class UpdatedPassages(Passages):
+  """What is left of a store, then all of another. Threads may share it.
+
+  Attributes:
+    origin: of the first, for messages.
+    base: the first.
+    added: the second; None: nothing came.
+    gaps: which rows of the first are gone.
+  """
+
+  def __init__(
+    self,
+    base: PassageStore,
+    gone: Int[np.ndarray, "G"],
+    added: PassageStore | None,
+    fingerprint: str = "",
+  ):
+    """Reads nothing yet.
+
+    Args:
+      base: the first store.
+      gone: its rows that are gone, rising.
+      added: the second store.
+      fingerprint: of the result, if it is known; else it is taken when it is
+        asked for, which reads everything.
+    """
+    self.origin = base.origin
+    self.base, self.added = base, added
+    self.gaps = Gaps(gone)
+    self._known_fingerprint = fingerprint
+    self._num_passages = len(base) - len(gone) + len(added or ())
+
+  def __len__(self) -> int:
+    return self._num_passages
+
+  @overload
+  def __getitem__(self, index: SupportsIndex) -> Passage: ...
+
+  @overload
+  def __getitem__(self, index: slice) -> tuple[Passage, ...]: ...
+
+  def __getitem__(
+    self, index: SupportsIndex | slice
+  ) -> Passage | tuple[Passage, ...]:
+    if isinstance(index, slice):
+      return self.get(range(len(self))[index])
+    (passage,) = self.get([index])
+    return passage
+
+  def get(
+    self, rows: Sequence[SupportsIndex] | Int[np.ndarray, "N"]
+  ) -> tuple[Passage, ...]:
+    """Returns the passages of `rows`, in their order."""
+    numbers = np.array([self._number(row) for row in rows], np.int64)
+    found = self.gaps.rows(numbers)
+    in_base = found < len(self.base)
+    first = iter(self.base.get(found[in_base]))
+    second = iter(())
+    if self.added is not None:
+      second = iter(self.added.get(found[~in_base] - len(self.base)))
+    return tuple(next(first) if old else next(second) for old in in_base)
+
+  def _number(self, index: SupportsIndex) -> int:
+    """Returns what an index means, which may count from the end."""
+    number = operator.index(index)
+    if not -len(self) <= number < len(self):
+      raise IndexError(
+        f"There is no passage {number} in {self.origin} as it was updated."
+        f" Expected a row from 0 to {len(self) - 1}. Is the index of other"
+        " passages?"
+      )
+    return number % len(self)
+
+  def __iter__(self) -> Iterator[Passage]:
+    for start in range(0, len(self), _ITER_ROWS):
+      yield from self[start : start + _ITER_ROWS]
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """That of `Passages` of the same passages."""
+    if self._known_fingerprint:
+      return self._known_fingerprint
+    return fingerprint_passages(self)
+
+  def row_of(self, id: str) -> int | None:
+    """Returns the number of the passage with this id; None if there is none."""
+    row = self.base.row_of(id)
+    if row is not None and not self.gaps.is_gone(row):
+      return int(self.gaps.numbers(np.array([row]))[0])
+    row = None if self.added is None else self.added.row_of(id)
+    if row is None:
+      return None
+    return row + len(self.base) - len(self.gaps.gone)

@@ -1,0 +1,281 @@
+"""What an update changes: which passages go, which come, and what is reported.
+
+In: the passages that are there, documents to put among them, ids to take out.
+Out: rows that go, passages that come, and the counts that a person reads.
+"""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import re
+
+from rag_jax.artifacts import fingerprint_lines
+from rag_jax.corpus.document import Document
+from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.records import shorten
+from rag_jax.corpus.report import CorpusReport
+from rag_jax.retrieval.certificate import Certificate
+
+REBUILD_SHARE = 0.1  # of the passages that were built, when more changed
+REBUILD_DRIFT = 0.01  # of index_recall, when more was lost
+_DRIFT_K = 10
+_SHOWN = 5  # ids in a line
+_PART = re.compile(r"(.+)#\d+", re.DOTALL)  # a passage of a longer document
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+  """What an update did.
+
+  Attributes:
+    version: in use afterwards; "" = what was built.
+    added: ids of documents that were not there.
+    changed: ids of documents of which a passage changed, came or went.
+    deleted: ids that were taken out.
+    unchanged: how many documents were there already as they are.
+    passages_added: that were stored; of these, as many as `embedded` were
+      embedded, and the others have a title and text that were there before.
+    embedded: passages.
+    passages_removed: that are not found any more.
+    changed_share: passages that came or went since the build, by those built.
+    before: the certificate of what was built.
+    now: that of what is searched now.
+  """
+
+  version: str
+  added: tuple[str, ...]
+  changed: tuple[str, ...]
+  deleted: tuple[str, ...]
+  unchanged: int
+  passages_added: int
+  embedded: int
+  passages_removed: int
+  changed_share: float
+  before: Certificate
+  now: Certificate
+
+  @property
+  def drift(self) -> float:
+    """Index recall now less that of what was built, at 10 passages."""
+    return self.now.recall(_DRIFT_K).mean - self.before.recall(_DRIFT_K).mean
+
+  @property
+  def rebuild(self) -> bool:
+    """Whether the directory had better be built anew."""
+    much = self.changed_share > REBUILD_SHARE
+    return much or self.drift < -REBUILD_DRIFT
+
+  def text(self) -> str:
+    """Returns what a person reads."""
+    lines = [
+      f"{len(ids):,} documents {what}{_some(ids)}"
+      for what, ids in (
+        ("added", self.added),
+        ("changed", self.changed),
+        ("deleted", self.deleted),
+      )
+    ]
+    lines.append(f"{self.unchanged:,} documents as they were")
+    if self.passages_added or self.passages_removed:
+      lines.append(
+        f"{self.passages_added:,} passages came ({self.embedded:,} embedded),"
+        f" {self.passages_removed:,} went: version {self.version}"
+      )
+    else:
+      lines.append("Nothing changed; no version was made.")
+    before, now = (c.recall(_DRIFT_K) for c in (self.before, self.now))
+    lines.append(
+      f"index_recall@{now.k} {now.mean:.4f} (95% interval {now.low:.4f} to"
+      f" {now.high:.4f}), {before.mean:.4f} as built: drift {self.drift:+.4f}"
+    )
+    lines.append(
+      f"{self.changed_share:.1%} of the passages changed since it was built"
+    )
+    if self.rebuild:
+      lines.append(
+        f"That is much (more than {REBUILD_SHARE:.0%}, or {REBUILD_DRIFT} of"
+        " recall): searches get slower and may find less. Build a new directory"
+        " of all documents with tools/build_index.py."
+      )
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+  """What has to be written.
+
+  Attributes:
+    gone: rows of the passages as they are now, rising.
+    added: passages that come.
+    same_text: for each of these, a row of now with its title and text, or -1.
+  """
+
+  gone: list[int]
+  added: list[Passage]
+  same_text: list[int]
+  added_documents: tuple[str, ...]
+  changed_documents: tuple[str, ...]
+  deleted: tuple[str, ...]
+  unchanged: int
+
+  def report(
+    self, version: str, changed_share: float, before: Certificate,
+    now: Certificate,
+  ) -> UpdateReport:  # fmt: skip
+    """Returns what is said of the version that was made of them."""
+    return UpdateReport(
+      version=version,
+      added=self.added_documents,
+      changed=self.changed_documents,
+      deleted=self.deleted,
+      unchanged=self.unchanged,
+      passages_added=len(self.added),
+      embedded=self.same_text.count(-1),
+      passages_removed=len(self.gone),
+      changed_share=changed_share,
+      before=before,
+      now=now,
+    )
+
+
+def find_changes(
+  now: Passages,
+  upserts: Iterable[tuple[Document, Passage]],
+  deletes: Sequence[str],
+  *,
+  drop_duplicate_texts: bool,
+  report: CorpusReport,
+) -> Changes:
+  """Returns what upserts and deletes change; reads all passages once.
+
+  The passages of a document are the one with its id, or, if there is none,
+  those named "id#0", "id#1" and so on.
+
+  Args:
+    now: the passages that are there.
+    upserts: passages of documents that replace what is there of them.
+    deletes: ids of documents or of single passages.
+    drop_duplicate_texts: leave out passages whose title and text another has.
+    report: where these are counted, and the passages of upserts.
+
+  Raises:
+    ValueError: an id is not there, or both in upserts and deletes; or nothing
+      would be left.
+  """
+  # Dicts, not sets: they keep the order of the documents.
+  documents: dict[str, str] = {}  # id: where
+  kept: set[int] = set()
+  new: list[tuple[str, Passage]] = []
+  replaced: set[int] = set()
+  with_row: set[str] = set()  # documents
+  for document, passage in upserts:
+    documents[document.id] = document.where
+    row = now.row_of(passage.id)
+    if row is not None:
+      with_row.add(document.id)
+      if now[row] == passage:
+        kept.add(row)
+        continue
+      replaced.add(row)
+    new.append((document.id, passage))
+  both = [id for id in dict.fromkeys(deletes) if id in documents]
+  if both:
+    raise ValueError(
+      f"{shorten(both, 200)} are to be deleted, but are also among the"
+      " documents to be put in; expected one of both. Leave them out of one."
+    )
+  texts = [_text(passage) for _, passage in new]
+  rows_of, with_text = _scan(now, documents.keys() | set(deletes), set(texts))
+  missing = [id for id in dict.fromkeys(deletes) if id not in rows_of]
+  if missing:
+    raise ValueError(
+      f"{len(missing)} ids to delete are not there: {shorten(missing, 200)}."
+      f" Expected ids of documents like {now[0].id!r}. Nothing was changed;"
+      " correct or leave out these."
+    )
+  deleted = {row for id in deletes for row in rows_of[id]}
+  of_documents = {row for id in documents for row in rows_of.get(id, ())}
+  gone = (of_documents - kept) | replaced | deleted
+  added, same_text, came = _without_duplicates(
+    now, new, texts, with_text, gone, drop_duplicate_texts, documents, report
+  )
+  report.passages += len(added) + len(kept)
+  if len(gone) == len(now) and not added:
+    raise ValueError(
+      f"All {len(now)} passages would be deleted; expected one to be left to"
+      " search. Nothing was changed; remove the directory instead."
+    )
+  there = {id for id in documents if id in rows_of} | with_row
+  altered = {
+    id
+    for id in there
+    if id in came or gone & {*rows_of.get(id, ())}
+  }  # fmt: skip
+  return Changes(
+    gone=sorted(gone),
+    added=added,
+    same_text=same_text,
+    added_documents=tuple(d for d in documents if d in came - there),
+    changed_documents=tuple(d for d in documents if d in altered),
+    deleted=tuple(dict.fromkeys(deletes)),
+    unchanged=sum(d not in altered and d not in came for d in documents),
+  )
+
+
+def _scan(
+  now: Passages, ids: set[str], texts: set[str]
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+  """Returns the rows of each document of `ids`, and of each text of `texts`."""
+  whole: dict[str, list[int]] = {}
+  parts: dict[str, list[int]] = {}
+  with_text: dict[str, list[int]] = {}
+  for row, passage in enumerate(now):
+    if passage.id in ids:
+      whole[passage.id] = [row]
+    part = _PART.fullmatch(passage.id)
+    if part and part[1] in ids:
+      parts.setdefault(part[1], []).append(row)
+    if texts and (text := _text(passage)) in texts:
+      with_text.setdefault(text, []).append(row)
+  return parts | whole, with_text
+
+
+def _without_duplicates(
+  now: Passages,
+  new: list[tuple[str, Passage]],
+  texts: list[str],
+  with_text: dict[str, list[int]],
+  gone: set[int],
+  drop: bool,
+  documents: dict[str, str],
+  report: CorpusReport,
+) -> tuple[list[Passage], list[int], set[str]]:
+  """Returns what comes, rows with the same text, and which documents come."""
+  added: list[Passage] = []
+  same_text: list[int] = []
+  came: set[str] = set()
+  met: dict[str, str] = {}
+  for (document, passage), text in zip(new, texts, strict=True):
+    rows = with_text.get(text, [])
+    left = next((row for row in rows if row not in gone), None)
+    first = met.get(text) or (now[left].id if left is not None else "")
+    if drop and first:
+      what = f"passage {passage.id!r} has the text of {first}"
+      report.drop("duplicate_text", f"{documents[document]}: {what}")
+      continue
+    met[text] = passage.id
+    added.append(passage)
+    same_text.append(rows[0] if rows else -1)
+    came.add(document)
+  return added, same_text, came
+
+
+def _text(passage: Passage) -> str:
+  return fingerprint_lines([passage.title, passage.text])
+
+
+def _some(ids: Sequence[str]) -> str:
+  if not ids:
+    return ""
+  more = ", ..." if len(ids) > _SHOWN else ""
+  return f": {', '.join(ids[:_SHOWN])}{more}"

@@ -1,0 +1,120 @@
+"""Embeddings in a directory, to an index in the same directory.
+
+In: the directory that embedding_job.py filled, and a sample of questions. Out:
+the index in it, tuned if that was asked for, and certified. The embeddings are
+stored once, also where an index is many searchers.
+"""
+
+from typing import Any
+
+from absl import logging
+from etils import epath
+from jaxtyping import Float
+import numpy as np
+
+from rag_jax import artifacts
+from rag_jax.config import IndexConfig
+from rag_jax.retrieval.certificate import certify
+from rag_jax.retrieval.cost import BuildMeter
+from rag_jax.retrieval.embeddings import open_embeddings
+from rag_jax.retrieval.index import build_index
+from rag_jax.retrieval.index import build_index_directory
+from rag_jax.retrieval.index import load_index
+from rag_jax.retrieval.index import resolve_kind
+from rag_jax.retrieval.tuner import tune
+
+_LEAST_QUESTIONS = 20  # to tune an index with
+
+
+def check_tuning(
+  config: IndexConfig, target_recall: float, num_questions: int
+) -> None:
+  """Raises `ValueError` if the index cannot be built or tuned as asked."""
+  kind = resolve_kind(config.kind)
+  if config.passages_per_shard < 0:
+    raise ValueError(
+      f"index.passages_per_shard={config.passages_per_shard}; expected at least"
+      " 1, or 0 for one searcher of all passages. Change it."
+    )
+  if not target_recall:
+    return
+  if kind != "scann" or not 0 < target_recall <= 1:
+    raise ValueError(
+      f"target_recall={target_recall} with an index of kind {kind!r};"
+      " expected a number above 0 and at most 1, and kind 'scann', the only one"
+      " that is tuned. Change them, or leave target_recall at 0."
+    )
+  if config.passages_per_shard:
+    raise ValueError(
+      f"target_recall={target_recall} with index.passages_per_shard="
+      f"{config.passages_per_shard}: one searcher of all passages is tuned;"
+      " expected one of the two. Leave the other at 0."
+    )
+  if num_questions < _LEAST_QUESTIONS:
+    raise ValueError(
+      f"target_recall={target_recall} is tuned on questions, of which"
+      f" there are {num_questions}; expected at least {_LEAST_QUESTIONS}: half"
+      " of them to tune on, half for the certificate. Give a file of them."
+    )
+
+
+def build_certified_index(
+  path: epath.Path,
+  config: IndexConfig,
+  sample: Float[np.ndarray, "B R"] | None,
+  *,
+  target_recall: float,
+  speed_secs: float,
+  encoder_fingerprint: str,
+  passages_fingerprint: str,
+) -> None:
+  """Builds and certifies the index, unless it is there already.
+
+  With `index.passages_per_shard` one shard is in memory at a time, and what was
+  cut off goes on after the last shard that was finished.
+
+  Args:
+    path: of the directory that holds the embeddings.
+    config: how passages are searched.
+    sample: embeddings of questions; None: passages certify the index.
+    target_recall: that ScaNN is tuned to on half of the sample; 0: it is not.
+    speed_secs: that each batch size is timed for the certificate.
+    encoder_fingerprint: of the weights that embedded the passages.
+    passages_fingerprint: of the passages.
+
+  Raises:
+    ValueError: as `index.build_index` and `tuner.tune`.
+  """
+  index = None
+  if (path / artifacts.MANIFEST).exists():
+    index = load_index(path)
+    # One in shards is complete before it is certified.
+    if index.certificate is not None:
+      return
+  embeddings = open_embeddings(path)
+  prints: dict[str, Any] = {
+    "encoder_fingerprint": encoder_fingerprint,
+    "passages_fingerprint": passages_fingerprint,
+  }
+  if index is None and 0 < config.passages_per_shard < len(embeddings):
+    meter = BuildMeter()
+    build_index_directory(path, embeddings, config, **prints)
+    cost = meter.cost()
+    index = load_index(path)
+    index.build_cost = cost
+  elif index is None and target_recall:
+    assert sample is not None, "check_tuning was called"
+    tuned = tune(
+      embeddings[:],
+      sample[::2],
+      target_recall=target_recall,
+      k=min(10, len(embeddings)),
+      config=config,
+      **prints,
+    )
+    logging.info("What was tried:\n%s", tuned.table())
+    index, sample = tuned.index, sample[1::2]
+  elif index is None:
+    index = build_index(embeddings, config, **prints)
+  index.certificate = certify(index, sample, speed_secs=speed_secs)
+  index.save(path)

@@ -1,0 +1,397 @@
+"""An updated directory against one that is built of the same documents."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from small_encoder import write_encoder
+from small_search import QUESTION
+from small_search import build
+from small_search import config
+
+from rag_jax.building import lock
+from rag_jax.corpus.splitting import SplitConfig
+from rag_jax.data import search_update
+from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.data.search_update import update_search_directory
+from rag_jax.retrieval.filters import parse_conditions
+
+QUESTIONS = [QUESTION, "the yaks of the moors", "rams in the woods by night"]
+
+
+def record(id_, text, lang="en"):
+  return {"id": id_, "title": "", "text": text, "lang": lang}
+
+
+def write(path, records):
+  path.write_text("".join(json.dumps(r) + "\n" for r in records))
+  return str(path)
+
+
+def update(path, **kwargs):
+  return update_search_directory(path, **({"speed_secs": 0.0} | kwargs))
+
+
+@pytest.fixture
+def copy(built, tmp_path):
+  path = tmp_path / "copy"
+  shutil.copytree(built.path, path)
+  return path
+
+
+@pytest.fixture(scope="module")
+def records(corpus):
+  return [json.loads(line) for line in corpus.read_text().splitlines()]
+
+
+UPSERTS = [
+  record("p3", "the yaks of the north live in the moors by day", "fr"),
+  record("new", "the yaks of the south live in the woods by night", "de"),
+]
+
+
+def found(directory, **kwargs):
+  """Returns ids and scores of all modes."""
+  result = []
+  for mode in ("dense", "bm25", "hybrid"):
+    for hits in directory.search(QUESTIONS, 9, mode=mode, **kwargs):
+      result.append([(hit.passage.id, hit.score) for hit in hits])
+  return result
+
+
+def assert_same(one, other):
+  for hits, expected in zip(one, other, strict=True):
+    assert [i for i, _ in hits] == [i for i, _ in expected]
+    np.testing.assert_allclose(
+      [s for _, s in hits], [s for _, s in expected], rtol=1e-4
+    )
+
+
+def test_it_finds_what_a_directory_of_these_documents_finds(
+  copy, records, encoder, tmp_path
+):
+  reader = SearchDirectory(copy)
+  before = found(reader)
+  report = update(
+    copy, upsert=write(tmp_path / "up.jsonl", UPSERTS), delete=["p7", "p8"]
+  )
+  assert (report.added, report.changed) == (("new",), ("p3",))
+  assert report.deleted == ("p7", "p8")
+  assert (report.passages_added, report.passages_removed) == (2, 3)
+  # Who has it open goes on with what it opened, until it looks again.
+  assert found(reader) == before
+  assert reader.reload()
+  assert not reader.reload()
+  updated = SearchDirectory(copy)
+  assert found(updated) == found(reader)
+  after = [r for r in records if r["id"] not in ("p3", "p7", "p8")] + UPSERTS
+  fresh = build(
+    write(tmp_path / "all.jsonl", after), encoder, tmp_path / "fresh"
+  )
+  assert updated.passages.fingerprint == fresh.passages.fingerprint
+  assert_same(found(updated), found(fresh))
+  german = {"conditions": parse_conditions(["lang=de"])}
+  assert_same(found(updated, **german), found(fresh, **german))
+  with pytest.raises(ValueError, match="expected 1 to 39"):
+    updated.search([QUESTION], 40)
+
+
+def test_updates_follow_each_other_and_old_versions_are_removed(
+  copy, encoder, tmp_path, records, monkeypatch
+):
+  one = write(tmp_path / "1.jsonl", UPSERTS)
+  assert update(copy, upsert=one).version == "v000001"
+  reader = SearchDirectory(copy)
+  second = [record("new", "the hens of the moors"), record("more", "the eels")]
+  two = write(tmp_path / "2.jsonl", second)
+  report = update(copy, upsert=two, delete=["p3", "p0"])
+  assert (report.added, report.changed) == (("more",), ("new",))
+  rest = ("p3", "p0")
+  after = [r for r in records if r["id"] not in rest] + second
+  all_ = write(tmp_path / "all.jsonl", after)
+  fresh = build(all_, encoder, tmp_path / "fresh")
+  assert_same(found(SearchDirectory(copy)), found(fresh))
+  # Nothing is new in what is there already: no version, nothing embedded.
+  monkeypatch.setattr(search_update, "_embed", None)
+  report = update(copy, upsert=all_)
+  assert report.version == "v000002"
+  assert report.unchanged == len(after)
+  assert "Nothing changed" in report.text()
+  monkeypatch.undo()
+  old = found(reader)
+  update(copy, delete=["more"])
+  names = {p.name for p in (copy / "updates").iterdir()}
+  assert names == {"CURRENT", "v000002", "v000003"}
+  assert found(reader) == old  # of v000001, which is gone
+  # Where it came from can be moved, and built again only opens it.
+  assert len(SearchDirectory(copy).passages) == len(after) - 1
+
+
+def test_only_what_is_new_is_embedded(copy, tmp_path, monkeypatch, records):
+  embedded = []
+  inner = search_update.TokenizedPassages
+
+  def counted(passages, *args):
+    embedded.extend(p.id for p in passages)
+    return inner(passages, *args)
+
+  monkeypatch.setattr(search_update, "TokenizedPassages", counted)
+  changed = [*records[:5], *UPSERTS, record("p6", records[6]["text"], "fr")]
+  report = update(copy, upsert=write(tmp_path / "up.jsonl", changed[:3]))
+  assert not report.passages_added
+  del changed[3]  # the old p3
+  report = update(copy, upsert=write(tmp_path / "up.jsonl", changed))
+  assert embedded == ["p3", "new"]
+  assert report.embedded == 2
+  assert (report.passages_added, report.unchanged) == (3, 4)
+  french = parse_conditions(["lang=fr"])
+  hits = SearchDirectory(copy).search([QUESTION], 2, conditions=french)[0]
+  assert {hit.passage.id for hit in hits} == {"p3", "p6"}
+
+
+def test_documents_are_split_as_the_directory_was(encoder, texts, tmp_path):
+  folder = tmp_path / "docs"
+  folder.mkdir()
+  (folder / "a.txt").write_text(" ".join(texts[:3]))
+  (folder / "b.txt").write_text(texts[5])
+  made = config(
+    split=SplitConfig(method="sentences", unit="tokens", size=9), bm25=False
+  )
+  build(folder, encoder, tmp_path / "index", made)
+  (folder / "a.txt").write_text(f"{texts[9]} {texts[0]}")
+  report = update(tmp_path / "index", upsert=str(folder))
+  assert (report.changed, report.unchanged) == (("a.txt",), 1)
+  fresh = build(folder, encoder, tmp_path / "fresh", made)
+  updated = SearchDirectory(tmp_path / "index")
+  assert set(updated.passages) == set(fresh.passages)
+  assert len(updated.passages) == len(fresh.passages) > 4
+  assert updated.bm25 is None
+  # Built again of what it was built of, it only opens; of others it does not.
+  with pytest.raises(ValueError, match="sources is"):
+    build(folder, encoder, tmp_path / "index", made)
+
+
+def test_the_drift_is_measured_and_a_rebuild_recommended(copy, tmp_path):
+  few = update(copy, delete=["p0"])
+  assert few.before.sample == few.now.sample == "passages"
+  assert few.drift == 0.0
+  assert not few.rebuild
+  assert "drift +0.0000" in few.text()
+  assert "2.5% of the passages changed" in few.text()
+  many = update(copy, delete=[f"p{i}" for i in range(1, 5)])
+  assert many.changed_share == 5 / 40
+  assert "Build a new directory" in many.text()
+  asked = update(copy, delete=["p9"], questions=QUESTIONS)
+  assert asked.before.sample == asked.now.sample == "questions"
+  now = SearchDirectory(copy).index.certificate
+  assert (now.sample, now.num_passages, now.kind) == (
+    "questions",
+    34,
+    "updated",
+  )
+
+
+def test_dpr_needs_the_encoder_of_its_passages_again(corpus, texts, tmp_path):
+  passages = write_encoder(tmp_path / "ctx", texts, "dpr_context", seed=1)
+  questions = write_encoder(tmp_path / "q", texts, "dpr_question", seed=2)
+  other = write_encoder(tmp_path / "other", texts, "dpr_context", seed=3)
+  path = tmp_path / "index"
+  build(corpus, passages, path, question_encoder=str(questions))
+  up = write(tmp_path / "up.jsonl", UPSERTS)
+  with pytest.raises(
+    ValueError, match=r"encoder of questions alone.*--encoder"
+  ):
+    update(path, upsert=up)
+  with pytest.raises(ValueError, match="other is not what embedded the pass"):
+    update(path, upsert=up, encoder=str(other))
+  assert update(path, upsert=up, encoder=str(passages)).embedded == 2
+  assert len(SearchDirectory(path).search(["the yaks"], 1)[0]) == 1
+
+
+def test_an_update_that_cannot_be_done_is_refused(copy, tmp_path):
+  before = found(SearchDirectory(copy))
+  empty = tmp_path / "empty.jsonl"
+  empty.write_text("")
+  bad = tmp_path / "bad.jsonl"
+  bad.write_text('{"id": "x"}\n')
+  for kwargs, message in (
+    ({}, "Nothing is to be put into .* Give --upsert or --delete"),
+    ({"delete": ["nobody"]}, r"not there: \['nobody'\]"),
+    ({"upsert": str(empty)}, "empty.jsonl holds no passages"),
+    ({"upsert": str(bad)}, r"bad\.jsonl:1"),
+    ({"upsert": str(bad), "on_bad_record": "skip"}, "holds no passages"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      update(copy, **kwargs)
+  with pytest.raises(FileNotFoundError, match="no search directory was built"):
+    update(tmp_path / "nothing", delete=["a"])
+  with (
+    lock(copy, kind="thing"),
+    pytest.raises(ValueError, match="Somebody else is building a search direc"),
+  ):
+    update(copy, delete=["p0"])
+  assert found(SearchDirectory(copy)) == before
+
+
+def test_embeddings_that_are_not_numbers_change_nothing(
+  copy, tmp_path, monkeypatch
+):
+  def broken(self, params, tokens, rows):
+    return np.full((len(rows), 16), np.nan, np.float32)
+
+  monkeypatch.setattr("rag_jax.retrieval.retriever.Embedder.rows", broken)
+  with pytest.raises(
+    ValueError, match=r"2 of 2 passages hold NaN.*'p3', 'new'"
+  ):
+    update(copy, upsert=write(tmp_path / "up.jsonl", UPSERTS))
+  assert SearchDirectory(copy).version.name == ""
+
+
+def test_a_damaged_version_is_refused_and_the_open_one_stays(copy):
+  reader = SearchDirectory(copy)
+  before = found(reader)
+  update(copy, delete=["p0"])
+  current = copy / "updates" / "CURRENT"
+  for name in ("gone.npy", "manifest.json", "bm25/scores.npy"):
+    file = copy / "updates/v000001" / name
+    data = file.read_bytes()
+    file.write_bytes(data[:-3])
+    with pytest.raises(ValueError, match=pathlib.Path(name).name):
+      SearchDirectory(copy)
+    with pytest.raises(ValueError, match=pathlib.Path(name).name):
+      reader.reload()
+    file.write_bytes(data)
+  assert found(reader) == before
+  current.write_text("v1")
+  with pytest.raises(
+    ValueError, match=r"names 'v1'.*remove its folder updates"
+  ):
+    SearchDirectory(copy)
+  current.write_text("v000001")
+  (copy / "manifest.json").write_bytes(
+    (copy / "manifest.json").read_bytes() + b"\n"
+  )
+  with pytest.raises(ValueError, match="is an update of another build"):
+    SearchDirectory(copy)
+
+
+def state(directory):
+  """Returns all that is searched; unlike `found`, without the encoder."""
+  index, bm25 = directory.index, directory.bm25
+  num = index.num_passages
+  ids, scores = index.search(np.ones((1, index.embedding_dim), np.float32), num)
+  words = bm25.search([QUESTION], num)
+  return [
+    directory.version.name,
+    [p.id for p in directory.passages],
+    *(a.tolist() for a in (ids, scores, *words)),
+  ]
+
+
+_WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
+
+
+def test_killed_before_any_change_of_the_disk_it_leaves_old_or_new(
+  copy, tmp_path
+):
+  """Copies the directory before each change of it, as a kill would leave it."""
+  update(copy, delete=["p20"])  # so that there is a version to go on from
+  before = state(SearchDirectory(copy))
+  shots, busy = [], [False]
+
+  def shoot(event, args):
+    writes = event in _WRITES or (
+      event == "open"
+      and isinstance(args[2], int)
+      and args[2] & (os.O_WRONLY | os.O_RDWR)
+    )
+    if busy[0] or not writes or not str(args[0]).startswith(str(copy)):
+      return
+    busy[0] = True
+    shots.append(tmp_path / f"shot{len(shots)}")
+    shutil.copytree(copy, shots[-1])
+    busy[0] = False
+
+  sys.addaudithook(shoot)  # which cannot be taken away
+  kwargs = {"upsert": write(tmp_path / "u.jsonl", UPSERTS), "delete": ["p7"]}
+  try:
+    update(copy, **kwargs)
+  finally:
+    busy[0] = True
+  after = state(SearchDirectory(copy))
+  assert len(shots) > 10
+  states = [state(SearchDirectory(shot)) for shot in shots]
+  switched = states.index(after)
+  assert states == [before] * switched + [after] * (len(shots) - switched)
+  assert 0 < switched < len(shots)
+  for shot in (shots[switched // 2], shots[switched - 1]):
+    update(shot, **kwargs)
+    assert state(SearchDirectory(shot)) == after
+    names = {p.name for p in (shot / "updates").iterdir()}
+    assert names == {"CURRENT", "v000001", "v000002"}
+
+
+_KILLED = """
+import sys
+from rag_jax.data import search_update
+
+def stop(*args, **kwargs):
+  print("certifying", flush=True)
+  sys.stdin.read()
+
+search_update.certify = stop
+search_update.update_search_directory(sys.argv[1], delete=["p1"])
+"""
+
+
+def test_while_one_updates_others_wait_and_when_it_is_killed_they_can(copy):
+  process = subprocess.Popen(
+    [sys.executable, "-c", _KILLED, str(copy)],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout is not None
+  assert process.stdout.readline() == "certifying\n"
+  with pytest.raises(ValueError, match="Somebody else"):
+    update(copy, delete=["p2"])
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert SearchDirectory(copy).version.name == ""
+  update(copy, delete=["p2"])
+  names = {p.name for p in (copy / "updates").iterdir()}
+  assert names == {"CURRENT", "v000001"}
+  assert SearchDirectory(copy).passages.row_of("p1") is not None
+
+
+def test_a_search_during_a_switch_sees_one_version(copy):
+  reader = SearchDirectory(copy)
+  seen, done = set(), threading.Event()
+
+  def search():
+    while not done.is_set():
+      hits = reader.search([QUESTION], 4, mode="hybrid")[0]
+      seen.add(tuple((hit.passage.id, hit.score) for hit in hits))
+
+  thread = threading.Thread(target=search)
+  thread.start()
+  expected = set()
+  for _ in range(3):
+    hits = SearchDirectory(copy).search([QUESTION], 4, mode="hybrid")[0]
+    expected.add(tuple((hit.passage.id, hit.score) for hit in hits))
+    update(copy, delete=[hits[0].passage.id])
+    reader.reload()
+  hits = reader.search([QUESTION], 4, mode="hybrid")[0]
+  expected.add(tuple((hit.passage.id, hit.score) for hit in hits))
+  done.set()
+  thread.join()
+  assert len(seen) > 1
+  assert seen <= expected

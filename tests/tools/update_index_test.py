@@ -1,0 +1,88 @@
+"""tools/update_index.py as a person runs it."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from small_encoder import write_encoder
+from small_search import build
+from small_search import config
+
+from rag_jax.data.search_directory import SearchDirectory
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCUMENTS = {
+  "mole.md": "# Mount Mole\nMount Mole is 1,863 metres high.\n",
+  "contract.txt": "The contract ends in March. Either side can leave it.\n",
+  "deep/bread.html": "<title>Bread</title><p>Bake it for 40 minutes.</p>",
+}
+
+
+def run(*arguments):
+  """Returns the finished process."""
+  return subprocess.run(
+    [sys.executable, ROOT / "tools/update_index.py", *map(str, arguments)],
+    env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    encoding="utf-8",
+    timeout=300,
+    check=False,
+  )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Documents, and what was built of them."""
+  root = tmp_path_factory.mktemp("own")
+  for name, text in DOCUMENTS.items():
+    path = root / "documents" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  encoder = write_encoder(root / "encoder", list(DOCUMENTS.values()) * 4)
+  build(root / "documents", encoder, root / "index", config())
+  return root
+
+
+def test_a_changed_folder_is_put_in_and_ids_are_taken_out(folder):
+  documents = folder / "documents"
+  (documents / "contract.txt").write_text("The contract ends in May.")
+  (documents / "rent.txt").write_text("The rent is paid in advance.")
+  (folder / "ids.txt").write_text("mole.md\n\n")
+  (documents / "mole.md").unlink()
+  process = run(
+    f"--index={folder / 'index'}",
+    f"--upsert={documents}",
+    f"--delete={folder / 'ids.txt'}",
+  )
+  assert process.returncode == 0, process.stderr
+  assert process.stdout.splitlines()[:5] == [
+    "1 documents added: rent.txt",
+    "1 documents changed: contract.txt",
+    "1 documents deleted: mole.md",
+    "1 documents as they were",
+    "2 passages came (2 embedded), 2 went: version v000001",
+  ]
+  assert "index_recall@2 1.0000" in process.stdout
+  assert "Build a new directory" in process.stdout
+  hits = SearchDirectory(folder / "index").search(["x"], 3)[0]
+  assert {h.passage.id for h in hits} == {
+    "contract.txt", "rent.txt", "deep/bread.html"
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([], "Nothing is to be put"),
+    (["--delete=a,b"], r"not there: \['a', 'b'\]"),
+    (["--upsert=nowhere.txt"], "nowhere.txt"),
+  ],
+)
+def test_an_update_that_cannot_be_done_is_a_message(folder, arguments, message):
+  process = run(f"--index={folder / 'index'}", *arguments)
+  assert process.returncode == 1
+  assert "Traceback" not in process.stderr
+  assert re.search(message, process.stderr)

@@ -1,0 +1,61 @@
+r"""Puts documents into what tools/build_index.py made, and takes some out.
+
+  python tools/update_index.py --index=runs/index --upsert=documents/
+  python tools/update_index.py --index=runs/index --delete=old.md,notes/b.txt
+
+A document of --upsert replaces the one with its id: in a folder, its path in
+the folder, so give the folder that was built. What did not change is not
+embedded again, and documents that are not in --upsert stay. Who searches
+meanwhile sees what was there before; an update that is killed changes nothing.
+"""
+
+from absl import app
+from absl import flags
+from absl import logging
+import command
+from etils import epath
+
+from rag_jax.corpus.records import read_texts
+from rag_jax.corpus.report import BadRecords
+from rag_jax.data.search_update import update_search_directory
+
+_INDEX = flags.DEFINE_string("index", None, "The directory to update.")
+_UPSERT = flags.DEFINE_string("upsert", "", "Documents, as of --corpus.")
+_DELETE = flags.DEFINE_string(
+  "delete", "", "Ids: a file of them, one a line, or some between commas."
+)
+_ENCODER = flags.DEFINE_string("encoder", "", "Of passages, for DPR alone.")
+_QUESTIONS = flags.DEFINE_string(
+  "questions", "", "File of questions, one a line, to certify the index with."
+)
+_ON_BAD_RECORD = flags.DEFINE_enum(
+  "on_bad_record", "", ["", *BadRecords.ACTIONS], "'': as it was built."
+)
+flags.mark_flag_as_required("index")
+
+
+def _ids(file_or_list: str) -> list[str]:
+  """Returns the ids that --delete names."""
+  if file_or_list and epath.Path(file_or_list).expanduser().is_file():
+    return read_texts(file_or_list)
+  return [id for id in file_or_list.split(",") if id]
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  if len(argv) > 1:
+    raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
+  report = update_search_directory(
+    _INDEX.value or "",
+    upsert=_UPSERT.value or "",
+    delete=_ids(_DELETE.value or ""),
+    encoder=_ENCODER.value or "",
+    on_bad_record=_ON_BAD_RECORD.value or "",
+    questions=read_texts(_QUESTIONS.value) if _QUESTIONS.value else [],
+  )
+  print(report.text())
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.INFO)
+  command.run(main)
