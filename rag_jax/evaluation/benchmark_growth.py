@@ -37,7 +37,7 @@ from rag_jax.retrieval.sharded import ShardedIndex
 
 K = 10  # passages a question
 BATCHES = (1, 256)  # questions at a time
-_REORDER = 160  # candidates that ScaNN scores again
+_REORDER = (80, 160, 320, 640)  # candidates that ScaNN scores again
 _SEED = 0  # of which questions tune
 
 
@@ -100,9 +100,6 @@ class _Work:
   questions: np.ndarray  # [B, R], the first half sets the search
   truth: Int[np.ndarray, "B K"]
   settings: GrowthSettings
-
-
-_Search = Callable[[np.ndarray, int], tuple[np.ndarray, Any]]
 
 
 def benchmark_growth(
@@ -209,7 +206,7 @@ def _exact(work: _Work) -> Grown:
     passages_fingerprint="",
   )
   cost = meter.cost()
-  return _measure(work, "exact", "", index.search, cost, index.memory_bytes)
+  return _measure(work, "exact", "", index, cost)
 
 
 def _scann(work: _Work) -> Grown:
@@ -251,20 +248,31 @@ def _faiss(work: _Work) -> Grown:
   meter = BuildMeter()
   built = benchmark_faiss.build_ivf_pq(embeddings, math.isqrt(len(embeddings)))
   cost = meter.cost()
-  half, depth = len(work.questions) // 2, built.depths[-1]
-  effort = built.tuned_effort(
-    work.questions[:half],
-    work.truth[:half],
-    work.settings.target_recall,
-    depth,
-  )
-  effort = effort or built.most
 
-  def search(questions: np.ndarray, k: int) -> tuple[np.ndarray, None]:
-    return built.search(questions, k, effort, depth), None
+  def index(lists: int, depth: int) -> _Faiss:
+    return _Faiss(built, lists, depth)
 
-  words = built.describe(effort, depth)
-  return _measure(work, built.family, words, search, cost, built.memory_bytes)
+  lists, depth = _least(work, index, built.most, built.depths)
+  found, words = index(lists, depth), built.describe(lists, depth)
+  return _measure(work, built.family, words, found, cost)
+
+
+@dataclasses.dataclass(slots=True, frozen=True)
+class _Faiss:
+  """FAISS's index, searched as ours are."""
+
+  built: benchmark_faiss.FaissIndex
+  lists: int
+  depth: int
+
+  @property
+  def memory_bytes(self) -> int:
+    """As it says itself."""
+    return self.built.memory_bytes
+
+  def search(self, questions: np.ndarray, k: int) -> tuple[np.ndarray, None]:
+    """Returns ids, and no scores."""
+    return self.built.search(questions, k, self.lists, self.depth), None
 
 
 def _config(shape: tuple[int, ...]) -> IndexConfig:
@@ -280,50 +288,75 @@ def _config(shape: tuple[int, ...]) -> IndexConfig:
 def _measure_scann(
   work: _Work, name: str, shards: Sequence[Any], cost: BuildCost
 ) -> Grown:
-  """Measures ScaNN in one or more shards, with as few leaves as do."""
-  half, target = len(work.questions) // 2, work.settings.target_recall
+  """Measures ScaNN in one or more shards."""
+  most = max(shard.settings["num_leaves"] for shard in shards)
 
-  def with_leaves(leaves: int) -> Any:
+  def index(leaves: int, reorder: int) -> Any:
     changed = [
       shard.with_search_settings(
         leaves_to_search=min(leaves, shard.settings["num_leaves"]),
-        reorder=_REORDER,
+        reorder=reorder,
       )
       for shard in shards
     ]
     return ShardedIndex(changed) if len(changed) > 1 else changed[0]
 
-  def enough(leaves: int) -> bool:
-    found, _ = with_leaves(leaves).search(work.questions[:half], K)
-    recall = mean_recall(index_recall_at_k(found, work.truth[:half], K), K)
-    return recall.mean == 1.0 or recall.low >= target
+  leaves, reorder = _least(work, index, most, _REORDER)
+  words = f"{leaves} of {most} leaves, reorder {reorder}"
+  words += f", PCA {shards[0].settings['pca_dims']}"
+  if len(shards) > 1:
+    words = f"{len(shards)} shards, in each {words}"
+  return _measure(work, name, words, index(leaves, reorder), cost)
 
-  most = max(shard.settings["num_leaves"] for shard in shards)
-  if not most:  # few passages: each is scored
-    index, words = shards[0], "every passage is scored"
-  else:
-    leaves = benchmark_faiss.least_effort(enough, most) or most
-    index = with_leaves(leaves)
-    words = f"{leaves} of {most} leaves"
-    words += f", PCA {shards[0].settings['pca_dims']}, reorder {_REORDER}"
-    if len(shards) > 1:
-      words = f"{len(shards)} shards, in each {words}"
-  return _measure(work, name, words, index.search, cost, index.memory_bytes)
+
+def _least(
+  work: _Work,
+  index: Callable[[int, int], Any],
+  most: int,
+  depths: Sequence[int],
+) -> tuple[int, int]:
+  """Returns the effort and depth of the fastest search that is surely enough.
+
+  If none is, those that find most.
+
+  Args:
+    work: its first half of questions decides.
+    index: of an effort and a depth.
+    most: the largest effort.
+    depths: of candidates that are scored again.
+  """
+  half, target = len(work.questions) // 2, work.settings.target_recall
+  questions, truth = work.questions[:half], work.truth[:half]
+  best, choice = 0.0, (most, depths[-1])
+  for depth in depths:
+
+    def enough(effort: int, depth: int = depth) -> bool:
+      found, _ = index(effort, depth).search(questions, K)
+      recall = mean_recall(index_recall_at_k(found, truth, K), K)
+      return recall.mean == 1.0 or recall.low >= target
+
+    effort = benchmark_faiss.least_effort(enough, most)
+    if not effort:
+      continue
+    speed = queries_per_second(
+      index(effort, depth), questions, K, BATCHES[-1], work.settings.speed_secs
+    )
+    if speed > best:
+      best, choice = speed, (effort, depth)
+  return choice
 
 
 def _measure(
   work: _Work,
   system: str,
   settings: str,
-  search: _Search,
+  index: Any,
   cost: BuildCost,
-  memory_bytes: int,
 ) -> Grown:
   """Returns what a search finds and how fast, on questions that set nothing."""
   half = len(work.questions) // 2
   questions, truth = work.questions[half:], work.truth[half:]
-  found, _ = search(questions, K)
-  index = _Searched(search)
+  found, _ = index.search(questions, K)
   return Grown(
     system=system,
     settings=settings,
@@ -331,7 +364,7 @@ def _measure(
     embeddings_bytes=open_embeddings(work.path).nbytes,
     build_secs=cost.secs,
     peak_bytes=cost.peak_bytes,
-    memory_bytes=memory_bytes,
+    memory_bytes=index.memory_bytes,
     recall=mean_recall(index_recall_at_k(found, truth, K), K),
     speeds={
       size: queries_per_second(
@@ -340,10 +373,3 @@ def _measure(
       for size in BATCHES
     },
   )
-
-
-@dataclasses.dataclass(slots=True, frozen=True)
-class _Searched:
-  """A search, as what is timed."""
-
-  search: _Search

@@ -1,6 +1,7 @@
 """What an index costs as the corpus grows, on files of two sizes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -39,9 +40,6 @@ def test_every_system_is_measured_at_every_size_smallest_first(measured):
   systems = ["exact", "ScaNN", "FAISS IVF-PQ"]
   shards = ["exact", "ScaNN", "ScaNN, shards", "FAISS IVF-PQ"]
   assert found == [(600, s) for s in systems] + [(3000, s) for s in shards]
-  assert [
-    row.embeddings_bytes for row in measured.rows if row.system == "exact"
-  ]
   for row in measured.rows:
     assert row.embeddings_bytes == 4 * 16 * row.num_passages
     assert row.speeds.keys() == {1, 256}
@@ -59,7 +57,7 @@ def test_exact_search_finds_all_and_the_others_what_was_asked(measured):
 def test_the_shards_are_named_with_what_each_searches(measured):
   (row,) = [row for row in measured.rows if row.system == "ScaNN, shards"]
   assert row.settings.startswith("3 shards, in each ")
-  assert "of 31 leaves, PCA 8, reorder 160" in row.settings
+  assert re.search(r"of 31 leaves, reorder \d+, PCA 8$", row.settings)
 
 
 def test_the_files_hold_what_was_measured(measured, tmp_path):
