@@ -25,6 +25,7 @@ from rag_jax.retrieval.cost import num_cpus
 from rag_jax.retrieval.embeddings import save_embeddings
 
 _ARTIFACTS = "scann"  # the folder that ScaNN writes, inside the index
+_TREE_SAMPLE = 256  # passages that the centre of a leaf is trained on, at least
 _CODEBOOK = 16  # ScaNN cannot quantise fewer passages than these
 _BATCH = 64  # questions that one thread searches for at a time, at most
 # What the manifest of the first ScaNN indexes says, and what it leaves out.
@@ -298,6 +299,9 @@ def _configure(builder: Any, settings: dict[str, Any]) -> Any:
   builder = builder.tree(
     num_leaves=settings["num_leaves"],
     num_leaves_to_search=settings["leaves_to_search"],
+    # ScaNN's own 100,000 are too few for a thousand leaves and more: many more
+    # of them have to be searched for the same recall.
+    training_sample_size=max(_TREE_SAMPLE * settings["num_leaves"], 100_000),
     # ScaNN draws random centres without a seed (1.4.2): with k-means++ the same
     # passages give the same index, on as many CPUs.
     random_init=False,
