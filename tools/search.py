@@ -21,7 +21,9 @@ from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.retrieval.filters import parse_conditions
 
 _INDEX = flags.DEFINE_string("index", None, "The directory to search.")
-_N_DOCS = flags.DEFINE_integer("n_docs", 5, "Passages a question.")
+_N_DOCS = flags.DEFINE_integer(
+  "n_docs", 5, "Passages a question; fewer if there are fewer, unless given."
+)
 _MODE = flags.DEFINE_enum("mode", "dense", list(MODES), "What is searched.")
 _FILTER = flags.DEFINE_multi_string("filter", [], "NAME=VALUE of the metadata.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a question.")
@@ -40,9 +42,12 @@ def main(argv: list[str]) -> None:
   if not questions:
     raise app.UsageError("Give a question, or - to read them from a pipe.")
   directory = SearchDirectory(_INDEX.value or "")
+  n_docs = _N_DOCS.value
+  if not flags.FLAGS["n_docs"].present:
+    n_docs = min(n_docs, len(directory.passages))
   found = directory.search(
     questions,
-    _N_DOCS.value,
+    n_docs,
     mode=_MODE.value,
     conditions=parse_conditions(_FILTER.value),
   )

@@ -90,6 +90,14 @@ def test_the_answer_is_printed_with_its_title_and_file(folder, built):
   assert "Bread  [deep/bread.html]" in second
 
 
+def test_of_a_small_folder_all_passages_are_shown(folder, built):
+  process = run(
+    "search.py", f"--index={folder / 'index'}", "how high is the mount?"
+  )
+  assert process.returncode == 0, process.stderr
+  assert process.stdout.count("[") == len(DOCUMENTS)
+
+
 def test_json_is_for_programs_and_questions_come_through_a_pipe(folder, built):
   process = run(
     "search.py",
