@@ -93,17 +93,8 @@ class DeviceIndex:
   ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
     """Finds the passages with the largest inner product.
 
-    Args:
-      question_embeddings: [B, R].
-      n_docs: how many passages to return for each question (K).
-
-    Returns:
-      Passage ids [B, K] int32 and exact scores [B, K] float32, best first; of
-      equal scores the smaller id.
-
-    Raises:
-      ValueError: there are fewer passages than `n_docs`, or the embeddings
-        have another dimension, NaN or infinity.
+    Arguments, results and errors as in `ExactIndex.search`; the scores are
+    exact, whatever the devices hold.
     """
     questions = exact.check_search(self, question_embeddings, n_docs)
     ids = np.zeros((len(questions), n_docs), np.int32)

@@ -113,19 +113,10 @@ class ScannIndex:
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
   ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-    """Finds passages with a large inner product.
+    """Finds passages with a large inner product, ranked by it.
 
-    Args:
-      question_embeddings: [B, R].
-      n_docs: how many passages to return for each question (K).
-
-    Returns:
-      Passage ids [B, K] int32 and exact scores [B, K] float32, best first; of
-      equal scores the smaller id. The ids of a row differ.
-
-    Raises:
-      ValueError: there are fewer passages than `n_docs`, or the embeddings
-        have another dimension, NaN or infinity.
+    Arguments and errors as in `ExactIndex.search`. Returns ids [B, K] and exact
+    scores as it does, of the passages that ScaNN found; the ids of a row differ.
     """
     questions = exact.check_search(self, question_embeddings, n_docs)
     if not len(questions):
