@@ -115,8 +115,8 @@ class ScannIndex:
   ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
     """Finds passages with a large inner product, ranked by it.
 
-    Arguments and errors as in `ExactIndex.search`. Returns ids [B, K] and exact
-    scores as it does, of the passages that ScaNN found; the ids of a row differ.
+    Arguments, results and errors as in `ExactIndex.search`, but of the passages
+    that ScaNN found. The ids of a row differ.
     """
     questions = exact.check_search(self, question_embeddings, n_docs)
     if not len(questions):
