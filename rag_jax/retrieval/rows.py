@@ -42,19 +42,8 @@ class JoinedRows:
       if step == 1:
         return self._slice(start, stop)
       rows = np.arange(start, stop, step)
-    rows = np.asarray(rows)
-    if rows.dtype == bool or not np.issubdtype(rows.dtype, np.integer):
-      raise IndexError(
-        f"Rows were asked for by {rows.dtype}; expected whole numbers or a"
-        " slice. Use np.flatnonzero for a mask."
-      )
-    if rows.size and not -len(self) <= rows.min() <= rows.max() < len(self):
-      raise IndexError(
-        f"Row {rows.max() if rows.max() >= len(self) else rows.min()} was asked"
-        f" for; expected less than the {len(self)} rows that there are. Do the"
-        " ids belong to this index?"
-      )
-    flat = np.where(rows < 0, rows + len(self), rows).reshape(-1)
+    rows = _row_numbers(rows, len(self))
+    flat = rows.reshape(-1)
     found = np.empty((len(flat), self.shape[1]), self.dtype)
     owner = np.searchsorted(self._starts, flat, side="right") - 1
     for i in np.unique(owner):
@@ -133,11 +122,25 @@ class SelectedRows:
     """Returns the rows that a number, a slice or an array of numbers names."""
     if isinstance(rows, slice):
       return self._rows[self._select(np.arange(*rows.indices(len(self))))]
-    rows = np.asarray(rows)
-    if rows.size and not -len(self) <= rows.min() <= rows.max() < len(self):
-      raise IndexError(
-        f"Row {rows.max() if rows.max() >= len(self) else rows.min()} was asked"
-        f" for; expected less than the {len(self)} rows that there are. Do the"
-        " ids belong to this index?"
-      )
-    return self._rows[self._select(np.where(rows < 0, rows + len(self), rows))]
+    return self._rows[self._select(_row_numbers(rows, len(self)))]
+
+
+def _row_numbers(rows: Any, num_rows: int) -> np.ndarray:
+  """Returns numbers of rows, which may count from the end, as from the start.
+
+  Raises:
+    IndexError: there is no such row, or they are no whole numbers.
+  """
+  rows = np.asarray(rows)
+  if rows.dtype == bool or not np.issubdtype(rows.dtype, np.integer):
+    raise IndexError(
+      f"Rows were asked for by {rows.dtype}; expected whole numbers or a slice."
+      " Use np.flatnonzero for a mask."
+    )
+  if rows.size and not -num_rows <= rows.min() <= rows.max() < num_rows:
+    raise IndexError(
+      f"Row {rows.max() if rows.max() >= num_rows else rows.min()} was asked"
+      f" for; expected less than the {num_rows} rows that there are. Do the ids"
+      " belong to this index?"
+    )
+  return np.where(rows < 0, rows + num_rows, rows)

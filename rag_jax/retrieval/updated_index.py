@@ -77,16 +77,8 @@ class UpdatedIndex:
   ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
     """Finds the passages with the largest inner product.
 
-    Args:
-      question_embeddings: [B, R].
-      n_docs: how many passages to return for each question (K).
-
-    Returns:
-      Passage ids [B, K] int32 and exact scores [B, K] float32, best first; of
-      equal scores the smaller id.
-
-    Raises:
-      ValueError: as `LiveVersion.search`.
+    Arguments and results as in `ExactIndex.search`, errors as in
+    `LiveVersion.search`.
     """
     rows, scores = self._version.search(question_embeddings, n_docs)
     return self._gaps.numbers(rows).astype(np.int32), scores

@@ -1,13 +1,12 @@
 """What is interrupted, damaged or written twice is refused; nothing is lost."""
 
-import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 
+from disks import full_disk
 import pytest
 
 from rag_jax.corpus.passages import Passage
@@ -160,17 +159,6 @@ def test_of_two_writers_one_is_refused_and_the_other_finishes(tmp_path):
   store = write_store(tmp_path / "s", first(), passages_per_shard=10)
   assert list(store) == expected
   assert list(open_store(tmp_path / "s")) == expected
-
-
-@contextlib.contextmanager
-def full_disk(num_bytes):
-  """No file grows further: what a full disk does, done for real."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # One file of texts, or so many ids that their file is the largest.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 
+from disks import full_disk
 import numpy as np
 import pytest
 
@@ -324,17 +325,6 @@ def test_of_two_writers_one_is_refused_and_the_other_finishes(
   write_tokens(path, PASSAGES, tokenizer, LENGTH)
   assert len(refusals) == 9
   assert contents(path) == contents(directory)
-
-
-@contextlib.contextmanager
-def full_disk(num_bytes):
-  """No file grows further: what a full disk does, done for real."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_said_and_what_was_written_stays(

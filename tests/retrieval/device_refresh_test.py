@@ -1,15 +1,12 @@
 """Rows that are embedded again against a loop over them, on several devices."""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 import numpy as np
+from processes import pytest_on_eight_devices
 import pytest
 
 from rag_jax.retrieval.device import abstract_arrays
@@ -229,28 +226,5 @@ def test_embedding_again_without_tokens_says_how_to_bring_them():
 
 @pytest.mark.skipif(SEVERAL, reason="this is the process that it starts")
 def test_all_of_this_holds_on_two_four_and_eight_devices():
-  done = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "pytest",
-      "-q",
-      "-p",
-      "no:cacheprovider",
-      "-k",
-      "over",
-      __file__,
-    ],
-    check=False,
-    capture_output=True,
-    text=True,
-    cwd=pathlib.Path(__file__).parents[2],
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-      "PYTHONPATH": os.pathsep.join(sys.path),
-    },
-  )
-  assert done.returncode == 0, done.stdout + done.stderr
-  assert re.search(r"\b3\d passed, \d+ deselected", done.stdout), done.stdout
+  printed = pytest_on_eight_devices(__file__, "over")
+  assert re.search(r"\b3\d passed, \d+ deselected", printed), printed

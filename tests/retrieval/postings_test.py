@@ -1,16 +1,15 @@
 """Arrays that were merged from runs on the disk are those of bm25s."""
 
-import contextlib
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import tracemalloc
 
 import bm25s
+from disks import full_disk
 import numpy as np
 import pytest
 
@@ -148,17 +147,6 @@ def test_a_second_build_is_refused_and_files_of_others_stay(tmp_path):
   (tmp_path / "thesis.txt").write_text("years of work")
   with pytest.raises(ValueError, match=r"other files .*'thesis.txt'"):
     write(tmp_path)
-
-
-@contextlib.contextmanager
-def full_disk(num_bytes):
-  """No file grows further: what a full disk does, done for real."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("num_bytes", [2_000, 9_000])  # of a run, of an array

@@ -1,32 +1,19 @@
 """tools/ask.py as a person or a script runs it."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
+from processes import run_tool
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
 FRANCE = "What is the capital of France?"
 PERU = "What is the capital of Peru?"
 
 
 def ask(workdir, *arguments, stdin="", **settings):
   """Returns the finished process."""
-  environment = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-  return subprocess.run(
-    [sys.executable, ROOT / "tools" / "ask.py", f"--workdir={workdir}",
-     *arguments],
-    input=stdin,
-    env=os.environ | environment,
-    capture_output=True,
-    encoding="utf-8",
-    timeout=500,
-    check=False,
-    **settings,
-  )  # fmt: skip
+  return run_tool(
+    "ask.py", f"--workdir={workdir}", *arguments, input=stdin, **settings
+  )
 
 
 def answered(process):

@@ -1,28 +1,15 @@
 """tools/benchmark_retrieval.py as a person runs it."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
+from processes import run_tool
 import pytest
 
 from rag_jax.evaluation.benchmark_report import Benchmark
 
-ROOT = pathlib.Path(__file__).parents[2]
-
 
 def benchmark(*arguments):
   """Returns the finished process."""
-  return subprocess.run(
-    [sys.executable, ROOT / "tools" / "benchmark_retrieval.py", *arguments],
-    env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    encoding="utf-8",
-    timeout=300,
-    check=False,
-  )
+  return run_tool("benchmark_retrieval.py", *arguments)
 
 
 @pytest.fixture

@@ -1,16 +1,12 @@
 """tools/convert_hf.py as a person runs it; what it does is in weights/."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
+from processes import run_tool
 import pytest
 import safetensors.numpy
 
-ROOT = pathlib.Path(__file__).parents[2]
 V, D, F = 20, 8, 12
 CONFIG = {
   "model_type": "bert",
@@ -27,19 +23,7 @@ CONFIG = {
 
 def convert(*arguments):
   """Returns the finished process."""
-  environment = {
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-    "HF_HUB_OFFLINE": "1",
-  }
-  return subprocess.run(
-    [sys.executable, ROOT / "tools" / "convert_hf.py", *arguments],
-    env=os.environ | environment,
-    capture_output=True,
-    encoding="utf-8",
-    timeout=500,
-    check=False,
-  )
+  return run_tool("convert_hf.py", *arguments)
 
 
 def tensors():

@@ -1,27 +1,14 @@
 """tools/mix_embeddings.py as a person runs it."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
+from processes import run_tool
 from small_encoder import DIM
 from small_encoder import write_encoder
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def mix(*arguments):
   """Returns the finished process."""
-  return subprocess.run(
-    [sys.executable, ROOT / "tools" / "mix_embeddings.py", *arguments],
-    env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    encoding="utf-8",
-    timeout=300,
-    check=False,
-  )
+  return run_tool("mix_embeddings.py", *arguments)
 
 
 def test_few_documents_become_many_vectors_the_same_each_time(tmp_path):

@@ -1,39 +1,17 @@
 """tools/build_index.py and tools/search.py as a person runs them."""
 
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
+from processes import run_tool
 import pytest
 from small_encoder import write_encoder
 
-ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = {
   "mole.md": "# Mount Mole\nMount Mole is 1,863 metres high.\n",
   "contract.txt": "The contract ends in March. Either side can leave it.\n",
   "deep/bread.html": "<title>Bread</title><p>Bake it for 40 minutes.</p>",
 }
-
-
-def run(tool, *arguments, stdin=""):
-  """Returns the finished process."""
-  environment = {
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-    "HF_HUB_OFFLINE": "1",
-  }
-  return subprocess.run(
-    [sys.executable, ROOT / "tools" / tool, *map(str, arguments)],
-    env=os.environ | environment,
-    input=stdin,
-    capture_output=True,
-    encoding="utf-8",
-    timeout=300,
-    check=False,
-  )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def build(folder, *arguments, output="index"):
-  return run(
+  return run_tool(
     "build_index.py",
     f"--corpus={folder / 'documents'}",
     f"--encoder={folder / 'encoder'}",
@@ -75,7 +53,7 @@ def test_a_folder_of_text_is_built_and_certified(folder, built):
 
 
 def test_the_answer_is_printed_with_its_title_and_file(folder, built):
-  process = run(
+  process = run_tool(
     "search.py",
     f"--index={folder / 'index'}",
     "--n_docs=1",
@@ -91,7 +69,7 @@ def test_the_answer_is_printed_with_its_title_and_file(folder, built):
 
 
 def test_of_a_small_folder_all_passages_are_shown(folder, built):
-  process = run(
+  process = run_tool(
     "search.py", f"--index={folder / 'index'}", "how high is the mount?"
   )
   assert process.returncode == 0, process.stderr
@@ -99,13 +77,13 @@ def test_of_a_small_folder_all_passages_are_shown(folder, built):
 
 
 def test_json_is_for_programs_and_questions_come_through_a_pipe(folder, built):
-  process = run(
+  process = run_tool(
     "search.py",
     f"--index={folder / 'index'}",
     "--n_docs=2",
     "--json",
     "-",
-    stdin="the contract\n\nBread\n",
+    input="the contract\n\nBread\n",
   )
   assert process.returncode == 0, process.stderr
   found = [json.loads(line) for line in process.stdout.splitlines()]
@@ -125,7 +103,7 @@ def test_json_is_for_programs_and_questions_come_through_a_pipe(folder, built):
 def test_a_search_that_cannot_be_done_is_a_message(
   folder, built, arguments, message
 ):
-  process = run("search.py", f"--index={folder / 'index'}", *arguments)
+  process = run_tool("search.py", f"--index={folder / 'index'}", *arguments)
   assert process.returncode == 1
   assert "Traceback" not in process.stderr
   text = process.stderr + process.stdout
@@ -160,7 +138,7 @@ def test_a_bad_file_stops_the_build_or_is_counted(
 
 
 def test_an_encoder_that_is_not_there_is_a_message(folder):
-  process = run(
+  process = run_tool(
     "build_index.py",
     f"--corpus={folder / 'documents'}",
     f"--encoder={folder / 'nothing'}",

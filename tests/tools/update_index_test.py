@@ -1,11 +1,8 @@
 """tools/update_index.py as a person runs it."""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
+from processes import run_tool
 import pytest
 from small_encoder import write_encoder
 from small_search import build
@@ -13,7 +10,6 @@ from small_search import config
 
 from rag_jax.data.search_directory import SearchDirectory
 
-ROOT = pathlib.Path(__file__).parents[2]
 DOCUMENTS = {
   "mole.md": "# Mount Mole\nMount Mole is 1,863 metres high.\n",
   "contract.txt": "The contract ends in March. Either side can leave it.\n",
@@ -23,14 +19,7 @@ DOCUMENTS = {
 
 def run(*arguments):
   """Returns the finished process."""
-  return subprocess.run(
-    [sys.executable, ROOT / "tools/update_index.py", *map(str, arguments)],
-    env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    encoding="utf-8",
-    timeout=300,
-    check=False,
-  )
+  return run_tool("update_index.py", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,12 @@ several ways, and prints what it saw as JSON.
 
 import functools
 import json
-import os
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from processes import run_on_eight_devices
 import pytest
 
 from rag_jax import losses
@@ -272,22 +271,7 @@ def train(name):
 
 @pytest.fixture(scope="module")
 def results():
-  root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-  run = subprocess.run(
-    [sys.executable, "-W", "error", __file__],
-    env=os.environ
-    | {
-      "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": root,
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
-    },
-    capture_output=True,
-    text=True,
-    timeout=900,
-  )
-  assert run.returncode == 0, run.stderr
-  return json.loads(run.stdout)
+  return json.loads(run_on_eight_devices(__file__))
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:])
