@@ -50,6 +50,9 @@ class DataConfig:
   # Share of the training questions whose answer is changed into another one,
   # there and in their documents: the generator has to read.
   substitute_answers: float = 0.0
+  # Share of the training questions that are read as people type them: lower
+  # case, "what's", no question mark (data/informal.py).
+  informal_questions: float = 0.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -60,6 +63,9 @@ class TokenizerConfig:
   # with none, a byte-level BPE is trained on the corpus, for both.
   path: str = ""
   vocab_size: int = 4096  # of the one that is trained
+  # Where one is trained: "uncased" trains another for the retriever, without
+  # case and accents, as BERT's: "france" finds France.
+  retriever: str = _choice("same", "uncased")
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -136,6 +142,9 @@ class GeneratorConfig:
   scale_output: bool = False  # divide the tied output by sqrt(D), as T5 v1.0
   logits_bias: bool = True  # BART's final_logits_bias
   decoder_start_id: int = -1  # read before the first token; -1: the end token
+  # A pointer over the context: the next token is written, or copied from where
+  # the last one was copied (models/pointer.py). Hugging Face has no form of it.
+  pointer: bool = False
   # "copy": attention starts as an induction head, so that a generator trained
   # from scratch quotes its documents from the first steps on.
   init: str = _choice("normal", "copy")

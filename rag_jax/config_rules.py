@@ -233,8 +233,19 @@ def _cross_problems(c: Config) -> Iterator[str]:
   for name, part in (("encoder", c.encoder), ("generator", c.generator)):
     if part.dropout >= 1.0:
       yield f"{name}.dropout={part.dropout} must be below 1."
+  if c.label_smoothing and c.generator.pointer:
+    yield (
+      f"label_smoothing={c.label_smoothing} smooths a softmax over the"
+      " vocabulary, but generator.pointer=True mixes copies in. Set"
+      " label_smoothing=0.0 or generator.pointer=False."
+    )
   if c.label_smoothing >= 1.0:
     yield f"label_smoothing={c.label_smoothing} must be below 1."
+  if c.hf_loss and c.generator.pointer:
+    yield (
+      "hf_loss=True is of models that Hugging Face has, and it has none with"
+      " generator.pointer=True. Set one of them to False."
+    )
   if c.hf_loss and c.train.vocab_chunk:
     yield (
       "hf_loss=True needs all logits, but train.vocab_chunk="
@@ -249,10 +260,9 @@ def _cross_problems(c: Config) -> Iterator[str]:
   for name in ("b1", "b2"):
     if getattr(c.optimizer, name) >= 1.0:
       yield f"optimizer.{name}={getattr(c.optimizer, name)} must be below 1."
-  if c.data.substitute_answers > 1.0:
-    yield (
-      f"data.substitute_answers={c.data.substitute_answers} must be at most 1."
-    )
+  for name in ("substitute_answers", "informal_questions"):
+    if getattr(c.data, name) > 1.0:
+      yield f"data.{name}={getattr(c.data, name)} must be at most 1."
   if c.data.context_style == "rag" and c.data.substitute_answers:
     yield (
       f"data.substitute_answers={c.data.substitute_answers} needs"

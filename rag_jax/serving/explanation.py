@@ -16,6 +16,9 @@ from rag_jax.decoding.answerer import Answer
 _WIDTH = 80  # columns
 _INDENT = 18  # of what stands under "passage"
 _TEXT_LINES = 3  # shown of a passage
+# Below it, by the model's own probabilities, other answers together are more
+# likely than the one it gives.
+_SURE = 0.5
 _MARK = " [...]"
 
 # What moves a terminal's cursor, colours its text or names its window: ECMA-48.
@@ -34,7 +37,14 @@ def explain(answer: Answer) -> str:
   """
   probability = math.exp(answer.log_prob)
   text = _clean(answer.text) or "(no answer)"
-  lines = list(_wrap(f"{text}   (p = {probability:.2f})", _WIDTH))
+  doubt = "" if is_sure(answer) else ", not sure"
+  lines = list(_wrap(f"{text}   (p = {probability:.2f}{doubt})", _WIDTH))
+  if doubt:
+    lines += _wrap(
+      "The model is not sure: to itself, some other answer is more likely than"
+      " this one. Perhaps no passage answers the question.",
+      _WIDTH,
+    )
   if answer.question_cut:
     lines += _wrap(
       "Note: the question is longer than the model takes; its end was not read"
@@ -54,9 +64,15 @@ def explain(answer: Answer) -> str:
   return "\n".join(lines) + "\n"
 
 
+def is_sure(answer: Answer) -> bool:
+  """Returns whether the model finds its answer likelier than all others."""
+  return math.exp(answer.log_prob) >= _SURE
+
+
 def to_json(answer: Answer) -> str:
   """Returns the answer, its passages and every probability as one line."""
-  return json.dumps(dataclasses.asdict(answer), ensure_ascii=False)
+  record = dataclasses.asdict(answer) | {"sure": is_sure(answer)}
+  return json.dumps(record, ensure_ascii=False)
 
 
 def _clean(text: str) -> str:
