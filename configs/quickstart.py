@@ -24,6 +24,7 @@ def get_config() -> Config:
   c.data.context_length = 54
   c.data.target_length = 12
   c.data.substitute_answers = 0.5
+  c.data.substitute_subjects = 0.5
   c.data.informal_questions = 0.25
   c.tokenizer.vocab_size = 2048
   c.tokenizer.retriever = "uncased"

@@ -50,6 +50,9 @@ class DataConfig:
   # Share of the training questions whose answer is changed into another one,
   # there and in their documents: the generator has to read.
   substitute_answers: float = 0.0
+  # Share whose subject, the title of a document that the question names, is
+  # changed into another title, there and in the documents.
+  substitute_subjects: float = 0.0
   # Share of the training questions that are read as people type them: lower
   # case, "what's", no question mark (data/informal.py).
   informal_questions: float = 0.0

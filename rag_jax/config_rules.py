@@ -28,6 +28,10 @@ _AT_LEAST_ONE = frozenset({
 _LEAST = {"generator.decoder_start_id": -1, "encoder.max_positions": 0}
 
 
+# Of the training questions, that are changed.
+_SHARES = ("substitute_answers", "substitute_subjects", "informal_questions")
+
+
 def fields(
   config: Any, prefix: str = ""
 ) -> Iterator[tuple[str, dataclasses.Field, Any]]:
@@ -211,6 +215,7 @@ def _in_step_problems(c: Config) -> Iterator[str]:
     ("encoder.train_passage_encoder", c.encoder.train_passage_encoder, True),
     ("data.context_style", c.data.context_style, "question_first"),
     ("data.substitute_answers", c.data.substitute_answers, 0.0),
+    ("data.substitute_subjects", c.data.substitute_subjects, 0.0),
     ("index.hybrid", c.index.hybrid, False),
   ):
     if value != needed:
@@ -260,14 +265,15 @@ def _cross_problems(c: Config) -> Iterator[str]:
   for name in ("b1", "b2"):
     if getattr(c.optimizer, name) >= 1.0:
       yield f"optimizer.{name}={getattr(c.optimizer, name)} must be below 1."
-  for name in ("substitute_answers", "informal_questions"):
+  for name in _SHARES:
     if getattr(c.data, name) > 1.0:
       yield f"data.{name}={getattr(c.data, name)} must be at most 1."
-  if c.data.context_style == "rag" and c.data.substitute_answers:
-    yield (
-      f"data.substitute_answers={c.data.substitute_answers} needs"
-      " data.context_style='question_first'."
-    )
+  for name in _SHARES[:2]:
+    if c.data.context_style == "rag" and getattr(c.data, name):
+      yield (
+        f"data.{name}={getattr(c.data, name)} needs"
+        " data.context_style='question_first'."
+      )
   if c.data.passage_length < 4:
     yield (
       f"data.passage_length={c.data.passage_length} leaves no room for a"

@@ -1,16 +1,21 @@
-"""Answers changed in the passages too, so that only reading finds them.
+"""Names changed in question and passages, so that only reading finds answers.
 
 In: training questions with their answers, documents retrieved for them. Out:
 for some of the questions another answer, to be put in the place of the true one
 wherever the documents say it: for a name the title of any passage, since there
-are far more of them than answers; for a number another of its relation.
+are far more of them than answers; for a number another of its relation. And for
+some another subject: the title of a document that the question names becomes
+that of any other, in question and documents.
 
 A generator that sees each entity many times learns its answers by heart and
 reads no more; one whose passages change has to read. Longpre et al. 2021,
-https://arxiv.org/abs/2109.05052, section 5.
+https://arxiv.org/abs/2109.05052, section 5. Names that stand for one another
+teach it that the question's words may be any.
 """
 
 from collections.abc import Sequence
+import dataclasses
+import re
 
 from jaxtyping import Int
 import numpy as np
@@ -18,14 +23,24 @@ import numpy as np
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.data.questions import Question
 
-# (tokens of the answer, tokens that stand in for it); None: as it is
-Change = tuple[list[int], list[int]] | None
+# (tokens, tokens that stand in for them)
+Replacement = tuple[list[int], list[int]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+  """What is changed for one question."""
+
+  replacements: tuple[Replacement, ...] = ()  # in its documents
+  answer_ids: list[int] | None = None  # None: as it is
+  question: str | None = None  # None: as it is
+
 
 _MOST_PASSAGES = 1 << 20  # whose titles are in memory
 
 
-class AnswerSubstitution:
-  """Chooses whose answer is changed, and into what: by (seed, step) alone."""
+class Substitution:
+  """Chooses what is changed, and into what: by (seed, step) alone."""
 
   def __init__(
     self,
@@ -34,6 +49,7 @@ class AnswerSubstitution:
     passages: TokenizedPassages,
     *,
     share: float,
+    subject_share: float = 0.0,
     seed: int,
   ):
     """Gathers what an answer can become.
@@ -42,12 +58,15 @@ class AnswerSubstitution:
       questions: of the training split.
       answer_ids: tokens of the answer that is taught for each.
       passages: in which answers are looked for.
-      share: of the questions that are changed, from 0 to 1.
+      share: of the questions whose answer is changed, from 0 to 1.
+      subject_share: of the questions whose subject is changed.
       seed: of the choice.
     """
     self._answer_ids = answer_ids
     self._passages = passages
+    self._questions = questions
     self._share = share
+    self._subject_share = subject_share
     self._seed = seed
     self._relations = [q.relation for q in questions]
     self._same: dict[str, list[int]] = {}
@@ -57,7 +76,9 @@ class AnswerSubstitution:
       not any(c.isdigit() for c in q.answers[0]) for q in questions
     ]
     # Nothing is looked up if nothing is changed. Of all of Wikipedia a part.
-    titles = passages.titles(_MOST_PASSAGES) if share else ()
+    titles = ()
+    if share or subject_share:
+      titles = passages.titles(_MOST_PASSAGES)
     self._titles = list(dict.fromkeys(map(tuple, titles)))
 
   def changes(
@@ -66,7 +87,7 @@ class AnswerSubstitution:
     rows: Int[np.ndarray, "B"],
     doc_ids: Int[np.ndarray, "B K"],
   ) -> list[Change]:
-    """Returns the change of each question, None for most that have no place.
+    """Returns the change of each question; most that have no place have none.
 
     Args:
       step: of the main stage.
@@ -83,8 +104,38 @@ class AnswerSubstitution:
       else:
         new = self._answer_ids[rng.choice(self._same[self._relations[row]])]
       found = wanted and any(places(self._passages, int(d), old) for d in docs)
-      changes.append((old, new) if found else None)
+      change = Change(((old, new),), new) if found else Change()
+      if rng.random() < self._subject_share:
+        change = self._rename(change, row, docs, rng)
+      changes.append(change)
     return changes
+
+  def _rename(
+    self,
+    change: Change,
+    row: int,
+    docs: Int[np.ndarray, "K"],
+    rng: np.random.Generator,
+  ) -> Change:
+    """Returns `change` with another subject, if the question names a title."""
+    question = self._questions[row]
+    new = list(self._titles[rng.integers(len(self._titles))])
+    for doc in docs.tolist():
+      title = self._passages.passages[doc].title
+      if not title or title in question.answers[0]:
+        continue  # an answer would no longer be what the passage says
+      named = re.compile(rf"(?<!\w){re.escape(title)}(?!\w)")
+      if not named.search(question.question):
+        continue
+      tokenizer = self._passages.tokenizer
+      old = tokenizer.encode([title])[0]
+      name = tokenizer.decode(new)
+      return dataclasses.replace(
+        change,
+        replacements=(*change.replacements, (old, new)),
+        question=name.join(named.split(question.question)),
+      )
+    return change
 
 
 def places(
@@ -107,9 +158,15 @@ def substitute(
 ) -> list[int]:
   """Returns the tokens of passage `row` after `change`."""
   body = passages.tokens[row, : passages.lengths[row]].tolist()
-  if change is None:
-    return body
-  old, new = change
-  for start in reversed(places(passages, row, old)):
-    body[start : start + len(old)] = new
+  found = [
+    (start, len(old), new)
+    for old, new in change.replacements
+    for start in places(passages, row, old)
+  ]
+  before = len(body)
+  # From the end on; of two at one place the longer, and none inside another.
+  for start, size, new in sorted(found, key=lambda x: x[:2], reverse=True):
+    if start + size <= before:
+      body[start : start + size] = new
+      before = start
   return body
