@@ -135,9 +135,11 @@ def mix_logits(
 class Pointer(nn.Module):
   """The chain over places of the context; see the module.
 
-  Params: kernels `query`, `key`, `state` and `place` [D, D], `mode` [D, 2], and
-  biases of `state` and `mode`. The logits of g and l are
-  mode(gelu(state(decoder's state) + place(where the copy would go on))).
+  Params: kernels `query`, `key`, `state`, `place` and `behind` [D, D], `mode`
+  [D, 2], and biases of `state` and `mode`. The logits of g and l are
+  mode(gelu(state(h) + place(m_s) + behind(m_s+1))) of the decoder's state h and
+  what the encoder made of the place s where the copy would go on, and of the
+  next.
   """
 
   embed_dim: int
@@ -159,6 +161,7 @@ class Pointer(nn.Module):
     self.key = dense(self.embed_dim, False, square)
     self.state = dense(self.embed_dim, True, square)
     self.place = dense(self.embed_dim, False, square)
+    self.behind = dense(self.embed_dim, False, square)
     self.mode = nn.Dense(
       2,
       kernel_init=square,
@@ -180,7 +183,11 @@ class Pointer(nn.Module):
       mask: True on real tokens.
       memory: what the encoder made of them.
     """
-    return Source(tokens, mask, self.key(memory), self.place(memory))
+    # A comma ends a number, or does not: the next token says which.
+    behind = jnp.where(mask[:, 1:, None], memory[:, 1:], 0)
+    behind = jnp.pad(behind, ((0, 0), (0, 1), (0, 0)))
+    onward = self.place(memory) + self.behind(behind)
+    return Source(tokens, mask, self.key(memory), onward)
 
   def _attend(
     self, states: Float[Array, "N T D"], source: Source

@@ -93,7 +93,9 @@ def by_hand():
       onward = np.concatenate([[0.0], read[:-1]])
       hidden = STATES[n, t] @ p["state/kernel"] + p["state/bias"]
       for s in range(length):
-        hidden = hidden + onward[s] * (MEMORY[n, s] @ p["place/kernel"])
+        after = MEMORY[n, s + 1] if s + 1 < length else np.zeros(D)
+        place = MEMORY[n, s] @ p["place/kernel"] + after @ p["behind/kernel"]
+        hidden = hidden + onward[s] * place
       mode = gelu(hidden) @ p["mode/kernel"] + p["mode/bias"]
       write, on = sigmoid(mode[0]), sigmoid(mode[1])
       before = on * onward + (1 - on * onward.sum()) * found
