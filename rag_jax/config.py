@@ -287,6 +287,12 @@ class EvalConfig:
   batch_size: int = 64  # questions
   num_validation: int = 256  # validation questions used; 0: all
   num_test: int = 0  # test questions used; 0: all
+  # When two answers are equal, and when a passage holds one: evaluation/
+  # answers.py says what each does. "squad" is comparable with papers to the
+  # letter, "numbers" compares numbers as such.
+  answers: str = _choice("multilingual", "squad", "numbers")
+  # Whose articles are left out of answers; "" leaves all in. Not for "squad".
+  language: str = _choice("en", "es", "de", "vi", "ar", "")
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)

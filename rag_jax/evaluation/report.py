@@ -43,7 +43,11 @@ class AnswerRecord:
 
 
 def summarise(
-  records: Sequence[AnswerRecord], prefix: str = "test"
+  records: Sequence[AnswerRecord],
+  prefix: str = "test",
+  *,
+  variant: str = "multilingual",
+  language: str = "en",
 ) -> dict[str, float]:
   """Returns the mean metrics of `records`, all from 0 to 1, by name.
 
@@ -55,6 +59,8 @@ def summarise(
   Args:
     records: one a question.
     prefix: of the names; the split, for instance "test".
+    variant: how answers are compared; see answers.py.
+    language: whose articles do not count.
 
   Raises:
     ValueError: there are no records.
@@ -65,9 +71,14 @@ def summarise(
       " question. Is the split empty?"
     )
   hits = np.array(
-    [exact_match(r.prediction, r.answers) == 1.0 for r in records]
+    [
+      exact_match(r.prediction, r.answers, variant, language) == 1.0
+      for r in records
+    ]
   )
-  f1s = np.array([token_f1(r.prediction, r.answers) for r in records])
+  f1s = np.array(
+    [token_f1(r.prediction, r.answers, variant, language) for r in records]
+  )
   in_top = np.array([r.answer_in_top for r in records])
   relations = np.array([r.relation for r in records])
   has_docs = any(r.retrieved_ids for r in records)
