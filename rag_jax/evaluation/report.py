@@ -17,8 +17,9 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.evaluation.answers import exact_match
 from rag_jax.evaluation.answers import token_f1
-from rag_jax.evaluation.intervals import bootstrap_interval
 from rag_jax.retrieval.certificate import Certificate
+from rag_jax.retrieval.intervals import mean_interval
+from rag_jax.terminal import one_line
 
 RESULTS_FILE = "results.json"
 RECALL_K = 5  # of answer_recall_at_5
@@ -83,7 +84,7 @@ def summarise(
   relations = np.array([r.relation for r in records])
   has_docs = any(r.retrieved_ids for r in records)
 
-  low, high = bootstrap_interval(hits)
+  low, high = mean_interval(hits)
   result = {
     f"{prefix}/exact_match_low": low,
     f"{prefix}/exact_match_high": high,
@@ -193,6 +194,7 @@ def _share(value: float | None) -> str:
 
 
 def _row(relation: str, questions: str, match: str, recall: str) -> str:
+  relation = one_line(relation)
   if len(relation) > _RELATION_WIDTH:
     relation = relation[: _RELATION_WIDTH - 3] + "..."
   row = f"{relation:<{_RELATION_WIDTH}} {questions:>9}  {match:>11}"
