@@ -217,7 +217,7 @@ def test_a_setting_that_decides_answers_is_not_changed_by_accident(
 
 
 def test_runs_of_before_there_were_digests_are_served(run, change_config):
-  forget(run, "settings", "tokenizer_manifest")
+  forget(run, "config", "tokenizer_manifest")
   (run / "tokenizer" / MANIFEST).unlink()
   change_config("data", n_docs=1)
   RagPipeline.load(run)
