@@ -6,9 +6,9 @@ tokenizer; and a copy.
 
 import dataclasses
 import pathlib
-import shutil
 from typing import Any
 
+from rag_jax import disk
 from rag_jax.corpus.tokenizer import check_own_files
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import CheckpointDirectory
@@ -144,5 +144,5 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
   target.mkdir(parents=True, exist_ok=True)
   for name in names:
     if (source / name).resolve() != (target / name).resolve():
-      shutil.copyfile(source / name, target / name)
+      disk.write_atomically(target / name, (source / name).read_bytes())
   return names
