@@ -6,7 +6,6 @@ they belong. The one file that imports transformers, for its tokenizers alone.
 
 from collections.abc import Iterable, Sequence, Set
 import functools
-import json
 import logging as python_logging
 import os
 import pathlib
@@ -317,29 +316,23 @@ def check_own_files(path: epath.PathLike) -> None:
       )
 
 
-def _check_manifest(path: epath.Path, ours: bool) -> None:
+def _check_manifest(path: epath.Path) -> None:
   """Raises `ValueError` if what `Tokenizer.save` wrote was changed."""
   manifest = path / artifacts.MANIFEST
-  if not ours:
-    try:  # other programs call other things manifest.json
-      ours = json.loads(manifest.read_bytes())["kind"] == _KIND
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-      ours = False
-  elif not manifest.exists() and not os.path.islink(manifest):
+  if not manifest.exists() and not os.path.islink(manifest):
     logging.warning(
       "The tokenizer in %s has no %s: an older version wrote it, or it was"
       " removed. Nobody can tell whether it is as it was written.",
       *(path, artifacts.MANIFEST),
     )
-    ours = False
-  if ours:
-    artifacts.read_manifest(
-      path,
-      kind=_KIND,
-      format=_FORMAT,
-      nested=True,
-      remedy="Put the old files back, or start in another directory.",
-    )
+    return
+  artifacts.read_manifest(
+    path,
+    kind=_KIND,
+    format=_FORMAT,
+    nested=True,
+    remedy="Put the old files back, or start in another directory.",
+  )
 
 
 def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
@@ -347,17 +340,18 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
 
   Args:
     path: of the directory.
-    ours: whether `Tokenizer.save` wrote it. Then it is warned of a missing
-      manifest.
+    ours: whether it has to be what `Tokenizer.save` wrote. If its manifest is
+      missing, it is older, or was made by hand: that is warned of.
 
   Raises:
     FileNotFoundError: there is none.
-    ValueError: its files cannot be read, were changed since `Tokenizer.save`
-      wrote them, or are links.
+    ValueError: its files cannot be read, are links that lead elsewhere, or are
+      `ours` and were changed.
   """
   path = epath.Path(path)
   check_own_files(path)
-  _check_manifest(path, ours)
+  if ours:
+    _check_manifest(path)
   kind = "AutoTokenizer"
   if not (path / "tokenizer.json").exists():
     kind = _older_kind(path)

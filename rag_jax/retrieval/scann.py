@@ -205,8 +205,8 @@ class ScannIndex:
       except RuntimeError as error:  # "I/O error", whatever it is
         raise disk.UnwritableError(
           f"ScaNN's files cannot be written to {path} ({error}). Expected room"
-          f" for {self.memory_bytes:,} bytes. Free some space, or choose another"
-          " directory, and build the index again."
+          f" for {self.memory_bytes:,} bytes. Free some space, or choose"
+          " another directory, and build the index again."
         ) from error
       if parent:
         if folder.exists():

@@ -415,9 +415,7 @@ def test_a_part_of_an_index_is_not_opened_alone(tmp_path):
   save_embeddings(epath.Path(path), embeddings)
   build_index_directory(path, open_embeddings(path), config, **FINGERPRINTS)
   load_index(path)
-  with pytest.raises(
-    ValueError, match=r"is a part of an index.*Open the index"
-  ):
+  with pytest.raises(ValueError, match=r"is a part of an index.*Open the"):
     load_index(path / "shards/00000")
 
 
@@ -427,6 +425,6 @@ def test_a_full_disk_is_called_that(tmp_path):
   index.embeddings = open_embeddings(tmp_path)
   with (
     full_disk(5_000),
-    pytest.raises(UnwritableError, match="Free some space"),
+    pytest.raises(UnwritableError, match="Free some"),
   ):
     index.save(tmp_path)
