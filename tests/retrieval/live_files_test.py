@@ -248,9 +248,7 @@ def test_without_the_file_that_names_a_version_nothing_is_written(live):
   live.upsert(normal(1, R))
   (live._path / "CURRENT").unlink()
   kept = sorted(os.listdir(live._path))
-  with pytest.raises(
-    ValueError, match=r"v000001, v000002 of a live index, but"
-  ):
+  with pytest.raises(ValueError, match=r"v000001, v000002 of a live index"):
     LiveIndex.create(live._path, base())
   with pytest.raises(FileNotFoundError, match="no CURRENT"):
     live.delete(np.array([1]))
