@@ -304,7 +304,10 @@ def _read_model(path: pathlib.Path) -> _Model:
     encoder=encoder("encoder"),
     passage_encoder=encoder("passage_encoder"),
     generator=(
-      GeneratorConfig(**content["generator"])
+      GeneratorConfig(
+        **content["generator"]
+        | {"fixed": tuple(content["generator"].get("fixed", ()))}
+      )
       if "generator" in content
       else None
     ),

@@ -1,7 +1,8 @@
 """How a checkpoint wants to generate: generation_config.json.
 
 In: a checkpoint's directory. Out: its settings, by Hugging Face's names; from
-config.json where a checkpoint is older than that file.
+config.json where a checkpoint is older than that file. And: the settings of a
+run that may have started from one.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import pathlib
 from typing import Any
 
 from rag_jax import artifacts
+from rag_jax.config import Config
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import CheckpointDirectory
 
@@ -57,6 +59,55 @@ def read_generation(
     if given:
       settings[name] = (unusual or given)[0]
   return settings
+
+
+def typed_settings(
+  settings: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns what `DecodingConfig` has fields for, and the rest."""
+  rest = {k: v for k, v in settings.items() if v is not None}
+  typed = {
+    name: rest.pop(name)
+    for name in ("num_beams", "length_penalty", "no_repeat_ngram_size")
+    if name in rest
+  }
+  # Of both, the number of new tokens wins; the other counts the start token.
+  new_tokens = rest.pop("min_new_tokens", None)
+  length = rest.pop("min_length", None)
+  if new_tokens is not None:
+    typed["min_new_tokens"] = new_tokens
+  elif isinstance(length, int):
+    typed["min_new_tokens"] = max(length - 1, 0)
+  return typed, rest
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+  """Returns how a run answers, by Hugging Face's names.
+
+  Of token ids, those alone that its checkpoint gave.
+  """
+  settings: dict[str, Any] = json.loads(
+    config.decoding.generation_config or "{}"
+  )
+  if not any(settings.get(k) for k in ("max_length", "max_new_tokens")):
+    settings["max_new_tokens"] = config.data.target_length
+  for name in (
+    "num_beams", "length_penalty", "no_repeat_ngram_size", "min_new_tokens"
+  ):  # fmt: skip
+    settings[name] = getattr(config.decoding, name)
+  return settings
+
+
+def target_start(config: Config) -> tuple[int, ...]:
+  """Returns what answers are forced to begin with: BART's <s>, or nothing.
+
+  Targets begin with it too, or the model would never learn what follows it.
+  """
+  settings = settings_of(config)
+  forced = settings.get("forced_bos_token_id")
+  if forced is None and settings.get("force_bos_token_to_be_generated"):
+    forced = settings.get("bos_token_id")  # how BART's older files said it
+  return () if forced is None else (forced,)
 
 
 def write_generation(

@@ -8,6 +8,7 @@ A RAG checkpoint serves as any of its parts. Those of RAG-Token and RAG-Sequence
 have the same tensors: either can be trained and decoded as the other.
 """
 
+import dataclasses
 import functools
 import os
 from typing import Literal
@@ -102,6 +103,15 @@ def load_rag(where: Where) -> LoadedRag:
     generator=rag.load_generator(),
     settings=rag.settings(),
   )
+
+
+def has_passage_encoder(where: Where) -> bool:
+  """Returns whether a checkpoint is a RAG that holds its passage encoder."""
+  directory = open_directory(where)
+  values = _config(directory) if directory.has("config.json") else None
+  if values is None or values.values.get("model_type") != "rag":
+    return False
+  return _Rag(directory, values).has_passages
 
 
 def checkpoint_kind(where: Where) -> str:
@@ -251,9 +261,10 @@ class _Rag:
       f"a RAG-{kind.capitalize()} checkpoint; the other kind has the same"
       " tensors"
     )
-    return part.load(
+    loaded = part.load(
       find_tokenizer(directory, GENERATOR_TOKENIZER), generation, [note]
     )
+    return dataclasses.replace(loaded, rag=self.settings())
 
   def settings(self) -> RagSettings:
     """Returns what config.json says beside the parts."""

@@ -36,6 +36,7 @@ class LoadedGenerator:
   special_ids: SpecialIds
   generation: dict[str, Any]  # of generation_config.json
   report: Report
+  rag: "RagSettings | None" = None  # of the RAG that it is a part of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,18 +8,15 @@ import pathlib
 import shutil
 from typing import Any
 
+from rag_jax.corpus.tokenizer import SENTENCEPIECE
 from rag_jax.weights.directory import CheckpointDirectory
 
 TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-  "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
-  "sentencepiece.bpe.model",
+  "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", *SENTENCEPIECE,
 )  # fmt: skip
 # One of them makes a tokenizer.
-_VOCABULARIES = (
-  "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model",
-  "sentencepiece.bpe.model",
-)  # fmt: skip
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE)
 
 
 def find_tokenizer(

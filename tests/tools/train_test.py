@@ -119,7 +119,7 @@ WRONG = {
     r" train\.jsonl\."
   ),
   ("tokenizer.path={root}/none",): (
-    r"FileNotFoundError: No tokenizer\.json in .*/none\."
+    r"FileNotFoundError: There is no tokenizer in .*/none; looked for"
   ),
   ("optimizer.freeze=('generatr',)",): (
     r"ValueError: optimizer\.freeze names 'generatr', but no parameter has that"
