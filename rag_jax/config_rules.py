@@ -354,11 +354,16 @@ def validate(config: Any) -> Config:
       f"Expected a rag_jax.config.Config, got {type(config).__name__}. Does"
       " get_config() of the --config file return one?"
     )
-  problems = [
-    f"{f.name} is {getattr(config, f.name)!r}, expected a {f.type.__name__}."
+  default = Config()
+  sections = {
+    f.name: type(getattr(default, f.name))
     for f in dataclasses.fields(Config)
     if dataclasses.is_dataclass(f.type)
-    and type(getattr(config, f.name)) is not f.type
+  }
+  problems = [
+    f"{name} is {getattr(config, name)!r}, expected a {section.__name__}."
+    for name, section in sections.items()
+    if type(getattr(config, name)) is not section
   ]
   for name, field, value in fields(config) if not problems else ():
     problem = type_problem(name, field, value)

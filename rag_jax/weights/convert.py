@@ -22,6 +22,8 @@ from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_generator
 from rag_jax.weights.export import export_rag
 from rag_jax.weights.export import score_scale
+from rag_jax.weights.generation_settings import exported_settings
+from rag_jax.weights.generation_settings import settings_of
 from rag_jax.weights.load import GENERATOR_TOKENIZER
 from rag_jax.weights.load import QUESTION_TOKENIZER
 from rag_jax.weights.load import Where
@@ -254,17 +256,14 @@ def _read_workdir(path: pathlib.Path) -> _Model:
       title_sep=data.title_sep,
       doc_sep=data.doc_sep,
       prefix=data.context_prefix,
+      do_deduplication=settings_of(config).get("do_deduplication", True),
+      exclude_bos_score=config.exclude_bos_score,
     ),
     question_tokenizer=(
       _tokenizer_of_run(retriever) if retriever.exists() else tokenizer
     ),
     generator_tokenizer=tokenizer,
-    generation={
-      "do_sample": False,
-      # Theirs counts the token that the decoder starts with.
-      "max_length": data.target_length + 1,
-      "num_beams": 1,
-    },
+    generation=exported_settings(config),
     max_tokens=max(data.question_length, data.passage_length),
   )
 

@@ -12,19 +12,21 @@ from typing import Any
 
 from rag_jax import artifacts
 from rag_jax.config import Config
+from rag_jax.weights.config_fields import GENERATION_REFUSED
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import CheckpointDirectory
 
 GENERATION_CONFIG = "generation_config.json"
 
-# Those that a config.json of version 3 or 4 may hold.
-_NAMES = (
+# Those that a config.json of version 3 or 4 may hold, beside those that are
+# refused.
+GENERATION_NAMES = (
   "bad_words_ids", "bos_token_id", "decoder_start_token_id", "do_sample",
-  "early_stopping", "eos_token_id", "forced_bos_token_id",
-  "forced_eos_token_id", "length_penalty", "max_length", "max_new_tokens",
-  "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams",
-  "num_return_sequences", "pad_token_id", "repetition_penalty", "temperature",
-  "top_k", "top_p",
+  "early_stopping", "eos_token_id", "force_bos_token_to_be_generated",
+  "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length",
+  "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size",
+  "num_beams", "num_return_sequences", "pad_token_id", "repetition_penalty",
+  "temperature", "top_k", "top_p",
 )  # fmt: skip
 # A setting that is one of these counts as not given: version 4 wrote them all,
 # for RAG at both levels.
@@ -51,7 +53,7 @@ def read_generation(
     configs = (directory.json(GENERATION_CONFIG),)
     names = [name for name in configs[0] if name not in _BOOKKEEPING]
   else:
-    names = list(_NAMES)
+    names = [*GENERATION_NAMES, *_active(*configs)]
   settings = {}
   for name in names:
     given = [c[name] for c in configs if c.get(name) is not None]
@@ -59,6 +61,15 @@ def read_generation(
     if given:
       settings[name] = (unusual or given)[0]
   return settings
+
+
+def _active(*configs: Mapping[str, Any]) -> list[str]:
+  """Returns the settings that ask for what the search here does not do."""
+  return [
+    name
+    for name, inactive in GENERATION_REFUSED.items()
+    if any(c.get(name) is not None and c[name] not in inactive for c in configs)
+  ]
 
 
 def typed_settings(
@@ -96,6 +107,17 @@ def settings_of(config: Config) -> dict[str, Any]:
   ):  # fmt: skip
     settings[name] = getattr(config.decoding, name)
   return settings
+
+
+def exported_settings(config: Config) -> dict[str, Any]:
+  """Returns how a run answers, for its generation_config.json."""
+  settings = settings_of(config)
+  settings.pop("do_deduplication", None)  # of RAG's config.json
+  settings.setdefault("do_sample", False)
+  if "max_new_tokens" in settings:  # as older versions say it
+    settings["max_length"] = settings.pop("max_new_tokens") + 1
+  idle = {"length_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
+  return {k: v for k, v in settings.items() if v != idle.get(k)}
 
 
 def target_start(config: Config) -> tuple[int, ...]:

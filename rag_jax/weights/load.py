@@ -13,11 +13,13 @@ import functools
 import os
 from typing import Literal
 
+from rag_jax.weights.config_fields import field_notes
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import unsupported
 from rag_jax.weights.directory import CheckpointDirectory
 from rag_jax.weights.directory import open_directory
 from rag_jax.weights.encoder_configs import ENCODER_TYPES
+from rag_jax.weights.generation_settings import GENERATION_NAMES
 from rag_jax.weights.generation_settings import read_generation
 from rag_jax.weights.generator_configs import GENERATOR_TYPES
 from rag_jax.weights.generator_configs import with_default_ids
@@ -262,7 +264,9 @@ class _Rag:
       " tensors"
     )
     loaded = part.load(
-      find_tokenizer(directory, GENERATOR_TOKENIZER), generation, [note]
+      find_tokenizer(directory, GENERATOR_TOKENIZER),
+      generation,
+      [note, *field_notes(self._values, GENERATION_NAMES)],
     )
     return dataclasses.replace(loaded, rag=self.settings())
 
