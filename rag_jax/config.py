@@ -339,6 +339,10 @@ class Config(_Settings):
   """One experiment."""
 
   seed: int = 0
+  # Weights of retriever and generator to start from: the workdir of a run that
+  # has ended, a model directory that tools/convert_hf.py wrote, or a RAG
+  # checkpoint. The same as init_from of both; these win.
+  init_from: str = ""
   loss: str = _choice("rag_token", "rag_sequence")  # [checkpoint] of RAG
   # Of the targets, given each document. [checkpoint] of RAG
   label_smoothing: float = 0.0

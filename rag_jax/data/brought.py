@@ -42,6 +42,17 @@ class Brought:
         what the config file had said.
     """
     self._config, self._overridden = config, overridden
+    # Parts whose checkpoint the file does not name, nor that of the whole.
+    by_file = {
+      name: overridden.get(name, self._get(name))
+      for name in ("init_from", "encoder.init_from", "generator.init_from")
+    }
+    self._scratch = {
+      part: not by_file["init_from"]
+      and not by_file[f"{part}.init_from"]
+      and bool(overridden.keys() & {"init_from", f"{part}.init_from"})
+      for part in ("encoder", "generator")
+    }
     self._replaced: list[str] = []
     self._kept: list[str] = []
     self._refused: list[str] = []
@@ -67,10 +78,9 @@ class Brought:
       part: "encoder" or "generator".
       names: dotted, of settings.
     """
-    from_scratch = self._overridden.get(f"{part}.init_from") == ""
     for name in names:
       holder, field = self._holder(name)
-      by_file = holder.is_set(field) and not from_scratch
+      by_file = holder.is_set(field) and not self._scratch[part]
       if name in self._overridden or by_file:
         return True
     return False

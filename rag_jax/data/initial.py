@@ -1,6 +1,6 @@
-"""What a run starts from: other people's checkpoints, where the config says.
+"""What a run starts from: checkpoints or another run, where the config says.
 
-In: a config with encoder.init_from or generator.init_from. Out: the config with
+In: a config with init_from, of the whole or of a part. Out: the config with
 the architecture that the checkpoints have and the settings that they bring,
 their parameters, and where their tokenizers lie.
 """
@@ -19,12 +19,16 @@ from rag_jax.config_rules import validate
 from rag_jax.corpus.tokenizer import TOKENIZER_KINDS
 from rag_jax.data.brought import Brought
 from rag_jax.weights.generation_settings import typed_settings
+from rag_jax.weights.load import checkpoint_kind
 from rag_jax.weights.load import has_passage_encoder
 from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_generator
 from rag_jax.weights.loaded import LoadedEncoder
 from rag_jax.weights.loaded import LoadedGenerator
-from rag_jax.weights.loaded import RagSettings
+from rag_jax.weights.saved import SavedModel
+from rag_jax.weights.saved import is_ours
+from rag_jax.weights.saved import is_workdir
+from rag_jax.weights.saved import read_saved
 
 # Tokens, where a checkpoint says nothing: DPR's passages, and what RAG was
 # fine-tuned with.
@@ -72,6 +76,7 @@ def load_initial(
   """
   config = copy.deepcopy(config)
   brought = Brought(config, overridden or {})
+  _start_both(config)
   params = {}
   tokenizer = retriever_tokenizer = ""
   encoder, generator = config.encoder, config.generator
@@ -82,6 +87,8 @@ def load_initial(
     _bring_encoder(config, brought, loaded)
     params["question_encoder"] = loaded.params
     retriever_tokenizer = loaded.tokenizer
+    if is_ours(encoder.init_from):
+      _take_scores(config, read_saved(encoder.init_from))
     if not encoder.tied:
       params["passage_encoder"] = _passage_params(config, loaded)
   if generator.init_from:
@@ -91,12 +98,20 @@ def load_initial(
     _bring_generator(config, brought, loaded)
     params["generator"] = loaded.params
     tokenizer = loaded.tokenizer
-  if encoder.init_from and generator.init_from:
+  if not any(map(_is_fresh, (encoder.init_from, generator.init_from))):
     # Nothing is left that a cold start could teach.
     brought.bring("generator", "warmup.num_steps", 0)
   brought.finish()
   # A position table that is too short shows now.
   return validate(config), Initial(params, tokenizer, retriever_tokenizer)
+
+
+def _is_fresh(where: str) -> bool:
+  """Returns whether a part has no weights that others trained.
+
+  A run that goes on from another of ours is trained as its config file says.
+  """
+  return not where or is_workdir(where)
 
 
 def _check_tokenizer(
@@ -160,12 +175,14 @@ def _bring_encoder(
     else:
       brought.demand(part, name, value)
   brought.bring(
-    part, "encoder.score_scale", 1.0,
-    "its scores are inner products as they are, so p(z|x) will differ",
+    part, "encoder.score_scale", loaded.score_scale,
+    "its scores are multiplied so, and p(z|x) will differ",
   )  # fmt: skip
+  if _is_fresh(where):
+    return
   brought.bring(part, "encoder.learn_score_scale", False)
-  limit = loaded.max_tokens or encoder.max_positions
-  limit = min(limit, encoder.max_positions)
+  limits = [x for x in (loaded.max_tokens, encoder.max_positions) if x]
+  limit = min(limits, default=_PASSAGE)
   brought.bring(part, "data.question_length", min(_QUESTION, limit))
   longest = limit if loaded.max_tokens else min(_PASSAGE, limit)
   brought.bring(part, "data.passage_length", longest)
@@ -182,7 +199,7 @@ def _bring_encoder(
       " and 1, so that p(z|x) is almost the same for all documents; 20 is what"
       " sentence-transformers trains with"
     )
-  if not encoder.tied or encoder.passage_init_from:
+  if not encoder.tied or encoder.passage_init_from or is_ours(where):
     return
   if has_passage_encoder(where):
     brought.bring(
@@ -220,16 +237,24 @@ def _bring_generator(
     else:
       brought.demand(part, name, value)
   brought.demand(part, "init", "normal")
+  if loaded.rag is not None:
+    _bring_contexts(config, brought, loaded)
+  if _is_fresh(config.generator.init_from):
+    return
   brought.bring_lr(part, "optimizer.peak_lr")
   brought.bring_lr(part, "warmup.peak_lr")
   brought.bring(part, "data.substitute_answers", 0.0)  # it can read
   limit = config.generator.max_positions
   if config.generator.positions != "learned":
     limit = max(_CONTEXT, _TARGET)
-  length = min(_CONTEXT, limit)
-  if loaded.rag is not None:
-    length = loaded.rag.max_combined_length
-    _bring_rag(config, brought, loaded.rag)
+  length, rag = min(_CONTEXT, limit), loaded.rag
+  if rag is not None:
+    length = rag.max_combined_length
+    brought.bring(part, "loss", f"rag_{rag.kind}")
+    brought.bring(part, "label_smoothing", rag.label_smoothing)
+    brought.bring(part, "data.n_docs", rag.n_docs)
+    if config.hf_loss and config.loss == "rag_sequence":
+      brought.bring(part, "exclude_bos_score", rag.exclude_bos_score)
   brought.bring(part, "data.context_length", length)
   target_chosen = brought.chosen(part, "data.target_length")
   brought.bring(part, "data.target_length", min(_TARGET, limit))
@@ -239,22 +264,60 @@ def _bring_generator(
   if target_chosen:  # which is then the limit of answers too
     rest = {k: v for k, v in rest.items()
             if k not in ("max_length", "max_new_tokens")}  # fmt: skip
-  if loaded.rag is not None and not loaded.rag.do_deduplication:
+  if rag is not None and not rag.do_deduplication:
     rest["do_deduplication"] = False
   text = json.dumps(rest, sort_keys=True) if rest else ""
   brought.bring(part, "decoding.generation_config", text)
 
 
-def _bring_rag(config: Config, brought: Brought, rag: RagSettings) -> None:
-  """Sets what a RAG was trained with, beside its models."""
+def _bring_contexts(
+  config: Config, brought: Brought, loaded: LoadedGenerator
+) -> None:
+  """Sets how a RAG's contexts were written when it was trained."""
   part, other = "generator", "it was trained on other contexts"
-  brought.bring(part, "loss", f"rag_{rag.kind}")
-  brought.bring(part, "label_smoothing", rag.label_smoothing)
-  brought.bring(part, "data.n_docs", rag.n_docs)
-  brought.bring(part, "data.context_style", "rag", other)
+  rag = loaded.rag
+  assert rag is not None
+  brought.bring(part, "data.context_style", loaded.context_style, other)
   if config.data.context_style == "rag":
     brought.bring(part, "data.context_prefix", rag.prefix, other)
     brought.bring(part, "data.title_sep", rag.title_sep, other)
     brought.bring(part, "data.doc_sep", rag.doc_sep, other)
-  if config.hf_loss and config.loss == "rag_sequence":
-    brought.bring(part, "exclude_bos_score", rag.exclude_bos_score)
+
+
+def _start_both(config: Config) -> None:
+  """Lets the parts that name nothing start from `config.init_from`."""
+  where, encoder = config.init_from, config.encoder
+  if not where:
+    return
+  if is_ours(where):
+    saved = read_saved(where)
+    if saved.encoder is not None and not encoder.init_from:
+      encoder.init_from = where
+      if "passage_encoder" in saved.params:
+        encoder.tied = False
+    has_generator = saved.generator is not None
+  else:
+    kind = checkpoint_kind(where)
+    if kind != "rag":
+      raise ValueError(
+        f"init_from={where!r} is a checkpoint of kind {kind!r}; expected"
+        " retriever and generator together: the workdir of a run, a model"
+        " directory or a RAG checkpoint. Set encoder.init_from or"
+        " generator.init_from instead."
+      )
+    encoder.init_from = encoder.init_from or where
+    has_generator = True
+  if has_generator and not config.generator.init_from:
+    config.generator.init_from = where
+
+
+def _take_scores(config: Config, saved: SavedModel) -> None:
+  """Sets what documents are scored with to what a run has learned."""
+  if config.encoder.tied and "passage_encoder" in saved.params:
+    raise ValueError(
+      f"encoder.init_from={config.encoder.init_from!r} holds two towers, but"
+      " encoder.tied=True would keep that of the questions alone; expected two"
+      " towers here as well. Set encoder.tied=False."
+    )
+  if saved.hybrid and config.index.hybrid:
+    config.index.hybrid_dense, config.index.hybrid_bm25 = saved.hybrid

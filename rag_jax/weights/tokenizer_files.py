@@ -4,12 +4,18 @@ In: the directory that holds them. Out: its largest token id, without loading a
 tokenizer; and a copy.
 """
 
+import dataclasses
 import pathlib
 import shutil
 from typing import Any
 
 from rag_jax.corpus.tokenizer import SENTENCEPIECE
+from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import CheckpointDirectory
+
+# Folders of the two tokenizers of a RAG.
+QUESTION_TOKENIZER = "question_encoder_tokenizer"
+GENERATOR_TOKENIZER = "generator_tokenizer"
 
 TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -17,6 +23,14 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # One of them makes a tokenizer.
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+  """A saved tokenizer and what its special ids are."""
+
+  path: str = ""  # its directory; "": none is copied
+  ids: SpecialIds = dataclasses.field(default_factory=SpecialIds)
 
 
 def find_tokenizer(
