@@ -2,7 +2,7 @@
 
 import pytest
 
-from rag_jax.corpus.html_text import declared_encoding
+from rag_jax.corpus.html_text import declared_encodings
 from rag_jax.corpus.html_text import html_text
 
 PAGE = """<!DOCTYPE html>
