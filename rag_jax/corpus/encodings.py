@@ -31,6 +31,7 @@ _ICONV = {
 }  # fmt: skip
 _LEAST_LETTERS = 5  # outside of ASCII, to tell one encoding from another
 _MANY_LETTERS = 12
+_FEW_LETTERS = 3
 _LEAST_SCORE = 0.1  # of chardet's, for a guess
 _SURE_SCORE = 0.2  # for a page that names no encoding
 _SAMPLE_BYTES = 1 << 14
@@ -114,16 +115,18 @@ def _better(raw: bytes, name: str) -> str:
   times = 1.6 if letters >= _MANY_LETTERS else 3.0
   if controls:  # nobody writes them: it is not what the page names
     times = 1.01
-  much = letters >= _LEAST_LETTERS and scores[guess] >= times * score
-  return guess if much else ""
+  enough = letters >= (_FEW_LETTERS if controls else _LEAST_LETTERS)
+  return guess if enough and scores[guess] >= times * score else ""
 
 
 def _wide(raw: bytes) -> str:
   """Returns the kind of UTF-16 that bytes look like, without a mark, or ""."""
   sample = raw[:512]
-  if sample.startswith((b"<\0", b"\n\0", b" \0")) and not any(sample[1:64:2]):
+  half = len(sample) / 2
+  zeros = sample[::2].count(0), sample[1::2].count(0)
+  if zeros[1] > 0.6 * half and zeros[0] < 0.1 * half:
     return "utf-16le"
-  if sample.startswith((b"\0<", b"\0\n", b"\0 ")) and not any(sample[:64:2]):
+  if zeros[0] > 0.6 * half and zeros[1] < 0.1 * half:
     return "utf-16be"
   return ""
 

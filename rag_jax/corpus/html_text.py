@@ -23,8 +23,8 @@ _BLOCKS = frozenset({
   "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6",
   "header", "hgroup", "hr", "html", "legend", "li", "listing", "main", "menu",
   "nav", "ol", "optgroup", "option", "p", "plaintext", "pre", "search",
-  "section", "select", "summary", "table", "tbody", "td", "tfoot", "th",
-  "thead", "tr", "ul", "xmp",
+  "section", "select", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul",
+  "xmp",
 })  # fmt: skip
 _UNSEEN = frozenset({
   "annotation", "annotation-xml", "audio", "canvas", "datalist", "head",
@@ -46,8 +46,12 @@ _THINGS = frozenset(
 _CODE = frozenset({"code", "kbd", "samp", "tt", "var", "math"})
 _HEADING = re.compile(r"h[1-6]")
 _PERMALINK = frozenset({"", "#", "¶", "§", "🔗"})
-_HIDDEN = re.compile(r"(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*hidden)")
-_BLOCK_STYLE = re.compile(r"(?:^|;)\s*display\s*:\s*(?:block|flex|grid|table|list)")
+_HIDDEN = re.compile(
+  r"(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*hidden)"
+)
+_BLOCK_STYLE = re.compile(
+  r"(?:^|;)\s*display\s*:\s*(?:block|flex|grid|table|list)"
+)
 _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
 
 _RAISED = str.maketrans("0123456789+-\u2212=()ni", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿⁱ")
@@ -86,7 +90,7 @@ class Page:
 
   Attributes:
     title: from <title>, else the first heading; may be empty.
-    text: a line for each paragraph, heading, list item and cell.
+    text: a line for each paragraph, heading, list item and row of a table.
     headings: where they are in the text.
   """
 
@@ -106,7 +110,8 @@ def read_html(page: str) -> Page:
 
   Scripts, styles, comments and what is hidden are left out. White space is as
   on the screen: one space between words, a line for each paragraph, heading,
-  list item and cell, and the lines of <pre> as they are.
+  list item and row of a table, whose cells have tabs between them, and the
+  lines of <pre> as they are.
   """
   parser = LexborHTMLParser(_prepared(page))
   lines = _Lines()
@@ -215,25 +220,24 @@ class _Lines:
     self.headings: list[Heading] = []
     self._line: list[str] = []  # without white space at its start
     self._length = 0  # of `done`, with line ends
-    self._space = False  # wanted before the next word
+    self._space = ""  # that is wanted before the next word
     self._opened: set[str] = set()  # inline elements, since the last word
     self._closed: set[str] = set()
 
   @property
   def last(self) -> str:
     """The last character of the line, a space if one is wanted, or ""."""
-    if self._space:
-      return " "
-    return self._line[-1][-1] if self._line else ""
+    return self._space or (self._line[-1][-1] if self._line else "")
 
   @property
   def length(self) -> int:
     """Characters up to the next line."""
     return self._length
 
-  def space(self) -> None:
+  def space(self, kind: str = " ") -> None:
     """Keeps what follows apart from what was before."""
-    self._space = bool(self._line)
+    if self._line and self._space != "\t":
+      self._space = kind
 
   def inline(self, name: str, opens: bool) -> None:
     """Notes that an inline element begins or ends."""
@@ -253,14 +257,14 @@ class _Lines:
       return
     if self._closed and self._opened:
       around = self._closed | self._opened
-      if around & _THINGS and not around & {"sup", "sub"}:
+      if around & _THINGS and not around & {"sup", "sub", "td", "th"}:
         self.space()
     if text[0].isspace():
       self.space()
     if self._space:
-      self._line.append(" ")
+      self._line.append(self._space)
     self._line.append(" ".join(words))
-    self._space = text[-1].isspace()
+    self._space = " " if text[-1].isspace() else ""
     self._opened.clear()
     self._closed.clear()
 
@@ -279,14 +283,14 @@ class _Lines:
     for line in others:
       self._add("".join(self._line).rstrip(), blank=True)
       self._line = [line] if line else []
-    self._space = False
+    self._space = ""
 
   def end_line(self) -> str:
     """Ends the line, if there is something on it, and returns it."""
     line = "".join(self._line).rstrip()
     if line.strip():
       self._add(line)
-    self._line, self._space = [], False
+    self._line, self._space = [], ""
     self._opened.clear()
     self._closed.clear()
     return line
@@ -318,10 +322,16 @@ def _script(kind: str, inner: str, before: str) -> str:
     # Letters alone are no exponent of a number: 2e, 1st.
     if not (before.isdigit() and inner.isalpha()):
       return inner.translate(table)
-  if not inner or not before.isalnum() or not (inner[0].isalnum() or inner[0] in "+-\u2212("):
+  if (
+    not inner
+    or not before.isalnum()
+    or not (inner[0].isalnum() or inner[0] in "+-\u2212(")
+  ):
     return inner
-  if kind == "sup" and inner.isalpha() and (
-    before.isdigit() or (len(inner) > 1 and _ORDINAL.match(inner))
+  if (
+    kind == "sup"
+    and inner.isalpha()
+    and (before.isdigit() or (len(inner) > 1 and _ORDINAL.match(inner)))
   ):
     return inner
   return ("^" if kind == "sup" else "_") + (
@@ -369,7 +379,9 @@ def _walk(root: LexborNode, lines: _Lines) -> None:
       elif _HEADING.fullmatch(name):
         line = lines.end_line()
         if line:
-          lines.headings.append(Heading(note, note + len(line), int(name[1]), line))
+          lines.headings.append(
+            Heading(note, note + len(line), int(name[1]), line)
+          )
       elif name in _BLOCKS:
         lines.end_line()
       elif name == "q":
@@ -422,6 +434,8 @@ def _walk(root: LexborNode, lines: _Lines) -> None:
     elif name in _BLOCKS:
       lines.end_line()
       note = lines.length
+    elif name in ("td", "th"):
+      lines.space("\t")
     if name in _APART:
       lines.space()
     if name in _KEEPS_SPACE:

@@ -17,7 +17,12 @@ _COUNTS = {
   "split": "documents split into several passages",
   "broken": "passages that end inside a sentence or word that is too long",
   "cut": "passages cut off at max_chars",
+  "shortened": "passages with a title that is too long, which was shortened",
+  "mislabelled": "pages in another encoding than they say",
+  "left_out": "pieces of base64 and other encoded data, left out",
 }
+# Said only where there are some.
+_SAID_IF_ANY = ("shortened", "mislabelled", "left_out")
 _DROPPED = {
   "empty": "without any text",
   "duplicate_id": "with an id that an earlier one has",
@@ -43,6 +48,10 @@ class CorpusReport:
       a passage may be; the next one goes on there, and nothing is lost.
     cut: passages that lost their end, as settings said.
     cut_chars: characters that were lost so.
+    shortened: passages that do not have the whole title of their document.
+    mislabelled: pages that name a wrong encoding, or none.
+    left_out: pieces of base64 and the like, which no passage holds.
+    left_out_chars: their length.
     other_files: files of a folder that are not read by their name.
     dropped: records left out, by reason.
     places: the first places of each of these, and what is there.
@@ -54,6 +63,10 @@ class CorpusReport:
   broken: int = 0
   cut: int = 0
   cut_chars: int = 0
+  shortened: int = 0
+  mislabelled: int = 0
+  left_out: int = 0
+  left_out_chars: int = 0
   other_files: int = 0
   dropped: dict[str, int] = dataclasses.field(
     default_factory=lambda: dict.fromkeys(_DROPPED, 0)
@@ -66,6 +79,12 @@ class CorpusReport:
     if len(places) < _MAX_PLACES:
       more = "..." if len(place) > _MAX_CHARS else ""
       places.append(place[:_MAX_CHARS] + more)
+
+  def leave_out(self, num_chars: int, place: str) -> None:
+    """Counts encoded data of a text that no passage holds."""
+    self.left_out += 1
+    self.left_out_chars += num_chars
+    self.note("left_out", f"{place}: {num_chars} characters")
 
   def drop(self, kind: str, place: str) -> None:
     """Counts one record that is left out.
@@ -87,7 +106,13 @@ class CorpusReport:
 
   def table(self) -> str:
     """Returns what a person reads: counts, then places."""
-    rows = [(getattr(self, name), text) for name, text in _COUNTS.items()]
+    rows = [
+      (count, text)
+      for name, text in _COUNTS.items()
+      if (count := getattr(self, name)) or name not in _SAID_IF_ANY
+    ]
+    if self.left_out:
+      rows.append((self.left_out_chars, "characters of such data"))
     if self.cut:
       rows.append((self.cut_chars, "characters lost by that"))
     rows += [
