@@ -6,6 +6,7 @@ stay: they are searched for.
 """
 
 from collections.abc import Iterator
+import itertools
 import re
 
 from rag_jax.corpus.text_spans import Span
@@ -23,22 +24,23 @@ _RUN = re.compile(rf"[A-Za-z0-9+/_\-]{{{_LEAST_CHARS},}}={{0,2}}")
 # Wrapped as in mails and certificates.
 _FULL_LINE = r"[ \t>]{0,16}[A-Za-z0-9+/]{56,80}[ \t]*\r?\n"
 _LINES = re.compile(
-  rf"^{_FULL_LINE}(?:{_FULL_LINE})+(?:[ \t>]{{0,16}}[A-Za-z0-9+/]{{1,80}}={{0,2}}"
-  r"[ \t]*$)?",
+  rf"^{_FULL_LINE}(?:{_FULL_LINE})+"
+  r"(?:[ \t>]{0,16}[A-Za-z0-9+/]{1,80}={0,2}[ \t]*$)?",
   re.MULTILINE,
 )
 _UUENCODED = re.compile(
-  r"^begin [0-7]{3,4} [^\n]*\n(?:[!-`]{1,61}\r?\n)+(?:`\r?\n)?end$",
+  r"^begin [0-7]{3,4} [^\n]*\n(?:[ -`]{1,61}\r?\n)+(?:`\r?\n)?end$",
   re.MULTILINE,
 )
 _PATCH = re.compile(
   r"^(?:literal|delta) \d+\n(?:[A-Za-z][!-~]{5,66}\n)+", re.MULTILINE
 )
 _DUMP = re.compile(
-  r"(?:^[0-9a-fA-F]{4,16}:?[ \t]+(?:[0-9a-fA-F]{2,8}[ \t]+){4,}[^\n]*(?:\n|\Z)){4,}",
+  r"(?:^[0-9a-fA-F]{4,16}:?[ \t]+(?:[0-9a-fA-F]{2,8}[ \t]+){4,}"
+  r"[^\n]*(?:\n|\Z)){4,}",
   re.MULTILINE,
 )
-_CERTAIN = (DATA_ADDRESS, _HEX, _BYTES, _UUENCODED, _PATCH, _DUMP)
+_CERTAIN = (DATA_ADDRESS, _BYTES, _UUENCODED, _PATCH, _DUMP)
 
 
 def _is_mixed(run: str) -> bool:
@@ -46,7 +48,7 @@ def _is_mixed(run: str) -> bool:
   run = re.sub(r"(.)\1+", r"\1", re.sub(r"[\s>=]", "", run))
   kinds = re.sub("[a-z]", "a", re.sub("[A-Z]", "A", re.sub("[0-9]", "0", run)))
   total = len(kinds)
-  changes = sum(a != b for a, b in zip(kinds, kinds[1:], strict=False))
+  changes = sum(a != b for a, b in itertools.pairwise(kinds))
   return (
     kinds.count("A") > 0.1 * total
     and kinds.count("a") > 0.1 * total
@@ -63,6 +65,11 @@ def data_spans(text: str) -> list[Span]:
     for kind in (_RUN, _LINES)
     for match in kind.finditer(text)
     if _is_mixed(match[0])
+  ]
+  found += [
+    match.span()
+    for match in _HEX.finditer(text)
+    if sum(map(str.isalpha, match[0])) > 0.1 * len(match[0])  # else a number
   ]
   spans: list[Span] = []
   for start, end in sorted(found):

@@ -1,9 +1,9 @@
 """The encoding of a page or file, and what to do about a wrong one.
 
 In: bytes, and the label of a page. Out: text, and whether the label was wrong;
-or which encoding it may be, for the advice that a person gets. Labels mean what the WHATWG's standard says,
-https://encoding.spec.whatwg.org. The one file that imports webencodings and
-chardet.
+or which encoding it may be, for the advice that a person gets. Labels mean what
+the WHATWG's standard says, https://encoding.spec.whatwg.org. The one file that
+imports webencodings and chardet.
 """
 
 import codecs
@@ -136,7 +136,9 @@ def _decode(raw: bytes, name: str) -> str | None:
   # The standard's decoder of GBK is that of GB18030.
   name = {"gbk": "gb18030"}.get(name, name)
   known = webencodings.lookup(name)
-  codec = known.codec_info.name if known and name != "gb18030" else name
+  # Python's UTF-16 and UTF-32 read the byte order mark.
+  own = ("gb18030", "utf-16", "utf-32")
+  codec = known.codec_info.name if known and name not in own else name
   try:
     return raw.decode(codec)
   except (LookupError, UnicodeError):

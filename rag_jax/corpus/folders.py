@@ -15,8 +15,8 @@ from rag_jax.corpus import markdown_text
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.encodings import decode_page
 from rag_jax.corpus.encodings import likely_encoding
-from rag_jax.corpus.html_text import declared_encodings
 from rag_jax.corpus.html_text import Page
+from rag_jax.corpus.html_text import declared_encodings
 from rag_jax.corpus.html_text import read_html
 from rag_jax.corpus.records import bad_character
 from rag_jax.corpus.records import conversion

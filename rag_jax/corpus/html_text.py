@@ -6,6 +6,7 @@ browsers do, https://html.spec.whatwg.org/multipage/parsing.html. The one file
 that imports selectolax.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 import dataclasses
 import html
@@ -23,8 +24,8 @@ _BLOCKS = frozenset({
   "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6",
   "header", "hgroup", "hr", "html", "legend", "li", "listing", "main", "menu",
   "nav", "ol", "optgroup", "option", "p", "plaintext", "pre", "search",
-  "section", "select", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul",
-  "xmp",
+  "section", "select", "summary", "table", "tbody", "tfoot", "thead", "tr",
+  "ul", "xmp",
 })  # fmt: skip
 _UNSEEN = frozenset({
   "annotation", "annotation-xml", "audio", "canvas", "datalist", "head",
@@ -63,7 +64,10 @@ _SCRIPTS = {"msup": ("sup",), "msub": ("sub",), "msubsup": ("sub", "sup")}
 _XHTML = re.compile(
   r"(?i)\A\s*<\?xml|<!doctype[^>]*xhtml|<html[^>]*\sxmlns\s*=[^>]*xhtml"
 )
-_CDATA = re.compile(r"<!\[CDATA\[(.*?)(?:\]\]>|\Z)", re.DOTALL)
+# Text in XML; to HTML it is a comment. None is longer than a script.
+_CDATA = re.compile(
+  r"(?is)<!\[CDATA\[((?:(?!</script|</style|<!\[CDATA\[).)*?)\]\]>"
+)
 # Of these, <x/> is complete in XML and never ends in HTML.
 _RAW = (
   "title", "textarea", "script", "style", "xmp", "iframe", "noembed",
@@ -146,19 +150,17 @@ def declared_encodings(raw: bytes) -> Iterator[str]:
 
 def _prepared(page: str) -> str:
   """Returns the page with what would swallow all that follows put right."""
+  page = _CDATA.sub(lambda match: html.escape(match[1]), page)
   if _XHTML.search(page, 0, 4096):
-    page = _CDATA.sub(lambda match: html.escape(match[1]), page)
     page = _SELF_CLOSED.sub(r"<\1\2></\1>", page)
   for name in _RAW:
     begins = re.compile(rf"(?i)<{name}(?=[\s/>])[^<>]*+>")
-    last = None
-    for last in begins.finditer(page):  # noqa: B007, the last one is wanted
-      pass
     closes = re.compile(rf"(?i)</{name}[\s/>]")
-    if last and not closes.search(page, last.end()):
-      # An end tag that closes nothing is ignored, should this stand in a
-      # comment.
-      if after := _STRUCTURE.search(page, last.end()):
+    for last in deque(begins.finditer(page), maxlen=1):
+      after = _STRUCTURE.search(page, last.end())
+      if after and not closes.search(page, last.end()):
+        # An end tag that closes nothing is ignored, should this stand in a
+        # comment.
         place = after.start()
         page = f"{page[:place]}</{name}>{page[place:]}"
   return _shallow(page)
@@ -194,9 +196,9 @@ def _shallow(page: str) -> str:
 def _titles(parser: LexborHTMLParser) -> Iterator[str]:
   """Yields the titles of the page itself, not of drawings in it."""
   for node in parser.css("title"):
-    if not _inside(node, ("svg", "math")):
-      if title := " ".join(node.text().translate(_INVISIBLE).split()):
-        yield title
+    title = " ".join(node.text().translate(_INVISIBLE).split())
+    if title and not _inside(node, ("svg", "math")):
+      yield title
 
 
 def _inside(node: LexborNode, names: Iterable[str]) -> bool:
@@ -318,10 +320,10 @@ def _script(kind: str, inner: str, before: str) -> str:
   table = _RAISED if kind == "sup" else _LOWERED
   if inner.upper() in ("TM", "SM") and kind == "sup":
     return "™" if inner.upper() == "TM" else "℠"
-  if inner and all(ord(c) in table for c in inner):
-    # Letters alone are no exponent of a number: 2e, 1st.
-    if not (before.isdigit() and inner.isalpha()):
-      return inner.translate(table)
+  # Letters alone are no exponent of a number: 1st, 2n.
+  ordinal = before.isdigit() and inner.isalpha()
+  if inner and not ordinal and all(ord(c) in table for c in inner):
+    return inner.translate(table)
   if (
     not inner
     or not before.isalnum()
@@ -453,9 +455,9 @@ def _walk(root: LexborNode, lines: _Lines) -> None:
     if name not in _BLOCKS and not code:
       lines.inline(name, opens=True)
     math += name == "math"
-    if math and node.prev is not None and node.parent is not None:
-      if node.parent.tag == "mfrac":
-        lines.glue("/")
+    parent = node.parent if math and node.prev is not None else None
+    if parent is not None and parent.tag == "mfrac":
+      lines.glue("/")
     ends.append((None, name, note))
     if node.first_child is not None:
       ends.append((node.first_child, "", 0))

@@ -4,6 +4,7 @@ In: every record that cannot be used, every document that is split or cut. Out:
 counts, and the first places of each, as a table and as JSON.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import json
 from typing import Any, NoReturn
@@ -36,6 +37,30 @@ _MAX_PLACES = 20  # that are named, of each kind
 _MAX_CHARS = 300  # of what is said about one of them
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+  """How much of a corpus is embedded.
+
+  Attributes:
+    tokens: of all passages, titles and end tokens included.
+    lost: of these, what is beyond the length that is embedded.
+    left_out_chars: of base64 and the like, which no passage holds; None: not
+      known, as after an update.
+  """
+
+  tokens: int
+  lost: int
+  left_out_chars: int | None = 0
+
+  def __str__(self) -> str:
+    share = self.lost / max(self.tokens, 1)
+    shown = "under 0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
+    text = f"{shown} of the tokens ({self.lost:,} of {self.tokens:,})"
+    if self.left_out_chars:
+      text += f", and {self.left_out_chars:,} characters of encoded data"
+    return text
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class CorpusReport:
   """Counts, which grow while the passages are drawn.
@@ -53,6 +78,7 @@ class CorpusReport:
     left_out: pieces of base64 and the like, which no passage holds.
     left_out_chars: their length.
     other_files: files of a folder that are not read by their name.
+    coverage: how much of the passages is embedded; None: not known yet.
     dropped: records left out, by reason.
     places: the first places of each of these, and what is there.
   """
@@ -68,6 +94,7 @@ class CorpusReport:
   left_out: int = 0
   left_out_chars: int = 0
   other_files: int = 0
+  coverage: Coverage | None = None
   dropped: dict[str, int] = dataclasses.field(
     default_factory=lambda: dict.fromkeys(_DROPPED, 0)
   )
@@ -100,12 +127,23 @@ class CorpusReport:
     """Returns the report as JSON can hold it, for instance in a manifest."""
     return dataclasses.asdict(self)
 
+  @classmethod
+  def from_content(cls, content: Mapping[str, Any]) -> "CorpusReport":
+    """Returns what `content` returned; what it lacks is not known."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    kept = {k: v for k, v in content.items() if k in known}
+    if kept.get("coverage") is not None:
+      kept["coverage"] = Coverage(**kept["coverage"])
+    report = cls(**kept)
+    report.dropped = dict.fromkeys(_DROPPED, 0) | report.dropped
+    return report
+
   def to_json(self) -> str:
     """Returns the report as JSON text."""
     return json.dumps(self.content(), indent=2, ensure_ascii=False) + "\n"
 
   def table(self) -> str:
-    """Returns what a person reads: counts, then places."""
+    """Returns what a person reads: what is not embedded, counts, places."""
     rows = [
       (count, text)
       for name, text in _COUNTS.items()
@@ -123,6 +161,8 @@ class CorpusReport:
       rows.append((self.other_files, "other files in the folder, not read"))
     width = max(len(f"{count:,}") for count, _ in rows)
     lines = [f"{count:>{width},}  {text}" for count, text in rows]
+    if self.coverage is not None:
+      lines.insert(0, f"Not embedded: {self.coverage}")
     for kind, places in self.places.items():
       if kind == "split":  # nothing is wrong there; they stand in the JSON
         continue

@@ -48,29 +48,31 @@ def sections(document: Document) -> Iterator[Section]:
   A heading without text is one of its own if nothing stands below it.
   """
   text, headings = document.text, document.headings
-  top = (document.title,) if document.title else ()
+  top = [document.title] if document.title else []
   start = text[: headings[0].start] if headings else text
-  if start.strip():
-    yield Section(top, start, start)
+  found = bool(start.strip())
+  if found:
+    yield Section(tuple(top), start, start)
   above: list[tuple[int, str]] = []
   for number, heading in enumerate(headings):
-    following = headings[number + 1 :][:1]
+    following = headings[number + 1 : number + 2]
     end = following[0].start if following else len(text)
     while above and above[-1][0] >= heading.level:
       above.pop()
-    body = text[heading.end : end]
     path = list(top)
     for _, title in above:
       if not (path and _is_said(title, path[-1])):
         path.append(title)
     above.append((heading.level, heading.title))
+    body, whole = text[heading.end : end], text[heading.start : end]
+    said = bool(path) and _is_said(heading.title, path[-1])
     if body.strip():
-      if not (path and _is_said(heading.title, path[-1])):
-        path.append(heading.title)
-      yield Section(tuple(path), body, text[heading.start : end])
-    elif not following or following[0].level <= heading.level:
-      alone = text[heading.start : end]
-      if len(headings) > 1 or not _is_said(heading.title, document.title):
-        yield Section(tuple(path), alone, alone)
-      elif not start.strip():
-        yield Section((), alone, alone)
+      found = True
+      yield Section(
+        tuple(path if said else [*path, heading.title]), body, whole
+      )
+    elif not said and (not following or following[0].level <= heading.level):
+      found = True
+      yield Section(tuple(path), whole, whole)
+  if not found and text.strip():
+    yield Section(tuple(top), text, text)

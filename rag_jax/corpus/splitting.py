@@ -1,4 +1,4 @@
-"""Documents to passages: what an encoder reads, words, sentences, or as they are.
+"""Documents to passages: as an encoder reads them, by words, sentences, or not.
 
 In: documents. Out: passages that are parts of their text, white space inside
 them unchanged. Of a document one passage is made at a time.
@@ -142,8 +142,8 @@ class Splitter:
       )
     if not settings.size:
       raise ValueError(
-        "split.size=0 stands for the length that an encoder reads, but documents"
-        " are split without one. Expected a number above 0. Set split.size."
+        "split.size=0 stands for the length that an encoder reads, but there is"
+        " no encoder here. Expected a number above 0. Set split.size."
       )
 
   def split(self, document: Document) -> Iterator[Passage]:
