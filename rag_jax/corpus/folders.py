@@ -30,13 +30,29 @@ from rag_jax.corpus.report import CorpusReport
 _LABEL_BYTES = 1 << 16
 
 
+def _text(raw: bytes, path: epath.Path) -> str:
+  """Returns the text of a file that is no page."""
+  text = decode_text(raw, path)
+  if bad := bad_character(text):
+    place = text.find("\0")
+    remedy = "Is it another kind of file? Rename it or remove the character."
+    if likely_encoding(raw).startswith("UTF-16"):
+      remedy = conversion(raw)
+    raise ValueError(
+      f"{path}:{text.count(chr(10), 0, max(place, 0)) + 1}: the text holds"
+      f" {bad}, near {shorten(text[max(place - 20, 0) :])}. Expected plain"
+      f" text. {remedy}"
+    )
+  return text
+
+
 def _plain(raw: bytes, path: epath.Path, report: CorpusReport) -> Page:
   del report
-  return Page("", decode_text(raw, path), ())
+  return Page("", _text(raw, path), ())
 
 
 def _markdown(raw: bytes, path: epath.Path, report: CorpusReport) -> Page:
-  text, num_chars = markdown_text.without_data(decode_text(raw, path))
+  text, num_chars = markdown_text.without_data(_text(raw, path))
   if num_chars:
     report.leave_out(num_chars, f"{path}:1")
   return markdown_text.read_markdown(text)
@@ -91,22 +107,11 @@ def read_text_file(
   try:
     raw = read_bytes(path)
     page = _READERS[_end(path.name)](raw, path, bad_records.report)
-    text = page.text
-    if bad := bad_character(text) or bad_character(page.title):
-      place = text.find("\0")
-      remedy = "Is it another kind of file? Rename it or remove the character."
-      if likely_encoding(raw).startswith("UTF-16"):
-        remedy = conversion(raw)
-      raise ValueError(
-        f"{path}:{text.count(chr(10), 0, max(place, 0)) + 1}: the text holds"
-        f" {bad}, near {shorten(text[max(place - 20, 0) :])}. Expected plain"
-        f" text. {remedy}"
-      )
   except ValueError as error:
     bad_records.refuse("undecodable", error)
     return
   title = page.title or os.path.splitext(_without_gz(path.name))[0]
-  yield Document(id, title, text, (), f"{path}:1", page.headings)
+  yield Document(id, title, page.text, (), f"{path}:1", page.headings)
 
 
 def _without_gz(name: str) -> str:

@@ -215,7 +215,7 @@ class Splitter:
     if self._tokenizer is not None:
       room -= _NUM_SPECIAL
       title = self._short_title(section, room, document)
-      if title != section.title:
+      if not title.endswith(section.path[-1] if section.path else ""):
         text = section.with_heading
       if title:
         room -= len(self._tokenizer.encode([title])[0])
