@@ -204,7 +204,7 @@ def _titles(parser: LexborHTMLParser) -> Iterator[str]:
 def _inside(node: LexborNode, names: Iterable[str]) -> bool:
   """Returns whether one of the elements around `node` has one of the names."""
   outer = node.parent
-  while outer is not None and outer.tag not in names:
+  while outer is not None and (outer.tag or "") not in names:
     outer = outer.parent
   return outer is not None
 

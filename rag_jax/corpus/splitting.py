@@ -232,10 +232,11 @@ class Splitter:
   ) -> str:
     """Returns a title that leaves most of a passage to the text."""
     assert self._tokenizer is not None
+    encode = self._tokenizer.encode
 
     def fits(title: str, share: int) -> bool:
       return len(title) <= room * self._settings.max_word_chars and (
-        len(self._tokenizer.encode([title])[0]) * share <= room
+        len(encode([title])[0]) * share <= room
       )
 
     if len(section.path) > 1:

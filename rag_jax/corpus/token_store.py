@@ -160,7 +160,7 @@ class _Files:
     """Opens the arrays, behind the rows of an interrupted writer."""
     self._directory = directory
     self._identity = identity
-    self._progress = dict.fromkeys(("num_done", *_COUNTS), 0)
+    self._progress: dict[str, int] = dict.fromkeys(("num_done", *_COUNTS), 0)
     num = identity["num_passages"]
     small = largest_id <= np.iinfo(np.uint16).max
     self._shapes = {
