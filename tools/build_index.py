@@ -97,6 +97,9 @@ _BM25 = flags.DEFINE_bool("bm25", True, "Index the words too.")
 _CACHE_DIR = flags.DEFINE_string(
   "cache_dir", "", "Where compiled programs are kept; '': beside the output."
 )
+_WAIT = flags.DEFINE_bool(
+  "wait", False, "For another process that writes there, not stop."
+)
 flags.mark_flags_as_required(["corpus", "encoder", "output"])
 
 
@@ -146,6 +149,7 @@ def main(argv: list[str]) -> None:
     config,
     question_encoder=_QUESTION_ENCODER.value,
     questions=read_texts(_QUESTIONS.value) if _QUESTIONS.value else [],
+    wait=_WAIT.value,
   )
   assert directory.index.certificate is not None
   print(directory.index.certificate.table())

@@ -18,7 +18,7 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
-from rag_jax.config_json import from_json
+from rag_jax.config_json import read_config
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights.config_values import SpecialIds
@@ -209,9 +209,8 @@ def read_saved(where: Where) -> SavedModel:
 
 def _read_workdir(path: pathlib.Path) -> SavedModel:
   """Returns what a run has trained."""
-  params, _ = load_model(path / "model")
-  text = (path / "config.json").read_bytes().decode("utf-8", errors="replace")
-  config = from_json(text, str(path / "config.json"))
+  params, content = load_model(path / "model")
+  config = read_config(path / "config.json", content.get("config"))
   tokenizer = _tokenizer_of_run(path / _TOKENIZER)
   retriever = path / _TOKENIZER / _RETRIEVER
   data = config.data
@@ -245,7 +244,7 @@ def _read_workdir(path: pathlib.Path) -> SavedModel:
 
 
 def _tokenizer_of_run(path: pathlib.Path) -> TokenizerFiles:
-  tokenizer = load_tokenizer(path)
+  tokenizer = load_tokenizer(path, ours=True)
   bos = tokenizer.bos_id
   ids = SpecialIds(
     tokenizer.pad_id, -1 if bos is None else bos, tokenizer.eos_id
