@@ -12,6 +12,7 @@ from rag_jax.artifacts import fingerprint_lines
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.passages import own_title
 from rag_jax.corpus.records import shorten
 from rag_jax.corpus.report import CorpusReport
 from rag_jax.retrieval.certificate import Certificate
@@ -273,13 +274,15 @@ def _without_duplicates(
       continue
     met[text] = passage.id
     added.append(passage)
-    same_text.append(rows[0] if rows else -1)
+    # What was embedded has the title in it, also one that is a file's name.
+    same = (row for row in rows if now[row].title == passage.title)
+    same_text.append(next(same, -1))
     came.add(document)
   return added, same_text, came
 
 
 def _text(passage: Passage) -> str:
-  return fingerprint_lines([passage.title, passage.text])
+  return fingerprint_lines([own_title(passage), passage.text])
 
 
 def _some(ids: Sequence[str]) -> str:

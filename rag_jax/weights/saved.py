@@ -22,6 +22,8 @@ from rag_jax.config_json import read_config
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights.config_values import SpecialIds
+from rag_jax.weights.generation_settings import exported_settings
+from rag_jax.weights.generation_settings import settings_of
 from rag_jax.weights.generator_configs import explicit
 from rag_jax.weights.hub import HUB_PREFIX
 from rag_jax.weights.loaded import LoadedEncoder
@@ -44,9 +46,9 @@ _REMEDY = "Convert the checkpoint again: python tools/convert_hf.py."
 # Settings that are of a training or of two towers, not of the architecture.
 _NOT_OF_AN_ENCODER = (
   "init_from", "passage_init_from", "tied", "train_passage_encoder",
-  "score_scale", "learn_score_scale", "dropout",
+  "score_scale", "learn_score_scale",
 )  # fmt: skip
-_NOT_OF_A_GENERATOR = ("init_from", "init", "dropout")
+_NOT_OF_A_GENERATOR = ("init_from", "init")
 
 
 @dataclasses.dataclass(slots=True)
@@ -142,6 +144,8 @@ class SavedModel:
       special_ids=self.generator_tokenizer.ids,
       generation=self.generation,
       report=_report(params),
+      rag=self.settings if self.encoder is not None else None,
+      context_style=self.context_style,
     )
 
   def load_rag(self) -> LoadedRag:
@@ -222,22 +226,20 @@ def _read_workdir(path: pathlib.Path) -> SavedModel:
     passage_encoder=None,
     generator=config.generator,
     settings=RagSettings(
+      kind="sequence" if config.loss == "rag_sequence" else "token",
       n_docs=max(data.n_docs, 1),
       max_combined_length=data.context_length,
       title_sep=data.title_sep,
       doc_sep=data.doc_sep,
       prefix=data.context_prefix,
+      do_deduplication=settings_of(config).get("do_deduplication", True),
+      exclude_bos_score=config.exclude_bos_score,
     ),
     question_tokenizer=(
       _tokenizer_of_run(retriever) if retriever.exists() else tokenizer
     ),
     generator_tokenizer=tokenizer,
-    generation={
-      "do_sample": False,
-      # Theirs counts the token that the decoder starts with.
-      "max_length": data.target_length + 1,
-      "num_beams": 1,
-    },
+    generation=exported_settings(config),
     max_tokens=max(data.question_length, data.passage_length),
     context_style=data.context_style,
   )
@@ -279,7 +281,10 @@ def _read_directory(path: pathlib.Path) -> SavedModel:
     encoder=encoder("encoder"),
     passage_encoder=encoder("passage_encoder"),
     generator=(
-      GeneratorConfig(**content["generator"])
+      GeneratorConfig(
+        **content["generator"]
+        | {"fixed": tuple(content["generator"].get("fixed", ()))}
+      )
       if "generator" in content
       else None
     ),
