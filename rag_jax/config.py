@@ -89,7 +89,7 @@ class DataConfig(_Settings):
   substitute_subjects: float = 0.0
   # Share whose subject is changed in the question alone: then no document has
   # the answer, and the generator learns to write none. Where an answer has to
-  # be written all the same, decoding.min_new_tokens=2, it is improbable.
+  # be written all the same, decoding.min_new_tokens=1, it is improbable.
   unanswerable_questions: float = 0.0
   # Share of the training questions that are read as people type them: lower
   # case, "what's", no question mark (data/informal.py).
@@ -334,7 +334,7 @@ class DecodingConfig(_Settings):
   num_beams: int = 1  # 1 is greedy [checkpoint], and so the next three
   length_penalty: float = 1.0  # scores are divided by length ** this
   no_repeat_ngram_size: int = 0  # 0 allows repetition
-  min_new_tokens: int = 0  # with the end token
+  min_new_tokens: int = 0  # before the end token
   # What else the generation_config.json of the checkpoint says, as JSON
   # [checkpoint]; "{}" leaves it out. Without a length in it, answers have up to
   # data.target_length tokens.
