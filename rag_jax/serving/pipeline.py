@@ -1,9 +1,11 @@
-"""A finished run as something to ask.
+"""A finished run, or a RAG checkpoint, as something to ask.
 
-In: the workdir of a run, questions. Out: answers, each with its documents.
+In: the workdir of a run or a checkpoint with a corpus, and questions. Out:
+answers, each with its documents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import os
 from typing import Any
 
 from absl import logging
@@ -13,7 +15,6 @@ from jaxtyping import PyTree
 
 from rag_jax.config import MeshConfig
 from rag_jax.config_json import from_json
-from rag_jax.corpus.passages import load_passages
 from rag_jax.corpus.records import bad_character
 from rag_jax.corpus.records import shorten
 from rag_jax.data.experiment import Experiment
@@ -21,9 +22,12 @@ from rag_jax.data.experiment import check_n_docs
 from rag_jax.data.experiment import open_experiment
 from rag_jax.decoding.answerer import Answer
 from rag_jax.decoding.answerer import Answerer
+from rag_jax.decoding.rag import RagDecoder
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import fingerprint
+from rag_jax.serving.corpora import open_corpus
+from rag_jax.serving.open_model import open_model
 from rag_jax.training.workdir import Workdir
 from rag_jax.weights.model_files import load_model
 
@@ -37,23 +41,34 @@ class RagPipeline:
   """
 
   def __init__(
-    self, experiment: Experiment, params: PyTree, index: Index | None
+    self,
+    experiment: Experiment,
+    params: PyTree,
+    index: Index | None,
+    decoder: RagDecoder | None = None,
   ):
     self._experiment = experiment
     self._params = params
     self._index = index
-    self._answerer = Answerer(experiment)
+    self._answerer = Answerer(experiment, decoder)
 
   @classmethod
   def load(
-    cls, workdir: epath.PathLike, *, corpus: epath.PathLike = ""
+    cls,
+    workdir: epath.PathLike,
+    *,
+    corpus: epath.PathLike = "",
+    num_beams: int = 0,
+    mode: str = "",
   ) -> "RagPipeline":
     """Opens what a run wrote.
 
     Args:
       workdir: of a run that has ended.
-      corpus: passages to answer from instead of those of the run; they are
-        embedded now, by the trained retriever.
+      corpus: what `open_corpus` reads, to answer from instead of the passages
+        of the run; they are embedded now, by the trained retriever.
+      num_beams: of the search; 0: as many as in training.
+      mode: one of `decoding.rag.MODES`; "": as in training.
 
     Raises:
       FileNotFoundError: no run is there, or it has not ended.
@@ -79,9 +94,11 @@ class RagPipeline:
       )
     if corpus:
       config.index.bm25_path = ""  # which is of the passages of the run
+    config.decoding.num_beams = num_beams or config.decoding.num_beams
+    config.decoding.mode = mode or config.decoding.mode
     # One device answers, whatever mesh the model was trained on.
     config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
-    passages = load_passages(str(corpus) or config.data.passages)
+    passages = open_corpus(str(corpus) or config.data.passages)
     if len(passages) < config.data.n_docs:
       logging.warning(
         "%s has %d passages, fewer than the %d documents that were read in"
@@ -117,10 +134,37 @@ class RagPipeline:
       )
     return cls(experiment, params, index)
 
+  @classmethod
+  def from_checkpoint(
+    cls,
+    model: epath.PathLike,
+    corpus: epath.PathLike,
+    *,
+    passage_encoder: str = "",
+    mode: str = "",
+    generation: Mapping[str, Any] | None = None,
+    hf_parity: bool = True,
+  ) -> "RagPipeline":
+    """Opens a RAG checkpoint over a corpus; see `open_model`.
+
+    pipeline = RagPipeline.from_checkpoint(
+      "models/rag-token-nq", "runs/documents", generation={"num_beams": 4}
+    )
+    """
+    opened = open_model(
+      os.fspath(model),
+      corpus,
+      passage_encoder=passage_encoder,
+      mode=mode,
+      generation=generation,
+      hf_parity=hf_parity,
+    )
+    return cls(opened.experiment, opened.params, opened.index, opened.decoder)
+
   def answer(
     self, questions: str | Sequence[Any], *, n_docs: int = 0
   ) -> list[Answer]:
-    """Returns an answer a question, decoded greedily (RAG-Token).
+    """Returns an answer a question.
 
     Args:
       questions: one as text, or several.

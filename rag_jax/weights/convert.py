@@ -35,12 +35,13 @@ ENCODER_KINDS = (
 KINDS = ("rag_token", "rag_sequence", "generator", *ENCODER_KINDS)
 
 
-def import_checkpoint(where: Where, output: Where) -> Report:
+def import_checkpoint(where: Where, output: Where, origin: str = "") -> Report:
   """Writes a checkpoint of transformers as a model directory of ours.
 
   Args:
     where: a local directory, or "hf:ORG/NAME".
     output: the directory to write: parameters, tokenizers and a manifest.
+    origin: what the manifest says it came from; "": `where`.
 
   Raises:
     FileNotFoundError: there is no checkpoint, or a part of it is missing.
@@ -48,7 +49,7 @@ def import_checkpoint(where: Where, output: Where) -> Report:
   """
   kind = checkpoint_kind(where)
   parts: dict[str, LoadedEncoder | LoadedGenerator]
-  content: dict[str, Any] = {}
+  content: dict[str, Any] = {"from": origin or os.fspath(where)}
   if kind == "rag":
     rag = load_rag(where)
     parts = {"encoder": rag.question_encoder, "generator": rag.generator}

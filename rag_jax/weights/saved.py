@@ -65,6 +65,7 @@ class SavedModel:
   generation: dict[str, Any]
   max_tokens: int = 0
   context_style: str = "rag"  # what the generator was trained to read
+  content_from: str = ""  # the checkpoint that it was converted from
 
   @property
   def score_scale(self) -> float:
@@ -289,6 +290,7 @@ def _read_directory(path: pathlib.Path) -> SavedModel:
     generator_tokenizer=tokenizer("generator", GENERATOR_TOKENIZER),
     generation=content.get("generation", {}),
     max_tokens=content.get("max_tokens", 0),
+    content_from=content.get("from", ""),
   )
 
 
