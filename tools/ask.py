@@ -116,11 +116,12 @@ def _open() -> RagPipeline:
       f"--num_beams={beams}; expected 1 or more, or 0 for as many as the model"
       " says."
     )
+  generation = {"num_beams": beams} if beams else {}
   if workdir:
     run = Workdir(epath.Path(workdir).expanduser())
     keep_compiled(_CACHE_DIR.value or run.compiled)
     return RagPipeline.load(
-      workdir, corpus=_CORPUS.value, num_beams=beams, mode=mode
+      workdir, corpus=_CORPUS.value, mode=mode, generation=generation
     )
   corpus, passages_of = _CORPUS.value or "", _PASSAGE_ENCODER.value or ""
   if not corpus:
@@ -143,7 +144,7 @@ def _open() -> RagPipeline:
     corpus,
     passage_encoder=passages_of,
     mode=mode,
-    generation={"num_beams": beams} if beams else {},
+    generation=generation,
     hf_parity=_HF_PARITY.value,
   )
 

@@ -241,7 +241,7 @@ def _searched(
     if ours != theirs:
       raise ValueError(
         f"The passages in {corpus} were embedded with other weights"
-        f" (fingerprint {theirs[:12]}) than those of the model's encoder of passages"
+        f" (fingerprint {theirs[:12]}) than the model's encoder of passages has"
         f" ({ours[:12]}); the scores would mean nothing. {remedy}"
       )
   version = directory.version

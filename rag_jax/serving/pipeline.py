@@ -22,7 +22,9 @@ from rag_jax.data.experiment import check_n_docs
 from rag_jax.data.experiment import open_experiment
 from rag_jax.decoding.answerer import Answer
 from rag_jax.decoding.answerer import Answerer
+from rag_jax.decoding.answerer import make_decoder
 from rag_jax.decoding.rag import RagDecoder
+from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import fingerprint
@@ -58,8 +60,8 @@ class RagPipeline:
     workdir: epath.PathLike,
     *,
     corpus: epath.PathLike = "",
-    num_beams: int = 0,
     mode: str = "",
+    generation: Mapping[str, Any] | None = None,
   ) -> "RagPipeline":
     """Opens what a run wrote.
 
@@ -67,8 +69,9 @@ class RagPipeline:
       workdir: of a run that has ended.
       corpus: what `open_corpus` reads, to answer from instead of the passages
         of the run; they are embedded now, by the trained retriever.
-      num_beams: of the search; 0: as many as in training.
       mode: one of `decoding.rag.MODES`; "": as in training.
+      generation: settings by the names of generation_config.json that win over
+        those of the run.
 
     Raises:
       FileNotFoundError: no run is there, or it has not ended.
@@ -94,7 +97,6 @@ class RagPipeline:
       )
     if corpus:
       config.index.bm25_path = ""  # which is of the passages of the run
-    config.decoding.num_beams = num_beams or config.decoding.num_beams
     config.decoding.mode = mode or config.decoding.mode
     # One device answers, whatever mesh the model was trained on.
     config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
@@ -120,8 +122,9 @@ class RagPipeline:
         f" {run.model} was trained with; its token ids would mean other text."
         " Put the old files back, or train again."
       )
+    decoder = _decoder(experiment, generation or {})
     if experiment.closed_book:
-      return cls(experiment, params, None)
+      return cls(experiment, params, None, decoder)
     retriever = {k: v for k, v in params.items() if k != "generator"}
     if corpus:
       logging.info("Embedding %d passages of %s.", len(passages), corpus)
@@ -132,7 +135,7 @@ class RagPipeline:
         encoder_fingerprint=fingerprint(retriever),
         passages_fingerprint=passages.fingerprint,
       )
-    return cls(experiment, params, index)
+    return cls(experiment, params, index, decoder)
 
   @classmethod
   def from_checkpoint(
@@ -194,6 +197,22 @@ class RagPipeline:
     return self._answerer.answer(
       self._params, self._index, questions, n_docs=n_docs
     )
+
+
+def _decoder(
+  experiment: Experiment, generation: Mapping[str, Any]
+) -> RagDecoder:
+  """Returns what decodes as the config says, but for what is given."""
+  decoder = make_decoder(experiment)
+  if not generation:
+    return decoder
+  values = decoder.settings.to_dict()
+  if "max_length" in generation:
+    values.pop("max_new_tokens", None)
+  settings = GenerationSettings.from_dict(
+    values | dict(generation), "generation"
+  )
+  return RagDecoder(experiment.model.generator, settings, decoder.mode)
 
 
 def _check_tokenizer_exists(run: Workdir) -> None:

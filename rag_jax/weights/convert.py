@@ -10,6 +10,8 @@ import os
 import pathlib
 from typing import Any
 
+from rag_jax.weights.card import model_card
+from rag_jax.weights.card import read_results
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_generator
 from rag_jax.weights.export import export_rag
@@ -113,6 +115,8 @@ def export_model(
 ) -> Report:
   """Writes a model of ours as a checkpoint, and reads it back to check it.
 
+  A model card is written beside.
+
   Args:
     source: a model directory, or the workdir of a run that has ended.
     output: the directory to write.
@@ -127,6 +131,8 @@ def export_model(
   model = read_saved(path)
   kind = kind or model.kind
   _check_kind(kind, model, path)
+  name = pathlib.Path(output).absolute().name
+  card = model_card(model, kind, name, read_results(path))
   if kind == "generator":
     assert model.generator is not None
     export_generator(
@@ -136,6 +142,7 @@ def export_model(
       tokenizer=model.generator_tokenizer,
       generation=model.generation,
       max_shard_bytes=max_shard_bytes,
+      card=card,
     )
     return load_generator(output).report
   assert model.encoder is not None
@@ -152,6 +159,7 @@ def export_model(
       score_scale=1.0 if passages else model.score_scale,
       max_tokens=model.max_tokens,
       max_shard_bytes=max_shard_bytes,
+      card=card,
     )
     return load_encoder(output, "passage" if passages else "question").report
   assert model.generator is not None
@@ -168,6 +176,7 @@ def export_model(
     passage_encoder=model.passage_encoder,
     generation=model.generation,
     max_shard_bytes=max_shard_bytes,
+    card=card,
   )
   return load_rag(output).report
 
