@@ -156,9 +156,9 @@ def unsafe(path, state, **settings):
   torch.save(state, path / "pytorch_model.bin", **settings)
 
 
-def save_passage_encoder(path, pickled=True):
+def save_passage_encoder(path, pickled=True, seed=4):
   """Writes DPR's encoder of passages; the question encoder is another."""
-  model = randomize(transformers.DPRContextEncoder(dpr_config()), seed=4)
+  model = randomize(transformers.DPRContextEncoder(dpr_config()), seed)
   model.save_pretrained(path)
   save_bert(path)
   if pickled:

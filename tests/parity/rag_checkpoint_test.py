@@ -12,8 +12,10 @@ import pickles
 from processes import run_tool
 import pytest
 import small_hf_rag as small
+import small_search
 import torch
 
+from rag_jax.retrieval.retriever import Embedder
 from rag_jax.serving.pipeline import RagPipeline
 from rag_jax.weights.directory import open_directory
 from rag_jax.weights.load import load_rag
@@ -119,6 +121,56 @@ def test_safetensors_are_asked_where_they_lie_and_the_file_says_how(
   if kind == "sequence":  # transformers 5 does not read the file for it
     settings |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
   assert texts == [text for text, _ in expected(**settings)]
+
+
+@pytest.fixture(scope="module")
+def searchable(saved, converted, corpus, tmp_path_factory):
+  """What tools/build_index.py makes of the corpus for this model."""
+  path = tmp_path_factory.mktemp("search") / "index"
+  small_search.build(corpus, converted[1], path, question_encoder=converted[0])
+  return path
+
+
+def test_a_search_directory_is_answered_from_without_embedding(
+  converted, corpus, searchable, monkeypatch
+):
+  model, encoder = converted
+  first = RagPipeline.from_checkpoint(
+    model, corpus, passage_encoder=encoder, generation={"max_length": 9}
+  ).answer(small.QUESTIONS)
+
+  def embed(*_):
+    raise AssertionError("the embeddings are there")
+
+  monkeypatch.setattr(Embedder, "passages", embed)
+  pipeline = RagPipeline.from_checkpoint(
+    model, searchable, generation={"max_length": 9}
+  )
+  for one, other in zip(pipeline.answer(small.QUESTIONS), first, strict=True):
+    assert one.tokens == other.tokens
+    assert [d.id for d in one.docs] == [d.id for d in other.docs]
+
+
+def test_embeddings_of_another_encoder_are_refused(
+  converted, searchable, tmp_path
+):
+  other = small.save_passage_encoder(tmp_path / "other", False, seed=9)
+  with pytest.raises(ValueError, match="were embedded with other weights"):
+    RagPipeline.from_checkpoint(
+      converted[0], searchable, passage_encoder=str(other)
+    )
+
+
+def test_a_folder_of_documents_is_answered_from(converted, tmp_path):
+  (tmp_path / "France.txt").write_text("The capital of France is Paris.")
+  (tmp_path / "peru.md").write_text("# Peru\n\nThe capital is Lima.")
+  model, encoder = converted
+  pipeline = RagPipeline.from_checkpoint(
+    model, tmp_path, passage_encoder=encoder, generation={"max_length": 9}
+  )
+  (answer,) = pipeline.answer(small.QUESTIONS[0])
+  # Fewer than the model reads: all are read.
+  assert {doc.id for doc in answer.docs} == {"France.txt", "peru.md"}
 
 
 class Bomb:
