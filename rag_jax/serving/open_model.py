@@ -36,12 +36,11 @@ from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_rag
 from rag_jax.weights.loaded import LoadedEncoder
 from rag_jax.weights.loaded import LoadedRag
-from rag_jax.weights.saved import is_ours
-from rag_jax.weights.saved import read_saved
+from rag_jax.weights.saved import origin_of
 
 # What embedded the passages that facebook/rag-* were trained with.
 _OF_FACEBOOK = "hf:facebook/dpr-ctx_encoder-multiset-base"
-_FACEBOOK = re.compile(r"hf:facebook/rag-(token|sequence)-(nq|base)(@.*)?")
+_FACEBOOK = re.compile(r"hf:facebook/rag-(token|sequence)-")
 
 _LONGEST = 512  # tokens of a question or passage, where there is no table
 _BATCH = 32  # passages embedded at a time
@@ -63,8 +62,7 @@ def default_passage_encoder(model: str) -> str:
   facebook/rag-* hold none: their index was made of passages that another
   checkpoint had embedded.
   """
-  origin = read_saved(model).content_from if is_ours(model) else model
-  return _OF_FACEBOOK if _FACEBOOK.fullmatch(origin) else ""
+  return _OF_FACEBOOK if _FACEBOOK.match(origin_of(model)) else ""
 
 
 def open_model(

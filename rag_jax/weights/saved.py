@@ -30,6 +30,7 @@ from rag_jax.weights.loaded import LoadedRag
 from rag_jax.weights.loaded import RagSettings
 from rag_jax.weights.mapping import Mapped
 from rag_jax.weights.model_files import load_model
+from rag_jax.weights.model_files import read_content
 from rag_jax.weights.report import Report
 from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
 from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
@@ -187,6 +188,18 @@ def is_workdir(path: Where) -> bool:
   """Returns whether `path` is the workdir of a run that has ended."""
   path = pathlib.Path(path).expanduser()
   return (path / "config.json").exists() and (path / "model").is_dir()
+
+
+def origin_of(where: Where) -> str:
+  """Returns the checkpoint that a model was converted from, or `where`.
+
+  Raises:
+    ValueError: a model directory is damaged.
+  """
+  if not is_ours(where) or is_workdir(where):
+    return os.fspath(where)
+  path = pathlib.Path(where).expanduser()
+  return str(read_content(path, _REMEDY).get("from") or os.fspath(where))
 
 
 def read_saved(where: Where) -> SavedModel:

@@ -11,6 +11,7 @@ import pytest
 from rag_jax.config import Config
 from rag_jax.config_json import to_json
 from rag_jax.corpus.tokenizer import train_tokenizer
+from rag_jax.serving.open_model import default_passage_encoder
 from rag_jax.weights.bag_of_words import to_bert
 from rag_jax.weights.convert import check_output
 from rag_jax.weights.convert import export_model
@@ -21,6 +22,7 @@ from rag_jax.weights.load import load_rag
 from rag_jax.weights.model_files import load_model
 from rag_jax.weights.model_files import save_model
 from rag_jax.weights.saved import is_ours
+from rag_jax.weights.saved import origin_of
 
 TENSORS = "model.safetensors"
 
@@ -271,6 +273,19 @@ def test_a_damaged_model_directory_says_how_to_mend_it(checkpoints, tmp_path):
     ValueError, match=r"was damaged.*Convert the checkpoint ag"
   ):
     export_model(inside, tmp_path / "out")
+
+
+def test_what_was_converted_says_from_where(checkpoints, tmp_path):
+  source = checkpoints.rag()
+  import_checkpoint(source, tmp_path / "a")
+  import_checkpoint(source, tmp_path / "b", "hf:facebook/rag-token-nq@main")
+  assert origin_of(tmp_path / "a") == str(source)
+  assert origin_of(source) == str(source)
+  encoder = "hf:facebook/dpr-ctx_encoder-multiset-base"
+  assert default_passage_encoder(str(tmp_path / "b")) == encoder
+  assert default_passage_encoder("hf:facebook/rag-sequence-nq") == encoder
+  for other in (str(tmp_path / "a"), str(source), "hf:me/rag-token-nq"):
+    assert default_passage_encoder(other) == ""
 
 
 def test_an_import_holds_the_tokenizers_and_float32(checkpoints, tmp_path):
