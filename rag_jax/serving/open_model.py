@@ -200,7 +200,7 @@ def _passage_encoder(
   different = [
     f"{name}={value!r} and {found.fields[name]!r}"
     for name, value in questions.fields.items()
-    if found.fields[name] != value
+    if "dropout" not in name and found.fields[name] != value
   ]
   if different:
     raise ValueError(
@@ -262,9 +262,11 @@ def _config(
     tied=not embeds,  # else there is no second tower to build
     score_scale=encoder.score_scale,
   )
-  config.generator = dataclasses.replace(
-    GeneratorConfig(), **rag.generator.fields
-  )
+  fields = {  # JSON has lists where the config has tuples
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in rag.generator.fields.items()
+  }
+  config.generator = dataclasses.replace(GeneratorConfig(), **fields)
   data = config.data
   data.context_style = "rag"
   data.title_sep, data.doc_sep = rag.settings.title_sep, rag.settings.doc_sep
