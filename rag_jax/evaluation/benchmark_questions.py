@@ -16,11 +16,11 @@ from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.records import check_fields
 from rag_jax.corpus.records import decode_text
 from rag_jax.corpus.records import find_file
-from rag_jax.corpus.records import parse_json
 from rag_jax.corpus.records import read_bytes
 from rag_jax.corpus.records import read_lines
 from rag_jax.corpus.records import read_records
 from rag_jax.corpus.records import shorten
+from rag_jax.json_input import parse_json
 
 _EXPECTED = (
   "a BEIR folder (queries.jsonl and qrels/), one of its qrels/*.tsv, SQuAD's or"
