@@ -61,7 +61,7 @@ def shorten(value: object, width: int = 60) -> str:
 
 
 def special_file(path: epath.PathLike) -> str:
-  """Returns what `path` is if it is neither a plain file nor a folder, or ""."""
+  """Returns what `path` is, or "" if it is a plain file, a folder, nothing."""
   if not is_local(path):
     return ""
   try:
@@ -168,8 +168,8 @@ def _check_ratio(file: BinaryIO, num_bytes: int) -> None:
   compressed = max(file.tell(), 1)
   if num_bytes > MAX_GZIP_RATIO * compressed:
     raise _GzipBombError(
-      f"{compressed:,} bytes of gzip data became {num_bytes:,} so far, more than"
-      f" {MAX_GZIP_RATIO} times as many"
+      f"{compressed:,} bytes of gzip data became {num_bytes:,} so far, more"
+      f" than {MAX_GZIP_RATIO} times as many"
     )
 
 

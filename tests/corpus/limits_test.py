@@ -1,10 +1,12 @@
 """What a file can make us hold in memory, or wait for, is limited."""
 
 import gzip
+import inspect
 import os
 import re
 import resource
 import socket
+import sys
 import time
 
 import pytest
@@ -93,7 +95,9 @@ def test_a_file_that_is_read_whole_has_a_largest_size(tmp_path, small_limits):
     read(path)
   path = tmp_path / "corpus.json.gz"
   path.write_bytes(gzip.compress(os.urandom(5001)))
-  with pytest.raises(ValueError, match=r"gz:1: .* more than 5,000 bytes.*jsonl"):
+  with pytest.raises(
+    ValueError, match=r"gz:1: .* more than 5,000 bytes.*jsonl"
+  ):
     read(path)
 
 
@@ -106,7 +110,9 @@ def test_json_that_is_nested_deeply_is_not_valid(
   path = tmp_path / f"corpus{end}"
   inner = brackets[:-1] * depth + "1" + brackets[-1] * depth
   path.write_text('{"id": "a", "text": "b", "metadata": ' + inner + "}\n")
-  with pytest.raises(ValueError, match=r":1: not valid JSON .*nested more than"):
+  with pytest.raises(
+    ValueError, match=r":1: not valid JSON .*nested more than"
+  ):
     read(path)
 
 
@@ -157,16 +163,14 @@ def test_files_that_cannot_be_opened_or_named_are_bad_records(tmp_path):
 
 
 def test_folders_may_be_nested_deeper_than_calls(tmp_path):
-  folder = os.open(tmp_path, os.O_RDONLY)
-  depth = 1200  # deeper than Python's calls; the path stays below 4,096
-  for _ in range(depth):
-    os.mkdir("d", dir_fd=folder)
-    inner = os.open("d", os.O_RDONLY, dir_fd=folder)
-    os.close(folder)
-    folder = inner
-  file = os.open("a.txt", os.O_CREAT | os.O_WRONLY, dir_fd=folder)
-  os.write(file, b"Text.")
-  os.close(file)
-  os.close(folder)
-  ids, _ = read(tmp_path)
+  depth = 300
+  folder = tmp_path / ("d/" * depth)
+  folder.mkdir(parents=True)
+  (folder / "a.txt").write_text("Text.")
+  limit = sys.getrecursionlimit()
+  sys.setrecursionlimit(len(inspect.stack()) + 200)
+  try:
+    ids, _ = read(tmp_path)
+  finally:
+    sys.setrecursionlimit(limit)
   assert ids == ["d/" * depth + "a.txt"]
