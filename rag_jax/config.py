@@ -287,6 +287,8 @@ class EvalConfig:
   batch_size: int = 64  # questions
   num_validation: int = 256  # validation questions used; 0: all
   num_test: int = 0  # test questions used; 0: all
+  # "regex": answers are regular expressions, as CuratedTREC's.
+  answer_match: str = _choice("string", "regex")
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)

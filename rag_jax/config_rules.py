@@ -235,6 +235,13 @@ def _cross_problems(c: Config) -> Iterator[str]:
       yield f"{name}.dropout={part.dropout} must be below 1."
   if c.label_smoothing >= 1.0:
     yield f"label_smoothing={c.label_smoothing} must be below 1."
+  if c.eval.answer_match == "regex" and c.train.num_steps:
+    yield (
+      "eval.answer_match='regex' is for measuring: a regular expression is no"
+      " answer that can be taught, but train.num_steps="
+      f"{c.train.num_steps}. Set it to 0, or train on questions whose answers"
+      " are text first."
+    )
   if c.hf_loss and c.train.vocab_chunk:
     yield (
       "hf_loss=True needs all logits, but train.vocab_chunk="

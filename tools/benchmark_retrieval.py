@@ -34,6 +34,7 @@ from rag_jax.evaluation.benchmark_run import benchmark_embeddings
 from rag_jax.evaluation.benchmark_systems import SYSTEMS
 from rag_jax.evaluation.growth_report import growth_table
 from rag_jax.evaluation.growth_report import write_growth
+from rag_jax.evaluation.regex_answers import MATCHES
 
 _DEFAULT = BenchmarkSettings(systems=SYSTEMS)
 
@@ -58,6 +59,10 @@ _TARGET = flags.DEFINE_float(
 _TUNE_SECS = flags.DEFINE_float(
   "tune_secs", _DEFAULT.tune_secs, "That ScaNN's tuner may take."
 )
+_MATCH = flags.DEFINE_enum(
+  "match", _DEFAULT.match, list(MATCHES),
+  "Answers are text, or regular expressions as CuratedTREC's.",
+)  # fmt: skip
 _ROUNDS = flags.DEFINE_integer("rounds", _DEFAULT.rounds, "Of timing.")
 _SPEED_SECS = flags.DEFINE_float(
   "speed_secs", _DEFAULT.speed_secs, "Of each system, in each round."
@@ -69,6 +74,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   settings = BenchmarkSettings(
+    match=_MATCH.value,
     systems=tuple(_SYSTEMS.value or ()),
     max_questions=_MAX.value,
     target_recall=_TARGET.value,

@@ -230,8 +230,8 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
     source: "world_facts", a folder with train.jsonl, validation.jsonl and
       test.jsonl, or with one file for each split whose name ends like
       train.json or nq-dev.csv, "tfds:natural_questions_open" or "tfds:squad".
-      The two of TFDS have no public test split: "test" is their validation split,
-      "validation" the last tenth of their train split, "train" the rest.
+      The two of TFDS have no public test split: "test" is their validation
+      split, "validation" the last tenth of their train split, "train" the rest.
     split: "train", "validation" or "test".
 
   Raises:

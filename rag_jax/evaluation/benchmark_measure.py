@@ -17,6 +17,7 @@ import numpy as np
 from rag_jax.evaluation import gold
 from rag_jax.evaluation.benchmark_systems import System
 from rag_jax.evaluation.intervals import bootstrap_interval
+from rag_jax.evaluation.regex_answers import STRING
 from rag_jax.evaluation.retrieval import contains_answer
 from rag_jax.retrieval.cost import queries_per_second
 from rag_jax.retrieval.recall import Recall
@@ -78,11 +79,13 @@ class Known:
     answers: of each; () where they are not known.
     gold: row of a passage -> grade, of each; {} where it is not known.
     text_of: of a passage, by its row: title and text.
+    match: how answers are compared, one of `regex_answers.MATCHES`.
   """
 
   answers: Sequence[Sequence[str]]
   gold: Sequence[Mapping[int, int]]
   text_of: Callable[[int], str]
+  match: str = STRING
 
   def relevant(self, number: int, rows: Sequence[int]) -> list[bool]:
     """Returns which passages are of use for a question.
@@ -93,7 +96,9 @@ class Known:
     if any(grade > 0 for grade in grades.values()):
       return [grades.get(row, 0) > 0 for row in rows]
     answers = self.answers[number]
-    return [contains_answer(self.text_of(row), answers) for row in rows]
+    return [
+      contains_answer(self.text_of(row), answers, self.match) for row in rows
+    ]
 
 
 class QuestionMetrics:
@@ -145,7 +150,7 @@ class QuestionMetrics:
     key = (number, row)
     if key not in self._seen:
       self._seen[key] = contains_answer(
-        self._text_of(row), self._known.answers[number]
+        self._text_of(row), self._known.answers[number], self._known.match
       )
     return self._seen[key]
 

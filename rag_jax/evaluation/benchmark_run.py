@@ -15,6 +15,7 @@ from jaxtyping import Float
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passage
 from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.evaluation.benchmark_measure import INDEX_DEPTHS
@@ -30,6 +31,10 @@ from rag_jax.evaluation.benchmark_systems import Workload
 from rag_jax.evaluation.benchmark_systems import build_systems
 from rag_jax.evaluation.benchmark_systems import needs_tuning
 from rag_jax.evaluation.machine import describe_machine
+from rag_jax.evaluation.regex_answers import MATCHES
+from rag_jax.evaluation.regex_answers import REGEX
+from rag_jax.evaluation.regex_answers import STRING
+from rag_jax.evaluation.regex_answers import check_patterns
 from rag_jax.retrieval.exact import ExactIndex
 
 _SEED = 0  # of which questions tune, and which are measured
@@ -45,6 +50,7 @@ class BenchmarkSettings:
   tune_secs: float = 120.0  # that the tuner of ScaNN may take
   rounds: int = 3  # of timing
   speed_secs: float = 0.3  # for each system, batch size and round
+  match: str = STRING  # how answers are compared; or REGEX
 
 
 def benchmark_directory(
@@ -68,6 +74,12 @@ def benchmark_directory(
   """
   load = os.getloadavg()[0]
   asked = read_benchmark_questions(questions)
+  if problem := check_choice("match", settings.match, MATCHES):
+    raise ValueError(problem)
+  if settings.match == REGEX:
+    for question in asked:
+      where = f"{questions}: question {question.id!r}"
+      check_patterns(question.answers, where)
   directory = SearchDirectory(index)
   measured, tuning = _split(len(asked), settings)
   chosen = [asked[row] for row in (*measured, *tuning)]
@@ -75,7 +87,7 @@ def benchmark_directory(
   texts = [question.question for question in chosen]
   embeddings = directory.embed_questions(texts)
   notes: list[str] = []
-  known = _known(chosen, directory.passages, notes)
+  known = _known(chosen, directory.passages, notes, settings.match)
   num = len(measured)
   bm25_bytes = 0
   if directory.bm25 is not None:
@@ -179,6 +191,7 @@ def _known(
   questions: Sequence[BenchmarkQuestion],
   passages: Sequence[Passage],
   notes: list[str],
+  match: str,
 ) -> Known:
   graded, missing = gold_rows(questions, passages)
   if missing:
@@ -201,7 +214,8 @@ def _known(
     passage = passages[row]
     return f"{passage.title}\n{passage.text}"
 
-  return Known([question.answers for question in questions], graded, text_of)
+  answers = [question.answers for question in questions]
+  return Known(answers, graded, text_of, match)
 
 
 def _split(

@@ -18,6 +18,9 @@ from rag_jax import artifacts
 from rag_jax.evaluation.answers import exact_match
 from rag_jax.evaluation.answers import token_f1
 from rag_jax.evaluation.intervals import bootstrap_interval
+from rag_jax.evaluation.regex_answers import REGEX
+from rag_jax.evaluation.regex_answers import STRING
+from rag_jax.evaluation.regex_answers import is_right
 from rag_jax.retrieval.certificate import Certificate
 
 RESULTS_FILE = "results.json"
@@ -40,6 +43,21 @@ class AnswerRecord:
   retrieved_ids: tuple[int | str, ...] = ()  # passages, best first; () if none
   # Whether one of the first RECALL_K passages holds an answer.
   answer_in_top: bool = False
+  match: str = STRING  # or REGEX: the answers are regular expressions
+
+  @property
+  def is_right(self) -> bool:
+    """Whether the prediction is one of the answers."""
+    if self.match == REGEX:
+      return is_right(self.prediction, self.answers)
+    return exact_match(self.prediction, self.answers) == 1.0
+
+  @property
+  def token_f1(self) -> float:
+    """The F1 of shared words; of a regular expression, 1 or 0."""
+    if self.match == REGEX:
+      return float(self.is_right)
+    return token_f1(self.prediction, self.answers)
 
 
 def summarise(
@@ -64,10 +82,8 @@ def summarise(
       f"There are no answers to summarise for {prefix!r}; expected at least one"
       " question. Is the split empty?"
     )
-  hits = np.array(
-    [exact_match(r.prediction, r.answers) == 1.0 for r in records]
-  )
-  f1s = np.array([token_f1(r.prediction, r.answers) for r in records])
+  hits = np.array([r.is_right for r in records])
+  f1s = np.array([r.token_f1 for r in records])
   in_top = np.array([r.answer_in_top for r in records])
   relations = np.array([r.relation for r in records])
   has_docs = any(r.retrieved_ids for r in records)

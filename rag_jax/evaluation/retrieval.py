@@ -14,8 +14,14 @@ import unicodedata
 from jaxtyping import Float
 import numpy as np
 
+from rag_jax.evaluation.regex_answers import REGEX
+from rag_jax.evaluation.regex_answers import STRING
+from rag_jax.evaluation.regex_answers import occurs
 
-def contains_answer(passage_text: str, answers: Sequence[str]) -> bool:
+
+def contains_answer(
+  passage_text: str, answers: Sequence[str], match: str = STRING
+) -> bool:
   """Returns whether one of `answers` occurs in a passage, word for word.
 
   The rule of DPR (Karpukhin et al. 2020, https://arxiv.org/abs/2004.04906,
@@ -25,6 +31,8 @@ def contains_answer(passage_text: str, answers: Sequence[str]) -> bool:
   accents do. Where words are written without spaces, as in Chinese, a run is
   longer than a word, and an answer inside a run is missed.
 
+  With match="regex", answers are regular expressions; see regex_answers.py.
+
   Raises:
     TypeError: `answers` is one string, not a list of them.
   """
@@ -33,6 +41,8 @@ def contains_answer(passage_text: str, answers: Sequence[str]) -> bool:
       f"answers={answers!r} is one string; expected a list of them, since a"
       f" question may have several answers. Pass [{answers!r}]."
     )
+  if match == REGEX:
+    return occurs(passage_text, answers)
   passage = _joined(passage_text)
   wanted = (_joined(answer) for answer in answers)
   # An answer without a token occurs in nothing, rather than everywhere.
@@ -43,6 +53,7 @@ def answer_recall_at_k(
   retrieved_texts: Sequence[Sequence[str]],  # [B][K], best first
   answers: Sequence[Sequence[str]],  # [B][any number]
   k: int,
+  match: str = STRING,
 ) -> Float[np.ndarray, "B"]:
   """Returns 1 where an answer occurs in one of the first `k` passages, else 0.
 
@@ -59,7 +70,7 @@ def answer_recall_at_k(
       " order."
     )
   found = [
-    any(contains_answer(text, accepted) for text in texts[:k])
+    any(contains_answer(text, accepted, match) for text in texts[:k])
     for texts, accepted in zip(retrieved_texts, answers, strict=True)
   ]
   return np.array(found, np.float64)
