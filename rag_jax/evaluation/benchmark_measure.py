@@ -78,11 +78,13 @@ class Known:
     answers: of each; () where they are not known.
     gold: row of a passage -> grade, of each; {} where it is not known.
     text_of: of a passage, by its row: title and text.
+    variant: how answers are looked for; see `retrieval.contains_answer`.
   """
 
   answers: Sequence[Sequence[str]]
   gold: Sequence[Mapping[int, int]]
   text_of: Callable[[int], str]
+  variant: str = "multilingual"
 
   def relevant(self, number: int, rows: Sequence[int]) -> list[bool]:
     """Returns which passages are of use for a question.
@@ -93,7 +95,9 @@ class Known:
     if any(grade > 0 for grade in grades.values()):
       return [grades.get(row, 0) > 0 for row in rows]
     answers = self.answers[number]
-    return [contains_answer(self.text_of(row), answers) for row in rows]
+    return [
+      contains_answer(self.text_of(row), answers, self.variant) for row in rows
+    ]
 
 
 class QuestionMetrics:
@@ -145,7 +149,7 @@ class QuestionMetrics:
     key = (number, row)
     if key not in self._seen:
       self._seen[key] = contains_answer(
-        self._text_of(row), self._known.answers[number]
+        self._text_of(row), self._known.answers[number], self._known.variant
       )
     return self._seen[key]
 
