@@ -9,6 +9,7 @@ the words a new index is made: how rare one is depends on all passages.
 """
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 import functools
 
 from absl import logging
@@ -22,6 +23,7 @@ from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.prepare import read_parts
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.report import Coverage
 from rag_jax.corpus.report import raise_empty
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.tokenized import TokenizedPassages
@@ -201,8 +203,11 @@ def _write(
         settings=now.bm25.settings,
       )
       words.save(folder / BM25)
-    made.index.certificate = certify(
+    certificate = certify(
       made.index, _sample(directory, questions), speed_secs=speed_secs
+    )
+    made.index.certificate = dataclasses.replace(
+      certificate, coverage=_coverage(directory, changes, encoder)
     )
     search_versions.finish(directory.path, made)
 
@@ -210,6 +215,27 @@ def _write(
   updates = directory.path / UPDATES
   name = live_files.add(updates, live_files.VERSION, save)
   live_files.switch(updates, name)
+
+
+def _coverage(
+  directory: SearchDirectory, changes: Changes, encoder: TextEncoder
+) -> Coverage | None:
+  """Returns how much is embedded when changes are made; None: not known."""
+  certificate = directory.index.certificate
+  if certificate is None or certificate.coverage is None:
+    return None
+  tokens, lost = certificate.coverage.tokens, certificate.coverage.lost
+  plan = directory.content["plan"]
+  length = plan["passage_length"] or encoder.max_tokens
+  gone = directory.passages.get(changes.gone)
+  for sign, passages in ((-1, gone), (1, changes.added)):
+    for start in range(0, len(passages), _BLOCK):
+      some = passages[start : start + _BLOCK]
+      tokenized = TokenizedPassages(some, encoder.tokenizer, length)
+      tokens += sign * (tokenized.num_tokens or 0)
+      lost += sign * (tokenized.num_lost or 0)
+  # Of what was left out nobody knows which documents held it.
+  return Coverage(tokens=max(tokens, 0), lost=max(lost, 0), left_out_chars=None)
 
 
 def _sample(
