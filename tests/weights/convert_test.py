@@ -142,9 +142,7 @@ def test_no_results_are_published_that_the_run_does_not_have(
     "[]",
   ):
     file.write_text(damaged)
-    with pytest.raises(
-      ValueError, match=r"results\.json .*Remove it and start"
-    ):
+    with pytest.raises(ValueError, match=r"results\.json .*Remove it and"):
       export_model(run, tmp_path / "out")
   file.unlink()
   export_model(run, tmp_path / "out")
