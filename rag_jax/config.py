@@ -296,6 +296,10 @@ class Config:
   """One experiment."""
 
   seed: int = 0
+  # Weights of retriever and generator to start from: the workdir of a run that
+  # has ended, a model directory that tools/convert_hf.py wrote, or a RAG
+  # checkpoint. The same as init_from of both; these win.
+  init_from: str = ""
   loss: str = _choice("rag_token", "rag_sequence")
   label_smoothing: float = 0.0  # of the targets, given each document
   # Hugging Face's loss with its defects (losses_hf.py), to reproduce a

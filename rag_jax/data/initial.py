@@ -1,6 +1,6 @@
-"""What a run starts from: other people's checkpoints, where the config says.
+"""What a run starts from: checkpoints or another run, where the config says.
 
-In: a config with encoder.init_from or generator.init_from. Out: the config with
+In: a config with init_from, of the whole or of a part. Out: the config with
 the architecture that the checkpoints have, their parameters, and where their
 tokenizers lie.
 """
@@ -13,8 +13,12 @@ from jaxtyping import PyTree
 
 from rag_jax.config import Config
 from rag_jax.config_rules import validate
+from rag_jax.weights.load import checkpoint_kind
 from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_generator
+from rag_jax.weights.saved import SavedModel
+from rag_jax.weights.saved import is_ours
+from rag_jax.weights.saved import read_saved
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ def load_initial(config: Config) -> tuple[Config, Initial]:
     ValueError: it cannot be read, or does not fit the other settings.
   """
   config = copy.deepcopy(config)
+  _start_both(config)
   params = {}
   tokenizer = retriever_tokenizer = ""
   encoder, generator = config.encoder, config.generator
@@ -55,6 +60,8 @@ def load_initial(config: Config) -> tuple[Config, Initial]:
       setattr(encoder, name, value)
     params["question_encoder"] = loaded.params
     retriever_tokenizer = loaded.tokenizer
+    if is_ours(encoder.init_from):
+      _take_scores(config, read_saved(encoder.init_from))
     if not encoder.tied:
       where = encoder.passage_init_from or encoder.init_from
       passage = load_encoder(where, "passage")
@@ -80,3 +87,43 @@ def load_initial(config: Config) -> tuple[Config, Initial]:
     tokenizer = loaded.tokenizer
   # A position table that is too short shows now.
   return validate(config), Initial(params, tokenizer, retriever_tokenizer)
+
+
+def _start_both(config: Config) -> None:
+  """Lets the parts that name nothing start from `config.init_from`."""
+  where, encoder = config.init_from, config.encoder
+  if not where:
+    return
+  if is_ours(where):
+    saved = read_saved(where)
+    if saved.encoder is not None and not encoder.init_from:
+      encoder.init_from = where
+      if "passage_encoder" in saved.params:
+        encoder.tied = False
+    has_generator = saved.generator is not None
+  else:
+    kind = checkpoint_kind(where)
+    if kind != "rag":
+      raise ValueError(
+        f"init_from={where!r} is a checkpoint of kind {kind!r}; expected"
+        " retriever and generator together: the workdir of a run, a model"
+        " directory or a RAG checkpoint. Set encoder.init_from or"
+        " generator.init_from instead."
+      )
+    encoder.init_from = encoder.init_from or where
+    has_generator = True
+  if has_generator and not config.generator.init_from:
+    config.generator.init_from = where
+
+
+def _take_scores(config: Config, saved: SavedModel) -> None:
+  """Sets what documents are scored with to what a run has learned."""
+  if config.encoder.tied and "passage_encoder" in saved.params:
+    raise ValueError(
+      f"encoder.init_from={config.encoder.init_from!r} holds two towers, but"
+      " encoder.tied=True would keep that of the questions alone; expected two"
+      " towers here as well. Set encoder.tied=False."
+    )
+  config.encoder.score_scale = saved.score_scale
+  if saved.hybrid and config.index.hybrid:
+    config.index.hybrid_dense, config.index.hybrid_bm25 = saved.hybrid

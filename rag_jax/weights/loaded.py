@@ -24,6 +24,7 @@ class LoadedEncoder:
   special_ids: SpecialIds
   max_tokens: int  # of an input, as it was trained; 0: not said
   report: Report
+  score_scale: float = 1.0  # multiplies the embeddings of questions
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

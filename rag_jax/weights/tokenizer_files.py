@@ -4,11 +4,17 @@ In: the directory that holds them. Out: its largest token id, without loading a
 tokenizer; and a copy.
 """
 
+import dataclasses
 import pathlib
 import shutil
 from typing import Any
 
+from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import CheckpointDirectory
+
+# Folders of the two tokenizers of a RAG.
+QUESTION_TOKENIZER = "question_encoder_tokenizer"
+GENERATOR_TOKENIZER = "generator_tokenizer"
 
 TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -20,6 +26,14 @@ _VOCABULARIES = (
   "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model",
   "sentencepiece.bpe.model",
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+  """A saved tokenizer and what its special ids are."""
+
+  path: str = ""  # its directory; "": none is copied
+  ids: SpecialIds = dataclasses.field(default_factory=SpecialIds)
 
 
 def find_tokenizer(

@@ -10,6 +10,7 @@ import pytest
 
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
+from rag_jax.config_json import to_json
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data.experiment import open_experiment
 from rag_jax.data.initial import load_initial
@@ -17,9 +18,11 @@ from rag_jax.models.rag import build_encoder
 from rag_jax.models.rag import build_generator
 from rag_jax.training.state import init_params
 from rag_jax.weights.config_values import SpecialIds
+from rag_jax.weights.convert import import_checkpoint
 from rag_jax.weights.export import TokenizerFiles
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_generator
+from rag_jax.weights.model_files import save_model
 
 V = 600
 ENCODER = EncoderConfig(
@@ -195,3 +198,127 @@ def test_the_warm_up_needs_one_tokenizer(config):
   resolved, initial = load_initial(config)
   with pytest.raises(ValueError, match="needs one tokenizer"):
     open_experiment(resolved, initial=initial)
+
+
+def test_what_convert_hf_wrote_is_taken_as_the_checkpoint_is(
+  config, checkpoints, tmp_path
+):
+  root, _ = checkpoints
+  expected, first = load_initial(config)
+  for name in ("question", "passage", "generator"):
+    import_checkpoint(root / name, tmp_path / name)
+  config.encoder.init_from = str(tmp_path / "question")
+  config.encoder.passage_init_from = str(tmp_path / "passage")
+  config.generator.init_from = str(tmp_path / "generator")
+  resolved, initial = load_initial(config)
+  jax.tree.map(np.testing.assert_array_equal, initial.params, first.params)
+  for part in (resolved.encoder, expected.encoder):
+    part.init_from = part.passage_init_from = ""
+  resolved.generator.init_from = expected.generator.init_from = ""
+  assert resolved == expected
+  experiments = [
+    open_experiment(resolved, initial=start) for start in (initial, first)
+  ]
+  assert len({e.token_ids for e in experiments}) == 1
+
+
+@pytest.fixture
+def finished(tiny, tmp_path):
+  """A function that writes what a run with some settings leaves."""
+
+  def write(**changes):
+    path = tmp_path / "run"
+    config = tiny.config(**changes)
+    experiment = open_experiment(config, tokenizer_path=path / "tokenizer")
+    params, _ = init_params(experiment.init, jax.random.key(3), experiment.mesh)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+      lambda x: (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32), params
+    )
+    (path / "config.json").write_text(to_json(config))
+    content = {"step": 3, "tokenizer": experiment.token_ids}
+    save_model(path / "model", params, content)
+    return str(path), jax.tree.map(np.asarray, params), experiment
+
+  return write
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_run_starts_from_the_weights_of_another(tiny, finished, tied):
+  shape = {
+    "encoder__embed_dim": 12,
+    "encoder__tied": tied,
+    "encoder__learn_score_scale": True,
+    "generator__mlp_dim": 20,
+    "generator__init": "copy",
+    "generator__norm": "pre",
+    "generator__embedding_norm": False,
+    "generator__relative_buckets": 32,
+  }
+  path, params, before = finished(**shape)
+  # Another schedule, and no word of the shape.
+  config = tiny.config(
+    init_from=path,
+    encoder__learn_score_scale=True,
+    optimizer__schedule="cosine",
+    train__num_steps=20,
+  )
+  resolved, initial = load_initial(config)
+  assert resolved.encoder.tied == tied
+  experiment = open_experiment(resolved, initial=initial)
+  assert experiment.token_ids == before.token_ids
+  start, _ = init_params(
+    experiment.init, jax.random.key(0), experiment.mesh, initial.params
+  )
+  jax.tree_util.tree_map_with_path(
+    lambda path, x, y: np.testing.assert_allclose(
+      x, y, rtol=1e-6 if "scale" in str(path[-1]) else 0
+    ),
+    dict(start),
+    params,
+  )
+  assert resolved.encoder.score_scale == pytest.approx(
+    float(np.exp(params["log_score_scale"])), rel=1e-6
+  )
+
+
+def test_a_run_starts_with_the_learned_weights_of_words(tiny, finished):
+  path, params, _ = finished(index__hybrid=True)
+  resolved, _ = load_initial(tiny.config(init_from=path, index__hybrid=True))
+  learned = np.exp([float(x) for x in jax.tree.leaves(params["hybrid"])])
+  found = [resolved.index.hybrid_bm25, resolved.index.hybrid_dense]
+  np.testing.assert_allclose(sorted(found), sorted(learned), rtol=1e-6)
+
+
+def test_one_part_of_a_run_is_enough_and_another_may_win(
+  tiny, finished, checkpoints
+):
+  root, made = checkpoints
+  path, params, _ = finished()
+  config = tiny.config(
+    init_from=path, generator__init_from=str(root / "generator"),
+    warmup__num_steps=0,
+  )  # fmt: skip
+  _, initial = load_initial(config)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    {k: initial.params[k] for k in ("question_encoder", "generator")},
+    {
+      "question_encoder": params["question_encoder"],
+      "generator": made["generator"],
+    },
+  )
+
+
+def test_where_one_tower_would_be_lost_it_is_refused(tiny, finished):
+  path, _, _ = finished(encoder__tied=False)
+  with pytest.raises(ValueError, match=r"two towers, but encoder\.tied"):
+    load_initial(tiny.config(encoder__init_from=path))
+
+
+def test_one_part_is_not_the_whole(tiny, checkpoints, tmp_path):
+  root, _ = checkpoints
+  with pytest.raises(ValueError, match="of kind 'bart'; expected retriever"):
+    load_initial(tiny.config(init_from=str(root / "generator")))
+  with pytest.raises(FileNotFoundError, match="There is no directory"):
+    load_initial(tiny.config(init_from=str(tmp_path / "none")))
