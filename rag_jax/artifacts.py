@@ -15,6 +15,9 @@ from typing import Any
 from etils import epath
 import numpy as np
 
+from rag_jax.json_input import Content
+from rag_jax.json_input import read_settings
+
 MANIFEST = "manifest.json"
 
 _TEMP_SUFFIX = ".tmp"  # of files that are not finished; never in a manifest
@@ -120,7 +123,7 @@ def read_manifest(
   kind: str,
   format: int,
   remedy: str,
-) -> dict[str, Any]:
+) -> Content:
   """Returns the content of the manifest after checking every file it names.
 
   Args:
@@ -157,7 +160,7 @@ def read_manifest(
     pass  # what must not lie there raises
   for name, entry in manifest["files"].items():
     _check_file(directory, name, entry, remedy)
-  return manifest["content"]
+  return Content(manifest["content"], str(path), remedy)
 
 
 def fingerprint_arrays(arrays: Mapping[str, np.ndarray]) -> str:
@@ -250,7 +253,7 @@ def _check_inside(directory: epath.Path, name: str, remedy: str) -> None:
 def _parse(path: epath.Path, remedy: str) -> dict[str, Any]:
   """Returns the manifest as an object of the four expected parts."""
   try:
-    manifest = json.loads(path.read_bytes().decode("utf-8"))
+    manifest = read_settings(path)
   except ValueError as e:  # of JSON, or of UTF-8
     raise ValueError(f"{path} is not JSON ({e}). {remedy}") from e
   parts = {"kind": str, "format": int, "content": dict, "files": dict}

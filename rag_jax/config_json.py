@@ -13,6 +13,7 @@ from typing import Any
 from rag_jax.config import Config
 from rag_jax.config_rules import fields
 from rag_jax.config_rules import validate
+from rag_jax.json_input import parse_settings
 
 
 def to_json(config: Config) -> str:
@@ -31,8 +32,8 @@ def from_json(text: str, origin: str = "the config") -> Config:
     ValueError: not JSON, or a field is unknown; names the nearest known one.
   """
   try:
-    tree = json.loads(text)
-  except json.JSONDecodeError as error:
+    tree = parse_settings(text)
+  except ValueError as error:
     raise ValueError(
       f"{origin} is not JSON ({error}); the file was cut off or edited."
       " Restore it, or start in another workdir."

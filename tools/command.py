@@ -10,7 +10,9 @@ import sys
 from absl import app
 
 # Anything else is a bug, and shows where.
-_MENDABLE = (ValueError, TypeError, ImportError, OSError, FloatingPointError)
+_MENDABLE = (
+  ValueError, TypeError, ImportError, OSError, FloatingPointError, MemoryError
+)  # fmt: skip
 
 
 def run(

@@ -17,7 +17,6 @@ Nothing in it names a place outside: it can be moved.
 from collections.abc import Sequence
 import dataclasses
 import threading
-from typing import Any
 
 from etils import epath
 from jaxtyping import Float, Int
@@ -35,6 +34,7 @@ from rag_jax.data.search_versions import current_name
 from rag_jax.data.search_versions import open_current
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import load_saved_encoder
+from rag_jax.json_input import Content
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.filters import Conditions
 from rag_jax.retrieval.filters import search_filtered
@@ -82,9 +82,10 @@ class SearchDirectory:
         build.
     """
     self.path = epath.Path(path).expanduser()
-    self.content: dict[str, Any] = artifacts.read_manifest(
+    self.content: Content = artifacts.read_manifest(
       self.path, kind=KIND, format=FORMAT, remedy=REMEDY
     )
+    self.content.check(passage_encoder_fingerprint=str)
     passages = PassageStore(self.path / PASSAGES)
     self.encoder: TextEncoder = load_saved_encoder(self.path / ENCODER)
     index: Index = load_index(

@@ -21,6 +21,7 @@ from rag_jax.evaluation.intervals import bootstrap_interval
 from rag_jax.evaluation.regex_answers import REGEX
 from rag_jax.evaluation.regex_answers import STRING
 from rag_jax.evaluation.regex_answers import is_right
+from rag_jax.json_input import read_settings
 from rag_jax.retrieval.certificate import Certificate
 
 RESULTS_FILE = "results.json"
@@ -180,7 +181,7 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
     )
   remedy = "Remove it and start the run again with the same workdir."
   try:
-    results = json.loads(path.read_bytes().decode("utf-8"))
+    results = read_settings(path)
   except ValueError as error:  # of JSON, or of UTF-8
     raise ValueError(
       f"{path} is not JSON ({error}); it was cut off or edited. {remedy}"
