@@ -6,7 +6,7 @@ Several questions are several arguments. With `-`, questions are read from
 standard input, one a line; with no question, at a prompt. --json prints one
 JSON object an answer. --corpus=edited.jsonl answers from other passages without
 training again. Writes nothing but the programs that it
-compiled, into .jax_cache of the workdir.
+compiled, into the user's cache directory.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,10 @@ import time
 from absl import flags
 from absl import logging
 import command
-from etils import epath
 
 from rag_jax.serving.explanation import explain
 from rag_jax.serving.explanation import to_json
 from rag_jax.serving.pipeline import RagPipeline
-from rag_jax.training.workdir import Workdir
 from rag_jax.training.workdir import keep_compiled
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a finished training run.")
@@ -30,7 +28,7 @@ _N_DOCS = flags.DEFINE_integer(
   "n_docs", 0, "Passages to read for a question; 0: as many as in training."
 )
 _CACHE_DIR = flags.DEFINE_string(
-  "cache_dir", "", "Where compiled programs are kept; '': in the workdir."
+  "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a line.")
 flags.mark_flag_as_required("workdir")
@@ -51,10 +49,8 @@ def _prompt() -> Iterator[str]:
 
 
 def _questions(arguments: list[str]) -> Iterator[str]:
-  if arguments == ["-"]:
-    yield from (line.strip() for line in sys.stdin if line.strip())
-  elif arguments:
-    yield from arguments
+  if arguments:
+    yield from command.questions(arguments)
   else:
     yield from _prompt()
 
@@ -64,8 +60,7 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     # Answers alone; --verbosity=0 also says how long each took.
     logging.set_verbosity(logging.WARNING)
-  workdir = Workdir(epath.Path(_WORKDIR.value or "").expanduser())
-  keep_compiled(_CACHE_DIR.value or workdir.compiled)
+  keep_compiled(_CACHE_DIR.value or "")
   pipeline = RagPipeline.load(_WORKDIR.value or "", corpus=_CORPUS.value)
   for number, question in enumerate(_questions(argv[1:])):
     start = time.perf_counter()

@@ -84,7 +84,7 @@ _TARGET_RECALL = flags.DEFINE_float(
 )
 _BM25 = flags.DEFINE_bool("bm25", True, "Index the words too.")
 _CACHE_DIR = flags.DEFINE_string(
-  "cache_dir", "", "Where compiled programs are kept; '': beside the output."
+  "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
 flags.mark_flags_as_required(["corpus", "encoder", "output"])
 
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   output = epath.Path(_OUTPUT.value or "").expanduser()
-  keep_compiled(_CACHE_DIR.value or output.parent / ".jax_cache")
+  keep_compiled(_CACHE_DIR.value or "")
   config = BuildConfig(
     split=dataclasses.replace(
       _SPLIT,

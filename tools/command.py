@@ -3,16 +3,39 @@
 In: the `main` of a tool. Out: its exit status; 1 for what a user can mend.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 import signal
 import sys
 
 from absl import app
 
+from rag_jax.corpus.records import check_text
+
 # Anything else is a bug, and shows where.
 _MENDABLE = (
   ValueError, TypeError, ImportError, OSError, FloatingPointError, MemoryError
 )  # fmt: skip
+
+
+def questions(arguments: Sequence[str]) -> Iterator[str]:
+  """Yields the questions of a command line; of standard input if it is "-".
+
+  Raises:
+    ValueError: one of them is not UTF-8.
+  """
+  if list(arguments) != ["-"]:
+    for number, argument in enumerate(arguments, start=1):
+      check_text(argument, f"Question {number} of the command line")
+      yield argument
+    return
+  # By hand: Python ends at the first byte that is no UTF-8, without a place.
+  for number, raw in enumerate(sys.stdin.buffer, start=1):
+    text = raw.decode(
+      "utf-8-sig" if number == 1 else "utf-8", "surrogateescape"
+    )
+    if text.strip():
+      check_text(text, f"Line {number} of standard input")
+      yield text.strip()
 
 
 def run(

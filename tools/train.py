@@ -36,7 +36,7 @@ from rag_jax.training.workdir import open_workdir
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written.")
 _CACHE_DIR = flags.DEFINE_string(
-  "cache_dir", "", "Where compiled programs are kept; '': in the workdir."
+  "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
 flags.DEFINE_bool("debug", False, "Show where an error came from.")
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
   with open_workdir(
     _WORKDIR.value or "", config, process_index=jax.process_index()
   ) as workdir:
-    keep_compiled(_CACHE_DIR.value or workdir.compiled)
+    keep_compiled(_CACHE_DIR.value or "")
     logging.info("Config:\n%s", config_json.to_json(config))
     questions = {
       split: load_questions(config.data.questions, split)

@@ -25,6 +25,7 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.records import check_text
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.updated_passages import UpdatedPassages
 from rag_jax.data.search_versions import INDEX
@@ -235,3 +236,4 @@ class SearchDirectory:
           f"Question {number} of {len(questions)} is empty; expected some text."
           " Leave it out."
         )
+      check_text(question, f"Question {number} of {len(questions)}")

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from typing import Any
 
 from absl import logging
@@ -59,11 +60,6 @@ class Workdir:
   def model(self) -> epath.Path:
     """The directory of the trained model, once the run has ended."""
     return self.path / "model"
-
-  @property
-  def compiled(self) -> epath.Path:
-    """The directory of compiled programs; it can be deleted at any time."""
-    return self.path / ".jax_cache"
 
   @property
   def index(self) -> epath.Path:
@@ -160,14 +156,48 @@ def open_workdir(
   return workdir
 
 
-def keep_compiled(path: epath.PathLike) -> None:
+def keep_compiled(path: epath.PathLike = "") -> None:
   """Keeps compiled programs in `path`, and takes them from there.
 
-  Programs that take less than half a second to compile are not kept. Call it
-  before anything is compiled.
+  They are code that is run, so they never come out of a workdir, which somebody
+  else may have made. JAX names each after all that it was compiled from: one
+  directory does for all runs, and can be deleted at any time. Programs that
+  take less than half a second to compile are not kept. Call it before anything
+  is compiled.
+
+  Args:
+    path: of the directory; "" is rag_jax/compiled in the user's cache directory
+      ($XDG_CACHE_HOME or ~/.cache), which is used only if nobody else can write
+      there.
   """
+  if not os.fspath(path):
+    path = _own_cache()
+    if not path:
+      return
   jax.config.update("jax_compilation_cache_dir", os.fspath(path))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _own_cache() -> str:
+  """Returns the directory of compiled programs; "" if it is not ours alone."""
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  path = os.path.join(home, "rag_jax", "compiled")
+  try:
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    state = os.lstat(path)
+  except OSError as error:
+    logging.info("Compiled programs are not kept: %s", error)
+    return ""
+  ours = state.st_uid == os.geteuid() and stat.S_ISDIR(state.st_mode)
+  if ours and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    return path
+  logging.warning(
+    "%s is not used for compiled programs: others can write there, and what"
+    " lies there is run. Expected a folder of this user alone. Remove it, or"
+    " give another one with --cache_dir.",
+    path,
+  )
+  return ""
 
 
 def _make_folder(path: epath.Path) -> None:
