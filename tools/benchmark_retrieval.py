@@ -25,6 +25,7 @@ from absl import flags
 from absl import logging
 import command
 
+from rag_jax.evaluation.answers import VARIANTS
 from rag_jax.evaluation.benchmark_growth import GrowthSettings
 from rag_jax.evaluation.benchmark_growth import benchmark_growth
 from rag_jax.evaluation.benchmark_report import write_benchmark
@@ -34,7 +35,6 @@ from rag_jax.evaluation.benchmark_run import benchmark_embeddings
 from rag_jax.evaluation.benchmark_systems import SYSTEMS
 from rag_jax.evaluation.growth_report import growth_table
 from rag_jax.evaluation.growth_report import write_growth
-from rag_jax.evaluation.regex_answers import MATCHES
 
 _DEFAULT = BenchmarkSettings(systems=SYSTEMS)
 
@@ -59,9 +59,9 @@ _TARGET = flags.DEFINE_float(
 _TUNE_SECS = flags.DEFINE_float(
   "tune_secs", _DEFAULT.tune_secs, "That ScaNN's tuner may take."
 )
-_MATCH = flags.DEFINE_enum(
-  "match", _DEFAULT.match, list(MATCHES),
-  "Answers are text, or regular expressions as CuratedTREC's.",
+_ANSWERS = flags.DEFINE_enum(
+  "answers", _DEFAULT.answers, list(VARIANTS),
+  "How they are looked for; regex: regular expressions, as CuratedTREC's.",
 )  # fmt: skip
 _ROUNDS = flags.DEFINE_integer("rounds", _DEFAULT.rounds, "Of timing.")
 _SPEED_SECS = flags.DEFINE_float(
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   settings = BenchmarkSettings(
-    match=_MATCH.value,
+    answers=_ANSWERS.value,
     systems=tuple(_SYSTEMS.value or ()),
     max_questions=_MAX.value,
     target_recall=_TARGET.value,

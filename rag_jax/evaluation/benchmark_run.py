@@ -18,6 +18,7 @@ from rag_jax import artifacts
 from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passage
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.evaluation.answers import VARIANTS
 from rag_jax.evaluation.benchmark_measure import INDEX_DEPTHS
 from rag_jax.evaluation.benchmark_measure import SPEED_K
 from rag_jax.evaluation.benchmark_measure import Known
@@ -31,9 +32,7 @@ from rag_jax.evaluation.benchmark_systems import Workload
 from rag_jax.evaluation.benchmark_systems import build_systems
 from rag_jax.evaluation.benchmark_systems import needs_tuning
 from rag_jax.evaluation.machine import describe_machine
-from rag_jax.evaluation.regex_answers import MATCHES
 from rag_jax.evaluation.regex_answers import REGEX
-from rag_jax.evaluation.regex_answers import STRING
 from rag_jax.evaluation.regex_answers import check_patterns
 from rag_jax.retrieval.exact import ExactIndex
 
@@ -50,7 +49,7 @@ class BenchmarkSettings:
   tune_secs: float = 120.0  # that the tuner of ScaNN may take
   rounds: int = 3  # of timing
   speed_secs: float = 0.3  # for each system, batch size and round
-  match: str = STRING  # how answers are compared; or REGEX
+  answers: str = "multilingual"  # how they are looked for; of VARIANTS
 
 
 def benchmark_directory(
@@ -74,9 +73,9 @@ def benchmark_directory(
   """
   load = os.getloadavg()[0]
   asked = read_benchmark_questions(questions)
-  if problem := check_choice("match", settings.match, MATCHES):
+  if problem := check_choice("answers", settings.answers, VARIANTS):
     raise ValueError(problem)
-  if settings.match == REGEX:
+  if settings.answers == REGEX:
     for question in asked:
       where = f"{questions}: question {question.id!r}"
       check_patterns(question.answers, where)
@@ -87,7 +86,7 @@ def benchmark_directory(
   texts = [question.question for question in chosen]
   embeddings = directory.embed_questions(texts)
   notes: list[str] = []
-  known = _known(chosen, directory.passages, notes, settings.match)
+  known = _known(chosen, directory.passages, notes, settings.answers)
   num = len(measured)
   bm25_bytes = 0
   if directory.bm25 is not None:
@@ -191,7 +190,7 @@ def _known(
   questions: Sequence[BenchmarkQuestion],
   passages: Sequence[Passage],
   notes: list[str],
-  match: str,
+  variant: str,
 ) -> Known:
   graded, missing = gold_rows(questions, passages)
   if missing:
@@ -215,7 +214,7 @@ def _known(
     return f"{passage.title}\n{passage.text}"
 
   answers = [question.answers for question in questions]
-  return Known(answers, graded, text_of, match)
+  return Known(answers, graded, text_of, variant)
 
 
 def _split(

@@ -40,7 +40,7 @@ class Evaluator:
   ) -> list[AnswerRecord]:
     """Returns one record a question, in their order."""
     config = self._experiment.config
-    if config.eval.answer_match == REGEX:
+    if config.eval.answers == REGEX:
       for question in questions:  # before the expensive thing
         check_patterns(question.answers, f"The question {question.question!r}")
     passages = self._experiment.passages
@@ -57,9 +57,8 @@ class Evaluator:
       [f"{passages[i].title} {passages[i].text}" for i in a.retrieved]
       for a in answers
     ]
-    match = config.eval.answer_match
     in_top = answer_recall_at_k(
-      texts, [q.answers for q in questions], RECALL_K, match
+      texts, [q.answers for q in questions], RECALL_K, config.eval.answers
     )
     return [
       AnswerRecord(
@@ -70,7 +69,6 @@ class Evaluator:
         log_prob=answer.log_prob,
         retrieved_ids=answer.retrieved,
         answer_in_top=bool(found),
-        match=match,
       )
       for question, answer, found in zip(
         questions, answers, in_top, strict=True
@@ -90,7 +88,13 @@ class Evaluator:
       ValueError: the index finds less than index.min_recall.
     """
     start = time.perf_counter()
-    metrics = summarise(self.records(params, index, questions), prefix)
+    settings = self._experiment.config.eval
+    metrics = summarise(
+      self.records(params, index, questions),
+      prefix,
+      variant=settings.answers,
+      language=settings.language,
+    )
     secs = time.perf_counter() - start
     metrics[f"{prefix}/questions_per_second"] = len(questions) / secs
     if index is not None:

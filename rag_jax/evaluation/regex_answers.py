@@ -17,8 +17,7 @@ import unicodedata
 from absl import logging
 import regex
 
-STRING, REGEX = "string", "regex"
-MATCHES = (STRING, REGEX)  # how answers are compared
+REGEX = "regex"  # among the variants of answers.py
 
 MAX_CHARS = 10_000  # of a pattern
 MAX_COUNT = 10_000  # the product of its {n}, which are written out in memory
@@ -37,7 +36,9 @@ def _compile(pattern: str) -> regex.Pattern[str]:
     ValueError: it is none, or could take much memory.
   """
   shown = repr(pattern[:100])
-  remedy = "Correct it, or set match='string' if the answers are plain text."
+  remedy = (
+    "Correct it, or choose another eval.answers if the answers are plain text."
+  )
   size = 1
   for count in _COUNTS.findall(pattern[:MAX_CHARS]):
     size *= max(int(count), 1)

@@ -18,10 +18,12 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
-from rag_jax.config_json import from_json
+from rag_jax.config_json import read_config
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights.config_values import SpecialIds
+from rag_jax.weights.generation_settings import exported_settings
+from rag_jax.weights.generation_settings import settings_of
 from rag_jax.weights.generator_configs import explicit
 from rag_jax.weights.hub import HUB_PREFIX
 from rag_jax.weights.loaded import LoadedEncoder
@@ -44,9 +46,9 @@ _REMEDY = "Convert the checkpoint again: python tools/convert_hf.py."
 # Settings that are of a training or of two towers, not of the architecture.
 _NOT_OF_AN_ENCODER = (
   "init_from", "passage_init_from", "tied", "train_passage_encoder",
-  "score_scale", "learn_score_scale", "dropout",
+  "score_scale", "learn_score_scale",
 )  # fmt: skip
-_NOT_OF_A_GENERATOR = ("init_from", "init", "dropout")
+_NOT_OF_A_GENERATOR = ("init_from", "init")
 
 
 @dataclasses.dataclass(slots=True)
@@ -142,6 +144,8 @@ class SavedModel:
       special_ids=self.generator_tokenizer.ids,
       generation=self.generation,
       report=_report(params),
+      rag=self.settings if self.encoder is not None else None,
+      context_style=self.context_style,
     )
 
   def load_rag(self) -> LoadedRag:
@@ -209,9 +213,8 @@ def read_saved(where: Where) -> SavedModel:
 
 def _read_workdir(path: pathlib.Path) -> SavedModel:
   """Returns what a run has trained."""
-  params, _ = load_model(path / "model")
-  text = (path / "config.json").read_bytes().decode("utf-8", errors="replace")
-  config = from_json(text, str(path / "config.json"))
+  params, content = load_model(path / "model")
+  config = read_config(path / "config.json", content.get("config"))
   tokenizer = _tokenizer_of_run(path / _TOKENIZER)
   retriever = path / _TOKENIZER / _RETRIEVER
   data = config.data
@@ -223,29 +226,27 @@ def _read_workdir(path: pathlib.Path) -> SavedModel:
     passage_encoder=None,
     generator=config.generator,
     settings=RagSettings(
+      kind="sequence" if config.loss == "rag_sequence" else "token",
       n_docs=max(data.n_docs, 1),
       max_combined_length=data.context_length,
       title_sep=data.title_sep,
       doc_sep=data.doc_sep,
       prefix=data.context_prefix,
+      do_deduplication=settings_of(config).get("do_deduplication", True),
+      exclude_bos_score=config.exclude_bos_score,
     ),
     question_tokenizer=(
       _tokenizer_of_run(retriever) if retriever.exists() else tokenizer
     ),
     generator_tokenizer=tokenizer,
-    generation={
-      "do_sample": False,
-      # Theirs counts the token that the decoder starts with.
-      "max_length": data.target_length + 1,
-      "num_beams": 1,
-    },
+    generation=exported_settings(config),
     max_tokens=max(data.question_length, data.passage_length),
     context_style=data.context_style,
   )
 
 
 def _tokenizer_of_run(path: pathlib.Path) -> TokenizerFiles:
-  tokenizer = load_tokenizer(path)
+  tokenizer = load_tokenizer(path, ours=True)
   bos = tokenizer.bos_id
   ids = SpecialIds(
     tokenizer.pad_id, -1 if bos is None else bos, tokenizer.eos_id
@@ -280,7 +281,10 @@ def _read_directory(path: pathlib.Path) -> SavedModel:
     encoder=encoder("encoder"),
     passage_encoder=encoder("passage_encoder"),
     generator=(
-      GeneratorConfig(**content["generator"])
+      GeneratorConfig(
+        **content["generator"]
+        | {"fixed": tuple(content["generator"].get("fixed", ()))}
+      )
       if "generator" in content
       else None
     ),
