@@ -53,7 +53,7 @@ def test_layers_are_compared_with_the_tensors_before_they_are_counted(
 def test_numbers_are_finite(checkpoints, value):
   path = checkpoints.bert()
   checkpoints.edit_json(path, layer_norm_eps=value)
-  with pytest.raises(ValueError, match="layer_norm_eps=.*a finite number"):
+  with pytest.raises(ValueError, match=r"layer_norm_eps=.*a finite number"):
     load_encoder(path)
 
 
@@ -102,7 +102,7 @@ def test_json_that_is_nested_deeply_is_refused(checkpoints, depth):
   text = (path / "config.json").read_text()
   deep = '{"x": ' + "[" * depth + "]" * depth + ", " + text.lstrip("{ \n")
   (path / "config.json").write_text(deep)
-  with pytest.raises(ValueError, match="config.json is not JSON .*nested"):
+  with pytest.raises(ValueError, match=r"config\.json is not JSON .*nested"):
     open_directory(path).json("config.json")
   deep = to_json(Config()).replace('"seed": 0', '"seed": ' + "[" * depth, 1)
   with pytest.raises(ValueError, match="is not JSON"):
