@@ -58,6 +58,10 @@ _TARGET = flags.DEFINE_float(
 _TUNE_SECS = flags.DEFINE_float(
   "tune_secs", _DEFAULT.tune_secs, "That ScaNN's tuner may take."
 )
+_DROP_OWN_ID = flags.DEFINE_bool(
+  "drop_own_id", False, "Leave out the passage whose id is the question's, for"
+  " questions that are documents themselves (ArguAna, Quora).",
+)  # fmt: skip
 _ROUNDS = flags.DEFINE_integer("rounds", _DEFAULT.rounds, "Of timing.")
 _SPEED_SECS = flags.DEFINE_float(
   "speed_secs", _DEFAULT.speed_secs, "Of each system, in each round."
@@ -75,6 +79,7 @@ def main(argv: list[str]) -> None:
     tune_secs=_TUNE_SECS.value,
     rounds=_ROUNDS.value,
     speed_secs=_SPEED_SECS.value,
+    drop_own_id=_DROP_OWN_ID.value,
   )
   directory = _INDEX.value, _QUESTIONS.value
   files = _EMBEDDINGS.value or []

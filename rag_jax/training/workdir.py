@@ -40,14 +40,23 @@ _MAY_DIFFER = frozenset({
   "data.token_cache",
 })  # fmt: skip
 _SECTIONS_MAY_DIFFER = ("eval.", "mesh.", "decoding.")
+# What a wrong setting or file ends in. Of a full disk, or of Ctrl-C, what was
+# made stays: the same command goes on with it.
+_REFUSALS = (ValueError, TypeError, ImportError, FileNotFoundError)
 
 
 class Workdir:
   """The paths of a run. One that `open_workdir` returned holds the lock."""
 
-  def __init__(self, path: epath.PathLike, lock: int | None = None):
+  def __init__(
+    self,
+    path: epath.PathLike,
+    lock: int | None = None,
+    made: tuple[epath.Path, ...] = (),
+  ):
     self.path = epath.Path(path)
     self._lock = lock  # file descriptor
+    self._made = made  # folders that this run made, the deepest first
 
   @property
   def config_path(self) -> epath.Path:
@@ -100,11 +109,25 @@ class Workdir:
       os.close(self._lock)  # which releases the lock
       self._lock = None
 
+  def begin(self) -> None:
+    """Says that something is learned from now on, and stays whatever comes."""
+    self._made = ()
+
   def __enter__(self) -> "Workdir":
     return self
 
-  def __exit__(self, *exc_info: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None and issubclass(kind, _REFUSALS):
+      self._remove_made()
     self.close()
+
+  def _remove_made(self) -> None:
+    """Leaves nothing behind of a run that was refused before it began."""
+    for number, folder in enumerate(self._made):
+      if not number and folder.exists():
+        folder.rmtree()
+      elif folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def open_workdir(
@@ -151,6 +174,9 @@ def open_workdir(
       " one, for instance --workdir=runs/first."
     )
   path = epath.Path(path).expanduser()
+  # Local ones: a bucket has no folders.
+  missing = [p for p in (path, *path.parents) if not p.exists()]
+  made = tuple(missing) if artifacts.is_local(path) else ()
   _make_folder(path)
   if process_index:
     workdir = Workdir(path)
@@ -158,7 +184,7 @@ def open_workdir(
     return workdir
   _check_writable(path)
   _check_no_links(path)
-  workdir = Workdir(path, _lock(path))
+  workdir = Workdir(path, _lock(path), made)
   try:
     same = _check_config(workdir, config, may_correct=True)
     if not same and workdir.tokenizer.exists():

@@ -170,8 +170,8 @@ def open_directory(where: str | os.PathLike[str]) -> CheckpointDirectory:
   if not path.exists():
     raise FileNotFoundError(
       f"There is no directory {where}. Expected a checkpoint: a directory with"
-      f" config.json and model.safetensors, or {HUB_PREFIX}ORG/NAME. Correct"
-      " the path."
+      f" config.json and model.safetensors, or {HUB_PREFIX}ORG/NAME."
+      f" {artifacts.instead_of(path)} Correct the path."
     )
   if not path.is_dir():
     raise ValueError(
