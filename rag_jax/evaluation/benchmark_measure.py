@@ -81,6 +81,7 @@ class Known:
     own: of each, the row of the passage that is the question itself and is
       left out of what was found for it, or -1; () leaves nothing out.
     num_passages: of the corpus.
+    variant: how answers are looked for; see `retrieval.contains_answer`.
   """
 
   answers: Sequence[Sequence[str]]
@@ -88,6 +89,7 @@ class Known:
   text_of: Callable[[int], str]
   own: Sequence[int] = ()
   num_passages: int = 0
+  variant: str = "multilingual"
 
   def relevant(self, number: int, rows: Sequence[int]) -> list[bool]:
     """Returns which passages are of use for a question.
@@ -98,7 +100,9 @@ class Known:
     if any(grade > 0 for grade in grades.values()):
       return [grades.get(row, 0) > 0 for row in rows]
     answers = self.answers[number]
-    return [contains_answer(self.text_of(row), answers) for row in rows]
+    return [
+      contains_answer(self.text_of(row), answers, self.variant) for row in rows
+    ]
 
 
 class QuestionMetrics:
@@ -150,7 +154,7 @@ class QuestionMetrics:
     key = (number, row)
     if key not in self._seen:
       self._seen[key] = contains_answer(
-        self._text_of(row), self._known.answers[number]
+        self._text_of(row), self._known.answers[number], self._known.variant
       )
     return self._seen[key]
 

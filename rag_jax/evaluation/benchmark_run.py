@@ -15,8 +15,10 @@ from jaxtyping import Float
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passages
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.evaluation.answers import VARIANTS
 from rag_jax.evaluation.benchmark_measure import INDEX_DEPTHS
 from rag_jax.evaluation.benchmark_measure import SPEED_K
 from rag_jax.evaluation.benchmark_measure import Known
@@ -30,6 +32,8 @@ from rag_jax.evaluation.benchmark_systems import Workload
 from rag_jax.evaluation.benchmark_systems import build_systems
 from rag_jax.evaluation.benchmark_systems import needs_tuning
 from rag_jax.evaluation.machine import describe_machine
+from rag_jax.evaluation.regex_answers import REGEX
+from rag_jax.evaluation.regex_answers import check_patterns
 from rag_jax.retrieval.exact import ExactIndex
 
 _SEED = 0  # of which questions tune, and which are measured
@@ -48,6 +52,7 @@ class BenchmarkSettings:
   # Leave out the passage whose id is the question's, where questions are
   # themselves documents, as in BEIR's ArguAna and Quora.
   drop_own_id: bool = False
+  answers: str = "multilingual"  # how they are looked for; of VARIANTS
 
 
 def benchmark_directory(
@@ -71,6 +76,12 @@ def benchmark_directory(
   """
   load = os.getloadavg()[0]
   asked = read_benchmark_questions(questions)
+  if problem := check_choice("answers", settings.answers, VARIANTS):
+    raise ValueError(problem)
+  if settings.answers == REGEX:
+    for question in asked:
+      where = f"{questions}: question {question.id!r}"
+      check_patterns(question.answers, where)
   directory = SearchDirectory(index)
   measured, tuning = _split(len(asked), settings)
   chosen = [asked[row] for row in (*measured, *tuning)]
@@ -78,7 +89,7 @@ def benchmark_directory(
   texts = [question.question for question in chosen]
   embeddings = directory.embed_questions(texts)
   notes: list[str] = []
-  known = _known(chosen, directory.passages, notes, settings.drop_own_id)
+  known = _known(chosen, directory.passages, notes, settings)
   num = len(measured)
   bm25_bytes = 0
   if directory.bm25 is not None:
@@ -185,7 +196,7 @@ def _known(
   questions: Sequence[BenchmarkQuestion],
   passages: Passages,
   notes: list[str],
-  drop_own_id: bool,
+  settings: BenchmarkSettings,
 ) -> Known:
   graded, missing = gold_rows(questions, passages)
   if missing:
@@ -211,7 +222,7 @@ def _known(
   rows = [passages.row_of(question.id) for question in questions]
   own = [-1 if row is None else row for row in rows]
   same = len(rows) - rows.count(None)
-  if drop_own_id:
+  if settings.drop_own_id:
     notes.append(
       f"{same:,} of {len(rows):,} questions have the id of a passage, which is"
       " left out of what is found for them (--drop_own_id)."
@@ -226,8 +237,9 @@ def _known(
     [question.answers for question in questions],
     graded,
     text_of,
-    own if drop_own_id else (),
-    len(passages),
+    own=own if settings.drop_own_id else (),
+    num_passages=len(passages),
+    variant=settings.answers,
   )
 
 
