@@ -129,6 +129,12 @@ def from_json(text: str, origin: str = "the config") -> Config:
 def _renamed(tree: Any) -> Any:
   """Returns the settings of a run of before by the names that they have now."""
   try:
+    # Before there was a choice, the bias learned.
+    if tree["generator"]["logits_bias"] is True:
+      tree["generator"].setdefault("fixed", [])
+  except (AttributeError, KeyError, TypeError):
+    pass  # not a config, which `_update` says
+  try:
     old = tree["eval"]["min_index_recall"]  # of two limits, the higher held
     now = max(old, tree.get("index", {}).get("min_recall", 0.0))
   except (AttributeError, KeyError, TypeError):

@@ -26,6 +26,7 @@ from rag_jax.corpus.records import conversion
 from rag_jax.corpus.records import decode_text
 from rag_jax.corpus.records import read_bytes
 from rag_jax.corpus.records import shorten
+from rag_jax.corpus.records import special_file
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.report import CorpusReport
 
@@ -125,6 +126,21 @@ def read_text_file(
   try:
     raw = read_bytes(path)
     page = _READERS[_end(path.name)](raw, path, bad_records.report)
+    if bad := bad_character(id) or bad_character(path.name):
+      raise ValueError(
+        f"{shorten(os.fspath(path), 200)}:1: the file's name holds {bad}."
+        " Expected a name in UTF-8, which the document's id is made of. Rename"
+        " the file."
+      )
+  except (FileNotFoundError, PermissionError) as error:
+    problem = ValueError(
+      f"{path}:1: the file cannot be opened ({error.strerror}). Expected a file"
+      " that this user may read. Is it a link to nothing, or are permissions"
+      " missing? Mend or remove it."
+    )
+    problem.__cause__ = error
+    bad_records.refuse("undecodable", problem)
+    return
   except ValueError as error:
     bad_records.refuse("undecodable", error)
     return
@@ -137,23 +153,36 @@ def _without_gz(name: str) -> str:
 
 
 def _files_below(
-  folder: epath.Path, prefix: str, bad_records: BadRecords
+  folder: epath.Path, bad_records: BadRecords
 ) -> Iterator[tuple[str, epath.Path]]:
   """Yields (relative name, path) of the text files, in order of the names."""
-  for path in sorted(folder.iterdir(), key=lambda p: p.name):
-    name = prefix + path.name
-    hidden = path.name.startswith(".")
+  # Not one call inside another: folders can be nested deeper than calls.
+  levels = [_entries(folder, "")]
+  while levels:
+    name, path = next(levels[-1], ("", folder))
+    if not name:
+      levels.pop()
+      continue
+    hidden, special = path.name.startswith("."), special_file(path)
     if path.is_dir():
       # A link may lead back up, and then there would be no end.
       linked = is_local(path) and os.path.islink(path)
       if not hidden and not linked:
-        yield from _files_below(path, name + "/", bad_records)
+        levels.append(_entries(path, name + "/"))
         continue
-    elif not hidden and _end(path.name):
+    elif not hidden and not special and _end(path.name):
       yield name, path
       continue
     bad_records.report.other_files += 1
-    bad_records.report.note("other_files", str(path))
+    place = f"{path}: {special}" if special else str(path)
+    bad_records.report.note("other_files", place)
+
+
+def _entries(
+  folder: epath.Path, prefix: str
+) -> Iterator[tuple[str, epath.Path]]:
+  paths = sorted(folder.iterdir(), key=lambda p: p.name)
+  return ((prefix + path.name, path) for path in paths)
 
 
 def read_folder(
@@ -170,7 +199,7 @@ def read_folder(
     ValueError: a file is not UTF-8, or there is no text file at all.
   """
   found = False
-  for name, path in _files_below(folder, "", bad_records):
+  for name, path in _files_below(folder, bad_records):
     found = True
     yield from read_text_file(path, name, bad_records)
   if not found:

@@ -50,6 +50,17 @@ _KINDS = {
   ("vocab.json", "merges.txt"): "BartTokenizer",
 }
 
+# Those of sentencepiece need its library: T5 and Pegasus, mBART, and others.
+SENTENCEPIECE = (
+  "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+  "sentencepiece.model",
+)  # fmt: skip
+
+# For messages.
+TOKENIZER_KINDS = "tokenizer.json, " + ", ".join(
+  " with ".join(files) for files in (*_KINDS, SENTENCEPIECE[:1])
+)
+
 
 class Tokenizer:
   """A `transformers` tokenizer, reduced to what the project uses.
@@ -90,7 +101,7 @@ class Tokenizer:
       return token_id
     raise ValueError(
       f"The tokenizer has no {' or '.join(names)}; batches need one. Add it to"
-      " tokenizer_config.json, or train one with tokenizer.path=''."
+      " tokenizer_config.json."
     )
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -278,17 +289,18 @@ def _older_kind(path: epath.Path) -> str:
   for files, kind in _KINDS.items():
     if all((path / file).exists() for file in files):
       return kind
-  if (path / "spiece.model").exists():
-    raise FileNotFoundError(
-      f"{path} has a spiece.model, but no tokenizer.json, which is the only one"
-      " of the two that is read. Where sentencepiece is installed, write it:"
-      " transformers.AutoTokenizer.from_pretrained(path).save_pretrained(path)."
-    )
-  kinds = ", or ".join(" and ".join(files) for files in _KINDS)
+  for name in SENTENCEPIECE:
+    if (path / name).exists():
+      raise FileNotFoundError(
+        f"{path} has a {name}, but no tokenizer.json, which is the only one of"
+        " the two that is read. Where sentencepiece is installed, write it:"
+        " transformers.AutoTokenizer.from_pretrained(path)"
+        ".save_pretrained(path)."
+      )
   raise FileNotFoundError(
-    f"No tokenizer.json in {path}. Expected a directory that a tokenizer was"
-    " saved to; set tokenizer.path to one, or to '' to train a tokenizer. (The"
-    f" files of older ones do as well: {kinds}.)"
+    f"There is no tokenizer in {path}; looked for {TOKENIZER_KINDS}. Expected a"
+    " directory that a tokenizer was saved to; copy its files there, or set"
+    " tokenizer.path to one that has them."
   )
 
 
@@ -367,12 +379,14 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
     raise ValueError(
       f"The tokenizer in {path} cannot be read ({error}). Its files were cut"
       " off or edited, or it brings code of its own, which is never run; copy"
-      " them again, or train another."
+      " them again."
     ) from error
   return Tokenizer(backend)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(
+  texts: Iterable[str], vocab_size: int, *, uncased: bool = False
+) -> Tokenizer:
   """Returns a byte-level BPE tokenizer trained on `texts`.
 
   Byte-level: every text can be written and comes back exactly, so an answer is
@@ -382,11 +396,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   Args:
     texts: what to learn frequent pieces from.
     vocab_size: ids in all: 5 special tokens, 256 bytes, then merges.
+    uncased: reads text in lower case and without accents, as BERT's uncased
+      tokenizers do; what it decodes has neither.
   """
   import transformers
 
   model = tokenizers.Tokenizer(models.BPE())
-  model.normalizer = normalizers.Prepend(" ")  # a first word is like any other
+  steps = [normalizers.Prepend(" ")]  # a first word is like any other
+  if uncased:
+    steps += [
+      normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()
+    ]  # fmt: skip
+  model.normalizer = normalizers.Sequence(steps) if uncased else steps[0]
   model.pre_tokenizer = pre_tokenizers.Sequence(
     [
       pre_tokenizers.Split(tokenizers.Regex(_PIECES), behavior="isolated"),

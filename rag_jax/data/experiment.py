@@ -6,6 +6,7 @@ tokenizer, model and what connects them, for training, evaluation and serving.
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -36,6 +37,7 @@ from rag_jax.models.rag import build_model
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import IndexBuilder
+from rag_jax.weights.generation_settings import target_start
 
 # More would take hours and memory, and the frequent pieces stay the same.
 _TOKENIZER_PASSAGES = 1 << 20
@@ -123,6 +125,7 @@ def open_experiment(
   passages: Passages | None = None,
   devices: Sequence[Any] | None = None,
   initial: Initial | None = None,
+  reads_tokens: bool = True,
 ) -> Experiment:
   """Opens what `config` names and builds what it describes.
 
@@ -136,6 +139,8 @@ def open_experiment(
     passages: instead of those that the config names.
     devices: of the mesh; by default all.
     initial: checkpoints to start from.
+    reads_tokens: False tokenizes no passage: where there is an index already,
+      and data.context_style="rag" reads them as strings.
 
   Raises:
     ValueError: settings, devices, passages and tokenizer do not fit together.
@@ -154,10 +159,13 @@ def open_experiment(
   _check_tables(config, tokenizer, retriever_tokenizer)
   length = config.data.passage_length
   kept = config.data.token_cache or tokens_path
-  tokenized = _tokenize(passages, tokenizer, length, kept)
+  tokenize = functools.partial(_tokenize, passages, length=length, kept=kept)
+  if not reads_tokens:
+    tokenize = functools.partial(TokenizedPassages.without_rows, passages)
+  tokenized = tokenize(tokenizer)
   retriever_tokenized = tokenized
   if retriever_tokenizer is not tokenizer:
-    retriever_tokenized = _tokenize(passages, retriever_tokenizer, length, kept)
+    retriever_tokenized = tokenize(retriever_tokenizer)
   if retriever_tokenized.num_cut:
     logging.info(
       "%d of %d passages are longer than data.passage_length=%d tokens and"
@@ -167,14 +175,12 @@ def open_experiment(
       length,
     )
   context = ContextBuilder(
-    tokenizer, tokenized, config.data, retriever_tokenized
+    tokenizer,
+    tokenized,
+    config.data,
+    retriever_tokenized,
+    target_start=target_start(config),
   )
-  if config.warmup.num_steps and not context.one_tokenizer:
-    raise ValueError(
-      f"warmup.num_steps={config.warmup.num_steps} needs one tokenizer for"
-      " retriever and generator, but each of their checkpoints has its own."
-      " Trained weights need no warm-up: set warmup.num_steps=0."
-    )
   model = build_model(
     config,
     vocab_size=tokenizer.vocab_size,
@@ -267,6 +273,35 @@ def _check_tables(
       )
 
 
+def _check_fresh(config: Config, path: epath.PathLike) -> None:
+  """Raises `FileNotFoundError` rather than train one for loaded weights."""
+  for part in ("encoder", "generator"):
+    where = getattr(config, part).init_from
+    if where:
+      raise FileNotFoundError(
+        f"There is no tokenizer in {path or 'tokenizer.path'}, but"
+        f" {part}.init_from={where!r} gave weights that were trained with one."
+        " Expected that tokenizer, as training saved it in the workdir; one"
+        " that is trained now would mean other text. Put its files back."
+      )
+
+
+def _warn_of_others(path: str, found: Sequence[str]) -> None:
+  """Warns if the tokenizer that was given is not that of a checkpoint."""
+  given = load_tokenizer(path).fingerprint
+  for name in found:
+    try:
+      same = load_tokenizer(name).fingerprint == given
+    except (FileNotFoundError, ValueError):
+      continue  # which may be why another one is given
+    if not same:
+      logging.warning(
+        "tokenizer.path=%s is another tokenizer than that of the checkpoint %s:"
+        " its ids mean other rows of the embeddings, unless it was made of it.",
+        *(path, name),
+      )
+
+
 _RETRIEVER = "retriever"  # folder of the second tokenizer, if there are two
 
 
@@ -282,12 +317,17 @@ def _open_tokenizers(
     return tokenizer, tokenizer
   found = [initial.tokenizer, initial.retriever_tokenizer]
   if config.tokenizer.path:
+    _warn_of_others(config.tokenizer.path, [name for name in found if name])
     found = [config.tokenizer.path]
   kinds = [load_tokenizer(name) for name in found if name]
   if not kinds:
+    _check_fresh(config, path)
     train = load_questions(config.data.questions, "train")
-    texts = itertools.chain(_texts(passages), (q.question for q in train))
-    kinds = [train_tokenizer(texts, config.tokenizer.vocab_size)]
+    for uncased in (False, True)[: 1 + (config.tokenizer.retriever != "same")]:
+      texts = itertools.chain(_texts(passages), (q.question for q in train))
+      kinds.append(
+        train_tokenizer(texts, config.tokenizer.vocab_size, uncased=uncased)
+      )
   if kinds[0].fingerprint == kinds[-1].fingerprint:
     kinds = kinds[:1]
   if saved is not None:

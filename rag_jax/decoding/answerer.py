@@ -19,6 +19,11 @@ from rag_jax.models.hybrid import hybrid_scores
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import find_docs
+from rag_jax.retrieval.retriever import padded_length
+from rag_jax.weights.generation_settings import settings_of
+
+# Tokens of a question up to which all are padded to one length: one program.
+_ONE_LENGTH = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,13 +60,19 @@ class Answer:
 class Answerer:
   """Retrieves, reads and writes, in batches of one shape."""
 
-  def __init__(self, experiment: Experiment):
+  def __init__(self, experiment: Experiment, decoder: RagDecoder | None = None):
+    """Prepares to answer.
+
+    Args:
+      experiment: whose passages are read.
+      decoder: None: as its config says.
+    """
     self._tokenizer = experiment.tokenizer
     self._passages = experiment.passages
     self._context = experiment.context
     self._embedder = experiment.embedder
     self._bm25 = experiment.bm25
-    self._decode = make_decoder(experiment)
+    self._decode = decoder or make_decoder(experiment)
 
   def embed(
     self, params: PyTree, questions: Sequence[str]
@@ -69,6 +80,10 @@ class Answerer:
     """Returns the embedding of each question."""
     question_ids, _ = self._context.encode_questions(questions)
     tokens, mask = self._context.questions(question_ids)
+    if tokens.shape[1] > _ONE_LENGTH:
+      longest = int(mask.sum(axis=1).max(initial=1))
+      width = padded_length(longest, tokens.shape[1])
+      tokens, mask = tokens[:, :width], mask[:, :width]
     retriever = {k: v for k, v in params.items() if k != "generator"}
     return self._embedder.questions(retriever, tokens, mask)
 
@@ -197,19 +212,25 @@ class Answerer:
 def make_decoder(experiment: Experiment) -> RagDecoder:
   """Returns what decodes as the config says."""
   config, tokenizer = experiment.config, experiment.tokenizer
-  decoding, generator = config.decoding, experiment.model.generator
-  settings = GenerationSettings(
-    max_new_tokens=config.data.target_length,
-    min_new_tokens=decoding.min_new_tokens,
-    num_beams=decoding.num_beams,
-    length_penalty=decoding.length_penalty,
-    no_repeat_ngram_size=decoding.no_repeat_ngram_size,
-    decoder_start_token_id=generator.decoder_start_id,
-    eos_token_id=(tokenizer.eos_id,),
-    pad_token_id=tokenizer.pad_id,
+  generator = experiment.model.generator
+  settings = GenerationSettings.from_dict(
+    {
+      "decoder_start_token_id": generator.decoder_start_id,
+      "eos_token_id": tokenizer.eos_id,
+      "pad_token_id": tokenizer.pad_id,
+    }
+    | settings_of(config),
+    "decoding.generation_config",
   )
-  mode = config.loss if decoding.mode == "auto" else decoding.mode
-  return RagDecoder(generator, settings, mode)
+  if tokenizer.eos_id not in settings.eos_token_id:
+    # What training ends its targets with.
+    ends = (*settings.eos_token_id, tokenizer.eos_id)
+    settings = dataclasses.replace(settings, eos_token_id=ends)
+  settings = dataclasses.replace(settings, num_return_sequences=1)
+  mode = config.decoding.mode
+  return RagDecoder(
+    generator, settings, config.loss if mode == "auto" else mode
+  )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

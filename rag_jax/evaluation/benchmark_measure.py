@@ -16,9 +16,9 @@ import numpy as np
 
 from rag_jax.evaluation import gold
 from rag_jax.evaluation.benchmark_systems import System
-from rag_jax.evaluation.intervals import bootstrap_interval
 from rag_jax.evaluation.retrieval import contains_answer
 from rag_jax.retrieval.cost import queries_per_second
+from rag_jax.retrieval.intervals import mean_interval
 from rag_jax.retrieval.recall import Recall
 from rag_jax.retrieval.recall import index_recall_at_k
 from rag_jax.retrieval.recall import mean_recall
@@ -32,7 +32,7 @@ _BLOCK = 256  # questions searched for at a time, when not
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class Mean:
-  """Of one number a question, with its bootstrap 95% interval."""
+  """Of one number a question, with its 95% interval."""
 
   mean: float
   low: float
@@ -78,11 +78,13 @@ class Known:
     answers: of each; () where they are not known.
     gold: row of a passage -> grade, of each; {} where it is not known.
     text_of: of a passage, by its row: title and text.
+    variant: how answers are looked for; see `retrieval.contains_answer`.
   """
 
   answers: Sequence[Sequence[str]]
   gold: Sequence[Mapping[int, int]]
   text_of: Callable[[int], str]
+  variant: str = "multilingual"
 
   def relevant(self, number: int, rows: Sequence[int]) -> list[bool]:
     """Returns which passages are of use for a question.
@@ -93,7 +95,9 @@ class Known:
     if any(grade > 0 for grade in grades.values()):
       return [grades.get(row, 0) > 0 for row in rows]
     answers = self.answers[number]
-    return [contains_answer(self.text_of(row), answers) for row in rows]
+    return [
+      contains_answer(self.text_of(row), answers, self.variant) for row in rows
+    ]
 
 
 class QuestionMetrics:
@@ -145,7 +149,7 @@ class QuestionMetrics:
     key = (number, row)
     if key not in self._seen:
       self._seen[key] = contains_answer(
-        self._text_of(row), self._known.answers[number]
+        self._text_of(row), self._known.answers[number], self._known.variant
       )
     return self._seen[key]
 
@@ -258,5 +262,5 @@ def _search(system: System, rows: np.ndarray, k: int) -> Any:
 
 
 def _mean(values: Float[np.ndarray, "B"]) -> Mean:
-  low, high = bootstrap_interval(values)
+  low, high = mean_interval(values)
   return Mean(mean=float(np.mean(values)), low=low, high=high)

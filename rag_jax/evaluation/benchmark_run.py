@@ -15,8 +15,10 @@ from jaxtyping import Float
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passage
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.evaluation.answers import VARIANTS
 from rag_jax.evaluation.benchmark_measure import INDEX_DEPTHS
 from rag_jax.evaluation.benchmark_measure import SPEED_K
 from rag_jax.evaluation.benchmark_measure import Known
@@ -30,6 +32,8 @@ from rag_jax.evaluation.benchmark_systems import Workload
 from rag_jax.evaluation.benchmark_systems import build_systems
 from rag_jax.evaluation.benchmark_systems import needs_tuning
 from rag_jax.evaluation.machine import describe_machine
+from rag_jax.evaluation.regex_answers import REGEX
+from rag_jax.evaluation.regex_answers import check_patterns
 from rag_jax.retrieval.exact import ExactIndex
 
 _SEED = 0  # of which questions tune, and which are measured
@@ -45,6 +49,7 @@ class BenchmarkSettings:
   tune_secs: float = 120.0  # that the tuner of ScaNN may take
   rounds: int = 3  # of timing
   speed_secs: float = 0.3  # for each system, batch size and round
+  answers: str = "multilingual"  # how they are looked for; of VARIANTS
 
 
 def benchmark_directory(
@@ -68,6 +73,12 @@ def benchmark_directory(
   """
   load = os.getloadavg()[0]
   asked = read_benchmark_questions(questions)
+  if problem := check_choice("answers", settings.answers, VARIANTS):
+    raise ValueError(problem)
+  if settings.answers == REGEX:
+    for question in asked:
+      where = f"{questions}: question {question.id!r}"
+      check_patterns(question.answers, where)
   directory = SearchDirectory(index)
   measured, tuning = _split(len(asked), settings)
   chosen = [asked[row] for row in (*measured, *tuning)]
@@ -75,7 +86,7 @@ def benchmark_directory(
   texts = [question.question for question in chosen]
   embeddings = directory.embed_questions(texts)
   notes: list[str] = []
-  known = _known(chosen, directory.passages, notes)
+  known = _known(chosen, directory.passages, notes, settings.answers)
   num = len(measured)
   bm25_bytes = 0
   if directory.bm25 is not None:
@@ -179,6 +190,7 @@ def _known(
   questions: Sequence[BenchmarkQuestion],
   passages: Sequence[Passage],
   notes: list[str],
+  variant: str,
 ) -> Known:
   graded, missing = gold_rows(questions, passages)
   if missing:
@@ -201,7 +213,8 @@ def _known(
     passage = passages[row]
     return f"{passage.title}\n{passage.text}"
 
-  return Known([question.answers for question in questions], graded, text_of)
+  answers = [question.answers for question in questions]
+  return Known(answers, graded, text_of, variant)
 
 
 def _split(

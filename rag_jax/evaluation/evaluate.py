@@ -13,6 +13,8 @@ import numpy as np
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.questions import Question
 from rag_jax.decoding.answerer import Answerer
+from rag_jax.evaluation.regex_answers import REGEX
+from rag_jax.evaluation.regex_answers import check_patterns
 from rag_jax.evaluation.report import RECALL_K
 from rag_jax.evaluation.report import AnswerRecord
 from rag_jax.evaluation.report import summarise
@@ -38,6 +40,9 @@ class Evaluator:
   ) -> list[AnswerRecord]:
     """Returns one record a question, in their order."""
     config = self._experiment.config
+    if config.eval.answers == REGEX:
+      for question in questions:  # before the expensive thing
+        check_patterns(question.answers, f"The question {question.question!r}")
     passages = self._experiment.passages
     answers = self._answerer.answer(
       params,
@@ -52,7 +57,9 @@ class Evaluator:
       [f"{passages[i].title} {passages[i].text}" for i in a.retrieved]
       for a in answers
     ]
-    in_top = answer_recall_at_k(texts, [q.answers for q in questions], RECALL_K)
+    in_top = answer_recall_at_k(
+      texts, [q.answers for q in questions], RECALL_K, config.eval.answers
+    )
     return [
       AnswerRecord(
         question=question.question,
@@ -81,7 +88,13 @@ class Evaluator:
       ValueError: the index finds less than index.min_recall.
     """
     start = time.perf_counter()
-    metrics = summarise(self.records(params, index, questions), prefix)
+    settings = self._experiment.config.eval
+    metrics = summarise(
+      self.records(params, index, questions),
+      prefix,
+      variant=settings.answers,
+      language=settings.language,
+    )
     secs = time.perf_counter() - start
     metrics[f"{prefix}/questions_per_second"] = len(questions) / secs
     if index is not None:

@@ -124,6 +124,11 @@ def open_workdir(
     warm-up fits. The other schedules end at the last step, so that every step
     depends on it.
 
+  A run that has ended can be made longer whatever its schedule: with a larger
+  train.num_steps, all optimizer.* but optimizer.freeze may differ. It goes on
+  from its last step, with AdamW's moments as they are and the learning rate
+  that the new schedule has at that step.
+
   A folder in which nothing was learned yet is free: its run may have ended at
   once, because of a setting that has been corrected since.
 
@@ -305,6 +310,7 @@ def _check_config(
   different = {
     line.partition(":")[0]: line for line in differences(old, config)
   }
+  goes_on = _goes_on(workdir, old, config)
   bad = [
     line
     for name, line in different.items()
@@ -312,6 +318,7 @@ def _check_config(
       name in _MAY_DIFFER
       or name.startswith(_SECTIONS_MAY_DIFFER)
       or (name == "train.num_steps" and _only_longer(old, config))
+      or (goes_on and _is_of_schedule(name))
     )
   ]
   learned = _has_checkpoints(workdir) or workdir.model.exists()
@@ -338,6 +345,22 @@ def _check_config(
   return True
 
 
+def _goes_on(workdir: Workdir, old: Config, new: Config) -> bool:
+  """Returns whether the run has ended, and shall have more steps now."""
+  last = str(old.warmup.num_steps + old.train.num_steps)
+  ended = all(
+    (folder / artifacts.MANIFEST).exists()
+    for folder in (workdir.model, workdir.checkpoints / last)
+  )
+  return ended and new.train.num_steps > old.train.num_steps > 0
+
+
+def _is_of_schedule(name: str) -> bool:
+  """Returns whether a setting says how parameters move, not which ones."""
+  movable = name.startswith("optimizer.") and name != "optimizer.freeze"
+  return movable or name == "train.num_steps"
+
+
 def _only_longer(old: Config, new: Config) -> bool:
   """Returns whether train.num_steps changes their number, but no step."""
   shorter = min(old.train.num_steps, new.train.num_steps)
@@ -351,8 +374,11 @@ def _free_settings() -> list[str]:
   known = [name for name, _, _ in fields(Config())]
   single = [name for name in known if name in _MAY_DIFFER]
   sections = [f"{section}*" for section in _SECTIONS_MAY_DIFFER]
-  constant = "and train.num_steps with optimizer.schedule='constant'"
-  return [*single, *sections, constant]
+  constant = "train.num_steps with optimizer.schedule='constant'"
+  ended = (
+    "and optimizer.* of a run that has ended and gets more train.num_steps"
+  )
+  return [*single, *sections, constant, ended]
 
 
 def _has_checkpoints(workdir: Workdir) -> bool:

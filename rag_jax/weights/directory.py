@@ -138,7 +138,9 @@ class CheckpointDirectory:
     return kind == MANIFEST_KIND
 
   def _check_hub_cache(self) -> None:
-    for path in sorted(self.path.rglob("*.safetensors")):
+    for path in sorted(
+      [*self.path.rglob("*.safetensors"), *self.path.rglob("*.bin")]
+    ):
       name = os.path.basename(os.path.realpath(path))
       if not _SHA256.fullmatch(name):
         continue

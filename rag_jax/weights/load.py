@@ -9,15 +9,18 @@ A RAG checkpoint serves as any of its parts. Those of RAG-Token and RAG-Sequence
 have the same tensors: either can be trained and decoded as the other.
 """
 
+import dataclasses
 import functools
 import os
 from typing import Literal
 
+from rag_jax.weights.config_fields import field_notes
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import unsupported
 from rag_jax.weights.directory import CheckpointDirectory
 from rag_jax.weights.directory import open_directory
 from rag_jax.weights.encoder_configs import ENCODER_TYPES
+from rag_jax.weights.generation_settings import GENERATION_NAMES
 from rag_jax.weights.generation_settings import read_generation
 from rag_jax.weights.generator_configs import GENERATOR_TYPES
 from rag_jax.weights.generator_configs import with_default_ids
@@ -112,6 +115,15 @@ def load_rag(where: Where) -> LoadedRag:
     generator=rag.load_generator(),
     settings=rag.settings(),
   )
+
+
+def has_passage_encoder(where: Where) -> bool:
+  """Returns whether a checkpoint is a RAG that holds its passage encoder."""
+  directory = open_directory(where)
+  values = _config(directory) if directory.has("config.json") else None
+  if values is None or values.values.get("model_type") != "rag":
+    return False
+  return _Rag(directory, values).has_passages
 
 
 def checkpoint_kind(where: Where) -> str:
@@ -261,9 +273,12 @@ class _Rag:
       f"a RAG-{kind.capitalize()} checkpoint; the other kind has the same"
       " tensors"
     )
-    return part.load(
-      find_tokenizer(directory, GENERATOR_TOKENIZER), generation, [note]
+    loaded = part.load(
+      find_tokenizer(directory, GENERATOR_TOKENIZER),
+      generation,
+      [note, *field_notes(self._values, GENERATION_NAMES)],
     )
+    return dataclasses.replace(loaded, rag=self.settings())
 
   def settings(self) -> RagSettings:
     """Returns what config.json says beside the parts."""

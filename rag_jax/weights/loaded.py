@@ -37,6 +37,8 @@ class LoadedGenerator:
   special_ids: SpecialIds
   generation: dict[str, Any]  # of generation_config.json
   report: Report
+  rag: "RagSettings | None" = None  # of the RAG that it is a part of
+  context_style: str = "rag"  # what it then was trained to read
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from rag_jax.config_json import read_config
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights.config_values import SpecialIds
+from rag_jax.weights.generation_settings import exported_settings
+from rag_jax.weights.generation_settings import settings_of
 from rag_jax.weights.generator_configs import explicit
 from rag_jax.weights.hub import HUB_PREFIX
 from rag_jax.weights.loaded import LoadedEncoder
@@ -30,6 +32,7 @@ from rag_jax.weights.loaded import LoadedRag
 from rag_jax.weights.loaded import RagSettings
 from rag_jax.weights.mapping import Mapped
 from rag_jax.weights.model_files import load_model
+from rag_jax.weights.model_files import read_content
 from rag_jax.weights.report import Report
 from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
 from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
@@ -44,9 +47,9 @@ _REMEDY = "Convert the checkpoint again: python tools/convert_hf.py."
 # Settings that are of a training or of two towers, not of the architecture.
 _NOT_OF_AN_ENCODER = (
   "init_from", "passage_init_from", "tied", "train_passage_encoder",
-  "score_scale", "learn_score_scale", "dropout",
+  "score_scale", "learn_score_scale",
 )  # fmt: skip
-_NOT_OF_A_GENERATOR = ("init_from", "init", "dropout")
+_NOT_OF_A_GENERATOR = ("init_from", "init")
 
 
 @dataclasses.dataclass(slots=True)
@@ -65,6 +68,7 @@ class SavedModel:
   generation: dict[str, Any]
   max_tokens: int = 0
   context_style: str = "rag"  # what the generator was trained to read
+  content_from: str = ""  # the checkpoint that it was converted from
 
   @property
   def score_scale(self) -> float:
@@ -142,6 +146,8 @@ class SavedModel:
       special_ids=self.generator_tokenizer.ids,
       generation=self.generation,
       report=_report(params),
+      rag=self.settings if self.encoder is not None else None,
+      context_style=self.context_style,
     )
 
   def load_rag(self) -> LoadedRag:
@@ -188,6 +194,18 @@ def is_workdir(path: Where) -> bool:
   return (path / "config.json").exists() and (path / "model").is_dir()
 
 
+def origin_of(where: Where) -> str:
+  """Returns the checkpoint that a model was converted from, or `where`.
+
+  Raises:
+    ValueError: a model directory is damaged.
+  """
+  if not is_ours(where) or is_workdir(where):
+    return os.fspath(where)
+  path = pathlib.Path(where).expanduser()
+  return str(read_content(path, _REMEDY).get("from") or os.fspath(where))
+
+
 def read_saved(where: Where) -> SavedModel:
   """Returns the model in a workdir or a model directory.
 
@@ -222,22 +240,20 @@ def _read_workdir(path: pathlib.Path) -> SavedModel:
     passage_encoder=None,
     generator=config.generator,
     settings=RagSettings(
+      kind="sequence" if config.loss == "rag_sequence" else "token",
       n_docs=max(data.n_docs, 1),
       max_combined_length=data.context_length,
       title_sep=data.title_sep,
       doc_sep=data.doc_sep,
       prefix=data.context_prefix,
+      do_deduplication=settings_of(config).get("do_deduplication", True),
+      exclude_bos_score=config.exclude_bos_score,
     ),
     question_tokenizer=(
       _tokenizer_of_run(retriever) if retriever.exists() else tokenizer
     ),
     generator_tokenizer=tokenizer,
-    generation={
-      "do_sample": False,
-      # Theirs counts the token that the decoder starts with.
-      "max_length": data.target_length + 1,
-      "num_beams": 1,
-    },
+    generation=exported_settings(config),
     max_tokens=max(data.question_length, data.passage_length),
     context_style=data.context_style,
   )
@@ -279,7 +295,10 @@ def _read_directory(path: pathlib.Path) -> SavedModel:
     encoder=encoder("encoder"),
     passage_encoder=encoder("passage_encoder"),
     generator=(
-      GeneratorConfig(**content["generator"])
+      GeneratorConfig(
+        **content["generator"]
+        | {"fixed": tuple(content["generator"].get("fixed", ()))}
+      )
       if "generator" in content
       else None
     ),
@@ -288,6 +307,7 @@ def _read_directory(path: pathlib.Path) -> SavedModel:
     generator_tokenizer=tokenizer("generator", GENERATOR_TOKENIZER),
     generation=content.get("generation", {}),
     max_tokens=content.get("max_tokens", 0),
+    content_from=content.get("from", ""),
   )
 
 

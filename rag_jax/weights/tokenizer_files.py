@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 from rag_jax import disk
+from rag_jax.corpus.tokenizer import SENTENCEPIECE
 from rag_jax.corpus.tokenizer import check_own_files
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import CheckpointDirectory
@@ -19,14 +20,10 @@ GENERATOR_TOKENIZER = "generator_tokenizer"
 
 TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-  "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
-  "sentencepiece.bpe.model",
+  "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", *SENTENCEPIECE,
 )  # fmt: skip
 # One of them makes a tokenizer.
-_VOCABULARIES = (
-  "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model",
-  "sentencepiece.bpe.model",
-)  # fmt: skip
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

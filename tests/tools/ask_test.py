@@ -58,7 +58,7 @@ def test_several_questions_are_several_arguments_and_json_has_all(learned):
   record = json.loads(process.stdout.splitlines()[0])
   assert list(record) == [
     "question", "text", "log_prob", "tokens", "token_log_probs", "docs",
-    "question_cut", "retrieved",
+    "question_cut", "retrieved", "sure",
   ]  # fmt: skip
   assert record["docs"][0]["id"] == "country/FR/capital"
   assert sum(doc["posterior"] for doc in record["docs"]) == pytest.approx(1)
@@ -133,3 +133,21 @@ def test_what_is_wrong_is_one_message(learned, tmp_path, arguments, message):
   arguments = [a.replace("BROKEN", str(broken)) for a in arguments]
   process = ask(learned.workdir, *arguments)
   assert_refused(process, message.replace("BROKEN", str(broken)))
+
+
+def test_a_run_or_a_checkpoint_is_named_and_a_checkpoint_has_a_corpus(tmp_path):
+  assert_refused(
+    run_tool("ask.py", FRANCE),
+    "ValueError: --workdir='' and --model='': expected one of them, a run",
+  )
+  assert_refused(
+    run_tool("ask.py", "--model=hf:facebook/rag-token-nq", FRANCE),
+    "ValueError: --model=hf:facebook/rag-token-nq has no passages of its own;",
+  )
+
+
+def test_a_run_may_be_named_as_a_model_and_searched_with_beams(learned):
+  process = run_tool(
+    "ask.py", f"--model={learned.workdir}", "--num_beams=3", "--json", FRANCE
+  )
+  assert answered(process) == [(FRANCE, "Paris")]
