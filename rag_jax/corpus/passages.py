@@ -168,6 +168,23 @@ def _find(name_or_path: str) -> epath.Path:
   return path
 
 
+def is_passages(name_or_path: str) -> bool:
+  """Returns whether `load_passages` is meant, and not a reader of documents.
+
+  What does not exist is, so that its message names what is near.
+  """
+  from rag_jax.corpus import store
+
+  if name_or_path.startswith("tfds:"):
+    return False
+  path = epath.Path(name_or_path).expanduser()
+  if name_or_path in BUNDLED or not (name_or_path and path.exists()):
+    return True
+  if path.is_dir():
+    return store.is_store(path)
+  return any(path.name.endswith(end) for end in _READERS)
+
+
 def load_passages(name_or_path: str) -> Passages:
   """Returns the passages of a bundled corpus, of a file or of a store.
 
