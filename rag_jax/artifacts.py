@@ -9,6 +9,7 @@ A single JSON file has its digest in itself: `with_digest`.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+import difflib
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from rag_jax.disk import is_local as is_local
 from rag_jax.disk import temp_path as temp_path
 from rag_jax.disk import write_atomically as write_atomically
 
+_SHOWN_NAMES = 8  # of a folder, where a path does not exist
 MANIFEST = "manifest.json"
 
 _PICKLES = (".pkl", ".pickle")  # loading one runs the code inside it
@@ -159,6 +161,11 @@ def read_manifest(
   path = directory / MANIFEST
   # A link that leads nowhere is a link, not a manifest that is missing.
   if not path.exists() and not os.path.islink(path):
+    if not directory.exists():
+      raise FileNotFoundError(
+        f"There is no {MANIFEST}, since there is no directory {directory}."
+        f" {instead_of(directory)} {remedy}"
+      )
     raise FileNotFoundError(
       f"There is no {MANIFEST} in {directory}: no {kind} was built there, or"
       f" the build was cut off before its end. {remedy}"
@@ -233,6 +240,28 @@ def without_digest(
       f" {remedy}"
     )
   return plain
+
+
+def instead_of(path: epath.PathLike) -> str:
+  """Returns what there is in place of a path that does not exist."""
+  path = epath.Path(path)
+  if not is_local(path):
+    return "Correct the path."
+  missing = path.name
+  folder = path.parent
+  while not folder.is_dir() and folder != folder.parent:
+    missing, folder = folder.name, folder.parent
+  names = sorted(
+    f"{p.name}{'/' * p.is_dir()}"
+    for p in folder.iterdir()
+    if not p.name.startswith(".")
+  )
+  close = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
+  if close:
+    return f"Did you mean {os.fspath(folder / close[0])!r}?"
+  shown = ", ".join(names[:_SHOWN_NAMES])
+  more = ", ..." if len(names) > _SHOWN_NAMES else ""
+  return f"{folder} holds {shown or 'nothing'}{more}."
 
 
 def manifest_digest(directory: epath.PathLike) -> str:

@@ -272,6 +272,12 @@ def _cross_problems(c: Config) -> Iterator[str]:
       "hf_loss=True is of models that Hugging Face has, and it has none with"
       " generator.pointer=True. Set one of them to False."
     )
+  if c.eval.answers == "regex" and c.train.num_steps:
+    yield (
+      "eval.answers='regex' is for measuring: a regular expression is no answer"
+      f" that can be taught, but train.num_steps={c.train.num_steps}. Set it to"
+      " 0, or train on questions whose answers are text first."
+    )
   if c.hf_loss and c.train.vocab_chunk:
     yield (
       "hf_loss=True needs all logits, but train.vocab_chunk="

@@ -25,9 +25,8 @@ _MENDABLE = (ValueError, TypeError, ImportError, OSError, FloatingPointError)
 
 _HELP = re.compile(r"--?(?:h|\?|help|helpshort|helpfull)(?:=true)?")
 
-# Before libraries are imported: what they say of PyTorch, and of TensorFlow's
-# and XLA's start, is for nobody who uses a tool.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# Before libraries are imported: what TensorFlow and XLA say of their start is
+# for nobody who uses a tool.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 

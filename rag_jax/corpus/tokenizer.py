@@ -32,6 +32,9 @@ if typing.TYPE_CHECKING:
 _KIND = "tokenizer"  # in the manifest
 _FORMAT = 1  # raise when the files change meaning
 
+# That PyTorch is not there is as it should be: only tokenizers are taken.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 # BART's layout, so that ids mean the same in what we train and what we import.
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 

@@ -138,7 +138,9 @@ class CheckpointDirectory:
     return kind == MANIFEST_KIND
 
   def _check_hub_cache(self) -> None:
-    for path in sorted(self.path.rglob("*.safetensors")):
+    for path in sorted(
+      [*self.path.rglob("*.safetensors"), *self.path.rglob("*.bin")]
+    ):
       name = os.path.basename(os.path.realpath(path))
       if not _SHA256.fullmatch(name):
         continue
@@ -170,8 +172,8 @@ def open_directory(where: str | os.PathLike[str]) -> CheckpointDirectory:
   if not path.exists():
     raise FileNotFoundError(
       f"There is no directory {where}. Expected a checkpoint: a directory with"
-      f" config.json and model.safetensors, or {HUB_PREFIX}ORG/NAME. Correct"
-      " the path."
+      f" config.json and model.safetensors, or {HUB_PREFIX}ORG/NAME."
+      f" {artifacts.instead_of(path)} Correct the path."
     )
   if not path.is_dir():
     raise ValueError(

@@ -56,6 +56,11 @@ def save_model(
   )
 
 
+def read_content(path: epath.PathLike, remedy: str = _REMEDY) -> dict[str, Any]:
+  """Returns the content alone; arguments and errors as in `load_model`."""
+  return artifacts.read_manifest(path, kind=_KIND, format=FORMAT, remedy=remedy)
+
+
 def load_model(
   path: epath.PathLike, remedy: str = _REMEDY
 ) -> tuple[PyTree, dict[str, Any]]:
@@ -69,9 +74,7 @@ def load_model(
     FileNotFoundError: no model was saved there.
     ValueError: a file is missing, cut off or changed.
   """
-  content = artifacts.read_manifest(
-    path, kind=_KIND, format=FORMAT, remedy=remedy
-  )
+  content = read_content(path, remedy)
   arrays = safetensors.numpy.load((epath.Path(path) / _PARAMS).read_bytes())
   params = {k: jax.numpy.asarray(v) for k, v in arrays.items()}
   return flax.traverse_util.unflatten_dict(params, sep="/"), content

@@ -24,6 +24,7 @@ import safetensors.numpy
 from rag_jax import artifacts
 from rag_jax import disk
 from rag_jax.weights.directory import CheckpointDirectory
+from rag_jax.weights.hub import HUB_PREFIX
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,7 +39,7 @@ _FLOATS = {
 }
 _LIMIT = 1e15  # the top bits of an exponent, flipped, multiply by 2**64 or more
 _MAY_BE_LARGE = re.compile(r".*final_logits_bias")  # bans tokens
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -154,19 +155,21 @@ def _open(directory: CheckpointDirectory, name: str) -> safetensors.safe_open:
 
 
 def _nothing_to_read(directory: CheckpointDirectory) -> str:
-  pickles = [name for name in _PICKLES if directory.has(name)]
+  pickles = [n for n in (PICKLE, PICKLE_INDEX) if directory.has(n)]
   if pickles:
     state = f"{directory.origin} holds weights as a pickle alone ({pickles[0]})"
   else:
     state = f"There is no {SINGLE_FILE} and no {INDEX} in {directory.origin}"
+  remedy = (
+    " If they are there as a pickle, convert it where torch is installed:"
+    f" python tools/convert_hf.py --input={directory.origin} --output=DIR,"
+    " and give DIR."
+  )
+  if not (pickles or directory.origin.startswith(HUB_PREFIX)):
+    remedy = " Copy the whole checkpoint again."
   return (
     f"{state}; expected safetensors. A pickle is never read here, because"
-    " loading one can run any code. If you trust it, convert it where torch is"
-    " installed: transformers.AutoModel.from_pretrained(DIR)"
-    ".save_pretrained(NEW_DIR) with the class that config.json names under"
-    " architectures; or safetensors.torch.save_file({k: v.clone() for k, v in"
-    ' torch.load("pytorch_model.bin", weights_only=True).items()},'
-    ' "model.safetensors", {"format": "pt"}).'
+    f" loading one can run any code.{remedy}"
   )
 
 
