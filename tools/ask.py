@@ -14,7 +14,7 @@ Several questions are several arguments. With `-`, questions are read from
 standard input, one a line; with no question, at a prompt. --json prints one
 JSON object an answer. --corpus=edited.jsonl answers from other passages without
 training again. Writes nothing but the programs that it compiled, into the
-user's cache directory (~/.cache/rag_jax); and there, with --model, a model whose
+user's cache directory (~/.cache/rag_jax); with --model, also a model whose
 weights are a pickle alone.
 """
 
