@@ -1,17 +1,20 @@
 """Documents of a folder of text files, one a file.
 
-In: a folder, or one file, of .txt, .md or .html, perhaps with .gz behind it.
+In: a folder, or one file, of .txt, .md or .html, perhaps with .gz behind it;
+also .rst, .ipynb, .pdf and .docx.
 Out: a document a file, in the order of the names. One file is in memory at a
 time, and the names in the folders above it.
 """
 
 from collections.abc import Callable, Iterator
+import functools
 import os
 
 from etils import epath
 
 from rag_jax.artifacts import is_local
 from rag_jax.corpus import markdown_text
+from rag_jax.corpus import office_text
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.encodings import decode_page
 from rag_jax.corpus.encodings import likely_encoding
@@ -76,6 +79,20 @@ def _html(raw: bytes, path: epath.Path, report: CorpusReport) -> Page:
   return read_html(decoded.text)
 
 
+def _office(
+  end: str, raw: bytes, path: epath.Path, report: CorpusReport
+) -> Page:
+  """Returns a file that a library of the extra `documents` reads."""
+  given = _text(raw, path) if end in office_text.OF_TEXT else raw
+  try:
+    page, num_chars = office_text.READERS[end](given)
+  except ValueError as error:
+    raise ValueError(f"{path}:1: {error}, or skip bad records.") from error
+  if num_chars:
+    report.leave_out(num_chars, f"{path}:1")
+  return page
+
+
 _Reader = Callable[[bytes, epath.Path, CorpusReport], Page]
 
 _READERS: dict[str, _Reader] = {
@@ -85,6 +102,7 @@ _READERS: dict[str, _Reader] = {
   ".html": _html,
   ".htm": _html,
   ".xhtml": _html,
+  **{end: functools.partial(_office, end) for end in office_text.READERS},
 }
 TEXT_ENDS = tuple(_READERS)
 
