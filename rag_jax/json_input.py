@@ -1,37 +1,78 @@
 """JSON that anybody may have written.
 
-In: a file or its text. Out: its value. Whatever is wrong with it, its size
-included, is a `ValueError`, and is found before much memory is taken.
+In: a file or its text. Out: its value, or what a manifest says. Whatever is
+wrong with it, its size included, is a `ValueError`, and is found before much
+memory is taken.
 """
 
+from collections.abc import Mapping
 import json
 import os
 from typing import Any
 
 from etils import epath
 
+MAX_INT = 2**63 - 1  # of what a manifest counts
 MAX_DEPTH = 100  # of lists and objects inside one another
 MAX_SETTINGS_BYTES = 1 << 28  # of a manifest, a config or a tokenizer.json
-
-_MAX_INT = 2**63  # what a 64-bit number holds
 
 
 def _refuse_constant(name: str) -> None:
   raise ValueError(f"{name} is not a JSON value")
 
 
-def _small_int(digits: str) -> int:
-  value = int(digits)
-  if abs(value) > _MAX_INT:
-    raise ValueError(
-      f"a whole number of {len(digits)} digits, {digits[:20]}..., where 64 bits"
-      " are the most"
-    )
-  return value
-
-
 _STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
-_SETTINGS = json.JSONDecoder(parse_int=_small_int)
+_SETTINGS = json.JSONDecoder()
+
+
+class Content(dict[str, Any]):
+  """What a manifest says; what it does not say, or says wrong, is named.
+
+  A digest shows that a manifest is as somebody wrote it, who need not have been
+  this program.
+  """
+
+  def __init__(self, values: Mapping[str, Any], origin: str, remedy: str):
+    """Wraps `values`, and the objects in them.
+
+    Args:
+      values: by name.
+      origin: the file, for messages.
+      remedy: a sentence for the end of each message: what to do next.
+    """
+    super().__init__(values)
+    self._origin, self._remedy = origin, remedy
+    for name, value in values.items():
+      if isinstance(value, dict):
+        self[name] = Content(value, f"{origin} ({name})", remedy)
+
+  def __missing__(self, name: str) -> Any:
+    """Raises `ValueError`, in place of `KeyError`."""
+    raise ValueError(
+      f"{self._origin} says nothing about {name!r}; it has {sorted(self)}. It"
+      f" was edited, or written by another program. {self._remedy}"
+    )
+
+  def check(self, **types: type | tuple[type, ...]) -> None:
+    """Raises `ValueError` unless the values have these types.
+
+    A whole number is from 0 to `MAX_INT`; true is none.
+    """
+    for name, expected in types.items():
+      value = self[name]
+      kinds = expected if isinstance(expected, tuple) else (expected,)
+      good = any(type(value) is kind for kind in kinds) or (
+        dict in kinds and isinstance(value, dict)
+      )
+      if good and type(value) is int:
+        good = 0 <= value <= MAX_INT
+      if not good:
+        shown = "too large a number" if type(value) is int else repr(value)
+        raise ValueError(
+          f"{self._origin} says {name}={shown[:80]}; expected"
+          f" {' or '.join(kind.__name__ for kind in kinds)}. It was edited, or"
+          f" written by another program. {self._remedy}"
+        )
 
 
 def parse_json(text: str) -> Any:
@@ -48,8 +89,7 @@ def parse_json(text: str) -> Any:
 def parse_settings(text: str | bytes) -> Any:
   """Returns the JSON value of a manifest or a config.
 
-  As `parse_json`, but no whole number has more than 64 bits, and NaN and
-  Infinity are read: Python writes them.
+  As `parse_json`, but NaN and Infinity are read: Python writes them.
 
   Raises:
     ValueError: it is none, or is not UTF-8.

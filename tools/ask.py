@@ -13,9 +13,9 @@ A model answers as transformers does, by its own generation_config.json.
 Several questions are several arguments. With `-`, questions are read from
 standard input, one a line; with no question, at a prompt. --json prints one
 JSON object an answer. --corpus=edited.jsonl answers from other passages without
-training again. Writes nothing but the programs that it compiled, into
-.jax_cache of the workdir; and with --model, into the cache of the user
-(~/.cache/rag_jax), where a model goes whose weights are a pickle alone.
+training again. Writes nothing but the programs that it compiled, into the
+user's cache directory (~/.cache/rag_jax); with --model, also a model whose
+weights are a pickle alone.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,6 @@ import time
 from absl import flags
 from absl import logging
 import command
-from etils import epath
 import pickles
 
 from rag_jax.decoding.rag import MODES
@@ -36,7 +35,6 @@ from rag_jax.serving.explanation import explain
 from rag_jax.serving.explanation import to_json
 from rag_jax.serving.open_model import default_passage_encoder
 from rag_jax.serving.pipeline import RagPipeline
-from rag_jax.training.workdir import Workdir
 from rag_jax.training.workdir import keep_compiled
 from rag_jax.weights.hub import HUB_PREFIX
 from rag_jax.weights.saved import is_workdir
@@ -66,7 +64,7 @@ _HF_PARITY = flags.DEFINE_bool(
   " defect; --no... ranks by the likelihood of the answers.",
 )  # fmt: skip
 _CACHE_DIR = flags.DEFINE_string(
-  "cache_dir", "", "Where compiled programs are kept; '': in the workdir."
+  "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a line.")
 
@@ -86,10 +84,8 @@ def _prompt() -> Iterator[str]:
 
 
 def _questions(arguments: list[str]) -> Iterator[str]:
-  if arguments == ["-"]:
-    yield from (line.strip() for line in sys.stdin if line.strip())
-  elif arguments:
-    yield from arguments
+  if arguments:
+    yield from command.questions(arguments)
   else:
     yield from _prompt()
 
@@ -118,8 +114,7 @@ def _open() -> RagPipeline:
     )
   generation = {"num_beams": beams} if beams else {}
   if workdir:
-    run = Workdir(epath.Path(workdir).expanduser())
-    keep_compiled(_CACHE_DIR.value or run.compiled)
+    keep_compiled(_CACHE_DIR.value or "")
     return RagPipeline.load(
       workdir, corpus=_CORPUS.value, mode=mode, generation=generation
     )
@@ -131,7 +126,7 @@ def _open() -> RagPipeline:
     )
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
   cache = cache.expanduser() / "rag_jax"
-  keep_compiled(_CACHE_DIR.value or cache / "compiled")
+  keep_compiled(_CACHE_DIR.value or "")
   model = pickles.converted(os.path.expanduser(model), cache / "converted")
   if not (passages_of or is_search_directory(corpus)):
     passages_of = default_passage_encoder(model)

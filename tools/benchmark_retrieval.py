@@ -59,6 +59,10 @@ _TARGET = flags.DEFINE_float(
 _TUNE_SECS = flags.DEFINE_float(
   "tune_secs", _DEFAULT.tune_secs, "That ScaNN's tuner may take."
 )
+_DROP_OWN_ID = flags.DEFINE_bool(
+  "drop_own_id", False, "Leave out the passage whose id is the question's, for"
+  " questions that are documents themselves (ArguAna, Quora).",
+)  # fmt: skip
 _ANSWERS = flags.DEFINE_enum(
   "answers", _DEFAULT.answers, list(VARIANTS),
   "How they are looked for; regex: regular expressions, as CuratedTREC's.",
@@ -81,6 +85,7 @@ def main(argv: list[str]) -> None:
     tune_secs=_TUNE_SECS.value,
     rounds=_ROUNDS.value,
     speed_secs=_SPEED_SECS.value,
+    drop_own_id=_DROP_OWN_ID.value,
   )
   directory = _INDEX.value, _QUESTIONS.value
   files = _EMBEDDINGS.value or []

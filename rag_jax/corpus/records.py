@@ -133,6 +133,22 @@ def bad_character(value: object) -> str:
   return ""
 
 
+def check_text(text: str, what: str) -> None:
+  """Raises `ValueError` if no tokenizer can take `text`.
+
+  Args:
+    text: for instance a question. What a command line gives us that is not
+      UTF-8 is half of a surrogate pair to Python.
+    what: it is, for the message.
+  """
+  if bad := bad_character(text):
+    raise ValueError(
+      f"{what} holds {bad}, in {shorten(text)}. Expected text in UTF-8 without"
+      " NUL characters. Remove the character, or set the terminal, or convert"
+      " the file, to UTF-8."
+    )
+
+
 def _decode(raw: bytes, where: str, offset: int) -> str:
   """Returns the text of a line that starts at byte `offset` of the file."""
   try:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.config_rules import check_choice
-from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.passages import Passages
 from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.evaluation.answers import VARIANTS
 from rag_jax.evaluation.benchmark_measure import INDEX_DEPTHS
@@ -49,6 +49,9 @@ class BenchmarkSettings:
   tune_secs: float = 120.0  # that the tuner of ScaNN may take
   rounds: int = 3  # of timing
   speed_secs: float = 0.3  # for each system, batch size and round
+  # Leave out the passage whose id is the question's, where questions are
+  # themselves documents, as in BEIR's ArguAna and Quora.
+  drop_own_id: bool = False
   answers: str = "multilingual"  # how they are looked for; of VARIANTS
 
 
@@ -86,7 +89,7 @@ def benchmark_directory(
   texts = [question.question for question in chosen]
   embeddings = directory.embed_questions(texts)
   notes: list[str] = []
-  known = _known(chosen, directory.passages, notes, settings.answers)
+  known = _known(chosen, directory.passages, notes, settings)
   num = len(measured)
   bm25_bytes = 0
   if directory.bm25 is not None:
@@ -105,7 +108,10 @@ def benchmark_directory(
     bm25_bytes=bm25_bytes,
   )
   of_measured = dataclasses.replace(
-    known, answers=known.answers[:num], gold=known.gold[:num]
+    known,
+    answers=known.answers[:num],
+    gold=known.gold[:num],
+    own=known.own[:num],
   )
   inputs = {"index": os.fspath(index), "questions": os.fspath(questions)}
   return _run(workload, of_measured, settings, inputs, notes, load)
@@ -188,9 +194,9 @@ def open_embeddings(path: epath.PathLike) -> Float[np.ndarray, "P R"]:
 
 def _known(
   questions: Sequence[BenchmarkQuestion],
-  passages: Sequence[Passage],
+  passages: Passages,
   notes: list[str],
-  variant: str,
+  settings: BenchmarkSettings,
 ) -> Known:
   graded, missing = gold_rows(questions, passages)
   if missing:
@@ -213,8 +219,28 @@ def _known(
     passage = passages[row]
     return f"{passage.title}\n{passage.text}"
 
-  answers = [question.answers for question in questions]
-  return Known(answers, graded, text_of, variant)
+  rows = [passages.row_of(question.id) for question in questions]
+  own = [-1 if row is None else row for row in rows]
+  same = len(rows) - rows.count(None)
+  if settings.drop_own_id:
+    notes.append(
+      f"{same:,} of {len(rows):,} questions have the id of a passage, which is"
+      " left out of what is found for them (--drop_own_id)."
+    )
+  elif same:
+    notes.append(
+      f"{same:,} of {len(rows):,} questions have an id that a passage has too."
+      " If they are the same text, as in BEIR's ArguAna and Quora, measure with"
+      " --drop_own_id."
+    )
+  return Known(
+    [question.answers for question in questions],
+    graded,
+    text_of,
+    own=own if settings.drop_own_id else (),
+    num_passages=len(passages),
+    variant=settings.answers,
+  )
 
 
 def _split(
@@ -262,6 +288,7 @@ def _run(
     systems,
     truth,
     known,
+    notes=notes,
     rounds=settings.rounds,
     speed_secs=settings.speed_secs,
   )

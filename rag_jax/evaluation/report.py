@@ -18,6 +18,7 @@ from rag_jax import artifacts
 from rag_jax import disk
 from rag_jax.evaluation.answers import exact_match
 from rag_jax.evaluation.answers import token_f1
+from rag_jax.json_input import parse_settings
 from rag_jax.retrieval.certificate import Certificate
 from rag_jax.retrieval.intervals import mean_interval
 from rag_jax.terminal import one_line
@@ -182,8 +183,8 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
   remedy = "Remove it and start the run again with the same workdir."
   data = disk.read_own(path, remedy=remedy)
   try:
-    results = json.loads(data.decode("utf-8"))
-  except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+    results = parse_settings(data)
+  except ValueError as error:  # of JSON, or of UTF-8
     raise ValueError(
       f"{path} is not JSON ({error}); it was cut off or edited. {remedy}"
     ) from error

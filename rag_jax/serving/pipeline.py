@@ -13,6 +13,7 @@ from etils import epath
 import jax
 from jaxtyping import PyTree
 
+from rag_jax.artifacts import instead_of
 from rag_jax.artifacts import manifest_digest
 from rag_jax.config import MeshConfig
 from rag_jax.config_json import read_config
@@ -81,9 +82,10 @@ class RagPipeline:
     """
     run = Workdir(epath.Path(workdir).expanduser())
     if not run.config_path.exists():
+      there = "" if run.path.exists() else f"{instead_of(run.path)} "
       raise FileNotFoundError(
         f"No config.json in {run.path}; expected the --workdir of a training"
-        " run. Train first: python tools/train.py"
+        f" run. {there}Train first: python tools/train.py"
         " --config=configs/quickstart.py --workdir=" + str(run.path)
       )
     params, content = load_model(run.model)

@@ -76,10 +76,12 @@ def train(
     FloatingPointError: the loss is not finite any more.
     ValueError: the checkpoints in the workdir do not belong to this run.
   """
+  stages = make_stages(experiment, questions)
+  workdir.begin()
   with StopRequest() as stop:
     run = _Run(experiment, questions, workdir, validate, stop)
     try:
-      run.all_stages(make_stages(experiment, questions))
+      run.all_stages(stages)
     finally:
       run.close()
   return run.clock

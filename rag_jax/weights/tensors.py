@@ -11,6 +11,7 @@ do, cannot be noticed.
 
 from collections.abc import Iterable, Mapping
 import json
+import math
 import os
 import pathlib
 import re
@@ -56,6 +57,23 @@ class TensorFiles:
       self._open_shards(directory)
     else:
       raise FileNotFoundError(_nothing_to_read(directory))
+    self._check_size()
+
+  def _check_size(self) -> None:
+    """Raises `ValueError` if the tensors cannot fit into memory.
+
+    A file with holes takes no disk, whatever its header claims, and where the
+    memory for a tensor is not there, safetensors ends the process.
+    """
+    num_values = sum(math.prod(self.shape(name)) for name in self._files)
+    needed, memory = num_values * 4, _memory_bytes()  # as float32
+    if needed > memory:
+      raise ValueError(
+        f"The tensors of {self.origin} take {needed:,} bytes as float32;"
+        f" expected at most {memory:,}, the memory of this machine. Is it the"
+        " right checkpoint, and its header undamaged? Take a machine with more"
+        " memory, or a smaller model."
+      )
 
   def _open_shards(self, directory: CheckpointDirectory) -> None:
     weight_map = directory.json(INDEX).get("weight_map")
@@ -102,8 +120,18 @@ class TensorFiles:
     return self._files[name].get_slice(name).get_dtype()
 
   def raw(self, name: str) -> np.ndarray:
-    """Returns tensor `name` as it is stored."""
-    return self._files[name].get_tensor(name)
+    """Returns tensor `name` as it is stored.
+
+    Raises:
+      ValueError: NumPy has no such numbers, or no array of so many dimensions.
+    """
+    try:
+      return self._files[name].get_tensor(name)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      raise ValueError(
+        f"{name} in {self.origin} cannot be read ({error}); expected an array"
+        f" of {', '.join(_FLOATS)} or whole numbers. Take another checkpoint."
+      ) from error
 
   def read(self, name: str) -> Float[np.ndarray, "..."]:
     """Returns tensor `name` as float32.
@@ -140,6 +168,11 @@ class TensorFiles:
       f" {_LIMIT:g}. The file was damaged, or training diverged: copy it again,"
       " or take an earlier checkpoint."
     )
+
+
+def _memory_bytes() -> int:
+  """Returns how much memory the machine has."""
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _open(directory: CheckpointDirectory, name: str) -> safetensors.safe_open:

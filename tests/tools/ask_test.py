@@ -80,8 +80,8 @@ def test_the_prompt_ends_at_an_empty_line(learned):
   ((question, answer, *_),) = blocks(process)
   assert question == FRANCE
   assert answer.startswith("Paris ")
-  # What transformers says about PyTorch may stand before.
   assert process.stderr.endswith("Ask a question; an empty line ends.\n> > ")
+  assert "PyTorch" not in process.stderr
 
 
 def test_the_prompt_ends_at_the_end_and_is_not_among_the_answers(learned):
