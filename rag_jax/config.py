@@ -346,8 +346,9 @@ class EvalConfig(_Settings):
   num_test: int = 0  # test questions used; 0: all
   # When two answers are equal, and when a passage holds one: evaluation/
   # answers.py says what each does. "squad" is comparable with papers to the
-  # letter, "numbers" compares numbers as such.
-  answers: str = _choice("multilingual", "squad", "numbers")
+  # letter, "numbers" compares numbers as such; with "regex" answers are regular
+  # expressions, as CuratedTREC's.
+  answers: str = _choice("multilingual", "squad", "numbers", "regex")
   # Whose articles are left out of answers; "" leaves all in. Not for "squad".
   language: str = _choice("en", "es", "de", "vi", "ar", "")
 

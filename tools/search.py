@@ -9,7 +9,6 @@ input, one a line. --mode=bm25 searches words, --mode=hybrid both;
 
 import itertools
 import json
-import sys
 import textwrap
 
 from absl import app
@@ -46,9 +45,7 @@ def main(argv: list[str]) -> None:
   """Runs the command."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  questions = argv[1:]
-  if questions == ["-"]:
-    questions = [line.strip() for line in sys.stdin if line.strip()]
+  questions = list(command.questions(argv[1:]))
   if not questions:
     raise app.UsageError("Give a question, or - to read them from a pipe.")
   directory = SearchDirectory(_INDEX.value or "")

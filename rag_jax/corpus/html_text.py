@@ -417,6 +417,10 @@ def _walk(root: LexborNode, lines: _Lines) -> None:
       node, attributes
     ):
       continue
+    if name == "p" and _fills_cell(node):
+      if node.first_child is not None:
+        ends.append((node.first_child, "", 0))
+      continue
     kind = name if name in ("sup", "sub") else ""
     if math and not kind:
       kind = _script_kind(node)
@@ -461,6 +465,17 @@ def _walk(root: LexborNode, lines: _Lines) -> None:
     ends.append((None, name, note))
     if node.first_child is not None:
       ends.append((node.first_child, "", 0))
+
+
+def _fills_cell(node: LexborNode) -> bool:
+  """Returns whether an element is all that a cell of a table holds."""
+  parent = node.parent
+  if parent is None or parent.tag not in ("td", "th"):
+    return False
+  return not any(
+    child.is_element_node and child.mem_id != node.mem_id
+    for child in parent.iter(include_text=False)
+  )
 
 
 def _in_heading(node: LexborNode) -> bool:

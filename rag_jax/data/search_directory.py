@@ -17,7 +17,6 @@ Nothing in it names a place outside: it can be moved.
 from collections.abc import Sequence
 import dataclasses
 import threading
-from typing import Any
 
 from etils import epath
 from jaxtyping import Float, Int
@@ -26,6 +25,7 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.records import check_text
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.updated_passages import UpdatedPassages
 from rag_jax.data.search_versions import INDEX
@@ -36,6 +36,7 @@ from rag_jax.data.search_versions import current
 from rag_jax.data.search_versions import open_current
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import load_saved_encoder
+from rag_jax.json_input import Content
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.filters import Conditions
 from rag_jax.retrieval.filters import search_filtered
@@ -61,7 +62,7 @@ class Hit:
   score: float  # by which hits are ordered; what it means depends on the mode
 
 
-def read_content(path: epath.Path) -> dict[str, Any]:
+def read_content(path: epath.Path) -> Content:
   """Returns what the manifest of a search directory says.
 
   Raises:
@@ -100,7 +101,8 @@ class SearchDirectory:
         build.
     """
     self.path = epath.Path(path).expanduser()
-    self.content: dict[str, Any] = read_content(self.path)
+    self.content: Content = read_content(self.path)
+    self.content.check(passage_encoder_fingerprint=str)
     passages = PassageStore(self.path / PASSAGES)
     self.encoder: TextEncoder = load_saved_encoder(self.path / ENCODER)
     index: Index = load_index(
@@ -256,3 +258,4 @@ class SearchDirectory:
           f"Question {number} of {len(questions)} is empty; expected some text."
           " Leave it out."
         )
+      check_text(question, f"Question {number} of {len(questions)}")
