@@ -245,6 +245,33 @@ def without_digest(
   return plain
 
 
+def read_json(path: epath.PathLike, remedy: str) -> dict[str, Any]:
+  """Returns what a JSON file says that was written `with_digest`.
+
+  Args:
+    path: of the file.
+    remedy: a sentence for the end of the message: what to do next.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is no JSON object, or not as it was written: cut off or
+      edited. Or it is a link.
+  """
+  data = disk.read_own(path, remedy=remedy)
+  try:
+    content = parse_settings(data)
+  except ValueError as error:  # of JSON, or of UTF-8
+    raise ValueError(
+      f"{path} is not JSON ({error}); it was cut off or edited. {remedy}"
+    ) from error
+  if not isinstance(content, dict):
+    raise ValueError(
+      f"{path} holds a {type(content).__name__}; expected an object of named"
+      f" results. {remedy}"
+    )
+  return without_digest(content, origin=str(path), remedy=remedy)
+
+
 def instead_of(path: epath.PathLike) -> str:
   """Returns what there is in place of a path that does not exist."""
   path = epath.Path(path)
