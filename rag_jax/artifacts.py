@@ -9,7 +9,6 @@ A single JSON file has its digest in itself: `with_digest`.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-import difflib
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from etils import epath
 import numpy as np
 
 from rag_jax import disk
+from rag_jax.disk import instead_of as instead_of
 from rag_jax.disk import is_local as is_local
 from rag_jax.disk import temp_path as temp_path
 from rag_jax.disk import write_atomically as write_atomically
@@ -28,7 +28,6 @@ from rag_jax.json_input import MAX_SETTINGS_BYTES
 from rag_jax.json_input import Content
 from rag_jax.json_input import parse_settings
 
-_SHOWN_NAMES = 8  # of a folder, where a path does not exist
 MANIFEST = "manifest.json"
 
 _PICKLES = (".pkl", ".pickle")  # loading one runs the code inside it
@@ -245,26 +244,31 @@ def without_digest(
   return plain
 
 
-def instead_of(path: epath.PathLike) -> str:
-  """Returns what there is in place of a path that does not exist."""
-  path = epath.Path(path)
-  if not is_local(path):
-    return "Correct the path."
-  missing = path.name
-  folder = path.parent
-  while not folder.is_dir() and folder != folder.parent:
-    missing, folder = folder.name, folder.parent
-  names = sorted(
-    f"{p.name}{'/' * p.is_dir()}"
-    for p in folder.iterdir()
-    if not p.name.startswith(".")
-  )
-  close = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
-  if close:
-    return f"Did you mean {os.fspath(folder / close[0])!r}?"
-  shown = ", ".join(names[:_SHOWN_NAMES])
-  more = ", ..." if len(names) > _SHOWN_NAMES else ""
-  return f"{folder} holds {shown or 'nothing'}{more}."
+def read_json(path: epath.PathLike, remedy: str) -> dict[str, Any]:
+  """Returns what a JSON file says that was written `with_digest`.
+
+  Args:
+    path: of the file.
+    remedy: a sentence for the end of the message: what to do next.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is no JSON object, or not as it was written: cut off or
+      edited. Or it is a link.
+  """
+  data = disk.read_own(path, remedy=remedy)
+  try:
+    content = parse_settings(data)
+  except ValueError as error:  # of JSON, or of UTF-8
+    raise ValueError(
+      f"{path} is not JSON ({error}); it was cut off or edited. {remedy}"
+    ) from error
+  if not isinstance(content, dict):
+    raise ValueError(
+      f"{path} holds a {type(content).__name__}; expected an object of named"
+      f" results. {remedy}"
+    )
+  return without_digest(content, origin=str(path), remedy=remedy)
 
 
 def manifest_digest(directory: epath.PathLike) -> str:

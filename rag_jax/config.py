@@ -87,10 +87,6 @@ class DataConfig(_Settings):
   # Share whose subject, the title of a document that the question names, is
   # changed into another title, there and in the documents.
   substitute_subjects: float = 0.0
-  # Share whose subject is changed in the question alone: then no document has
-  # the answer, and the generator learns to write none. Where an answer has to
-  # be written all the same, decoding.min_new_tokens=1, it is improbable.
-  unanswerable_questions: float = 0.0
   # Share of the training questions that are read as people type them: lower
   # case, "what's", no question mark (data/informal.py).
   informal_questions: float = 0.0

@@ -34,8 +34,7 @@ _LEAST = {"generator.decoder_start_id": -1, "encoder.max_positions": 0}
 
 # Of the training questions, that are changed.
 _SHARES = (
-  "substitute_answers", "substitute_subjects", "unanswerable_questions",
-  "informal_questions",
+  "substitute_answers", "substitute_subjects", "informal_questions",
 )  # fmt: skip
 
 
@@ -257,7 +256,6 @@ def _in_step_problems(c: Config) -> Iterator[str]:
     ("data.context_style", c.data.context_style, "question_first"),
     ("data.substitute_answers", c.data.substitute_answers, 0.0),
     ("data.substitute_subjects", c.data.substitute_subjects, 0.0),
-    ("data.unanswerable_questions", c.data.unanswerable_questions, 0.0),
     ("index.hybrid", c.index.hybrid, False),
   ):
     if value != needed:
@@ -332,7 +330,7 @@ def _cross_problems(c: Config) -> Iterator[str]:
   for name in _SHARES:
     if getattr(c.data, name) > 1.0:
       yield f"data.{name}={getattr(c.data, name)} must be at most 1."
-  for name in _SHARES[:3]:
+  for name in _SHARES[:2]:
     if c.data.context_style == "rag" and getattr(c.data, name):
       yield (
         f"data.{name}={getattr(c.data, name)} needs"

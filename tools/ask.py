@@ -31,6 +31,7 @@ import pickles
 
 from rag_jax.decoding.rag import MODES
 from rag_jax.serving.corpora import is_search_directory
+from rag_jax.serving.explanation import SURE
 from rag_jax.serving.explanation import explain
 from rag_jax.serving.explanation import to_json
 from rag_jax.serving.open_model import default_passage_encoder
@@ -40,6 +41,9 @@ from rag_jax.weights.hub import HUB_PREFIX
 from rag_jax.weights.saved import is_workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Of a finished training run.")
+_SURE = flags.DEFINE_float(
+  "sure", SURE, "Answers of a lower probability are called unsure.", 0.0, 1.0
+)
 _MODEL = flags.DEFINE_string(
   "model", "", "A RAG checkpoint instead: a directory, or hf:ORG/NAME."
 )
@@ -155,10 +159,10 @@ def main(argv: list[str]) -> None:
     answer = pipeline.answer(question, n_docs=_N_DOCS.value)[0]
     logging.info("Answered in %.3f s.", time.perf_counter() - start)
     if _JSON.value:
-      print(to_json(answer), flush=True)
+      print(to_json(answer, _SURE.value), flush=True)
       continue
     print(f"{'' if not number else chr(10)}{question}")
-    print(explain(answer), end="", flush=True)
+    print(explain(answer, _SURE.value), end="", flush=True)
 
 
 if __name__ == "__main__":

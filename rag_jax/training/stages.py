@@ -131,7 +131,6 @@ def make_stages(
     frozen_passages=not config.encoder.train_passage_encoder,
     substitute_answers=config.data.substitute_answers,
     substitute_subjects=config.data.substitute_subjects,
-    unanswerable_questions=config.data.unanswerable_questions,
     informal_questions=config.data.informal_questions,
     bm25=experiment.bm25,
     process_index=jax.process_index(),

@@ -5,13 +5,13 @@ Markdown that says what it is, how it is loaded, and what was measured.
 """
 
 from collections.abc import Mapping
-import json
 import pathlib
 from typing import Any
 
 import flax.traverse_util
 import numpy as np
 
+from rag_jax import artifacts
 from rag_jax.weights.saved import SavedModel
 
 CARD = "README.md"
@@ -38,12 +38,19 @@ _PARTS = {
 
 
 def read_results(path: pathlib.Path) -> dict[str, Any]:
-  """Returns what a run measured at its end; {} if nothing is there."""
+  """Returns what a run measured at its end; {} if nothing is there.
+
+  Raises:
+    ValueError: it is not as it was written: numbers that are not those of the
+      run would be published.
+  """
   try:
-    content = json.loads((path / "results.json").read_text())
-  except (OSError, ValueError):
+    return artifacts.read_json(
+      path / "results.json",
+      "Remove it and start the run again with the same workdir.",
+    )
+  except FileNotFoundError:
     return {}
-  return content if isinstance(content, dict) else {}
 
 
 def model_card(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from rag_jax.artifacts import with_digest
 from rag_jax.config import Config
 from rag_jax.config_json import to_json
 from rag_jax.corpus.tokenizer import train_tokenizer
@@ -126,6 +127,26 @@ def test_the_card_of_a_run_has_its_results_and_its_contexts(
   assert "| questions | 1,344 |\n" in card
   assert "`<s> question </s> title </s> text </s>`, not on those that" in card
   assert "It reads 3 documents" in card
+
+
+def test_no_results_are_published_that_the_run_does_not_have(
+  checkpoints, tmp_path
+):
+  run = tmp_path / "run"
+  trained(run, checkpoints)
+  whole = with_digest({"test/exact_match": 0.3, "test/num_questions": 9.0})
+  file = run / "results.json"
+  for damaged in (
+    json.dumps(whole | {"test/exact_match": 0.9}),
+    json.dumps(whole)[:-9],
+    "[]",
+  ):
+    file.write_text(damaged)
+    with pytest.raises(ValueError, match=r"results\.json .*Remove it and"):
+      export_model(run, tmp_path / "out")
+  file.unlink()
+  export_model(run, tmp_path / "out")
+  assert "exact match" not in (tmp_path / "out/README.md").read_text()
 
 
 def test_one_part_of_a_rag_is_exported_alone(checkpoints, tmp_path):
