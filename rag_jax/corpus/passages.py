@@ -182,7 +182,7 @@ def is_passages(name_or_path: str) -> bool:
     return True
   if path.is_dir():
     return store.is_store(path)
-  return any(path.name.endswith(end) for end in _READERS)
+  return path.name.lower().removesuffix(".gz").endswith(_ENDS)
 
 
 def load_passages(name_or_path: str) -> Passages:
