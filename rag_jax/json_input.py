@@ -5,7 +5,7 @@ wrong with it, its size included, is a `ValueError`, and is found before much
 memory is taken.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import json
 import os
 from typing import Any
@@ -32,17 +32,22 @@ class Content(dict[str, Any]):
   this program.
   """
 
-  def __init__(self, values: Mapping[str, Any], origin: str, remedy: str):
+  def __init__(
+    self,
+    values: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    origin: str = "",
+    remedy: str = "",
+  ):
     """Wraps `values`, and the objects in them.
 
     Args:
-      values: by name.
+      values: by name; or pairs, as `dataclasses.asdict` copies a dict.
       origin: the file, for messages.
       remedy: a sentence for the end of each message: what to do next.
     """
     super().__init__(values)
     self._origin, self._remedy = origin, remedy
-    for name, value in values.items():
+    for name, value in list(self.items()):
       if isinstance(value, dict):
         self[name] = Content(value, f"{origin} ({name})", remedy)
 

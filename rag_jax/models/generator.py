@@ -166,7 +166,7 @@ class Generator(nn.Module):
     return self.final_logits_bias if self.logits_bias else None
 
   def logits(
-    self, x: Float[Array, "N T D"], copy: Copy | None
+    self, x: Float[Array, "N T D"], copy: Copy | None = None
   ) -> Float[Array, "N T V"]:
     """Returns float32 logits of the decoder's states.
 

@@ -79,10 +79,17 @@ def test_what_is_complete_is_opened_without_writing(
 ):
   keep_tokens(tmp_path, PASSAGES, tokenizer, LENGTH)
 
+  read = os.open
+
   def refuse(*_args, **_kwargs):
     raise PermissionError("read-only")
 
-  monkeypatch.setattr(os, "open", refuse)  # of the lock
+  def only_read(path, flags, *args, **kwargs):
+    if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):  # as of the lock
+      refuse()
+    return read(path, flags, *args, **kwargs)
+
+  monkeypatch.setattr(os, "open", only_read)
   monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
   assert_right(keep_tokens(tmp_path, PASSAGES, tokenizer, LENGTH), tokenizer)
 

@@ -62,8 +62,12 @@ def test_a_retriever_with_its_own_tokenizer_reads_the_same_window(tokenizer):
   batch = ClozeBatches(tokenizer, tokenized[0], context, config).batch(3)
   questions = rows_of(batch.question_tokens, batch.question_mask)
   contexts = rows_of(batch.context_tokens[:, 0], batch.context_mask[:, 0])
+  compared = 0
   for question, read in zip(questions, contexts, strict=True):
     window = read[1 : read.index(EOS)]
+    if MASK not in window:  # it begins in the title and goes on in the text
+      continue
+    compared += 1
     parts = [question[1:-1], window]
     texts = []
     for ids, reader in zip(parts, (uncased, tokenizer), strict=True):
@@ -74,6 +78,7 @@ def test_a_retriever_with_its_own_tokenizer_reads_the_same_window(tokenizer):
       (uncased.decode(uncased.encode([text])[0])) for text in texts[1]
     ]
     assert list(texts[0]) == by_generator
+  assert compared >= 8
 
 
 def rows_of(tokens, mask):

@@ -108,7 +108,7 @@ def test_a_tokenizer_can_be_brought(experiment, tiny, tmp_path):
 def test_a_tokenizer_that_is_not_there_is_refused(tiny, tmp_path):
   config = tiny.config(tokenizer__path=str(tmp_path / "mine"))
   with pytest.raises(
-    FileNotFoundError, match=r"No tokenizer\.json in .*/mine\. .*set tokenizer"
+    FileNotFoundError, match=r"no tokenizer in .*/mine; .*set tokenizer"
   ):
     open_experiment(config)
 

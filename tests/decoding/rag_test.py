@@ -244,6 +244,7 @@ def test_fid_looks_at_all_documents_at_once():
     out.tokens,
     memory.reshape(B, 1, K * C, D),
     mask.reshape(B, 1, K * C),
+    tokens.reshape(B, 1, K * C),
   )  # B R 1 T
   real = (np.arange(STEPS) < out.lengths[..., None])[:, :, None]
   np.testing.assert_allclose(
@@ -293,11 +294,11 @@ def test_contexts_are_encoded_once_and_candidates_scored_from_that(monkeypatch):
   memory = encode(MODEL, whole, tokens, mask)
   decoder = RagDecoder(MODEL, BEAMS, "rag_sequence")
   found = plan.find_candidates(
-    decoder.plan, rest, None, memory, mask, decoder.key()
+    decoder.plan, rest, None, memory, mask, tokens, decoder.key()
   )
   tree = build_tree(np.asarray(found.tokens), np.asarray(found.lengths), EOS)
   ranked = plan.score_and_rank(
-    MODEL, BEAMS, None, rest, scores, memory, mask, found, tree
+    MODEL, BEAMS, None, rest, scores, memory, mask, tokens, found, tree
   )
   np.testing.assert_array_equal(ranked.tokens, decode("rag_sequence").tokens)
 

@@ -74,6 +74,7 @@ def test_every_setting_of_the_config_arrives_in_the_model():
     tied_output=False,
     scale_output=True,
     logits_bias=False,
+    pointer=True,
     decoder_start_id=7,
   )
   model = rag.build_model(config, vocab_size=V, decoder_start_id=9)

@@ -242,7 +242,10 @@ def test_one_token_at_a_time_gives_the_logits_of_bart(model):
     model.generator.apply, method="init_cache", num_beams=1, num_steps=8
   )
   cache = jax.jit(init_cache)(
-    variables, memory[:, None], jnp.asarray(mask)[:, None]
+    variables,
+    memory[:, None],
+    jnp.asarray(mask)[:, None],
+    ids(context)[:, None],
   )
   step = jax.jit(functools.partial(model.generator.apply, method="step"))
   tokens = np.full((len(target), 1), EOS)

@@ -130,7 +130,13 @@ def test_an_empty_document_is_read_as_by_transformers(name, tmp_path):
   # The step of decoding does the same, token after token.
   memory = generator.apply(params, tokens, mask, method="encode")[:, None]
   cache = generator.apply(
-    params, memory, mask[:, None], 1, read.shape[1], method="init_cache"
+    params,
+    memory,
+    mask[:, None],
+    tokens[:, None],
+    1,
+    read.shape[1],
+    method="init_cache",
   )
   for t in range(read.shape[1]):
     logits, cache = generator.apply(

@@ -65,5 +65,6 @@ def test_it_is_saved_as_an_exact_index_of_the_rows(updated, rows, tmp_path):
 
 
 def test_the_changed_share_counts_what_went_and_came(updated, gone):
-  assert updated.changed_share == pytest.approx((len(gone) + 7) / P)
+  changed = min((len(gone) + 7) / P, 1.0)
+  assert updated.changed_share == pytest.approx(changed)
   assert updated.num_passages == P + 7 - len(gone)
