@@ -4,7 +4,8 @@ r"""Searches what tools/build_index.py made.
 
 Several questions are several arguments; with `-` they are read from standard
 input, one a line. --mode=bm25 searches words, --mode=hybrid both;
---filter=lang=en, as often as wanted, keeps the passages with that metadata.
+--filter=lang=en or "--filter=year>=1999", as often as wanted, keeps the
+passages with such metadata.
 """
 
 import json
@@ -16,20 +17,32 @@ from absl import flags
 from absl import logging
 import command
 
+from rag_jax.corpus.passages import Passage
 from rag_jax.data.search_directory import MODES
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.retrieval.filters import describe_metadata
 from rag_jax.retrieval.filters import parse_conditions
 
 _INDEX = flags.DEFINE_string("index", None, "The directory to search.")
 _N_DOCS = flags.DEFINE_integer(
-  "n_docs", 5, "Passages a question; fewer if there are fewer, unless given."
+  "n_docs", 5, "Passages a question; fewer if fewer are found."
 )
 _MODE = flags.DEFINE_enum("mode", "dense", list(MODES), "What is searched.")
-_FILTER = flags.DEFINE_multi_string("filter", [], "NAME=VALUE of the metadata.")
+_FILTER = flags.DEFINE_multi_string(
+  "filter", [], "Of the metadata: NAME=VALUE, or a range: 'NAME>=VALUE'."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a question.")
 flags.mark_flag_as_required("index")
 
 _WIDTH = 80  # of what is printed
+
+
+def _metadata(passage: Passage) -> dict[str, str | list[str]]:
+  """Returns the values of each name; a list of several."""
+  values: dict[str, list[str]] = {}
+  for name, value in passage.metadata:
+    values.setdefault(name, []).append(value)
+  return {k: v if len(v) > 1 else v[0] for k, v in values.items()}
 
 
 def main(argv: list[str]) -> None:
@@ -42,15 +55,15 @@ def main(argv: list[str]) -> None:
   if not questions:
     raise app.UsageError("Give a question, or - to read them from a pipe.")
   directory = SearchDirectory(_INDEX.value or "")
-  n_docs = _N_DOCS.value
-  if not flags.FLAGS["n_docs"].present:
-    n_docs = min(n_docs, len(directory.passages))
+  conditions = parse_conditions(_FILTER.value)
   found = directory.search(
     questions,
-    n_docs,
+    _N_DOCS.value,
     mode=_MODE.value,
-    conditions=parse_conditions(_FILTER.value),
+    conditions=conditions,
   )
+  if conditions and not any(found):
+    logging.warning("%s", describe_metadata(directory.passages, conditions))
   for number, (question, hits) in enumerate(zip(questions, found, strict=True)):
     if _JSON.value:
       rows = [
@@ -59,13 +72,15 @@ def main(argv: list[str]) -> None:
           "title": hit.passage.title,
           "text": hit.passage.text,
           "score": hit.score,
-          "metadata": dict(hit.passage.metadata),
+          "metadata": _metadata(hit.passage),
         }
         for hit in hits
       ]
       print(json.dumps({"question": question, "passages": rows}))
       continue
     print(f"{'' if not number else chr(10)}{question}")
+    if not hits:
+      print("\n          No passage was found.")
     for hit in hits:
       title = f"{hit.passage.title}  " if hit.passage.title else ""
       print(f"\n{hit.score:8.3f}  {title}[{hit.passage.id}]")

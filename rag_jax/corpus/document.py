@@ -11,6 +11,7 @@ from typing import Any
 from rag_jax.corpus.records import check_fields
 from rag_jax.corpus.report import BadRecords
 
+_SCALARS = (str, int, float, bool)
 Metadata = tuple[tuple[str, str], ...]
 
 
@@ -50,15 +51,16 @@ def _metadata(
   nested = record.get("metadata")  # where BEIR has them
   values = dict(nested) if isinstance(nested, dict) else {}
   values |= {k: v for k, v in record.items() if k not in taken}
-  # Not isinstance: true is an int to it.
-  values = {
-    k: v for k, v in values.items() if type(v) in (str, int, float) and k
-  }
-  check_fields(values, where, required=dict.fromkeys(values, (str, int, float)))
-  return tuple(
-    (name, value if isinstance(value, str) else json.dumps(value))
-    for name, value in values.items()
-  )
+  metadata = []
+  for name, value in values.items():
+    items = value if isinstance(value, list) else [value]
+    for item in items if name else ():
+      if not isinstance(item, _SCALARS):
+        continue
+      check_fields({name: item}, where, required={name: _SCALARS})
+      text = item if isinstance(item, str) else json.dumps(item)
+      metadata.append((name, text))
+  return tuple(dict.fromkeys(metadata))
 
 
 def record_document(
@@ -66,9 +68,9 @@ def record_document(
 ) -> Document:
   """Returns the document that a JSON object is.
 
-  The other fields that are strings or numbers become its metadata, and those
-  of an object "metadata" in it; lists, further objects, true, false and null
-  do not.
+  The other fields become its metadata, and those of an object "metadata" in
+  it: strings, numbers, true and false, and each of these in a list. Further
+  objects do not. A field that is null is as one that is not there.
 
   Args:
     record: the object.
@@ -80,10 +82,11 @@ def record_document(
       was asked for is missing or of another type.
   """
   default = DEFAULT_FIELDS
+  optional = fields.title == default.title or fields.title in record
+  record = {k: v for k, v in record.items() if v is not None}
   beir = fields.id == default.id and fields.id not in record and "_id" in record
   id_ = "_id" if beir else fields.id
   title = {fields.title: str}
-  optional = fields.title == default.title
   check_fields(
     record,
     where,

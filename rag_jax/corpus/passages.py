@@ -150,9 +150,10 @@ def read_jsonl(path: epath.PathLike) -> Iterator[tuple[int, Passage]]:
     ValueError: names the line that is not an object of id (a string or a whole
       number), title and text.
   """
-  required = {"id": (str, int), "title": str, "text": str}
+  title = str, type(None)  # null is no title
+  required = {"id": (str, int), "title": title, "text": str}
   for line, record in read_records(path, required=required):
-    passage = Passage(str(record["id"]), record["title"], record["text"])
+    passage = Passage(str(record["id"]), record["title"] or "", record["text"])
     yield line, _check(passage, f"{path}:{line}")
 
 

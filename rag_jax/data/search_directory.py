@@ -139,21 +139,24 @@ class SearchDirectory:
 
     Args:
       questions: any number.
-      n_docs: passages a question.
+      n_docs: passages a question; fewer if fewer are there, meet the
+        conditions or, by words, share a word with the question.
       mode: "dense": inner products of embeddings; "bm25": words; "hybrid": both
         rankings, fused by reciprocal ranks.
       conditions: on the metadata; see `filters.parse_conditions`.
 
     Raises:
-      ValueError: there are fewer passages, or fewer that meet the conditions,
-        than `n_docs`; a question is empty; or the mode is not there.
+      ValueError: `n_docs` is below 1, a question is empty, or the mode is not
+        there.
     """
     version = self.version
     ids, scores = self._search(version, questions, n_docs, mode, conditions)
     return [
       [
         Hit(passage, float(score))
-        for passage, score in zip(version.passages.get(row), best, strict=True)
+        for passage, score in zip(
+          version.passages.get(row[row >= 0]), best[row >= 0], strict=True
+        )
       ]
       for row, best in zip(ids, scores, strict=True)
     ]
@@ -166,7 +169,10 @@ class SearchDirectory:
     mode: str = "dense",
     conditions: Conditions = (),
   ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-    """Returns passage numbers and scores; as `search`."""
+    """Returns passage numbers and scores; as `search`.
+
+    Short rows are filled up with number -1 and the lowest float32.
+    """
     return self._search(self.version, questions, n_docs, mode, conditions)
 
   def _search(
@@ -178,7 +184,7 @@ class SearchDirectory:
     conditions: Conditions,
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns passage numbers and scores in one version."""
-    self._check(version, questions, n_docs, mode)
+    self._check(version, questions, mode)
     index, bm25 = version.index, version.bm25
     embeddings = np.zeros((len(questions), index.embedding_dim))
     if mode != "bm25":
@@ -212,7 +218,6 @@ class SearchDirectory:
     self,
     version: SearchVersion,
     questions: Sequence[str],
-    n_docs: int,
     mode: str,
   ) -> None:
     problem = check_choice("mode", mode, MODES)
@@ -222,11 +227,6 @@ class SearchDirectory:
       raise ValueError(
         f"mode={mode!r} searches words, but {self.path} was built without them;"
         " expected mode='dense'. Build it again with --bm25."
-      )
-    if not 1 <= n_docs <= len(version.passages):
-      raise ValueError(
-        f"n_docs={n_docs} passages a question were asked for; expected 1 to"
-        f" {len(version.passages)}, all that {self.path} holds. Ask for fewer."
       )
     for number, question in enumerate(questions, start=1):
       if not question.strip():

@@ -317,10 +317,7 @@ class HybridRetriever:
       )
     depth = max(n_docs, min(self.depth, self.num_passages))
     by_meaning, _ = self._dense.search(question_embeddings, depth)
-    by_words, scores = self._bm25.search(questions, depth)
-    # BM25 fills its rows up with passages that it knows nothing about. They
-    # are no finds, and would get the credit of their rank.
-    return by_meaning, np.where(scores > 0, by_words, np.int32(-1))
+    return by_meaning, self._bm25.search(questions, depth)[0]
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
