@@ -73,6 +73,7 @@ def main(argv: list[str]) -> None:
           "text": hit.passage.text,
           "score": hit.score,
           "metadata": _metadata(hit.passage),
+          "also": list(hit.also),
         }
         for hit in hits
       ]
@@ -83,7 +84,8 @@ def main(argv: list[str]) -> None:
       print("\n          No passage was found.")
     for hit in hits:
       title = f"{hit.passage.title}  " if hit.passage.title else ""
-      print(f"\n{hit.score:8.3f}  {title}[{hit.passage.id}]")
+      ids = ", ".join((hit.passage.id, *hit.also))
+      print(f"\n{hit.score:8.3f}  {title}[{ids}]")
       text = textwrap.fill(hit.passage.text, _WIDTH - 10)
       print(textwrap.indent(text, " " * 10))
 

@@ -41,8 +41,9 @@ class WordTokenizer:
   A word is a run of letters, digits and marks, after `folding.fold`, which
   joins the digits of a number too: "STRASSE" is "straße", "1,000" is "1000".
   (By rule 1, that of older indexes, the texts are in Unicode's normal form
-  NFKC and in lower case, and no more.) Accents stay. A run in a script without spaces is cut into pairs
-  of neighbouring characters, each with its marks; a single one is a word. (Of
+  NFKC and in lower case, and no more.) Accents stay. A run in a script without
+  spaces is cut into pairs of neighbouring characters, each with its marks; a
+  single one is a word. (Of
   XQuAD's questions in Chinese, BM25 by pairs ranks the gold passage first for
   0.936, by single characters for 0.896, by both for 0.935.)
   """

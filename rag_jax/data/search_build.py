@@ -31,6 +31,7 @@ from rag_jax.corpus.store import write_store
 from rag_jax.corpus.token_store import open_tokens
 from rag_jax.corpus.token_store import write_tokens
 from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.twins import TwinsWriter
 from rag_jax.data.search_directory import ENCODER
 from rag_jax.data.search_directory import FORMAT
 from rag_jax.data.search_directory import KIND
@@ -38,6 +39,7 @@ from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.data.search_versions import BM25
 from rag_jax.data.search_versions import INDEX
 from rag_jax.data.search_versions import PASSAGES
+from rag_jax.data.search_versions import TWINS
 from rag_jax.data.search_versions import UPDATES
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import open_checkpoint
@@ -54,7 +56,7 @@ from rag_jax.retrieval.retriever import Embedder
 
 # Only while it is built; named like what is not finished, for no manifest.
 _TOKENS = ".tokens.tmp"
-_PARTS = (PASSAGES, ENCODER, INDEX, BM25, UPDATES, _TOKENS)
+_PARTS = (PASSAGES, TWINS, ENCODER, INDEX, BM25, UPDATES, _TOKENS)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -255,14 +257,19 @@ def _write_passages(
     "drop_duplicate_texts",
   )  # fmt: skip
   made = {name: inputs.plan[name] for name in named}
+  twins_path = path.parent / TWINS
   if (path / artifacts.MANIFEST).exists():
     store = PassageStore(path)
     _check_same(path, dict(store.config), made)
-    logging.info("%s holds the %d passages already.", path, len(store))
-    return
+    if twins_path.exists() or not config.drop_duplicate_texts:
+      logging.info("%s holds the %d passages already.", path, len(store))
+      return
+    path.rmtree()  # of a version that kept no twins
   bad_records = BadRecords(config.on_bad_record)
   in_tokens = config.split.unit == "tokens"
   tokenizer = inputs.encoder.tokenizer if in_tokens else None
+
+  twins = TwinsWriter()
 
   def passages() -> Iterator[Passage]:
     for passage in read_passages(
@@ -272,15 +279,19 @@ def _write_passages(
       bad_records=bad_records,
       tokenizer=tokenizer,
       drop_duplicate_texts=config.drop_duplicate_texts,
+      on_twin=twins.add,
     ):
       yield passage
       logging.log_every_n_seconds(
         logging.INFO, "Read %d passages.", 10, bad_records.report.passages
       )
     # Only now is it known; the store writes its manifest after the last.
+    if config.drop_duplicate_texts:
+      twins.write(twins_path)
     made["report"] = bad_records.report.content()
 
-  store = write_store(path, passages(), config=made)
+  with contextlib.closing(twins):
+    store = write_store(path, passages(), config=made)
   logging.info("%d passages of %s:\n%s", len(store), corpus, bad_records.report)
 
 

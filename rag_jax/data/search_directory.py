@@ -5,6 +5,7 @@ updated. Out: the passages that answer a question, by embeddings, by words or by
 both.
 
     passages/       the texts
+    twins/          what has other ids, but the title and text of one of these
     encoder/        what embeds questions, with its tokenizer
     index/          what embeddings are searched with, and its certificate
     bm25/           what words are searched with
@@ -37,6 +38,7 @@ from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import load_saved_encoder
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.filters import Conditions
+from rag_jax.retrieval.filters import meets
 from rag_jax.retrieval.filters import search_filtered
 from rag_jax.retrieval.hybrid import HybridRetriever
 from rag_jax.retrieval.hybrid import Rrf
@@ -58,6 +60,14 @@ class Hit:
 
   passage: Passage
   score: float  # by which hits are ordered; what it means depends on the mode
+  also: tuple[str, ...] = ()  # ids of others that have its title and text
+
+
+def _hit(alike: list[Passage], score: float, conditions: Conditions) -> Hit:
+  """Returns the first of passages with one text that meets the conditions."""
+  first = next(p for p in alike if meets(p, conditions))
+  others = tuple(p.id for p in alike if p is not first)
+  return Hit(first, score, others)
 
 
 class SearchDirectory:
@@ -151,15 +161,19 @@ class SearchDirectory:
     """
     version = self.version
     ids, scores = self._search(version, questions, n_docs, mode, conditions)
-    return [
-      [
-        Hit(passage, float(score))
-        for passage, score in zip(
-          version.passages.get(row[row >= 0]), best[row >= 0], strict=True
-        )
-      ]
-      for row, best in zip(ids, scores, strict=True)
-    ]
+    found = []
+    for row, best in zip(ids, scores, strict=True):
+      rows = row[row >= 0]
+      passages = version.passages.get(rows)
+      found.append(
+        [
+          _hit([passage, *version.twins_of(int(id_))], float(score), conditions)
+          for passage, id_, score in zip(
+            passages, rows, best[: len(rows)], strict=True
+          )
+        ]
+      )
+    return found
 
   def search_ids(
     self,
@@ -200,12 +214,18 @@ class SearchDirectory:
       hybrid = HybridRetriever(index, bm25, Rrf())
       return hybrid.search(embeddings[rows], some, depth)
 
+    def wanted(row: int) -> bool:
+      # A twin may have other metadata.
+      alike = (version.passages[row], *version.twins_of(row))
+      return any(meets(passage, conditions) for passage in alike)
+
     return search_filtered(
       search,
       version.passages,
       conditions,
       num_questions=len(questions),
       n_docs=n_docs,
+      wanted=wanted if conditions else None,
     )
 
   def embed_questions(

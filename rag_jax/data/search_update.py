@@ -10,6 +10,7 @@ the words a new index is made: how rare one is depends on all passages.
 
 from collections.abc import Iterator, Sequence
 import functools
+import itertools
 
 from absl import logging
 from etils import epath
@@ -26,6 +27,7 @@ from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.report import raise_empty
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.twins import write_twins
 from rag_jax.corpus.updated_passages import UpdatedPassages
 from rag_jax.data import search_versions
 from rag_jax.data.search_changes import Changes
@@ -36,6 +38,7 @@ from rag_jax.data.search_directory import KIND
 from rag_jax.data.search_directory import REMEDY
 from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.data.search_versions import BM25
+from rag_jax.data.search_versions import TWINS
 from rag_jax.data.search_versions import UPDATES
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import open_checkpoint
@@ -100,12 +103,15 @@ def update_search_directory(
       delete,
       drop_duplicate_texts=plan["drop_duplicate_texts"],
       report=bad_records.report,
+      twins=directory.version.twins,
     )
+    if delete and directory.version.twins is None:
+      _warn_of_twins(directory)
     if upsert:
       if not bad_records.report.documents:
         raise_empty(upsert, bad_records.report)
       logging.info("%s:\n%s", upsert, bad_records.report)
-    if changes.gone or changes.added:
+    if changes:
       _write(directory, changes, passage_encoder, questions, speed_secs)
       directory.reload()
       search_versions.remove_unused(path)
@@ -118,6 +124,18 @@ def update_search_directory(
       before = certify(directory.built[1], sample, speed_secs=0.0)
     share = index.changed_share if isinstance(index, UpdatedIndex) else 0.0
     return changes.report(directory.version.name, share, before, after)
+
+
+def _warn_of_twins(directory: SearchDirectory) -> None:
+  """Says that texts may have gone that other documents have."""
+  report = directory.built[0].config.get("report", {})
+  if number := report.get("dropped", {}).get("duplicate_text", 0):
+    logging.warning(
+      "%s was built when documents with the text of another were left out and"
+      " their ids forgotten, %d of them: if one of those is to be found, give"
+      " it again with --upsert.",
+      *(directory.path, number),
+    )
 
 
 def _passage_encoder(directory: SearchDirectory, encoder: str) -> TextEncoder:
@@ -196,6 +214,11 @@ def _write(
         settings=now.bm25.settings,
       )
       words.save(folder / BM25)
+    if directory.content["plan"]["drop_duplicate_texts"]:
+      numbers, came = changes.twins
+      there = now.twins.each(numbers) if now.twins else ()
+      twins = itertools.chain(there, came)
+      write_twins(folder / TWINS, twins, changes.twin_rows)
     made.index.certificate = certify(
       made.index, _sample(directory, questions), speed_secs=speed_secs
     )

@@ -5,8 +5,8 @@ in use. A version names the rows of what was built that are gone, and holds what
 came: it shares all else with the others.
 
     updates/CURRENT      the name of the version in use
-    updates/v000001/     gone.npy, embeddings.npy, passages/, bm25/, and the
-                         manifest, written last, with the certificate
+    updates/v000001/     gone.npy, embeddings.npy, passages/, twins/, bm25/, and
+                         the manifest, written last, with the certificate
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,8 @@ from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.store import PASSAGES_PER_SHARD
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.store import write_store
+from rag_jax.corpus.twins import Twins
+from rag_jax.corpus.twins import open_twins
 from rag_jax.corpus.updated_passages import UpdatedPassages
 from rag_jax.retrieval import live_files
 from rag_jax.retrieval.bm25 import Bm25Index
@@ -29,7 +31,8 @@ from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.updated_index import UpdatedIndex
 
 UPDATES = "updates"
-PASSAGES, INDEX, BM25 = "passages", "index", "bm25"  # of what was built
+# Of what was built, and of versions.
+PASSAGES, INDEX, BM25, TWINS = "passages", "index", "bm25", "twins"
 KEEP = 2  # versions: who just opened the one before can go on opening it
 
 _KIND = "version of a search directory"
@@ -51,6 +54,8 @@ class SearchVersion:
     index: over the embeddings.
     bm25: over the words; None if they were left out.
     bm25_path: where it was opened.
+    twins: passages whose text one of `passages` has; None: nobody knows, of
+      directories that were built before they were kept.
   """
 
   name: str
@@ -58,6 +63,11 @@ class SearchVersion:
   index: Index
   bm25: Bm25Index | None
   bm25_path: epath.Path
+  twins: Twins | None
+
+  def twins_of(self, row: int) -> tuple[Passage, ...]:
+    """Returns the passages that have the title and text of one, if known."""
+    return self.twins.of(row) if self.twins else ()
 
 
 def current_name(path: epath.Path) -> str:
@@ -91,7 +101,12 @@ def open_current(
     if not name:
       words = path / BM25
       return SearchVersion(
-        "", passages, index, open_words(words, passages.fingerprint), words
+        "",
+        passages,
+        index,
+        open_words(words, passages.fingerprint),
+        words,
+        _open_twins(path / TWINS),
       )
     try:
       return _open(path, name, passages, index)
@@ -106,6 +121,10 @@ def open_words(path: epath.Path, passages_fingerprint: str) -> Bm25Index | None:
   if not path.exists():
     return None
   return Bm25Index.load(path, passages_fingerprint=passages_fingerprint)
+
+
+def _open_twins(path: epath.Path) -> Twins | None:
+  return open_twins(path) if path.exists() else None
 
 
 def _open(
@@ -138,6 +157,7 @@ def _open(
     updated,
     open_words(folder / BM25, fingerprint),
     folder / BM25,
+    _open_twins(folder / TWINS),
   )
 
 

@@ -9,6 +9,7 @@ devices (0.3.16), which is too early for `jax.distributed.initialize`.
 from collections.abc import Iterable, Sequence
 import contextlib
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.building import building
 from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.records import read_texts
 from rag_jax.corpus.words import RULES
 from rag_jax.corpus.words import WordTokenizer
 from rag_jax.retrieval import exact
@@ -395,6 +397,40 @@ def check_settings(settings: Bm25Settings) -> Bm25Settings:
       " does not mark long passages down."
     )
   return settings
+
+
+def read_stop_words(source: str) -> tuple[str, ...]:
+  """Returns the stop words that a person names.
+
+  Args:
+    source: a language, such as "english", whose list of `bm25s` is taken; a
+      file, one word a line; or words between commas. "": none.
+
+  Raises:
+    ValueError: it is neither, but like one of them.
+  """
+  import bm25s.stopwords
+
+  lists = {
+    name.removeprefix("STOPWORDS_").lower(): words
+    for name, words in vars(bm25s.stopwords).items()
+    if name.startswith("STOPWORDS_")
+  }
+  lists["english"] = lists.pop("en")
+  del lists["en_plus"]
+  if source in lists:
+    return tuple(lists[source])
+  if source and epath.Path(source).expanduser().is_file():
+    return tuple(read_texts(source))
+  close = difflib.get_close_matches(source, lists, n=1)
+  if close or "/" in source:
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+      f"stop_words={source!r} is no file and no language whose stop words are"
+      f" known. Expected one of {sorted(lists)}, a file, or words between"
+      f" commas.{hint}"
+    )
+  return tuple(word.strip() for word in source.split(",") if word.strip())
 
 
 def _check_questions(questions: Sequence[str]) -> None:

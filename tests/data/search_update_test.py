@@ -177,6 +177,77 @@ def test_documents_are_split_as_the_directory_was(encoder, texts, tmp_path):
     build(folder, encoder, tmp_path / "index", made)
 
 
+def modes_find(path, id_, question):
+  """Returns whether each mode finds one passage under an id, and others."""
+  directory = SearchDirectory(path)
+  for mode in ("dense", "bm25", "hybrid"):
+    hits = directory.search([question], 40, mode=mode)[0]
+    same = [h for h in hits if id_ in (h.passage.id, *h.also)]
+    assert len(same) <= 1
+    yield same[0] if same else None
+
+
+def test_a_text_is_found_as_long_as_one_of_its_documents_is_there(
+  records, encoder, tmp_path, monkeypatch
+):
+  text = records[3]["text"]
+  twins = [record("t1", text, "fr"), record("t2", text, "es")]
+  path = tmp_path / "index"
+  build(write(tmp_path / "c.jsonl", [*records, *twins]), encoder, path)
+  (hit, *_) = modes_find(path, "p3", text)
+  assert (hit.passage.id, hit.also) == ("p3", ("t1", "t2"))
+  # It is found by the metadata of each.
+  directory = SearchDirectory(path)
+  for name, lang in (("t1", "fr"), ("t2", "es")):
+    some = parse_conditions([f"lang={lang}"])
+    (found,) = directory.search([text], 5, conditions=some)[0]
+    assert (found.passage.id, len(found.also)) == (name, 2)
+  # Of the twins nothing is embedded, whatever becomes of the first.
+  monkeypatch.setattr(search_update, "TokenizedPassages", None)
+  report = update(path, delete=["p3"])
+  assert (report.passages_added, report.embedded) == (1, 0)
+  for hit in modes_find(path, "t2", text):
+    assert (hit.passage.id, hit.also) == ("t1", ("t2",))
+  fourth = [record("t4", text, "it"), twins[1]]
+  report = update(path, upsert=write(tmp_path / "u.jsonl", fourth))
+  assert (report.added, report.unchanged) == (("t4",), 1)
+  assert not report.passages_added
+  update(path, delete=["t1", "t2"])
+  assert [h and h.passage.id for h in modes_find(path, "t4", text)] == [
+    "t4"
+  ] * 3
+  update(path, delete=["t4"])
+  assert not any(modes_find(path, "t4", text))
+  hits = SearchDirectory(path).search([text], 40)[0]
+  assert len(hits) == len(records) - 1
+  with pytest.raises(ValueError, match=r"not there: \['t2'\]"):
+    update(path, delete=["t2"])
+
+
+def test_a_directory_that_forgot_its_twins_says_so_and_learns_them(
+  records, encoder, tmp_path, caplog
+):
+  path = tmp_path / "index"
+  twin = record("t1", records[3]["text"], "fr")
+  corpus = write(tmp_path / "c.jsonl", [*records, twin])
+  build(corpus, encoder, path)
+  # As it was written before twins were kept.
+  shutil.rmtree(path / "twins")
+  manifest = json.loads((path / "manifest.json").read_text())
+  del manifest["sha256"], manifest["files"]["twins/manifest.json"]
+  (path / "manifest.json").write_text(json.dumps(manifest))
+  assert SearchDirectory(path).search([QUESTION], 1)[0][0].also == ()
+  update(path, delete=["p9"])
+  assert "their ids forgotten, 1 of them" in caplog.text
+  caplog.clear()
+  report = update(path, upsert=corpus)
+  assert report.added == ("p9", "t1")
+  update(path, delete=["p3"])
+  assert "forgotten" not in caplog.text
+  (hit, *_) = modes_find(path, "t1", records[3]["text"])
+  assert hit.passage.id == "t1"
+
+
 def test_the_drift_is_measured_and_a_rebuild_recommended(copy, tmp_path):
   few = update(copy, delete=["p0"])
   assert few.before.sample == few.now.sample == "passages"

@@ -16,6 +16,7 @@ from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.words import WordTokenizer
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings
+from rag_jax.retrieval.bm25 import read_stop_words
 
 TEXTS = [
   ("Paris", "Paris is the capital of France, on the river Seine."),
@@ -260,6 +261,47 @@ def test_a_loaded_index_finds_the_same_wherever_it_was_moved_to(saved):
   np.testing.assert_array_equal(
     loaded.score(QUESTIONS, ids), index.score(QUESTIONS, ids)
   )
+
+
+def test_an_older_index_goes_on_by_the_rule_it_was_built_with(tmp_path):
+  texts = [("", "Straße 1,000"), ("", "1000 strasse")]
+  build(texts, word_rule=1).save(tmp_path)
+  content = json.loads((tmp_path / "manifest.json").read_text())["content"]
+  assert content.pop("word_rule") == 1
+  # As it was written when there was no other rule.
+  artifacts.write_manifest(tmp_path, kind="bm25", format=1, content=content)
+  old = Bm25Index.load(tmp_path)
+  questions = ["STRASSE", "straße", "1,000"]
+  found = [[1, -1], [0, -1], [0, -1]]
+  assert old.search(questions, 2)[0].tolist() == found
+  old.save(tmp_path / "again")
+  again = Bm25Index.load(tmp_path / "again")
+  assert again.search(questions, 2)[0].tolist() == found
+  assert build(texts).search(questions, 2)[0].tolist() == [[0, 1]] * 3
+
+
+@pytest.mark.parametrize(
+  ("source", "expected"),
+  [
+    ("", ()),
+    ("the", ("the",)),
+    ("the, of,,und", ("the", "of", "und")),
+    ("FILE", ("der", "die das")),
+  ],
+)
+def test_stop_words_are_a_list_or_a_file(tmp_path, source, expected):
+  (tmp_path / "words.txt").write_text("der\n\n die das \n")
+  source = source.replace("FILE", str(tmp_path / "words.txt"))
+  assert read_stop_words(source) == expected
+
+
+def test_stop_words_are_known_of_some_languages():
+  assert {"the", "of"} < {*read_stop_words("english")}
+  assert {"der", "und"} < {*read_stop_words("german")}
+  with pytest.raises(ValueError, match=r"'englsh' .*Did you mean 'english'"):
+    read_stop_words("englsh")
+  with pytest.raises(ValueError, match=r"no/file.txt.* is no file"):
+    read_stop_words("no/file.txt")
 
 
 def test_an_index_without_words_can_be_saved(tmp_path):
