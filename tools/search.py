@@ -5,7 +5,12 @@ r"""Searches what tools/build_index.py made.
 Several questions are several arguments; with `-` they are read from standard
 input, one a line. --mode=bm25 searches words, --mode=hybrid both;
 --filter=lang=en or "--filter=year>=1999", as often as wanted, keeps the
-passages with such metadata.
+passages with such metadata. --stemmer, --stop_words, --k1 and --b try other
+settings of BM25 than the index was built with, whose words are then indexed
+again in memory: give them to tools/build_index.py to keep them.
+--fit_hybrid=FILE fits the weights of hybrid search to questions with known
+passages or answers, says which mode is best, and keeps both with the index;
+--mode=best is that mode.
 """
 
 import json
@@ -20,6 +25,7 @@ import command
 from rag_jax.corpus.passages import Passage
 from rag_jax.data.search_directory import MODES
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.evaluation.search_modes import fit_search_modes
 from rag_jax.retrieval.filters import describe_metadata
 from rag_jax.retrieval.filters import parse_conditions
 
@@ -31,6 +37,8 @@ _MODE = flags.DEFINE_enum("mode", "dense", list(MODES), "What is searched.")
 _FILTER = flags.DEFINE_multi_string(
   "filter", [], "Of the metadata: NAME=VALUE, or a range: 'NAME>=VALUE'."
 )
+_FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
+_words = command.define_word_flags()
 _JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a question.")
 flags.mark_flag_as_required("index")
 
@@ -52,9 +60,16 @@ def main(argv: list[str]) -> None:
   questions = argv[1:]
   if questions == ["-"]:
     questions = [line.strip() for line in sys.stdin if line.strip()]
+  if _FIT_HYBRID.value:
+    modes = fit_search_modes(_INDEX.value or "", _FIT_HYBRID.value)
+    print("\n".join(f"{name}: {value}" for name, value in modes.rows()))
+    if not questions:
+      return
   if not questions:
     raise app.UsageError("Give a question, or - to read them from a pipe.")
   directory = SearchDirectory(_INDEX.value or "")
+  if _MODE.value != "dense":
+    directory.set_words(_words)
   conditions = parse_conditions(_FILTER.value)
   found = directory.search(
     questions,

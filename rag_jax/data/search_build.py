@@ -45,6 +45,8 @@ from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import open_checkpoint
 from rag_jax.data.text_encoder import save_encoder
 from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.bm25 import Bm25Settings
+from rag_jax.retrieval.bm25 import check_settings
 from rag_jax.retrieval.certified_index import build_certified_index
 from rag_jax.retrieval.certified_index import check_tuning
 from rag_jax.retrieval.embedding_job import EmbeddingJob
@@ -75,6 +77,7 @@ class BuildConfig:
   # Of index_recall@10, which the ScaNN index is tuned to; 0: not tuned.
   target_recall: float = 0.0
   bm25: bool = True  # words can be searched too
+  words: Bm25Settings = dataclasses.field(default_factory=Bm25Settings)
   speed_secs: float = 1.0  # that each batch size is timed for the certificate
 
 
@@ -104,6 +107,7 @@ def build_search_directory(
     OSError: the disk is full.
   """
   check_storage(config.storage)
+  check_settings(config.words)
   check_tuning(config.index, config.target_recall, len(questions))
   output = epath.Path(output).expanduser()
   first = jax.process_index() == 0
@@ -128,7 +132,10 @@ def build_search_directory(
       if config.bm25:
         logging.info("Indexing the words of %d passages.", len(store))
         Bm25Index.write(
-          output / BM25, store, passages_fingerprint=store.fingerprint
+          output / BM25,
+          store,
+          passages_fingerprint=store.fingerprint,
+          settings=config.words,
         )
       content = {
         "plan": inputs.plan,
@@ -234,7 +241,12 @@ def _clean(output: epath.Path) -> None:
 def _check_same(
   path: epath.Path, found: dict[str, Any], plan: dict[str, Any]
 ) -> None:
-  """Raises `ValueError` if something was made of other inputs."""
+  """Raises `ValueError` if something was made of other inputs.
+
+  A setting that did not exist then is as it is by default.
+  """
+  defaults = json.loads(json.dumps(dataclasses.asdict(BuildConfig())))
+  found = defaults | found
   other = [
     f"{name} is {found.get(name)!r} there and {value!r} here"
     for name, value in plan.items()

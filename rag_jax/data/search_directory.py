@@ -15,11 +15,12 @@ both.
 Nothing in it names a place outside: it can be moved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import threading
 from typing import Any
 
+from absl import logging
 from etils import epath
 from jaxtyping import Float, Int
 import numpy as np
@@ -36,7 +37,9 @@ from rag_jax.data.search_versions import current_name
 from rag_jax.data.search_versions import open_current
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import load_saved_encoder
+from rag_jax.models.hybrid import HybridWeights
 from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.bm25 import Bm25Settings
 from rag_jax.retrieval.filters import Conditions
 from rag_jax.retrieval.filters import meets
 from rag_jax.retrieval.filters import search_filtered
@@ -49,7 +52,7 @@ from rag_jax.retrieval.retriever import Embedder
 KIND = "search directory"  # in its manifest
 FORMAT = 1  # raise when the files change meaning
 ENCODER = "encoder"
-MODES = ("dense", "bm25", "hybrid")
+MODES = ("dense", "bm25", "hybrid", "best")
 
 REMEDY = "Build it again: python tools/build_index.py --output=DIRECTORY."
 
@@ -123,6 +126,30 @@ class SearchDirectory:
     """Over the words; None if it was left out."""
     return self.version.bm25
 
+  def set_words(self, change: Callable[[Bm25Settings], Bm25Settings]) -> None:
+    """Searches words by other settings, until another version is opened.
+
+    Args:
+      change: the settings that the directory has, or those of a new index if it
+        has none, to the ones that are wanted. If they are others, the words of
+        all passages are indexed again, in memory.
+
+    Raises:
+      ValueError: a setting is out of its range.
+    """
+    version = self.version
+    old = version.bm25.settings if version.bm25 else Bm25Settings()
+    wanted = change(old)
+    if wanted == old:
+      return
+    logging.info("Indexing the words of %d passages.", len(version.passages))
+    words = Bm25Index.build(
+      version.passages,
+      passages_fingerprint=version.passages.fingerprint,
+      settings=wanted,
+    )
+    self.version = dataclasses.replace(version, bm25=words)
+
   def reload(self) -> bool:
     """Switches to the version that is in use now; returns if it is another.
 
@@ -151,8 +178,10 @@ class SearchDirectory:
       questions: any number.
       n_docs: passages a question; fewer if fewer are there, meet the
         conditions or, by words, share a word with the question.
-      mode: "dense": inner products of embeddings; "bm25": words; "hybrid": both
-        rankings, fused by reciprocal ranks.
+      mode: "dense": inner products of embeddings; "bm25": words; "hybrid":
+        both, by the weights that were fitted to questions, or else by
+        reciprocal ranks; "best": the one of these that the certificate names,
+        or else "dense".
       conditions: on the metadata; see `filters.parse_conditions`.
 
     Raises:
@@ -198,6 +227,9 @@ class SearchDirectory:
     conditions: Conditions,
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns passage numbers and scores in one version."""
+    modes = version.index.certificate and version.index.certificate.modes
+    if mode == "best":
+      mode = modes.best if modes else "dense"
     self._check(version, questions, mode)
     index, bm25 = version.index, version.bm25
     embeddings = np.zeros((len(questions), index.embedding_dim))
@@ -211,7 +243,9 @@ class SearchDirectory:
       assert bm25 is not None
       if mode == "bm25":
         return bm25.search(some, depth)
-      hybrid = HybridRetriever(index, bm25, Rrf())
+      weights = modes.weights if modes else None
+      fusion = HybridWeights(*weights) if weights else Rrf()
+      hybrid = HybridRetriever(index, bm25, fusion)
       return hybrid.search(embeddings[rows], some, depth)
 
     def wanted(row: int) -> bool:

@@ -8,7 +8,8 @@ What is new or changed is embedded; all else is shared with what was built. Of
 the words a new index is made: how rare one is depends on all passages.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 import functools
 import itertools
 
@@ -45,6 +46,7 @@ from rag_jax.data.text_encoder import open_checkpoint
 from rag_jax.retrieval import exact
 from rag_jax.retrieval import live_files
 from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.certificate import SearchModes
 from rag_jax.retrieval.certificate import certify
 from rag_jax.retrieval.updated_index import UpdatedIndex
 
@@ -177,6 +179,41 @@ def _read(
   )
 
 
+def keep_modes(path: epath.Path, version: str, modes: SearchModes) -> None:
+  """Keeps what the modes of search were measured to find, as a new version.
+
+  Args:
+    path: the directory.
+    version: that they were measured on.
+    modes: what was measured.
+
+  Raises:
+    ValueError: another version is in use by now, or somebody else writes there.
+    OSError: the disk is full.
+  """
+  with lock(path, kind=KIND):
+    search_versions.remove_unused(path)
+    directory = SearchDirectory(path)
+    now = directory.version
+    if now.name != version:
+      raise ValueError(
+        f"{path} was updated to {now.name!r} while the modes of search were"
+        f" measured on {version!r}. Expected one of both at a time. Measure"
+        " again."
+      )
+
+    def write(made: search_versions.Draft) -> None:
+      if now.bm25 is not None:
+        now.bm25.save(made.folder / BM25)
+      if now.twins is not None:
+        write_twins(made.folder / TWINS, now.twins, now.twins.rows)
+      certificate = now.index.certificate or certify(made.index, speed_secs=0.0)
+      made.index.certificate = dataclasses.replace(certificate, modes=modes)
+
+    _add_version(directory, [], [], [], write)
+    search_versions.remove_unused(path)
+
+
 def _write(
   directory: SearchDirectory,
   changes: Changes,
@@ -185,10 +222,54 @@ def _write(
   speed_secs: float,
 ) -> None:
   """Writes a version, complete, and only then puts it into use."""
+  now = directory.version
+
+  def write(made: search_versions.Draft) -> None:
+    if now.bm25 is not None:
+      logging.info("Indexing the words of %d passages.", len(made.passages))
+      words = Bm25Index.build(
+        made.passages,
+        passages_fingerprint=made.passages.fingerprint,
+        settings=now.bm25.settings,
+      )
+      words.save(made.folder / BM25)
+    if directory.content["plan"]["drop_duplicate_texts"]:
+      numbers, came = changes.twins
+      there = now.twins.each(numbers) if now.twins else ()
+      twins = itertools.chain(there, came)
+      write_twins(made.folder / TWINS, twins, changes.twin_rows)
+    found = certify(
+      made.index, _sample(directory, questions), speed_secs=speed_secs
+    )
+    before = now.index.certificate
+    made.index.certificate = dataclasses.replace(
+      found, modes=before.modes if before else None
+    )
+
+  embeddings = _embed(directory, changes, encoder)
+  _add_version(directory, changes.gone, changes.added, embeddings, write)
+
+
+def _add_version(
+  directory: SearchDirectory,
+  gone_rows: Sequence[int],
+  came: Sequence[Passage],
+  came_embeddings: Sequence[Float[np.ndarray, "R"]] | np.ndarray,
+  write: Callable[[search_versions.Draft], None],
+) -> None:
+  """Makes a version of the one in use, and puts it into use.
+
+  Args:
+    directory: locked.
+    gone_rows: of the passages as they are now, rising.
+    came: passages behind them.
+    came_embeddings: of these.
+    write: what else belongs to the version, into its folder; certifies it.
+  """
   now, old = directory.version, directory.built[1]
   gone, added = np.zeros(0, np.int64), []
   embeddings = np.zeros((0, old.embedding_dim), np.float32)
-  rows = np.array(changes.gone, np.int64)
+  rows = np.array(gone_rows, np.int64)
   if isinstance(now.passages, UpdatedPassages):
     assert isinstance(now.index, UpdatedIndex)
     rows = now.passages.gaps.rows(rows)
@@ -198,30 +279,15 @@ def _write(
   left[rows[rows >= old.num_passages] - old.num_passages] = False
   added = [p for p, stays in zip(added, left, strict=True) if stays]
   gone = np.union1d(gone, rows[rows < old.num_passages])
-  embeddings = np.concatenate(
-    [embeddings[left], _embed(directory, changes, encoder)]
-  )
+  embeddings = embeddings[left]
+  if len(came):
+    embeddings = np.concatenate([embeddings, came_embeddings])
 
   def save(folder: epath.Path) -> None:
     made = search_versions.draft(
-      folder, directory.built, gone, [*added, *changes.added], embeddings
+      folder, directory.built, gone, [*added, *came], embeddings
     )
-    if now.bm25 is not None:
-      logging.info("Indexing the words of %d passages.", len(made.passages))
-      words = Bm25Index.build(
-        made.passages,
-        passages_fingerprint=made.passages.fingerprint,
-        settings=now.bm25.settings,
-      )
-      words.save(folder / BM25)
-    if directory.content["plan"]["drop_duplicate_texts"]:
-      numbers, came = changes.twins
-      there = now.twins.each(numbers) if now.twins else ()
-      twins = itertools.chain(there, came)
-      write_twins(folder / TWINS, twins, changes.twin_rows)
-    made.index.certificate = certify(
-      made.index, _sample(directory, questions), speed_secs=speed_secs
-    )
+    write(made)
     search_versions.finish(directory.path, made)
 
   updates = directory.path / UPDATES

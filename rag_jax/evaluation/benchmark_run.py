@@ -16,6 +16,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.twins import Twins
 from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.evaluation.benchmark_measure import INDEX_DEPTHS
 from rag_jax.evaluation.benchmark_measure import SPEED_K
@@ -75,7 +76,7 @@ def benchmark_directory(
   texts = [question.question for question in chosen]
   embeddings = directory.embed_questions(texts)
   notes: list[str] = []
-  known = _known(chosen, directory.passages, notes)
+  known = _known(chosen, directory.passages, directory.version.twins, notes)
   num = len(measured)
   bm25_bytes = 0
   if directory.bm25 is not None:
@@ -178,9 +179,10 @@ def open_embeddings(path: epath.PathLike) -> Float[np.ndarray, "P R"]:
 def _known(
   questions: Sequence[BenchmarkQuestion],
   passages: Sequence[Passage],
+  twins: Twins | None,
   notes: list[str],
 ) -> Known:
-  graded, missing = gold_rows(questions, passages)
+  graded, missing = gold_rows(questions, passages, twins)
   if missing:
     notes.append(
       f"{missing:,} passages that are known to be of use are not in the corpus"

@@ -21,7 +21,10 @@ from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.data import search_update
 from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.data.search_update import update_search_directory
+from rag_jax.evaluation.search_modes import fit_search_modes
+from rag_jax.models.hybrid import HybridWeights
 from rag_jax.retrieval.filters import parse_conditions
+from rag_jax.retrieval.hybrid import HybridRetriever
 
 QUESTIONS = [QUESTION, "the yaks of the moors", "rams in the woods by night"]
 
@@ -246,6 +249,60 @@ def test_a_directory_that_forgot_its_twins_says_so_and_learns_them(
   assert "forgotten" not in caplog.text
   (hit, *_) = modes_find(path, "t1", records[3]["text"])
   assert hit.passage.id == "t1"
+
+
+def known_questions(records, path, field="gold"):
+  """Of each text three words, which together only it has, and its id."""
+  rows = []
+  for number, r in enumerate(records):
+    words = r["text"].split()
+    row = {"question": f"{words[1]} {words[8]} north", "answers": []}
+    row |= {field: [r["id"]] if field == "gold" else [r["text"]]}
+    rows += [row] if number % 2 else []
+  return write(path, rows)
+
+
+def test_the_weights_of_both_are_fitted_and_kept_with_the_index(
+  copy, records, tmp_path
+):
+  before = found(SearchDirectory(copy))
+  modes = fit_search_modes(copy, known_questions(records, tmp_path / "q.jsonl"))
+  assert modes.num_questions == 20
+  assert modes.metrics["bm25"].first == 1.0  # all words fit
+  assert modes.metrics["dense"].mrr < 0.9  # the encoder is a random one
+  assert modes.best == "bm25"
+  assert modes.metrics["hybrid"].mrr >= modes.metrics["reciprocal ranks"].mrr
+  directory = SearchDirectory(copy)
+  certificate = directory.index.certificate
+  assert certificate.modes == modes
+  assert "| best mode | bm25 (on 20 questions among 40" in certificate.table()
+  # Embeddings and words find what they found; both by the fitted weights.
+  assert found(directory)[:6] == before[:6]
+  weights = HybridWeights(*modes.weights)
+  both = HybridRetriever(directory.index, directory.bm25, weights)
+  rows, scores = both.search(directory.embed_questions(QUESTIONS), QUESTIONS, 9)
+  for hits, row, best in zip(found(directory)[6:], rows, scores, strict=True):
+    assert [i for i, _ in hits] == [directory.passages[r].id for r in row]
+    np.testing.assert_allclose([s for _, s in hits], best)
+  one = directory.search([QUESTION], 3, mode="best")
+  assert one == directory.search([QUESTION], 3, mode="bm25")
+  # An update goes on with them.
+  update(copy, upsert=write(tmp_path / "up.jsonl", UPSERTS))
+  assert SearchDirectory(copy).index.certificate.modes == modes
+
+
+def test_weights_need_questions_that_are_of_this_corpus(copy, tmp_path):
+  few = known_questions(
+    [record("x", "the yaks of the south live in the moors")] * 50,
+    tmp_path / "q.jsonl",
+    "answers",
+  )
+  with pytest.raises(ValueError, match=r"Of 25 questions .* 0 have a pass"):
+    fit_search_modes(copy, few)
+  assert SearchDirectory(copy).version.name == ""
+  assert SearchDirectory(copy).search([QUESTION], 3, mode="best") == (
+    SearchDirectory(copy).search([QUESTION], 3)
+  )
 
 
 def test_the_drift_is_measured_and_a_rebuild_recommended(copy, tmp_path):
