@@ -89,6 +89,9 @@ _words = command.define_word_flags()
 _CACHE_DIR = flags.DEFINE_string(
   "cache_dir", "", "Where compiled programs are kept; '': beside the output."
 )
+_WAIT = flags.DEFINE_bool(
+  "wait", False, "For another process that writes there, not stop."
+)
 flags.mark_flags_as_required(["corpus", "encoder", "output"])
 
 
@@ -127,6 +130,7 @@ def main(argv: list[str]) -> None:
     config,
     question_encoder=_QUESTION_ENCODER.value,
     questions=read_texts(_QUESTIONS.value) if _QUESTIONS.value else [],
+    wait=_WAIT.value,
   )
   certificate = directory.index.certificate
   if _FIT_HYBRID.value and not (certificate and certificate.modes):

@@ -28,6 +28,7 @@ from rag_jax.corpus.tokenized import TokenRows
 from rag_jax.corpus.tokenized import find_joining
 from rag_jax.corpus.tokenized import tokenize_rows
 from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.disk import UnwritableError
 
 KIND = "tokens"
 FORMAT = 1  # raise when the files or the manifest change their meaning
@@ -291,7 +292,7 @@ def keep_tokens(
   try:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise OSError(
+    raise UnwritableError(
       f"The passages' tokens cannot be kept in {folder} ({error}). Expected a"
       " folder that can be written to. Set data.token_cache to one, or change"
       " the permissions of this one."
@@ -334,7 +335,7 @@ def _write(
       },
     )
   except OSError as error:
-    raise OSError(
+    raise UnwritableError(
       f"The tokens cannot be written to {directory} ({error}), after {num_done}"
       f" of {len(passages)} passages. Expected room for {3 * width + 4} to"
       f" {5 * width + 4} bytes a passage. What was written stays: free some"

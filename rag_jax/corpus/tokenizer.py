@@ -6,11 +6,15 @@ they belong. The one file that imports transformers, for its tokenizers alone.
 
 from collections.abc import Iterable, Sequence, Set
 import functools
-import logging
+import json
+import logging as python_logging
 import os
+import pathlib
 import re
+import shutil
 import typing
 
+from absl import logging
 from etils import epath
 import tokenizers
 from tokenizers import decoders
@@ -19,10 +23,15 @@ from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 from tokenizers import trainers
 
+from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.artifacts import fingerprint_lines
 
 if typing.TYPE_CHECKING:
   import transformers
+
+_KIND = "tokenizer"  # in the manifest
+_FORMAT = 1  # raise when the files change meaning
 
 # BART's layout, so that ids mean the same in what we train and what we import.
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -212,8 +221,38 @@ class Tokenizer:
     return fingerprint_lines([self._backend.backend_tokenizer.to_str()])
 
   def save(self, path: epath.PathLike) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json` to a directory."""
-    self._backend.save_pretrained(os.fspath(path))
+    """Writes `tokenizer.json`, its settings and a manifest to a directory.
+
+    A tokenizer in a folder inside, saved before, is named in the manifest too.
+
+    Raises:
+      UnwritableError: the disk is full, or nothing may be written there.
+    """
+    path = artifacts.start_directory(path)
+    temp = artifacts.temp_path(path / "tokenizer")
+    with disk.explaining(path, "The tokenizer", "Then start again."):
+      try:
+        temp.mkdir()
+        self._save(temp)
+        # Last what says that there is one.
+        for file in sorted(temp.iterdir(), key=lambda f: f.stem == _KIND):
+          os.replace(file, path / file.name)
+      finally:
+        shutil.rmtree(temp, ignore_errors=True)
+      artifacts.write_manifest(
+        path, kind=_KIND, format=_FORMAT, content={}, nested=True
+      )
+
+  def _save(self, path: epath.Path) -> None:
+    try:
+      self._backend.save_pretrained(os.fspath(path))
+    except OSError:
+      raise
+    except Exception as error:  # the compiled tokenizers raise nothing else
+      if "os error" not in str(error):
+        raise
+      number = re.search(r"os error (\d+)", str(error))
+      raise OSError(int(number[1]) if number else 0, str(error)) from error
 
 
 def _word_starts(text: str) -> set[int]:
@@ -254,14 +293,71 @@ def _older_kind(path: epath.Path) -> str:
   )
 
 
-def load_tokenizer(path: epath.PathLike) -> Tokenizer:
+def check_own_files(path: epath.PathLike) -> None:
+  """Raises `ValueError` if a file in `path` is a link that leads elsewhere.
+
+  What a tokenizer was read from is written where it is saved or exported: a
+  link could make any file of this machine a part of it. In the hub's cache
+  files are links to its blobs.
+  """
+  path = epath.Path(path)
+  if not artifacts.is_local(path) or not path.exists():
+    return
+  home = pathlib.Path(os.path.realpath(path))
+  for above in home.parents:
+    if above.name == "snapshots" and (above.parent / "blobs").is_dir():
+      home = above.parent
+  for file in sorted(path.iterdir()):
+    target = pathlib.Path(os.path.realpath(file))
+    if not file.is_dir() and not target.is_relative_to(home):
+      raise ValueError(
+        f"{file.name} in {path} is a link to {target}, outside the directory."
+        " Expected files of its own. Copy the file to the place of the link if"
+        " you trust it."
+      )
+
+
+def _check_manifest(path: epath.Path, ours: bool) -> None:
+  """Raises `ValueError` if what `Tokenizer.save` wrote was changed."""
+  manifest = path / artifacts.MANIFEST
+  if not ours:
+    try:  # other programs call other things manifest.json
+      ours = json.loads(manifest.read_bytes())["kind"] == _KIND
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+      ours = False
+  elif not manifest.exists() and not os.path.islink(manifest):
+    logging.warning(
+      "The tokenizer in %s has no %s: an older version wrote it, or it was"
+      " removed. Nobody can tell whether it is as it was written.",
+      *(path, artifacts.MANIFEST),
+    )
+    ours = False
+  if ours:
+    artifacts.read_manifest(
+      path,
+      kind=_KIND,
+      format=_FORMAT,
+      nested=True,
+      remedy="Put the old files back, or start in another directory.",
+    )
+
+
+def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
   """Returns the tokenizer saved in directory `path`.
+
+  Args:
+    path: of the directory.
+    ours: whether `Tokenizer.save` wrote it. Then it is warned of a missing
+      manifest.
 
   Raises:
     FileNotFoundError: there is none.
-    ValueError: its files cannot be read.
+    ValueError: its files cannot be read, were changed since `Tokenizer.save`
+      wrote them, or are links.
   """
   path = epath.Path(path)
+  check_own_files(path)
+  _check_manifest(path, ours)
   kind = "AutoTokenizer"
   if not (path / "tokenizer.json").exists():
     kind = _older_kind(path)
@@ -311,7 +407,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     show_progress=False,
   )
   model.train_from_iterator(texts, trainer)
-  logging.getLogger("transformers").setLevel(logging.ERROR)
+  python_logging.getLogger("transformers").setLevel(python_logging.ERROR)
   return Tokenizer(
     transformers.PreTrainedTokenizerFast(
       tokenizer_object=model,

@@ -284,9 +284,9 @@ def _open_tokenizers(
   """Returns the generator's tokenizer and the retriever's, often the same."""
   saved = epath.Path(path) if path else None
   if saved is not None and (saved / "tokenizer.json").exists():
-    tokenizer = load_tokenizer(saved)
+    tokenizer = load_tokenizer(saved, ours=True)
     if (saved / _RETRIEVER).exists():
-      return tokenizer, load_tokenizer(saved / _RETRIEVER)
+      return tokenizer, load_tokenizer(saved / _RETRIEVER, ours=True)
     return tokenizer, tokenizer
   found = [initial.tokenizer, initial.retriever_tokenizer]
   if config.tokenizer.path:

@@ -41,6 +41,7 @@ from rag_jax.data.search_versions import INDEX
 from rag_jax.data.search_versions import PASSAGES
 from rag_jax.data.search_versions import TWINS
 from rag_jax.data.search_versions import UPDATES
+from rag_jax.data.search_versions import start_updates
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import open_checkpoint
 from rag_jax.data.text_encoder import save_encoder
@@ -89,6 +90,7 @@ def build_search_directory(
   *,
   question_encoder: str = "",
   questions: Sequence[str] = (),
+  wait: bool = False,
 ) -> SearchDirectory:
   """Builds the directory, or what is missing of it, and opens it.
 
@@ -99,19 +101,20 @@ def build_search_directory(
     config: how.
     question_encoder: what embeds questions; "": the same.
     questions: that the index is certified with; none: passages stand for them.
+    wait: for another process that builds there, and go on with what it left.
 
   Raises:
     FileNotFoundError: the corpus or the checkpoint is not there.
     ValueError: one of them cannot be used; the settings are not possible; the
       output holds something else, is of other inputs or is being built.
-    OSError: the disk is full.
+    UnwritableError: the disk is full, or nothing may be written there.
   """
   check_storage(config.storage)
   check_settings(config.words)
   check_tuning(config.index, config.target_recall, len(questions))
   output = epath.Path(output).expanduser()
   first = jax.process_index() == 0
-  lock = building(output, kind=KIND, own=_PARTS.__contains__)
+  lock = building(output, kind=KIND, own=_PARTS.__contains__, wait=wait)
   with lock if first else contextlib.nullcontext():
     inputs = _open_inputs(corpus, encoder, question_encoder, config)
     if (output / artifacts.MANIFEST).exists():
@@ -137,15 +140,22 @@ def build_search_directory(
           passages_fingerprint=store.fingerprint,
           settings=config.words,
         )
+      start_updates(output)
       content = {
         "plan": inputs.plan,
+        "updates": "marked",  # updates/CURRENT is there from the start
         "num_passages": len(store),
         "num_cut": tokenized.num_cut,  # longer than what is embedded
         "passages_fingerprint": store.fingerprint,
         "passage_encoder_fingerprint": inputs.encoder.fingerprint,
       }
       artifacts.write_manifest(
-        output, kind=KIND, format=FORMAT, content=content, nested=True
+        output,
+        kind=KIND,
+        format=FORMAT,
+        content=content,
+        nested=True,
+        beside=[UPDATES],
       )
       _clean(output)
     wait_for_all("building: the directory is complete")

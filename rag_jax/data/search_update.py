@@ -18,7 +18,6 @@ from etils import epath
 from jaxtyping import Float
 import numpy as np
 
-from rag_jax import artifacts
 from rag_jax.building import lock
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import FieldNames
@@ -34,10 +33,9 @@ from rag_jax.data import search_versions
 from rag_jax.data.search_changes import Changes
 from rag_jax.data.search_changes import UpdateReport
 from rag_jax.data.search_changes import find_changes
-from rag_jax.data.search_directory import FORMAT
 from rag_jax.data.search_directory import KIND
-from rag_jax.data.search_directory import REMEDY
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.data.search_directory import read_content
 from rag_jax.data.search_versions import BM25
 from rag_jax.data.search_versions import TWINS
 from rag_jax.data.search_versions import UPDATES
@@ -62,6 +60,7 @@ def update_search_directory(
   on_bad_record: str = "",
   questions: Sequence[str] = (),
   speed_secs: float = 1.0,
+  wait: bool = False,
 ) -> UpdateReport:
   """Makes a new version of a search directory, and returns what it changed.
 
@@ -77,13 +76,14 @@ def update_search_directory(
     on_bad_record: "fail" or "skip"; "": as it was built.
     questions: that the certificate is measured with; none: passages.
     speed_secs: that each batch size is timed for the certificate.
+    wait: for another process that updates it.
 
   Raises:
     FileNotFoundError: the directory, the documents or the encoder is not there.
     ValueError: there is nothing to do, no such id, an id is to be replaced and
       deleted, nothing would be left, other weights, a document cannot be read,
       or somebody else writes there.
-    OSError: the disk is full.
+    UnwritableError: the disk is full, or nothing may be written there.
   """
   path = epath.Path(path).expanduser()
   if not upsert and not delete:
@@ -92,8 +92,13 @@ def update_search_directory(
       " documents or ids. Give --upsert or --delete."
     )
   # Before the lock, whose file would be made in any directory.
-  artifacts.read_manifest(path, kind=KIND, format=FORMAT, remedy=REMEDY)
-  with lock(path, kind=KIND):
+  read_content(path)
+  with lock(
+    path,
+    kind=KIND,
+    wait=wait,
+    remedy="What was there before is still in use: update again.",
+  ):
     search_versions.remove_unused(path)
     directory = SearchDirectory(path)
     passage_encoder = _passage_encoder(directory, encoder)
@@ -290,8 +295,8 @@ def _add_version(
     write(made)
     search_versions.finish(directory.path, made)
 
+  search_versions.start_updates(directory.path)
   updates = directory.path / UPDATES
-  updates.mkdir(exist_ok=True)
   name = live_files.add(updates, live_files.VERSION, save)
   live_files.switch(updates, name)
 

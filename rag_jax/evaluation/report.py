@@ -15,6 +15,7 @@ from etils import epath
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.evaluation.answers import exact_match
 from rag_jax.evaluation.answers import token_f1
 from rag_jax.evaluation.intervals import bootstrap_interval
@@ -136,11 +137,14 @@ def table(results: Mapping[str, Any], prefix: str = "test") -> str:
 def write_results(workdir: epath.PathLike, results: Mapping[str, Any]) -> None:
   """Writes `results` as WORKDIR/results.json, sorted by name, all or nothing.
 
+  With a digest of them, so that `read_results` notices any change.
+
   Raises:
     ValueError: a number is not finite, which JSON cannot hold.
   """
   plain = {name: _plain(name, value) for name, value in results.items()}
-  text = json.dumps(plain, indent=2, sort_keys=True, allow_nan=False)
+  whole = artifacts.with_digest(plain)
+  text = json.dumps(whole, indent=2, sort_keys=True, allow_nan=False)
   artifacts.write_atomically(epath.Path(workdir) / RESULTS_FILE, text + "\n")
 
 
@@ -152,7 +156,8 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: it is not there: the run has not ended.
-    ValueError: it is no JSON object: cut off or edited.
+    ValueError: it is no JSON object, or not as it was written: cut off or
+      edited. Or it is a link.
   """
   path = epath.Path(path)
   path = path / RESULTS_FILE if path.is_dir() else path
@@ -163,9 +168,10 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
       " the path."
     )
   remedy = "Remove it and start the run again with the same workdir."
+  data = disk.read_own(path, remedy=remedy)
   try:
-    results = json.loads(path.read_bytes().decode("utf-8"))
-  except ValueError as error:  # of JSON, or of UTF-8
+    results = json.loads(data.decode("utf-8"))
+  except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
     raise ValueError(
       f"{path} is not JSON ({error}); it was cut off or edited. {remedy}"
     ) from error
@@ -174,7 +180,7 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
       f"{path} holds a {type(results).__name__}; expected an object of named"
       f" results. {remedy}"
     )
-  return results
+  return artifacts.without_digest(results, origin=str(path), remedy=remedy)
 
 
 def _share(value: float | None) -> str:

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
-from rag_jax.config_json import from_json
+from rag_jax.config_json import read_config
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.export import TokenizerFiles
@@ -236,9 +236,8 @@ def _is_workdir(path: pathlib.Path) -> bool:
 
 def _read_workdir(path: pathlib.Path) -> _Model:
   """Returns what a run has trained."""
-  params, _ = load_model(path / "model")
-  text = (path / "config.json").read_bytes().decode("utf-8", errors="replace")
-  config = from_json(text, str(path / "config.json"))
+  params, content = load_model(path / "model")
+  config = read_config(path / "config.json", content.get("settings"))
   tokenizer = _tokenizer_of_run(path / "tokenizer")
   retriever = path / "tokenizer" / _RETRIEVER
   data = config.data
@@ -270,7 +269,7 @@ def _read_workdir(path: pathlib.Path) -> _Model:
 
 
 def _tokenizer_of_run(path: pathlib.Path) -> TokenizerFiles:
-  tokenizer = load_tokenizer(path)
+  tokenizer = load_tokenizer(path, ours=True)
   bos = tokenizer.bos_id
   ids = SpecialIds(
     tokenizer.pad_id, -1 if bos is None else bos, tokenizer.eos_id

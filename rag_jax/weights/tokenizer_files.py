@@ -8,6 +8,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from rag_jax.corpus.tokenizer import check_own_files
 from rag_jax.weights.directory import CheckpointDirectory
 
 TOKENIZER_FILES = (
@@ -25,12 +26,17 @@ _VOCABULARIES = (
 def find_tokenizer(
   directory: CheckpointDirectory, *folders: str
 ) -> CheckpointDirectory | None:
-  """Returns the first of `folders` that holds a tokenizer; "" is the root."""
+  """Returns the first of `folders` that holds a tokenizer; "" is the root.
+
+  Raises:
+    ValueError: a file there is a link that leads out of it.
+  """
   for folder in folders:
     if folder and not directory.has(folder):
       continue
     found = directory.folder(folder)
     if any(found.has(name) for name in _VOCABULARIES):
+      check_own_files(found.path)
       return found
   return None
 
@@ -111,7 +117,9 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
 
   Raises:
     FileNotFoundError: there is no tokenizer.
+    ValueError: a file is a link that leads out of `source`.
   """
+  check_own_files(source)
   names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
   if not set(names) & set(_VOCABULARIES):
     raise FileNotFoundError(
