@@ -36,10 +36,12 @@ from rag_jax.data.search_directory import ENCODER
 from rag_jax.data.search_directory import FORMAT
 from rag_jax.data.search_directory import KIND
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.data.search_versions import BASE
 from rag_jax.data.search_versions import BM25
 from rag_jax.data.search_versions import INDEX
 from rag_jax.data.search_versions import PASSAGES
 from rag_jax.data.search_versions import TWINS
+from rag_jax.data.search_versions import UNFINISHED
 from rag_jax.data.search_versions import UPDATES
 from rag_jax.data.search_versions import start_updates
 from rag_jax.data.text_encoder import TextEncoder
@@ -60,6 +62,12 @@ from rag_jax.retrieval.retriever import Embedder
 # Only while it is built; named like what is not finished, for no manifest.
 _TOKENS = ".tokens.tmp"
 _PARTS = (PASSAGES, TWINS, ENCODER, INDEX, BM25, UPDATES, _TOKENS)
+
+
+def _is_own(name: str) -> bool:
+  """Returns whether a file is one that building or compacting makes."""
+  made = BASE.fullmatch(name) or UNFINISHED.fullmatch(name)
+  return name in _PARTS or made is not None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -114,7 +122,7 @@ def build_search_directory(
   check_tuning(config.index, config.target_recall, len(questions))
   output = epath.Path(output).expanduser()
   first = jax.process_index() == 0
-  lock = building(output, kind=KIND, own=_PARTS.__contains__, wait=wait)
+  lock = building(output, kind=KIND, own=_is_own, wait=wait)
   with lock if first else contextlib.nullcontext():
     inputs = _open_inputs(corpus, encoder, question_encoder, config)
     if (output / artifacts.MANIFEST).exists():
@@ -157,7 +165,7 @@ def build_search_directory(
         nested=True,
         beside=[UPDATES],
       )
-      _clean(output)
+      _clean(output, output)
     wait_for_all("building: the directory is complete")
   return SearchDirectory(output)
 
@@ -235,15 +243,15 @@ def _sources(corpus: str) -> str:
 def _reopen(output: epath.Path, plan: dict[str, Any]) -> SearchDirectory:
   """Returns the complete directory, if it is what would be built."""
   directory = SearchDirectory(output)
-  _clean(output)  # which it may have been cut off before
+  _clean(output, directory.root)  # which it may have been cut off before
   _check_same(output, directory.content.get("plan", {}), plan)
   logging.info("%s is complete already.", output)
   return directory
 
 
-def _clean(output: epath.Path) -> None:
+def _clean(output: epath.Path, root: epath.Path) -> None:
   """Removes what only an unfinished directory needs."""
-  finish(output / INDEX)
+  finish(root / INDEX)
   if (output / _TOKENS).exists():
     (output / _TOKENS).rmtree()
 

@@ -12,11 +12,14 @@ both.
     updates/        what came and went since; see search_versions.py
     manifest.json   what it was made of; written last
 
-Nothing in it names a place outside: it can be moved.
+What was updated and then compacted has all of these but the encoder in a folder
+b000001/. Nothing in it names a place outside: it can be moved.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import json
+import os
 import threading
 from typing import Any
 
@@ -26,14 +29,19 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.updated_passages import UpdatedPassages
+from rag_jax.data.search_versions import BASE
+from rag_jax.data.search_versions import BM25
 from rag_jax.data.search_versions import INDEX
 from rag_jax.data.search_versions import PASSAGES
+from rag_jax.data.search_versions import TWINS
 from rag_jax.data.search_versions import UPDATES
 from rag_jax.data.search_versions import SearchVersion
+from rag_jax.data.search_versions import check_base
 from rag_jax.data.search_versions import current
 from rag_jax.data.search_versions import open_current
 from rag_jax.data.text_encoder import TextEncoder
@@ -67,13 +75,6 @@ class Hit:
   also: tuple[str, ...] = ()  # ids of others that have its title and text
 
 
-def _hit(alike: list[Passage], score: float, conditions: Conditions) -> Hit:
-  """Returns the first of passages with one text that meets the conditions."""
-  first = next(p for p in alike if meets(p, conditions))
-  others = tuple(p.id for p in alike if p is not first)
-  return Hit(first, score, others)
-
-
 def read_content(path: epath.Path) -> dict[str, Any]:
   """Returns what the manifest of a search directory says.
 
@@ -81,14 +82,60 @@ def read_content(path: epath.Path) -> dict[str, Any]:
     FileNotFoundError: nothing was built there, or its build was cut off.
     ValueError: a file is missing, cut off or changed, or others lie there.
   """
-  return artifacts.read_manifest(
+  base = _base(path)
+  content = artifacts.read_manifest(
     path,
     kind=KIND,
     format=FORMAT,
     remedy=REMEDY,
     nested=True,
-    beside=[UPDATES],
+    beside=beside(path, base),
   )
+  if content.get("base", "") != base:
+    raise ValueError(
+      f"{path}/{artifacts.MANIFEST} names {content['base']!r}; expected a"
+      f" folder like b000001, or none. {REMEDY}"
+    )
+  return content
+
+
+def root_of(path: epath.Path) -> epath.Path:
+  """Returns where passages, index and updates lie: in it, or in a folder.
+
+  That folder is what compacting the directory wrote.
+  """
+  return path / base if (base := _base(path)) else path
+
+
+def beside(path: epath.Path, base: str) -> list[str]:
+  """Returns what may lie in a search directory, and its manifest does not name.
+
+  Updates, and what compacting it leaves over if it is killed.
+
+  Args:
+    path: of the directory.
+    base: the folder that is in use; "": it was not compacted.
+  """
+  parts = (PASSAGES, TWINS, INDEX, BM25, UPDATES) if base else (UPDATES,)
+  names = os.listdir(path) if path.exists() else []
+  return [n for n in names if n in parts or (BASE.fullmatch(n) and n != base)]
+
+
+def _base(path: epath.Path) -> str:
+  """Returns the folder that a manifest names, before it is checked."""
+  try:
+    data = disk.read_own(path / artifacts.MANIFEST, remedy=REMEDY)
+    base = json.loads(data)["content"]["base"]
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    return ""  # it was not compacted, or it is told when it is read
+  return base if isinstance(base, str) and BASE.fullmatch(base) else ""
+
+
+def _hit(alike: list[Passage], score: float, conditions: Conditions) -> Hit:
+  """Returns the first of passages with one text that meets the conditions."""
+  first = next(p for p in alike if meets(p, conditions))
+  others = tuple(p.id for p in alike if p is not first)
+  return Hit(first, score, others)
 
 
 class SearchDirectory:
@@ -96,6 +143,7 @@ class SearchDirectory:
 
   Attributes:
     path: of the directory.
+    root: where passages, index and updates lie: `path`, or a folder in it.
     content: of its manifest: what it was made of, and what became of the
       corpus.
     encoder: of the questions.
@@ -113,24 +161,33 @@ class SearchDirectory:
         build.
     """
     self.path = epath.Path(path).expanduser()
-    self.content: dict[str, Any] = read_content(self.path)
-    passages = PassageStore(self.path / PASSAGES)
+    self._switching = threading.Lock()
+    self._open()
     self.encoder: TextEncoder = load_saved_encoder(self.path / ENCODER)
+    self._embedder = Embedder(self.encoder.model, 1)
+
+  def _open(self) -> None:
+    """Opens what was built, and the version of it that is in use."""
+    self.content: dict[str, Any] = read_content(self.path)
+    base = self.content.get("base", "")
+    self.root = self.path / base if base else self.path
+    if base:
+      check_base(self.root)
+    passages = PassageStore(self.root / PASSAGES)
+    passages.open_all()  # they may be compacted while they are searched
     index: Index = load_index(
-      self.path / INDEX,
+      self.root / INDEX,
       encoder_fingerprint=self.content["passage_encoder_fingerprint"],
       passages_fingerprint=passages.fingerprint,
     )
     self.built = passages, index
     # Of format 2; in older ones nobody can tell.
     self._is_marked: bool = self.content.get("updates") == "marked"
-    self._switching = threading.Lock()
     # Searches read this reference once: replacing it is the whole switch.
     self.version: SearchVersion = self._open_current()
-    self._embedder = Embedder(self.encoder.model, 1)
 
   def _open_current(self) -> SearchVersion:
-    return open_current(self.path, *self.built, always=self._is_marked)
+    return open_current(self.root, *self.built, always=self._is_marked)
 
   @property
   def passages(self) -> PassageStore | UpdatedPassages:
@@ -180,7 +237,10 @@ class SearchDirectory:
         was open stays open.
     """
     with self._switching:  # else a slower thread could switch back
-      now = current(self.path, always=self._is_marked)
+      if root_of(self.path) != self.root:  # it was compacted
+        self._open()
+        return True
+      now = current(self.root, always=self._is_marked)
       if now.name == self.version.name:
         return False
       self.version = self._open_current()

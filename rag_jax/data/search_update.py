@@ -36,6 +36,7 @@ from rag_jax.data.search_changes import find_changes
 from rag_jax.data.search_directory import KIND
 from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.data.search_directory import read_content
+from rag_jax.data.search_directory import root_of
 from rag_jax.data.search_versions import BM25
 from rag_jax.data.search_versions import TWINS
 from rag_jax.data.search_versions import UPDATES
@@ -99,7 +100,7 @@ def update_search_directory(
     wait=wait,
     remedy="What was there before is still in use: update again.",
   ):
-    search_versions.remove_unused(path)
+    search_versions.remove_unused(root_of(path))
     directory = SearchDirectory(path)
     passage_encoder = _passage_encoder(directory, encoder)
     plan = directory.content["plan"]
@@ -121,7 +122,7 @@ def update_search_directory(
     if changes:
       _write(directory, changes, passage_encoder, questions, speed_secs)
       directory.reload()
-      search_versions.remove_unused(path)
+      search_versions.remove_unused(root_of(path))
     index = directory.index
     sample = _sample(directory, questions)
     before, after = directory.built[1].certificate, index.certificate
@@ -197,7 +198,7 @@ def keep_modes(path: epath.Path, version: str, modes: SearchModes) -> None:
     OSError: the disk is full.
   """
   with lock(path, kind=KIND):
-    search_versions.remove_unused(path)
+    search_versions.remove_unused(root_of(path))
     directory = SearchDirectory(path)
     now = directory.version
     if now.name != version:
@@ -216,7 +217,7 @@ def keep_modes(path: epath.Path, version: str, modes: SearchModes) -> None:
       made.index.certificate = dataclasses.replace(certificate, modes=modes)
 
     _add_version(directory, [], [], [], write)
-    search_versions.remove_unused(path)
+    search_versions.remove_unused(root_of(path))
 
 
 def _write(
@@ -293,10 +294,10 @@ def _add_version(
       folder, directory.built, gone, [*added, *came], embeddings
     )
     write(made)
-    search_versions.finish(directory.path, made)
+    search_versions.finish(directory.root, made)
 
-  search_versions.start_updates(directory.path)
-  updates = directory.path / UPDATES
+  search_versions.start_updates(directory.root)
+  updates = directory.root / UPDATES
   name = live_files.add(updates, live_files.VERSION, save)
   live_files.switch(updates, name)
 

@@ -43,6 +43,14 @@ KEEP = 2  # versions: who just opened the one before can go on opening it
 _BUILT = "built\n"
 _FILES = re.compile(r"CURRENT|v\d{6}")
 
+# What an update or a compaction that was killed leaves beside what was built.
+UNFINISHED = re.compile(
+  r"\.(passages|twins|index|bm25|updates|b\d{6})\.[0-9a-f]+\.tmp"
+)
+BASE = re.compile(r"b\d{6}")  # names of folders: what was compacted
+
+_BASE_KIND = "base of a search directory"
+_BASE_FORMAT = 1  # raise when the files of a base change their meaning
 _KIND = "version of a search directory"
 _FORMAT = 1  # raise when the files of a version change their meaning
 _REMEDY = "Restore the directory from a copy, or build it again."
@@ -265,6 +273,31 @@ def finish(path: epath.Path, made: Draft) -> None:
   }
   artifacts.write_manifest(
     made.folder, kind=_KIND, format=_FORMAT, content=content, nested=True
+  )
+
+
+def finish_base(folder: epath.Path, passages_fingerprint: str) -> None:
+  """Writes the manifest of what was compacted, never updated yet."""
+  start_updates(folder)
+  artifacts.write_manifest(
+    folder,
+    kind=_BASE_KIND,
+    format=_BASE_FORMAT,
+    content={"passages_fingerprint": passages_fingerprint},
+    nested=True,
+    beside=[UPDATES],
+  )
+
+
+def check_base(folder: epath.Path) -> None:
+  """Raises as `artifacts.read_manifest` unless what was compacted is whole."""
+  artifacts.read_manifest(
+    folder,
+    kind=_BASE_KIND,
+    format=_BASE_FORMAT,
+    remedy=_REMEDY,
+    nested=True,
+    beside=[UPDATES],
   )
 
 

@@ -274,7 +274,7 @@ class Bm25Index:
     content = artifacts.read_manifest(
       path, kind=ARTIFACT, format=FORMAT, remedy=REMEDY
     )
-    content = {"word_rule": 1} | content  # of format 1
+    content.setdefault("word_rule", 1)  # of format 1
     bad = [k for k, t in _CONTENT.items() if not isinstance(content.get(k), t)]
     if bad:
       raise ValueError(

@@ -32,7 +32,7 @@ _REMEDY = (
   "Restore the directory from a copy, or create the live index again with"
   " LiveIndex.create."
 )
-VERSION, _BASE = "v", "b"  # the first letter of a name
+VERSION, BASE = "v", "b"  # the first letter of a name
 _NAME = re.compile(r"[vb]\d{6}")
 _LINE = re.compile(r"(v\d{6})(?: ([0-9a-f]{64}))?\n")
 _UNFINISHED = re.compile(r"\.(CURRENT|[vb]\d{6})\.[0-9a-f]+\.tmp")
@@ -146,7 +146,7 @@ def check_current(
 
 def add_base(path: epath.Path, save: Callable[[epath.Path], None]) -> str:
   """Returns the name of a new base that `save` wrote."""
-  return add(path, _BASE, save)
+  return add(path, BASE, save)
 
 
 def add(
@@ -237,7 +237,7 @@ def prune(path: epath.Path, current: str, keep: int) -> None:
   later = [name for name in names(path, VERSION) if name > current]
   kept = {*older[-keep:], *later}
   kept |= {read_version(path, name)[0]["base"] for name in kept}
-  for name in names(path, VERSION) + names(path, _BASE):
+  for name in names(path, VERSION) + names(path, BASE):
     if name not in kept:
       retire(path, name)
   remove_unfinished(path)

@@ -18,7 +18,10 @@ from small_search import config
 
 from rag_jax.building import lock
 from rag_jax.corpus.splitting import SplitConfig
+from rag_jax.corpus.store import PassageStore
+from rag_jax.data import search_compact
 from rag_jax.data import search_update
+from rag_jax.data.search_compact import compact_search_directory
 from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.data.search_update import update_search_directory
 from rag_jax.evaluation.search_modes import fit_search_modes
@@ -249,6 +252,85 @@ def test_a_directory_that_forgot_its_twins_says_so_and_learns_them(
   assert "forgotten" not in caplog.text
   (hit, *_) = modes_find(path, "t1", records[3]["text"])
   assert hit.passage.id == "t1"
+
+
+def holds(path, text):
+  """Returns whether a file of a directory, or an array in it, has a text."""
+  stores = [p.parent for p in path.rglob("manifest.json")
+            if json.loads(p.read_text())["kind"] == "passages"]  # fmt: skip
+  return any(text in p.text for s in stores for p in PassageStore(s))
+
+
+def test_compacting_leaves_nothing_of_what_went_and_finds_the_same(
+  copy, records, encoder, corpus, tmp_path
+):
+  gone = records[7]["text"]
+  old = SearchDirectory(copy)
+  fit_search_modes(copy, known_questions(records, tmp_path / "q.jsonl"))
+  twin = record("t", records[5]["text"])
+  upserts = [*UPSERTS, twin]
+  update(copy, upsert=write(tmp_path / "1.jsonl", upserts), delete=["p7", "p8"])
+  before = SearchDirectory(copy)
+  assert holds(copy, gone)
+  assert compact_search_directory(copy, speed_secs=0.0) == 39
+  assert not holds(copy, gone)
+  names = {p.name for p in copy.iterdir() if not p.name.startswith(".")}
+  assert names == {"manifest.json", "encoder", "b000001"}
+  after = SearchDirectory(copy)
+  assert_same(found(after), found(before))
+  assert after.version.name == ""
+  assert after.index.kind == "exact"
+  assert after.index.certificate.modes == before.index.certificate.modes
+  assert after.passages.fingerprint == before.passages.fingerprint
+  # Who had it open goes on, and then opens what there is now.
+  assert len(old.search([QUESTION], 40)[0]) == 40
+  assert before.reload()
+  assert not before.reload()
+  assert found(before) == found(after)
+  # The same build only opens it; updates and compacting go on from there.
+  assert len(build(corpus, encoder, copy).passages) == 39
+  update(copy, delete=["p5", "p9"])
+  hits = SearchDirectory(copy).search([records[5]["text"]], 40)[0]
+  assert "t" in {hit.passage.id for hit in hits}
+  assert compact_search_directory(copy, speed_secs=0.0) == 38
+  assert not holds(copy, records[9]["text"])
+  assert holds(copy, records[5]["text"])
+  assert compact_search_directory(copy, speed_secs=0.0) == 38
+  assert "b000002" in {p.name for p in copy.iterdir()}
+
+
+@pytest.mark.parametrize("at", ["build", "switch", "removal"])
+def test_compacting_that_is_cut_off_leaves_the_directory_whole(
+  copy, records, monkeypatch, at
+):
+  update(copy, delete=["p7"])
+  before = found(SearchDirectory(copy))
+
+  def cut(*args, **kwargs):
+    raise KeyboardInterrupt
+
+  # The functions that are cut off, at their first call or at the second.
+  name, second = {
+    "build": ("build_certified_index", False),
+    "switch": ("beside", True),
+    "removal": ("remove_left_over", True),
+  }[at]
+  calls = [getattr(search_compact, name), cut] if second else [cut]
+  monkeypatch.setattr(
+    search_compact, name, lambda *args, **kw: calls.pop(0)(*args, **kw)
+  )
+  with pytest.raises(KeyboardInterrupt):
+    compact_search_directory(copy, speed_secs=0.0)
+  monkeypatch.undo()
+  assert_same(found(SearchDirectory(copy)), before)
+  assert holds(copy, records[7]["text"])
+  compact_search_directory(copy, speed_secs=0.0)
+  assert_same(found(SearchDirectory(copy)), before)
+  if at == "removal":  # it was compact, but for what was left over
+    assert not (copy / "passages").exists()
+  assert not holds(copy, records[7]["text"])
+  update(copy, delete=["p8"])
+  assert len(SearchDirectory(copy).passages) == 38
 
 
 def known_questions(records, path, field="gold"):
