@@ -43,6 +43,8 @@ class UpdateReport:
       embedded, and the others have a title and text that were there before.
     embedded: passages.
     passages_removed: that are not found any more.
+    twins: passages that have the text of another and are found with it, if
+      there are others than before; else None.
     changed_share: passages that came or went since the build, by those built.
     before: the certificate of what was built.
     now: that of what is searched now.
@@ -56,6 +58,7 @@ class UpdateReport:
   passages_added: int
   embedded: int
   passages_removed: int
+  twins: int | None
   changed_share: float
   before: Certificate
   now: Certificate
@@ -82,13 +85,18 @@ class UpdateReport:
       )
     ]
     lines.append(f"{self.unchanged:,} documents as they were")
-    if self.passages_added or self.passages_removed:
+    if self.passages_added or self.passages_removed or self.twins is not None:
       lines.append(
         f"{self.passages_added:,} passages came ({self.embedded:,} embedded),"
         f" {self.passages_removed:,} went: version {self.version}"
       )
     else:
       lines.append("Nothing changed; no version was made.")
+    if self.twins is not None:
+      lines.append(
+        f"{self.twins:,} passages have the text of another, and are found as"
+        " long as one of them is there"
+      )
     before, now = (c.recall(_DRIFT_K) for c in (self.before, self.now))
     lines.append(
       f"index_recall@{now.k} {now.mean:.4f} (95% interval {now.low:.4f} to"
@@ -148,6 +156,7 @@ class Changes:
       passages_added=len(self.added),
       embedded=self.same_text.count(-1),
       passages_removed=len(self.gone),
+      twins=len(self.twin_rows) if self.twins_changed else None,
       changed_share=changed_share,
       before=before,
       now=now,

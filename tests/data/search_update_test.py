@@ -218,6 +218,8 @@ def test_a_text_is_found_as_long_as_one_of_its_documents_is_there(
   report = update(path, upsert=write(tmp_path / "u.jsonl", fourth))
   assert (report.added, report.unchanged) == (("t4",), 1)
   assert not report.passages_added
+  assert "2 passages have the text of another" in report.text()
+  assert f"version {SearchDirectory(path).version.name}" in report.text()
   update(path, delete=["t1", "t2"])
   assert [h and h.passage.id for h in modes_find(path, "t4", text)] == [
     "t4"
