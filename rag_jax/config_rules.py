@@ -189,8 +189,8 @@ def _hybrid_problems(c: Config) -> Iterator[str]:
     )
   if i.word_rule not in (1, 2):
     yield (
-      f"index.word_rule={i.word_rule} is no rule for what a word is; expected 2,"
-      " or 1, that of older runs."
+      f"index.word_rule={i.word_rule} is no rule for what a word is; expected"
+      " 2, or 1, that of older runs."
     )
   if not i.hybrid:
     return
