@@ -132,7 +132,7 @@ def open_twins(directory: epath.Path) -> Twins:
     ValueError: a file is missing, cut off or changed.
   """
   content = artifacts.read_manifest(
-    directory, kind=_KIND, format=_FORMAT, remedy=_REMEDY
+    directory, kind=_KIND, format=_FORMAT, remedy=_REMEDY, nested=True
   )
   rows = np.load(directory / _ROWS, allow_pickle=False)
   passages = PassageStore(directory / _PASSAGES) if len(rows) else None
