@@ -132,6 +132,12 @@ def _renamed(tree: Any) -> Any:
   if isinstance(index, dict) and "word_rule" not in index:
     tree = tree | {"index": index | {"word_rule": 1}}
   try:
+    # Before there was a choice, the bias learned.
+    if tree["generator"]["logits_bias"] is True:
+      tree["generator"].setdefault("fixed", [])
+  except (AttributeError, KeyError, TypeError):
+    pass  # not a config, which `_update` says
+  try:
     old = tree["eval"]["min_index_recall"]  # of two limits, the higher held
     now = max(old, tree.get("index", {}).get("min_recall", 0.0))
   except (AttributeError, KeyError, TypeError):

@@ -7,6 +7,7 @@ same, or every problem in one message.
 from collections.abc import Collection, Iterator
 import dataclasses
 import difflib
+import json
 import math
 import typing
 from typing import Any
@@ -231,13 +232,29 @@ def _in_step_problems(c: Config) -> Iterator[str]:
     )
 
 
+def _generation_problem(text: str) -> str:
+  """Returns what is wrong with decoding.generation_config, or ""."""
+  try:
+    content = json.loads(text or "{}")
+  except (ValueError, RecursionError) as error:
+    content = error
+  if isinstance(content, dict):
+    return ""
+  return (
+    f"decoding.generation_config={text[:80]!r} is no JSON object, such as"
+    ' {"repetition_penalty": 1.2}. Write one, or "" for what the checkpoint'
+    " says."
+  )
+
+
 def _cross_problems(c: Config) -> Iterator[str]:
   """Yields the settings that contradict one another."""
   yield from _encoder_problems(c)
   yield from _generator_problems(c)
   for name, part in (("encoder", c.encoder), ("generator", c.generator)):
-    if part.dropout >= 1.0:
-      yield f"{name}.dropout={part.dropout} must be below 1."
+    for rate in ("dropout", "attention_dropout", "activation_dropout"):
+      if getattr(part, rate, 0.0) >= 1.0:
+        yield f"{name}.{rate}={getattr(part, rate)} must be below 1."
   if c.label_smoothing >= 1.0:
     yield f"label_smoothing={c.label_smoothing} must be below 1."
   if c.hf_loss and c.train.vocab_chunk:
@@ -303,7 +320,19 @@ def _cross_problems(c: Config) -> Iterator[str]:
   yield from _index_problems(c.index)
   yield from _hybrid_problems(c)
   yield from _in_step_problems(c)
-  if c.decoding.min_new_tokens > c.data.target_length:
+  if c.exclude_bos_score and not (c.hf_loss and c.loss == "rag_sequence"):
+    yield (
+      "exclude_bos_score=True is for hf_loss=True and loss='rag_sequence', but"
+      f" hf_loss={c.hf_loss}, loss={c.loss!r}. Set them, or"
+      " exclude_bos_score=False."
+    )
+  problem = _generation_problem(c.decoding.generation_config)
+  if problem:
+    yield problem
+  elif (
+    not c.decoding.generation_config
+    and c.decoding.min_new_tokens > c.data.target_length
+  ):
     yield (
       f"decoding.min_new_tokens={c.decoding.min_new_tokens} is above"
       f" data.target_length={c.data.target_length}."
@@ -330,10 +359,16 @@ def validate(config: Any) -> Config:
       f"Expected a rag_jax.config.Config, got {type(config).__name__}. Does"
       " get_config() of the --config file return one?"
     )
+  default = Config()
+  sections = {
+    f.name: type(getattr(default, f.name))
+    for f in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(f.type)
+  }
   problems = [
     f"{name} is {getattr(config, name)!r}, expected a {section.__name__}."
-    for name, section in typing.get_type_hints(Config).items()
-    if section not in (int, str) and type(getattr(config, name)) is not section
+    for name, section in sections.items()
+    if type(getattr(config, name)) is not section
   ]
   for name, field, value in fields(config) if not problems else ():
     problem = type_problem(name, field, value)

@@ -38,20 +38,26 @@ def is_unfinished(name: str) -> bool:
   return name.startswith(".") and name.endswith(TEMP_SUFFIX)
 
 
-def write_atomically(path: epath.PathLike, text: str) -> None:
-  """Writes `text` so that `path` holds the old text or the new, never half.
+def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
+  """Writes a file so that it holds the old content or the new, never half.
 
-  It is on the disk on return: a power cut does not take it back.
+  It is on the disk on return: a power cut does not take it back. A link in its
+  place is replaced, not followed.
+
+  Args:
+    path: of the file.
+    content: text is written in UTF-8.
   """
   path = epath.Path(path)
+  data = content.encode() if isinstance(content, str) else content
   if not is_local(path):  # an object appears in its bucket when it is complete
-    path.write_text(text)
+    path.write_bytes(data)
     return
   temp = temp_path(path)
   try:
     # Not tempfile: its files can be read by their owner alone.
-    with open(temp, "x", encoding="utf-8") as f:
-      f.write(text)
+    with open(temp, "xb") as f:
+      f.write(data)
       f.flush()
       os.fsync(f.fileno())
     rename(temp, path)

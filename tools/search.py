@@ -13,6 +13,7 @@ passages or answers, says which mode is best, and keeps both with the index;
 --mode=best is that mode.
 """
 
+import itertools
 import json
 import sys
 import textwrap
@@ -51,6 +52,15 @@ def _metadata(passage: Passage) -> dict[str, str | list[str]]:
   for name, value in passage.metadata:
     values.setdefault(name, []).append(value)
   return {k: v if len(v) > 1 else v[0] for k, v in values.items()}
+
+
+def _wrapped(text: str) -> str:
+  """Returns the lines of a passage, those that are too long in several."""
+  lines = (
+    textwrap.wrap(line, _WIDTH - 10, replace_whitespace=False) or [""]
+    for line in text.expandtabs(4).splitlines()
+  )
+  return "\n".join(itertools.chain.from_iterable(lines))
 
 
 def main(argv: list[str]) -> None:
@@ -101,9 +111,8 @@ def main(argv: list[str]) -> None:
       title = f"{hit.passage.title}  " if hit.passage.title else ""
       ids = ", ".join((hit.passage.id, *hit.also))
       print(f"\n{hit.score:8.3f}  {title}[{ids}]")
-      text = textwrap.fill(hit.passage.text, _WIDTH - 10)
-      print(textwrap.indent(text, " " * 10))
+      print(textwrap.indent(_wrapped(hit.passage.text), " " * 10))
 
 
 if __name__ == "__main__":
-  command.run(main)
+  command.run(main, arguments="QUESTION ... | -")

@@ -8,7 +8,6 @@ passages, words that are searched, answers that are substituted.
 
 import functools
 import re
-import sys
 import unicodedata
 
 # Characters that are not drawn (Default_Ignorable_Code_Point of Unicode 15.1,
@@ -52,7 +51,7 @@ def _table() -> dict[int, str | None]:
   table[ord(_KASHIDA)] = None
   for mark, others in _ALIKE.items():
     table |= dict.fromkeys(map(ord, others), mark)
-  for code in range(0x80, sys.maxunicode + 1):
+  for code in range(0x80, 0x20000):  # there are none beyond
     # Digits of all scripts are 0 to 9.
     if unicodedata.category(chr(code)) == "Nd":
       table[code] = str(unicodedata.decimal(chr(code)))

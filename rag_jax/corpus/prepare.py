@@ -15,6 +15,7 @@ from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.documents import read_documents
 from rag_jax.corpus.duplicates import Seen
 from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.passages import own_title
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.report import raise_empty
 from rag_jax.corpus.splitting import Encoder
@@ -45,8 +46,9 @@ def read_passages(
       earlier one has.
     tokenizer: counts tokens, if `settings.unit` is "tokens".
     drop_duplicate_texts: leave passages out whose title and text an earlier
-      one has; they are counted, and never an error. False keeps them, as is
-      needed where judgements name passages by id, as BEIR's.
+      one has (a title that is but a file's name is none); they are counted,
+      and never an error. False keeps them, as is needed where judgements name
+      passages by id, as BEIR's.
     on_twin: takes each passage that is left out so, and which of those that
       were yielded has its title and text.
 
@@ -71,7 +73,7 @@ def read_passages(
       tokenizer=tokenizer,
     ):
       if drop_duplicate_texts:
-        key = passage.title, passage.text
+        key = own_title(passage), passage.text
         first = texts.add(document.where, *key, number=found)
         if first:
           if on_twin:

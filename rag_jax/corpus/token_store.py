@@ -35,6 +35,7 @@ FORMAT = 1  # raise when the files or the manifest change their meaning
 
 _REMEDY = "Copy the directory again, or remove it and call write_tokens again."
 _ARRAYS = ("tokens", "begins_word", "lengths")
+_COUNTS = ("num_cut", "num_by_ids", "num_tokens", "num_lost")
 _PROGRESS = ".progress.json.tmp"  # ends like a file that is not finished
 _BLOCK_ROWS = 1024  # passages in memory at once
 _PROGRESS_ROWS = 1 << 16  # after so many, work is not lost by an interruption
@@ -136,7 +137,13 @@ def open_tokens(
   )
   joined_by: JoinedBy = content["joined_by"]
   rows = TokenRows(
-    tokens, begins_word, lengths, content["num_cut"], content["num_by_ids"]
+    tokens,
+    begins_word,
+    lengths,
+    content["num_cut"],
+    content["num_by_ids"],
+    num_tokens=content.get("num_tokens"),  # not in those of older versions
+    num_lost=content.get("num_lost"),
   )
   return TokenizedPassages.of_rows(passages, tokenizer, rows, joined_by)
 
@@ -154,7 +161,7 @@ class _Files:
     """Opens the arrays, behind the rows of an interrupted writer."""
     self._directory = directory
     self._identity = identity
-    self._progress = {"num_done": 0, "num_cut": 0, "num_by_ids": 0}
+    self._progress: dict[str, int] = dict.fromkeys(("num_done", *_COUNTS), 0)
     num = identity["num_passages"]
     small = largest_id <= np.iinfo(np.uint16).max
     self._shapes = {
@@ -176,7 +183,9 @@ class _Files:
     if not path.exists():
       return self._progress
     saved = json.loads(path.read_text())
-    if saved["made_of"] != self._identity:
+    same = saved["made_of"] == self._identity
+    # An older version counted less.
+    if not same or saved["progress"].keys() != self._progress.keys():
       return self._progress
     return saved["progress"]
 
@@ -188,7 +197,7 @@ class _Files:
 
   @property
   def progress(self) -> dict[str, int]:
-    """How many rows are done, were cut, and were joined by ids."""
+    """How many rows are done, and the counts of `TokenRows`."""
     return dict(self._progress)
 
   def append(self, rows: TokenRows) -> None:
@@ -197,8 +206,8 @@ class _Files:
       array.append(getattr(rows, name))
     before = self._progress["num_done"]
     self._progress["num_done"] += len(rows.lengths)
-    self._progress["num_cut"] += rows.num_cut
-    self._progress["num_by_ids"] += rows.num_by_ids
+    for name in _COUNTS:
+      self._progress[name] += getattr(rows, name) or 0
     if before // _PROGRESS_ROWS != self._progress["num_done"] // _PROGRESS_ROWS:
       self._note()
 
@@ -330,8 +339,7 @@ def _write(
         "made_of": identity,
         "joined_by": joined_by,
         "joined_by_means": _JOINED[joined_by],
-        "num_cut": counts["num_cut"],
-        "num_by_ids": counts["num_by_ids"],
+        **{name: counts[name] for name in _COUNTS},
       },
     )
   except OSError as error:

@@ -6,7 +6,6 @@ they belong. The one file that imports transformers, for its tokenizers alone.
 
 from collections.abc import Iterable, Sequence, Set
 import functools
-import json
 import logging as python_logging
 import os
 import pathlib
@@ -51,6 +50,17 @@ _KINDS = {
   ("vocab.json", "merges.txt"): "BartTokenizer",
 }
 
+# Those of sentencepiece need its library: T5 and Pegasus, mBART, and others.
+SENTENCEPIECE = (
+  "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+  "sentencepiece.model",
+)  # fmt: skip
+
+# For messages.
+TOKENIZER_KINDS = "tokenizer.json, " + ", ".join(
+  " with ".join(files) for files in (*_KINDS, SENTENCEPIECE[:1])
+)
+
 
 class Tokenizer:
   """A `transformers` tokenizer, reduced to what the project uses.
@@ -91,7 +101,7 @@ class Tokenizer:
       return token_id
     raise ValueError(
       f"The tokenizer has no {' or '.join(names)}; batches need one. Add it to"
-      " tokenizer_config.json, or train one with tokenizer.path=''."
+      " tokenizer_config.json."
     )
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -279,17 +289,18 @@ def _older_kind(path: epath.Path) -> str:
   for files, kind in _KINDS.items():
     if all((path / file).exists() for file in files):
       return kind
-  if (path / "spiece.model").exists():
-    raise FileNotFoundError(
-      f"{path} has a spiece.model, but no tokenizer.json, which is the only one"
-      " of the two that is read. Where sentencepiece is installed, write it:"
-      " transformers.AutoTokenizer.from_pretrained(path).save_pretrained(path)."
-    )
-  kinds = ", or ".join(" and ".join(files) for files in _KINDS)
+  for name in SENTENCEPIECE:
+    if (path / name).exists():
+      raise FileNotFoundError(
+        f"{path} has a {name}, but no tokenizer.json, which is the only one of"
+        " the two that is read. Where sentencepiece is installed, write it:"
+        " transformers.AutoTokenizer.from_pretrained(path)"
+        ".save_pretrained(path)."
+      )
   raise FileNotFoundError(
-    f"No tokenizer.json in {path}. Expected a directory that a tokenizer was"
-    " saved to; set tokenizer.path to one, or to '' to train a tokenizer. (The"
-    f" files of older ones do as well: {kinds}.)"
+    f"There is no tokenizer in {path}; looked for {TOKENIZER_KINDS}. Expected a"
+    " directory that a tokenizer was saved to; copy its files there, or set"
+    " tokenizer.path to one that has them."
   )
 
 
@@ -317,29 +328,23 @@ def check_own_files(path: epath.PathLike) -> None:
       )
 
 
-def _check_manifest(path: epath.Path, ours: bool) -> None:
+def _check_manifest(path: epath.Path) -> None:
   """Raises `ValueError` if what `Tokenizer.save` wrote was changed."""
   manifest = path / artifacts.MANIFEST
-  if not ours:
-    try:  # other programs call other things manifest.json
-      ours = json.loads(manifest.read_bytes())["kind"] == _KIND
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-      ours = False
-  elif not manifest.exists() and not os.path.islink(manifest):
+  if not manifest.exists() and not os.path.islink(manifest):
     logging.warning(
       "The tokenizer in %s has no %s: an older version wrote it, or it was"
       " removed. Nobody can tell whether it is as it was written.",
       *(path, artifacts.MANIFEST),
     )
-    ours = False
-  if ours:
-    artifacts.read_manifest(
-      path,
-      kind=_KIND,
-      format=_FORMAT,
-      nested=True,
-      remedy="Put the old files back, or start in another directory.",
-    )
+    return
+  artifacts.read_manifest(
+    path,
+    kind=_KIND,
+    format=_FORMAT,
+    nested=True,
+    remedy="Put the old files back, or start in another directory.",
+  )
 
 
 def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
@@ -347,17 +352,18 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
 
   Args:
     path: of the directory.
-    ours: whether `Tokenizer.save` wrote it. Then it is warned of a missing
-      manifest.
+    ours: whether it has to be what `Tokenizer.save` wrote. If its manifest is
+      missing, it is older, or was made by hand: that is warned of.
 
   Raises:
     FileNotFoundError: there is none.
-    ValueError: its files cannot be read, were changed since `Tokenizer.save`
-      wrote them, or are links.
+    ValueError: its files cannot be read, are links that lead elsewhere, or are
+      `ours` and were changed.
   """
   path = epath.Path(path)
   check_own_files(path)
-  _check_manifest(path, ours)
+  if ours:
+    _check_manifest(path)
   kind = "AutoTokenizer"
   if not (path / "tokenizer.json").exists():
     kind = _older_kind(path)
@@ -373,7 +379,7 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
     raise ValueError(
       f"The tokenizer in {path} cannot be read ({error}). Its files were cut"
       " off or edited, or it brings code of its own, which is never run; copy"
-      " them again, or train another."
+      " them again."
     ) from error
   return Tokenizer(backend)
 

@@ -6,6 +6,8 @@ says <s>, rows of a tokenizer without a start token begin with what follows.
     question  <s> question </s>                     the retriever's tokenizer
     passage   <s> title </s> text </s>              the retriever's
     target    answer </s>                           the generator's
+              (behind the token that answers are forced to begin with, if any:
+              BART's <s>)
     context   <s> question </s> title </s> text </s>        the generator's
 
 That is the context of data.context_style="question_first": the question is as
@@ -69,6 +71,7 @@ class ContextBuilder:
     passages: TokenizedPassages,
     config: DataConfig,
     retriever_passages: TokenizedPassages | None = None,
+    target_start: Sequence[int] = (),
   ):
     """Keeps what the arrays are made of.
 
@@ -78,7 +81,9 @@ class ContextBuilder:
         strings alone.
       config: lengths and style.
       retriever_passages: tokenised with the retriever's, if that is another.
+      target_start: what every target begins with, before the answer.
     """
+    self._target_start = target_start
     self._tokenizer = tokenizer
     self._passages = passages
     self._config = config
@@ -174,7 +179,8 @@ class ContextBuilder:
 
   def targets(self, answer_ids: Sequence[Ids]) -> tuple[Tokens, Mask]:
     """Returns what the generator must write, [B, T]."""
-    rows = [[*ids, self._tokenizer.eos_id] for ids in answer_ids]
+    start, end = self._target_start, self._tokenizer.eos_id
+    rows = [[*start, *ids, end] for ids in answer_ids]
     return self._pad(
       rows, self._config.target_length, "targets_cut", self._tokenizer
     )

@@ -37,6 +37,7 @@ from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import IndexBuilder
+from rag_jax.weights.generation_settings import target_start
 
 # More would take hours and memory, and the frequent pieces stay the same.
 _TOKENIZER_PASSAGES = 1 << 20
@@ -171,7 +172,11 @@ def open_experiment(
       length,
     )
   context = ContextBuilder(
-    tokenizer, tokenized, config.data, retriever_tokenized
+    tokenizer,
+    tokenized,
+    config.data,
+    retriever_tokenized,
+    target_start=target_start(config),
   )
   if config.warmup.num_steps and not context.one_tokenizer:
     raise ValueError(
@@ -275,6 +280,35 @@ def _check_tables(
       )
 
 
+def _check_fresh(config: Config, path: epath.PathLike) -> None:
+  """Raises `FileNotFoundError` rather than train one for loaded weights."""
+  for part in ("encoder", "generator"):
+    where = getattr(config, part).init_from
+    if where:
+      raise FileNotFoundError(
+        f"There is no tokenizer in {path or 'tokenizer.path'}, but"
+        f" {part}.init_from={where!r} gave weights that were trained with one."
+        " Expected that tokenizer, as training saved it in the workdir; one"
+        " that is trained now would mean other text. Put its files back."
+      )
+
+
+def _warn_of_others(path: str, found: Sequence[str]) -> None:
+  """Warns if the tokenizer that was given is not that of a checkpoint."""
+  given = load_tokenizer(path).fingerprint
+  for name in found:
+    try:
+      same = load_tokenizer(name).fingerprint == given
+    except (FileNotFoundError, ValueError):
+      continue  # which may be why another one is given
+    if not same:
+      logging.warning(
+        "tokenizer.path=%s is another tokenizer than that of the checkpoint %s:"
+        " its ids mean other rows of the embeddings, unless it was made of it.",
+        *(path, name),
+      )
+
+
 _RETRIEVER = "retriever"  # folder of the second tokenizer, if there are two
 
 
@@ -290,9 +324,11 @@ def _open_tokenizers(
     return tokenizer, tokenizer
   found = [initial.tokenizer, initial.retriever_tokenizer]
   if config.tokenizer.path:
+    _warn_of_others(config.tokenizer.path, [name for name in found if name])
     found = [config.tokenizer.path]
   kinds = [load_tokenizer(name) for name in found if name]
   if not kinds:
+    _check_fresh(config, path)
     train = load_questions(config.data.questions, "train")
     texts = itertools.chain(_texts(passages), (q.question for q in train))
     kinds = [train_tokenizer(texts, config.tokenizer.vocab_size)]

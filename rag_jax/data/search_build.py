@@ -25,6 +25,8 @@ from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.prepare import read_passages
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.report import CorpusReport
+from rag_jax.corpus.report import Coverage
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.store import write_store
@@ -74,7 +76,12 @@ def _is_own(name: str) -> bool:
 class BuildConfig:
   """How a corpus becomes something to search."""
 
-  split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
+  # By default, whole passages are embedded.
+  split: SplitConfig = dataclasses.field(
+    default_factory=lambda: SplitConfig(
+      method="fit", unit="tokens", size=0, drop_encoded=True
+    )
+  )
   fields: FieldNames = DEFAULT_FIELDS  # of JSON records
   on_bad_record: str = "fail"  # or "skip": counted and left out
   drop_duplicate_texts: bool = True  # False: where ids are judged, as BEIR's
@@ -131,7 +138,7 @@ def build_search_directory(
       _write_passages(output / PASSAGES, corpus, config, inputs)
       where = question_encoder or encoder
       save_encoder(inputs.asking, output / ENCODER, where)
-      _tokenize(output / _TOKENS, inputs, PassageStore(output / PASSAGES))
+      _tokenize(output / _TOKENS, corpus, inputs, output / PASSAGES)
     wait_for_all("building: the passages are there")
     store = PassageStore(output / PASSAGES)
     tokenized = open_tokens(
@@ -139,7 +146,8 @@ def build_search_directory(
     )
     _embed(output / INDEX, config, inputs, store, tokenized)
     if first:
-      _build_index(output / INDEX, config, inputs, store, questions)
+      coverage = _report(store, tokenized).coverage
+      _build_index(output / INDEX, config, inputs, store, questions, coverage)
       if config.bm25:
         logging.info("Indexing the words of %d passages.", len(store))
         Bm25Index.write(
@@ -154,6 +162,7 @@ def build_search_directory(
         "updates": "marked",  # updates/CURRENT is there from the start
         "num_passages": len(store),
         "num_cut": tokenized.num_cut,  # longer than what is embedded
+        "coverage": dataclasses.asdict(coverage) if coverage else None,
         "passages_fingerprint": store.fingerprint,
         "passage_encoder_fingerprint": inputs.encoder.fingerprint,
       }
@@ -207,6 +216,9 @@ def _open_inputs(
       f" expected 8 to {longest}, the positions of {encoder}. Change it, or"
       " leave it at 0."
     )
+  split = config.split
+  if split.method == "fit" and split.unit == "tokens" and not split.size:
+    split = dataclasses.replace(split, size=length)
   plan = {
     "corpus": corpus,
     "sources": _sources(corpus),
@@ -216,6 +228,7 @@ def _open_inputs(
     "question_encoder": asking.fingerprint,
     "question_tokenizer": asking.tokenizer.fingerprint,
     **dataclasses.asdict(config),
+    "split": dataclasses.asdict(split),
   }
   return _Inputs(passages, asking, length, json.loads(json.dumps(plan)))
 
@@ -244,7 +257,7 @@ def _reopen(output: epath.Path, plan: dict[str, Any]) -> SearchDirectory:
   """Returns the complete directory, if it is what would be built."""
   directory = SearchDirectory(output)
   _clean(output, directory.root)  # which it may have been cut off before
-  _check_same(output, directory.content.get("plan", {}), plan)
+  _check_same(output, dict(directory.content.get("plan", {})), plan)
   logging.info("%s is complete already.", output)
   return directory
 
@@ -265,6 +278,8 @@ def _check_same(
   """
   defaults = json.loads(json.dumps(dataclasses.asdict(BuildConfig())))
   found = defaults | found
+  if isinstance(found.get("split"), dict):
+    found["split"] = dataclasses.asdict(SplitConfig(**found["split"]))
   other = [
     f"{name} is {found.get(name)!r} there and {value!r} here"
     for name, value in plan.items()
@@ -296,15 +311,15 @@ def _write_passages(
       return
     path.rmtree()  # of a version that kept no twins
   bad_records = BadRecords(config.on_bad_record)
-  in_tokens = config.split.unit == "tokens"
-  tokenizer = inputs.encoder.tokenizer if in_tokens else None
+  split = SplitConfig(**inputs.plan["split"])
+  tokenizer = inputs.encoder.tokenizer if split.unit == "tokens" else None
 
   twins = TwinsWriter()
 
   def passages() -> Iterator[Passage]:
     for passage in read_passages(
       corpus,
-      config.split,
+      split,
       fields=config.fields,
       bad_records=bad_records,
       tokenizer=tokenizer,
@@ -321,23 +336,39 @@ def _write_passages(
     made["report"] = bad_records.report.content()
 
   with contextlib.closing(twins):
-    store = write_store(path, passages(), config=made)
-  logging.info("%d passages of %s:\n%s", len(store), corpus, bad_records.report)
+    write_store(path, passages(), config=made)
 
 
 def _tokenize(
-  path: epath.Path, inputs: _Inputs, store: PassageStore
-) -> TokenizedPassages:
-  """Writes the tokens that are embedded, or opens them if they are there."""
-  tokenized = write_tokens(path, store, inputs.encoder.tokenizer, inputs.length)
-  logging.info(
-    "%d of %d passages are longer than %d tokens; what is beyond is not"
-    " embedded.",
-    tokenized.num_cut,
-    len(store),
-    inputs.length,
-  )
-  return tokenized
+  path: epath.Path, corpus: str, inputs: _Inputs, passages: epath.Path
+) -> None:
+  """Writes the tokens that are embedded, and logs what became of the corpus."""
+  store = PassageStore(passages)
+  arguments = path, store, inputs.encoder.tokenizer, inputs.length
+  tokenized = write_tokens(*arguments)
+  if tokenized.num_lost is None:  # an older version did not count
+    path.rmtree()
+    tokenized = write_tokens(*arguments)
+  report = _report(store, tokenized)
+  logging.info("%d passages of %s:\n%s", len(store), corpus, report)
+  if report.coverage and report.coverage.lost:
+    logging.warning(
+      "%d of %d passages are longer than %d tokens; what is beyond is not"
+      " embedded. Leave --split at 'fit' to embed all of it.",
+      *(tokenized.num_cut, len(store), inputs.length),
+    )
+
+
+def _report(store: PassageStore, tokenized: TokenizedPassages) -> CorpusReport:
+  """Returns what became of a corpus up to what is embedded."""
+  report = CorpusReport.from_content(store.config.get("report", {}))
+  if tokenized.num_tokens is not None and tokenized.num_lost is not None:
+    report.coverage = Coverage(
+      tokens=tokenized.num_tokens,
+      lost=tokenized.num_lost,
+      left_out_chars=report.left_out_chars,
+    )
+  return report
 
 
 def _embed(
@@ -372,6 +403,7 @@ def _build_index(
   inputs: _Inputs,
   store: PassageStore,
   questions: Sequence[str],
+  coverage: Coverage | None,
 ) -> None:
   """Builds and certifies the index, unless it is there already."""
   sample = None
@@ -386,4 +418,5 @@ def _build_index(
     speed_secs=config.speed_secs,
     encoder_fingerprint=inputs.encoder.fingerprint,
     passages_fingerprint=store.fingerprint,
+    coverage=coverage,
   )

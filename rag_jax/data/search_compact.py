@@ -143,6 +143,7 @@ def _write(
     speed_secs=speed_secs,
     encoder_fingerprint=now.index.encoder_fingerprint,
     passages_fingerprint=store.fingerprint,
+    coverage=certificate.coverage if certificate else None,
     modes=certificate.modes if certificate else None,
   )
   if now.bm25 is not None:

@@ -24,6 +24,7 @@ from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.prepare import read_parts
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.report import Coverage
 from rag_jax.corpus.report import raise_empty
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.tokenized import TokenizedPassages
@@ -249,7 +250,9 @@ def _write(
     )
     before = now.index.certificate
     made.index.certificate = dataclasses.replace(
-      found, modes=before.modes if before else None
+      found,
+      coverage=_coverage(directory, changes, encoder),
+      modes=before.modes if before else None,
     )
 
   embeddings = _embed(directory, changes, encoder)
@@ -300,6 +303,27 @@ def _add_version(
   updates = directory.root / UPDATES
   name = live_files.add(updates, live_files.VERSION, save)
   live_files.switch(updates, name)
+
+
+def _coverage(
+  directory: SearchDirectory, changes: Changes, encoder: TextEncoder
+) -> Coverage | None:
+  """Returns how much is embedded when changes are made; None: not known."""
+  certificate = directory.index.certificate
+  if certificate is None or certificate.coverage is None:
+    return None
+  tokens, lost = certificate.coverage.tokens, certificate.coverage.lost
+  plan = directory.content["plan"]
+  length = plan["passage_length"] or encoder.max_tokens
+  gone = directory.passages.get(changes.gone)
+  for sign, passages in ((-1, gone), (1, changes.added)):
+    for start in range(0, len(passages), _BLOCK):
+      some = passages[start : start + _BLOCK]
+      tokenized = TokenizedPassages(some, encoder.tokenizer, length)
+      tokens += sign * (tokenized.num_tokens or 0)
+      lost += sign * (tokenized.num_lost or 0)
+  # Of what was left out nobody knows which documents held it.
+  return Coverage(tokens=max(tokens, 0), lost=max(lost, 0), left_out_chars=None)
 
 
 def _sample(

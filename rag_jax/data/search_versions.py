@@ -264,7 +264,7 @@ def finish(path: epath.Path, made: Draft) -> None:
     disk_bytes=artifacts.directory_bytes(path / INDEX)
     + made.index.added.nbytes,
   )
-  content = {
+  content = live_files.MARK | {
     "base_manifest": artifacts.manifest_digest(path),
     "num_passages": len(made.passages),
     "passages_fingerprint": made.passages.fingerprint,

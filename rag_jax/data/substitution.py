@@ -11,11 +11,14 @@ https://arxiv.org/abs/2109.05052, section 5.
 """
 
 from collections.abc import Sequence
+import functools
 
 from jaxtyping import Int
 import numpy as np
 
+from rag_jax.corpus.folding import fold
 from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.data.questions import Question
 
 # (tokens of the answer, tokens that stand in for it); None: as it is
@@ -89,17 +92,51 @@ class AnswerSubstitution:
 
 def places(
   passages: TokenizedPassages, row: int, ids: Sequence[int]
-) -> list[int]:
-  """Returns where the words `ids` begin in passage `row`."""
+) -> list[tuple[int, int]]:
+  """Returns from where to where the words `ids` stand in passage `row`.
+
+  However they are written there: what is compared is the folded text of whole
+  words (corpus/folding.py).
+  """
+  wanted = _folded(passages.tokenizer, tuple(ids)).replace(" ", "")
+  starts, ends, words = _words(passages, row)
+  found: list[tuple[int, int]] = []
+  for first, start in enumerate(starts):
+    if found and start < found[-1][1]:
+      continue
+    text, last = words[first], first
+    while text and len(text) < len(wanted) and last + 1 < len(words):
+      if not wanted.startswith(text):
+        break
+      last += 1
+      text += words[last]
+    if text and text == wanted:
+      found.append((start, ends[last]))
+  return found
+
+
+@functools.lru_cache(maxsize=1 << 13)  # each is looked at for every question
+def _words(
+  passages: TokenizedPassages, row: int
+) -> tuple[list[int], list[int], list[str]]:
+  """Returns where the words of a passage start and end, and them, folded."""
+  tokenizer = passages.tokenizer
   length = int(passages.lengths[row])
   body = passages.tokens[row, :length].tolist()
-  begins = passages.begins_word[row, :length]
-  size = len(ids)
-  return [
-    i
-    for i in range(length - size)
-    if body[i : i + size] == list(ids) and begins[i] and begins[i + size]
-  ]
+  starts = np.flatnonzero(passages.begins_word[row, :length]).tolist()
+  ends = [*starts[1:], length]
+  words = [
+    # No answer goes on behind the end of a title.
+    "\n" if body[start] == tokenizer.eos_id
+    else _folded(tokenizer, tuple(body[start:end]))
+    for start, end in zip(starts, ends, strict=True)
+  ]  # fmt: skip
+  return starts, ends, words
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _folded(tokenizer: Tokenizer, ids: tuple[int, ...]) -> str:
+  return fold(tokenizer.decode(ids))
 
 
 def substitute(
@@ -110,6 +147,6 @@ def substitute(
   if change is None:
     return body
   old, new = change
-  for start in reversed(places(passages, row, old)):
-    body[start : start + len(old)] = new
+  for start, end in reversed(places(passages, row, old)):
+    body[start:end] = new
   return body

@@ -68,7 +68,7 @@ def finish(
       "step": step,
       "tokenizer": experiment.token_ids,
       # What is served has to be what was trained.
-      "settings": settings_of(config),
+      "config": settings_of(config),
       "tokenizer_manifest": manifest_digest(workdir.tokenizer),
     },
   )

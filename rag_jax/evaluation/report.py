@@ -18,8 +18,9 @@ from rag_jax import artifacts
 from rag_jax import disk
 from rag_jax.evaluation.answers import exact_match
 from rag_jax.evaluation.answers import token_f1
-from rag_jax.evaluation.intervals import bootstrap_interval
 from rag_jax.retrieval.certificate import Certificate
+from rag_jax.retrieval.intervals import mean_interval
+from rag_jax.terminal import one_line
 
 RESULTS_FILE = "results.json"
 RECALL_K = 5  # of answer_recall_at_5
@@ -44,7 +45,11 @@ class AnswerRecord:
 
 
 def summarise(
-  records: Sequence[AnswerRecord], prefix: str = "test"
+  records: Sequence[AnswerRecord],
+  prefix: str = "test",
+  *,
+  variant: str = "multilingual",
+  language: str = "en",
 ) -> dict[str, float]:
   """Returns the mean metrics of `records`, all from 0 to 1, by name.
 
@@ -56,6 +61,8 @@ def summarise(
   Args:
     records: one a question.
     prefix: of the names; the split, for instance "test".
+    variant: how answers are compared; see answers.py.
+    language: whose articles do not count.
 
   Raises:
     ValueError: there are no records.
@@ -66,14 +73,19 @@ def summarise(
       " question. Is the split empty?"
     )
   hits = np.array(
-    [exact_match(r.prediction, r.answers) == 1.0 for r in records]
+    [
+      exact_match(r.prediction, r.answers, variant, language) == 1.0
+      for r in records
+    ]
   )
-  f1s = np.array([token_f1(r.prediction, r.answers) for r in records])
+  f1s = np.array(
+    [token_f1(r.prediction, r.answers, variant, language) for r in records]
+  )
   in_top = np.array([r.answer_in_top for r in records])
   relations = np.array([r.relation for r in records])
   has_docs = any(r.retrieved_ids for r in records)
 
-  low, high = bootstrap_interval(hits)
+  low, high = mean_interval(hits)
   result = {
     f"{prefix}/exact_match_low": low,
     f"{prefix}/exact_match_high": high,
@@ -188,6 +200,7 @@ def _share(value: float | None) -> str:
 
 
 def _row(relation: str, questions: str, match: str, recall: str) -> str:
+  relation = one_line(relation)
   if len(relation) > _RELATION_WIDTH:
     relation = relation[: _RELATION_WIDTH - 3] + "..."
   row = f"{relation:<{_RELATION_WIDTH}} {questions:>9}  {match:>11}"

@@ -65,6 +65,8 @@ class Generator(nn.Module):
   logits_bias: bool = True
   copy_init: bool = False  # attention starts by copying
   dropout: float = 0.0
+  attention_dropout: float = 0.0
+  activation_dropout: float = 0.0
   dtype: DTypeLike = jnp.bfloat16
   param_dtype: DTypeLike = jnp.float32
 
@@ -95,6 +97,8 @@ class Generator(nn.Module):
       scale_attention=self.scale_attention,
       copy_init=self.copy_init,
       dropout=self.dropout,
+      attention_dropout=self.attention_dropout,
+      activation_dropout=self.activation_dropout,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )

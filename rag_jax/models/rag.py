@@ -324,6 +324,11 @@ _OF_BOTH_TOWERS = (
 )  # fmt: skip
 
 
+_NOT_OF_THE_MODULE = (
+  "init", "init_from", "vocab_size", "decoder_start_id", "fixed"
+)  # fmt: skip
+
+
 def build_encoder(
   config: EncoderConfig,
   *,
@@ -355,7 +360,7 @@ def build_generator(
   same = {
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)
-    if field.name not in ("init", "init_from", "vocab_size", "decoder_start_id")
+    if field.name not in _NOT_OF_THE_MODULE
   }
   return Generator(
     **same,

@@ -87,6 +87,8 @@ class Stack(nn.Module):
   cross: bool
   copy_init: bool
   dropout: float
+  attention_dropout: float
+  activation_dropout: float
   dtype: DTypeLike
   param_dtype: DTypeLike
 
@@ -145,6 +147,8 @@ class Stack(nn.Module):
         # A copying start: what the other blocks add is small beside it.
         out_init_scale=0.2 if self.copy_init else 1.0,
         dropout=self.dropout,
+        attention_dropout=self.attention_dropout,
+        activation_dropout=self.activation_dropout,
         dtype=self.dtype,
         param_dtype=self.param_dtype,
         name=f"layer_{i}",
@@ -183,7 +187,9 @@ class Stack(nn.Module):
   ) -> Float[Array, "N T D"]:
     """Returns what the last layer's output is read as."""
     if self.norm == "pre":
-      x = self.drop(self.final_norm(x), deterministic=deterministic)
+      x = self.final_norm(x)
+    if self.norm_kind == "rms":  # T5 drops here too, mBART and Pegasus do not
+      x = self.drop(x, deterministic=deterministic)
     return x
 
   def bias(

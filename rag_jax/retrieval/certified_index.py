@@ -15,6 +15,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
+from rag_jax.corpus.report import Coverage
 from rag_jax.retrieval.certificate import SearchModes
 from rag_jax.retrieval.certificate import certify
 from rag_jax.retrieval.cost import BuildMeter
@@ -69,6 +70,7 @@ def build_certified_index(
   speed_secs: float,
   encoder_fingerprint: str,
   passages_fingerprint: str,
+  coverage: Coverage | None = None,
   modes: SearchModes | None = None,
 ) -> None:
   """Builds and certifies the index, unless it is there already.
@@ -84,6 +86,7 @@ def build_certified_index(
     speed_secs: that each batch size is timed for the certificate.
     encoder_fingerprint: of the weights that embedded the passages.
     passages_fingerprint: of the passages.
+    coverage: how much of the passages was embedded, for the certificate.
     modes: of search, as they were measured before, for the certificate.
 
   Raises:
@@ -120,7 +123,8 @@ def build_certified_index(
     index, sample = tuned.index, sample[1::2]
   elif index is None:
     index = build_index(embeddings, config, **prints)
+  certificate = certify(index, sample, speed_secs=speed_secs)
   index.certificate = dataclasses.replace(
-    certify(index, sample, speed_secs=speed_secs), modes=modes
+    certificate, coverage=coverage, modes=modes
   )
   index.save(path)

@@ -12,6 +12,7 @@ killed, the old version or the new.
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import json
 import os
 import re
 from typing import Any
@@ -34,6 +35,9 @@ _REMEDY = (
 )
 VERSION, BASE = "v", "b"  # the first letter of a name
 _NAME = re.compile(r"[vb]\d{6}")
+# In the manifests of versions whose digest stands in CURRENT: of all but those
+# that an older rag_jax wrote.
+MARK = {"digest_in": CURRENT}
 _LINE = re.compile(r"(v\d{6})(?: ([0-9a-f]{64}))?\n")
 _UNFINISHED = re.compile(r"\.(CURRENT|[vb]\d{6})\.[0-9a-f]+\.tmp")
 _ARRAYS = ("delta_ids", "delta", "deleted")
@@ -120,12 +124,10 @@ def check_current(
       f" no {artifacts.MANIFEST}. Expected both from one copy of the directory."
       f" {remedy}"
     )
-  elif not current.digest:
-    logging.log_first_n(
-      logging.WARNING,
+  elif not current.digest and not _has_digest(manifest):
+    logging.warning(
       "%s has no digest of %s: an older version wrote it. Nobody can tell"
       " whether it is the version that was in use; the next update adds one.",
-      1,
       *(path / CURRENT, current.name),
     )
   elif artifacts.manifest_digest(path / current.name) != current.digest:
@@ -142,6 +144,13 @@ def check_current(
       " before its end, or %s was set back to an older one.",
       *(path, ", ".join(later), current.name or "what was built", CURRENT),
     )
+
+
+def _has_digest(manifest: epath.Path) -> bool:
+  """Returns whether a version was put into use with a digest in `CURRENT`."""
+  with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+    return MARK.items() <= json.loads(manifest.read_bytes())["content"].items()
+  return True  # damaged, which nobody calls old
 
 
 def add_base(path: epath.Path, save: Callable[[epath.Path], None]) -> str:
@@ -176,7 +185,7 @@ def publish(
   **arrays: np.ndarray,  # of LiveVersion: delta_ids, delta, deleted
 ) -> None:
   """Writes a version, complete, and only then names it in `CURRENT`."""
-  content = {
+  content = MARK | {
     "base": base,
     "base_manifest": artifacts.manifest_digest(path / base),
     "base_deleted": base_deleted,

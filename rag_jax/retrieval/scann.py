@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import exact
 from rag_jax.retrieval.cost import num_cpus
@@ -199,7 +200,14 @@ class ScannIndex:
     # ScaNN writes to a local disk alone, and over what it may be reading.
     parent = path if artifacts.is_local(path) else None
     with _temporary_folder(parent) as temp:
-      self._searcher.serialize(os.fspath(temp), relative_path=True)
+      try:
+        self._searcher.serialize(os.fspath(temp), relative_path=True)
+      except RuntimeError as error:  # "I/O error", whatever it is
+        raise disk.UnwritableError(
+          f"ScaNN's files cannot be written to {path} ({error}). Expected room"
+          f" for {self.memory_bytes:,} bytes. Free some space, or choose"
+          " another directory, and build the index again."
+        ) from error
       if parent:
         if folder.exists():
           folder.rmtree()

@@ -69,7 +69,7 @@ class RagPipeline:
         " --config=configs/quickstart.py --workdir=" + str(run.path)
       )
     params, content = load_model(run.model)
-    config = read_config(run.config_path, content.get("settings"))
+    config = read_config(run.config_path, content.get("config"))
     if corpus and not config.data.n_docs:
       raise ValueError(
         f"The corpus {corpus} was given, but the model in {run.path} was"

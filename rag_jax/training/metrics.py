@@ -244,10 +244,9 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
   *lines, _ = data.decode("utf-8", "replace").split("\n")
   records, last, with_digests = [], "", True
   for number, line in enumerate(lines, start=1):
-    try:
+    record: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
       record = json.loads(line)
-    except (ValueError, RecursionError):
-      record = None
     digest = record.pop(_DIGEST, "") if isinstance(record, dict) else ""
     if not _is_record(record):
       raise ValueError(

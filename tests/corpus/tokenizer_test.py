@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
+from disks import full_disk
 import pytest
 import tokenizers
 from tokenizers import decoders
@@ -17,6 +19,7 @@ from rag_jax.corpus.passages import load_passages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
+from rag_jax.disk import UnwritableError
 
 VOCAB_SIZE = 1024
 
@@ -346,3 +349,50 @@ def test_words_are_joined_from_the_tokens_that_begin_them(
     tokenizer.decode(ids[i:j]) for i, j in zip(starts, stops, strict=True)
   ]
   assert joined == words
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_saved_tokenizer_that_was_edited_is_refused(
+  tokenizer, tmp_path, name
+):
+  tokenizer.save(tmp_path)
+  data = bytearray((tmp_path / name).read_bytes())
+  data[len(data) // 2] ^= 1
+  (tmp_path / name).write_bytes(data)
+  with pytest.raises(ValueError, match=f"{name} in .* was damaged.*Put the"):
+    load_tokenizer(tmp_path, ours=True)
+
+
+def test_a_tokenizer_inside_another_is_named_with_it(tokenizer, tmp_path):
+  tokenizer.save(tmp_path / "retriever")
+  tokenizer.save(tmp_path)
+  load_tokenizer(tmp_path, ours=True)
+  load_tokenizer(tmp_path / "retriever", ours=True)
+  shutil.rmtree(tmp_path / "retriever")
+  with pytest.raises(ValueError, match=r"retriever/manifest\.json is missing"):
+    load_tokenizer(tmp_path, ours=True)
+
+
+def test_a_tokenizer_without_a_manifest_is_warned_of(
+  tokenizer, tmp_path, caplog
+):
+  tokenizer.save(tmp_path)
+  (tmp_path / "manifest.json").write_text('{"of": "somebody else"}')
+  load_tokenizer(tmp_path)
+  with pytest.raises(ValueError, match="is no manifest"):
+    load_tokenizer(tmp_path, ours=True)
+  (tmp_path / "manifest.json").unlink()
+  load_tokenizer(tmp_path)
+  assert not caplog.records
+  load_tokenizer(tmp_path, ours=True)
+  assert "has no manifest.json: an older version" in caplog.text
+
+
+@pytest.mark.parametrize("num_bytes", [100, 20_000])
+def test_a_full_disk_is_called_that(tokenizer, tmp_path, num_bytes):
+  with (
+    full_disk(num_bytes),
+    pytest.raises(UnwritableError, match=f"tokenizer .* to {tmp_path} .*ree"),
+  ):
+    tokenizer.save(tmp_path)
+  assert os.listdir(tmp_path) == []

@@ -107,6 +107,9 @@ def test_every_bit_of_what_says_which_version_is_in_use_matters(copy):
     file.write_bytes(data)
     with pytest.raises(ValueError, match=r"names .*; expected a version like"):
       open_again()
+  file.write_bytes(whole[:7] + b"\n")  # as an older one would have written it
+  with pytest.raises(ValueError, match="is not what was written there"):
+    open_again()
 
 
 def test_without_the_file_that_names_a_version_none_is_guessed(copy):
@@ -147,7 +150,9 @@ def test_directories_of_before_are_opened_with_a_warning(
     path, kind="search directory", format=1, content=content, nested=True
   )
   assert SearchDirectory(path).version.name == ""
-  update(path, [yaks(1)])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(live_files, "MARK", {})
+    update(path, [yaks(1)])
   file = path / "updates/CURRENT"
   file.write_text(file.read_text()[:7] + "\n")  # as it was written before
   assert SearchDirectory(path).version.name == "v000001"

@@ -70,6 +70,31 @@ def test_a_word_that_begins_like_the_answer_stays(tokenizer, tokenized):
   assert places(tokenized, 2, niger) == []
 
 
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("in PARIS now", "in Rome now"),
+    ("in Pa\u00adris now", "in Rome now"),
+    ("in “Ｐａｒｉｓ” now", "in “ Rome” now"),
+    ("in Par\u200bis now", "in Rome now"),
+    ("in Parisian now", "in Parisian now"),
+    ("Paris-Nord, Paris", "Paris-Nord, Rome"),
+  ],
+)
+def test_the_answer_changes_however_it_is_written(tokenizer, text, expected):
+  tokenized = TokenizedPassages([Passage("0", "Par", text)], tokenizer, 128)
+  old, new = tokenizer.encode(["Paris", "Rome"])
+  body = substitute(tokenized, 0, (old, new))
+  end = body.index(tokenizer.eos_id)
+  assert tokenizer.decode(body[end + 1 : -1]) == expected
+
+
+def test_no_answer_goes_on_from_the_title_into_the_text(tokenizer):
+  tokenized = TokenizedPassages([Passage("0", "New", "York is")], tokenizer, 64)
+  (old,) = tokenizer.encode(["New York"])
+  assert places(tokenized, 0, old) == []
+
+
 def test_without_a_change_the_passage_stays(tokenized):
   body = substitute(tokenized, 2, None)
   assert body == tokenized.tokens[2, : tokenized.lengths[2]].tolist()

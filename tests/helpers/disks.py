@@ -33,7 +33,7 @@ class PowerLoss:
   """
 
   def __init__(self, root, at_moment, *, names_survive):
-    self._root = pathlib.Path(root)
+    self._root = pathlib.Path(os.path.realpath(root))
     self._at_moment, self._names_survive = at_moment, names_survive
     self._data = {}  # of each file, by its number, as of its last fsync
     self._names = {}  # of each folder, by its number, as of its last fsync
@@ -66,7 +66,9 @@ class PowerLoss:
         self._at_moment(self.write)
         result = real(first, *rest, **kwargs)
         if name == "fsync":
-          self._sync(f"/proc/self/fd/{first}")
+          path = pathlib.Path(os.readlink(f"/proc/self/fd/{first}"))
+          if path.is_relative_to(self._root):
+            self._sync(f"/proc/self/fd/{first}")
         return result
       finally:
         self._busy = False
