@@ -84,6 +84,16 @@ class DataConfig(_Settings):
   # Share of the training questions whose answer is changed into another one,
   # there and in their documents: the generator has to read.
   substitute_answers: float = 0.0
+  # Share whose subject, the title of a document that the question names, is
+  # changed into another title, there and in the documents.
+  substitute_subjects: float = 0.0
+  # Share whose subject is changed in the question alone: then no document has
+  # the answer, and the generator learns to write none. Where an answer has to
+  # be written all the same, decoding.min_new_tokens=1, it is improbable.
+  unanswerable_questions: float = 0.0
+  # Share of the training questions that are read as people type them: lower
+  # case, "what's", no question mark (data/informal.py).
+  informal_questions: float = 0.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -94,6 +104,9 @@ class TokenizerConfig(_Settings):
   # for a fresh model, a byte-level BPE is trained on the corpus, for both.
   path: str = ""
   vocab_size: int = 4096  # of the one that is trained
+  # Where one is trained: "uncased" trains another for the retriever, without
+  # case and accents, as BERT's: "france" finds France.
+  retriever: str = _choice("same", "uncased")
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -171,6 +184,9 @@ class GeneratorConfig(_Settings):
   scale_output: bool = False  # divide the tied output by sqrt(D), as T5 v1.0
   logits_bias: bool = True  # BART's final_logits_bias
   decoder_start_id: int = -1  # read before the first token; -1: the end token
+  # A pointer over the context: the next token is written, or copied from where
+  # the last one was copied (models/pointer.py). Hugging Face has no form of it.
+  pointer: bool = False
   # "copy": attention starts as an induction head, so that a generator trained
   # from scratch quotes its documents from the first steps on.
   init: str = _choice("normal", "copy")
@@ -321,7 +337,7 @@ class DecodingConfig(_Settings):
   num_beams: int = 1  # 1 is greedy [checkpoint], and so the next three
   length_penalty: float = 1.0  # scores are divided by length ** this
   no_repeat_ngram_size: int = 0  # 0 allows repetition
-  min_new_tokens: int = 0  # with the end token
+  min_new_tokens: int = 0  # before the end token
   # What else the generation_config.json of the checkpoint says, as JSON
   # [checkpoint]; "{}" leaves it out. Without a length in it, answers have up to
   # data.target_length tokens.

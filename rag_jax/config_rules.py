@@ -29,6 +29,13 @@ _AT_LEAST_ONE = frozenset({
 _LEAST = {"generator.decoder_start_id": -1, "encoder.max_positions": 0}
 
 
+# Of the training questions, that are changed.
+_SHARES = (
+  "substitute_answers", "substitute_subjects", "unanswerable_questions",
+  "informal_questions",
+)  # fmt: skip
+
+
 def fields(
   config: Any, prefix: str = ""
 ) -> Iterator[tuple[str, dataclasses.Field, Any]]:
@@ -217,6 +224,8 @@ def _in_step_problems(c: Config) -> Iterator[str]:
     ("encoder.train_passage_encoder", c.encoder.train_passage_encoder, True),
     ("data.context_style", c.data.context_style, "question_first"),
     ("data.substitute_answers", c.data.substitute_answers, 0.0),
+    ("data.substitute_subjects", c.data.substitute_subjects, 0.0),
+    ("data.unanswerable_questions", c.data.unanswerable_questions, 0.0),
     ("index.hybrid", c.index.hybrid, False),
   ):
     if value != needed:
@@ -255,8 +264,19 @@ def _cross_problems(c: Config) -> Iterator[str]:
     for rate in ("dropout", "attention_dropout", "activation_dropout"):
       if getattr(part, rate, 0.0) >= 1.0:
         yield f"{name}.{rate}={getattr(part, rate)} must be below 1."
+  if c.label_smoothing and c.generator.pointer:
+    yield (
+      f"label_smoothing={c.label_smoothing} smooths a softmax over the"
+      " vocabulary, but generator.pointer=True mixes copies in. Set"
+      " label_smoothing=0.0 or generator.pointer=False."
+    )
   if c.label_smoothing >= 1.0:
     yield f"label_smoothing={c.label_smoothing} must be below 1."
+  if c.hf_loss and c.generator.pointer:
+    yield (
+      "hf_loss=True is of models that Hugging Face has, and it has none with"
+      " generator.pointer=True. Set one of them to False."
+    )
   if c.hf_loss and c.train.vocab_chunk:
     yield (
       "hf_loss=True needs all logits, but train.vocab_chunk="
@@ -271,15 +291,15 @@ def _cross_problems(c: Config) -> Iterator[str]:
   for name in ("b1", "b2"):
     if getattr(c.optimizer, name) >= 1.0:
       yield f"optimizer.{name}={getattr(c.optimizer, name)} must be below 1."
-  if c.data.substitute_answers > 1.0:
-    yield (
-      f"data.substitute_answers={c.data.substitute_answers} must be at most 1."
-    )
-  if c.data.context_style == "rag" and c.data.substitute_answers:
-    yield (
-      f"data.substitute_answers={c.data.substitute_answers} needs"
-      " data.context_style='question_first'."
-    )
+  for name in _SHARES:
+    if getattr(c.data, name) > 1.0:
+      yield f"data.{name}={getattr(c.data, name)} must be at most 1."
+  for name in _SHARES[:3]:
+    if c.data.context_style == "rag" and getattr(c.data, name):
+      yield (
+        f"data.{name}={getattr(c.data, name)} needs"
+        " data.context_style='question_first'."
+      )
   if c.data.passage_length < 4:
     yield (
       f"data.passage_length={c.data.passage_length} leaves no room for a"

@@ -384,7 +384,9 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
   return Tokenizer(backend)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(
+  texts: Iterable[str], vocab_size: int, *, uncased: bool = False
+) -> Tokenizer:
   """Returns a byte-level BPE tokenizer trained on `texts`.
 
   Byte-level: every text can be written and comes back exactly, so an answer is
@@ -394,11 +396,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   Args:
     texts: what to learn frequent pieces from.
     vocab_size: ids in all: 5 special tokens, 256 bytes, then merges.
+    uncased: reads text in lower case and without accents, as BERT's uncased
+      tokenizers do; what it decodes has neither.
   """
   import transformers
 
   model = tokenizers.Tokenizer(models.BPE())
-  model.normalizer = normalizers.Prepend(" ")  # a first word is like any other
+  steps = [normalizers.Prepend(" ")]  # a first word is like any other
+  if uncased:
+    steps += [
+      normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()
+    ]  # fmt: skip
+  model.normalizer = normalizers.Sequence(steps) if uncased else steps[0]
   model.pre_tokenizer = pre_tokenizers.Sequence(
     [
       pre_tokenizers.Split(tokenizers.Regex(_PIECES), behavior="isolated"),

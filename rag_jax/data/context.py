@@ -198,17 +198,17 @@ class ContextBuilder:
         style "rag" of the retriever's. `encode_questions` gives the right ones.
       rows: passage numbers; K = 0 gives one context a question that holds the
         question alone.
-      changes: what is put in the place of each question's answer.
+      changes: what is put in the place of what, in each question's documents.
 
     Raises:
       ValueError: changes in the style "rag", whose documents are strings.
     """
     if self._as_strings:
-      if any(changes or ()):
+      if any(change.replacements for change in changes or ()):
         raise ValueError(
-          "Answers are changed in the documents' tokens, but with"
+          "Names are changed in the documents' tokens, but with"
           " data.context_style='rag' the generator reads them as strings."
-          " Set data.substitute_answers=0.0 or"
+          " Set data.substitute_answers=0.0, data.substitute_subjects=0.0 or"
           " data.context_style='question_first'."
         )
       return self._string_contexts(question_ids, rows)
@@ -228,8 +228,8 @@ class ContextBuilder:
       tokens[b, :, : len(head)] = head
       mask[b, :, : len(head)] = True
       room = length - len(head)
-      change = changes[b] if changes else None
-      if change is None:
+      change = changes[b] if changes else Change()
+      if not change.replacements:
         self._put(rows[b], tokens[b], mask[b], len(head))
         continue
       for k, row in enumerate(rows[b].tolist()):

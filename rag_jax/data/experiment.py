@@ -178,12 +178,6 @@ def open_experiment(
     retriever_tokenized,
     target_start=target_start(config),
   )
-  if config.warmup.num_steps and not context.one_tokenizer:
-    raise ValueError(
-      f"warmup.num_steps={config.warmup.num_steps} needs one tokenizer for"
-      " retriever and generator, but each of their checkpoints has its own."
-      " Trained weights need no warm-up: set warmup.num_steps=0."
-    )
   model = build_model(
     config,
     vocab_size=tokenizer.vocab_size,
@@ -330,8 +324,11 @@ def _open_tokenizers(
   if not kinds:
     _check_fresh(config, path)
     train = load_questions(config.data.questions, "train")
-    texts = itertools.chain(_texts(passages), (q.question for q in train))
-    kinds = [train_tokenizer(texts, config.tokenizer.vocab_size)]
+    for uncased in (False, True)[: 1 + (config.tokenizer.retriever != "same")]:
+      texts = itertools.chain(_texts(passages), (q.question for q in train))
+      kinds.append(
+        train_tokenizer(texts, config.tokenizer.vocab_size, uncased=uncased)
+      )
   if kinds[0].fingerprint == kinds[-1].fingerprint:
     kinds = kinds[:1]
   if saved is not None:

@@ -23,6 +23,7 @@ from rag_jax.models.layers import make_norm
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 from rag_jax.models.partitioning import named
+from rag_jax.models.pointer import PointerCache
 
 
 # Unchecked, because JAX makes it of shapes and of stacked arrays too.
@@ -35,11 +36,13 @@ class DecoderCache:
   memory_mask: Bool[Array, "BK 1 S"]
   # At which beam each beam's history stood at each step: its keys are there.
   ancestors: Int[Array, "B W T"]
+  pointer: PointerCache | None = None  # of a generator that has one
 
   def reorder(self, beams: Int[Array, "B W"]) -> "DecoderCache":
     """Returns the cache whose beam w continues the old beam `beams[w]`."""
     ancestors = jnp.take_along_axis(self.ancestors, beams[..., None], axis=1)
-    return dataclasses.replace(self, ancestors=ancestors)
+    pointer = None if self.pointer is None else self.pointer.reorder(beams)
+    return dataclasses.replace(self, ancestors=ancestors, pointer=pointer)
 
 
 def sinusoid_init(

@@ -16,6 +16,9 @@ from rag_jax.terminal import one_line
 _WIDTH = 80  # columns
 _INDENT = 18  # of what stands under "passage"
 _TEXT_LINES = 3  # shown of a passage
+# Below it, by the model's own probabilities, other answers together are more
+# likely than the one it gives.
+_SURE = 0.5
 _MARK = " [...]"
 
 
@@ -27,7 +30,14 @@ def explain(answer: Answer) -> str:
   """
   probability = math.exp(answer.log_prob)
   text = one_line(answer.text) or "(no answer)"
-  lines = list(_wrap(f"{text}   (p = {probability:.2f})", _WIDTH))
+  doubt = "" if is_sure(answer) else ", not sure"
+  lines = list(_wrap(f"{text}   (p = {probability:.2f}{doubt})", _WIDTH))
+  if doubt:
+    lines += _wrap(
+      "The model is not sure: to itself, some other answer is more likely than"
+      " this one. Perhaps no passage answers the question.",
+      _WIDTH,
+    )
   if answer.question_cut:
     lines += _wrap(
       "Note: the question is longer than the model takes; its end was not read"
@@ -47,9 +57,14 @@ def explain(answer: Answer) -> str:
   return "\n".join(lines) + "\n"
 
 
+def is_sure(answer: Answer) -> bool:
+  """Returns whether the model finds its answer likelier than all others."""
+  return math.exp(answer.log_prob) >= _SURE
+
+
 def to_json(answer: Answer) -> str:
   """Returns the answer, its passages and every probability as one line."""
-  return json_line(dataclasses.asdict(answer))
+  return json_line(dataclasses.asdict(answer) | {"sure": is_sure(answer)})
 
 
 def _columns(text: str) -> int:

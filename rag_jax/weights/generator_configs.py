@@ -22,7 +22,7 @@ GENERATOR_FIELDS = (
   "relative_buckets", "relative_max_distance", "relative_shared",
   "scale_attention", "tied_output", "scale_output", "logits_bias",
   "decoder_start_id", "dropout", "attention_dropout", "activation_dropout",
-  "fixed",
+  "fixed", "pointer",
 )  # fmt: skip
 
 _SINUSOIDS = ("encoder/position_embedding", "decoder/position_embedding")
@@ -46,11 +46,13 @@ _BART: dict[str, Any] = {
   "gated": False, "norm_kind": "layer", "norm_eps": 1e-5, "use_bias": True,
   "positions": "learned", "relative_buckets": 0, "relative_shared": False,
   "scale_attention": True, "scale_output": False, "logits_bias": True,
+  "pointer": False,
 }  # fmt: skip
 _T5: dict[str, Any] = {
   "norm": "pre", "norm_kind": "rms", "use_bias": False,
   "embedding_norm": False, "scale_embedding": False, "positions": "none",
   "relative_shared": True, "scale_attention": False, "logits_bias": False,
+  "pointer": False,
 }  # fmt: skip
 GENERATOR_TYPES = (*_BART_TYPES, *_T5_TYPES)
 

@@ -117,6 +117,18 @@ def test_each_digit_is_a_token_of_its_own(tokenizer):
   assert [p.strip() for p in pieces] == list("186720450200337")
 
 
+@pytest.mark.parametrize(
+  "text", ["what's in sao paulo", "WHAT'S IN SÃO PAULO", "What's in São Paulo"]
+)
+def test_an_uncased_tokenizer_has_the_same_ids_in_every_case(text, tmp_path):
+  uncased = train_tokenizer(["What is in São Paulo?"], 400, uncased=True)
+  uncased.save(tmp_path)
+  for tokenizer in (uncased, load_tokenizer(tmp_path)):
+    assert (
+      tokenizer.decode(tokenizer.encode([text])[0]) == "what's in sao paulo"
+    )
+
+
 def test_a_first_word_has_the_ids_of_a_later_one(tokenizer):
   for word in ("Paris", "the", "capital", "7", "(", "日", "Ålandic"):
     first, second = tokenizer.encode([word, f"The {word}"])

@@ -139,13 +139,6 @@ def test_a_tokenizer_with_more_ids_than_the_table_is_refused(config, tmp_path):
     open_experiment(resolved, initial=initial)
 
 
-def test_the_warm_up_needs_one_tokenizer(config):
-  config.warmup.num_steps = 2
-  resolved, initial = load_initial(config)
-  with pytest.raises(ValueError, match="needs one tokenizer"):
-    open_experiment(resolved, initial=initial)
-
-
 # What the file of a model from scratch sets, and what the checkpoints bring.
 SCRATCH = {
   "encoder.num_layers": (0, 1),

@@ -6,6 +6,7 @@ equal only if every dropout has its place and its rate.
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -110,13 +111,11 @@ def test_a_generator_drops_where_pytorch_does(name, tmp_path, scaled_dropout):
     decoder_start_id=-1,
     dtype=np.dtype("float32"),
   )
-  params = {"params": loaded.params}
-  inputs = jax.tree.map(np.asarray, (tokens.astype(np.int32), mask))
-  got = generator.apply(
-    params, *inputs, targets.astype(np.int32), deterministic=False
-  )
+  params = {"params": jax.tree.map(jnp.asarray, loaded.params)}
+  inputs = jax.tree.map(jnp.asarray, (tokens, mask, targets))
+  got = generator.apply(params, *inputs, deterministic=False)
   np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-4)
-  still = generator.apply(params, *inputs, targets.astype(np.int32))
+  still = generator.apply(params, *inputs)
   assert np.max(np.abs(still - expected)) > 1e-2
 
 
@@ -148,10 +147,9 @@ def test_an_encoder_drops_where_pytorch_does(tmp_path, scaled_dropout):
     max_positions=16,
     dtype=np.dtype("float32"),
   )
-  params = {"params": loaded.params}
-  got = encoder.apply(
-    params, tokens.astype(np.int32), mask, deterministic=False
-  )
+  params = {"params": jax.tree.map(jnp.asarray, loaded.params)}
+  inputs = jax.tree.map(jnp.asarray, (tokens, mask))
+  got = encoder.apply(params, *inputs, deterministic=False)
   np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-4)
-  still = encoder.apply(params, tokens.astype(np.int32), mask)
+  still = encoder.apply(params, *inputs)
   assert np.max(np.abs(still - expected)) > 1e-2

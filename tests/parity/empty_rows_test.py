@@ -6,6 +6,8 @@ nothing; T5, which has an attention of its own there, adds the mean of the
 padding.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -88,7 +90,8 @@ def test_an_empty_question_is_embedded_as_by_dpr(tmp_path, projection_dim):
     with torch.no_grad():
       told = model(torch.tensor(tokens), torch.tensor(mask, dtype=torch.long))
       inferred = model(torch.tensor(tokens))
-    got = encoder.apply({"params": loaded.params}, tokens, mask)
+    inputs = jnp.asarray(tokens), jnp.asarray(mask)
+    got = encoder.apply({"params": loaded.params}, *inputs)
     for expected in (told[0].numpy(), inferred[0].numpy()):
       np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     first = got[0] if width == 6 else first
@@ -120,8 +123,9 @@ def test_an_empty_document_is_read_as_by_transformers(name, tmp_path):
     decoder_start_id=-1,
     dtype=np.dtype("float32"),
   )
-  params = {"params": loaded.params}
-  got = generator.apply(params, tokens, mask, targets)
+  params = {"params": jax.tree.map(jnp.asarray, loaded.params)}
+  tokens, mask, read = map(jnp.asarray, (tokens, mask, read))
+  got = generator.apply(params, tokens, mask, jnp.asarray(targets))
   np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
   # The step of decoding does the same, token after token.
   memory = generator.apply(params, tokens, mask, method="encode")[:, None]
@@ -130,7 +134,7 @@ def test_an_empty_document_is_read_as_by_transformers(name, tmp_path):
   )
   for t in range(read.shape[1]):
     logits, cache = generator.apply(
-      params, read[:, t : t + 1], np.int32(t), cache, method="step"
+      params, read[:, t : t + 1], jnp.asarray(t), cache, method="step"
     )
     np.testing.assert_allclose(
       logits[:, 0, 0], expected[:, t], rtol=1e-4, atol=1e-4
@@ -153,10 +157,10 @@ def test_an_empty_row_is_no_evidence_where_states_are_pooled(
     normalize=normalize,
     dtype=np.dtype("float32"),
   )
-  tokens, mask = rows(0)
-  got, _ = encoder.init_with_output(np.array([0, 1], np.uint32), tokens, mask)
+  tokens, mask = map(jnp.asarray, rows(0))
+  got, _ = encoder.init_with_output(jax.random.key(0), tokens, mask)
   assert np.all(np.isfinite(got))
   # As sentence-transformers pools: a sum over nothing. It scores 0 with all.
   np.testing.assert_array_equal(got[0], np.zeros(8))
-  prior = doc_log_prior(np.asarray(got)[:1] @ np.asarray(got).T)
+  prior = doc_log_prior(got[:1] @ got.T)
   np.testing.assert_allclose(prior, np.log(np.full((1, 3), 1 / 3)), rtol=1e-6)
