@@ -209,7 +209,7 @@ def test_a_text_is_found_as_long_as_one_of_its_documents_is_there(
     (found,) = directory.search([text], 5, conditions=some)[0]
     assert (found.passage.id, len(found.also)) == (name, 2)
   # Of the twins nothing is embedded, whatever becomes of the first.
-  monkeypatch.setattr(search_update, "TokenizedPassages", None)
+  monkeypatch.setattr("rag_jax.retrieval.retriever.Embedder.rows", None)
   report = update(path, delete=["p3"])
   assert (report.passages_added, report.embedded) == (1, 0)
   for hit in modes_find(path, "t2", text):
