@@ -25,7 +25,6 @@ def get_config() -> Config:
   c.data.target_length = 12
   c.data.substitute_answers = 0.5
   c.data.substitute_subjects = 0.5
-  c.data.unanswerable_questions = 0.1
   c.data.informal_questions = 0.25
   c.tokenizer.vocab_size = 2048
   c.tokenizer.retriever = "uncased"
@@ -63,8 +62,6 @@ def get_config() -> Config:
   c.optimizer.b2 = 0.98
   c.optimizer.weight_decay = 0.01
   c.optimizer.clip_norm = 1.0
-
-  c.decoding.min_new_tokens = 1  # an answer, however improbable
 
   c.train.batch_size = 48
   c.train.num_steps = 700

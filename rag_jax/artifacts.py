@@ -20,9 +20,13 @@ from etils import epath
 import numpy as np
 
 from rag_jax import disk
+from rag_jax.disk import instead_of as instead_of
 from rag_jax.disk import is_local as is_local
 from rag_jax.disk import temp_path as temp_path
 from rag_jax.disk import write_atomically as write_atomically
+from rag_jax.json_input import MAX_SETTINGS_BYTES
+from rag_jax.json_input import Content
+from rag_jax.json_input import parse_settings
 
 MANIFEST = "manifest.json"
 
@@ -138,7 +142,7 @@ def read_manifest(
   remedy: str,
   nested: bool = False,
   beside: Collection[str] = (),
-) -> dict[str, Any]:
+) -> Content:
   """Returns the content of the manifest after checking every file it names.
 
   Args:
@@ -159,6 +163,11 @@ def read_manifest(
   path = directory / MANIFEST
   # A link that leads nowhere is a link, not a manifest that is missing.
   if not path.exists() and not os.path.islink(path):
+    if not directory.exists():
+      raise FileNotFoundError(
+        f"There is no {MANIFEST}, since there is no directory {directory}."
+        f" {instead_of(directory)} {remedy}"
+      )
     raise FileNotFoundError(
       f"There is no {MANIFEST} in {directory}: no {kind} was built there, or"
       f" the build was cut off before its end. {remedy}"
@@ -188,7 +197,7 @@ def read_manifest(
     )
   for name, entry in named.items():
     _check_file(directory, name, entry, remedy)
-  return manifest["content"]
+  return Content(manifest["content"], str(path), remedy)
 
 
 def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,6 +242,33 @@ def without_digest(
       f" {remedy}"
     )
   return plain
+
+
+def read_json(path: epath.PathLike, remedy: str) -> dict[str, Any]:
+  """Returns what a JSON file says that was written `with_digest`.
+
+  Args:
+    path: of the file.
+    remedy: a sentence for the end of the message: what to do next.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is no JSON object, or not as it was written: cut off or
+      edited. Or it is a link.
+  """
+  data = disk.read_own(path, remedy=remedy)
+  try:
+    content = parse_settings(data)
+  except ValueError as error:  # of JSON, or of UTF-8
+    raise ValueError(
+      f"{path} is not JSON ({error}); it was cut off or edited. {remedy}"
+    ) from error
+  if not isinstance(content, dict):
+    raise ValueError(
+      f"{path} holds a {type(content).__name__}; expected an object of named"
+      f" results. {remedy}"
+    )
+  return without_digest(content, origin=str(path), remedy=remedy)
 
 
 def manifest_digest(directory: epath.PathLike) -> str:
@@ -378,8 +414,10 @@ def _parse(path: epath.Path, remedy: str) -> dict[str, Any]:
   """Returns the manifest as an object of the four expected parts."""
   data = disk.read_own(path, remedy=remedy)
   try:
-    manifest = json.loads(data.decode("utf-8"))
-  except (ValueError, RecursionError) as e:  # of JSON, or of UTF-8
+    if len(data) > MAX_SETTINGS_BYTES:
+      raise ValueError(f"it has {len(data):,} bytes")
+    manifest = parse_settings(data)
+  except ValueError as e:  # of JSON, or of UTF-8
     raise ValueError(f"{path} is not JSON ({e}). {remedy}") from e
   parts = {"kind": str, "format": int, "content": dict, "files": dict}
   others = [*parts, DIGEST]  # a name that is damaged is another

@@ -87,10 +87,6 @@ class DataConfig(_Settings):
   # Share whose subject, the title of a document that the question names, is
   # changed into another title, there and in the documents.
   substitute_subjects: float = 0.0
-  # Share whose subject is changed in the question alone: then no document has
-  # the answer, and the generator learns to write none. Where an answer has to
-  # be written all the same, decoding.min_new_tokens=1, it is improbable.
-  unanswerable_questions: float = 0.0
   # Share of the training questions that are read as people type them: lower
   # case, "what's", no question mark (data/informal.py).
   informal_questions: float = 0.0
@@ -353,8 +349,9 @@ class EvalConfig(_Settings):
   num_test: int = 0  # test questions used; 0: all
   # When two answers are equal, and when a passage holds one: evaluation/
   # answers.py says what each does. "squad" is comparable with papers to the
-  # letter, "numbers" compares numbers as such.
-  answers: str = _choice("multilingual", "squad", "numbers")
+  # letter, "numbers" compares numbers as such; with "regex" answers are regular
+  # expressions, as CuratedTREC's.
+  answers: str = _choice("multilingual", "squad", "numbers", "regex")
   # Whose articles are left out of answers; "" leaves all in. Not for "squad".
   language: str = _choice("en", "es", "de", "vi", "ar", "")
 

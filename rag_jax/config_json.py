@@ -18,6 +18,7 @@ from rag_jax import disk
 from rag_jax.config import Config
 from rag_jax.config_rules import fields
 from rag_jax.config_rules import validate
+from rag_jax.json_input import parse_settings
 
 
 def to_json(config: Config) -> str:
@@ -113,8 +114,8 @@ def from_json(text: str, origin: str = "the config") -> Config:
       there is a digest, and it is not that of the rest.
   """
   try:
-    tree = json.loads(text)
-  except json.JSONDecodeError as error:
+    tree = parse_settings(text)
+  except ValueError as error:
     raise ValueError(
       f"{origin} is not JSON ({error}); the file was cut off or edited."
       " Restore it, or start in another workdir."

@@ -4,7 +4,7 @@ In: a `Config`, as a file in configs/ and the command line made it. Out: the
 same, or every problem in one message.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 import dataclasses
 import difflib
 import json
@@ -26,13 +26,15 @@ _AT_LEAST_ONE = frozenset({
   "scann_dims_per_block", "size", "max_word_chars",
 })  # fmt: skip
 
+_MAX_INT = 2**31 - 1  # more than any size
+_MAX_SEED = 2**63 - 1  # what a random key takes
+
 _LEAST = {"generator.decoder_start_id": -1, "encoder.max_positions": 0}
 
 
 # Of the training questions, that are changed.
 _SHARES = (
-  "substitute_answers", "substitute_subjects", "unanswerable_questions",
-  "informal_questions",
+  "substitute_answers", "substitute_subjects", "informal_questions",
 )  # fmt: skip
 
 
@@ -79,11 +81,45 @@ def range_problem(name: str, field: dataclasses.Field, value: Any) -> str:
   """Returns what is wrong with the size of a number, or ""."""
   if field.type not in (int, float):
     return ""
+  # Compared before it is shown: Python refuses to write thousands of digits.
+  most = _MAX_SEED if name == "seed" else _MAX_INT
+  if isinstance(value, int) and abs(value) > most:
+    return (
+      f"{name} is a number of {value.bit_length()} bits, which must be at most"
+      f" {most}."
+    )
   if not math.isfinite(value):
     return f"{name}={value} is not a finite number."
   least = 1 if name.rpartition(".")[2] in _AT_LEAST_ONE else 0
   least = _LEAST.get(name, least)
   return "" if value >= least else f"{name}={value} must be at least {least}."
+
+
+def replace_fields(config: Any, values: Mapping[str, Any], name: str) -> Any:
+  """Returns a section of a `Config` with other values, as a file had them.
+
+  Args:
+    config: the section.
+    values: of some of its fields.
+    name: of the section, for messages.
+
+  Raises:
+    ValueError: there is no such field, or a value is not possible.
+  """
+  known = {field.name: field for field in dataclasses.fields(config)}
+  problems = [f"{name}.{k} is no setting." for k in values if k not in known]
+  for key, value in values.items() if not problems else ():
+    problem = type_problem(f"{name}.{key}", known[key], value)
+    problems.append(
+      problem or range_problem(f"{name}.{key}", known[key], value)
+    )
+  if problems := [problem for problem in problems if problem]:
+    raise ValueError(
+      "What was saved is no description of a model: "
+      + " ".join(problems)
+      + " Expected the fields as they were written. Save it again."
+    )
+  return dataclasses.replace(config, **values)
 
 
 def _encoder_problems(c: Config) -> Iterator[str]:
@@ -225,7 +261,6 @@ def _in_step_problems(c: Config) -> Iterator[str]:
     ("data.context_style", c.data.context_style, "question_first"),
     ("data.substitute_answers", c.data.substitute_answers, 0.0),
     ("data.substitute_subjects", c.data.substitute_subjects, 0.0),
-    ("data.unanswerable_questions", c.data.unanswerable_questions, 0.0),
     ("index.hybrid", c.index.hybrid, False),
   ):
     if value != needed:
@@ -277,6 +312,12 @@ def _cross_problems(c: Config) -> Iterator[str]:
       "hf_loss=True is of models that Hugging Face has, and it has none with"
       " generator.pointer=True. Set one of them to False."
     )
+  if c.eval.answers == "regex" and c.train.num_steps:
+    yield (
+      "eval.answers='regex' is for measuring: a regular expression is no answer"
+      f" that can be taught, but train.num_steps={c.train.num_steps}. Set it to"
+      " 0, or train on questions whose answers are text first."
+    )
   if c.hf_loss and c.train.vocab_chunk:
     yield (
       "hf_loss=True needs all logits, but train.vocab_chunk="
@@ -294,7 +335,7 @@ def _cross_problems(c: Config) -> Iterator[str]:
   for name in _SHARES:
     if getattr(c.data, name) > 1.0:
       yield f"data.{name}={getattr(c.data, name)} must be at most 1."
-  for name in _SHARES[:3]:
+  for name in _SHARES[:2]:
     if c.data.context_style == "rag" and getattr(c.data, name):
       yield (
         f"data.{name}={getattr(c.data, name)} needs"

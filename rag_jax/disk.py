@@ -7,6 +7,7 @@ where the disk is full or the folder belongs to somebody else.
 
 from collections.abc import Iterator
 import contextlib
+import difflib
 import errno
 import os
 import secrets
@@ -21,10 +22,34 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
+_SHOWN_NAMES = 8  # of a folder, where a path does not exist
+
 
 def is_local(path: epath.PathLike) -> bool:
   """Returns whether `path` is on a file system, not in a bucket (gs://)."""
   return "://" not in os.fspath(path)
+
+
+def instead_of(path: epath.PathLike) -> str:
+  """Returns what there is in place of a path that does not exist."""
+  path = epath.Path(path)
+  if not is_local(path):
+    return "Correct the path."
+  missing = path.name
+  folder = path.parent
+  while not folder.is_dir() and folder != folder.parent:
+    missing, folder = folder.name, folder.parent
+  names = sorted(
+    f"{p.name}{'/' * p.is_dir()}"
+    for p in folder.iterdir()
+    if not p.name.startswith(".")
+  )
+  close = difflib.get_close_matches(missing, names, n=1, cutoff=0.5)
+  if close:
+    return f"Did you mean {os.fspath(folder / close[0])!r}?"
+  shown = ", ".join(names[:_SHOWN_NAMES])
+  more = ", ..." if len(names) > _SHOWN_NAMES else ""
+  return f"{folder} holds {shown or 'nothing'}{more}."
 
 
 def temp_path(path: epath.PathLike) -> epath.Path:

@@ -9,7 +9,7 @@ that turn the direction of the text.
 import json
 import logging as std_logging
 import re
-from typing import IO, Any
+from typing import Any
 import unicodedata
 
 from absl import logging
@@ -69,7 +69,7 @@ class PrintableStream:
   In the place of `sys.stdout` it is what everything is printed through.
   """
 
-  def __init__(self, inner: IO[str]):
+  def __init__(self, inner: Any):  # a stream of text
     self._inner = inner
 
   def write(self, text: str) -> int:

@@ -374,3 +374,18 @@ def test_the_size_of_a_directory_is_that_of_its_finished_files(tmp_path):
   (tmp_path / ".b.1234.tmp").write_bytes(bytes(100))
   (tmp_path / artifacts.MANIFEST).write_bytes(bytes(100))
   assert artifacts.directory_bytes(tmp_path) == 15
+
+
+def test_a_path_that_is_not_there_names_what_is(tmp_path):
+  assert artifacts.instead_of(tmp_path / "x") == f"{tmp_path} holds nothing."
+  (tmp_path / "runs/documents").mkdir(parents=True)
+  (tmp_path / "runs/notes.txt").touch()
+  near = f"Did you mean {str(tmp_path / 'runs/documents')!r}?"
+  assert artifacts.instead_of(tmp_path / "runs/document") == near
+  assert artifacts.instead_of("relative/nowhere")  # of where one is
+  far = artifacts.instead_of(tmp_path / "runs/zzz/qqq")
+  assert far == f"{tmp_path}/runs holds documents/, notes.txt."
+  with pytest.raises(FileNotFoundError, match=r"Did you mean .*documents'"):
+    artifacts.read_manifest(
+      tmp_path / "runs/documnts", kind="x", format=1, remedy="Build it."
+    )

@@ -25,6 +25,7 @@ from absl import flags
 from absl import logging
 import command
 
+from rag_jax.evaluation.answers import VARIANTS
 from rag_jax.evaluation.benchmark_growth import GrowthSettings
 from rag_jax.evaluation.benchmark_growth import benchmark_growth
 from rag_jax.evaluation.benchmark_report import write_benchmark
@@ -58,6 +59,14 @@ _TARGET = flags.DEFINE_float(
 _TUNE_SECS = flags.DEFINE_float(
   "tune_secs", _DEFAULT.tune_secs, "That ScaNN's tuner may take."
 )
+_DROP_OWN_ID = flags.DEFINE_bool(
+  "drop_own_id", False, "Leave out the passage whose id is the question's, for"
+  " questions that are documents themselves (ArguAna, Quora).",
+)  # fmt: skip
+_ANSWERS = flags.DEFINE_enum(
+  "answers", _DEFAULT.answers, list(VARIANTS),
+  "How they are looked for; regex: regular expressions, as CuratedTREC's.",
+)  # fmt: skip
 _ROUNDS = flags.DEFINE_integer("rounds", _DEFAULT.rounds, "Of timing.")
 _SPEED_SECS = flags.DEFINE_float(
   "speed_secs", _DEFAULT.speed_secs, "Of each system, in each round."
@@ -69,12 +78,14 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   settings = BenchmarkSettings(
+    answers=_ANSWERS.value,
     systems=tuple(_SYSTEMS.value or ()),
     max_questions=_MAX.value,
     target_recall=_TARGET.value,
     tune_secs=_TUNE_SECS.value,
     rounds=_ROUNDS.value,
     speed_secs=_SPEED_SECS.value,
+    drop_own_id=_DROP_OWN_ID.value,
   )
   directory = _INDEX.value, _QUESTIONS.value
   files = _EMBEDDINGS.value or []

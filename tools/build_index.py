@@ -98,7 +98,7 @@ _BM25 = flags.DEFINE_bool("bm25", True, "Index the words too.")
 _FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
 _words = command.define_word_flags()
 _CACHE_DIR = flags.DEFINE_string(
-  "cache_dir", "", "Where compiled programs are kept; '': beside the output."
+  "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
 _WAIT = flags.DEFINE_bool(
   "wait", False, "For another process that writes there, not stop."
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   output = epath.Path(_OUTPUT.value or "").expanduser()
-  keep_compiled(_CACHE_DIR.value or output.parent / ".jax_cache")
+  keep_compiled(_CACHE_DIR.value or "")
   config = BuildConfig(
     split=_split(),
     fields=FieldNames(

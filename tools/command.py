@@ -8,6 +8,8 @@ no passage, id or question can control the terminal.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
 import os
 import pathlib
@@ -20,18 +22,21 @@ from absl import app
 from absl import flags
 
 from rag_jax import terminal
+from rag_jax.corpus.records import check_text
 from rag_jax.retrieval.bm25 import Bm25Settings
 from rag_jax.retrieval.bm25 import check_settings
 from rag_jax.retrieval.bm25 import read_stop_words
 
 # Anything else is a bug, and shows where.
-_MENDABLE = (ValueError, TypeError, ImportError, OSError, FloatingPointError)
+_MENDABLE = (
+  ValueError, TypeError, ImportError, OSError, FloatingPointError, MemoryError
+)  # fmt: skip
+
 
 _HELP = re.compile(r"--?(?:h|\?|help|helpshort|helpfull)(?:=true)?")
 
-# Before libraries are imported: what they say of PyTorch, and of TensorFlow's
-# and XLA's start, is for nobody who uses a tool.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# Before libraries are imported: what TensorFlow and XLA say of their start is
+# for nobody who uses a tool.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
@@ -68,6 +73,25 @@ def define_word_flags() -> Callable[[Bm25Settings], Bm25Settings]:
     return check_settings(dataclasses.replace(defaults, **values))
 
   return settings
+
+
+def questions(arguments: Sequence[str]) -> Iterator[str]:
+  """Yields the questions of a command line; of standard input if it is "-".
+
+  Raises:
+    ValueError: one of them is not UTF-8.
+  """
+  if list(arguments) != ["-"]:
+    for number, argument in enumerate(arguments, start=1):
+      check_text(argument, f"Question {number} of the command line")
+      yield argument
+    return
+  # By hand: Python ends at the first byte that is no UTF-8, without a place.
+  for number, raw in enumerate(sys.stdin.buffer, start=1):
+    text = raw.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    if text.strip():
+      check_text(text, f"Line {number} of standard input")
+      yield text.strip()
 
 
 def run(

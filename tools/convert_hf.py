@@ -8,7 +8,8 @@ wrote: it becomes a checkpoint that transformers loads. Or it is a checkpoint, a
 directory or a name of the hub: it becomes a model directory of rag_jax, with
 its tokenizers. (Training needs no conversion: --config.generator.init_from
 takes the checkpoint itself.) Prints what each tensor is called there and here.
-Safetensors alone: a pytorch_model.bin is refused, with the way to convert it.
+Where the weights are a pytorch_model.bin alone, as of facebook/rag-*, torch's
+loader of weights alone reads it: pip install 'rag_jax[parity]'.
 """
 
 import os
@@ -16,6 +17,7 @@ import os
 from absl import app
 from absl import flags
 import command
+import pickles
 
 from rag_jax.weights import convert
 from rag_jax.weights.hub import HUB_PREFIX
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> None:
         f"--kind={_KIND.value} is for an export, but {source} is no workdir and"
         " no model directory of rag_jax. Leave it away to import a checkpoint."
       )
-    report = convert.import_checkpoint(source, output)
+    report = pickles.import_any(source, output)
     done = "Wrote a model directory of rag_jax to"
   print(report)
   print(f"{done} {output}.")

@@ -15,7 +15,6 @@ passages or answers, says which mode is best, and keeps both with the index;
 
 import itertools
 import json
-import sys
 import textwrap
 
 from absl import app
@@ -29,6 +28,7 @@ from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.evaluation.search_modes import fit_search_modes
 from rag_jax.retrieval.filters import describe_metadata
 from rag_jax.retrieval.filters import parse_conditions
+from rag_jax.terminal import one_line
 
 _INDEX = flags.DEFINE_string("index", None, "The directory to search.")
 _N_DOCS = flags.DEFINE_integer(
@@ -67,9 +67,7 @@ def main(argv: list[str]) -> None:
   """Runs the command."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  questions = argv[1:]
-  if questions == ["-"]:
-    questions = [line.strip() for line in sys.stdin if line.strip()]
+  questions = list(command.questions(argv[1:]))
   if _FIT_HYBRID.value:
     modes = fit_search_modes(_INDEX.value or "", _FIT_HYBRID.value)
     print("\n".join(f"{name}: {value}" for name, value in modes.rows()))
@@ -108,8 +106,9 @@ def main(argv: list[str]) -> None:
     if not hits:
       print("\n          No passage was found.")
     for hit in hits:
-      title = f"{hit.passage.title}  " if hit.passage.title else ""
-      ids = ", ".join((hit.passage.id, *hit.also))
+      title = one_line(hit.passage.title)
+      title = f"{title}  " if title else ""
+      ids = ", ".join(map(one_line, (hit.passage.id, *hit.also)))
       print(f"\n{hit.score:8.3f}  {title}[{ids}]")
       print(textwrap.indent(_wrapped(hit.passage.text), " " * 10))
 

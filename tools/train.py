@@ -20,6 +20,7 @@ import jax
 from ml_collections import config_flags
 
 from rag_jax import config_json
+from rag_jax.artifacts import instead_of
 from rag_jax.config_rules import validate
 from rag_jax.data.experiment import open_experiment
 from rag_jax.data.initial import load_initial
@@ -29,6 +30,7 @@ from rag_jax.evaluation.evaluate import Evaluator
 from rag_jax.evaluation.evaluate import choose
 from rag_jax.evaluation.finish import finish
 from rag_jax.evaluation.report import table
+from rag_jax.training.banner import banner
 from rag_jax.training.interrupt import StoppedEarlyError
 from rag_jax.training.loop import train
 from rag_jax.training.workdir import keep_compiled
@@ -37,7 +39,7 @@ from rag_jax.training.workdir import open_workdir
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written.")
 _CACHE_DIR = flags.DEFINE_string(
-  "cache_dir", "", "Where compiled programs are kept; '': in the workdir."
+  "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
 flags.DEFINE_bool("debug", False, "Show where an error came from.")
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -60,7 +62,8 @@ def main(argv: list[str]) -> None:
   if not os.path.isfile(filename):
     raise FileNotFoundError(
       f"There is no config file {filename}. Expected a Python file with a"
-      " function get_config, like configs/quickstart.py. Correct --config."
+      " function get_config, like configs/quickstart.py."
+      f" {instead_of(filename)} Correct --config."
     )
   if _MIN_INDEX_RECALL.value is not None:
     _CONFIG.value.index.min_recall = _MIN_INDEX_RECALL.value
@@ -68,8 +71,7 @@ def main(argv: list[str]) -> None:
   with open_workdir(
     _WORKDIR.value or "", config, process_index=jax.process_index()
   ) as workdir:
-    keep_compiled(_CACHE_DIR.value or workdir.compiled)
-    logging.info("Config:\n%s", config_json.to_json(config))
+    keep_compiled(_CACHE_DIR.value or "")
     questions = {
       split: load_questions(config.data.questions, split)
       for split in ("train", "validation", "test")
@@ -80,6 +82,7 @@ def main(argv: list[str]) -> None:
       tokens_path=workdir.tokens,
       initial=initial,
     )
+    logging.info("%s", banner(experiment, workdir.path, questions))
     evaluator = Evaluator(experiment, Answerer(experiment))
     validation = choose(
       questions["validation"], config.eval.num_validation, config.seed

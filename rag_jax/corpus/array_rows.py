@@ -1,14 +1,53 @@
 """A .npy file that is written row by row, and mapped into memory to be read.
 
-In: blocks of rows of an array whose length is known. Out: the file.
+In: blocks of rows of an array whose length is known. Out: the file, and what it
+holds.
 """
 
 import io
 import os
+import tokenize
 from typing import Any
+import zipfile
 
 from etils import epath
 import numpy as np
+
+from rag_jax.artifacts import is_local
+
+# NumPy reads the header of a file as Python, and lets the errors of that pass.
+_NOT_NPY = (
+  ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError,
+  EOFError, SyntaxError, RecursionError, tokenize.TokenError,
+  zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def read_array(path: epath.PathLike, remedy: str) -> np.ndarray:
+  """Returns the array of a .npy file; a local one is mapped, not read.
+
+  Args:
+    path: an existing file.
+    remedy: a sentence for the end of the message: what to do next.
+
+  Raises:
+    ValueError: it is no array that can be read without running code.
+  """
+  path = epath.Path(path)
+  try:
+    if is_local(path):
+      array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    else:
+      with path.open("rb") as f:
+        array = np.load(f, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+      raise ValueError("it is an archive of several")
+  except _NOT_NPY as error:
+    raise ValueError(
+      f"{path} is no array that NumPy can read ({error}). Expected what rag_jax"
+      f" wrote. {remedy}"
+    ) from error
+  return array
 
 
 class ArrayRows:

@@ -3,12 +3,13 @@
 In: a JSON object and the names of its fields. Out: a `Document`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 import dataclasses
 import json
 from typing import Any
 
 from rag_jax.corpus.records import check_fields
+from rag_jax.corpus.records import shorten
 from rag_jax.corpus.report import BadRecords
 
 _SCALARS = (str, int, float, bool)
@@ -45,8 +46,10 @@ class FieldNames:
 
   Attributes:
     id: if it is left at "id", a record without it may have BEIR's "_id".
-    title: if it is left at "title", a record may have none.
-    text: what is split, searched and read.
+    title: if it is left at "title", a record may have none, or KILT's
+      "wikipedia_title".
+    text: what is split, searched and read. If it is left at "text", a record
+      without it may have Pyserini's and FlashRAG's "contents".
   """
 
   id: str = "id"
@@ -55,6 +58,68 @@ class FieldNames:
 
 
 DEFAULT_FIELDS = FieldNames()
+
+_MAX_TITLE_CHARS = 200  # of the first line of "contents", to be a title
+# Of a sentence, also a Chinese one.
+_SENTENCE_ENDS = tuple(".!?:;,\u3002\uff01\uff1f")
+
+
+def _present(
+  names: Collection[str], field: str, default: str, other: str
+) -> str:
+  """Returns `field`, or `other` where that is there in its place."""
+  is_other = field == default and field not in names and other in names
+  return other if is_other else field
+
+
+def id_field(names: Collection[str], fields: FieldNames) -> str:
+  """Returns which of a record's `names` is its id."""
+  return _present(names, fields.id, DEFAULT_FIELDS.id, "_id")
+
+
+def text_field(names: Collection[str], fields: FieldNames) -> str:
+  """Returns which of a record's `names` is its text."""
+  return _present(names, fields.text, DEFAULT_FIELDS.text, "contents")
+
+
+def _title_field(names: Collection[str], fields: FieldNames) -> str:
+  title = DEFAULT_FIELDS.title
+  return _present(names, fields.title, title, "wikipedia_title")
+
+
+def _split_contents(contents: str) -> tuple[str, str]:
+  """Returns the title and the text of Pyserini's or FlashRAG's "contents".
+
+  FlashRAG writes the title, often in double quotes, into the first line. A
+  first line that is a sentence, or long, or all there is, is text.
+  """
+  first, _, rest = contents.partition("\n")
+  title = first.strip()
+  if not title or not rest.strip():
+    return "", contents
+  if len(title) > 2 and title[0] == title[-1] == '"':
+    return title[1:-1].replace('""', '"').strip(), rest
+  if len(title) > _MAX_TITLE_CHARS or title.endswith(_SENTENCE_ENDS):
+    return "", contents
+  return title, rest
+
+
+def _joined(paragraphs: list[Any], title: str, where: str) -> str:
+  """Returns the text of KILT's list of paragraphs, of which the first is title.
+
+  Raises:
+    ValueError: a paragraph is no string.
+  """
+  for number, paragraph in enumerate(paragraphs):
+    if not isinstance(paragraph, str):
+      raise ValueError(
+        f"{where}: paragraph {number} of the text is {shorten(paragraph)}."
+        " Expected a string, or a list of strings, as in KILT's knowledge"
+        " source. Correct the record."
+      )
+  if len(paragraphs) > 1 and title and paragraphs[0].strip() == title.strip():
+    paragraphs = paragraphs[1:]
+  return "\n".join(paragraph.removesuffix("\n") for paragraph in paragraphs)
 
 
 def _metadata(
@@ -95,25 +160,32 @@ def record_document(
       was asked for is missing or of another type.
   """
   default = DEFAULT_FIELDS
-  optional = fields.title == default.title or fields.title in record
+  named = fields.title in record
   record = {k: v for k, v in record.items() if v is not None}
-  beir = fields.id == default.id and fields.id not in record and "_id" in record
-  id_ = "_id" if beir else fields.id
-  title = {fields.title: str}
+  id_, text_ = id_field(record, fields), text_field(record, fields)
+  title_ = _title_field(record, fields)
+  beir = id_ != fields.id
+  required = {id_: (str, int), text_: (str, list)}
+  title = {title_: str}
+  optional = fields.title == default.title or named
   check_fields(
     record,
     where,
-    required={id_: (str, int), fields.text: str} | ({} if optional else title),
+    required=required | ({} if optional else title),
     optional=title if optional else {},
   )
-  text, heading = record[fields.text], record.get(fields.title, "")
+  text, heading = record[text_], record.get(title_, "")
+  if isinstance(text, list):
+    text = _joined(text, heading, where)
+  if text_ != fields.text and not heading:
+    heading, text = _split_contents(text)
   if beir and not text.strip():
     text = heading  # BEIR's own searchers read the title and the text
   return Document(
     id=str(record[id_]),
     title=heading,
     text=text,
-    metadata=_metadata(record, {id_, fields.title, fields.text}, where),
+    metadata=_metadata(record, {id_, title_, text_}, where),
     where=where,
   )
 

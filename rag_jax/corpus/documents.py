@@ -11,28 +11,28 @@ from etils import epath
 from rag_jax.corpus.document import DEFAULT_FIELDS
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import FieldNames
+from rag_jax.corpus.document import record_documents
 from rag_jax.corpus.folders import TEXT_ENDS
 from rag_jax.corpus.folders import read_folder
 from rag_jax.corpus.folders import read_text_file
 from rag_jax.corpus.json_files import read_json
 from rag_jax.corpus.json_files import read_jsonl_documents
 from rag_jax.corpus.passages import BUNDLED
-from rag_jax.corpus.passages import read_psgs_w100
 from rag_jax.corpus.records import find_file
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.tables import ENDS as TABLE_ENDS
+from rag_jax.corpus.tables import read_table
 from rag_jax.corpus.tfds_documents import TFDS
 from rag_jax.corpus.tfds_documents import read_tfds_documents
 
 _BEIR = ("corpus.jsonl", "corpus.jsonl.gz")
 
 
-def _read_tsv(
+def _read_table(
   path: epath.PathLike, fields: FieldNames, bad_records: BadRecords
 ) -> Iterator[Document]:
-  del fields  # the file's first line names them
-  name = str(path)
-  for line, p in read_psgs_w100(path, bad_records=bad_records):
-    yield Document(p.id, p.title, p.text, (), f"{name}:{line}")
+  rows = read_table(path, fields, bad_records)
+  yield from record_documents(rows, fields, bad_records)
 
 
 _READERS: dict[
@@ -41,7 +41,7 @@ _READERS: dict[
 ] = {
   ".jsonl": read_jsonl_documents,
   ".json": read_json,
-  ".tsv": _read_tsv,
+  **dict.fromkeys(TABLE_ENDS, _read_table),
 }
 
 _EXPECTED = (
@@ -92,9 +92,11 @@ def read_documents(
 
   Args:
     path: "world_facts", "tfds:NAME", or a local or gs:// path. A .jsonl file
-      (BEIR's too), a .json file (a list of records, an object with one such
-      list, or SQuAD's, whose paragraphs are taken), a .tsv file like DPR's
-      psgs_w100.tsv, a .txt, .md or .html file, each perhaps with .gz behind;
+      (also BEIR's, Pyserini's, FlashRAG's and KILT's), a .json file (a list of
+      records, an object with one such list, or SQuAD's, whose paragraphs are
+      taken), a .csv or .tsv file with the names of its columns in the first
+      line, such as DPR's psgs_w100.tsv, or without names MS MARCO's
+      collection.tsv, a .txt, .md or .html file, each perhaps with .gz behind;
       a folder with BEIR's corpus.jsonl, or with text files in it and below.
     fields: names of the fields of JSON and TFDS records.
     bad_records: what to do with a record without id or text, a line that is

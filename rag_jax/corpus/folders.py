@@ -1,17 +1,20 @@
 """Documents of a folder of text files, one a file.
 
-In: a folder, or one file, of .txt, .md or .html, perhaps with .gz behind it.
+In: a folder, or one file, of .txt, .md or .html, perhaps with .gz behind it;
+also .rst, .ipynb, .pdf and .docx.
 Out: a document a file, in the order of the names. One file is in memory at a
 time, and the names in the folders above it.
 """
 
 from collections.abc import Callable, Iterator
+import functools
 import os
 
 from etils import epath
 
 from rag_jax.artifacts import is_local
 from rag_jax.corpus import markdown_text
+from rag_jax.corpus import office_text
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.encodings import decode_page
 from rag_jax.corpus.encodings import likely_encoding
@@ -23,6 +26,7 @@ from rag_jax.corpus.records import conversion
 from rag_jax.corpus.records import decode_text
 from rag_jax.corpus.records import read_bytes
 from rag_jax.corpus.records import shorten
+from rag_jax.corpus.records import special_file
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.report import CorpusReport
 
@@ -75,6 +79,20 @@ def _html(raw: bytes, path: epath.Path, report: CorpusReport) -> Page:
   return read_html(decoded.text)
 
 
+def _office(
+  end: str, raw: bytes, path: epath.Path, report: CorpusReport
+) -> Page:
+  """Returns a file that a library of the extra `documents` reads."""
+  given = _text(raw, path) if end in office_text.OF_TEXT else raw
+  try:
+    page, num_chars = office_text.READERS[end](given)
+  except ValueError as error:
+    raise ValueError(f"{path}:1: {error}, or skip bad records.") from error
+  if num_chars:
+    report.leave_out(num_chars, f"{path}:1")
+  return page
+
+
 _Reader = Callable[[bytes, epath.Path, CorpusReport], Page]
 
 _READERS: dict[str, _Reader] = {
@@ -84,6 +102,7 @@ _READERS: dict[str, _Reader] = {
   ".html": _html,
   ".htm": _html,
   ".xhtml": _html,
+  **{end: functools.partial(_office, end) for end in office_text.READERS},
 }
 TEXT_ENDS = tuple(_READERS)
 
@@ -107,6 +126,21 @@ def read_text_file(
   try:
     raw = read_bytes(path)
     page = _READERS[_end(path.name)](raw, path, bad_records.report)
+    if bad := bad_character(id) or bad_character(path.name):
+      raise ValueError(
+        f"{shorten(os.fspath(path), 200)}:1: the file's name holds {bad}."
+        " Expected a name in UTF-8, which the document's id is made of. Rename"
+        " the file."
+      )
+  except (FileNotFoundError, PermissionError) as error:
+    problem = ValueError(
+      f"{path}:1: the file cannot be opened ({error.strerror}). Expected a file"
+      " that this user may read. Is it a link to nothing, or are permissions"
+      " missing? Mend or remove it."
+    )
+    problem.__cause__ = error
+    bad_records.refuse("undecodable", problem)
+    return
   except ValueError as error:
     bad_records.refuse("undecodable", error)
     return
@@ -119,23 +153,36 @@ def _without_gz(name: str) -> str:
 
 
 def _files_below(
-  folder: epath.Path, prefix: str, bad_records: BadRecords
+  folder: epath.Path, bad_records: BadRecords
 ) -> Iterator[tuple[str, epath.Path]]:
   """Yields (relative name, path) of the text files, in order of the names."""
-  for path in sorted(folder.iterdir(), key=lambda p: p.name):
-    name = prefix + path.name
-    hidden = path.name.startswith(".")
+  # Not one call inside another: folders can be nested deeper than calls.
+  levels = [_entries(folder, "")]
+  while levels:
+    name, path = next(levels[-1], ("", folder))
+    if not name:
+      levels.pop()
+      continue
+    hidden, special = path.name.startswith("."), special_file(path)
     if path.is_dir():
       # A link may lead back up, and then there would be no end.
       linked = is_local(path) and os.path.islink(path)
       if not hidden and not linked:
-        yield from _files_below(path, name + "/", bad_records)
+        levels.append(_entries(path, name + "/"))
         continue
-    elif not hidden and _end(path.name):
+    elif not hidden and not special and _end(path.name):
       yield name, path
       continue
     bad_records.report.other_files += 1
-    bad_records.report.note("other_files", str(path))
+    place = f"{path}: {special}" if special else str(path)
+    bad_records.report.note("other_files", place)
+
+
+def _entries(
+  folder: epath.Path, prefix: str
+) -> Iterator[tuple[str, epath.Path]]:
+  paths = sorted(folder.iterdir(), key=lambda p: p.name)
+  return ((prefix + path.name, path) for path in paths)
 
 
 def read_folder(
@@ -152,7 +199,7 @@ def read_folder(
     ValueError: a file is not UTF-8, or there is no text file at all.
   """
   found = False
-  for name, path in _files_below(folder, "", bad_records):
+  for name, path in _files_below(folder, bad_records):
     found = True
     yield from read_text_file(path, name, bad_records)
   if not found:

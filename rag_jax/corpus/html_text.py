@@ -231,11 +231,6 @@ class _Lines:
     """The last character of the line, a space if one is wanted, or ""."""
     return self._space or (self._line[-1][-1] if self._line else "")
 
-  @property
-  def length(self) -> int:
-    """Characters up to the next line."""
-    return self._length
-
   def space(self, kind: str = " ") -> None:
     """Keeps what follows apart from what was before."""
     if self._line and self._space != "\t":
@@ -301,6 +296,31 @@ class _Lines:
     if line or (blank and self.done and self.done[-1]):
       self.done.append(line)
       self._length += len(line) + 1
+
+  def end_heading(self, first: int, level: int) -> None:
+    """Ends a heading, of which the first line counts if it is a long one.
+
+    One that is never closed holds all that follows.
+
+    Args:
+      first: how many lines were complete before.
+      level: of the heading.
+    """
+    self.end_line()
+    new = self.done[first:]
+    start = self._length - sum(len(line) + 1 for line in new)
+    while new and not new[0].strip():
+      start += len(new.pop(0)) + 1
+    if len(new) > 3 or sum(map(len, new)) > 200:
+      new = new[:1]
+    if not new:
+      return
+    end = start + len("\n".join(new))
+    inner = [h for h in self.headings if h.start >= end]
+    while self.headings and self.headings[-1].start >= start:
+      self.headings.pop()
+    title = " ".join(" ".join(new).split())
+    self.headings += [Heading(start, end, level, title), *inner]
 
   def end_pre(self, first: int) -> None:
     """Ends lines that were kept, without blank ones behind them.
@@ -379,11 +399,7 @@ def _walk(root: LexborNode, lines: _Lines) -> None:
         kept -= 1
         lines.end_pre(note)
       elif _HEADING.fullmatch(name):
-        line = lines.end_line()
-        if line:
-          lines.headings.append(
-            Heading(note, note + len(line), int(name[1]), line)
-          )
+        lines.end_heading(note, int(name[1]))
       elif name in _BLOCKS:
         lines.end_line()
       elif name == "q":
@@ -417,6 +433,10 @@ def _walk(root: LexborNode, lines: _Lines) -> None:
       node, attributes
     ):
       continue
+    if name == "p" and _fills_cell(node):
+      if node.first_child is not None:
+        ends.append((node.first_child, "", 0))
+      continue
     kind = name if name in ("sup", "sub") else ""
     if math and not kind:
       kind = _script_kind(node)
@@ -435,7 +455,7 @@ def _walk(root: LexborNode, lines: _Lines) -> None:
       lines.keep("\n")
     elif name in _BLOCKS:
       lines.end_line()
-      note = lines.length
+      note = len(lines.done)
     elif name in ("td", "th"):
       lines.space("\t")
     if name in _APART:
@@ -461,6 +481,17 @@ def _walk(root: LexborNode, lines: _Lines) -> None:
     ends.append((None, name, note))
     if node.first_child is not None:
       ends.append((node.first_child, "", 0))
+
+
+def _fills_cell(node: LexborNode) -> bool:
+  """Returns whether an element is all that a cell of a table holds."""
+  parent = node.parent
+  if parent is None or parent.tag not in ("td", "th"):
+    return False
+  return not any(
+    child.is_element_node and child.mem_id != node.mem_id
+    for child in parent.iter(include_text=False)
+  )
 
 
 def _in_heading(node: LexborNode) -> bool:

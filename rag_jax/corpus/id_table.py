@@ -14,6 +14,8 @@ import numpy as np
 
 from rag_jax.artifacts import temp_path
 from rag_jax.corpus.array_rows import ArrayRows
+from rag_jax.corpus.array_rows import read_array
+from rag_jax.corpus.shards import REMEDY
 
 HASHES = "id_hashes.npy"
 ROWS = "id_rows.npy"
@@ -111,8 +113,24 @@ class IdTable:
   """The finished table, mapped into memory."""
 
   def __init__(self, directory: epath.Path):
-    self._hashes = np.load(directory / HASHES, "r", allow_pickle=False)
-    self._rows = np.load(directory / ROWS, "r", allow_pickle=False)
+    self._hashes = read_array(directory / HASHES, REMEDY)
+    self._rows = read_array(directory / ROWS, REMEDY)
+
+  def check(self, num_rows: int) -> None:
+    """Raises `ValueError` unless the table is one of `num_rows` passages."""
+    rows, hashes = self._rows, self._hashes
+    fits = rows.shape == hashes.shape == (num_rows,)
+    if (
+      not fits
+      or (hashes.dtype, rows.dtype) != (np.uint64, np.int64)
+      or int(rows.min()) < 0
+      or int(rows.max()) >= num_rows
+    ):
+      raise ValueError(
+        f"The table of ids has {hashes.dtype} of shape {hashes.shape} and"
+        f" {rows.dtype} of shape {rows.shape}; expected {num_rows} uint64 and"
+        f" as many rows below that. {REMEDY}"
+      )
 
   def candidates(self, id: str) -> list[int]:
     """Returns the rows whose id may be `id`, almost always one or none."""

@@ -15,11 +15,11 @@ from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.document import record_documents
 from rag_jax.corpus.records import bad_character
 from rag_jax.corpus.records import decode_text
-from rag_jax.corpus.records import parse_json
 from rag_jax.corpus.records import read_bytes
 from rag_jax.corpus.records import read_records
 from rag_jax.corpus.records import shorten
 from rag_jax.corpus.report import BadRecords
+from rag_jax.json_input import parse_json
 
 _EXPECTED = (
   "Expected a list of objects, an object with one such list, SQuAD's format,"
@@ -57,7 +57,7 @@ def read_json(
   del raw
   try:
     tree = parse_json(text)
-  except (ValueError, RecursionError) as error:
+  except ValueError as error:
     extra = isinstance(error, json.JSONDecodeError)
     if extra and error.msg == "Extra data":
       yield from read_jsonl_documents(path, fields, bad_records)

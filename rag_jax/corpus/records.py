@@ -1,22 +1,27 @@
 """Text files, line by line, with the place of everything that is wrong.
 
 In: the path of a UTF-8 file, gzip-compressed if its name ends in .gz. Out: its
-text, its lines, or the JSON objects on them, each with its line number.
+text, its lines, or the JSON objects on them, each with its line number. What a
+file can make us hold in memory is limited, whoever wrote it.
 """
 
 import codecs
 from collections.abc import Iterator, Mapping
 import difflib
+import functools
 import gzip
-import json
+import os
+import stat
 from typing import Any, BinaryIO, cast
 import zlib
 
 from etils import epath
 
+from rag_jax.artifacts import is_local
 from rag_jax.corpus.encodings import bom_encoding
 from rag_jax.corpus.encodings import likely_encoding
 from rag_jax.corpus.report import BadRecords
+from rag_jax.json_input import parse_json
 
 # What `json` makes of each kind of value, and what to call it.
 _TYPE_NAMES: dict[type, str] = {
@@ -31,6 +36,22 @@ _TYPE_NAMES: dict[type, str] = {
 
 _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 
+MAX_LINE_BYTES = 1 << 26  # 64 MiB: a line, and with it a record
+MAX_FILE_BYTES = 1 << 30  # 1 GiB: a file that is read whole, decompressed
+# Text becomes 3 to 20 times smaller with gzip, a file of one line repeated a
+# few hundred times, zeros 1,030 times.
+MAX_GZIP_RATIO = 250
+_GZIP_FREE_BYTES = 1 << 26  # that may come out of a .gz whatever the ratio
+_BLOCK_BYTES = 1 << 22
+
+# What is no plain file, and would be waited for, or read, without an end.
+_SPECIAL = {
+  stat.S_IFIFO: "a FIFO (named pipe)",
+  stat.S_IFSOCK: "a socket",
+  stat.S_IFCHR: "a device",
+  stat.S_IFBLK: "a device",
+}
+
 FieldTypes = Mapping[str, type | tuple[type, ...]]
 
 
@@ -41,8 +62,19 @@ def shorten(value: object, width: int = 60) -> str:
   return shown if len(shown) <= width else shown[: width - 3] + "..."
 
 
+def special_file(path: epath.PathLike) -> str:
+  """Returns what `path` is, or "" if it is a plain file, a folder, nothing."""
+  if not is_local(path):
+    return ""
+  try:
+    mode = os.stat(path).st_mode
+  except OSError:  # nothing, or a link to nothing: opening it says so
+    return ""
+  return _SPECIAL.get(stat.S_IFMT(mode), "")
+
+
 def find_file(path: epath.PathLike, expected: str) -> epath.Path:
-  """Returns `path` if it is a file.
+  """Returns `path` if it is a plain file.
 
   Args:
     path: where the file should be; `~` is the home folder.
@@ -50,9 +82,14 @@ def find_file(path: epath.PathLike, expected: str) -> epath.Path:
 
   Raises:
     FileNotFoundError: there is nothing; names the nearest files there are.
-    ValueError: it is a folder.
+    ValueError: it is a folder, a FIFO, a socket or a device.
   """
   found = epath.Path(path).expanduser()
+  if special := special_file(found):
+    raise ValueError(
+      f"{path} is {special}, not a file. Expected {expected}. Write what comes"
+      " out of it to a file, and give that."
+    )
   if found.is_dir():
     inside = sorted(p.name for p in found.iterdir())
     raise ValueError(
@@ -96,6 +133,22 @@ def bad_character(value: object) -> str:
   return ""
 
 
+def check_text(text: str, what: str) -> None:
+  """Raises `ValueError` if no tokenizer can take `text`.
+
+  Args:
+    text: for instance a question. What a command line gives us that is not
+      UTF-8 is half of a surrogate pair to Python.
+    what: it is, for the message.
+  """
+  if bad := bad_character(text):
+    raise ValueError(
+      f"{what} holds {bad}, in {shorten(text)}. Expected text in UTF-8 without"
+      " NUL characters. Remove the character, or set the terminal, or convert"
+      " the file, to UTF-8."
+    )
+
+
 def _decode(raw: bytes, where: str, offset: int) -> str:
   """Returns the text of a line that starts at byte `offset` of the file."""
   try:
@@ -133,6 +186,30 @@ def _damaged(place: str, error: Exception) -> ValueError:
   )
 
 
+class _GzipBombError(Exception):
+  """A .gz file became larger than any text would."""
+
+
+def _check_ratio(file: BinaryIO, num_bytes: int) -> None:
+  """Raises `_GzipBombError` if too much came out of a compressed file."""
+  if num_bytes <= _GZIP_FREE_BYTES:
+    return
+  compressed = max(file.tell(), 1)
+  if num_bytes > MAX_GZIP_RATIO * compressed:
+    raise _GzipBombError(
+      f"{compressed:,} bytes of gzip data became {num_bytes:,} so far, more"
+      f" than {MAX_GZIP_RATIO} times as many"
+    )
+
+
+def _bomb(place: str, error: Exception) -> ValueError:
+  return ValueError(
+    f"{place}: {error}. Expected text, which gzip makes some 3 to 20 times"
+    " smaller: this file was made to fill memory or disk. Do not use it; if you"
+    " made it yourself, decompress it first (gunzip)."
+  )
+
+
 def read_lines(
   path: epath.PathLike, *, bad_records: BadRecords | None = None
 ) -> Iterator[tuple[int, str]]:
@@ -143,8 +220,9 @@ def read_lines(
 
   Args:
     path: an existing file.
-    bad_records: what to do with a line that is not UTF-8, and with the rest of
-      a file where its gzip data is damaged; None raises.
+    bad_records: what to do with a line that is not UTF-8 or longer than
+      `MAX_LINE_BYTES`, and with the rest of a file where its gzip data is
+      damaged, or grows more than text does; None raises.
 
   Raises:
     ValueError: names the line, and the byte, where it is no such file.
@@ -153,12 +231,24 @@ def read_lines(
   name = str(path)  # once: it takes as long as to read a line
   line, offset = 0, 0
   with path.open("rb") as file:
-    stream = cast(BinaryIO, file)
-    if path.suffix == ".gz":
-      stream = cast(BinaryIO, gzip.GzipFile(fileobj=stream))
+    stream = raw_file = cast(BinaryIO, file)
+    if path.suffix.lower() == ".gz":
+      stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw_file))
+    zipped = stream is not raw_file
+    read = functools.partial(stream.readline, MAX_LINE_BYTES + 1)
     try:
-      for raw in stream:
+      for raw in iter(read, b""):
         line, start, offset = line + 1, offset, offset + len(raw)
+        if zipped:
+          _check_ratio(raw_file, offset)
+        if len(raw) > MAX_LINE_BYTES:
+          bad.refuse("undecodable", _too_long(f"{name}:{line}"))
+          while raw and not raw.endswith(b"\n"):  # the rest of the line
+            raw = stream.readline(_BLOCK_BYTES)
+            offset += len(raw)
+            if zipped:
+              _check_ratio(raw_file, offset)
+          continue
         try:
           text = _decode(raw, f"{name}:{line}", start)
         except ValueError as error:
@@ -167,22 +257,56 @@ def read_lines(
         if line == 1 and raw.startswith(codecs.BOM_UTF8):
           text = text[1:]
         yield line, text
+    except _GzipBombError as error:
+      bad.refuse("undecodable", _bomb(f"{name}:{line}", error))
     except _GZIP_ERRORS as error:
       bad.refuse("undecodable", _damaged(f"{name}:{line + 1}", error))
+
+
+def _too_long(where: str) -> ValueError:
+  return ValueError(
+    f"{where}: the line has more than {MAX_LINE_BYTES:,} bytes. Expected one"
+    " record a line. Is it a file of another kind, or without line ends? Write"
+    " a line end behind each record, or split what is longer."
+  )
 
 
 def read_bytes(path: epath.PathLike) -> bytes:
   """Returns what a file holds, decompressed if its name ends in .gz.
 
   Raises:
-    ValueError: the gzip data is damaged.
+    ValueError: the gzip data is damaged, or there are more bytes than
+      `MAX_FILE_BYTES`.
   """
   path = epath.Path(path)
-  raw = path.read_bytes()
-  try:
-    return gzip.decompress(raw) if path.suffix == ".gz" else raw
-  except _GZIP_ERRORS as error:
-    raise _damaged(f"{path}:1", error) from error
+  blocks, num_bytes = list[bytes](), 0
+  with path.open("rb") as file:
+    stream = raw_file = cast(BinaryIO, file)
+    if path.suffix.lower() == ".gz":
+      stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw_file))
+    elif path.stat().length > MAX_FILE_BYTES:
+      raise _too_large(path)
+    try:
+      while block := stream.read(_BLOCK_BYTES):
+        num_bytes += len(block)
+        if stream is not raw_file:
+          _check_ratio(raw_file, num_bytes)
+        if num_bytes > MAX_FILE_BYTES:
+          raise _too_large(path)
+        blocks.append(block)
+    except _GzipBombError as error:
+      raise _bomb(f"{path}:1", error) from error
+    except _GZIP_ERRORS as error:
+      raise _damaged(f"{path}:1", error) from error
+  return b"".join(blocks)
+
+
+def _too_large(path: epath.Path) -> ValueError:
+  return ValueError(
+    f"{path}:1: the file holds more than {MAX_FILE_BYTES:,} bytes, and would be"
+    " read into memory whole. Expected a smaller one. Write its records to a"
+    " .jsonl file, one a line, which may have any size, or split it."
+  )
 
 
 def decode_text(raw: bytes, path: epath.PathLike) -> str:
@@ -210,24 +334,6 @@ def decode_text(raw: bytes, path: epath.PathLike) -> str:
   raise AssertionError(f"{path} is UTF-8 line by line, but not as a whole.")
 
 
-def _refuse_constant(name: str) -> None:
-  raise ValueError(f"{name} is not a JSON value")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def parse_json(text: str) -> Any:
-  """Returns the JSON value that `text` is.
-
-  Raises:
-    json.JSONDecodeError: it is none; a `ValueError`, as is that of a number
-      that is not finite or has too many digits.
-    RecursionError: it is nested too deeply.
-  """
-  return _DECODER.decode(text)
-
-
 def _parse(text: str, where: str) -> dict[str, Any]:
   """Returns the object that one line holds."""
   remedy = (
@@ -236,7 +342,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
   )
   try:
     record = parse_json(text)
-  except (ValueError, RecursionError) as error:
+  except ValueError as error:
     raise ValueError(
       f"{where}: not valid JSON ({error}): {shorten(text)}. {remedy}"
     ) from error

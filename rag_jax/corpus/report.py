@@ -4,9 +4,10 @@ In: every record that cannot be used, every document that is split or cut. Out:
 counts, and the first places of each, as a table and as JSON.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import json
+import re
 from typing import Any, NoReturn
 
 from rag_jax.config_rules import check_choice
@@ -32,6 +33,8 @@ _DROPPED = {
   "bad_record": "not as expected in another way",
 }
 _OTHER_FILES = "other_files"
+
+_IN_FILE = re.compile(r"(.+?):(?=\d+:|data\[)", re.DOTALL)  # file:line:
 
 _MAX_PLACES = 20  # that are named, of each kind
 _MAX_CHARS = 300  # of what is said about one of them
@@ -169,11 +172,30 @@ class CorpusReport:
       total = self.dropped[kind] if kind in _DROPPED else getattr(self, kind)
       some = f"the first {len(places)} of " if total > len(places) else ""
       lines.append(f"{kind} ({some}{total:,}):")
-      lines += [f"  {place}" for place in places]
+      lines += _by_file(places)
     return "\n".join(lines)
 
   def __str__(self) -> str:
     return self.table()
+
+
+def _by_file(places: Sequence[str]) -> Iterator[str]:
+  """Yields the places, a file once where several are in it.
+
+  All stay in the order of their files' first places.
+  """
+  groups: dict[str, list[str]] = {}
+  for number, place in enumerate(places):
+    found = _IN_FILE.match(place)
+    # What names no line of a file is a group of its own.
+    groups.setdefault(found[1] if found else f"{number}\0", []).append(place)
+  for file, inside in groups.items():
+    if len(inside) == 1:
+      yield f"  {inside[0]}"
+      continue
+    yield f"  {file} ({len(inside)}):"
+    for place in inside:
+      yield f"    {place.removeprefix(file).lstrip(':')}"
 
 
 class BadRecords:

@@ -53,8 +53,11 @@ def decode(record: bytes) -> Passage:
   id_, title, text, *metadata = json.loads(
     record.decode("utf-8", "surrogatepass")
   )
-  pairs = metadata[0] if metadata else ()
-  return Passage(id_, title, text, tuple((k, v) for k, v in pairs))
+  pairs = tuple((k, v) for k, v in (metadata[0] if metadata else ()))
+  texts = (id_, title, text, *(part for pair in pairs for part in pair))
+  if not all(type(part) is str for part in texts):
+    raise ValueError("a part of the passage is no text")
+  return Passage(id_, title, text, pairs)
 
 
 class Shards:
@@ -111,7 +114,9 @@ class Shards:
         # Not read([row]), which asks a pool of threads: 100 times slower.
         records = self._reader(shard).read(first, first + stop)
         passages = [decode(record) for record in records]
-      except (RuntimeError, ValueError, IndexError) as error:
+      except (
+        RuntimeError, ValueError, IndexError, TypeError, OverflowError
+      ) as error:  # fmt: skip
         raise ValueError(
           f"{shard_name(shard)} in {self._directory} cannot be read at record"
           f" {first} ({error}). Expected the file as it was when the store was"

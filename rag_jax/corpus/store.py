@@ -276,6 +276,10 @@ class PassageStore(Passages):
       directory, kind=KIND, format=FORMAT, remedy=shards_lib.REMEDY
     )
     bad = [k for k, t in _CONTENT.items() if not isinstance(content.get(k), t)]
+    for name in ("num_passages", "passages_per_shard"):
+      # true is an int to isinstance, and 0 passages are no store.
+      if name not in bad and (content[name] is True or content[name] < 1):
+        bad.append(name)
     if bad:
       raise ValueError(
         f"{directory}/{artifacts.MANIFEST} describes no passages that can be"
@@ -290,6 +294,7 @@ class PassageStore(Passages):
       directory, self._num_passages, content["passages_per_shard"]
     )
     self._ids = id_table.IdTable(directory)
+    self._ids.check(self._num_passages)
 
   def __len__(self) -> int:
     return self._num_passages

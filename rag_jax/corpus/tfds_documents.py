@@ -12,13 +12,13 @@ from rag_jax.corpus.document import DEFAULT_FIELDS
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.document import record_document
-from rag_jax.corpus.records import parse_json
 from rag_jax.corpus.records import shorten
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.tfds_rows import TFDS
 from rag_jax.corpus.tfds_rows import open_tfds
 from rag_jax.corpus.tfds_rows import tfds_errors
 from rag_jax.corpus.tfds_rows import tfds_text
+from rag_jax.json_input import parse_json
 
 
 def _rows(name: str) -> Iterator[tuple[str, int, dict[str, Any]]]:

@@ -19,6 +19,7 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.building import building
 from rag_jax.corpus.array_rows import ArrayRows
+from rag_jax.corpus.array_rows import read_array
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.passages import fingerprint_parts
@@ -114,6 +115,7 @@ def open_tokens(
   content = artifacts.read_manifest(
     directory, kind=KIND, format=FORMAT, remedy=_REMEDY
   )
+  content.check(num_cut=int, num_by_ids=int)
   if content.get("joined_by") not in _JOINED:
     raise ValueError(
       f"{directory}/{artifacts.MANIFEST} says {content.get('joined_by')!r}"
@@ -132,8 +134,7 @@ def open_tokens(
         f" {same}, or write tokens to another directory."
       )
   tokens, begins_word, lengths = (
-    np.load(directory / f"{array}.npy", "r", allow_pickle=False)
-    for array in _ARRAYS
+    read_array(directory / f"{array}.npy", _REMEDY) for array in _ARRAYS
   )
   joined_by: JoinedBy = content["joined_by"]
   rows = TokenRows(

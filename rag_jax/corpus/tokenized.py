@@ -226,6 +226,15 @@ class TokenizedPassages:
     tokenized._keep(passages, tokenizer, rows, joined_by)
     return tokenized
 
+  @classmethod
+  def without_rows(
+    cls, passages: Sequence[Passage], tokenizer: Tokenizer
+  ) -> "TokenizedPassages":
+    """Returns what holds the texts alone, where no tokens are read."""
+    empty = np.zeros((0, 1), np.int32)
+    rows = TokenRows(empty, empty.astype(bool), empty[:, 0], 0, 0)
+    return cls.of_rows(passages, tokenizer, rows, "ids")
+
   def titles(self, most: int = 0) -> Iterator[list[int]]:
     """Yields the tokens of each title; passages without one are left out.
 

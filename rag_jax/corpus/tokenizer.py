@@ -32,6 +32,9 @@ if typing.TYPE_CHECKING:
 _KIND = "tokenizer"  # in the manifest
 _FORMAT = 1  # raise when the files change meaning
 
+# That PyTorch is not there is as it should be: only tokenizers are taken.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 # BART's layout, so that ids mean the same in what we train and what we import.
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
@@ -108,9 +111,7 @@ class Tokenizer:
     """Returns the token ids of each text, without special tokens."""
     if not texts:
       return []
-    encodings = self._backend.backend_tokenizer.encode_batch(
-      list(texts), add_special_tokens=False
-    )
+    encodings = _encode(self._backend.backend_tokenizer, texts)
     return [encoding.ids for encoding in encodings]
 
   def encode_words(
@@ -119,9 +120,7 @@ class Tokenizer:
     """Returns what `encode` does, and whether each token begins a word."""
     if not texts:
       return [], []
-    encodings = self._backend.backend_tokenizer.encode_batch(
-      list(texts), add_special_tokens=False
-    )
+    encodings = _encode(self._backend.backend_tokenizer, texts)
     begins = [
       _begins_word(text, encoding.offsets, _word_starts(text))
       for text, encoding in zip(texts, encodings, strict=True)
@@ -141,9 +140,7 @@ class Tokenizer:
       return [], []
     end = self._end_text
     joined = ["".join(part + end for part in parts) for parts in texts]
-    encodings = self._reading_special.encode_batch(
-      joined, add_special_tokens=False
-    )
+    encodings = _encode(self._reading_special, joined)
     begins = []
     for parts, whole, encoding in zip(texts, joined, encodings, strict=True):
       words, start = set[int](), 0
@@ -196,7 +193,7 @@ class Tokenizer:
       return [], 0
     inner = self._backend.backend_tokenizer
     room = max(length - inner.num_special_tokens_to_add(False), 0)
-    encodings = inner.encode_batch(list(texts), add_special_tokens=False)
+    encodings = _encode(inner, texts)
     num_cut = 0
     for encoding in encodings:
       if len(encoding.ids) > room:
@@ -282,6 +279,35 @@ def _begins_word(
     begins.append(place in words and place not in seen)
     seen.add(place)
   return begins
+
+
+def _encode(
+  tokenizer: tokenizers.Tokenizer, texts: Sequence[str]
+) -> list[tokenizers.Encoding]:
+  """Returns the encodings of `texts`, without special tokens.
+
+  Raises:
+    ValueError: the tokenizer has no token for a part of one, or a text cannot
+      be written as UTF-8.
+  """
+  try:
+    return tokenizer.encode_batch(list(texts), add_special_tokens=False)
+  except Exception as error:  # of tokenizers: a bare Exception, a TypeError
+    bad = next((text for text in texts if not _fits(tokenizer, text)), "")
+    raise ValueError(
+      f"The tokenizer cannot read {bad[:60]!r} ({error}). Expected text in"
+      " UTF-8, and a tokenizer that has a token, if only [UNK], for every"
+      " character. Correct the text, or take the tokenizer's files from where"
+      " they came."
+    ) from error
+
+
+def _fits(tokenizer: tokenizers.Tokenizer, text: str) -> bool:
+  try:
+    tokenizer.encode(text, add_special_tokens=False)
+  except Exception:  # as above
+    return False
+  return True
 
 
 def _older_kind(path: epath.Path) -> str:

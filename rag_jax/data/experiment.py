@@ -6,6 +6,7 @@ tokenizer, model and what connects them, for training, evaluation and serving.
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -128,6 +129,7 @@ def open_experiment(
   passages: Passages | None = None,
   devices: Sequence[Any] | None = None,
   initial: Initial | None = None,
+  reads_tokens: bool = True,
 ) -> Experiment:
   """Opens what `config` names and builds what it describes.
 
@@ -141,6 +143,8 @@ def open_experiment(
     passages: instead of those that the config names.
     devices: of the mesh; by default all.
     initial: checkpoints to start from.
+    reads_tokens: False tokenizes no passage: where there is an index already,
+      and data.context_style="rag" reads them as strings.
 
   Raises:
     ValueError: settings, devices, passages and tokenizer do not fit together.
@@ -159,10 +163,13 @@ def open_experiment(
   _check_tables(config, tokenizer, retriever_tokenizer)
   length = config.data.passage_length
   kept = config.data.token_cache or tokens_path
-  tokenized = _tokenize(passages, tokenizer, length, kept)
+  tokenize = functools.partial(_tokenize, passages, length=length, kept=kept)
+  if not reads_tokens:
+    tokenize = functools.partial(TokenizedPassages.without_rows, passages)
+  tokenized = tokenize(tokenizer)
   retriever_tokenized = tokenized
   if retriever_tokenizer is not tokenizer:
-    retriever_tokenized = _tokenize(passages, retriever_tokenizer, length, kept)
+    retriever_tokenized = tokenize(retriever_tokenizer)
   if retriever_tokenized.num_cut:
     logging.info(
       "%d of %d passages are longer than data.passage_length=%d tokens and"

@@ -61,7 +61,6 @@ class QuestionBatches:
     frozen_passages: bool,  # documents by their embedding in the index
     substitute_answers: float = 0.0,  # share of the questions
     substitute_subjects: float = 0.0,
-    unanswerable_questions: float = 0.0,
     informal_questions: float = 0.0,
     bm25: Bm25Index | None = None,  # searched too, and scores the documents
     process_index: int = 0,
@@ -96,7 +95,6 @@ class QuestionBatches:
       passages,
       share=substitute_answers,
       subject_share=substitute_subjects,
-      unanswerable=unanswerable_questions,
       seed=seed,
     )
     order = grain.MapDataset.range(len(questions)).seed(seed).shuffle()

@@ -7,19 +7,20 @@ split. Out: a tuple of `Question`, always in the same order.
 from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import difflib
+import re
 from typing import Any, cast
 
 from absl import logging
 from etils import epath
 
 from rag_jax.corpus.passages import BUNDLED
-from rag_jax.corpus.records import find_file
-from rag_jax.corpus.records import read_records
 from rag_jax.corpus.records import shorten
 from rag_jax.corpus.tfds_rows import TFDS
 from rag_jax.corpus.tfds_rows import open_tfds
 from rag_jax.corpus.tfds_rows import tfds_errors
 from rag_jax.corpus.tfds_rows import tfds_text
+from rag_jax.data.question_files import ENDS as QUESTION_ENDS
+from rag_jax.data.question_files import read_question_file
 
 SPLITS = ("train", "validation", "test")
 
@@ -28,6 +29,13 @@ SPLITS = ("train", "validation", "test")
 _TFDS_ANSWERS: dict[str, Callable[[Any], Iterable[str | bytes]]] = {
   "natural_questions_open": lambda example: example["answer"],
   "squad": lambda example: example["answers"]["text"],
+}
+
+# What others call a split.
+_CALLED = {
+  "train": ("train",),
+  "validation": ("validation", "dev", "valid", "val"),
+  "test": ("test",),
 }
 
 _EXPECTED = (
@@ -46,62 +54,54 @@ class Question:
   relation: str = ""  # what kind of fact is asked for, if known
 
 
-def _check_answers(answers: list[Any], where: str) -> tuple[str, ...]:
-  """Returns the answers if there are some and each is text."""
-  bad = [a for a in answers if not isinstance(a, str) or not a.strip()]
-  if not answers or bad:
-    problem = f"{shorten(bad[0])} is one of the" if bad else "there are no"
-    raise ValueError(
-      f"{where}: {problem} answers. Expected a list of one or more strings"
-      ' that are not empty, such as ["Paris"]. Correct or remove the question.'
-    )
-  return tuple(answers)
-
-
 def read_questions(path: epath.PathLike) -> tuple[Question, ...]:
-  """Returns the questions of a .jsonl or .jsonl.gz file.
+  """Returns the questions of a file.
 
-  Each line is an object with `question`, `answers`, and perhaps `id`,
-  `relation` and `entity`; further fields are left alone.
+  In one of the formats of `question_files.read_question_file`. What SQuAD 2
+  calls impossible is left out, and counted in the log: nothing can be taught or
+  judged with it.
 
   Raises:
     FileNotFoundError: there is no such file; names the nearest ones.
     ValueError: names the line of a record that cannot be used, or both lines
       with the same id; or there are no questions.
   """
-  file = find_file(path, "a .jsonl file with one question a line")
   questions: list[Question] = []
-  lines: dict[str, int] = {}
-  for line, record in read_records(
-    file,
-    required={"question": str, "answers": list},
-    optional={"id": (str, int), "relation": str, "entity": str},
-  ):
-    where = f"{file}:{line}"
-    if not record["question"].strip():
+  places: dict[str, str] = {}
+  num_impossible = 0
+  for found in read_question_file(path):
+    if found.impossible:
+      num_impossible += 1
+      continue
+    if not found.answers:
       raise ValueError(
-        f"{where}: the question is empty, {record['question']!r}. Expected"
-        " text. Complete or remove it."
+        f"{found.where}: there are no answers. Expected a list of one or more"
+        ' strings that are not empty, such as ["Paris"]. Correct or remove the'
+        " question."
       )
-    id_ = str(record.get("id", ""))
-    first = lines.setdefault(id_, line) if id_ else line
-    if first != line:
+    first = places.setdefault(found.id, found.where) if found.id else None
+    if first not in (None, found.where):
       raise ValueError(
-        f"{where}: the id {id_!r} is that of line {first} too. Expected one"
-        " question an id. Rename or remove one of the two."
+        f"{found.where}: the id {found.id!r} is that of {first} too. Expected"
+        " one question an id. Rename or remove one of the two."
       )
     questions.append(
       Question(
-        question=record["question"],
-        answers=_check_answers(record["answers"], where),
-        id=id_,
-        relation=record.get("relation", ""),
+        question=found.question,
+        answers=found.answers,
+        id=found.id,
+        relation=found.relation,
       )
+    )
+  if num_impossible:
+    logging.warning(
+      "%s: left out %d questions that the file calls impossible to answer.",
+      *(path, num_impossible),
     )
   if not questions:
     raise ValueError(
-      f"{file} holds no questions. Expected at least one. Is it the right"
-      " file, and was it copied completely?"
+      f"{path} holds no questions. Expected at least one with an answer. Is it"
+      " the right file, and was it copied completely?"
     )
   return tuple(questions)
 
@@ -123,15 +123,33 @@ def _split_file(source: str, split: str) -> epath.Path:
       f"The questions {source} are a file. Expected {_EXPECTED}. Give the"
       f" folder, {folder.parent}, and name the file after its split."
     )
-  file = folder / f"{split}.jsonl"
-  if not file.exists():
-    inside = sorted(p.name for p in folder.iterdir())
+  inside = sorted(p.name for p in folder.iterdir())
+  found = _files_of(split, inside)
+  if not found:
+    names = [f"{name}.jsonl" for name in SPLITS]
     raise FileNotFoundError(
       f"The questions {source} have no {split} split: there is no"
-      f" {file.name}. Expected {[f'{name}.jsonl' for name in SPLITS]}; the"
-      f" folder holds {shorten(inside, 200)}. Add or rename the file."
+      f" {split}.jsonl. Expected {names}, or names with one of"
+      f" {list(QUESTION_ENDS)} like nq-dev.csv; the folder holds"
+      f" {shorten(inside, 200)}. Add or rename the file."
     )
-  return file
+  if len(found) > 1:
+    raise ValueError(
+      f"The questions {source} have several files of the {split} split:"
+      f" {shorten(found, 200)}. Expected one. Move the others elsewhere."
+    )
+  return folder / found[0]
+
+
+def _files_of(split: str, names: Sequence[str]) -> list[str]:
+  """Returns the files of a split; one of our own name before all others."""
+  own = [n for n in (f"{split}.jsonl", f"{split}.jsonl.gz") if n in names]
+  if own:
+    return own[:1]
+  called = "|".join(_CALLED[split])
+  ends = "|".join(map(re.escape, QUESTION_ENDS))
+  pattern = re.compile(rf"(.*[-_.])?({called})({ends})(\.gz)?", re.IGNORECASE)
+  return [name for name in names if pattern.fullmatch(name)]
 
 
 def _check_tfds_name(name: str) -> None:
@@ -210,9 +228,10 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
 
   Args:
     source: "world_facts", a folder with train.jsonl, validation.jsonl and
-      test.jsonl, "tfds:natural_questions_open" or "tfds:squad". The two of
-      TFDS have no public test split: "test" is their validation split,
-      "validation" the last tenth of their train split, "train" the rest.
+      test.jsonl, or with one file for each split whose name ends like
+      train.json or nq-dev.csv, "tfds:natural_questions_open" or "tfds:squad".
+      The two of TFDS have no public test split: "test" is their validation
+      split, "validation" the last tenth of their train split, "train" the rest.
     split: "train", "validation" or "test".
 
   Raises:

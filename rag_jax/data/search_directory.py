@@ -21,7 +21,6 @@ import dataclasses
 import json
 import os
 import threading
-from typing import Any
 
 from absl import logging
 from etils import epath
@@ -32,6 +31,7 @@ from rag_jax import artifacts
 from rag_jax import disk
 from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.records import check_text
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.updated_passages import UpdatedPassages
 from rag_jax.data.search_versions import BASE
@@ -46,6 +46,7 @@ from rag_jax.data.search_versions import current
 from rag_jax.data.search_versions import open_current
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import load_saved_encoder
+from rag_jax.json_input import Content
 from rag_jax.models.hybrid import HybridWeights
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings
@@ -75,7 +76,7 @@ class Hit:
   also: tuple[str, ...] = ()  # ids of others that have its title and text
 
 
-def read_content(path: epath.Path) -> dict[str, Any]:
+def read_content(path: epath.Path) -> Content:
   """Returns what the manifest of a search directory says.
 
   Raises:
@@ -168,7 +169,8 @@ class SearchDirectory:
 
   def _open(self) -> None:
     """Opens what was built, and the version of it that is in use."""
-    self.content: dict[str, Any] = read_content(self.path)
+    self.content: Content = read_content(self.path)
+    self.content.check(passage_encoder_fingerprint=str)
     base = self.content.get("base", "")
     self.root = self.path / base if base else self.path
     if base:
@@ -370,3 +372,4 @@ class SearchDirectory:
           f"Question {number} of {len(questions)} is empty; expected some text."
           " Leave it out."
         )
+      check_text(question, f"Question {number} of {len(questions)}")

@@ -21,6 +21,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax import disk
+from rag_jax.corpus.array_rows import read_array
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.store import PASSAGES_PER_SHARD
 from rag_jax.corpus.store import PassageStore
@@ -192,14 +193,20 @@ def _open(
   content = artifacts.read_manifest(
     folder, kind=_KIND, format=_FORMAT, remedy=_REMEDY, nested=True
   )
+  content.check(
+    base_manifest=str,
+    passages_fingerprint=str,
+    passages_per_shard=int,
+    certificate=dict,
+  )
   if artifacts.manifest_digest(path) != content["base_manifest"]:
     raise ValueError(
       f"{folder} is an update of another build: the manifest of {path} is not"
       f" the one that it was made of. Expected both from one copy. {_REMEDY}"
     )
   fingerprint = content["passages_fingerprint"]
-  gone = np.load(folder / _GONE, allow_pickle=False)
-  added = np.load(folder / _EMBEDDINGS, allow_pickle=False)
+  gone = np.array(read_array(folder / _GONE, _REMEDY))
+  added = np.array(read_array(folder / _EMBEDDINGS, _REMEDY))
   store = None
   if len(added):
     store = PassageStore(folder / PASSAGES)

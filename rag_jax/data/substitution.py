@@ -5,8 +5,7 @@ for some of the questions another answer, to be put in the place of the true one
 wherever the documents say it: for a name the title of any passage, since there
 are far more of them than answers; for a number another of its relation. And for
 some another subject: the title of a document that the question names becomes
-that of any other, in question and documents, or in the question alone: then
-there is no answer, and the empty one is right.
+that of any other, in question and documents.
 
 A generator that sees each entity many times learns its answers by heart and
 reads no more; one whose passages change has to read. Longpre et al. 2021,
@@ -54,7 +53,6 @@ class Substitution:
     *,
     share: float,
     subject_share: float = 0.0,
-    unanswerable: float = 0.0,
     seed: int,
   ):
     """Gathers what an answer can become.
@@ -65,8 +63,6 @@ class Substitution:
       passages: in which answers are looked for.
       share: of the questions whose answer is changed, from 0 to 1.
       subject_share: of the questions whose subject is changed.
-      unanswerable: of the questions that get a subject which no document is
-        about, and no answer.
       seed: of the choice.
     """
     self._answer_ids = answer_ids
@@ -74,7 +70,6 @@ class Substitution:
     self._questions = questions
     self._share = share
     self._subject_share = subject_share
-    self._unanswerable = unanswerable
     self._seed = seed
     self._relations = [q.relation for q in questions]
     self._same: dict[str, list[int]] = {}
@@ -85,7 +80,7 @@ class Substitution:
     ]
     # Nothing is looked up if nothing is changed. Of all of Wikipedia a part.
     titles = ()
-    if share or subject_share or unanswerable:
+    if share or subject_share:
       titles = passages.titles(_MOST_PASSAGES)
     self._titles = list(dict.fromkeys(map(tuple, titles)))
 
@@ -115,24 +110,8 @@ class Substitution:
       change = Change(((old, new),), new) if found else Change()
       if rng.random() < self._subject_share:
         change = self._rename(change, row, docs, rng)
-      if rng.random() < self._unanswerable:
-        change = self._estrange(row, docs, rng) or change
       changes.append(change)
     return changes
-
-  def _subject(
-    self, row: int, docs: Int[np.ndarray, "K"]
-  ) -> tuple[str, re.Pattern] | None:
-    """Returns the title that the question names, and where it stands there."""
-    question = self._questions[row]
-    for doc in docs.tolist():
-      title = self._passages.passages[doc].title
-      if not title or title in question.answers[0]:
-        continue  # an answer would no longer be what the passage says
-      named = re.compile(rf"(?<!\w){re.escape(title)}(?!\w)")
-      if named.search(question.question):
-        return title, named
-    return None
 
   def _rename(
     self,
@@ -142,46 +121,25 @@ class Substitution:
     rng: np.random.Generator,
   ) -> Change:
     """Returns `change` with another subject, if the question names a title."""
-    subject = self._subject(row, docs)
-    if subject is None:
-      return change
-    title, named = subject
+    question = self._questions[row]
     new = list(self._titles[rng.integers(len(self._titles))])
     tokenizer = self._passages.tokenizer
-    old = tokenizer.encode([title])[0]
-    return dataclasses.replace(
-      change,
-      replacements=(*change.replacements, (old, new)),
-      question=_renamed(
-        self._questions[row].question, named, tokenizer.decode(new)
-      ),
-    )
-
-  def _estrange(
-    self, row: int, docs: Int[np.ndarray, "K"], rng: np.random.Generator
-  ) -> Change | None:
-    """Returns a question about what no document is about, if it names a title.
-
-    Half of the names are titles, half begin as the true one and end as another.
-    """
-    subject = self._subject(row, docs)
-    if subject is None:
-      return None
-    title, named = subject
-    tokenizer = self._passages.tokenizer
-    other = tokenizer.decode(self._titles[rng.integers(len(self._titles))])
-    name = other
-    if rng.random() < 0.5:
-      name = title[: -(-len(title) // 2)] + other[len(other) // 2 :]
-    if title in name:
-      return None
-    question = _renamed(self._questions[row].question, named, name)
-    return Change(answer_ids=[], question=question)
-
-
-def _renamed(question: str, named: re.Pattern, name: str) -> str:
-  """Returns `question` with `name` where `named` matches."""
-  return name.join(named.split(question))
+    for doc in docs.tolist():
+      title = self._passages.passages[doc].title
+      if not title or title in question.answers[0]:
+        continue  # an answer would no longer be what the passage says
+      named = re.compile(rf"(?<!\w){re.escape(title)}(?!\w)")
+      if named.search(question.question):
+        name = tokenizer.decode(new)
+        return dataclasses.replace(
+          change,
+          replacements=(
+            *change.replacements,
+            (tokenizer.encode([title])[0], new),
+          ),
+          question=name.join(named.split(question.question)),
+        )
+    return change
 
 
 def places(

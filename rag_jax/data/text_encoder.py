@@ -185,6 +185,7 @@ def load_saved_encoder(path: epath.PathLike) -> TextEncoder:
     ValueError: a file is missing, cut off or changed.
   """
   params, content = load_model(path, _REMEDY)
+  content.check(kind=str, encoder=dict, max_tokens=int)
   return _build(
     content["kind"],
     content["encoder"],
@@ -201,7 +202,7 @@ def _build(
   tokenizer_path: str,
   max_tokens: int,
 ) -> TextEncoder:
-  config = dataclasses.replace(EncoderConfig(), **fields)
+  config = replace_fields(EncoderConfig(), fields, "encoder")
   if not max_tokens:
     max_tokens = min(config.max_positions or _LONGEST, _LONGEST)
   tokenizer = load_tokenizer(tokenizer_path)

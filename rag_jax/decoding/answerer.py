@@ -19,7 +19,11 @@ from rag_jax.models.hybrid import hybrid_scores
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import find_docs
+from rag_jax.retrieval.retriever import padded_length
 from rag_jax.weights.generation_settings import settings_of
+
+# Tokens of a question up to which all are padded to one length: one program.
+_ONE_LENGTH = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,13 +60,19 @@ class Answer:
 class Answerer:
   """Retrieves, reads and writes, in batches of one shape."""
 
-  def __init__(self, experiment: Experiment):
+  def __init__(self, experiment: Experiment, decoder: RagDecoder | None = None):
+    """Prepares to answer.
+
+    Args:
+      experiment: whose passages are read.
+      decoder: None: as its config says.
+    """
     self._tokenizer = experiment.tokenizer
     self._passages = experiment.passages
     self._context = experiment.context
     self._embedder = experiment.embedder
     self._bm25 = experiment.bm25
-    self._decode = make_decoder(experiment)
+    self._decode = decoder or make_decoder(experiment)
 
   def embed(
     self, params: PyTree, questions: Sequence[str]
@@ -70,6 +80,10 @@ class Answerer:
     """Returns the embedding of each question."""
     question_ids, _ = self._context.encode_questions(questions)
     tokens, mask = self._context.questions(question_ids)
+    if tokens.shape[1] > _ONE_LENGTH:
+      longest = int(mask.sum(axis=1).max(initial=1))
+      width = padded_length(longest, tokens.shape[1])
+      tokens, mask = tokens[:, :width], mask[:, :width]
     retriever = {k: v for k, v in params.items() if k != "generator"}
     return self._embedder.questions(retriever, tokens, mask)
 

@@ -17,7 +17,9 @@ variants:
 - "numbers": as "multilingual", but numbers are compared as such: "1,000" is
   "1000" and "2.50" is "2.5", while "3.5" is not "35" and "-5" is not "5".
 
-In all of them an answer of which nothing would be left keeps its articles, and
+With "regex" answers are regular expressions: see regex_answers.py.
+
+In all others an answer of which nothing would be left keeps its articles, and
 punctuation if need be ("A", "The Who?", "%"), and an empty prediction equals
 no answer; the published script gives such pairs 1.0.
 """
@@ -34,6 +36,8 @@ from rag_jax.config import EvalConfig
 from rag_jax.config_rules import check_choice
 from rag_jax.corpus.folding import fold
 from rag_jax.corpus.words import units
+from rag_jax.evaluation.regex_answers import REGEX
+from rag_jax.evaluation.regex_answers import is_right
 
 _SETTINGS = {field.name: field for field in dataclasses.fields(EvalConfig)}
 VARIANTS: tuple[str, ...] = _SETTINGS["answers"].metadata["choices"]
@@ -136,6 +140,8 @@ def exact_match(
     ValueError: there are no answers, or no such variant.
   """
   _check_answers(answers)
+  if variant == REGEX:
+    return float(is_right(prediction, answers))
   ours = normalize_answer(prediction, variant, language)
   equal = (ours == normalize_answer(a, variant, language) for a in answers)
   return float(bool(ours) and any(equal))
@@ -157,6 +163,8 @@ def token_f1(
     ValueError: there are no answers, or no such variant.
   """
   _check_answers(answers)
+  if variant == REGEX:
+    return float(is_right(prediction, answers))
   words = normalize_answer(prediction, variant, language).split()
   return max(
     _f1(words, normalize_answer(a, variant, language).split()) for a in answers

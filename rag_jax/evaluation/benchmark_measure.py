@@ -78,11 +78,18 @@ class Known:
     answers: of each; () where they are not known.
     gold: row of a passage -> grade, of each; {} where it is not known.
     text_of: of a passage, by its row: title and text.
+    own: of each, the row of the passage that is the question itself and is
+      left out of what was found for it, or -1; () leaves nothing out.
+    num_passages: of the corpus.
+    variant: how answers are looked for; see `retrieval.contains_answer`.
   """
 
   answers: Sequence[Sequence[str]]
   gold: Sequence[Mapping[int, int]]
   text_of: Callable[[int], str]
+  own: Sequence[int] = ()
+  num_passages: int = 0
+  variant: str = "multilingual"
 
   def relevant(self, number: int, rows: Sequence[int]) -> list[bool]:
     """Returns which passages are of use for a question.
@@ -93,7 +100,9 @@ class Known:
     if any(grade > 0 for grade in grades.values()):
       return [grades.get(row, 0) > 0 for row in rows]
     answers = self.answers[number]
-    return [contains_answer(self.text_of(row), answers) for row in rows]
+    return [
+      contains_answer(self.text_of(row), answers, self.variant) for row in rows
+    ]
 
 
 class QuestionMetrics:
@@ -145,7 +154,7 @@ class QuestionMetrics:
     key = (number, row)
     if key not in self._seen:
       self._seen[key] = contains_answer(
-        self._text_of(row), self._known.answers[number]
+        self._text_of(row), self._known.answers[number], self._known.variant
       )
     return self._seen[key]
 
@@ -155,6 +164,7 @@ def measure(
   exact_ids: Int[np.ndarray, "B K"],
   known: Known | None = None,
   *,
+  notes: list[str] | None = None,
   rounds: int = 3,
   speed_secs: float = 0.3,
 ) -> list[Measured]:
@@ -168,6 +178,7 @@ def measure(
     exact_ids: what exact search finds, for as many as the deepest index_recall
       or all passages.
     known: of the questions; None: index_recall and speed are all.
+    notes: gets how often a question itself was among what was found.
     rounds: of timing.
     speed_secs: for which each system is timed in a round, at each batch size.
 
@@ -189,7 +200,18 @@ def measure(
     deep = _search(system, rows, most)
     if system.by_embeddings:
       recalls = _index_recalls(system, rows, exact_ids, deep)
-    if judge:
+    if judge and known and len(known.own):
+      # One more, for the one that goes.
+      more = _search(system, rows, min(most + 1, known.num_passages))
+      judged, dropped = without_own(more, known.own, most)
+      metrics = judge(judged)
+      if notes is not None:
+        notes.append(
+          f"{system.family} {system.settings}: a question's own passage was"
+          f" left out of what was found for {dropped:,} of {num_questions:,}"
+          " questions."
+        )
+    elif judge:
       metrics = judge(deep)
     found.append((recalls, metrics))
     logging.info(
@@ -211,6 +233,24 @@ def measure(
       systems, found, speeds, strict=True
     )
   ]
+
+
+def without_own(
+  ids: Int[np.ndarray, "B K"], own: Sequence[int], most: int
+) -> tuple[Int[np.ndarray, "B k"], int]:
+  """Returns the first `most` ids but `own`, and of how many rows one went.
+
+  Args:
+    ids: best first, -1 where nothing was found.
+    own: the id that is left out of each row, or -1 to keep all.
+    most: ids that are returned of each row, if there are as many.
+  """
+  wanted = np.asarray(own)[:, None]
+  is_own = (ids == wanted) & (wanted >= 0)
+  # The sort is stable: all others keep their order.
+  order = np.argsort(is_own, axis=1, kind="stable")
+  kept = np.take_along_axis(np.where(is_own, -1, ids), order, axis=1)
+  return kept[:, :most], int(is_own.any(axis=1).sum())
 
 
 def _index_recalls(

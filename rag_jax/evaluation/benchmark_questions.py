@@ -1,33 +1,29 @@
 """Questions whose passages or answers are known, to measure retrieval with.
 
-In: a BEIR folder, SQuAD's or DPR's JSON, or JSONL. Out: questions with the
+In: a BEIR folder, or a file of questions. Out: questions with the
 answers and the graded passages that each has, and the rows of these passages.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
-import json
-from typing import Any
 
 from etils import epath
 
-from rag_jax.corpus.json_files import squad_id
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.records import check_fields
-from rag_jax.corpus.records import decode_text
 from rag_jax.corpus.records import find_file
-from rag_jax.corpus.records import parse_json
-from rag_jax.corpus.records import read_bytes
 from rag_jax.corpus.records import read_lines
 from rag_jax.corpus.records import read_records
 from rag_jax.corpus.records import shorten
 from rag_jax.corpus.twins import Twins
+from rag_jax.data.question_files import EXPECTED
+from rag_jax.data.question_files import read_question_file
 
 _EXPECTED = (
-  "a BEIR folder (queries.jsonl and qrels/), one of its qrels/*.tsv, SQuAD's or"
-  " DPR's .json, or .jsonl with 'question', 'answers' and perhaps 'gold'"
+  "a BEIR folder (queries.jsonl and qrels/), one of its qrels/*.tsv, or a file"
+  f" of {EXPECTED}, perhaps with 'gold'"
 )
 _QUERIES = "queries.jsonl"
+_QRELS = "qrels"
 
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
@@ -45,11 +41,9 @@ def read_benchmark_questions(path: epath.PathLike) -> list[BenchmarkQuestion]:
 
   - A BEIR folder: those of queries.jsonl that qrels/test.tsv judges, or the one
     qrels/*.tsv that there is. Give a qrels/*.tsv itself to choose.
-  - SQuAD's .json: each question's passage is its paragraph, under the id that
-    the reader of a corpus gives it.
-  - DPR's .json: `question`, `answers`, and the ids of `positive_ctxs`.
-  - .jsonl: `question`, `answers`, and perhaps `id` and `gold`, a list of ids of
-    passages or an object of their grades.
+  - Any other file that `question_files.read_question_file` reads. The passage
+    of SQuAD's questions is their paragraph, of DPR's those of `positive_ctxs`,
+    of others `gold`, a list of ids of passages or an object of their grades.
 
   All may be gzip-compressed, with names that end in .gz.
 
@@ -62,18 +56,11 @@ def read_benchmark_questions(path: epath.PathLike) -> list[BenchmarkQuestion]:
     questions = _read_beir(path, _qrels_file(path))
   else:
     find_file(path, _EXPECTED)
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".tsv"):
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith(".tsv") and _is_qrels(path):
       questions = _read_beir(path.parent.parent, path)
-    elif name.endswith(".json"):
-      questions = _read_json(path)
-    elif name.endswith(".jsonl"):
-      questions = _read_jsonl(path)
     else:
-      raise ValueError(
-        f"{path} is no file of questions that can be read. Expected"
-        f" {_EXPECTED}. Rename or convert it."
-      )
+      questions = _read_file(path)
   found = list(questions)
   if not found:
     raise ValueError(
@@ -120,8 +107,15 @@ def gold_rows(
   return graded, len(missing)
 
 
+def _is_qrels(path: epath.Path) -> bool:
+  """Returns whether a .tsv lies where BEIR has its judgements."""
+  queries = path.parent.parent / _QUERIES
+  beir = queries.exists() or queries.with_name(f"{_QUERIES}.gz").exists()
+  return beir or path.parent.name == _QRELS
+
+
 def _qrels_file(folder: epath.Path) -> epath.Path:
-  qrels = folder / "qrels"
+  qrels = folder / _QRELS
   files = sorted(qrels.glob("*.tsv")) if qrels.is_dir() else []
   names = [file.name for file in files]
   if "test.tsv" in names:
@@ -187,126 +181,15 @@ def _read_qrels(
   return graded, lines
 
 
-def _read_json(path: epath.Path) -> Iterator[BenchmarkQuestion]:
-  try:
-    tree = parse_json(decode_text(read_bytes(path), path))
-  except RecursionError as error:
-    raise ValueError(
-      f"{path}:1: nested too deeply. Expected {_EXPECTED}. Convert the file."
-    ) from error
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f"{path}:{error.lineno}: not valid JSON ({error}). Expected {_EXPECTED}."
-      " Correct the file; if it was cut off, copy it again. One object a line"
-      " is .jsonl: rename it."
-    ) from error
-  if isinstance(tree, list):
-    yield from _dpr(tree, path)
-  elif isinstance(tree, dict) and isinstance(tree.get("data"), list):
-    yield from _squad(tree["data"], path)
-  else:
-    raise ValueError(
-      f"{path}:1: {shorten(tree)} is neither a list of questions (DPR) nor an"
-      f" object with a list 'data' (SQuAD). Expected {_EXPECTED}. Convert the"
-      " file."
-    )
-
-
-def _squad(
-  articles: list[Any], path: epath.Path
-) -> Iterator[BenchmarkQuestion]:
-  for a, article in enumerate(articles):
-    place = f"{path}:data[{a}]"
-    for p, paragraph in _objects(article, "paragraphs", place):
-      inner = f"{place}.paragraphs[{p}]"
-      for q, record in _objects(paragraph, "qas", inner):
-        where = f"{inner}.qas[{q}]"
-        check_fields(record, where, required={"question": str, "id": str})
-        texts = []
-        for number, answer in _objects(record, "answers", where):
-          check_fields(
-            answer, f"{where}.answers[{number}]", required={"text": str}
-          )
-          texts.append(answer["text"])
-        yield BenchmarkQuestion(
-          id=record["id"],
-          question=_question(record["question"], where),
-          answers=tuple(dict.fromkeys(texts)),
-          gold={squad_id(a, p): 1},
-        )
-
-
-def _dpr(records: list[Any], path: epath.Path) -> Iterator[BenchmarkQuestion]:
-  for number, record in enumerate(records):
-    where = f"{path}:[{number}]"
-    _check_object(record, where)
-    check_fields(record, where, required={"question": str, "answers": list})
-    gold: dict[str, int] = {}
-    if "positive_ctxs" in record:
-      for _, context in _objects(record, "positive_ctxs", where):
-        id_ = context.get("passage_id", context.get("psg_id"))
-        if isinstance(id_, (str, int)):
-          gold[str(id_)] = 1
+def _read_file(path: epath.Path) -> Iterator[BenchmarkQuestion]:
+  for found in read_question_file(path):
+    place = found.where.removeprefix(f"{path}:")
     yield BenchmarkQuestion(
-      id=str(number),
-      question=_question(record["question"], where),
-      answers=_strings(record["answers"], "answers", where),
-      gold=gold,
+      id=found.id or place.strip("[]"),
+      question=found.question.strip(),
+      answers=found.answers,
+      gold=found.gold,
     )
-
-
-def _read_jsonl(path: epath.Path) -> Iterator[BenchmarkQuestion]:
-  rows = read_records(
-    path,
-    required={"question": str, "answers": list},
-    optional={"id": (str, int), "gold": (list, dict)},
-  )
-  for line, record in rows:
-    where = f"{path}:{line}"
-    gold = record.get("gold", [])
-    if isinstance(gold, list):
-      gold = dict.fromkeys(_strings(gold, "gold", where), 1)
-    for id_, grade in gold.items():
-      if type(grade) is not int:  # true is an int to isinstance
-        raise ValueError(
-          f"{where}: field 'gold' gives passage {id_!r} the grade"
-          f" {shorten(grade)}. Expected a whole number. Correct it."
-        )
-    yield BenchmarkQuestion(
-      id=str(record.get("id", line)),
-      question=_question(record["question"], where),
-      answers=_strings(record["answers"], "answers", where),
-      gold=gold,
-    )
-
-
-def _objects(
-  parent: Any, name: str, where: str
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
-  """Yields (number, object) of the list that is a field of `parent`."""
-  _check_object(parent, where)
-  check_fields(parent, where, required={name: list})
-  for number, child in enumerate(parent[name]):
-    _check_object(child, f"{where}.{name}[{number}]")
-    yield number, child
-
-
-def _check_object(value: Any, where: str) -> None:
-  if not isinstance(value, dict):
-    raise ValueError(
-      f"{where}: {shorten(value)} is not an object. Expected {_EXPECTED}."
-      " Correct or remove it."
-    )
-
-
-def _strings(values: list[Any], name: str, where: str) -> tuple[str, ...]:
-  for value in values:
-    if not isinstance(value, str):
-      raise ValueError(
-        f"{where}: field {name!r} holds {shorten(value)}. Expected a list of"
-        " strings. Correct it."
-      )
-  return tuple(values)
 
 
 def _question(text: str, where: str) -> str:

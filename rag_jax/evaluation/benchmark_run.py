@@ -15,9 +15,11 @@ from jaxtyping import Float
 import numpy as np
 
 from rag_jax import artifacts
-from rag_jax.corpus.passages import Passage
+from rag_jax.config_rules import check_choice
+from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.twins import Twins
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.evaluation.answers import VARIANTS
 from rag_jax.evaluation.benchmark_measure import INDEX_DEPTHS
 from rag_jax.evaluation.benchmark_measure import SPEED_K
 from rag_jax.evaluation.benchmark_measure import Known
@@ -31,6 +33,8 @@ from rag_jax.evaluation.benchmark_systems import Workload
 from rag_jax.evaluation.benchmark_systems import build_systems
 from rag_jax.evaluation.benchmark_systems import needs_tuning
 from rag_jax.evaluation.machine import describe_machine
+from rag_jax.evaluation.regex_answers import REGEX
+from rag_jax.evaluation.regex_answers import check_patterns
 from rag_jax.retrieval.exact import ExactIndex
 
 _SEED = 0  # of which questions tune, and which are measured
@@ -46,6 +50,10 @@ class BenchmarkSettings:
   tune_secs: float = 120.0  # that the tuner of ScaNN may take
   rounds: int = 3  # of timing
   speed_secs: float = 0.3  # for each system, batch size and round
+  # Leave out the passage whose id is the question's, where questions are
+  # themselves documents, as in BEIR's ArguAna and Quora.
+  drop_own_id: bool = False
+  answers: str = "multilingual"  # how they are looked for; of VARIANTS
 
 
 def benchmark_directory(
@@ -69,6 +77,12 @@ def benchmark_directory(
   """
   load = os.getloadavg()[0]
   asked = read_benchmark_questions(questions)
+  if problem := check_choice("answers", settings.answers, VARIANTS):
+    raise ValueError(problem)
+  if settings.answers == REGEX:
+    for question in asked:
+      where = f"{questions}: question {question.id!r}"
+      check_patterns(question.answers, where)
   directory = SearchDirectory(index)
   measured, tuning = _split(len(asked), settings)
   chosen = [asked[row] for row in (*measured, *tuning)]
@@ -76,7 +90,9 @@ def benchmark_directory(
   texts = [question.question for question in chosen]
   embeddings = directory.embed_questions(texts)
   notes: list[str] = []
-  known = _known(chosen, directory.passages, directory.version.twins, notes)
+  known = _known(
+    chosen, directory.passages, directory.version.twins, notes, settings
+  )
   num = len(measured)
   bm25_bytes = 0
   if directory.bm25 is not None:
@@ -95,7 +111,10 @@ def benchmark_directory(
     bm25_bytes=bm25_bytes,
   )
   of_measured = dataclasses.replace(
-    known, answers=known.answers[:num], gold=known.gold[:num]
+    known,
+    answers=known.answers[:num],
+    gold=known.gold[:num],
+    own=known.own[:num],
   )
   inputs = {"index": os.fspath(index), "questions": os.fspath(questions)}
   return _run(workload, of_measured, settings, inputs, notes, load)
@@ -178,9 +197,10 @@ def open_embeddings(path: epath.PathLike) -> Float[np.ndarray, "P R"]:
 
 def _known(
   questions: Sequence[BenchmarkQuestion],
-  passages: Sequence[Passage],
+  passages: Passages,
   twins: Twins | None,
   notes: list[str],
+  settings: BenchmarkSettings,
 ) -> Known:
   graded, missing = gold_rows(questions, passages, twins)
   if missing:
@@ -203,7 +223,28 @@ def _known(
     passage = passages[row]
     return f"{passage.title}\n{passage.text}"
 
-  return Known([question.answers for question in questions], graded, text_of)
+  rows = [passages.row_of(question.id) for question in questions]
+  own = [-1 if row is None else row for row in rows]
+  same = len(rows) - rows.count(None)
+  if settings.drop_own_id:
+    notes.append(
+      f"{same:,} of {len(rows):,} questions have the id of a passage, which is"
+      " left out of what is found for them (--drop_own_id)."
+    )
+  elif same:
+    notes.append(
+      f"{same:,} of {len(rows):,} questions have an id that a passage has too."
+      " If they are the same text, as in BEIR's ArguAna and Quora, measure with"
+      " --drop_own_id."
+    )
+  return Known(
+    [question.answers for question in questions],
+    graded,
+    text_of,
+    own=own if settings.drop_own_id else (),
+    num_passages=len(passages),
+    variant=settings.answers,
+  )
 
 
 def _split(
@@ -251,6 +292,7 @@ def _run(
     systems,
     truth,
     known,
+    notes=notes,
     rounds=settings.rounds,
     speed_secs=settings.speed_secs,
   )

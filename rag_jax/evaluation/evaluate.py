@@ -13,6 +13,8 @@ import numpy as np
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.questions import Question
 from rag_jax.decoding.answerer import Answerer
+from rag_jax.evaluation.regex_answers import REGEX
+from rag_jax.evaluation.regex_answers import check_patterns
 from rag_jax.evaluation.report import RECALL_K
 from rag_jax.evaluation.report import AnswerRecord
 from rag_jax.evaluation.report import summarise
@@ -38,6 +40,9 @@ class Evaluator:
   ) -> list[AnswerRecord]:
     """Returns one record a question, in their order."""
     config = self._experiment.config
+    if config.eval.answers == REGEX:
+      for question in questions:  # before the expensive thing
+        check_patterns(question.answers, f"The question {question.question!r}")
     passages = self._experiment.passages
     answers = self._answerer.answer(
       params,

@@ -80,7 +80,10 @@ def finish(
     "seed": config.seed,
     "step": step,
     "train/seconds": clock.train_secs,
-    "train/questions_per_second": num_questions / clock.question_secs,
+    # Without a step there is no time, and no speed.
+    "train/questions_per_second": (
+      num_questions / clock.question_secs if num_questions else 0.0
+    ),
     "train/peak_memory_bytes": peak_memory_bytes(),
     "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
     "num_passages": len(experiment.passages),
@@ -111,21 +114,26 @@ def _best_params(
   params, layout = init_params(
     experiment.init, jax.random.key(config.seed), experiment.mesh
   )
-  optimizer = stage_optimizer(config, TRAIN, params)
-  state, state_layout = make_state(params, layout, optimizer, experiment.mesh)
   checkpoints = Checkpointer(
     workdir.checkpoints,
     keep_last=config.train.keep_checkpoints,
     process_index=jax.process_index(),
   )
   best = checkpoints.best_step()
-  abstract = dataclasses.replace(
-    abstract_state(state, state_layout),
-    index=abstract_index(experiment, params),
-  )
-  state, _ = checkpoints.restore(abstract, best)
   step = best if best is not None else checkpoints.latest_step()
   assert step is not None, "a run that has trained has a checkpoint"
+  # Without a step of the main stage it may be the last one of the warm-up.
+  stage = TRAIN
+  if not config.train.num_steps:
+    stage = checkpoints.read_extra(step)["stage"]
+  optimizer = stage_optimizer(config, stage, params)
+  state, state_layout = make_state(params, layout, optimizer, experiment.mesh)
+  abstract = abstract_state(state, state_layout)
+  if stage == TRAIN:
+    abstract = dataclasses.replace(
+      abstract, index=abstract_index(experiment, params)
+    )
+  state, _ = checkpoints.restore(abstract, step)
   logging.info("The best checkpoint is that of step %d.", step)
   return state.params, step
 

@@ -15,7 +15,6 @@ from etils import epath
 import numpy as np
 
 from rag_jax import artifacts
-from rag_jax import disk
 from rag_jax.evaluation.answers import exact_match
 from rag_jax.evaluation.answers import token_f1
 from rag_jax.retrieval.certificate import Certificate
@@ -180,19 +179,7 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
       " the path."
     )
   remedy = "Remove it and start the run again with the same workdir."
-  data = disk.read_own(path, remedy=remedy)
-  try:
-    results = json.loads(data.decode("utf-8"))
-  except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
-    raise ValueError(
-      f"{path} is not JSON ({error}); it was cut off or edited. {remedy}"
-    ) from error
-  if not isinstance(results, dict):
-    raise ValueError(
-      f"{path} holds a {type(results).__name__}; expected an object of named"
-      f" results. {remedy}"
-    )
-  return artifacts.without_digest(results, origin=str(path), remedy=remedy)
+  return artifacts.read_json(path, remedy)
 
 
 def _share(value: float | None) -> str:

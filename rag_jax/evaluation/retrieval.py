@@ -17,6 +17,8 @@ import numpy as np
 from rag_jax.corpus.folding import fold
 from rag_jax.corpus.words import units
 from rag_jax.evaluation.answers import check_variant
+from rag_jax.evaluation.regex_answers import REGEX
+from rag_jax.evaluation.regex_answers import occurs
 
 
 def contains_answer(
@@ -37,7 +39,8 @@ def contains_answer(
       scripts without spaces each character is a token, so that an answer is
       found inside a sentence; "numbers": a number with its sign and decimals
       is one token, without separators between its digits; "squad": DPR's rule
-      as published, where an answer inside a run is missed.
+      as published, where an answer inside a run is missed; "regex": answers
+      are regular expressions (regex_answers.py).
 
   Raises:
     TypeError: `answers` is one string, not a list of them.
@@ -50,6 +53,8 @@ def contains_answer(
     )
   if problems := check_variant(variant):
     raise ValueError(" ".join(problems))
+  if variant == REGEX:
+    return occurs(passage_text, answers)
   passage = _joined(passage_text, variant)
   wanted = (_joined(answer, variant) for answer in answers)
   # An answer without a token occurs in nothing, rather than everywhere.

@@ -26,6 +26,7 @@ from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.records import read_texts
 from rag_jax.corpus.words import RULES
 from rag_jax.corpus.words import WordTokenizer
+from rag_jax.json_input import read_settings
 from rag_jax.retrieval import exact
 from rag_jax.retrieval.postings import ARRAYS
 from rag_jax.retrieval.postings import Postings
@@ -276,6 +277,10 @@ class Bm25Index:
     )
     content.setdefault("word_rule", 1)  # of format 1
     bad = [k for k, t in _CONTENT.items() if not isinstance(content.get(k), t)]
+    if "stop_words" not in bad:
+      bad += [
+        "stop_words" for w in content["stop_words"] if not isinstance(w, str)
+      ][:1]
     if bad:
       raise ValueError(
         f"{path}/{artifacts.MANIFEST} describes no BM25 index:"
@@ -289,19 +294,26 @@ class Bm25Index:
         f" {passages_fingerprint!r}. Set data.passages to those that it was"
         f" built of. {REMEDY}"
       )
-    vocabulary = json.loads((path / _VOCABULARY).read_text(encoding="utf-8"))
-    arrays = open_arrays(path, vocabulary, REMEDY)
+    try:
+      vocabulary = read_settings(path / _VOCABULARY)
+    except ValueError as error:
+      raise ValueError(
+        f"{path / _VOCABULARY} is no list of words ({error}). {REMEDY}"
+      ) from error
+    arrays = open_arrays(path, vocabulary, REMEDY, content["num_passages"])
     return cls(
       vocabulary,
       arrays,
       num_passages=content["num_passages"],
       passages_fingerprint=content["passages_fingerprint"],
-      settings=Bm25Settings(
-        k1=content["k1"],
-        b=content["b"],
-        stemmer=content["stemmer"],
-        stop_words=tuple(content["stop_words"]),
-        word_rule=content["word_rule"],
+      settings=check_settings(
+        Bm25Settings(
+          k1=content["k1"],
+          b=content["b"],
+          stemmer=content["stemmer"],
+          stop_words=tuple(content["stop_words"]),
+          word_rule=content["word_rule"],
+        )
       ),
     )
 

@@ -185,8 +185,12 @@ class Certificate:
         content["modes"] = SearchModes.from_content(content["modes"])
       if not content["recalls"]:
         raise ValueError("no recalls")
-      return cls(**content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      certificate = cls(**content)
+      _check_types(certificate)
+      return certificate
+    except (
+      AttributeError, KeyError, TypeError, ValueError, OverflowError
+    ) as error:  # fmt: skip
       raise ValueError(
         f"{origin} holds no certificate that this version of rag_jax can read"
         f" ({type(error).__name__}: {error}); expected"
@@ -240,6 +244,41 @@ class Certificate:
   def _size(self, size: int) -> str:
     each = size / self.num_passages
     return f"{_bytes(size)}, {each:,.0f} bytes a passage"
+
+
+def _check_types(certificate: Certificate) -> None:
+  """Raises `ValueError` unless the numbers are numbers, and the texts texts."""
+  for recall in certificate.recalls:
+    numbers = (recall.mean, recall.low, recall.high)
+    if not _is_count(recall.k) or not all(map(_is_number, numbers)):
+      raise ValueError(f"recalls are {recall!r:.200}")
+  for name in ("kind", "sample"):
+    if not isinstance(getattr(certificate, name), str):
+      raise ValueError(f"{name} is {getattr(certificate, name)!r:.80}")
+  if not isinstance(certificate.settings, Mapping):
+    raise ValueError(f"settings are {certificate.settings!r:.80}")
+  for name in (
+    "num_passages", "embedding_dim", "num_questions", "speed_k", "num_cpus",
+    "memory_bytes", "disk_bytes", "build_peak_bytes",
+  ):  # fmt: skip
+    value = getattr(certificate, name)
+    needed = name not in ("disk_bytes", "build_peak_bytes")
+    least = 1 if name in ("num_passages", "embedding_dim") else 0
+    if value is None and not needed:
+      continue
+    if not _is_count(value) or value < least:
+      raise ValueError(f"{name} is {value!r:.80}")
+  secs = certificate.build_secs
+  if secs is not None and not _is_number(secs):
+    raise ValueError(f"build_secs are {secs!r:.80}")
+
+
+def _is_count(value: Any) -> bool:
+  return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+  return type(value) in (int, float) and abs(value) < 1e300
 
 
 def certify(

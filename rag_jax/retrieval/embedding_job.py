@@ -8,6 +8,7 @@ interrupted, or by how many processes it was shared.
 from collections.abc import Callable
 import dataclasses
 import json
+import math
 import shutil
 import time
 from typing import Any
@@ -121,12 +122,13 @@ def embed_corpus(
   progress = _Progress(sum(len(job.rows(i)) for i in mine))
   for shard in mine:
     rows = job.rows(shard)
-    embeddings = embedder.rows(params, passage_tokens, np.array(rows))
+    embeddings = embedder.rows(
+      params, passage_tokens, np.array(rows), progress.add
+    )
     _check_numbers(embeddings, rows)
     file.write(rows.start, embeddings)
     digest = file.digest(rows.start, rows.stop)
     artifacts.write_atomically(_marker(directory, shard), digest)
-    progress.add(len(rows))
     on_shard(shard)
   wait_for_all("embedding: everything is embedded")
   return open_embeddings(directory)
@@ -256,12 +258,13 @@ def wait_for_all(what: str) -> None:
 
 
 class _Progress:
-  """Says now and then how far the work of this process is."""
+  """Says at the first batch, and now and then, how far the work is."""
 
   def __init__(self, num_passages: int):
     self._todo = num_passages
     self._done = 0
-    self._start = self._last = time.monotonic()
+    self._start = time.monotonic()
+    self._last = -math.inf
 
   def add(self, num_passages: int) -> None:
     self._done += num_passages

@@ -20,6 +20,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax import disk
+from rag_jax.corpus.array_rows import read_array
 from rag_jax.disk import UnwritableError
 
 STORAGE = ("float32", "bfloat16", "int8")  # of numbers in the file
@@ -158,17 +159,7 @@ def open_embeddings(directory: epath.PathLike) -> StoredEmbeddings:
     return _open_part(directory)
 
   def load(name: str) -> np.ndarray:
-    file = directory / name
-    try:
-      if artifacts.is_local(file):
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-      with file.open("rb") as f:
-        return np.load(f, allow_pickle=False)
-    except ValueError as error:
-      raise ValueError(
-        f"{file} is no array that NumPy can read ({error}). Expected what"
-        " rag_jax wrote. Build it again, or copy it again."
-      ) from error
+    return read_array(directory / name, "Build it again, or copy it again.")
 
   stored = load(EMBEDDINGS)
   scales = load(SCALES) if stored.dtype == np.int8 else None

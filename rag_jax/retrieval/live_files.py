@@ -24,6 +24,7 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax import building
 from rag_jax import disk
+from rag_jax.corpus.array_rows import read_array
 
 CURRENT = "CURRENT"
 
@@ -218,6 +219,7 @@ def read_version(
   content = artifacts.read_manifest(
     path / name, kind=_ARTIFACT, format=_FORMAT, remedy=_REMEDY
   )
+  content.check(base=str, base_manifest=str, passages_fingerprint=str)
   base = path / content["base"]
   if not _NAME.fullmatch(content["base"]) or not base.exists():
     raise FileNotFoundError(
@@ -230,7 +232,7 @@ def read_version(
       f" another. Expected both from one copy of the directory. {_REMEDY}"
     )
   arrays = {
-    part: np.load(path / name / f"{part}.npy", allow_pickle=False)
+    part: np.array(read_array(path / name / f"{part}.npy", _REMEDY))
     for part in _ARRAYS
   }
   return content, arrays

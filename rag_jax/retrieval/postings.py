@@ -20,8 +20,8 @@ from absl import logging
 from etils import epath
 import numpy as np
 
-from rag_jax import artifacts
 from rag_jax.corpus.array_rows import ArrayRows
+from rag_jax.corpus.array_rows import read_array
 from rag_jax.disk import UnwritableError
 
 # Where the scores of a word start, the passages that hold it, the scores.
@@ -204,22 +204,15 @@ def _full_disk(directory: epath.Path) -> Iterator[None]:
     ) from error
 
 
-def _read_array(file: epath.Path) -> np.ndarray:
-  if artifacts.is_local(file):
-    return np.load(file, mmap_mode="r", allow_pickle=False)
-  with file.open("rb") as f:
-    return np.load(f, allow_pickle=False)
-
-
 def open_arrays(
-  path: epath.Path, vocabulary: Any, remedy: str
+  path: epath.Path, vocabulary: Any, remedy: str, num_passages: int
 ) -> dict[str, np.ndarray]:
   """Returns the arrays `ARRAYS`, which stay on the disk until used.
 
   Raises:
     ValueError: the files are not of one build.
   """
-  arrays = {name: _read_array(path / f"{name}.npy") for name in ARRAYS}
+  arrays = {name: read_array(path / f"{name}.npy", remedy) for name in ARRAYS}
   starts, passages, scores = (arrays[name] for name in ARRAYS)
   typed = all(
     arrays[name].dtype == dtype and arrays[name].ndim == 1
@@ -228,14 +221,25 @@ def open_arrays(
   if (
     not typed
     or not isinstance(vocabulary, list)
+    or not all(isinstance(word, str) for word in vocabulary)
     or starts.shape != (len(vocabulary) + 1,)
     or len(passages) != starts[-1]
     or len(scores) != starts[-1]
   ):
     shapes = {name: (a.shape, a.dtype.name) for name, a in arrays.items()}
     raise ValueError(
-      f"{path} holds arrays {shapes} for {len(vocabulary)} words; expected one"
+      f"{path} holds arrays {shapes} for the words {str(vocabulary)[:80]};"
+      " expected a list of words, one"
       " start more than words, and as many passages as scores as the last"
       f" start; the directory mixes two builds. {remedy}"
+    )
+  # Searching would read beyond the end of memory.
+  ids = int(passages.min(initial=0)), int(passages.max(initial=0))
+  rising = bool(np.all(starts[1:] >= starts[:-1])) and starts[0] == 0
+  if ids[0] < 0 or ids[1] >= max(num_passages, 1) or not rising:
+    raise ValueError(
+      f"{path} holds passages from {ids[0]} to {ids[1]}; expected 0 to"
+      f" {num_passages - 1}, in the order of the words; the directory mixes two"
+      f" builds. {remedy}"
     )
   return arrays

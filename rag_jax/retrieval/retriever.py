@@ -163,10 +163,12 @@ class Embedder:
     retriever_params: PyTree,
     passage_tokens: PassageTokens,
     rows: Int[np.ndarray, "N"],
+    on_block: Callable[[int], None] = lambda num_passages: None,
   ) -> Float[np.ndarray, "N R"]:
     """Returns the embeddings of the passages `rows`, in their order.
 
-    Their tokens are in memory all at once, [N, L]. Arguments as in `passages`.
+    Their tokens are in memory all at once, [N, L]. Arguments as in `passages`;
+    `on_block` gets the number of passages of each block that was started.
     """
     tokens, mask = passage_tokens(rows)
     lengths = mask.sum(axis=1)
@@ -179,6 +181,7 @@ class Embedder:
       blocks.append(block[: len(part)])
       if len(blocks) > 1:
         blocks[-2] = np.asarray(blocks[-2])
+      on_block(len(part))
     embeddings = np.concatenate([np.asarray(block) for block in blocks])
     result = np.empty_like(embeddings)
     result[order] = embeddings

@@ -16,13 +16,13 @@ from rag_jax.terminal import one_line
 _WIDTH = 80  # columns
 _INDENT = 18  # of what stands under "passage"
 _TEXT_LINES = 3  # shown of a passage
-# Below it, by the model's own probabilities, other answers together are more
-# likely than the one it gives.
-_SURE = 0.5
+# Answers of a lower probability are called unsure. The quickstart's answers to
+# made-up names are nearly all below it, its right answers nearly all above.
+SURE = 0.7
 _MARK = " [...]"
 
 
-def explain(answer: Answer) -> str:
+def explain(answer: Answer, sure: float = SURE) -> str:
   """Returns the answer, then the passages that it was read from.
 
   `p(z|x)` is the prior: how much the retriever trusted the passage before the
@@ -30,12 +30,12 @@ def explain(answer: Answer) -> str:
   """
   probability = math.exp(answer.log_prob)
   text = one_line(answer.text) or "(no answer)"
-  doubt = "" if is_sure(answer) else ", not sure"
+  doubt = "" if is_sure(answer, sure) else ", not sure"
   lines = list(_wrap(f"{text}   (p = {probability:.2f}{doubt})", _WIDTH))
   if doubt:
     lines += _wrap(
-      "The model is not sure: to itself, some other answer is more likely than"
-      " this one. Perhaps no passage answers the question.",
+      f"The model is not sure: p is below {sure:g}. Perhaps no passage answers"
+      " the question.",
       _WIDTH,
     )
   if answer.question_cut:
@@ -57,14 +57,14 @@ def explain(answer: Answer) -> str:
   return "\n".join(lines) + "\n"
 
 
-def is_sure(answer: Answer) -> bool:
-  """Returns whether the model finds its answer likelier than all others."""
-  return math.exp(answer.log_prob) >= _SURE
+def is_sure(answer: Answer, sure: float = SURE) -> bool:
+  """Returns whether the answer's probability is at least `sure`."""
+  return math.exp(answer.log_prob) >= sure
 
 
-def to_json(answer: Answer) -> str:
+def to_json(answer: Answer, sure: float = SURE) -> str:
   """Returns the answer, its passages and every probability as one line."""
-  return json_line(dataclasses.asdict(answer) | {"sure": is_sure(answer)})
+  return json_line(dataclasses.asdict(answer) | {"sure": is_sure(answer, sure)})
 
 
 def _columns(text: str) -> int:

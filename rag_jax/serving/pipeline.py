@@ -1,9 +1,11 @@
-"""A finished run as something to ask.
+"""A finished run, or a RAG checkpoint, as something to ask.
 
-In: the workdir of a run, questions. Out: answers, each with its documents.
+In: the workdir of a run or a checkpoint with a corpus, and questions. Out:
+answers, each with its documents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import os
 from typing import Any
 
 from absl import logging
@@ -11,10 +13,10 @@ from etils import epath
 import jax
 from jaxtyping import PyTree
 
+from rag_jax.artifacts import instead_of
 from rag_jax.artifacts import manifest_digest
 from rag_jax.config import MeshConfig
 from rag_jax.config_json import read_config
-from rag_jax.corpus.passages import load_passages
 from rag_jax.corpus.records import bad_character
 from rag_jax.corpus.records import shorten
 from rag_jax.data.experiment import Experiment
@@ -22,9 +24,14 @@ from rag_jax.data.experiment import check_n_docs
 from rag_jax.data.experiment import open_experiment
 from rag_jax.decoding.answerer import Answer
 from rag_jax.decoding.answerer import Answerer
+from rag_jax.decoding.answerer import make_decoder
+from rag_jax.decoding.rag import RagDecoder
+from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import fingerprint
+from rag_jax.serving.corpora import open_corpus
+from rag_jax.serving.open_model import open_model
 from rag_jax.training.workdir import Workdir
 from rag_jax.weights.model_files import load_model
 
@@ -38,23 +45,35 @@ class RagPipeline:
   """
 
   def __init__(
-    self, experiment: Experiment, params: PyTree, index: Index | None
+    self,
+    experiment: Experiment,
+    params: PyTree,
+    index: Index | None,
+    decoder: RagDecoder | None = None,
   ):
     self._experiment = experiment
     self._params = params
     self._index = index
-    self._answerer = Answerer(experiment)
+    self._answerer = Answerer(experiment, decoder)
 
   @classmethod
   def load(
-    cls, workdir: epath.PathLike, *, corpus: epath.PathLike = ""
+    cls,
+    workdir: epath.PathLike,
+    *,
+    corpus: epath.PathLike = "",
+    mode: str = "",
+    generation: Mapping[str, Any] | None = None,
   ) -> "RagPipeline":
     """Opens what a run wrote.
 
     Args:
       workdir: of a run that has ended.
-      corpus: passages to answer from instead of those of the run; they are
-        embedded now, by the trained retriever.
+      corpus: what `open_corpus` reads, to answer from instead of the passages
+        of the run; they are embedded now, by the trained retriever.
+      mode: one of `decoding.rag.MODES`; "": as in training.
+      generation: settings by the names of generation_config.json that win over
+        those of the run.
 
     Raises:
       FileNotFoundError: no run is there, or it has not ended.
@@ -63,9 +82,10 @@ class RagPipeline:
     """
     run = Workdir(epath.Path(workdir).expanduser())
     if not run.config_path.exists():
+      there = "" if run.path.exists() else f"{instead_of(run.path)} "
       raise FileNotFoundError(
         f"No config.json in {run.path}; expected the --workdir of a training"
-        " run. Train first: python tools/train.py"
+        f" run. {there}Train first: python tools/train.py"
         " --config=configs/quickstart.py --workdir=" + str(run.path)
       )
     params, content = load_model(run.model)
@@ -78,9 +98,10 @@ class RagPipeline:
       )
     if corpus:
       config.index.bm25_path = ""  # which is of the passages of the run
+    config.decoding.mode = mode or config.decoding.mode
     # One device answers, whatever mesh the model was trained on.
     config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
-    passages = load_passages(str(corpus) or config.data.passages)
+    passages = open_corpus(str(corpus) or config.data.passages)
     if len(passages) < config.data.n_docs:
       logging.warning(
         "%s has %d passages, fewer than the %d documents that were read in"
@@ -102,8 +123,9 @@ class RagPipeline:
         f" {run.model} was trained with; its token ids would mean other text."
         " Put the old files back, or train again."
       )
+    decoder = _decoder(experiment, generation or {})
     if experiment.closed_book:
-      return cls(experiment, params, None)
+      return cls(experiment, params, None, decoder)
     retriever = {k: v for k, v in params.items() if k != "generator"}
     if corpus:
       logging.info("Embedding %d passages of %s.", len(passages), corpus)
@@ -114,12 +136,39 @@ class RagPipeline:
         encoder_fingerprint=fingerprint(retriever),
         passages_fingerprint=passages.fingerprint,
       )
-    return cls(experiment, params, index)
+    return cls(experiment, params, index, decoder)
+
+  @classmethod
+  def from_checkpoint(
+    cls,
+    model: epath.PathLike,
+    corpus: epath.PathLike,
+    *,
+    passage_encoder: str = "",
+    mode: str = "",
+    generation: Mapping[str, Any] | None = None,
+    hf_parity: bool = True,
+  ) -> "RagPipeline":
+    """Opens a RAG checkpoint over a corpus; see `open_model`.
+
+    pipeline = RagPipeline.from_checkpoint(
+      "models/rag-token-nq", "runs/documents", generation={"num_beams": 4}
+    )
+    """
+    opened = open_model(
+      os.fspath(model),
+      corpus,
+      passage_encoder=passage_encoder,
+      mode=mode,
+      generation=generation,
+      hf_parity=hf_parity,
+    )
+    return cls(opened.experiment, opened.params, opened.index, opened.decoder)
 
   def answer(
     self, questions: str | Sequence[Any], *, n_docs: int = 0
   ) -> list[Answer]:
-    """Returns an answer a question, decoded greedily (RAG-Token).
+    """Returns an answer a question.
 
     Args:
       questions: one as text, or several.
@@ -149,6 +198,22 @@ class RagPipeline:
     return self._answerer.answer(
       self._params, self._index, questions, n_docs=n_docs
     )
+
+
+def _decoder(
+  experiment: Experiment, generation: Mapping[str, Any]
+) -> RagDecoder:
+  """Returns what decodes as the config says, but for what is given."""
+  decoder = make_decoder(experiment)
+  if not generation:
+    return decoder
+  values = decoder.settings.to_dict()
+  if "max_length" in generation:
+    values.pop("max_new_tokens", None)
+  settings = GenerationSettings.from_dict(
+    values | dict(generation), "generation"
+  )
+  return RagDecoder(experiment.model.generator, settings, decoder.mode)
 
 
 def _check_tokenizer(run: Workdir, digest: str) -> None:

@@ -76,10 +76,12 @@ def train(
     FloatingPointError: the loss is not finite any more.
     ValueError: the checkpoints in the workdir do not belong to this run.
   """
+  stages = make_stages(experiment, questions)
+  workdir.begin()
   with StopRequest() as stop:
     run = _Run(experiment, questions, workdir, validate, stop)
     try:
-      run.all_stages(make_stages(experiment, questions))
+      run.all_stages(stages)
     finally:
       run.close()
   return run.clock
@@ -149,9 +151,9 @@ class _Run:
     )
     if self._config.index.path and not self._experiment.closed_book:
       self._adopt_index(params)
-    for stage in stages:
-      if latest is not None and latest > stage.first_step + stage.num_steps:
-        continue  # a later stage goes on from the checkpoint
+    names = [stage.name for stage in stages]
+    # Stages before that of the checkpoint are over.
+    for stage in stages[names.index(extra["stage"]) if extra else 0 :]:
       resumed = extra if extra.get("stage") == stage.name else {}
       params = self._stage(stage, params, layout, resumed, latest)
 
@@ -185,6 +187,8 @@ class _Run:
     elif main and not (self._experiment.closed_book or self._config.index.path):
       self._open_index(state.params, extra, latest)
     if step >= stage.num_steps:
+      if main and not stage.num_steps and not extra:
+        self._save_unchanged(stage, state)
       return state.params
     index = self._versions.index if main else None
     first = stage.prepare(
@@ -207,6 +211,14 @@ class _Run:
         state.params, in_step.searched(self._experiment, state, index)
       )
     return self._steps(stage, compiled, state, step, first)
+
+  def _save_unchanged(self, stage: Stage, state: TrainState) -> None:
+    """Validates and saves what a main stage without steps begins with."""
+    index = in_step.searched(self._experiment, state, self._versions.index)
+    values = self._validate(state.params, index)
+    self._writer.write(0, stage.name, values)
+    versions = self._versions if self._versions.index else None
+    self._save(stage, 0, state, Ahead(), versions, values)
 
   def _adopt_index(self, params: PyTree) -> None:
     """Opens the index of the config, whose passage tower never trains."""

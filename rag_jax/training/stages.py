@@ -62,6 +62,8 @@ def stage_optimizer(
       warmup_steps=config.warmup.warmup_steps,
       schedule="constant",
     )
+  if not num_steps:
+    return optax.set_to_zero()  # nothing learns, and no moments are needed
   freeze = settings.freeze + _constants(config, params)
   # Passages keep the embeddings of their index, once there is one.
   has_index = name == TRAIN or bool(config.index.path)
@@ -121,12 +123,14 @@ def make_stages(
     experiment.context,
     experiment.embedder,
     n_docs=config.data.n_docs,
-    batch_size=config.train.batch_size,
+    # Without a step, no number of questions is too small.
+    batch_size=(
+      config.train.batch_size if config.train.num_steps else jax.process_count()
+    ),
     seed=config.seed,
     frozen_passages=not config.encoder.train_passage_encoder,
     substitute_answers=config.data.substitute_answers,
     substitute_subjects=config.data.substitute_subjects,
-    unanswerable_questions=config.data.unanswerable_questions,
     informal_questions=config.data.informal_questions,
     bm25=experiment.bm25,
     process_index=jax.process_index(),

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from typing import Any
 
 from absl import logging
@@ -40,14 +41,23 @@ _MAY_DIFFER = frozenset({
   "data.token_cache",
 })  # fmt: skip
 _SECTIONS_MAY_DIFFER = ("eval.", "mesh.", "decoding.")
+# What a wrong setting or file ends in. Of a full disk, or of Ctrl-C, what was
+# made stays: the same command goes on with it.
+_REFUSALS = (ValueError, TypeError, ImportError, FileNotFoundError)
 
 
 class Workdir:
   """The paths of a run. One that `open_workdir` returned holds the lock."""
 
-  def __init__(self, path: epath.PathLike, lock: int | None = None):
+  def __init__(
+    self,
+    path: epath.PathLike,
+    lock: int | None = None,
+    made: tuple[epath.Path, ...] = (),
+  ):
     self.path = epath.Path(path)
     self._lock = lock  # file descriptor
+    self._made = made  # folders that this run made, the deepest first
 
   @property
   def config_path(self) -> epath.Path:
@@ -68,11 +78,6 @@ class Workdir:
   def model(self) -> epath.Path:
     """The directory of the trained model, once the run has ended."""
     return self.path / "model"
-
-  @property
-  def compiled(self) -> epath.Path:
-    """The directory of compiled programs; it can be deleted at any time."""
-    return self.path / ".jax_cache"
 
   @property
   def index(self) -> epath.Path:
@@ -100,11 +105,25 @@ class Workdir:
       os.close(self._lock)  # which releases the lock
       self._lock = None
 
+  def begin(self) -> None:
+    """Says that something is learned from now on, and stays whatever comes."""
+    self._made = ()
+
   def __enter__(self) -> "Workdir":
     return self
 
-  def __exit__(self, *exc_info: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None and issubclass(kind, _REFUSALS):
+      self._remove_made()
     self.close()
+
+  def _remove_made(self) -> None:
+    """Leaves nothing behind of a run that was refused before it began."""
+    for number, folder in enumerate(self._made):
+      if not number and folder.exists():
+        folder.rmtree()
+      elif folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def open_workdir(
@@ -123,6 +142,11 @@ def open_workdir(
   - how long: train.num_steps, if optimizer.schedule is "constant" and its
     warm-up fits. The other schedules end at the last step, so that every step
     depends on it.
+
+  A run that has ended can be made longer whatever its schedule: with a larger
+  train.num_steps, all optimizer.* but optimizer.freeze may differ. It goes on
+  from its last step, with AdamW's moments as they are and the learning rate
+  that the new schedule has at that step.
 
   A folder in which nothing was learned yet is free: its run may have ended at
   once, because of a setting that has been corrected since.
@@ -151,6 +175,9 @@ def open_workdir(
       " one, for instance --workdir=runs/first."
     )
   path = epath.Path(path).expanduser()
+  # Local ones: a bucket has no folders.
+  missing = [p for p in (path, *path.parents) if not p.exists()]
+  made = tuple(missing) if artifacts.is_local(path) else ()
   _make_folder(path)
   if process_index:
     workdir = Workdir(path)
@@ -158,7 +185,7 @@ def open_workdir(
     return workdir
   _check_writable(path)
   _check_no_links(path)
-  workdir = Workdir(path, _lock(path))
+  workdir = Workdir(path, _lock(path), made)
   try:
     same = _check_config(workdir, config, may_correct=True)
     if not same and workdir.tokenizer.exists():
@@ -170,14 +197,48 @@ def open_workdir(
   return workdir
 
 
-def keep_compiled(path: epath.PathLike) -> None:
+def keep_compiled(path: epath.PathLike = "") -> None:
   """Keeps compiled programs in `path`, and takes them from there.
 
-  Programs that take less than half a second to compile are not kept. Call it
-  before anything is compiled.
+  They are code that is run, so they never come out of a workdir, which somebody
+  else may have made. JAX names each after all that it was compiled from: one
+  directory does for all runs, and can be deleted at any time. Programs that
+  take less than half a second to compile are not kept. Call it before anything
+  is compiled.
+
+  Args:
+    path: of the directory; "" is rag_jax/compiled in the user's cache directory
+      ($XDG_CACHE_HOME or ~/.cache), which is used only if nobody else can write
+      there.
   """
+  if not os.fspath(path):
+    path = _own_cache()
+    if not path:
+      return
   jax.config.update("jax_compilation_cache_dir", os.fspath(path))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _own_cache() -> str:
+  """Returns the directory of compiled programs; "" if it is not ours alone."""
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  path = os.path.join(home, "rag_jax", "compiled")
+  try:
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    state = os.lstat(path)
+  except OSError as error:
+    logging.info("Compiled programs are not kept: %s", error)
+    return ""
+  ours = state.st_uid == os.geteuid() and stat.S_ISDIR(state.st_mode)
+  if ours and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    return path
+  logging.warning(
+    "%s is not used for compiled programs: others can write there, and what"
+    " lies there is run. Expected a folder of this user alone. Remove it, or"
+    " give another one with --cache_dir.",
+    path,
+  )
+  return ""
 
 
 def _make_folder(path: epath.Path) -> None:
@@ -305,6 +366,7 @@ def _check_config(
   different = {
     line.partition(":")[0]: line for line in differences(old, config)
   }
+  goes_on = _goes_on(workdir, old, config)
   bad = [
     line
     for name, line in different.items()
@@ -312,6 +374,7 @@ def _check_config(
       name in _MAY_DIFFER
       or name.startswith(_SECTIONS_MAY_DIFFER)
       or (name == "train.num_steps" and _only_longer(old, config))
+      or (goes_on and _is_of_schedule(name))
     )
   ]
   learned = _has_checkpoints(workdir) or workdir.model.exists()
@@ -338,6 +401,22 @@ def _check_config(
   return True
 
 
+def _goes_on(workdir: Workdir, old: Config, new: Config) -> bool:
+  """Returns whether the run has ended, and shall have more steps now."""
+  last = str(old.warmup.num_steps + old.train.num_steps)
+  ended = all(
+    (folder / artifacts.MANIFEST).exists()
+    for folder in (workdir.model, workdir.checkpoints / last)
+  )
+  return ended and new.train.num_steps > old.train.num_steps > 0
+
+
+def _is_of_schedule(name: str) -> bool:
+  """Returns whether a setting says how parameters move, not which ones."""
+  movable = name.startswith("optimizer.") and name != "optimizer.freeze"
+  return movable or name == "train.num_steps"
+
+
 def _only_longer(old: Config, new: Config) -> bool:
   """Returns whether train.num_steps changes their number, but no step."""
   shorter = min(old.train.num_steps, new.train.num_steps)
@@ -351,8 +430,11 @@ def _free_settings() -> list[str]:
   known = [name for name, _, _ in fields(Config())]
   single = [name for name in known if name in _MAY_DIFFER]
   sections = [f"{section}*" for section in _SECTIONS_MAY_DIFFER]
-  constant = "and train.num_steps with optimizer.schedule='constant'"
-  return [*single, *sections, constant]
+  constant = "train.num_steps with optimizer.schedule='constant'"
+  ended = (
+    "and optimizer.* of a run that has ended and gets more train.num_steps"
+  )
+  return [*single, *sections, constant, ended]
 
 
 def _has_checkpoints(workdir: Workdir) -> bool:

@@ -6,6 +6,7 @@ the default of its class. Out: numbers, flags and names of the expected types.
 
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any
 
 # Theirs -> ours. The second to fourth differ from gelu_new in rounding alone.
@@ -22,9 +23,21 @@ _ACTIVATIONS = {
   "tanh": "tanh",
 }
 
+MAX_SIZE = 2**31 - 1  # of anything; what tensors hold is compared with them
+MAX_LENGTH = 1_000_000  # of an input, in tokens
+
 # What exports say, in a key of their config.json that transformers passes over,
 # of what its classes have no word for.
 OUR_KEY = "rag_jax"
+
+
+def shorten(value: Any) -> str:
+  """Returns `repr(value)`, cut: somebody may have written pages."""
+  try:
+    shown = repr(value)
+  except ValueError:  # of a whole number with too many digits to be written
+    return f"a number of {value.bit_length()} bits"
+  return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,24 +56,37 @@ class ConfigValues:
     value = default if value is None else value
     if type(value) not in types:  # a bool is no int here
       raise ValueError(
-        f"{self.origin} says {name}={value!r}; expected {expected}. The file"
-        " was edited or is of another program; copy it again."
+        f"{self.origin} says {name}={shorten(value)}; expected {expected}. The"
+        " file was edited or is of another program; copy it again."
       )
     return value
 
-  def size(self, name: str, default: int, least: int = 1) -> int:
-    """Returns a whole number of at least `least`."""
-    value = self._get(name, default, f"a whole number from {least} on", int)
-    if value < least:
+  def size(
+    self, name: str, default: int, least: int = 1, most: int = MAX_SIZE
+  ) -> int:
+    """Returns a whole number from `least` to `most`."""
+    expected = f"a whole number from {least} to {most}"
+    value = self._get(name, default, expected, int)
+    if not least <= value <= most:
       raise ValueError(
-        f"{self.origin} says {name}={value}; expected a whole number from"
-        f" {least} on. The file was edited or cut off; copy it again."
+        f"{self.origin} says {name}={shorten(value)}; expected {expected}. The"
+        " file was edited or cut off; copy it again."
       )
     return value
 
   def number(self, name: str, default: float) -> float:
-    """Returns a number."""
-    return float(self._get(name, default, "a number", int, float))
+    """Returns a finite number."""
+    value = self._get(name, default, "a number", int, float)
+    try:
+      number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+      number = math.inf
+    if not math.isfinite(number):
+      raise ValueError(
+        f"{self.origin} says {name}={shorten(value)}; expected a finite number."
+        " The file was edited; copy it again."
+      )
+    return number
 
   def rate(self, name: str, default: float) -> float:
     """Returns a share from 0 to below 1."""
@@ -92,7 +118,7 @@ class ConfigValues:
     value = self.text(name, default)
     if value not in _ACTIVATIONS:
       raise ValueError(
-        f"{self.origin} says {name}={value!r}; expected one of"
+        f"{self.origin} says {name}={shorten(value)}; expected one of"
         f" {', '.join(_ACTIVATIONS)}. rag_jax cannot compute this model: take"
         " another checkpoint."
       )
@@ -115,7 +141,7 @@ class ConfigValues:
       if self.has(name) and self.values[name] != value
     }
     if wrong:
-      given = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+      given = ", ".join(f"{k}={shorten(v)}" for k, v in wrong.items())
       expected = ", ".join(f"{name}={supported[name]!r}" for name in wrong)
       raise ValueError(
         f"{self.origin} says {given}; rag_jax supports {expected} alone. Take a"
@@ -126,8 +152,8 @@ class ConfigValues:
 def unsupported(origin: str, model_type: Any, architectures: Any) -> ValueError:
   """Returns the error for a model that is none of those below."""
   return ValueError(
-    f"{origin} describes model_type={model_type!r}"
-    f" (architectures={architectures!r}), which rag_jax does not have."
+    f"{origin} describes model_type={shorten(model_type)}"
+    f" (architectures={shorten(architectures)}), which rag_jax does not have."
     " Supported are, as encoders: dpr (DPRQuestionEncoder, DPRContextEncoder),"
     " bert (BertModel) and sentence-transformers directories of BERT; as"
     " generators: bart, mbart, pegasus, t5 and mt5"

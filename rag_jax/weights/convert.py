@@ -10,6 +10,8 @@ import os
 import pathlib
 from typing import Any
 
+from rag_jax.weights.card import model_card
+from rag_jax.weights.card import read_results
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_generator
 from rag_jax.weights.export import export_rag
@@ -35,12 +37,13 @@ ENCODER_KINDS = (
 KINDS = ("rag_token", "rag_sequence", "generator", *ENCODER_KINDS)
 
 
-def import_checkpoint(where: Where, output: Where) -> Report:
+def import_checkpoint(where: Where, output: Where, origin: str = "") -> Report:
   """Writes a checkpoint of transformers as a model directory of ours.
 
   Args:
     where: a local directory, or "hf:ORG/NAME".
     output: the directory to write: parameters, tokenizers and a manifest.
+    origin: what the manifest says it came from; "": `where`.
 
   Raises:
     FileNotFoundError: there is no checkpoint, or a part of it is missing.
@@ -48,7 +51,7 @@ def import_checkpoint(where: Where, output: Where) -> Report:
   """
   kind = checkpoint_kind(where)
   parts: dict[str, LoadedEncoder | LoadedGenerator]
-  content: dict[str, Any] = {}
+  content: dict[str, Any] = {"from": origin or os.fspath(where)}
   if kind == "rag":
     rag = load_rag(where)
     parts = {"encoder": rag.question_encoder, "generator": rag.generator}
@@ -112,6 +115,8 @@ def export_model(
 ) -> Report:
   """Writes a model of ours as a checkpoint, and reads it back to check it.
 
+  A model card is written beside.
+
   Args:
     source: a model directory, or the workdir of a run that has ended.
     output: the directory to write.
@@ -126,6 +131,8 @@ def export_model(
   model = read_saved(path)
   kind = kind or model.kind
   _check_kind(kind, model, path)
+  name = pathlib.Path(output).absolute().name
+  card = model_card(model, kind, name, read_results(path))
   if kind == "generator":
     assert model.generator is not None
     export_generator(
@@ -135,6 +142,7 @@ def export_model(
       tokenizer=model.generator_tokenizer,
       generation=model.generation,
       max_shard_bytes=max_shard_bytes,
+      card=card,
     )
     return load_generator(output).report
   assert model.encoder is not None
@@ -151,6 +159,7 @@ def export_model(
       score_scale=1.0 if passages else model.score_scale,
       max_tokens=model.max_tokens,
       max_shard_bytes=max_shard_bytes,
+      card=card,
     )
     return load_encoder(output, "passage" if passages else "question").report
   assert model.generator is not None
@@ -167,6 +176,7 @@ def export_model(
     passage_encoder=model.passage_encoder,
     generation=model.generation,
     max_shard_bytes=max_shard_bytes,
+    card=card,
   )
   return load_rag(output).report
 

@@ -6,13 +6,13 @@ after checking that no name and no link leads out of it.
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import re
 from typing import Any
 
 from rag_jax import artifacts
+from rag_jax.json_input import read_settings
 from rag_jax.weights.hub import HUB_PREFIX
 from rag_jax.weights.hub import download
 
@@ -82,6 +82,11 @@ class CheckpointDirectory:
         " checkpoint. Expected files of its own. Copy the file to the place of"
         " the link if you trust it."
       )
+    if not path.is_file() and not path.is_dir():
+      raise ValueError(
+        f"{name} in {self.origin} is a FIFO, a socket or a device. Expected a"
+        " plain file. Take the checkpoint from another source."
+      )
     return path
 
   def json(self, name: str, default: Any = None) -> Any:
@@ -93,10 +98,10 @@ class CheckpointDirectory:
     """
     if default is not None and not self.has(name):
       return default
-    data = self.file(name).read_bytes()
+    path = self.file(name)
     try:
-      content = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+      content = read_settings(path)
+    except ValueError as error:
       raise ValueError(
         f"{self.origin}/{name} is not JSON ({error}): it was cut off or edited."
         " Copy it again from where the checkpoint came from."
@@ -138,7 +143,9 @@ class CheckpointDirectory:
     return kind == MANIFEST_KIND
 
   def _check_hub_cache(self) -> None:
-    for path in sorted(self.path.rglob("*.safetensors")):
+    for path in sorted(
+      [*self.path.rglob("*.safetensors"), *self.path.rglob("*.bin")]
+    ):
       name = os.path.basename(os.path.realpath(path))
       if not _SHA256.fullmatch(name):
         continue
@@ -170,8 +177,8 @@ def open_directory(where: str | os.PathLike[str]) -> CheckpointDirectory:
   if not path.exists():
     raise FileNotFoundError(
       f"There is no directory {where}. Expected a checkpoint: a directory with"
-      f" config.json and model.safetensors, or {HUB_PREFIX}ORG/NAME. Correct"
-      " the path."
+      f" config.json and model.safetensors, or {HUB_PREFIX}ORG/NAME."
+      f" {artifacts.instead_of(path)} Correct the path."
     )
   if not path.is_dir():
     raise ValueError(

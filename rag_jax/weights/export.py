@@ -23,6 +23,7 @@ from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights import bag_of_words
+from rag_jax.weights.card import CARD
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import MANIFEST_FORMAT
 from rag_jax.weights.directory import MANIFEST_KIND
@@ -78,6 +79,7 @@ def export_encoder(
   score_scale: float = 1.0,
   max_tokens: int = 0,
   max_shard_bytes: int = MAX_SHARD_BYTES,
+  card: str = "",
 ) -> None:
   """Writes an encoder as DPR, BERT or for sentence-transformers.
 
@@ -93,6 +95,7 @@ def export_encoder(
     score_scale: multiplies the embeddings; goes into DPR's projection.
     max_tokens: of an input, for sentence-transformers.
     max_shard_bytes: of one file.
+    card: the text of README.md; "": none is written.
 
   Raises:
     ValueError: no such model computes this encoder, or the parameters or the
@@ -106,7 +109,7 @@ def export_encoder(
   _add_tokenizer(path, tokenizer, fields.vocab_size, "encoder")
   if kind == "sentence_transformers":
     write_modules(path, fields, max_tokens)
-  _finish(path, config)
+  _finish(path, config, card)
 
 
 def export_generator(
@@ -117,6 +120,7 @@ def export_generator(
   tokenizer: TokenizerFiles = NO_TOKENIZER,
   generation: Mapping[str, Any] | None = None,
   max_shard_bytes: int = MAX_SHARD_BYTES,
+  card: str = "",
 ) -> None:
   """Writes a generator as BART, mBART, Pegasus or T5, whichever it is.
 
@@ -127,6 +131,7 @@ def export_generator(
     tokenizer: copied along.
     generation: settings for generation_config.json.
     max_shard_bytes: of one file.
+    card: the text of README.md; "": none is written.
 
   Raises:
     ValueError: no such model computes this generator, or the parameters or the
@@ -139,7 +144,7 @@ def export_generator(
   write_generation(
     path, generation or {}, tokenizer.ids, fields.decoder_start_id
   )
-  _finish(path, config)
+  _finish(path, config, card)
 
 
 def export_rag(
@@ -154,6 +159,7 @@ def export_rag(
   passage_encoder: EncoderConfig | None = None,
   generation: Mapping[str, Any] | None = None,
   max_shard_bytes: int = MAX_SHARD_BYTES,
+  card: str = "",
 ) -> None:
   """Writes retriever and generator as RAG-Token or RAG-Sequence.
 
@@ -173,6 +179,7 @@ def export_rag(
     passage_encoder: fields, where they are not those of the question encoder.
     generation: settings for generation_config.json.
     max_shard_bytes: of one file.
+    card: the text of README.md; "": none is written.
 
   Raises:
     ValueError: no such model computes these, or the parameters or a tokenizer
@@ -239,7 +246,7 @@ def export_rag(
     ),
     **said,
   }
-  _finish(path, config)
+  _finish(path, config, card)
 
 
 def _encoder(
@@ -331,7 +338,7 @@ def _start(path: Path) -> pathlib.Path:
     )
   path = pathlib.Path(path).expanduser()
   artifacts.start_directory(path)
-  for name in ("config.json", GENERATION_CONFIG, MODULES):
+  for name in ("config.json", GENERATION_CONFIG, MODULES, CARD):
     (path / name).unlink(missing_ok=True)
   return path
 
@@ -348,7 +355,9 @@ def _add_tokenizer(
     check_tokenizer(open_directory(path / folder), vocab_size, owner)
 
 
-def _finish(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+def _finish(path: pathlib.Path, config: Mapping[str, Any], card: str) -> None:
+  if card:
+    artifacts.write_atomically(path / CARD, card)
   text = json.dumps(config, indent=2, sort_keys=True) + "\n"
   artifacts.write_atomically(path / "config.json", text)
   artifacts.write_manifest(

@@ -3,6 +3,7 @@
 In: "hf:ORG/NAME". Out: the directory of the cache where its files lie.
 """
 
+from collections.abc import Sequence
 import re
 
 import huggingface_hub
@@ -10,8 +11,9 @@ import huggingface_hub.errors
 
 HUB_PREFIX = "hf:"
 
-# No pickle and no Python file is ever downloaded.
+# No Python file is ever downloaded, and a pickle only if it is asked for.
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model")
+_PICKLES = ("pytorch_model*.bin",)
 _UNWANTED = ("onnx/*", "openvino/*")
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
@@ -26,6 +28,19 @@ def download(name: str) -> str:
     ValueError: that is no name of the hub.
     FileNotFoundError: the hub does not know it, or cannot be reached.
   """
+  return _download(name, _WANTED)
+
+
+def download_pickles(name: str) -> str:
+  """Adds to what `download` fetched the weights that are a pickle.
+
+  For tools/, which convert them; the library never reads one. Arguments and
+  errors are those of `download`.
+  """
+  return _download(name, _PICKLES)
+
+
+def _download(name: str, wanted: Sequence[str]) -> str:
   if not _NAME.fullmatch(name.removeprefix(HUB_PREFIX)):
     raise ValueError(
       f"{name!r} is no name of the hub; expected {HUB_PREFIX}ORG/NAME, for"
@@ -38,7 +53,7 @@ def download(name: str) -> str:
     return huggingface_hub.snapshot_download(
       repo,
       revision=revision or None,
-      allow_patterns=list(_WANTED),
+      allow_patterns=list(wanted),
       ignore_patterns=list(_UNWANTED),
     )
   except errors.GatedRepoError as error:

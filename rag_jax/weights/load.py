@@ -15,6 +15,7 @@ import os
 from typing import Literal
 
 from rag_jax.weights.config_fields import field_notes
+from rag_jax.weights.config_values import MAX_LENGTH
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import unsupported
 from rag_jax.weights.directory import CheckpointDirectory
@@ -288,9 +289,9 @@ class _Rag:
     generator = v.part("generator")
     return RagSettings(
       kind="sequence" if kinds == ["sequence"] else "token",
-      n_docs=v.size("n_docs", default.n_docs),
+      n_docs=v.size("n_docs", default.n_docs, most=MAX_LENGTH),
       max_combined_length=v.size(
-        "max_combined_length", default.max_combined_length
+        "max_combined_length", default.max_combined_length, most=MAX_LENGTH
       ),
       title_sep=v.text("title_sep", default.title_sep),
       doc_sep=v.text("doc_sep", default.doc_sep),

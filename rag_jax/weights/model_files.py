@@ -13,9 +13,11 @@ import jax
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from rag_jax import artifacts
+from rag_jax.json_input import Content
 
 FORMAT = 1  # raise when the files below change meaning
 
@@ -56,9 +58,14 @@ def save_model(
   )
 
 
+def read_content(path: epath.PathLike, remedy: str = _REMEDY) -> Content:
+  """Returns the content alone; arguments and errors as in `load_model`."""
+  return artifacts.read_manifest(path, kind=_KIND, format=FORMAT, remedy=remedy)
+
+
 def load_model(
   path: epath.PathLike, remedy: str = _REMEDY
-) -> tuple[PyTree, dict[str, Any]]:
+) -> tuple[PyTree, Content]:
   """Returns the parameters and the content that `save_model` wrote.
 
   Args:
@@ -69,9 +76,15 @@ def load_model(
     FileNotFoundError: no model was saved there.
     ValueError: a file is missing, cut off or changed.
   """
-  content = artifacts.read_manifest(
-    path, kind=_KIND, format=FORMAT, remedy=remedy
-  )
-  arrays = safetensors.numpy.load((epath.Path(path) / _PARAMS).read_bytes())
-  params = {k: jax.numpy.asarray(v) for k, v in arrays.items()}
-  return flax.traverse_util.unflatten_dict(params, sep="/"), content
+  content = read_content(path, remedy)
+  try:
+    arrays = safetensors.numpy.load((epath.Path(path) / _PARAMS).read_bytes())
+    params = {k: jax.numpy.asarray(v) for k, v in arrays.items()}
+    return flax.traverse_util.unflatten_dict(params, sep="/"), content
+  except (
+    safetensors.SafetensorError, KeyError, TypeError, ValueError, OSError
+  ) as error:  # fmt: skip
+    raise ValueError(
+      f"{path}/{_PARAMS} cannot be read ({type(error).__name__}: {error})."
+      f" Expected arrays by their path. {remedy}"
+    ) from error

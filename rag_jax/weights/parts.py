@@ -58,6 +58,24 @@ def _kind(is_dpr: bool, role: str, modules: Modules | None) -> str:
   return "sentence_transformers" if modules else "bert"
 
 
+def _check_layers(origin: str, num_tensors: int, **layers: int) -> None:
+  """Raises `ValueError` before anybody counts to an impossible number.
+
+  Args:
+    origin: of the config.
+    num_tensors: that the part has; a layer has several.
+    layers: how many of them the config says there are, by our name.
+  """
+  for name, number in layers.items():
+    if number > num_tensors:
+      raise ValueError(
+        f"{origin} says that there are {number} layers ({name}), but there are"
+        f" {num_tensors} tensors in all. Expected some tensors for each layer."
+        " The two files are of different checkpoints, or the config was edited:"
+        " copy both again."
+      )
+
+
 class EncoderPart:
   """BERT or DPR."""
 
@@ -84,6 +102,7 @@ class EncoderPart:
     if modules is not None:
       fields.pooling, fields.normalize = modules.pooling, modules.normalize
     self._fields = fields
+    _check_layers(values.origin, len(names), num_layers=fields.num_layers)
     self._architecture = dpr(fields, role) if is_dpr else bert(fields)
     self._values, self._modules = values, modules
 
@@ -134,6 +153,12 @@ class GeneratorPart:
     self._view = _view(files, select, generator_names(names, model_type))
     self._values = values
     self._fields = read_generator_config(values, self._lm_head(model_type))
+    _check_layers(
+      values.origin,
+      len(names),
+      num_layers=self._fields.num_layers,
+      num_decoder_layers=self._fields.num_decoder_layers,
+    )
     self._architecture = generator_architecture(self._fields, model_type)
 
   def _lm_head(self, model_type: str) -> LmHead:

@@ -32,6 +32,7 @@ from rag_jax.weights.loaded import LoadedRag
 from rag_jax.weights.loaded import RagSettings
 from rag_jax.weights.mapping import Mapped
 from rag_jax.weights.model_files import load_model
+from rag_jax.weights.model_files import read_content
 from rag_jax.weights.report import Report
 from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
 from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
@@ -67,6 +68,7 @@ class SavedModel:
   generation: dict[str, Any]
   max_tokens: int = 0
   context_style: str = "rag"  # what the generator was trained to read
+  content_from: str = ""  # the checkpoint that it was converted from
 
   @property
   def score_scale(self) -> float:
@@ -192,6 +194,18 @@ def is_workdir(path: Where) -> bool:
   return (path / "config.json").exists() and (path / "model").is_dir()
 
 
+def origin_of(where: Where) -> str:
+  """Returns the checkpoint that a model was converted from, or `where`.
+
+  Raises:
+    ValueError: a model directory is damaged.
+  """
+  if not is_ours(where) or is_workdir(where):
+    return os.fspath(where)
+  path = pathlib.Path(where).expanduser()
+  return str(read_content(path, _REMEDY).get("from") or os.fspath(where))
+
+
 def read_saved(where: Where) -> SavedModel:
   """Returns the model in a workdir or a model directory.
 
@@ -293,6 +307,7 @@ def _read_directory(path: pathlib.Path) -> SavedModel:
     generator_tokenizer=tokenizer("generator", GENERATOR_TOKENIZER),
     generation=content.get("generation", {}),
     max_tokens=content.get("max_tokens", 0),
+    content_from=content.get("from", ""),
   )
 
 

@@ -11,6 +11,7 @@ do, cannot be noticed.
 
 from collections.abc import Iterable, Mapping
 import json
+import math
 import os
 import pathlib
 import re
@@ -24,6 +25,7 @@ import safetensors.numpy
 from rag_jax import artifacts
 from rag_jax import disk
 from rag_jax.weights.directory import CheckpointDirectory
+from rag_jax.weights.hub import HUB_PREFIX
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,7 +40,7 @@ _FLOATS = {
 }
 _LIMIT = 1e15  # the top bits of an exponent, flipped, multiply by 2**64 or more
 _MAY_BE_LARGE = re.compile(r".*final_logits_bias")  # bans tokens
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -55,6 +57,23 @@ class TensorFiles:
       self._open_shards(directory)
     else:
       raise FileNotFoundError(_nothing_to_read(directory))
+    self._check_size()
+
+  def _check_size(self) -> None:
+    """Raises `ValueError` if the tensors cannot fit into memory.
+
+    A file with holes takes no disk, whatever its header claims, and where the
+    memory for a tensor is not there, safetensors ends the process.
+    """
+    num_values = sum(math.prod(self.shape(name)) for name in self._files)
+    needed, memory = num_values * 4, _memory_bytes()  # as float32
+    if needed > memory:
+      raise ValueError(
+        f"The tensors of {self.origin} take {needed:,} bytes as float32;"
+        f" expected at most {memory:,}, the memory of this machine. Is it the"
+        " right checkpoint, and its header undamaged? Take a machine with more"
+        " memory, or a smaller model."
+      )
 
   def _open_shards(self, directory: CheckpointDirectory) -> None:
     weight_map = directory.json(INDEX).get("weight_map")
@@ -101,8 +120,18 @@ class TensorFiles:
     return self._files[name].get_slice(name).get_dtype()
 
   def raw(self, name: str) -> np.ndarray:
-    """Returns tensor `name` as it is stored."""
-    return self._files[name].get_tensor(name)
+    """Returns tensor `name` as it is stored.
+
+    Raises:
+      ValueError: NumPy has no such numbers, or no array of so many dimensions.
+    """
+    try:
+      return self._files[name].get_tensor(name)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      raise ValueError(
+        f"{name} in {self.origin} cannot be read ({error}); expected an array"
+        f" of {', '.join(_FLOATS)} or whole numbers. Take another checkpoint."
+      ) from error
 
   def read(self, name: str) -> Float[np.ndarray, "..."]:
     """Returns tensor `name` as float32.
@@ -141,6 +170,11 @@ class TensorFiles:
     )
 
 
+def _memory_bytes() -> int:
+  """Returns how much memory the machine has."""
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _open(directory: CheckpointDirectory, name: str) -> safetensors.safe_open:
   path = directory.file(name)
   try:
@@ -154,19 +188,21 @@ def _open(directory: CheckpointDirectory, name: str) -> safetensors.safe_open:
 
 
 def _nothing_to_read(directory: CheckpointDirectory) -> str:
-  pickles = [name for name in _PICKLES if directory.has(name)]
+  pickles = [n for n in (PICKLE, PICKLE_INDEX) if directory.has(n)]
   if pickles:
     state = f"{directory.origin} holds weights as a pickle alone ({pickles[0]})"
   else:
     state = f"There is no {SINGLE_FILE} and no {INDEX} in {directory.origin}"
+  remedy = (
+    " If they are there as a pickle, convert it where torch is installed:"
+    f" python tools/convert_hf.py --input={directory.origin} --output=DIR,"
+    " and give DIR."
+  )
+  if not (pickles or directory.origin.startswith(HUB_PREFIX)):
+    remedy = " Copy the whole checkpoint again."
   return (
     f"{state}; expected safetensors. A pickle is never read here, because"
-    " loading one can run any code. If you trust it, convert it where torch is"
-    " installed: transformers.AutoModel.from_pretrained(DIR)"
-    ".save_pretrained(NEW_DIR) with the class that config.json names under"
-    " architectures; or safetensors.torch.save_file({k: v.clone() for k, v in"
-    ' torch.load("pytorch_model.bin", weights_only=True).items()},'
-    ' "model.safetensors", {"format": "pt"}).'
+    f" loading one can run any code.{remedy}"
   )
 
 

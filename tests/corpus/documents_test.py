@@ -259,17 +259,17 @@ def test_bad_rows_of_a_tsv_are_skipped_and_line_numbers_stay_right(write):
 def test_a_tsv_with_other_columns_is_refused_even_if_bad_records_are_skipped(
   write,
 ):
-  path = write("a\tb\n1\t2\n", "x.tsv")
+  path = write("a\tb\tc\n1\t2\t3\n", "x.tsv")
   with pytest.raises(ValueError, match="the first line is"):
     skipped(path)
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x.gz", "x.pdf"])
+@pytest.mark.parametrize("name", ["x.xml", "x.gz", "x.parquet"])
 def test_a_file_of_another_kind_is_refused(write, name):
   refused(
     write("x", name),
     *("cannot be read by the end of its name", name[1:], "Expected one of"),
-    *("'.jsonl', '.json', '.tsv', '.txt'", "Convert or rename"),
+    *("'.jsonl', '.json', '.tsv', '.csv', '.txt'", "Convert or rename"),
   )
 
 

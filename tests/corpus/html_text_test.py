@@ -149,6 +149,22 @@ def test_headings_are_found_where_they_stand():
   assert all(page.text[h.start : h.end] == h.title for h in page.headings)
 
 
+@pytest.mark.parametrize(
+  ("page", "expected"),
+  [
+    ("<h1>A<br>B</h1>c", [(1, "A\nB", "A B")]),
+    ("<h1>A<p>b<p>c<p>d<p>e", [(1, "A", "A")]),  # never closed
+    ("<h1>A<div><h2>B</h2></div></h1>c", [(1, "A\nB", "A B")]),
+    ("<h1>A<p>b<p>c<div><h2>D</h2>e</div>", [(1, "A", "A"), (2, "D", "D")]),
+  ],
+)
+def test_headings_of_several_lines_are_where_they_say(page, expected):
+  read = read_html(page)
+  assert [
+    (h.level, read.text[h.start : h.end], h.title) for h in read.headings
+  ] == expected
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_of_a_broken_page_the_words_outside_of_tags_are_read(seed):
   # Whatever is opened, closed or cut off, a word is only ever lost if it is in

@@ -95,3 +95,22 @@ def test_an_empty_corpus_is_an_error_that_shows_the_report():
     raise_empty("a.jsonl", report)
   assert "Expected at least one document" in str(info.value)
   assert "a.jsonl:1: no text" in str(info.value)
+
+
+def test_places_in_one_file_stand_below_its_name():
+  report = CorpusReport()
+  for place in (
+    "a.tsv:3: one",
+    "b.tsv:1: two",
+    "a.tsv:7: three",
+    "c.txt: four",
+  ):
+    report.drop("bad_record", place)
+  lines = report.table().splitlines()
+  assert lines[lines.index("bad_record (4):") + 1 :] == [
+    "  a.tsv (2):",
+    "    3: one",
+    "    7: three",
+    "  b.tsv:1: two",
+    "  c.txt: four",
+  ]

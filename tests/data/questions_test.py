@@ -90,8 +90,8 @@ def test_the_bundled_splits_share_no_question():
       ["' ' is one of the answers", "strings that are not empty"],
     ),
     (
-      {"question": "Who?", "answers": ["Aaron", 3]},
-      ["3 is one of the answers", "Expected a list of one or more strings"],
+      {"question": "Who?", "answers": ["Aaron", True]},
+      ["True is one of the answers", "Expected a list of strings that are"],
     ),
     (
       {"question": "Who?", "answers": ["Aa\ud800ron"]},
@@ -111,7 +111,7 @@ def test_the_bundled_splits_share_no_question():
     ),
     (
       {"question": "Who?", "answers": ["x"], "id": "a"},
-      [" the id 'a' is that of line 1 too", "Rename or remove"],
+      [" the id 'a' is that of", "train.jsonl:1 too", "Rename or remove"],
     ),
   ],
 )
@@ -130,11 +130,11 @@ def test_a_split_without_questions_is_refused(folder, text):
 
 
 def test_a_missing_split_is_reported_with_what_is_there(folder):
-  (folder / "validation.jsonl").rename(folder / "dev.jsonl")
+  (folder / "validation.jsonl").rename(folder / "check.jsonl")
   refused(
     lambda: load_questions(str(folder), "validation"),
     *("have no validation split: there is no validation.jsonl", "Expected"),
-    *("holds ['dev.jsonl', 'test.jsonl', 'train.jsonl']", "Add or rename"),
+    *("holds ['check.jsonl', 'test.jsonl', 'train.jsonl']", "Add or rename"),
     error=FileNotFoundError,
   )
 

@@ -142,7 +142,7 @@ def test_by_default_all_of_a_document_is_embedded(encoder, tmp_path, texts):
 
 
 def test_a_directory_of_an_older_version_is_still_complete(
-  corpus, encoder, built, tmp_path, monkeypatch
+  corpus, encoder, built, tmp_path
 ):
   """Its plan does not name settings that came later."""
   shutil.copytree(built.path, tmp_path / "old")
@@ -158,6 +158,7 @@ def test_a_directory_of_an_older_version_is_still_complete(
     format=search_build.FORMAT,
     content=content,
     nested=True,
+    beside=[search_build.UPDATES],
   )
   again = build(corpus, encoder, tmp_path / "old")
   assert again.passages.fingerprint == built.passages.fingerprint

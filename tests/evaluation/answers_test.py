@@ -65,7 +65,7 @@ def test_an_empty_prediction_equals_no_answer(variant, empty):
     assert token_f1(empty, [answer], variant) == 0.0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["multilingual", "squad", "numbers"])
 @pytest.mark.parametrize("answer", ["A", "%", "the", "The A", "...", "$", "東"])
 def test_an_answer_equals_itself_whatever_it_is_made_of(variant, answer):
   assert exact_match(answer, [answer], variant) == 1.0

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.passages import Passages
 from rag_jax.evaluation import benchmark_run
+from rag_jax.evaluation.benchmark_measure import without_own
 from rag_jax.evaluation.benchmark_run import BenchmarkSettings
 from rag_jax.evaluation.benchmark_run import benchmark_directory
 from rag_jax.evaluation.benchmark_run import benchmark_embeddings
@@ -42,7 +44,7 @@ def directory(tmp_path, monkeypatch):
     version=types.SimpleNamespace(
       bm25_path=tmp_path / "index" / "bm25", twins=None
     ),
-    passages=passages,
+    passages=Passages(passages, "there"),
     index=ExactIndex(vectors, encoder_fingerprint="", passages_fingerprint="f"),
     bm25=words,
     embed_questions=embed,
@@ -92,6 +94,41 @@ def test_each_system_gets_the_numbers_of_its_planted_rankings(
     note.startswith(f"1 of {P} questions have no known answers")
     for note in result.notes
   )
+
+
+def test_the_passage_that_is_the_question_is_left_out_if_asked_for(
+  directory, tmp_path
+):
+  # Question r is passage r + 1 itself, which dense search finds first.
+  records = [
+    {"id": f"p{(r + 1) % P}", "question": f"word{r}?", "answers": [],
+     "gold": [f"p{r}"]}
+    for r in range(P)
+  ]  # fmt: skip
+  records[3]["id"] = "of no passage"
+  path = tmp_path / "asked.jsonl"
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  with_own = benchmark_directory("there", path, settings("exact"))
+  assert with_own.rows[0].metrics["MRR@10"].mean == pytest.approx(0.5)
+  assert any(
+    f"{P - 1} of {P}" in n and "--drop_own" in n for n in with_own.notes
+  )
+  without = benchmark_directory(
+    "there", path, settings("exact", drop_own_id=True)
+  )
+  metrics = without.rows[0].metrics
+  assert metrics["MRR@10"].mean == pytest.approx((P - 0.5) / P)
+  # All that are left were found.
+  assert metrics[f"gold_recall@{P}"].mean == 1
+  assert any(f"for {P - 1} of {P} questions" in n for n in without.notes)
+  assert without.rows[0].index_recalls == with_own.rows[0].index_recalls
+
+
+def test_only_the_id_itself_is_left_out_and_others_keep_their_order():
+  ids = np.array([[4, 7, 2], [7, 4, 2], [4, -1, -1], [1, 2, 3]])
+  kept, dropped = without_own(ids, [7, 7, 4, -1], 2)
+  np.testing.assert_array_equal(kept, [[4, 2], [4, 2], [-1, -1], [1, 2]])
+  assert dropped == 3
 
 
 def test_questions_that_tune_are_not_measured(directory, questions):

@@ -253,3 +253,35 @@ def test_closed_book_trains_the_generator(closed_book, tiny_run):
   for name, x in first.items():
     if name.startswith("params/generator/") and x.ndim > 1:
       assert not np.array_equal(x, last[name]), name
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_a_run_without_steps_measures_what_it_started_with(
+  tiny, uninterrupted, tiny_run, tmp_path, warmup
+):
+  config = tiny.config(
+    train__num_steps=0,
+    train__batch_size=64,  # more than there are questions
+    train__checkpoint_steps=2,
+    warmup__num_steps=warmup,
+  )
+  path = tmp_path / "run"
+  run = tiny.train(path, config, measure=True)
+  params, content = model_of(run, tiny_run)
+  expected = uninterrupted.first_state()
+  if warmup:
+    expected = params_of(run.state(4))
+    assert any(
+      not np.array_equal(x, expected[name])
+      for name, x in uninterrupted.first_state().items()
+    )
+  tiny_run.assert_bit_equal(params, expected)
+  assert content["step"] == warmup
+  assert run.results["test/num_questions"] == 10
+  assert run.results["train/questions_per_second"] == 0.0
+  assert "validation/exact_match" in run.metrics[-1]
+  assert "exact match" in table(run.results)
+  assert (path / "learning_curves.png").exists()
+  again = tiny.train(path, config, measure=True)
+  names = [name for name in run.results if name not in TIMES]
+  assert [again.results[n] for n in names] == [run.results[n] for n in names]

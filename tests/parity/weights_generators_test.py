@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from rag_jax.config import GeneratorConfig
-from rag_jax.models.generator import Generator
+from rag_jax.models.rag import build_generator
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.export import TokenizerFiles
 from rag_jax.weights.export import export_generator
@@ -171,7 +171,12 @@ def torch_logits(model, start):
 def our_logits(loaded):
   start = loaded.fields["decoder_start_id"]
   context, mask, target, _ = inputs(start)
-  module = Generator(**loaded.fields, dtype=jnp.float32)
+  module = build_generator(
+    GeneratorConfig(**loaded.fields),
+    vocab_size=0,
+    decoder_start_id=-1,
+    dtype=jnp.float32,
+  )
   return jax.jit(module.apply)(
     {"params": loaded.params},
     jnp.asarray(context, jnp.int32),

@@ -21,8 +21,8 @@ import transformers
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.models.encoders import RetrieverEncoder
-from rag_jax.models.generator import Generator
 from rag_jax.models.rag import RagModel
+from rag_jax.models.rag import build_generator
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.export import TokenizerFiles
 from rag_jax.weights.export import export_rag
@@ -156,7 +156,12 @@ def our_outputs(loaded):
   module = RagModel(
     question_encoder=RetrieverEncoder(**encoder.fields, dtype=jnp.float32),
     passage_encoder=None,
-    generator=Generator(**loaded.generator.fields, dtype=jnp.float32),
+    generator=build_generator(
+      GeneratorConfig(**loaded.generator.fields),
+      vocab_size=0,
+      decoder_start_id=-1,
+      dtype=jnp.float32,
+    ),
   )
 
   def ids(tokens):

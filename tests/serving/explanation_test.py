@@ -67,13 +67,15 @@ def test_the_answer_comes_first_then_each_passage_with_its_probabilities():
   assert explain(PARIS) == SHOWN
 
 
-@pytest.mark.parametrize("p", [0.49, 0.51])
-def test_an_answer_less_likely_than_all_others_is_said_to_be_unsure(p):
+@pytest.mark.parametrize("p", [0.69, 0.71])
+def test_an_answer_of_a_low_probability_is_said_to_be_unsure(p):
   answer = dataclasses.replace(PARIS, log_prob=math.log(p))
   shown = explain(answer)
-  assert shown.startswith(f"Paris   (p = {p}{', not sure' * (p < 0.5)})\n")
-  assert ("The model is not sure" in shown) == (p < 0.5)
-  assert json.loads(to_json(answer))["sure"] is (p > 0.5)
+  assert shown.startswith(f"Paris   (p = {p}{', not sure' * (p < 0.7)})\n")
+  assert ("not sure: p is below 0.7" in shown) == (p < 0.7)
+  assert json.loads(to_json(answer))["sure"] is (p > 0.7)
+  assert "not sure" not in explain(answer, sure=0.5)
+  assert json.loads(to_json(answer, sure=0.9))["sure"] is False
 
 
 def test_an_empty_answer_is_said_to_be_none():

@@ -80,8 +80,8 @@ def test_the_prompt_ends_at_an_empty_line(learned):
   ((question, answer, *_),) = blocks(process)
   assert question == FRANCE
   assert answer.startswith("Paris ")
-  # What transformers says about PyTorch may stand before.
   assert process.stderr.endswith("Ask a question; an empty line ends.\n> > ")
+  assert "PyTorch" not in process.stderr
 
 
 def test_the_prompt_ends_at_the_end_and_is_not_among_the_answers(learned):
@@ -133,3 +133,21 @@ def test_what_is_wrong_is_one_message(learned, tmp_path, arguments, message):
   arguments = [a.replace("BROKEN", str(broken)) for a in arguments]
   process = ask(learned.workdir, *arguments)
   assert_refused(process, message.replace("BROKEN", str(broken)))
+
+
+def test_a_run_or_a_checkpoint_is_named_and_a_checkpoint_has_a_corpus(tmp_path):
+  assert_refused(
+    run_tool("ask.py", FRANCE),
+    "ValueError: --workdir='' and --model='': expected one of them, a run",
+  )
+  assert_refused(
+    run_tool("ask.py", "--model=hf:facebook/rag-token-nq", FRANCE),
+    "ValueError: --model=hf:facebook/rag-token-nq has no passages of its own;",
+  )
+
+
+def test_a_run_may_be_named_as_a_model_and_searched_with_beams(learned):
+  process = run_tool(
+    "ask.py", f"--model={learned.workdir}", "--num_beams=3", "--json", FRANCE
+  )
+  assert answered(process) == [(FRANCE, "Paris")]

@@ -10,6 +10,7 @@ import pytest
 from rag_jax.corpus.passages import Passages
 from rag_jax.training.loop import train
 from rag_jax.training.workdir import open_workdir
+from rag_jax.weights.model_files import save_model
 
 # The index is built at the steps 4 and 8 and swapped in at 6 and 10.
 STOPS = {
@@ -151,6 +152,63 @@ def test_a_run_that_is_made_longer_is_one_that_always_was(
   tiny.train(path, tiny.config(train__num_steps=5))
   longer = tiny.train(path, tiny.config())
   tiny_run.assert_bit_equal(longer.state(), uninterrupted.state())
+
+
+def finished(tiny, run, path):
+  """A copy of a finished run with its model, as `finish` leaves it."""
+  shutil.copytree(run.path, path)
+  save_model(path / "model", {"x": np.zeros(1, np.float32)}, {"step": 16})
+
+
+def test_a_finished_run_goes_on_with_a_new_schedule(
+  tiny, uninterrupted, tiny_run, tmp_path
+):
+  path = tmp_path / "run"
+  finished(tiny, uninterrupted, path)
+  still = {
+    "optimizer__peak_lr": 0.0,
+    "optimizer__retriever_lr": 0.0,
+    "optimizer__schedule": "cosine",
+    "optimizer__clip_norm": 1.0,
+    "train__num_steps": 14,
+    "train__keep_checkpoints": 100,
+  }
+  run = tiny.train(path, tiny.config(**still))
+  before, after = run.state(16), run.state(18)
+  for name, x in before.items():
+    if name.startswith("params/"):  # the new rates are those that count
+      assert x.tobytes() == after[name].tobytes(), name
+  # AdamW's moments go on from where they were.
+  moments = [name for name in after if "/nu/" in name]
+  assert moments
+  assert any(not np.array_equal(before[n], after[n]) for n in moments)
+  counts = [int(x) for name, x in after.items() if name.endswith("count")]
+  assert set(counts) == {14}
+  assert [r["step"] for r in run.metrics if r["stage"] == "train"] == list(
+    range(1, 15)
+  )
+  # An interruption later on is resumed with the same command alone.
+  with pytest.raises(ValueError, match="belongs to another experiment"):
+    tiny.train(path, tiny.config(train__num_steps=20))
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"optimizer__schedule": "cosine"},  # not longer
+    {"train__num_steps": 20, "seed": 1},
+    {"train__num_steps": 20, "optimizer__freeze": ("generator",)},
+  ],
+)
+def test_what_else_changes_is_another_experiment(
+  tiny, uninterrupted, tmp_path, changes
+):
+  path = tmp_path / "run"
+  finished(tiny, uninterrupted, path)
+  with pytest.raises(
+    ValueError, match=r"another experiment[^$]*of a run that has ended"
+  ):
+    tiny.train(path, tiny.config(**changes))
 
 
 def test_a_run_cannot_be_made_shorter_than_it_is(tiny, copy):

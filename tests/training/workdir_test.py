@@ -416,3 +416,36 @@ def test_the_config_is_replaced_in_one_piece(path, monkeypatch):
 def test_nothing_is_left_of_the_probe(path):
   open_workdir(path, Config()).close()
   assert not [p for p in pathlib.Path(path).iterdir() if "probe" in p.name]
+
+
+def fail(path, error, *, begins=False):
+  """A run that ends in `error`."""
+  with open_workdir(path, Config()) as workdir:
+    (workdir.tokenizer / "x").mkdir(parents=True)
+    if begins:
+      workdir.begin()
+    raise error("as it was")
+
+
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, TypeError])
+def test_a_run_that_is_refused_before_it_began_leaves_nothing(tmp_path, error):
+  with pytest.raises(error, match="as it was"):
+    fail(tmp_path / "runs" / "first", error)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_what_others_made_or_can_be_gone_on_with_stays(tmp_path):
+  (tmp_path / "there").mkdir()
+  (tmp_path / "runs").mkdir()
+  for name, error, begins in (
+    ("there", ValueError, False),
+    ("a", KeyboardInterrupt, False),
+    ("b", ValueError, True),
+    ("runs/c", ValueError, False),
+  ):
+    with pytest.raises(error, match="as it was"):
+      fail(tmp_path / name, error, begins=begins)
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {"there", "runs", "a", "b"}
+  assert not (tmp_path / "runs/c").exists()
+  assert (tmp_path / "b/config.json").exists()

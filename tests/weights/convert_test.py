@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 
+from rag_jax.artifacts import with_digest
 from rag_jax.config import Config
 from rag_jax.config_json import to_json
 from rag_jax.corpus.tokenizer import train_tokenizer
+from rag_jax.serving.open_model import default_passage_encoder
 from rag_jax.weights.bag_of_words import to_bert
 from rag_jax.weights.convert import check_output
 from rag_jax.weights.convert import export_model
@@ -20,6 +23,7 @@ from rag_jax.weights.load import load_rag
 from rag_jax.weights.model_files import load_model
 from rag_jax.weights.model_files import save_model
 from rag_jax.weights.saved import is_ours
+from rag_jax.weights.saved import origin_of
 
 TENSORS = "model.safetensors"
 
@@ -63,7 +67,7 @@ def test_a_checkpoint_goes_in_and_out_unchanged(checkpoints, tmp_path, name):
     return {
       str(name): (path / name).read_bytes()
       for name in names
-      if name.name != "manifest.json"
+      if name.name not in ("manifest.json", "README.md")
     }
 
   # Every file: weights, configs, modules, tokenizers.
@@ -74,6 +78,75 @@ def test_a_checkpoint_goes_in_and_out_unchanged(checkpoints, tmp_path, name):
       assert json.loads(after[file]) == json.loads(content), file
     else:
       assert after[file] == content, file
+
+
+@pytest.mark.parametrize(
+  ("name", "kind", "loads", "parts"),
+  [
+    ("rag", "rag_token", "RagTokenForGeneration", 2),
+    ("rag", "generator", "AutoModelForSeq2SeqLM", 1),
+    ("rag", "dpr_context", "DPRContextEncoder", 1),
+    ("bert", "sentence_transformers", "SentenceTransformer", 1),
+  ],
+)
+def test_an_export_has_a_model_card(
+  checkpoints, tmp_path, name, kind, loads, parts
+):
+  source = getattr(checkpoints, name)()
+  import_checkpoint(source, tmp_path / "inside", origin="hf:org/name")
+  export_model(tmp_path / "inside", tmp_path / "out", kind)
+  _, head, body = (tmp_path / "out/README.md").read_text().split("---\n", 2)
+  assert f"- {kind.replace('_', '-')}\n" in head
+  assert "# out\n" in body
+  assert "converted from hf:org/name" in body
+  assert f"model = {loads}" in body
+  counts = re.findall(r"^\| \w+ \| ([\d,]+) \|$", body, re.M)
+  assert len(counts) == parts
+  if name == "rag" and kind == "generator":
+    total = load_generator(tmp_path / "out").report.num_parameters
+    assert int(counts[0].replace(",", "")) == total
+  assert "## Results" not in body
+  # It is under a digest, like all else.
+  (tmp_path / "out/README.md").write_text("")
+  load = {"rag_token": load_rag, "generator": load_generator}
+  with pytest.raises(ValueError, match=r"README\.md .* was cut off"):
+    load.get(kind, load_encoder)(tmp_path / "out")
+
+
+def test_the_card_of_a_run_has_its_results_and_its_contexts(
+  checkpoints, tmp_path
+):
+  run = tmp_path / "run"
+  trained(run, checkpoints)
+  results = {"test/exact_match": 0.9284, "test/num_questions": 1344.0}
+  (run / "results.json").write_text(json.dumps(results))
+  export_model(run, tmp_path / "out")
+  card = (tmp_path / "out/README.md").read_text()
+  assert "trained with rag_jax, retriever and generator together" in card
+  assert "| exact match | 0.928 |\n" in card
+  assert "| questions | 1,344 |\n" in card
+  assert "`<s> question </s> title </s> text </s>`, not on those that" in card
+  assert "It reads 3 documents" in card
+
+
+def test_no_results_are_published_that_the_run_does_not_have(
+  checkpoints, tmp_path
+):
+  run = tmp_path / "run"
+  trained(run, checkpoints)
+  whole = with_digest({"test/exact_match": 0.3, "test/num_questions": 9.0})
+  file = run / "results.json"
+  for damaged in (
+    json.dumps(whole | {"test/exact_match": 0.9}),
+    json.dumps(whole)[:-9],
+    "[]",
+  ):
+    file.write_text(damaged)
+    with pytest.raises(ValueError, match=r"results\.json .*Remove it and"):
+      export_model(run, tmp_path / "out")
+  file.unlink()
+  export_model(run, tmp_path / "out")
+  assert "exact match" not in (tmp_path / "out/README.md").read_text()
 
 
 def test_one_part_of_a_rag_is_exported_alone(checkpoints, tmp_path):
@@ -221,6 +294,19 @@ def test_a_damaged_model_directory_says_how_to_mend_it(checkpoints, tmp_path):
     ValueError, match=r"was damaged.*Convert the checkpoint ag"
   ):
     export_model(inside, tmp_path / "out")
+
+
+def test_what_was_converted_says_from_where(checkpoints, tmp_path):
+  source = checkpoints.rag()
+  import_checkpoint(source, tmp_path / "a")
+  import_checkpoint(source, tmp_path / "b", "hf:facebook/rag-token-nq@main")
+  assert origin_of(tmp_path / "a") == str(source)
+  assert origin_of(source) == str(source)
+  encoder = "hf:facebook/dpr-ctx_encoder-multiset-base"
+  assert default_passage_encoder(str(tmp_path / "b")) == encoder
+  assert default_passage_encoder("hf:facebook/rag-sequence-nq") == encoder
+  for other in (str(tmp_path / "a"), str(source), "hf:me/rag-token-nq"):
+    assert default_passage_encoder(other) == ""
 
 
 def test_an_import_holds_the_tokenizers_and_float32(checkpoints, tmp_path):

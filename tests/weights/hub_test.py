@@ -10,6 +10,7 @@ import huggingface_hub.errors
 import pytest
 
 from rag_jax.weights.hub import download
+from rag_jax.weights.hub import download_pickles
 from rag_jax.weights.load import load_encoder
 
 
@@ -67,6 +68,25 @@ def test_pickles_and_programs_are_not_downloaded(
     ignore_patterns=kwargs["ignore_patterns"],
   )
   assert list(kept) == files[:5]
+
+
+def test_a_pickle_is_downloaded_where_it_is_asked_for(monkeypatch):
+  client = Client(monkeypatch, "/somewhere")
+  assert download_pickles("hf:facebook/rag-token-nq@main") == "/somewhere"
+  ((repo, kwargs),) = client.calls
+  assert (repo, kwargs["revision"]) == ("facebook/rag-token-nq", "main")
+  from huggingface_hub.utils import filter_repo_objects
+
+  files = [
+    "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "tf_model.h5",
+    "model.pkl", "training_args.bin", "onnx/pytorch_model.bin", "modeling.py",
+  ]  # fmt: skip
+  kept = filter_repo_objects(
+    files,
+    allow_patterns=kwargs["allow_patterns"],
+    ignore_patterns=kwargs["ignore_patterns"],
+  )
+  assert list(kept) == files[:2]
 
 
 # What the client's errors read of an answer; its HTTP library changes.

@@ -1,0 +1,329 @@
+"""Questions of files, in the formats of the field.
+
+In: .jsonl (ours, NQ-open, FlashRAG, KILT), .json (SQuAD, DPR, FiD, or a list of
+the objects of .jsonl), .csv or .tsv (DPR's qas). Out: each question with its
+answers, and the passages that are known to hold them.
+"""
+
+import ast
+from collections.abc import Iterator, Mapping
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+
+from rag_jax.corpus.json_files import squad_id
+from rag_jax.corpus.records import check_fields
+from rag_jax.corpus.records import decode_text
+from rag_jax.corpus.records import find_file
+from rag_jax.corpus.records import read_bytes
+from rag_jax.corpus.records import read_records
+from rag_jax.corpus.records import shorten
+from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.tables import Rows
+from rag_jax.corpus.tables import sniff_delimiter
+from rag_jax.json_input import parse_json
+
+ENDS = (".jsonl", ".json", ".csv", ".tsv")
+EXPECTED = (
+  "objects with 'question' and 'answers' (or FlashRAG's 'golden_answers',"
+  " NQ-open's 'answer', KILT's 'input' and 'output'), SQuAD's .json, or DPR's"
+  " question and list of answers with a tab between them"
+)
+
+# What a record may call its answers, in the order of looking.
+_ANSWERS = ("answers", "golden_answers", "answer")
+_TABLE_NAMES = ["question", "answers"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FoundQuestion:
+  """A question as a file has it."""
+
+  where: str  # file and line, or place, for messages
+  question: str
+  answers: tuple[str, ...]  # accepted; () if none is known, or there is none
+  id: str = ""  # "" if the file gives none
+  relation: str = ""  # what kind of fact is asked for; "" if not given
+  gold: Mapping[str, int]  # id of a passage -> grade; {} if not known
+  impossible: bool = False  # whether the file says that nobody can answer it
+
+
+def read_question_file(path: epath.PathLike) -> Iterator[FoundQuestion]:
+  """Yields the questions of a file, in its order.
+
+  Ids may be numbers, and so may answers: 1999 is "1999". Of SQuAD the gold
+  passage is the question's paragraph, under the id that the reader of a corpus
+  gives it; a question that SQuAD 2 calls impossible has neither answers nor a
+  gold passage. Of DPR it is `positive_ctxs`, of our .jsonl `gold`. FiD's
+  `target` is the first answer.
+
+  Args:
+    path: ends in one of `ENDS`, perhaps with .gz behind.
+
+  Raises:
+    FileNotFoundError: there is no such file; names the nearest ones.
+    ValueError: names the line, or place, of what is no question.
+  """
+  path = find_file(path, EXPECTED)
+  name = path.name.lower().removesuffix(".gz")
+  if name.endswith((".csv", ".tsv")):
+    yield from _read_table(path)
+  elif name.endswith(".json"):
+    yield from _read_json(path)
+  elif name.endswith(".jsonl"):
+    yield from _read_jsonl(path)
+  else:
+    raise ValueError(
+      f"{path} is no file of questions that can be read by the end of its name,"
+      f" {path.suffix!r}. Expected one of {list(ENDS)}, perhaps with .gz"
+      f" behind, and in it {EXPECTED}. Rename or convert it."
+    )
+
+
+def _read_jsonl(path: epath.Path) -> Iterator[FoundQuestion]:
+  for line, record in read_records(path, required={}):
+    yield _of_record(record, f"{path}:{line}")
+
+
+def _read_json(path: epath.Path) -> Iterator[FoundQuestion]:
+  try:
+    tree = parse_json(decode_text(read_bytes(path), path))
+  except ValueError as error:
+    line = 1
+    if isinstance(error, json.JSONDecodeError):
+      if error.msg == "Extra data":  # one object a line
+        yield from _read_jsonl(path)
+        return
+      line = error.lineno
+    elif str(error).startswith(str(path)):
+      raise  # of read_bytes or decode_text
+    raise ValueError(
+      f"{path}:{line}: not valid JSON ({error}). Expected {EXPECTED}. Correct"
+      " the file; if it was cut off, copy it again."
+    ) from error
+  if isinstance(tree, dict) and isinstance(tree.get("data"), list):
+    yield from _squad(tree["data"], path)
+    return
+  if isinstance(tree, dict) and {"question", "input"} & set(tree):
+    tree = [tree]  # one question, and nothing around it
+  if not isinstance(tree, list):
+    raise ValueError(
+      f"{path}:1: {shorten(tree)} is neither a list of questions nor an object"
+      f" with a list 'data' (SQuAD). Expected {EXPECTED}. Convert the file."
+    )
+  for number, record in enumerate(tree):
+    where = f"{path}:[{number}]"
+    _check_object(record, where)
+    yield _of_record(record, where)
+
+
+def _read_table(path: epath.Path) -> Iterator[FoundQuestion]:
+  """Yields the questions of DPR's qas: no names, answers as Python writes them.
+
+  With names in the first line (question, answers, perhaps id and relation) the
+  columns may have any order, and answers may be a JSON list.
+  """
+  rows = Rows(path, sniff_delimiter(path), bad_records=BadRecords("fail"))
+  names = _TABLE_NAMES
+  for number, row in enumerate(rows):
+    if not number and "question" in row:
+      names = row
+      continue
+    where = rows.where
+    if len(row) != len(names):
+      raise ValueError(
+        f"{where}: {len(row)} columns, {shorten(row, 120)}. Expected"
+        f" {len(names)}: {shorten(names, 120)}, with tabs between them, as in"
+        " DPR's qas. Correct the line; if it is the last one, the file may be"
+        " cut off: copy it again."
+      )
+    record: dict[str, Any] = dict(zip(names, row, strict=True))
+    for name in _ANSWERS:
+      if name in record:
+        record[name] = _literal(record[name], f"{where}: column {name!r}")
+    yield _of_record(record, where)
+
+
+def _literal(text: str, what: str) -> list[Any]:
+  """Returns the list that a cell holds, or its text as a list of one."""
+  if not text.lstrip().startswith("["):
+    return [text]
+  # Nothing is run: literals alone, and a list of them is not nested.
+  depth = text.count("[") + text.count("(") + text.count("{")
+  try:
+    if len(text) > 1 << 20 or depth > 10_000:
+      raise ValueError("too long")
+    value = ast.literal_eval(text.strip())
+  except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+    raise ValueError(
+      f"{what} is {shorten(text)}, which is no list ({error}). Expected one as"
+      " Python or JSON writes it, such as ['Paris', 'Paris, France']. Correct"
+      " the line."
+    ) from error
+  return value
+
+
+def _of_record(record: Mapping[str, Any], where: str) -> FoundQuestion:
+  """Returns the question that one object is."""
+  kilt = "question" not in record and "input" in record
+  question = "input" if kilt else "question"
+  check_fields(
+    record,
+    where,
+    required={question: str},
+    optional={
+      "id": (str, int),
+      "relation": str,
+      "entity": str,
+      "gold": (list, dict),
+      "target": str,
+    },
+  )
+  if not record[question].strip():
+    raise ValueError(
+      f"{where}: the question is empty, {shorten(record[question])}. Expected"
+      " text. Complete or remove it."
+    )
+  answers = _kilt_answers(record, where) if kilt else _answers(record, where)
+  target = record.get("target", "")
+  if target in answers:  # FiD's: what is taught
+    answers = [target, *(a for a in answers if a != target)]
+  return FoundQuestion(
+    where=where,
+    question=record[question],
+    answers=tuple(dict.fromkeys(answers)),
+    id=str(record.get("id", "")),
+    relation=record.get("relation", ""),
+    gold=_gold(record, where),
+  )
+
+
+def _answers(record: Mapping[str, Any], where: str) -> list[str]:
+  name = next((name for name in _ANSWERS if name in record), _ANSWERS[0])
+  value = record.get(name)
+  # HotpotQA and others have one, and SQuAD at Hugging Face an object of lists.
+  if name == "answer" and not isinstance(value, list):
+    value = [value]
+  if isinstance(value, dict) and isinstance(value.get("text"), list):
+    value = value["text"]
+  check_fields({**record, name: value} if name in record else record, where,
+               required={name: list})  # fmt: skip
+  assert isinstance(value, list)
+  return [_answer(answer, where) for answer in value]
+
+
+def _answer(value: Any, where: str) -> str:
+  """Returns one answer as text; a number as it is written.
+
+  Raises:
+    ValueError: it is something else, or empty.
+  """
+  if type(value) in (int, float):  # true is an int to isinstance
+    return json.dumps(value)
+  if not isinstance(value, str) or not value.strip():
+    raise ValueError(
+      f"{where}: {shorten(value)} is one of the answers. Expected a list of"
+      " strings that are not empty, or numbers, such as"
+      ' ["Paris"]. Correct or remove the question.'
+    )
+  return value
+
+
+def _kilt_answers(record: Mapping[str, Any], where: str) -> list[str]:
+  return [
+    _answer(output["answer"], where)
+    for _, output in _objects(record, "output", where)
+    if "answer" in output  # others have a passage alone
+  ]
+
+
+def _gold(record: Mapping[str, Any], where: str) -> dict[str, int]:
+  """Returns the graded passages of our .jsonl, or those of DPR."""
+  if "gold" in record:
+    gold = record["gold"]
+    if isinstance(gold, list):
+      gold = {_id(id_, "gold", where): 1 for id_ in gold}
+    for id_, grade in gold.items():
+      if type(grade) is not int:
+        raise ValueError(
+          f"{where}: field 'gold' gives passage {id_!r} the grade"
+          f" {shorten(grade)}. Expected a whole number. Correct it."
+        )
+    return gold
+  if "positive_ctxs" not in record:
+    return {}
+  ids = [
+    context.get("passage_id", context.get("psg_id"))
+    for _, context in _objects(record, "positive_ctxs", where)
+  ]
+  return {str(id_): 1 for id_ in ids if type(id_) in (str, int)}
+
+
+def _id(value: Any, name: str, where: str) -> str:
+  if type(value) not in (str, int):
+    raise ValueError(
+      f"{where}: field {name!r} holds {shorten(value)}. Expected a list of"
+      " strings or whole numbers. Correct it."
+    )
+  return str(value)
+
+
+def _squad(articles: list[Any], path: epath.Path) -> Iterator[FoundQuestion]:
+  for a, article in enumerate(articles):
+    place = f"{path}:data[{a}]"
+    for p, paragraph in _objects(article, "paragraphs", place):
+      inner = f"{place}.paragraphs[{p}]"
+      for q, record in _objects(paragraph, "qas", inner):
+        yield _squad_question(record, f"{inner}.qas[{q}]", squad_id(a, p))
+
+
+def _squad_question(
+  record: Mapping[str, Any], where: str, paragraph: str
+) -> FoundQuestion:
+  check_fields(
+    record,
+    where,
+    required={"question": str, "id": (str, int)},
+    optional={"is_impossible": bool},
+  )
+  if not record["question"].strip():
+    raise ValueError(
+      f"{where}: the question is empty. Expected some text. Remove it."
+    )
+  texts: list[str] = []
+  # SQuAD 2 has plausible answers of questions that nobody can answer.
+  impossible = record.get("is_impossible", False)
+  if not impossible:
+    for number, answer in _objects(record, "answers", where):
+      check_fields(answer, f"{where}.answers[{number}]",
+                   required={"text": (str, int, float)})  # fmt: skip
+      texts.append(_answer(answer["text"], f"{where}.answers[{number}]"))
+  return FoundQuestion(
+    where=where,
+    question=record["question"],
+    answers=tuple(dict.fromkeys(texts)),
+    id=str(record["id"]),
+    gold={} if impossible else {paragraph: 1},
+    impossible=impossible,
+  )
+
+
+def _objects(
+  parent: Any, name: str, where: str
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+  """Yields (number, object) of the list that is a field of `parent`."""
+  _check_object(parent, where)
+  check_fields(parent, where, required={name: list})
+  for number, child in enumerate(parent[name]):
+    _check_object(child, f"{where}.{name}[{number}]")
+    yield number, child
+
+
+def _check_object(value: Any, where: str) -> None:
+  if not isinstance(value, dict):
+    raise ValueError(
+      f"{where}: {shorten(value)} is not an object. Expected {EXPECTED}."
+      " Correct or remove it."
+    )

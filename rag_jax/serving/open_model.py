@@ -1,0 +1,295 @@
+"""A RAG checkpoint opened to be asked, without a training run.
+
+In: a RAG directory in the layout of transformers or as tools/convert_hf.py
+wrote it, and a corpus. Out: the parts of a `RagPipeline`: its settings are the
+checkpoint's, its contexts those of `RagRetriever`.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import os
+import re
+from typing import Any
+
+from absl import logging
+from etils import epath
+import jax
+from jaxtyping import PyTree
+
+from rag_jax.config import Config
+from rag_jax.config import EncoderConfig
+from rag_jax.config import GeneratorConfig
+from rag_jax.config import MeshConfig
+from rag_jax.corpus.passages import Passages
+from rag_jax.data.experiment import Experiment
+from rag_jax.data.experiment import open_experiment
+from rag_jax.data.initial import Initial
+from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.decoding.rag import RagDecoder
+from rag_jax.decoding.ranking import HfParity
+from rag_jax.decoding.settings import GenerationSettings
+from rag_jax.retrieval.index import Index
+from rag_jax.retrieval.retriever import fingerprint
+from rag_jax.serving.corpora import is_search_directory
+from rag_jax.serving.corpora import open_corpus
+from rag_jax.weights.load import load_encoder
+from rag_jax.weights.load import load_rag
+from rag_jax.weights.loaded import LoadedEncoder
+from rag_jax.weights.loaded import LoadedRag
+from rag_jax.weights.saved import origin_of
+
+# What embedded the passages that facebook/rag-* were trained with.
+_OF_FACEBOOK = "hf:facebook/dpr-ctx_encoder-multiset-base"
+_FACEBOOK = re.compile(r"hf:facebook/rag-(token|sequence)-")
+
+_LONGEST = 512  # tokens of a question or passage, where there is no table
+_BATCH = 32  # passages embedded at a time
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OpenModel:
+  """What answers questions."""
+
+  experiment: Experiment
+  params: PyTree
+  index: Index
+  decoder: RagDecoder
+
+
+def default_passage_encoder(model: str) -> str:
+  """Returns the checkpoint that embeds passages for `model`; "": its own.
+
+  facebook/rag-* hold none: their index was made of passages that another
+  checkpoint had embedded.
+  """
+  return _OF_FACEBOOK if _FACEBOOK.match(origin_of(model)) else ""
+
+
+def open_model(
+  model: str,
+  corpus: epath.PathLike,
+  *,
+  passage_encoder: str = "",
+  mode: str = "",
+  generation: Mapping[str, Any] | None = None,
+  hf_parity: bool = True,
+) -> OpenModel:
+  """Opens a RAG checkpoint over a corpus.
+
+  Args:
+    model: a directory or "hf:ORG/NAME": of transformers, or of ours.
+    corpus: a search directory, whose embeddings are searched; or what
+      `open_corpus` reads, which is embedded now.
+    passage_encoder: a checkpoint, of what embeds or embedded the passages; "":
+      the model's own.
+    mode: one of `decoding.rag.MODES`; "": as the checkpoint was trained.
+    generation: settings by the names of generation_config.json that win over
+      the checkpoint's.
+    hf_parity: rank and write as transformers does, where that has a defect;
+      False: by the likelihood.
+
+  Raises:
+    FileNotFoundError: something named is missing.
+    ValueError: something cannot be read, or does not fit.
+  """
+  model = os.fspath(model)
+  rag = load_rag(model)
+  _check_tokenizers(model, rag)
+  settings = _generation(model, rag, generation or {})
+  passages_of = _passage_encoder(model, rag, passage_encoder)
+  index = None
+  if is_search_directory(corpus):
+    passages, index = _searched(corpus, rag, passages_of)
+  else:
+    passages = open_corpus(corpus)
+    if passages_of is None:
+      raise ValueError(
+        f"{model} holds no encoder of passages, and {corpus} no embeddings;"
+        " expected one of them. Name the encoder that the model was trained"
+        f" with, for instance --passage_encoder={_OF_FACEBOOK}, or give a"
+        " search directory (tools/build_index.py) as the corpus."
+      )
+  config = _config(rag, settings, passages, embeds=index is None)
+  params = {"question_encoder": rag.question_encoder.params}
+  if index is None and passages_of is not None:
+    params["passage_encoder"] = passages_of.params
+  params["generator"] = rag.generator.params
+  initial = Initial(
+    params, rag.generator.tokenizer, rag.question_encoder.tokenizer
+  )
+  experiment = open_experiment(
+    config,
+    passages=passages,
+    devices=jax.local_devices()[:1],
+    initial=initial,
+    reads_tokens=index is None,
+  )
+  params = jax.tree.map(jax.numpy.asarray, params)
+  decoder = RagDecoder(
+    experiment.model.generator,
+    settings,
+    mode or f"rag_{rag.settings.kind}",
+    hf_parity=(
+      HfParity(label_smoothing=rag.settings.label_smoothing)
+      if hf_parity
+      else None
+    ),
+  )
+  if index is None:
+    logging.info("Embedding %d passages of %s.", len(passages), corpus)
+    retriever = {k: v for k, v in params.items() if k != "generator"}
+    index = experiment.index_builder.build(retriever)
+  return OpenModel(experiment, params, index, decoder)
+
+
+def _check_tokenizers(model: str, rag: LoadedRag) -> None:
+  for part, loaded in (
+    ("question_encoder_tokenizer", rag.question_encoder),
+    ("generator_tokenizer", rag.generator),
+  ):
+    if not loaded.tokenizer:
+      raise FileNotFoundError(
+        f"There is no {part} in {model}; expected the folder that a RAG"
+        " checkpoint has for each of its two tokenizers. Copy it there from"
+        " where the weights came from; transformers.RagTokenizer writes both"
+        " with save_pretrained(DIR)."
+      )
+
+
+def _generation(
+  model: str, rag: LoadedRag, given: Mapping[str, Any]
+) -> GenerationSettings:
+  """Returns how the checkpoint writes, but for what is given."""
+  values = dict(rag.generator.generation)
+  if "max_new_tokens" in given:
+    values.pop("max_length", None)
+  if "max_length" in given:
+    values.pop("max_new_tokens", None)
+  values |= given
+  ids = rag.generator.special_ids
+  for name, token in (
+    ("pad_token_id", ids.pad),
+    ("bos_token_id", ids.bos),
+    ("eos_token_id", ids.eos),
+    ("decoder_start_token_id", rag.generator.fields["decoder_start_id"]),
+  ):
+    if token >= 0 and values.get(name) is None:
+      values[name] = token
+  values.setdefault("do_deduplication", rag.settings.do_deduplication)
+  # One answer is shown, and how many documents are read is the question's.
+  values |= {"num_return_sequences": 1, "n_docs": None}
+  return GenerationSettings.from_dict(values, f"{model} (how it generates)")
+
+
+def _passage_encoder(
+  model: str, rag: LoadedRag, named: str
+) -> LoadedEncoder | None:
+  """Returns what embeds passages.
+
+  Raises:
+    ValueError: it has another architecture than the encoder of questions.
+  """
+  if not named:
+    return rag.passage_encoder
+  found, questions = load_encoder(named, "passage"), rag.question_encoder
+  if found.kind != "dpr_context":
+    raise ValueError(
+      f"--passage_encoder={named} is a {found.kind} encoder; expected a DPR"
+      f" encoder of passages, as {model} has one of questions. Give another."
+    )
+  different = [
+    f"{name}={value!r} and {found.fields[name]!r}"
+    for name, value in questions.fields.items()
+    if "dropout" not in name and found.fields[name] != value
+  ]
+  if different:
+    raise ValueError(
+      f"The encoders of questions in {model} and of passages in {named} differ"
+      f" in {', '.join(different)}. Expected two of one architecture; give"
+      " another --passage_encoder."
+    )
+  return found
+
+
+def _searched(
+  corpus: epath.PathLike, rag: LoadedRag, passages_of: LoadedEncoder | None
+) -> tuple[Passages, Index]:
+  """Returns passages and index of a search directory.
+
+  Raises:
+    ValueError: its embeddings are not those that the model can search.
+  """
+  directory = SearchDirectory(corpus)
+  remedy = (
+    "Build it with the encoder of passages that belongs to the model: python"
+    " tools/build_index.py --encoder=PASSAGES --question_encoder=MODEL."
+  )
+  kind, width = directory.encoder.kind, directory.index.embedding_dim
+  fields = rag.question_encoder.fields
+  expected = fields["projection_dim"] or fields["embed_dim"]
+  if kind != "dpr_question" or width != expected:
+    raise ValueError(
+      f"The passages in {corpus} were embedded for a {kind} encoder of {width}"
+      f" numbers; expected dpr_question and {expected}, as the model has."
+      f" {remedy}"
+    )
+  if passages_of is not None:
+    ours = fingerprint({"question_encoder": passages_of.params})
+    theirs = directory.content["passage_encoder_fingerprint"]
+    if ours != theirs:
+      raise ValueError(
+        f"The passages in {corpus} were embedded with other weights"
+        f" (fingerprint {theirs[:12]}) than the model's encoder of passages has"
+        f" ({ours[:12]}); the scores would mean nothing. {remedy}"
+      )
+  version = directory.version
+  return version.passages, version.index
+
+
+def _config(
+  rag: LoadedRag,
+  settings: GenerationSettings,
+  passages: Passages,
+  *,
+  embeds: bool,
+) -> Config:
+  """Returns the config that a training run of this model would have."""
+  config, encoder = Config(), rag.question_encoder
+  config.loss = f"rag_{rag.settings.kind}"
+  config.encoder = dataclasses.replace(
+    EncoderConfig(),
+    **encoder.fields,
+    tied=not embeds,  # else there is no second tower to build
+    score_scale=encoder.score_scale,
+  )
+  fields = {  # JSON has lists where the config has tuples
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in rag.generator.fields.items()
+  }
+  config.generator = dataclasses.replace(GeneratorConfig(), **fields)
+  data = config.data
+  data.context_style = "rag"
+  data.title_sep, data.doc_sep = rag.settings.title_sep, rag.settings.doc_sep
+  data.context_prefix = rag.settings.prefix
+  data.n_docs = rag.settings.n_docs
+  positions = config.encoder.max_positions or _LONGEST
+  data.question_length = data.passage_length = min(positions, _LONGEST)
+  data.context_length = rag.settings.max_combined_length
+  data.target_length = settings.num_steps
+  if config.generator.positions == "learned":
+    most = config.generator.max_positions
+    data.context_length = min(data.context_length, most)
+    data.target_length = min(data.target_length, most)
+  if len(passages) < data.n_docs:
+    logging.warning(
+      "%s has %d passages, fewer than the %d documents that the model reads;"
+      " all are read for each question.",
+      *(passages.origin, len(passages), data.n_docs),
+    )
+    data.n_docs = len(passages)
+  small = len(passages) <= config.index.scann_tree_passages
+  config.index.kind = "exact" if small else "auto"
+  config.index.embed_batch_size = _BATCH
+  # One device answers, whatever there is.
+  config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
+  return config

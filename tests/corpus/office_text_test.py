@@ -1,0 +1,181 @@
+"""Files of the extra `documents` are read as a person reads them."""
+
+import importlib
+import io
+import json
+import re
+
+import docx
+import pytest
+
+from rag_jax.corpus.documents import read_documents
+from rag_jax.corpus.report import BadRecords
+
+RST = """
+The tool
+========
+
+See :class:`~foo.Bar`, :ref:`the text <target>`, ``code`` and *words*.
+
+.. toctree::
+   nothing
+
+.. note:: Be careful.
+
+.. py:function:: spam(x)
+
+   Does spam.
+
+.. code-block:: python
+
+   def f():
+       return 1
+
+.. include:: /etc/hostname
+
+.. raw:: html
+
+   <b>no</b>
+
+Below
+-----
+
+=====  =====
+A      B
+=====  =====
+1      2
+=====  =====
+"""
+CELLS = [
+  {"cell_type": "markdown", "source": ["# Book\n", "a *b*"]},
+  {
+    "cell_type": "code",
+    "source": "def f():\n  return '<b>'",
+    "outputs": [
+      {"output_type": "stream", "name": "stdout", "text": ["out\n"]},
+      {
+        "output_type": "display_data",
+        "metadata": {},
+        "data": {"image/png": "iVBOR" * 20, "text/plain": "<Figure>"},
+      },
+    ],
+    "execution_count": 1,
+  },
+]
+NOTEBOOK = json.dumps(
+  {
+    "nbformat": 4,
+    "nbformat_minor": 5,
+    "metadata": {},
+    "cells": [
+      cell | {"metadata": {}, "id": f"c{i}"} for i, cell in enumerate(CELLS)
+    ],
+  }
+)
+
+
+def pdf(*lines):
+  """A PDF of one page with these lines."""
+  shown = b" ".join(b"(%s) Tj T*" % line.encode() for line in lines)
+  stream = b"BT /F1 12 Tf 14 TL 50 700 Td " + shown + b" ET"
+  objects = [
+    b"<</Type/Catalog/Pages 2 0 R>>",
+    b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+    b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 600 800]/Contents 4 0 R"
+    b"/Resources<</Font<</F1 5 0 R>>>>>>",
+    b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream),
+    b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    b"<</Title(A paper)>>",
+  ]
+  data, places = b"%PDF-1.4\n", []
+  for number, body in enumerate(objects, start=1):
+    places.append(len(data))
+    data += b"%d 0 obj%s endobj\n" % (number, body)
+  table = b"".join(b"%010d 00000 n \n" % place for place in places)
+  return data + (
+    b"xref\n0 7\n0000000000 65535 f \n%strailer<</Size 7/Root 1 0 R/Info"
+    b" 6 0 R>>\nstartxref\n%d\n%%%%EOF" % (table, len(data))
+  )
+
+
+def word():
+  document, data = docx.Document(), io.BytesIO()
+  document.add_heading("Contract", 1)
+  document.add_paragraph("It ends <soon>.")
+  table = document.add_table(2, 2)
+  for i, text in enumerate("ab12"):
+    table.cell(i // 2, i % 2).text = text
+  document.save(data)
+  return data.getvalue()
+
+
+def read(path, action="fail"):
+  bad = BadRecords(action)
+  return list(read_documents(path, bad_records=bad)), bad.report
+
+
+@pytest.mark.parametrize(
+  ("name", "data", "title", "text"),
+  [
+    (
+      "x.rst",
+      RST.encode(),
+      "The tool",
+      "The tool\nSee foo.Bar, the text, code and words.\nNote\nBe careful.\n"
+      "spam(x)\nDoes spam.\ndef f():\n    return 1\nBelow\nA\tB\n1\t2",
+    ),
+    (
+      "x.ipynb",
+      NOTEBOOK.encode(),
+      "Book",
+      "Book\na b\ndef f():\n  return '<b>'\nout\n<Figure>",
+    ),
+    ("x.pdf", pdf("An exam-", "ple."), "A paper", "An example."),
+    ("x.docx", word(), "Contract", "Contract\nIt ends <soon>.\na\tb\n1\t2"),
+  ],
+)
+def test_a_file_gives_its_title_its_text_and_its_headings(
+  tmp_path, name, data, title, text
+):
+  (tmp_path / name).write_bytes(data)
+  (document,), report = read(tmp_path / name)
+  assert (document.title, document.text) == (title, text)
+  assert all(text[h.start : h.end] == h.title for h in document.headings)
+  assert bool(document.headings) == (name != "x.pdf")
+  assert report.left_out_chars == (100 if name == "x.ipynb" else 0)
+
+
+@pytest.mark.parametrize(
+  ("name", "data", "message"),
+  [
+    ("x.pdf", b"%PDF-1.4 junk", "no PDF that can be read"),
+    ("x.pdf", pdf("a")[:300], "no PDF that can be read|holds text"),
+    ("x.pdf", pdf(), "none of its 1 pages holds text: they are pictures"),
+    ("x.docx", b"PK junk", "no Word document that can be read"),
+    ("x.docx", word()[:2_000], "no Word document that can be read"),
+    ("x.ipynb", b"{}", "no notebook that can be read"),
+    ("x.ipynb", b"[1", "no notebook that can be read"),
+    ("x.rst", b"caf\xe9", "is not UTF-8"),
+  ],
+)
+def test_a_damaged_file_is_named_or_skipped(tmp_path, name, data, message):
+  (tmp_path / "a.txt").write_text("one")
+  (tmp_path / name).write_bytes(data)
+  with pytest.raises(ValueError, match=message) as info:
+    read(tmp_path)
+  assert str(info.value).startswith(f"{tmp_path / name}:1: ")
+  documents, report = read(tmp_path, "skip")
+  assert [d.id for d in documents] == ["a.txt"]
+  assert report.dropped["undecodable"] == 1
+
+
+@pytest.mark.parametrize("end", ["rst", "ipynb", "pdf", "docx"])
+def test_a_missing_extra_is_named_with_its_command(tmp_path, end, monkeypatch):
+  def missing(name):
+    raise ModuleNotFoundError(name)
+
+  monkeypatch.setattr(importlib, "import_module", missing)
+  (tmp_path / f"x.{end}").write_bytes(b"a")
+  command = re.escape("pip install 'rag_jax[documents]'")
+  with pytest.raises(ImportError, match=rf"\.{end} files are .* {command}"):
+    read(tmp_path / f"x.{end}", "skip")

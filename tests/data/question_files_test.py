@@ -1,0 +1,233 @@
+"""Questions in the formats of the field, and what is wrong with others."""
+
+import gzip
+import json
+
+import pytest
+
+from rag_jax.data.question_files import read_question_file
+from rag_jax.data.questions import load_questions
+from rag_jax.data.questions import read_questions
+from rag_jax.evaluation.benchmark_questions import read_benchmark_questions
+
+
+@pytest.fixture
+def write(tmp_path):
+  def write_data(content, name):
+    path = tmp_path / name
+    text = content if isinstance(content, str) else json.dumps(content)
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return path
+
+  return write_data
+
+
+def read(path):
+  return list(read_question_file(path))
+
+
+def pairs(path):
+  return [(q.question, q.answers) for q in read(path)]
+
+
+def one_line(record):
+  return json.dumps(record) + "\n"
+
+
+@pytest.mark.parametrize(
+  ("record", "answers"),
+  [
+    ({"golden_answers": ["Ann", "Bob"]}, ("Ann", "Bob")),  # FlashRAG
+    ({"answer": ["Ann", "Bob"]}, ("Ann", "Bob")),  # NQ-open
+    ({"answer": "Ann"}, ("Ann",)),  # HotpotQA
+    ({"answer": 1999}, ("1999",)),
+    ({"answers": [1999, -3, 2.5, "Ann"]}, ("1999", "-3", "2.5", "Ann")),
+    ({"answers": ["Ann", "Ann", 7, "7"]}, ("Ann", "7")),
+    ({"answers": {"text": ["Ann"], "answer_start": [3]}}, ("Ann",)),
+    ({"answers": ["Ann"], "golden_answers": ["no"]}, ("Ann",)),
+    # FiD: the answer that is taught.
+    ({"answers": ["Ann", "Bob"], "target": "Bob"}, ("Bob", "Ann")),
+    ({"answers": ["Ann", "Bob"], "target": "other"}, ("Ann", "Bob")),
+  ],
+)
+def test_answers_have_the_names_and_types_that_the_field_gives_them(
+  write, record, answers
+):
+  record = {"question": "Who?", "metadata": {"a": 1}, "ctxs": []} | record
+  expected = [("Who?", answers)]
+  assert pairs(write(one_line(record), "q.jsonl.gz")) == expected
+  assert pairs(write([record], "q.json")) == expected
+  assert pairs(write(one_line(record) * 1, "lines.json")) == expected
+  (question,) = read_questions(write(one_line(record), "q.jsonl"))
+  assert question.answers == answers
+
+
+KILT = {
+  "id": "6",
+  "input": "Who?",
+  "output": [
+    {"answer": "Ann", "provenance": [{"wikipedia_id": "290"}]},
+    {"provenance": [{"wikipedia_id": "290"}]},
+    {"answer": "Bob"},
+  ],
+}
+
+
+def test_kilts_answers_stand_in_its_outputs(write):
+  (question,) = read(write(one_line(KILT), "q.jsonl"))
+  assert (question.id, question.question) == ("6", "Who?")
+  assert question.answers == ("Ann", "Bob")
+
+
+DPR_QAS = (
+  "who is ann?\t['Ann', \"Ann's\"]\n"
+  'when?\t["1999"]\n'
+  "what is \"x\"?\t['a \"quoted\" one', 'b\\'s']\n"
+)
+
+
+@pytest.mark.parametrize("name", ["nq-test.csv", "qas.tsv", "nq-test.csv.gz"])
+def test_dprs_qas_have_two_columns_and_lists_as_python_writes_them(write, name):
+  path = write(DPR_QAS, name)
+  assert pairs(path) == [
+    ("who is ann?", ("Ann", "Ann's")),
+    ("when?", ("1999",)),
+    ('what is "x"?', ('a "quoted" one', "b's")),
+  ]
+  assert [q.id for q in read_benchmark_questions(path)] == ["1", "2", "3"]
+
+
+def test_a_table_may_name_its_columns(write):
+  text = 'id,answers,question\n7,"[""Ann"", 3]",Who?\n8,Bob,W?\n'
+  found = read(write(text, "q.csv"))
+  assert [(q.id, q.question, q.answers) for q in found] == [
+    ("7", "Who?", ("Ann", "3")),
+    ("8", "W?", ("Bob",)),
+  ]
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("who?\t__import__('os').system('x')\n", None),  # text, and is not run
+    ("who?\t[__import__('os').getcwd()]\n", "which is no list"),
+    ("who?\t['Ann'\n", "which is no list"),
+    ("who?\t" + "[" * 9_000 + "\n", "which is no list"),
+    ("who?\t" + "[" * 200 + "'a'" + "]" * 200 + "\n", "is no list|is one of"),
+    ("who?\t[None]\n", "None is one of the answers"),
+    ("who?\t['']\n", "'' is one of the answers"),
+    ("who?\n", "1 columns"),
+    ("who?\t['a']\tmore\n", "3 columns"),
+    (" \t['a']\n", "the question is empty"),
+  ],
+)
+def test_a_bad_row_of_a_table_is_named_by_its_line(write, line, message):
+  path = write(DPR_QAS + line, "q.csv")
+  if message is None:
+    assert pairs(path)[3] == ("who?", ("__import__('os').system('x')",))
+    return
+  with pytest.raises(ValueError, match=rf"q\.csv:4: .*({message})"):
+    read(path)
+
+
+SQUAD_2 = {
+  "version": "v2.0",
+  "data": [
+    {
+      "title": "A",
+      "paragraphs": [
+        {
+          "context": "Ann.",
+          "qas": [
+            {
+              "id": 17,
+              "question": "Who?",
+              "is_impossible": False,
+              "answers": [{"text": "Ann", "answer_start": 0}, {"text": 7}],
+            },
+            {
+              "id": "b",
+              "question": "Who else?",
+              "is_impossible": True,
+              "answers": [],
+              "plausible_answers": [{"text": "Ann", "answer_start": 0}],
+            },
+            {"id": "c", "question": "When?", "is_impossible": True},
+          ],
+        }
+      ],
+    }
+  ],
+}
+
+
+def test_an_impossible_question_of_squad_2_has_no_gold_and_no_answer(write):
+  path = write(SQUAD_2, "dev-v2.0.json")
+  found = read_benchmark_questions(path)
+  assert [(q.id, q.answers, q.gold) for q in found] == [
+    ("17", ("Ann", "7"), {"0/0": 1}),
+    ("b", (), {}),
+    ("c", (), {}),
+  ]
+
+
+def test_what_cannot_be_answered_is_not_taught(write, caplog):
+  path = write(SQUAD_2, "dev-v2.0.json")
+  (question,) = read_questions(path)
+  assert (question.id, question.answers) == ("17", ("Ann", "7"))
+  assert "left out 2 questions that the file calls impossible" in caplog.text
+
+
+def test_whether_a_question_is_impossible_is_true_or_false(write):
+  qas = SQUAD_2["data"][0]["paragraphs"][0]["qas"]
+  tree = {"data": [{"paragraphs": [{"qas": [qas[0] | {"is_impossible": 1}]}]}]}
+  with pytest.raises(ValueError, match=r"qas\[0\]: field 'is_impossible' is 1"):
+    read(write(tree, "q.json"))
+
+
+def test_ids_may_be_numbers_everywhere(write):
+  record = {"id": 3, "question": "Who?", "answers": ["Ann"], "gold": [7, "p"]}
+  (question,) = read(write(one_line(record), "q.jsonl"))
+  assert (question.id, question.gold) == ("3", {"7": 1, "p": 1})
+  dpr = {"question": "Who?", "answers": ["Ann"]}
+  dpr["positive_ctxs"] = [{"passage_id": 7}, {"psg_id": "8"}, {"psg_id": True}]
+  (question,) = read(write([dpr], "q.json"))
+  assert question.gold == {"7": 1, "8": 1}
+  with pytest.raises(ValueError, match="'gold' holds True"):
+    read(write(one_line(record | {"gold": [True]}), "q.jsonl"))
+
+
+def test_a_file_that_is_not_utf8_keeps_its_own_message(tmp_path):
+  path = tmp_path / "q.json"
+  path.write_bytes(b'[{"question": "caf\xe9"}]')
+  with pytest.raises(ValueError, match=r"q\.json:1: byte 0xe9 at offset 18"):
+    read(path)
+
+
+@pytest.mark.parametrize(
+  ("names", "split", "found"),
+  [
+    (["train.json", "dev.json", "test.json"], "validation", 1),  # FiD
+    (["nq-train.csv", "nq-dev.csv", "nq-test.csv"], "validation", 1),  # DPR
+    (["curatedtrec_test.tsv.gz", "latest.tsv"], "test", 0),
+    (["dev.jsonl", "validation.jsonl"], "validation", 1),  # our name is first
+  ],
+)
+def test_a_split_is_found_by_the_end_of_its_name(
+  write, tmp_path, names, split, found
+):
+  for name in names:
+    end = name.removesuffix(".gz").rpartition(".")[2]
+    record = {"question": name, "answers": ["Ann"]}
+    content = {"json": [record], "jsonl": one_line(record)}
+    write(content.get(end, f"{name}\t['Ann']\n"), name)
+  (question,) = load_questions(str(tmp_path), split)
+  assert question.question == names[found]
+
+
+def test_two_files_of_a_split_are_refused(write, tmp_path):
+  for name in ("nq-test.csv", "trivia-test.csv"):
+    write(DPR_QAS, name)
+  with pytest.raises(ValueError, match=r"several files of the test split: \['"):
+    load_questions(str(tmp_path), "test")

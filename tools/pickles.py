@@ -1,0 +1,211 @@
+"""Weights that are there as a pickle alone, as safetensors.
+
+In: a checkpoint, a directory or a name of the hub. Out: one that rag_jax reads.
+The library itself never reads a pickle. Here torch does, with its loader of
+weights alone (weights_only=True), which builds tensors and refuses the rest.
+"""
+
+import os
+import pathlib
+import pickle
+import shutil
+import tempfile
+from typing import Any
+import zipfile
+
+from absl import logging
+import ml_dtypes
+import numpy as np
+
+from rag_jax import artifacts
+from rag_jax.weights.convert import import_checkpoint
+from rag_jax.weights.directory import CheckpointDirectory
+from rag_jax.weights.directory import open_directory
+from rag_jax.weights.hub import HUB_PREFIX
+from rag_jax.weights.hub import download_pickles
+from rag_jax.weights.report import Report
+from rag_jax.weights.saved import is_ours
+from rag_jax.weights.tensors import INDEX
+from rag_jax.weights.tensors import PICKLE
+from rag_jax.weights.tensors import PICKLE_INDEX
+from rag_jax.weights.tensors import SINGLE_FILE
+from rag_jax.weights.tensors import write_tensors
+
+_KEPT = (".json", ".txt", ".model", ".safetensors")  # besides the weights
+
+
+def _pickled(where: str) -> CheckpointDirectory | None:
+  """Returns a checkpoint whose weights are a pickle and no more, or None.
+
+  Of a name of the hub, the pickle is downloaded then.
+  """
+  if is_ours(where):
+    return None
+  directory = open_directory(where)
+  if _has(directory, SINGLE_FILE, INDEX):
+    return None
+  if where.startswith(HUB_PREFIX):
+    download_pickles(where)
+  return directory if _has(directory, PICKLE, PICKLE_INDEX) else None
+
+
+def _has(directory: CheckpointDirectory, *names: str) -> bool:
+  return any(directory.has(name) for name in names)
+
+
+def import_any(where: str, output: str) -> Report:
+  """Writes a checkpoint as a model directory, whatever its weights are in.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint, or a part of it is missing.
+    ImportError: torch is needed and not installed.
+    ValueError: it is damaged, of an unsupported architecture, or more than
+      weights.
+  """
+  directory = _pickled(where)
+  if directory is None:
+    return import_checkpoint(where, output)
+  parent = pathlib.Path(output).expanduser().absolute().parent
+  parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=".converted", dir=parent) as folder:
+    _write_safetensors(directory, pathlib.Path(folder))
+    return import_checkpoint(folder, output, origin=where)
+
+
+def converted(where: str, cache: pathlib.Path) -> str:
+  """Returns `where`, or a copy in `cache` if its weights are a pickle alone.
+
+  What was converted once is found there again, if no file of it has changed.
+  """
+  directory = _pickled(where)
+  if directory is None:
+    return where
+  name = where.removeprefix(HUB_PREFIX).strip("/").replace("/", "--")
+  output = cache / f"{name[-60:].strip('.')}-{_state(directory)[:16]}"
+  if not (output / artifacts.MANIFEST).exists():
+    logging.warning(
+      "The weights of %s are a pickle alone: they are converted once, into %s.",
+      *(where, output),
+    )
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".import", dir=cache) as folder:
+      made = pathlib.Path(folder) / "model"
+      import_any(where, os.fspath(made))
+      if not output.exists():  # else another process was quicker
+        os.replace(made, output)
+  return os.fspath(output)
+
+
+def _state(directory: CheckpointDirectory) -> str:
+  """Identifies the files of a checkpoint by name, size and time of change."""
+  lines = [os.path.realpath(directory.path)]
+  for path in sorted(directory.path.rglob("*")):
+    if path.is_file():
+      stat = path.stat()
+      name = path.relative_to(directory.path)
+      lines.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+  return artifacts.fingerprint_lines(lines)
+
+
+def _write_safetensors(
+  directory: CheckpointDirectory, output: pathlib.Path
+) -> None:
+  """Writes a copy of a checkpoint with safetensors in the place of pickles.
+
+  Raises:
+    ImportError: torch is not installed.
+    ValueError: a pickle is damaged, or more than weights; or a link leads out
+      of the checkpoint.
+  """
+  for path in sorted(directory.path.rglob("*")):
+    name = path.relative_to(directory.path).as_posix()
+    if path.is_dir() or path.name == PICKLE_INDEX or path.suffix not in _KEPT:
+      continue
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(directory.file(name), output / name)
+  folders = {path.parent for path in directory.path.rglob("pytorch_model*")}
+  for folder in sorted(folders):
+    name = folder.relative_to(directory.path).as_posix()
+    part = directory.folder("" if name == "." else name)
+    if _has(part, PICKLE, PICKLE_INDEX) and not _has(part, SINGLE_FILE, INDEX):
+      (output / name).mkdir(parents=True, exist_ok=True)
+      write_tensors(output / name, _read(part))
+
+
+def _read(directory: CheckpointDirectory) -> dict[str, np.ndarray]:
+  """Returns the tensors of pytorch_model.bin, or of its shards."""
+  files = [PICKLE]
+  if not directory.has(PICKLE):
+    index = directory.json(PICKLE_INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+      raise ValueError(
+        f"{directory.origin}/{PICKLE_INDEX} has no weight_map; expected names"
+        " of tensors and of files. Copy it again from where it came from."
+      )
+    files = sorted({str(file) for file in index.values()})
+  tensors: dict[str, np.ndarray] = {}
+  for file in files:
+    origin = f"{directory.origin}/{file}"
+    for name, tensor in _load(directory.file(file), origin).items():
+      tensors[name] = _array(name, tensor, origin)
+  return tensors
+
+
+def _load(path: pathlib.Path, origin: str) -> dict[str, Any]:
+  """Returns what torch reads of a file in which there are weights alone."""
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(
+      f"{origin} is a pickle, and no other weights are there: it takes PyTorch"
+      f" to read it ({error}). Install it: pip install 'rag_jax[parity]'; or"
+      " convert the checkpoint where it is installed, with"
+      " tools/convert_hf.py --input=... --output=DIR, and give that directory."
+    ) from error
+  try:
+    content = torch.load(
+      path,
+      map_location="cpu",
+      weights_only=True,
+      mmap=zipfile.is_zipfile(path),  # files of before 2020 are no archive
+    )
+  # torch raises many kinds for a file that is cut off or of another format.
+  except (
+    pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError,
+    KeyError, IndexError, TypeError, AttributeError, AssertionError,
+    UnicodeDecodeError,
+  ) as error:  # fmt: skip
+    reason = str(error).strip().partition("\n")[0]
+    raise ValueError(
+      f"{origin} cannot be read as weights ({reason}); expected a dictionary of"
+      " tensors, as torch.save(model.state_dict()) writes it. It was cut off,"
+      " or holds objects beside, which are never loaded because that runs their"
+      " code. Copy it again, or take safetensors of the same model."
+    ) from error
+  if not isinstance(content, dict) or not all(
+    isinstance(name, str) and isinstance(value, torch.Tensor)
+    for name, value in content.items()
+  ):
+    raise ValueError(
+      f"{origin} holds a {type(content).__name__} that is no dictionary of"
+      " tensors by name; expected torch.save(model.state_dict()). Save the"
+      " weights alone, in that way."
+    )
+  return content
+
+
+def _array(name: str, tensor: Any, origin: str) -> np.ndarray:
+  """Returns a tensor of torch as NumPy's."""
+  import torch
+
+  if tensor.dtype == torch.bfloat16:  # which NumPy does not have
+    bits = tensor.detach().contiguous().view(torch.int16).numpy()
+    return bits.view(ml_dtypes.bfloat16)
+  try:
+    return tensor.detach().contiguous().numpy()
+  except (RuntimeError, TypeError) as error:  # sparse, quantised, on no device
+    raise ValueError(
+      f"{name} in {origin} is a tensor that is not dense numbers ({error});"
+      " expected float32, float16 or bfloat16. Take the checkpoint that it was"
+      " made from."
+    ) from error
