@@ -7,9 +7,7 @@ Everything that a tool prints or logs goes through rag_jax/terminal.py, so that
 no passage, id or question can control the terminal.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import os
 import pathlib

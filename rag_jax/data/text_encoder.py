@@ -15,6 +15,7 @@ import numpy as np
 
 from rag_jax.config import EncoderConfig
 from rag_jax.config import MeshConfig
+from rag_jax.config_rules import replace_fields
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
