@@ -294,6 +294,7 @@ class Generator(nn.Module):
     before, copy = cache.pointer, None
     x, cache = self.decoder.step(self._embed(tokens), position, cache)
     if self.pointer:
+      assert before is not None
       k = len(x) // b
       read = jnp.repeat(tokens, k, axis=0)
       copy = self.copier.step(x, read, before.log_places, before.source)

@@ -266,7 +266,7 @@ def _check_types(certificate: Certificate) -> None:
     least = 1 if name in ("num_passages", "embedding_dim") else 0
     if value is None and not needed:
       continue
-    if not _is_count(value) or value < least:
+    if not _is_count(value) or int(value or 0) < least:
       raise ValueError(f"{name} is {value!r:.80}")
   secs = certificate.build_secs
   if secs is not None and not _is_number(secs):

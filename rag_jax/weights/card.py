@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pathlib
 from typing import Any
 
-import flax.traverse_util
+import jax
 import numpy as np
 
 from rag_jax import artifacts
@@ -152,8 +152,7 @@ def _sizes(model: SavedModel, kind: str) -> list[str]:
     found = found[:1]
   lines = []
   for name in found:
-    flat = flax.traverse_util.flatten_dict(model.params[name], sep="/")
-    size = sum(int(np.size(x)) for x in flat.values())
+    size = sum(np.size(x) for x in jax.tree.leaves(model.params[name]))
     lines.append(f"| {name} | {size:,} |")
   return lines
 
