@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     )
     print(report.text())
   if _FIT_HYBRID.value:
-    modes = fit_search_modes(path, _FIT_HYBRID.value)
+    modes = fit_search_modes(path, _FIT_HYBRID.value, wait=_WAIT.value)
     print("\n".join(f"{name}: {value}" for name, value in modes.rows()))
   if _COMPACT.value:
     num = compact_search_directory(path, questions=questions, wait=_WAIT.value)

@@ -19,6 +19,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.corpus import shards
+from rag_jax.corpus.array_rows import read_array
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.store import PassageStore
@@ -134,7 +135,13 @@ def open_twins(directory: epath.Path) -> Twins:
   content = artifacts.read_manifest(
     directory, kind=_KIND, format=_FORMAT, remedy=_REMEDY, nested=True
   )
-  rows = np.load(directory / _ROWS, allow_pickle=False)
+  content.check(num_twins=int)
+  rows = np.array(read_array(directory / _ROWS, _REMEDY))
+  if rows.ndim != 1 or rows.dtype != np.int64 or np.any(rows < 0):
+    raise ValueError(
+      f"{directory / _ROWS} holds {rows.dtype} of shape {rows.shape}; expected"
+      f" rows of passages, int64 from 0 on. {_REMEDY}"
+    )
   passages = PassageStore(directory / _PASSAGES) if len(rows) else None
   if not content["num_twins"] == len(rows) == len(passages or ()):
     raise ValueError(

@@ -186,19 +186,27 @@ def _read(
   )
 
 
-def keep_modes(path: epath.Path, version: str, modes: SearchModes) -> None:
+def keep_modes(
+  path: epath.Path, version: str, modes: SearchModes, *, wait: bool = False
+) -> None:
   """Keeps what the modes of search were measured to find, as a new version.
 
   Args:
     path: the directory.
     version: that they were measured on.
     modes: what was measured.
+    wait: for another process that writes there.
 
   Raises:
     ValueError: another version is in use by now, or somebody else writes there.
     OSError: the disk is full.
   """
-  with lock(path, kind=KIND):
+  with lock(
+    path,
+    kind=KIND,
+    wait=wait,
+    remedy="What was there before is still in use: measure again.",
+  ):
     search_versions.remove_unused(root_of(path))
     directory = SearchDirectory(path)
     now = directory.version

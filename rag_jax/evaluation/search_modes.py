@@ -32,7 +32,7 @@ _LEAST_QUESTIONS = 20
 
 
 def fit_search_modes(
-  path: epath.PathLike, questions: epath.PathLike
+  path: epath.PathLike, questions: epath.PathLike, *, wait: bool = False
 ) -> SearchModes:
   """Fits the weights of hybrid search, and keeps them with the index.
 
@@ -42,6 +42,7 @@ def fit_search_modes(
   Args:
     path: the search directory; it gets a new version.
     questions: what `read_benchmark_questions` reads.
+    wait: for another process that writes there.
 
   Raises:
     FileNotFoundError: one of them is not there.
@@ -51,7 +52,7 @@ def fit_search_modes(
   """
   directory = SearchDirectory(path)
   modes = measure_modes(directory, questions)
-  keep_modes(directory.path, directory.version.name, modes)
+  keep_modes(directory.path, directory.version.name, modes, wait=wait)
   return modes
 
 

@@ -173,7 +173,8 @@ class Certificate:
   ) -> "Certificate":
     """Returns the certificate of a manifest; see `from_json`."""
     try:
-      content = dict(content)
+      # Plain objects, which can be copied: those of a manifest name its file.
+      content = json.loads(json.dumps(dict(content)))
       content["recalls"] = tuple(Recall(**r) for r in content["recalls"])
       if content.get("coverage") is not None:
         content["coverage"] = Coverage(**content["coverage"])
@@ -189,7 +190,7 @@ class Certificate:
       _check_types(certificate)
       return certificate
     except (
-      AttributeError, KeyError, TypeError, ValueError, OverflowError
+      AttributeError, LookupError, TypeError, ValueError, OverflowError
     ) as error:  # fmt: skip
       raise ValueError(
         f"{origin} holds no certificate that this version of rag_jax can read"
@@ -268,6 +269,12 @@ def _check_types(certificate: Certificate) -> None:
       continue
     if not _is_count(value) or int(value or 0) < least:
       raise ValueError(f"{name} is {value!r:.80}")
+  modes = certificate.modes
+  found = modes.metrics.values() if modes else ()
+  measured = [v for m in found for v in dataclasses.astuple(m)]
+  measured += (modes and modes.weights) or ()
+  if not all(map(_is_number, measured)):
+    raise ValueError(f"modes are {modes!r:.200}")
   secs = certificate.build_secs
   if secs is not None and not _is_number(secs):
     raise ValueError(f"build_secs are {secs!r:.80}")

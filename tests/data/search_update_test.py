@@ -28,6 +28,7 @@ from rag_jax.evaluation.search_modes import fit_search_modes
 from rag_jax.models.hybrid import HybridWeights
 from rag_jax.retrieval.filters import parse_conditions
 from rag_jax.retrieval.hybrid import HybridRetriever
+from rag_jax.retrieval.retriever import Embedder
 
 QUESTIONS = [QUESTION, "the yaks of the moors", "rams in the woods by night"]
 
@@ -141,19 +142,19 @@ def test_updates_follow_each_other_and_old_versions_are_removed(
 
 def test_only_what_is_new_is_embedded(copy, tmp_path, monkeypatch, records):
   embedded = []
-  inner = search_update.TokenizedPassages
+  inner = Embedder.rows
 
-  def counted(passages, *args):
-    embedded.extend(p.id for p in passages)
-    return inner(passages, *args)
+  def counted(self, params, passage_tokens, rows):
+    embedded.append(len(rows))
+    return inner(self, params, passage_tokens, rows)
 
-  monkeypatch.setattr(search_update, "TokenizedPassages", counted)
+  monkeypatch.setattr(Embedder, "rows", counted)
   changed = [*records[:5], *UPSERTS, record("p6", records[6]["text"], "fr")]
   report = update(copy, upsert=write(tmp_path / "up.jsonl", changed[:3]))
   assert not report.passages_added
   del changed[3]  # the old p3
   report = update(copy, upsert=write(tmp_path / "up.jsonl", changed))
-  assert embedded == ["p3", "new"]
+  assert embedded == [2]  # "p3" and "new"
   assert report.embedded == 2
   assert (report.passages_added, report.unchanged) == (3, 4)
   french = parse_conditions(["lang=fr"])
@@ -209,7 +210,7 @@ def test_a_text_is_found_as_long_as_one_of_its_documents_is_there(
     (found,) = directory.search([text], 5, conditions=some)[0]
     assert (found.passage.id, len(found.also)) == (name, 2)
   # Of the twins nothing is embedded, whatever becomes of the first.
-  monkeypatch.setattr("rag_jax.retrieval.retriever.Embedder.rows", None)
+  monkeypatch.setattr(Embedder, "rows", None)
   report = update(path, delete=["p3"])
   assert (report.passages_added, report.embedded) == (1, 0)
   for hit in modes_find(path, "t2", text):
