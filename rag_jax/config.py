@@ -267,6 +267,9 @@ class IndexConfig(_Settings):
   # A saved BM25 index to open; "" builds it from the passages at each start, at
   # some 5,000 passages of 100 words a second.
   bm25_path: str = ""
+  # For what a word is: 2 takes "STRASSE" for "straße" and "1,000" for "1000";
+  # 1 is that of runs that began before there was a choice.
+  word_rule: int = 2
   # ScaNN's own settings; below `scann_tree_passages` it scores every passage.
   # rag_jax/retrieval/tuner.py finds the fastest for a recall.
   scann_tree_passages: int = 20_000

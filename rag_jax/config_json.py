@@ -129,6 +129,9 @@ def from_json(text: str, origin: str = "the config") -> Config:
 
 def _renamed(tree: Any) -> Any:
   """Returns the settings of a run of before by the names that they have now."""
+  index = tree.get("index") if isinstance(tree, dict) else None
+  if isinstance(index, dict) and "word_rule" not in index:
+    tree = tree | {"index": index | {"word_rule": 1}}
   try:
     # Before there was a choice, the bias learned.
     if tree["generator"]["logits_bias"] is True:

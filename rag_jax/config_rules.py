@@ -231,6 +231,11 @@ def _hybrid_problems(c: Config) -> Iterator[str]:
       f"index.bm25_path={i.bm25_path!r} is for index.hybrid=True. Set that, or"
       " index.bm25_path=''."
     )
+  if i.word_rule not in (1, 2):
+    yield (
+      f"index.word_rule={i.word_rule} is no rule for what a word is; expected"
+      " 2, or 1, that of older runs."
+    )
   if not i.hybrid:
     return
   if not c.data.n_docs:

@@ -62,6 +62,14 @@ def test_a_run_of_before_had_two_limits_of_recall_and_the_higher_holds(
   assert config.index.min_recall == report
 
 
+def test_a_run_of_before_goes_on_with_the_words_that_it_had():
+  def change(tree):
+    del tree["index"]["word_rule"]
+
+  assert from_json(edited(change)).index.word_rule == 1
+  assert from_json(edited(lambda tree: None)).index.word_rule == 2
+
+
 @pytest.mark.parametrize("end", [0, 1, 40, -3])
 def test_json_that_was_cut_off_is_named(end):
   with pytest.raises(

@@ -284,6 +284,10 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
       "index.passages_per_shard=9 is for an index on the host",
     ),
     (
+      {"index__word_rule": 3},
+      "index.word_rule=3 is no rule for what a word is; expected 2, or 1",
+    ),
+    (
       {"index__bm25_path": "bm25"},
       "index.bm25_path='bm25' is for index.hybrid=True. Set that, or",
     ),

@@ -28,6 +28,7 @@ from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.data.search_build import BuildConfig
 from rag_jax.data.search_build import build_search_directory
+from rag_jax.evaluation.search_modes import fit_search_modes
 from rag_jax.retrieval.embeddings import STORAGE
 from rag_jax.training.workdir import keep_compiled
 
@@ -94,6 +95,8 @@ _TARGET_RECALL = flags.DEFINE_float(
   "Of index_recall@10 that ScaNN is tuned to; 0: it is not.",
 )
 _BM25 = flags.DEFINE_bool("bm25", True, "Index the words too.")
+_FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
+_words = command.define_word_flags()
 _CACHE_DIR = flags.DEFINE_string(
   "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
@@ -139,6 +142,7 @@ def main(argv: list[str]) -> None:
     storage=_STORAGE.value,
     target_recall=_TARGET_RECALL.value,
     bm25=_BM25.value,
+    words=_words(_BUILD.words),
   )
   config.index.kind = _KIND.value
   config.index.passages_per_shard = _PER_SHARD.value
@@ -151,6 +155,10 @@ def main(argv: list[str]) -> None:
     questions=read_texts(_QUESTIONS.value) if _QUESTIONS.value else [],
     wait=_WAIT.value,
   )
+  certificate = directory.index.certificate
+  if _FIT_HYBRID.value and not (certificate and certificate.modes):
+    fit_search_modes(output, _FIT_HYBRID.value)
+    directory.reload()
   assert directory.index.certificate is not None
   print(directory.index.certificate.table())
   print(f"{len(directory.passages)} passages can be searched in {output}.")

@@ -8,6 +8,7 @@ no passage, id or question can control the terminal.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 import os
 import pathlib
 import re
@@ -20,6 +21,9 @@ from absl import flags
 
 from rag_jax import terminal
 from rag_jax.corpus.records import check_text
+from rag_jax.retrieval.bm25 import Bm25Settings
+from rag_jax.retrieval.bm25 import check_settings
+from rag_jax.retrieval.bm25 import read_stop_words
 
 # Anything else is a bug, and shows where.
 _MENDABLE = (
@@ -32,6 +36,41 @@ _HELP = re.compile(r"--?(?:h|\?|help|helpshort|helpfull)(?:=true)?")
 # Before libraries are imported: what TensorFlow and XLA say of their start is
 # for nobody who uses a tool.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+FIT_HYBRID = (
+  "Questions with known passages or answers, to weigh embeddings and words with"
+  " in hybrid search; the weights, and which mode is best, are kept."
+)
+
+
+def define_word_flags() -> Callable[[Bm25Settings], Bm25Settings]:
+  """Defines the flags of BM25; returns what puts those given into settings."""
+  given = {
+    "stemmer": flags.DEFINE_string(
+      "stemmer", None, "BM25: the language whose word endings are cut off."
+    ),
+    "stop_words": flags.DEFINE_string(
+      "stop_words",
+      None,
+      "BM25 leaves out those of a language (english), a file, or some between"
+      " commas.",
+    ),
+    "k1": flags.DEFINE_float(
+      "k1", None, "BM25: how much a word counts that is there again."
+    ),
+    "b": flags.DEFINE_float(
+      "b", None, "BM25: how much long passages are marked down, 0 to 1."
+    ),
+  }
+
+  def settings(defaults: Bm25Settings) -> Bm25Settings:
+    values = {k: f.value for k, f in given.items() if f.value is not None}
+    if "stop_words" in values:
+      values["stop_words"] = read_stop_words(values["stop_words"])
+    return check_settings(dataclasses.replace(defaults, **values))
+
+  return settings
 
 
 def questions(arguments: Sequence[str]) -> Iterator[str]:

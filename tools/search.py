@@ -4,7 +4,13 @@ r"""Searches what tools/build_index.py made.
 
 Several questions are several arguments; with `-` they are read from standard
 input, one a line. --mode=bm25 searches words, --mode=hybrid both;
---filter=lang=en, as often as wanted, keeps the passages with that metadata.
+--filter=lang=en or "--filter=year>=1999", as often as wanted, keeps the
+passages with such metadata. --stemmer, --stop_words, --k1 and --b try other
+settings of BM25 than the index was built with, whose words are then indexed
+again in memory: give them to tools/build_index.py to keep them.
+--fit_hybrid=FILE fits the weights of hybrid search to questions with known
+passages or answers, says which mode is best, and keeps both with the index;
+--mode=best is that mode.
 """
 
 import itertools
@@ -16,20 +22,36 @@ from absl import flags
 from absl import logging
 import command
 
+from rag_jax.corpus.passages import Passage
 from rag_jax.data.search_directory import MODES
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.evaluation.search_modes import fit_search_modes
+from rag_jax.retrieval.filters import describe_metadata
 from rag_jax.retrieval.filters import parse_conditions
+from rag_jax.terminal import one_line
 
 _INDEX = flags.DEFINE_string("index", None, "The directory to search.")
 _N_DOCS = flags.DEFINE_integer(
-  "n_docs", 5, "Passages a question; fewer if there are fewer, unless given."
+  "n_docs", 5, "Passages a question; fewer if fewer are found."
 )
 _MODE = flags.DEFINE_enum("mode", "dense", list(MODES), "What is searched.")
-_FILTER = flags.DEFINE_multi_string("filter", [], "NAME=VALUE of the metadata.")
+_FILTER = flags.DEFINE_multi_string(
+  "filter", [], "Of the metadata: NAME=VALUE, or a range: 'NAME>=VALUE'."
+)
+_FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
+_words = command.define_word_flags()
 _JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a question.")
 flags.mark_flag_as_required("index")
 
 _WIDTH = 80  # of what is printed
+
+
+def _metadata(passage: Passage) -> dict[str, str | list[str]]:
+  """Returns the values of each name; a list of several."""
+  values: dict[str, list[str]] = {}
+  for name, value in passage.metadata:
+    values.setdefault(name, []).append(value)
+  return {k: v if len(v) > 1 else v[0] for k, v in values.items()}
 
 
 def _wrapped(text: str) -> str:
@@ -46,18 +68,25 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   questions = list(command.questions(argv[1:]))
+  if _FIT_HYBRID.value:
+    modes = fit_search_modes(_INDEX.value or "", _FIT_HYBRID.value)
+    print("\n".join(f"{name}: {value}" for name, value in modes.rows()))
+    if not questions:
+      return
   if not questions:
     raise app.UsageError("Give a question, or - to read them from a pipe.")
   directory = SearchDirectory(_INDEX.value or "")
-  n_docs = _N_DOCS.value
-  if not flags.FLAGS["n_docs"].present:
-    n_docs = min(n_docs, len(directory.passages))
+  if _MODE.value != "dense":
+    directory.set_words(_words)
+  conditions = parse_conditions(_FILTER.value)
   found = directory.search(
     questions,
-    n_docs,
+    _N_DOCS.value,
     mode=_MODE.value,
-    conditions=parse_conditions(_FILTER.value),
+    conditions=conditions,
   )
+  if conditions and not any(found):
+    logging.warning("%s", describe_metadata(directory.passages, conditions))
   for number, (question, hits) in enumerate(zip(questions, found, strict=True)):
     if _JSON.value:
       rows = [
@@ -66,16 +95,21 @@ def main(argv: list[str]) -> None:
           "title": hit.passage.title,
           "text": hit.passage.text,
           "score": hit.score,
-          "metadata": dict(hit.passage.metadata),
+          "metadata": _metadata(hit.passage),
+          "also": list(hit.also),
         }
         for hit in hits
       ]
       print(json.dumps({"question": question, "passages": rows}))
       continue
     print(f"{'' if not number else chr(10)}{question}")
+    if not hits:
+      print("\n          No passage was found.")
     for hit in hits:
-      title = f"{hit.passage.title}  " if hit.passage.title else ""
-      print(f"\n{hit.score:8.3f}  {title}[{hit.passage.id}]")
+      title = one_line(hit.passage.title)
+      title = f"{title}  " if title else ""
+      ids = ", ".join(map(one_line, (hit.passage.id, *hit.also)))
+      print(f"\n{hit.score:8.3f}  {title}[{ids}]")
       print(textwrap.indent(_wrapped(hit.passage.text), " " * 10))
 
 

@@ -2,11 +2,15 @@ r"""Puts documents into what tools/build_index.py made, and takes some out.
 
   python tools/update_index.py --index=runs/index --upsert=documents/
   python tools/update_index.py --index=runs/index --delete=old.md,notes/b.txt
+  python tools/update_index.py --index=runs/index --compact
 
 A document of --upsert replaces the one with its id: in a folder, its path in
 the folder, so give the folder that was built. What did not change is not
 embedded again, and documents that are not in --upsert stay. Who searches
 meanwhile sees what was there before; an update that is killed changes nothing.
+
+Texts that were deleted or replaced are not found any more, but stay in the
+files until --compact writes them anew.
 """
 
 from absl import app
@@ -17,7 +21,9 @@ from etils import epath
 
 from rag_jax.corpus.records import read_texts
 from rag_jax.corpus.report import BadRecords
+from rag_jax.data.search_compact import compact_search_directory
 from rag_jax.data.search_update import update_search_directory
+from rag_jax.evaluation.search_modes import fit_search_modes
 
 _INDEX = flags.DEFINE_string("index", None, "The directory to update.")
 _UPSERT = flags.DEFINE_string("upsert", "", "Documents, as of --corpus.")
@@ -31,6 +37,12 @@ _QUESTIONS = flags.DEFINE_string(
 _ON_BAD_RECORD = flags.DEFINE_enum(
   "on_bad_record", "", ["", *BadRecords.ACTIONS], "'': as it was built."
 )
+_COMPACT = flags.DEFINE_bool(
+  "compact",
+  False,
+  "Write everything anew, without what was deleted or replaced.",
+)
+_FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
 _WAIT = flags.DEFINE_bool(
   "wait", False, "For another process that writes there, not stop."
 )
@@ -48,16 +60,27 @@ def main(argv: list[str]) -> None:
   """Runs the command."""
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
-  report = update_search_directory(
-    _INDEX.value or "",
-    upsert=_UPSERT.value or "",
-    delete=_ids(_DELETE.value or ""),
-    encoder=_ENCODER.value or "",
-    on_bad_record=_ON_BAD_RECORD.value or "",
-    questions=read_texts(_QUESTIONS.value) if _QUESTIONS.value else [],
-    wait=_WAIT.value,
-  )
-  print(report.text())
+  path = _INDEX.value or ""
+  questions = read_texts(_QUESTIONS.value) if _QUESTIONS.value else []
+  if (
+    _UPSERT.value or _DELETE.value or not (_COMPACT.value or _FIT_HYBRID.value)
+  ):
+    report = update_search_directory(
+      path,
+      upsert=_UPSERT.value or "",
+      delete=_ids(_DELETE.value or ""),
+      encoder=_ENCODER.value or "",
+      on_bad_record=_ON_BAD_RECORD.value or "",
+      questions=questions,
+      wait=_WAIT.value,
+    )
+    print(report.text())
+  if _FIT_HYBRID.value:
+    modes = fit_search_modes(path, _FIT_HYBRID.value, wait=_WAIT.value)
+    print("\n".join(f"{name}: {value}" for name, value in modes.rows()))
+  if _COMPACT.value:
+    num = compact_search_directory(path, questions=questions, wait=_WAIT.value)
+    print(f"{num:,} passages are left; of what was deleted nothing is.")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rag_jax.corpus.records import check_fields
 from rag_jax.corpus.records import shorten
 from rag_jax.corpus.report import BadRecords
 
+_SCALARS = (str, int, float, bool)
 Metadata = tuple[tuple[str, str], ...]
 
 
@@ -128,15 +129,16 @@ def _metadata(
   nested = record.get("metadata")  # where BEIR has them
   values = dict(nested) if isinstance(nested, dict) else {}
   values |= {k: v for k, v in record.items() if k not in taken}
-  # Not isinstance: true is an int to it.
-  values = {
-    k: v for k, v in values.items() if type(v) in (str, int, float) and k
-  }
-  check_fields(values, where, required=dict.fromkeys(values, (str, int, float)))
-  return tuple(
-    (name, value if isinstance(value, str) else json.dumps(value))
-    for name, value in values.items()
-  )
+  metadata = []
+  for name, value in values.items():
+    items = value if isinstance(value, list) else [value]
+    for item in items if name else ():
+      if not isinstance(item, _SCALARS):
+        continue
+      check_fields({name: item}, where, required={name: _SCALARS})
+      text = item if isinstance(item, str) else json.dumps(item)
+      metadata.append((name, text))
+  return tuple(dict.fromkeys(metadata))
 
 
 def record_document(
@@ -144,9 +146,9 @@ def record_document(
 ) -> Document:
   """Returns the document that a JSON object is.
 
-  The other fields that are strings or numbers become its metadata, and those
-  of an object "metadata" in it; lists, further objects, true, false and null
-  do not.
+  The other fields become its metadata, and those of an object "metadata" in
+  it: strings, numbers, true and false, and each of these in a list. Further
+  objects do not. A field that is null is as one that is not there.
 
   Args:
     record: the object.
@@ -158,12 +160,14 @@ def record_document(
       was asked for is missing or of another type.
   """
   default = DEFAULT_FIELDS
+  named = fields.title in record
+  record = {k: v for k, v in record.items() if v is not None}
   id_, text_ = id_field(record, fields), text_field(record, fields)
   title_ = _title_field(record, fields)
   beir = id_ != fields.id
   required = {id_: (str, int), text_: (str, list)}
   title = {title_: str}
-  optional = fields.title == default.title
+  optional = fields.title == default.title or named
   check_fields(
     record,
     where,

@@ -31,31 +31,25 @@ class Seen:
     ):
       self._db.execute(f"PRAGMA {setting}")
     self._db.execute(
-      "CREATE TABLE seen (hash BLOB PRIMARY KEY, file INTEGER, place)"
-      " WITHOUT ROWID"
+      "CREATE TABLE seen (hash BLOB PRIMARY KEY, file INTEGER, place,"
+      " number INTEGER) WITHOUT ROWID"
     )
     self._db.execute("CREATE TABLE files (name TEXT)")
     self._file = ("", 0)  # name and row of the last one
 
-  def add(self, where: str, *key: str) -> str:
+  def add(self, where: str, *key: str, number: int = 0) -> str:
     """Returns where the strings of `key` were added before, or "".
 
     Args:
       where: file and place, as in "corpus.jsonl:7".
       *key: one or more strings, which count together.
+      number: what `number_of` returns, if they are new.
 
     Raises:
       OSError: the disk is full.
     """
-    hashed = hashlib.blake2b(digest_size=_HASH_BYTES)
-    for part in key:
-      data = part.encode("utf-8", "surrogatepass")
-      # The length first: else ("ab", "c") would be ("a", "bc").
-      hashed.update(len(data).to_bytes(8, "little"))
-      hashed.update(data)
-    digest = hashed.digest()
     try:
-      return self._add(digest, where)
+      return self._add(self._hash(key), where, number)
     except sqlite3.OperationalError as error:
       raise OSError(
         "The ids and texts that were met cannot be kept on the disk"
@@ -64,14 +58,35 @@ class Seen:
         " folder on another disk."
       ) from error
 
-  def _add(self, digest: bytes, where: str) -> str:
+  def number_of(self, *key: str) -> int:
+    """Returns the number that the strings of `key`, met before, came with."""
+    (number,) = self._db.execute(
+      "SELECT number FROM seen WHERE hash = ?", (self._hash(key),)
+    ).fetchone()
+    return number
+
+  def _hash(self, key: tuple[str, ...]) -> bytes:
+    hashed = hashlib.blake2b(digest_size=_HASH_BYTES)
+    for part in key:
+      data = part.encode("utf-8", "surrogatepass")
+      # The length first: else ("ab", "c") would be ("a", "bc").
+      hashed.update(len(data).to_bytes(8, "little"))
+      hashed.update(data)
+    return hashed.digest()
+
+  def _add(self, digest: bytes, where: str, number: int) -> str:
     name, _, place = where.rpartition(":")
     if name != self._file[0] or not self._file[1]:
       row = self._db.execute("INSERT INTO files VALUES (?)", (name,)).lastrowid
       self._file = (name, row or 0)
     new = self._db.execute(
-      "INSERT OR IGNORE INTO seen VALUES (?, ?, ?)",
-      (digest, self._file[1], int(place) if place.isdecimal() else place),
+      "INSERT OR IGNORE INTO seen VALUES (?, ?, ?, ?)",
+      (
+        digest,
+        self._file[1],
+        int(place) if place.isdecimal() else place,
+        number,
+      ),
     ).rowcount
     if new:
       return ""

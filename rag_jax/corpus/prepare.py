@@ -4,7 +4,7 @@ In: the path or name of a corpus, and how to split it. Out: its passages, one
 after the other; memory does not grow with their number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 
 from etils import epath
@@ -31,6 +31,7 @@ def read_passages(
   bad_records: BadRecords,
   tokenizer: Encoder | None = None,
   drop_duplicate_texts: bool = True,
+  on_twin: Callable[[Passage, int], None] | None = None,
 ) -> Iterator[Passage]:
   """Yields the passages of a corpus; every id is there once.
 
@@ -48,6 +49,8 @@ def read_passages(
       one has (a title that is but a file's name is none); they are counted,
       and never an error. False keeps them, as is needed where judgements name
       passages by id, as BEIR's.
+    on_twin: takes each passage that is left out so, and which of those that
+      were yielded has its title and text.
 
   Raises:
     FileNotFoundError: there is no such file; names the nearest ones.
@@ -70,8 +73,11 @@ def read_passages(
       tokenizer=tokenizer,
     ):
       if drop_duplicate_texts:
-        first = texts.add(document.where, own_title(passage), passage.text)
+        key = own_title(passage), passage.text
+        first = texts.add(document.where, *key, number=found)
         if first:
+          if on_twin:
+            on_twin(passage, texts.number_of(*key))
           what = f"passage {passage.id!r} has the text of {first}"
           report.drop("duplicate_text", f"{document.where}: {what}")
           continue

@@ -91,6 +91,16 @@ class Shards:
         self._readers[shard] = reader
       return self._readers[shard]
 
+  def open_all(self) -> None:
+    """Opens every shard that was not read from yet.
+
+    Raises:
+      ValueError: one cannot be read.
+    """
+    for row in range(0, self._num_rows, self._shard_rows):
+      for _ in self.read([row]):
+        pass
+
   def read(self, rows: Sequence[int]) -> Iterator[Passage]:
     """Yields the passages of `rows`; rows that follow each other at once."""
     start = 0

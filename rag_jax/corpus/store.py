@@ -329,6 +329,10 @@ class PassageStore(Passages):
     """Returns the passages of `rows`, in their order."""
     return tuple(self._shards.read([self._row(row) for row in rows]))
 
+  def open_all(self) -> None:
+    """Opens all files, so that they can be read after they were removed."""
+    self._shards.open_all()
+
   def __iter__(self) -> Iterator[Passage]:
     starts = range(0, self._num_passages, _ITER_ROWS)
     blocks = (self[start : start + _ITER_ROWS] for start in starts)

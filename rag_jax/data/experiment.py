@@ -35,6 +35,7 @@ from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.rag import RagModel
 from rag_jax.models.rag import build_model
 from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.bm25 import Bm25Settings
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import IndexBuilder
 from rag_jax.weights.generation_settings import target_start
@@ -77,7 +78,10 @@ class Experiment:
       "tokenizer": self.token_ids,
     }
     if self.bm25 is not None:
-      identity["BM25 settings"] = repr(self.bm25.settings)
+      settings = self.bm25.settings
+      # Rule 1 had no name in the runs that began with it.
+      rule = f", rule {settings.word_rule}" if settings.word_rule > 1 else ""
+      identity["BM25 settings"] = f"{settings!r}{rule}"
     return identity
 
   @property
@@ -221,7 +225,11 @@ def _open_bm25(config: Config, passages: Passages) -> Bm25Index:
       config.index.bm25_path, passages_fingerprint=passages.fingerprint
     )
   logging.info("Indexing the words of %d passages.", len(passages))
-  return Bm25Index.build(passages, passages_fingerprint=passages.fingerprint)
+  return Bm25Index.build(
+    passages,
+    passages_fingerprint=passages.fingerprint,
+    settings=Bm25Settings(word_rule=config.index.word_rule),
+  )
 
 
 def check_n_docs(n_docs: int, passages: Passages) -> None:

@@ -33,19 +33,25 @@ from rag_jax.corpus.store import write_store
 from rag_jax.corpus.token_store import open_tokens
 from rag_jax.corpus.token_store import write_tokens
 from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.twins import TwinsWriter
 from rag_jax.data.search_directory import ENCODER
 from rag_jax.data.search_directory import FORMAT
 from rag_jax.data.search_directory import KIND
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.data.search_versions import BASE
 from rag_jax.data.search_versions import BM25
 from rag_jax.data.search_versions import INDEX
 from rag_jax.data.search_versions import PASSAGES
+from rag_jax.data.search_versions import TWINS
+from rag_jax.data.search_versions import UNFINISHED
 from rag_jax.data.search_versions import UPDATES
 from rag_jax.data.search_versions import start_updates
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import open_checkpoint
 from rag_jax.data.text_encoder import save_encoder
 from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.bm25 import Bm25Settings
+from rag_jax.retrieval.bm25 import check_settings
 from rag_jax.retrieval.certified_index import build_certified_index
 from rag_jax.retrieval.certified_index import check_tuning
 from rag_jax.retrieval.embedding_job import EmbeddingJob
@@ -57,7 +63,13 @@ from rag_jax.retrieval.retriever import Embedder
 
 # Only while it is built; named like what is not finished, for no manifest.
 _TOKENS = ".tokens.tmp"
-_PARTS = (PASSAGES, ENCODER, INDEX, BM25, UPDATES, _TOKENS)
+_PARTS = (PASSAGES, TWINS, ENCODER, INDEX, BM25, UPDATES, _TOKENS)
+
+
+def _is_own(name: str) -> bool:
+  """Returns whether a file is one that building or compacting makes."""
+  made = BASE.fullmatch(name) or UNFINISHED.fullmatch(name)
+  return name in _PARTS or made is not None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -81,6 +93,7 @@ class BuildConfig:
   # Of index_recall@10, which the ScaNN index is tuned to; 0: not tuned.
   target_recall: float = 0.0
   bm25: bool = True  # words can be searched too
+  words: Bm25Settings = dataclasses.field(default_factory=Bm25Settings)
   speed_secs: float = 1.0  # that each batch size is timed for the certificate
 
 
@@ -112,10 +125,11 @@ def build_search_directory(
     UnwritableError: the disk is full, or nothing may be written there.
   """
   check_storage(config.storage)
+  check_settings(config.words)
   check_tuning(config.index, config.target_recall, len(questions))
   output = epath.Path(output).expanduser()
   first = jax.process_index() == 0
-  lock = building(output, kind=KIND, own=_PARTS.__contains__, wait=wait)
+  lock = building(output, kind=KIND, own=_is_own, wait=wait)
   with lock if first else contextlib.nullcontext():
     inputs = _open_inputs(corpus, encoder, question_encoder, config)
     if (output / artifacts.MANIFEST).exists():
@@ -137,7 +151,10 @@ def build_search_directory(
       if config.bm25:
         logging.info("Indexing the words of %d passages.", len(store))
         Bm25Index.write(
-          output / BM25, store, passages_fingerprint=store.fingerprint
+          output / BM25,
+          store,
+          passages_fingerprint=store.fingerprint,
+          settings=config.words,
         )
       start_updates(output)
       content = {
@@ -157,7 +174,7 @@ def build_search_directory(
         nested=True,
         beside=[UPDATES],
       )
-      _clean(output)
+      _clean(output, output)
     wait_for_all("building: the directory is complete")
   return SearchDirectory(output)
 
@@ -239,15 +256,15 @@ def _sources(corpus: str) -> str:
 def _reopen(output: epath.Path, plan: dict[str, Any]) -> SearchDirectory:
   """Returns the complete directory, if it is what would be built."""
   directory = SearchDirectory(output)
-  _clean(output)  # which it may have been cut off before
+  _clean(output, directory.root)  # which it may have been cut off before
   _check_same(output, dict(directory.content.get("plan", {})), plan)
   logging.info("%s is complete already.", output)
   return directory
 
 
-def _clean(output: epath.Path) -> None:
+def _clean(output: epath.Path, root: epath.Path) -> None:
   """Removes what only an unfinished directory needs."""
-  finish(output / INDEX)
+  finish(root / INDEX)
   if (output / _TOKENS).exists():
     (output / _TOKENS).rmtree()
 
@@ -255,9 +272,13 @@ def _clean(output: epath.Path) -> None:
 def _check_same(
   path: epath.Path, found: dict[str, Any], plan: dict[str, Any]
 ) -> None:
-  """Raises `ValueError` if something was made of other inputs."""
+  """Raises `ValueError` if something was made of other inputs.
+
+  A setting that did not exist then is as it is by default.
+  """
+  defaults = json.loads(json.dumps(dataclasses.asdict(BuildConfig())))
+  found = defaults | found
   if isinstance(found.get("split"), dict):
-    # An older version had fewer settings, which were as they are by default.
     found["split"] = dataclasses.asdict(SplitConfig(**found["split"]))
   other = [
     f"{name} is {found.get(name)!r} there and {value!r} here"
@@ -281,14 +302,19 @@ def _write_passages(
     "drop_duplicate_texts",
   )  # fmt: skip
   made = {name: inputs.plan[name] for name in named}
+  twins_path = path.parent / TWINS
   if (path / artifacts.MANIFEST).exists():
     store = PassageStore(path)
     _check_same(path, dict(store.config), made)
-    logging.info("%s holds the %d passages already.", path, len(store))
-    return
+    if twins_path.exists() or not config.drop_duplicate_texts:
+      logging.info("%s holds the %d passages already.", path, len(store))
+      return
+    path.rmtree()  # of a version that kept no twins
   bad_records = BadRecords(config.on_bad_record)
   split = SplitConfig(**inputs.plan["split"])
   tokenizer = inputs.encoder.tokenizer if split.unit == "tokens" else None
+
+  twins = TwinsWriter()
 
   def passages() -> Iterator[Passage]:
     for passage in read_passages(
@@ -298,15 +324,19 @@ def _write_passages(
       bad_records=bad_records,
       tokenizer=tokenizer,
       drop_duplicate_texts=config.drop_duplicate_texts,
+      on_twin=twins.add,
     ):
       yield passage
       logging.log_every_n_seconds(
         logging.INFO, "Read %d passages.", 10, bad_records.report.passages
       )
     # Only now is it known; the store writes its manifest after the last.
+    if config.drop_duplicate_texts:
+      twins.write(twins_path)
     made["report"] = bad_records.report.content()
 
-  write_store(path, passages(), config=made)
+  with contextlib.closing(twins):
+    write_store(path, passages(), config=made)
 
 
 def _tokenize(

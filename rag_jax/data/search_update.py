@@ -8,9 +8,10 @@ What is new or changed is embedded; all else is shared with what was built. Of
 the words a new index is made: how rare one is depends on all passages.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
+import itertools
 
 from absl import logging
 from etils import epath
@@ -27,6 +28,7 @@ from rag_jax.corpus.report import Coverage
 from rag_jax.corpus.report import raise_empty
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.twins import write_twins
 from rag_jax.corpus.updated_passages import UpdatedPassages
 from rag_jax.data import search_versions
 from rag_jax.data.search_changes import Changes
@@ -35,13 +37,16 @@ from rag_jax.data.search_changes import find_changes
 from rag_jax.data.search_directory import KIND
 from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.data.search_directory import read_content
+from rag_jax.data.search_directory import root_of
 from rag_jax.data.search_versions import BM25
+from rag_jax.data.search_versions import TWINS
 from rag_jax.data.search_versions import UPDATES
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import open_checkpoint
 from rag_jax.retrieval import exact
 from rag_jax.retrieval import live_files
 from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.certificate import SearchModes
 from rag_jax.retrieval.certificate import certify
 from rag_jax.retrieval.updated_index import UpdatedIndex
 
@@ -96,7 +101,7 @@ def update_search_directory(
     wait=wait,
     remedy="What was there before is still in use: update again.",
   ):
-    search_versions.remove_unused(path)
+    search_versions.remove_unused(root_of(path))
     directory = SearchDirectory(path)
     passage_encoder = _passage_encoder(directory, encoder)
     plan = directory.content["plan"]
@@ -107,15 +112,18 @@ def update_search_directory(
       delete,
       drop_duplicate_texts=plan["drop_duplicate_texts"],
       report=bad_records.report,
+      twins=directory.version.twins,
     )
+    if delete and directory.version.twins is None:
+      _warn_of_twins(directory)
     if upsert:
       if not bad_records.report.documents:
         raise_empty(upsert, bad_records.report)
       logging.info("%s:\n%s", upsert, bad_records.report)
-    if changes.gone or changes.added:
+    if changes:
       _write(directory, changes, passage_encoder, questions, speed_secs)
       directory.reload()
-      search_versions.remove_unused(path)
+      search_versions.remove_unused(root_of(path))
     index = directory.index
     sample = _sample(directory, questions)
     before, after = directory.built[1].certificate, index.certificate
@@ -125,6 +133,18 @@ def update_search_directory(
       before = certify(directory.built[1], sample, speed_secs=0.0)
     share = index.changed_share if isinstance(index, UpdatedIndex) else 0.0
     return changes.report(directory.version.name, share, before, after)
+
+
+def _warn_of_twins(directory: SearchDirectory) -> None:
+  """Says that texts may have gone that other documents have."""
+  report = directory.built[0].config.get("report", {})
+  if number := report.get("dropped", {}).get("duplicate_text", 0):
+    logging.warning(
+      "%s was built when documents with the text of another were left out and"
+      " their ids forgotten, %d of them: if one of those is to be found, give"
+      " it again with --upsert.",
+      *(directory.path, number),
+    )
 
 
 def _passage_encoder(directory: SearchDirectory, encoder: str) -> TextEncoder:
@@ -166,6 +186,49 @@ def _read(
   )
 
 
+def keep_modes(
+  path: epath.Path, version: str, modes: SearchModes, *, wait: bool = False
+) -> None:
+  """Keeps what the modes of search were measured to find, as a new version.
+
+  Args:
+    path: the directory.
+    version: that they were measured on.
+    modes: what was measured.
+    wait: for another process that writes there.
+
+  Raises:
+    ValueError: another version is in use by now, or somebody else writes there.
+    OSError: the disk is full.
+  """
+  with lock(
+    path,
+    kind=KIND,
+    wait=wait,
+    remedy="What was there before is still in use: measure again.",
+  ):
+    search_versions.remove_unused(root_of(path))
+    directory = SearchDirectory(path)
+    now = directory.version
+    if now.name != version:
+      raise ValueError(
+        f"{path} was updated to {now.name!r} while the modes of search were"
+        f" measured on {version!r}. Expected one of both at a time. Measure"
+        " again."
+      )
+
+    def write(made: search_versions.Draft) -> None:
+      if now.bm25 is not None:
+        now.bm25.save(made.folder / BM25)
+      if now.twins is not None:
+        write_twins(made.folder / TWINS, now.twins, now.twins.rows)
+      certificate = now.index.certificate or certify(made.index, speed_secs=0.0)
+      made.index.certificate = dataclasses.replace(certificate, modes=modes)
+
+    _add_version(directory, [], [], [], write)
+    search_versions.remove_unused(root_of(path))
+
+
 def _write(
   directory: SearchDirectory,
   changes: Changes,
@@ -174,10 +237,56 @@ def _write(
   speed_secs: float,
 ) -> None:
   """Writes a version, complete, and only then puts it into use."""
+  now = directory.version
+
+  def write(made: search_versions.Draft) -> None:
+    if now.bm25 is not None:
+      logging.info("Indexing the words of %d passages.", len(made.passages))
+      words = Bm25Index.build(
+        made.passages,
+        passages_fingerprint=made.passages.fingerprint,
+        settings=now.bm25.settings,
+      )
+      words.save(made.folder / BM25)
+    if directory.content["plan"]["drop_duplicate_texts"]:
+      numbers, came = changes.twins
+      there = now.twins.each(numbers) if now.twins else ()
+      twins = itertools.chain(there, came)
+      write_twins(made.folder / TWINS, twins, changes.twin_rows)
+    found = certify(
+      made.index, _sample(directory, questions), speed_secs=speed_secs
+    )
+    before = now.index.certificate
+    made.index.certificate = dataclasses.replace(
+      found,
+      coverage=_coverage(directory, changes, encoder),
+      modes=before.modes if before else None,
+    )
+
+  embeddings = _embed(directory, changes, encoder)
+  _add_version(directory, changes.gone, changes.added, embeddings, write)
+
+
+def _add_version(
+  directory: SearchDirectory,
+  gone_rows: Sequence[int],
+  came: Sequence[Passage],
+  came_embeddings: Sequence[Float[np.ndarray, "R"]] | np.ndarray,
+  write: Callable[[search_versions.Draft], None],
+) -> None:
+  """Makes a version of the one in use, and puts it into use.
+
+  Args:
+    directory: locked.
+    gone_rows: of the passages as they are now, rising.
+    came: passages behind them.
+    came_embeddings: of these.
+    write: what else belongs to the version, into its folder; certifies it.
+  """
   now, old = directory.version, directory.built[1]
   gone, added = np.zeros(0, np.int64), []
   embeddings = np.zeros((0, old.embedding_dim), np.float32)
-  rows = np.array(changes.gone, np.int64)
+  rows = np.array(gone_rows, np.int64)
   if isinstance(now.passages, UpdatedPassages):
     assert isinstance(now.index, UpdatedIndex)
     rows = now.passages.gaps.rows(rows)
@@ -187,32 +296,19 @@ def _write(
   left[rows[rows >= old.num_passages] - old.num_passages] = False
   added = [p for p, stays in zip(added, left, strict=True) if stays]
   gone = np.union1d(gone, rows[rows < old.num_passages])
-  embeddings = np.concatenate(
-    [embeddings[left], _embed(directory, changes, encoder)]
-  )
+  embeddings = embeddings[left]
+  if len(came):
+    embeddings = np.concatenate([embeddings, came_embeddings])
 
   def save(folder: epath.Path) -> None:
     made = search_versions.draft(
-      folder, directory.built, gone, [*added, *changes.added], embeddings
+      folder, directory.built, gone, [*added, *came], embeddings
     )
-    if now.bm25 is not None:
-      logging.info("Indexing the words of %d passages.", len(made.passages))
-      words = Bm25Index.build(
-        made.passages,
-        passages_fingerprint=made.passages.fingerprint,
-        settings=now.bm25.settings,
-      )
-      words.save(folder / BM25)
-    certificate = certify(
-      made.index, _sample(directory, questions), speed_secs=speed_secs
-    )
-    made.index.certificate = dataclasses.replace(
-      certificate, coverage=_coverage(directory, changes, encoder)
-    )
-    search_versions.finish(directory.path, made)
+    write(made)
+    search_versions.finish(directory.root, made)
 
-  search_versions.start_updates(directory.path)
-  updates = directory.path / UPDATES
+  search_versions.start_updates(directory.root)
+  updates = directory.root / UPDATES
   name = live_files.add(updates, live_files.VERSION, save)
   live_files.switch(updates, name)
 

@@ -6,8 +6,8 @@ came: it shares all else with the others.
 
     updates/CURRENT      the version in use and the digest of its manifest; or
                          "built", before the first update
-    updates/v000001/     gone.npy, embeddings.npy, passages/, bm25/, and the
-                         manifest, written last, with the certificate
+    updates/v000001/     gone.npy, embeddings.npy, passages/, twins/, bm25/, and
+                         the manifest, written last, with the certificate
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,8 @@ from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.store import PASSAGES_PER_SHARD
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.store import write_store
+from rag_jax.corpus.twins import Twins
+from rag_jax.corpus.twins import open_twins
 from rag_jax.corpus.updated_passages import UpdatedPassages
 from rag_jax.retrieval import live_files
 from rag_jax.retrieval.bm25 import Bm25Index
@@ -34,13 +36,22 @@ from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.updated_index import UpdatedIndex
 
 UPDATES = "updates"
-PASSAGES, INDEX, BM25 = "passages", "index", "bm25"  # of what was built
+# Of what was built, and of versions.
+PASSAGES, INDEX, BM25, TWINS = "passages", "index", "bm25", "twins"
 KEEP = 2  # versions: who just opened the one before can go on opening it
 
 # In CURRENT, from the build on: whether there was an update is never guessed.
 _BUILT = "built\n"
 _FILES = re.compile(r"CURRENT|v\d{6}")
 
+# What an update or a compaction that was killed leaves beside what was built.
+UNFINISHED = re.compile(
+  r"\.(passages|twins|index|bm25|updates|b\d{6})\.[0-9a-f]+\.tmp"
+)
+BASE = re.compile(r"b\d{6}")  # names of folders: what was compacted
+
+_BASE_KIND = "base of a search directory"
+_BASE_FORMAT = 1  # raise when the files of a base change their meaning
 _KIND = "version of a search directory"
 _FORMAT = 1  # raise when the files of a version change their meaning
 _REMEDY = "Restore the directory from a copy, or build it again."
@@ -57,6 +68,8 @@ class SearchVersion:
     index: over the embeddings.
     bm25: over the words; None if they were left out.
     bm25_path: where it was opened.
+    twins: passages whose text one of `passages` has; None: nobody knows, of
+      directories that were built before they were kept.
   """
 
   name: str
@@ -64,6 +77,11 @@ class SearchVersion:
   index: Index
   bm25: Bm25Index | None
   bm25_path: epath.Path
+  twins: Twins | None
+
+  def twins_of(self, row: int) -> tuple[Passage, ...]:
+    """Returns the passages that have the title and text of one, if known."""
+    return self.twins.of(row) if self.twins else ()
 
 
 def start_updates(path: epath.Path) -> None:
@@ -126,7 +144,12 @@ def open_current(
         return _open(path, now.name, passages, index)
       words = path / BM25
       return SearchVersion(
-        "", passages, index, open_words(words, passages.fingerprint), words
+        "",
+        passages,
+        index,
+        open_words(words, passages.fingerprint),
+        words,
+        _open_twins(path / TWINS),
       )
     except (FileNotFoundError, ValueError):
       # It may have been removed just now, because newer ones are there.
@@ -157,6 +180,10 @@ def open_words(path: epath.Path, passages_fingerprint: str) -> Bm25Index | None:
   if not path.exists():
     return None
   return Bm25Index.load(path, passages_fingerprint=passages_fingerprint)
+
+
+def _open_twins(path: epath.Path) -> Twins | None:
+  return open_twins(path) if path.exists() else None
 
 
 def _open(
@@ -195,6 +222,7 @@ def _open(
     updated,
     open_words(folder / BM25, fingerprint),
     folder / BM25,
+    _open_twins(folder / TWINS),
   )
 
 
@@ -252,6 +280,31 @@ def finish(path: epath.Path, made: Draft) -> None:
   }
   artifacts.write_manifest(
     made.folder, kind=_KIND, format=_FORMAT, content=content, nested=True
+  )
+
+
+def finish_base(folder: epath.Path, passages_fingerprint: str) -> None:
+  """Writes the manifest of what was compacted, never updated yet."""
+  start_updates(folder)
+  artifacts.write_manifest(
+    folder,
+    kind=_BASE_KIND,
+    format=_BASE_FORMAT,
+    content={"passages_fingerprint": passages_fingerprint},
+    nested=True,
+    beside=[UPDATES],
+  )
+
+
+def check_base(folder: epath.Path) -> None:
+  """Raises as `artifacts.read_manifest` unless what was compacted is whole."""
+  artifacts.read_manifest(
+    folder,
+    kind=_BASE_KIND,
+    format=_BASE_FORMAT,
+    remedy=_REMEDY,
+    nested=True,
+    beside=[UPDATES],
   )
 
 

@@ -14,6 +14,7 @@ from rag_jax.corpus.records import find_file
 from rag_jax.corpus.records import read_lines
 from rag_jax.corpus.records import read_records
 from rag_jax.corpus.records import shorten
+from rag_jax.corpus.twins import Twins
 from rag_jax.data.question_files import EXPECTED
 from rag_jax.data.question_files import read_question_file
 
@@ -71,7 +72,9 @@ def read_benchmark_questions(path: epath.PathLike) -> list[BenchmarkQuestion]:
 
 
 def gold_rows(
-  questions: Sequence[BenchmarkQuestion], passages: Iterable[Passage]
+  questions: Sequence[BenchmarkQuestion],
+  passages: Iterable[Passage],
+  twins: Twins | None = None,
 ) -> tuple[list[dict[int, int]], int]:
   """Returns row -> grade for each question, and how many passages are missing.
 
@@ -81,6 +84,7 @@ def gold_rows(
   Args:
     questions: with ids of passages.
     passages: the corpus, read once; row = its place.
+    twins: passages that have the text of one of these under another id.
   """
   wanted = {id_ for question in questions for id_ in question.gold}
   rows: dict[str, int] = {}
@@ -88,9 +92,18 @@ def gold_rows(
     for row, passage in enumerate(passages):
       if passage.id in wanted:
         rows[passage.id] = row
+    for number, twin in enumerate(twins or ()):
+      if twin.id in wanted:
+        rows[twin.id] = int(twins.rows[number])
   missing = sorted(wanted - set(rows))
   rows |= {id_: -2 - number for number, id_ in enumerate(missing)}
-  graded = [{rows[i]: grade for i, grade in q.gold.items()} for q in questions]
+  graded: list[dict[int, int]] = []
+  for question in questions:
+    grades: dict[int, int] = {}
+    for id_, grade in question.gold.items():
+      # Of ids with one text, the highest grade counts.
+      grades[rows[id_]] = max(grade, grades.get(rows[id_], grade))
+    graded.append(grades)
   return graded, len(missing)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.twins import Twins
 from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.evaluation.answers import VARIANTS
 from rag_jax.evaluation.benchmark_measure import INDEX_DEPTHS
@@ -89,7 +90,9 @@ def benchmark_directory(
   texts = [question.question for question in chosen]
   embeddings = directory.embed_questions(texts)
   notes: list[str] = []
-  known = _known(chosen, directory.passages, notes, settings)
+  known = _known(
+    chosen, directory.passages, directory.version.twins, notes, settings
+  )
   num = len(measured)
   bm25_bytes = 0
   if directory.bm25 is not None:
@@ -195,10 +198,11 @@ def open_embeddings(path: epath.PathLike) -> Float[np.ndarray, "P R"]:
 def _known(
   questions: Sequence[BenchmarkQuestion],
   passages: Passages,
+  twins: Twins | None,
   notes: list[str],
   settings: BenchmarkSettings,
 ) -> Known:
-  graded, missing = gold_rows(questions, passages)
+  graded, missing = gold_rows(questions, passages, twins)
   if missing:
     notes.append(
       f"{missing:,} passages that are known to be of use are not in the corpus"

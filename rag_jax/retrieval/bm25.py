@@ -9,6 +9,7 @@ devices (0.3.16), which is too early for `jax.distributed.initialize`.
 from collections.abc import Iterable, Sequence
 import contextlib
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -22,6 +23,8 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.building import building
 from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.records import read_texts
+from rag_jax.corpus.words import RULES
 from rag_jax.corpus.words import WordTokenizer
 from rag_jax.json_input import read_settings
 from rag_jax.retrieval import exact
@@ -30,7 +33,9 @@ from rag_jax.retrieval.postings import Postings
 from rag_jax.retrieval.postings import open_arrays
 
 ARTIFACT = "bm25"  # the kind in the manifest
-FORMAT = 1  # raise when the files below, or what a word is, change meaning
+# Raise it when the files below change their meaning, or there is a new rule for
+# what a word is. Format 1 has no `word_rule`.
+FORMAT = 2
 REMEDY = "Build the BM25 index again from the passages."
 
 _VOCABULARY = "vocabulary.json"
@@ -41,6 +46,7 @@ _CONTENT = {
   "b": (int, float),
   "stemmer": str,
   "stop_words": list,
+  "word_rule": int,
 }
 
 
@@ -56,6 +62,16 @@ class Bm25Settings:
   b: float = 0.4  # 0: long passages are not marked down; 1: in full
   stemmer: str = ""  # a language, such as "english"; "" = words as they are
   stop_words: tuple[str, ...] = ()  # left out, in any case
+  # For what a word is, see `WordTokenizer`. Not shown: rule 1 had no name.
+  word_rule: int = dataclasses.field(default=RULES[-1], repr=False)
+
+  def word_tokenizer(self) -> WordTokenizer:
+    """Returns what cuts passages and questions into words.
+
+    Raises:
+      ValueError: there is no such stemmer or rule.
+    """
+    return WordTokenizer(self.stemmer, self.stop_words, self.word_rule)
 
 
 class Bm25Index:
@@ -90,7 +106,7 @@ class Bm25Index:
     self.settings = settings
     self._vocabulary = {word: row for row, word in enumerate(vocabulary)}
     self._arrays = arrays
-    self._words = WordTokenizer(settings.stemmer, settings.stop_words)
+    self._words = settings.word_tokenizer()
     self._scorer = _bm25s(settings)
     self._scorer.scores = {
       "indptr": arrays["starts"],
@@ -122,7 +138,7 @@ class Bm25Index:
       ValueError: there are no passages, or a setting is out of its range.
       OSError: the disk is full.
     """
-    settings = _check(settings or Bm25Settings())
+    settings = check_settings(settings or Bm25Settings())
     with tempfile.TemporaryDirectory() as folder:
       path = epath.Path(folder)
       vocabulary, num_passages = _write_arrays(path, passages, settings)
@@ -161,7 +177,7 @@ class Bm25Index:
         writes there, or it is in a bucket.
       OSError: the disk is full.
     """
-    settings = _check(settings or Bm25Settings())
+    settings = check_settings(settings or Bm25Settings())
     with building(path, kind="BM25 index", own=_is_own) as directory:
       artifacts.start_directory(directory)
       vocabulary, num_passages = _write_arrays(directory, passages, settings)
@@ -180,8 +196,8 @@ class Bm25Index:
 
     Returns:
       Passage ids [B, K] int32 and scores [B, K] float32, best first; of equal
-      scores the smaller id. Rows are never short: passages without any word of
-      the question follow with score 0.
+      scores the smaller id. A passage without any word of the question is not
+      found: short rows are filled up with id -1 and the lowest float32.
 
     Raises:
       ValueError: there are fewer passages than `n_docs`.
@@ -195,7 +211,7 @@ class Bm25Index:
         " or index more passages."
       )
     best = [_best(self._all_scores(text), n_docs) for text in questions]
-    return exact.stack_rows(best, n_docs)
+    return exact.fill_rows(best, n_docs)
 
   def score(
     self, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
@@ -259,6 +275,7 @@ class Bm25Index:
     content = artifacts.read_manifest(
       path, kind=ARTIFACT, format=FORMAT, remedy=REMEDY
     )
+    content.setdefault("word_rule", 1)  # of format 1
     bad = [k for k, t in _CONTENT.items() if not isinstance(content.get(k), t)]
     if "stop_words" not in bad:
       bad += [
@@ -289,12 +306,13 @@ class Bm25Index:
       arrays,
       num_passages=content["num_passages"],
       passages_fingerprint=content["passages_fingerprint"],
-      settings=_check(
+      settings=check_settings(
         Bm25Settings(
           k1=content["k1"],
           b=content["b"],
           stemmer=content["stemmer"],
           stop_words=tuple(content["stop_words"]),
+          word_rule=content["word_rule"],
         )
       ),
     )
@@ -336,7 +354,7 @@ def _write_arrays(
   directory: epath.Path, passages: Iterable[Passage], settings: Bm25Settings
 ) -> tuple[list[str], int]:
   """Writes the arrays; returns the vocabulary and the number of passages."""
-  words = WordTokenizer(settings.stemmer, settings.stop_words)
+  words = settings.word_tokenizer()
   with contextlib.closing(Postings(directory)) as postings:
     for passage in passages:
       postings.add(words(f"{passage.title}\n{passage.text}"))
@@ -372,8 +390,14 @@ def _bm25s(settings: Bm25Settings) -> Any:
   return bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
 
 
-def _check(settings: Bm25Settings) -> Bm25Settings:
-  """Returns `settings` if scores can be computed with them."""
+def check_settings(settings: Bm25Settings) -> Bm25Settings:
+  """Returns `settings` if scores can be computed with them.
+
+  Raises:
+    ValueError: one is out of its range; names it.
+    TypeError: `stop_words` is one string.
+  """
+  settings.word_tokenizer()
   if not (settings.k1 >= 0 and math.isfinite(settings.k1)):
     raise ValueError(
       f"k1={settings.k1} is no number from 0 on. Expected for instance 0.9 or"
@@ -387,6 +411,40 @@ def _check(settings: Bm25Settings) -> Bm25Settings:
   return settings
 
 
+def read_stop_words(source: str) -> tuple[str, ...]:
+  """Returns the stop words that a person names.
+
+  Args:
+    source: a language, such as "english", whose list of `bm25s` is taken; a
+      file, one word a line; or words between commas. "": none.
+
+  Raises:
+    ValueError: it is neither, but like one of them.
+  """
+  import bm25s.stopwords
+
+  lists = {
+    name.removeprefix("STOPWORDS_").lower(): words
+    for name, words in vars(bm25s.stopwords).items()
+    if name.startswith("STOPWORDS_")
+  }
+  lists["english"] = lists.pop("en")
+  del lists["en_plus"]
+  if source in lists:
+    return tuple(lists[source])
+  if source and epath.Path(source).expanduser().is_file():
+    return tuple(read_texts(source))
+  close = difflib.get_close_matches(source, lists, n=1)
+  if close or "/" in source:
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+      f"stop_words={source!r} is no file and no language whose stop words are"
+      f" known. Expected one of {sorted(lists)}, a file, or words between"
+      f" commas.{hint}"
+    )
+  return tuple(word.strip() for word in source.split(",") if word.strip())
+
+
 def _check_questions(questions: Sequence[str]) -> None:
   if isinstance(questions, str):
     raise TypeError(
@@ -398,11 +456,15 @@ def _check_questions(questions: Sequence[str]) -> None:
 def _best(
   scores: Float[np.ndarray, "P"], n_docs: int
 ) -> tuple[Int[np.ndarray, "K"], Float[np.ndarray, "K"]]:
-  """Returns the ids of the largest scores, ties by smaller id, and these."""
+  """Returns the ids of the largest scores, ties by smaller id, and these.
+
+  Those above 0 alone: the others hold no word of the question.
+  """
   last = np.partition(scores, -n_docs)[-n_docs]
   above = np.flatnonzero(scores > last)
   # argpartition would take any of those with the last score.
   equal = np.flatnonzero(scores == last)[: n_docs - len(above)]
   above = above[np.argsort(-scores[above], kind="stable")]
   ids = np.concatenate([above, equal])
+  ids = ids[scores[ids] > 0]
   return ids, scores[ids]

@@ -31,6 +31,82 @@ _SPEED_BATCHES = (1, 256)
 
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
+class ModeMetrics:
+  """Of one way to search, over questions.
+
+  Attributes:
+    first: how often a passage of use comes first.
+    among_5: how often one is among the first 5.
+    mrr: 1 / rank of the first of use, 0 beyond the 10th, on average.
+  """
+
+  first: float
+  among_5: float
+  mrr: float
+
+
+@dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
+class SearchModes:
+  """What searching by embeddings, by words and by both found.
+
+  Attributes:
+    num_questions: whose passages of use are known.
+    num_passages: that were there then.
+    metrics: by mode; "reciprocal ranks" is hybrid search without weights.
+    weights: of embeddings and of words in hybrid search; None: reciprocal ranks
+      find more.
+  """
+
+  num_questions: int
+  num_passages: int
+  metrics: Mapping[str, ModeMetrics]
+  weights: tuple[float, float] | None
+
+  @property
+  def best(self) -> str:
+    """The mode with the largest mean reciprocal rank; of equal ones the first.
+
+    The simpler ones come first: embeddings, words, both.
+    """
+    return max(("dense", "bm25", "hybrid"), key=lambda m: self.metrics[m].mrr)
+
+  @classmethod
+  def from_content(cls, content: Any) -> "SearchModes":
+    """Returns what `dataclasses.asdict` made, by way of JSON."""
+    weights = content["weights"]
+    made = cls(
+      num_questions=int(content["num_questions"]),
+      num_passages=int(content["num_passages"]),
+      metrics={k: ModeMetrics(**v) for k, v in content["metrics"].items()},
+      weights=None
+      if weights is None
+      else (float(weights[0]), float(weights[1])),
+    )
+    if made.best not in made.metrics:
+      raise ValueError("no metrics")
+    return made
+
+  def rows(self) -> list[tuple[str, str]]:
+    """Returns lines of a table."""
+    how = "reciprocal ranks"
+    if self.weights:
+      how = "{:.3g} of embeddings + {:.3g} of words".format(*self.weights)
+    about = (
+      f"{self.best} (on {self.num_questions:,} questions among"
+      f" {self.num_passages:,} passages)"
+    )
+    lines = [("best mode", about)]
+    for name, found in self.metrics.items():
+      what = f"{name} ({how})" if name == "hybrid" else name
+      value = (
+        f"first {found.first:.3f}, among 5 {found.among_5:.3f}, MRR@10"
+        f" {found.mrr:.3f}"
+      )
+      lines.append((what, value))
+    return lines
+
+
+@dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class Certificate:
   """What `certify` measured of an index.
 
@@ -51,6 +127,7 @@ class Certificate:
   disk_bytes: int | None = None  # of its directory; known once it is saved
   build_secs: float | None = None
   build_peak_bytes: int | None = None  # see BuildCost
+  modes: SearchModes | None = None  # of a search directory, if asked for
   coverage: Coverage | None = None  # of the corpus, by what is embedded
 
   def recall(self, k: int) -> Recall:
@@ -96,7 +173,8 @@ class Certificate:
   ) -> "Certificate":
     """Returns the certificate of a manifest; see `from_json`."""
     try:
-      content = dict(content)
+      # Plain objects, which can be copied: those of a manifest name its file.
+      content = json.loads(json.dumps(dict(content)))
       content["recalls"] = tuple(Recall(**r) for r in content["recalls"])
       if content.get("coverage") is not None:
         content["coverage"] = Coverage(**content["coverage"])
@@ -104,13 +182,15 @@ class Certificate:
         int(size): float(speed)  # JSON has no keys but strings
         for size, speed in content["queries_per_second"].items()
       }
+      if content.get("modes") is not None:
+        content["modes"] = SearchModes.from_content(content["modes"])
       if not content["recalls"]:
         raise ValueError("no recalls")
       certificate = cls(**content)
       _check_types(certificate)
       return certificate
     except (
-      AttributeError, KeyError, TypeError, ValueError, OverflowError
+      AttributeError, LookupError, TypeError, ValueError, OverflowError
     ) as error:  # fmt: skip
       raise ValueError(
         f"{origin} holds no certificate that this version of rag_jax can read"
@@ -142,6 +222,8 @@ class Certificate:
     if self.build_peak_bytes is not None:
       peak = f"at most {_bytes(self.build_peak_bytes)} more than before"
       rows.append(("memory of the build", peak))
+    if self.modes:
+      rows += self.modes.rows()
     lines = [f"| {name} | {value} |" for name, value in rows]
     return "\n".join(["| certificate | |", "|---|---|", *lines]) + "\n"
 
@@ -187,6 +269,12 @@ def _check_types(certificate: Certificate) -> None:
       continue
     if not _is_count(value) or int(value or 0) < least:
       raise ValueError(f"{name} is {value!r:.80}")
+  modes = certificate.modes
+  found = modes.metrics.values() if modes else ()
+  measured = [v for m in found for v in dataclasses.astuple(m)]
+  measured += (modes and modes.weights) or ()
+  if not all(map(_is_number, measured)):
+    raise ValueError(f"modes are {modes!r:.200}")
   secs = certificate.build_secs
   if secs is not None and not _is_number(secs):
     raise ValueError(f"build_secs are {secs!r:.80}")

@@ -16,6 +16,7 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
 from rag_jax.corpus.report import Coverage
+from rag_jax.retrieval.certificate import SearchModes
 from rag_jax.retrieval.certificate import certify
 from rag_jax.retrieval.cost import BuildMeter
 from rag_jax.retrieval.embeddings import open_embeddings
@@ -70,6 +71,7 @@ def build_certified_index(
   encoder_fingerprint: str,
   passages_fingerprint: str,
   coverage: Coverage | None = None,
+  modes: SearchModes | None = None,
 ) -> None:
   """Builds and certifies the index, unless it is there already.
 
@@ -85,6 +87,7 @@ def build_certified_index(
     encoder_fingerprint: of the weights that embedded the passages.
     passages_fingerprint: of the passages.
     coverage: how much of the passages was embedded, for the certificate.
+    modes: of search, as they were measured before, for the certificate.
 
   Raises:
     ValueError: as `index.build_index` and `tuner.tune`.
@@ -121,5 +124,7 @@ def build_certified_index(
   elif index is None:
     index = build_index(embeddings, config, **prints)
   certificate = certify(index, sample, speed_secs=speed_secs)
-  index.certificate = dataclasses.replace(certificate, coverage=coverage)
+  index.certificate = dataclasses.replace(
+    certificate, coverage=coverage, modes=modes
+  )
   index.save(path)

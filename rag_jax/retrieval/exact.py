@@ -143,6 +143,21 @@ def stack_rows(
   return ids.reshape(-1, n_docs), scores.reshape(-1, n_docs)
 
 
+def fill_rows(
+  best: list[_Best], n_docs: int
+) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+  """As `stack_rows`, of rows that may be short.
+
+  They are filled up with id -1 and the lowest float32.
+  """
+  lowest = np.finfo(np.float32).min
+  ids = np.full((len(best), n_docs), -1, np.int32)
+  scores = np.full((len(best), n_docs), lowest, np.float32)
+  for row, (found, values) in enumerate(best):
+    ids[row, : len(found)], scores[row, : len(found)] = found, values
+  return ids, scores
+
+
 def bad_rows(embeddings: Float[Any, "P R"]) -> np.ndarray:
   """Returns the numbers of the rows [P, R] that hold what cannot be scored."""
   bad = [

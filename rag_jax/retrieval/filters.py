@@ -7,7 +7,11 @@ not meet the conditions are dropped.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+import decimal
+import functools
+import operator
+import re
+from typing import NamedTuple
 
 from jaxtyping import Float, Int
 import numpy as np
@@ -16,22 +20,50 @@ from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.records import shorten
 from rag_jax.retrieval import exact
 
-Conditions = tuple[tuple[str, str], ...]  # (name, value); all have to be met
+
+class Condition(NamedTuple):
+  """What the metadata of a passage has to be like."""
+
+  name: str
+  value: str
+  sign: str = "="  # or ">=", "<=", ">", "<"
+
+  def __str__(self) -> str:
+    """Returns the condition as it was written."""
+    return f"{self.name}{self.sign}{self.value}"
+
+
+Conditions = tuple[Condition, ...]  # all have to be met
 Found = tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]
 
 _SHOWN = 5  # values of a name, in a message
-_LOWEST = np.finfo(np.float32).min
+_COMPARE = {
+  "=": operator.eq,
+  ">=": operator.ge,
+  "<=": operator.le,
+  ">": operator.gt,
+  "<": operator.lt,
+}
+_CONDITION = re.compile(r"([^=<>]+)(>=|<=|=|>|<)(.*)", re.DOTALL)
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d{1,4})?", re.ASCII)
+# As JSON and Python write numbers: not "007" or "1.10", which name things.
+_PLAIN = re.compile(
+  r"-?(0|[1-9]\d*)(\.(0|\d*[1-9]))?([eE][+-]?\d{1,4})?", re.ASCII
+)
+_DATE = re.compile(r"\d{4}-\d\d(-\d\d([T ].*)?)?", re.DOTALL)
+_YEAR = re.compile(r"\d{4}")
 
 
 def parse_conditions(texts: Iterable[str]) -> Conditions:
-  """Returns the names and values of conditions like "lang=en".
+  """Returns conditions like "lang=en" or "year>=1999".
 
   Args:
-    texts: a name, "=" and a value each. The value may be empty or hold more
-      "="; nothing is trimmed.
+    texts: a name, one of = >= <= > < and a value each. The value may be empty
+      or hold more of these; nothing is trimmed.
 
   Raises:
-    ValueError: one has no "=", or nothing before it.
+    ValueError: one has no such sign, or nothing before it, or a range of
+      nothing.
     TypeError: `texts` is one string.
   """
   if isinstance(texts, str):
@@ -41,24 +73,60 @@ def parse_conditions(texts: Iterable[str]) -> Conditions:
     )
   conditions = []
   for text in texts:
-    name, sign, value = text.partition("=")
-    if not (name and sign):
+    match = _CONDITION.fullmatch(text)
+    if not match or (match[2] != "=" and not match[3]):
       raise ValueError(
         f"The filter {text!r} is not understood. Expected NAME=VALUE, such as"
-        " lang=en, where NAME is a field of the passages' metadata. Correct it,"
-        " and write several filters one by one."
+        " lang=en, or a range such as 'year>=1999' (with >=, <=, > or <, in"
+        " quotes for the shell), where NAME is a field of the passages'"
+        " metadata. Correct it, and write several filters one by one."
       )
-    conditions.append((name, value))
+    conditions.append(Condition(match[1], match[3], match[2]))
   return tuple(conditions)
 
 
 def meets(passage: Passage, conditions: Conditions) -> bool:
-  """Returns whether the metadata has every name with its value, as strings.
+  """Returns whether the metadata is as all conditions say.
 
-  A name that is there several times has several values, and one of them is
-  enough. No conditions are met by every passage.
+  A name that is there several times, as from a list, has several values, and
+  one of them is enough. A name that is not there, or was null, meets nothing.
+
+  Two numbers are compared as numbers: 1999 is 1999.0, but 007 is not 7, nor is
+  1.10 equal to 1.1: those may be names. A date such as 2024-05-01 is compared
+  with a date, month or year by as much as the condition says of it. Other
+  values are compared as texts: equal, or in the order of the alphabet; what is
+  no number is in no range of numbers.
   """
-  return set(conditions) <= set(passage.metadata)
+  return all(
+    any(
+      name == condition.name and _compare(value, condition)
+      for name, value in passage.metadata
+    )
+    for condition in conditions
+  )
+
+
+def _compare(value: str, condition: Condition) -> bool:
+  compare = _COMPARE[condition.sign]
+  if value == condition.value:
+    return condition.sign in ("=", ">=", "<=")
+  number, wanted = _number(value), _number(condition.value)
+  numbers = number is not None and wanted is not None
+  if condition.sign == "=":
+    plain = _PLAIN.fullmatch(value) and _PLAIN.fullmatch(condition.value)
+    return bool(numbers and plain and number == wanted)
+  if numbers:
+    return compare(number, wanted)
+  if _DATE.fullmatch(value) and (
+    _DATE.fullmatch(condition.value) or _YEAR.fullmatch(condition.value)
+  ):
+    return compare(value[: len(condition.value)], condition.value)
+  return number is None and wanted is None and compare(value, condition.value)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _number(text: str) -> decimal.Decimal | None:
+  return decimal.Decimal(text) if _NUMBER.fullmatch(text) else None
 
 
 def search_filtered(
@@ -68,104 +136,90 @@ def search_filtered(
   *,
   num_questions: int,
   n_docs: int,
-  too_few: Literal["fail", "fill"] = "fail",
+  wanted: Callable[[int], bool] | None = None,
 ) -> Found:
   """Returns the best `n_docs` passages that meet all conditions.
 
   First twice `n_docs` are searched for, then, for the questions that still lack
-  some, twice as many each time, until they have them or all passages were seen.
-  With an exact search the result is that of searching these passages alone.
+  some, twice as many each time, until they have them, all passages were seen,
+  or the search finds no more. With an exact search the result is that of
+  searching these passages alone.
 
   Args:
     search: (numbers of some questions, how many passages) -> their ids and
-      scores, best first. For instance
+      scores, best first; -1 where it found no more. For instance
       `lambda rows, n: index.search(embeddings[rows], n)`.
     passages: row = passage id.
     conditions: of `parse_conditions`.
     num_questions: how many there are (B).
     n_docs: how many passages to return for each question (K).
-    too_few: what to do for a question for which fewer meet the conditions:
-      "fail", or "fill" its row up with id -1 and the lowest float32.
+    wanted: whether a passage meets the conditions; None: as `meets` says.
 
   Returns:
-    Passage ids [B, K] int32 and scores [B, K] float32, best first.
+    Passage ids [B, K] int32 and scores [B, K] float32, best first. Rows of
+    which fewer are found are filled up with id -1 and the lowest float32.
 
   Raises:
-    ValueError: fewer than `n_docs` passages meet the conditions and `too_few`
-      is "fail", there are fewer passages at all, or `too_few` is neither.
+    ValueError: `n_docs` is below 1.
   """
-  if too_few not in ("fail", "fill"):
+  if n_docs < 1:
     raise ValueError(
-      f"too_few={too_few!r} is not one of ['fail', 'fill']. Expected what to do"
-      " where fewer than n_docs passages meet the conditions."
+      f"n_docs={n_docs} passages a question were asked for; expected at least"
+      " 1. Raise n_docs."
     )
-  if not 1 <= n_docs <= len(passages):
-    raise ValueError(
-      f"n_docs={n_docs} passages a question were asked for; expected 1 to"
-      f" {len(passages)}, all passages. Change n_docs or index more passages."
-    )
-  met: dict[int, bool] = {}  # of the passages that were found so far
-
-  def wanted(id_: int) -> bool:
-    if id_ < 0:
-      return False
-    if id_ not in met:
-      met[id_] = meets(passages[id_], conditions)
-    return met[id_]
-
+  if wanted is None:
+    wanted = lambda id_: meets(passages[id_], conditions)  # noqa: E731
+  wanted = functools.cache(wanted)  # passages are found again and again
   best = [(np.zeros(0, np.int32), np.zeros(0, np.float32))] * num_questions
   lacking = np.arange(num_questions)
-  depth = n_docs if not conditions else 2 * n_docs
+  depth = 2 * n_docs if conditions else n_docs
   while len(lacking):
     depth = min(depth, len(passages))
     ids, scores = search(lacking, depth)
+    again = []
     for row, found, score in zip(lacking, ids, scores, strict=True):
-      keep = [i for i, id_ in enumerate(found.tolist()) if wanted(id_)][:n_docs]
+      keep = [
+        place
+        for place, id_ in enumerate(found.tolist())
+        if id_ >= 0 and wanted(id_)
+      ][:n_docs]
       best[row] = found[keep], score[keep]
+      if len(keep) < n_docs and found[-1] >= 0:  # it may find more
+        again.append(row)
     if depth == len(passages):
       break
-    lacking = np.array([r for r in lacking if len(best[r][0]) < n_docs], int)
+    lacking = np.array(again, int)
     depth *= 2
-  short = [row for row, (ids, _) in enumerate(best) if len(ids) < n_docs]
-  if short and too_few == "fail":
-    number = len(best[short[0]][0])
-    raise _few(passages, conditions, number, n_docs)
-  return exact.stack_rows([_filled(*row, n_docs) for row in best], n_docs)
+  return exact.fill_rows(best, n_docs)
 
 
-def _filled(
-  ids: np.ndarray, scores: np.ndarray, n_docs: int
-) -> tuple[np.ndarray, np.ndarray]:
-  missing = n_docs - len(ids)
-  return (
-    np.pad(ids, (0, missing), constant_values=-1),
-    np.pad(scores, (0, missing), constant_values=_LOWEST),
-  )
+def describe_metadata(
+  passages: Sequence[Passage], conditions: Conditions
+) -> str:
+  """Returns what is said where no passage meets the conditions.
 
-
-def _few(
-  passages: Sequence[Passage],
-  conditions: Conditions,
-  number: int,
-  n_docs: int,
-) -> ValueError:
-  """Returns the error that says what metadata there is instead."""
-  shown = " and ".join(f"{name}={value}" for name, value in conditions)
+  It names the values that there are, or, of a name that is not there, the
+  names. Reads all passages.
+  """
+  shown = " and ".join(map(str, conditions))
   there: dict[str, set[str]] = {}
   for passage in passages:
     for name, value in passage.metadata:
       values = there.setdefault(name, set())
       if len(values) < _SHOWN:  # each passage may have another, such as a URL
         values.add(value)
-  names = {name for name, _ in conditions}
-  values = {name: sorted(v) for name, v in there.items() if name in names}
-  known = (
-    f"Their values are like {shorten(values, 200)}"
-    if values
-    else f"The passages have metadata named {shorten(sorted(there), 200)}"
-  )
-  return ValueError(
-    f"Only {number} of {len(passages)} passages meet the filter {shown};"
-    f" expected at least n_docs={n_docs}. {known}. Change the filter, lower"
-    " n_docs, or let short rows be filled up."
+  names = dict.fromkeys(condition.name for condition in conditions)
+  known = [
+    f"The values of {name!r} are like {shorten(sorted(there[name]), 200)}."
+    for name in names
+    if name in there
+  ]
+  if missing := [name for name in names if name not in there]:
+    known.append(
+      f"No passage has {shorten(missing, 200)}; there is metadata named"
+      f" {shorten(sorted(there), 200)}."
+    )
+  return (
+    f"None of {len(passages)} passages was found that meets {shown}."
+    f" {' '.join(known)} Change the filter."
   )

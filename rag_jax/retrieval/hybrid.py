@@ -186,6 +186,24 @@ def fit_weights(
   return HybridWeights(a, b)
 
 
+def fuse(
+  candidates: Candidates, weights: HybridWeights, n_docs: int
+) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+  """Returns the candidates that are best by the weighted sum of both scores.
+
+  As `HybridRetriever.search`; each question has `n_docs` candidates or more.
+  """
+  ids, dense, bm25, mask = candidates
+  a, b = map(float, weights)
+  scores = (a * dense.astype(np.float64) + b * bm25).astype(np.float32)
+  best = []
+  for row in range(len(ids)):
+    found, fused = ids[row][mask[row]], scores[row][mask[row]]
+    order = np.lexsort((found, -fused))[:n_docs]
+    best.append((found[order], fused[order]))
+  return exact.stack_rows(best, n_docs)
+
+
 class HybridRetriever:
   """Two indexes over the same passages as one. Row = passage id."""
 
@@ -258,17 +276,8 @@ class HybridRetriever:
     if isinstance(self.fusion, Rrf):
       rankings = self._rankings(question_embeddings, questions, n_docs)
       return rrf(rankings, n_docs=n_docs, k=self.fusion.k)
-    ids, dense, bm25, mask = self.candidates(
-      question_embeddings, questions, n_docs
-    )
-    a, b = map(float, self.fusion)
-    scores = (a * dense.astype(np.float64) + b * bm25).astype(np.float32)
-    best = []
-    for row in range(len(ids)):
-      found, fused = ids[row][mask[row]], scores[row][mask[row]]
-      order = np.lexsort((found, -fused))[:n_docs]
-      best.append((found[order], fused[order]))
-    return exact.stack_rows(best, n_docs)
+    found = self.candidates(question_embeddings, questions, n_docs)
+    return fuse(found, self.fusion, n_docs)
 
   def candidates(
     self,
@@ -317,10 +326,7 @@ class HybridRetriever:
       )
     depth = max(n_docs, min(self.depth, self.num_passages))
     by_meaning, _ = self._dense.search(question_embeddings, depth)
-    by_words, scores = self._bm25.search(questions, depth)
-    # BM25 fills its rows up with passages that it knows nothing about. They
-    # are no finds, and would get the credit of their rank.
-    return by_meaning, np.where(scores > 0, by_words, np.int32(-1))
+    return by_meaning, self._bm25.search(questions, depth)[0]
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")

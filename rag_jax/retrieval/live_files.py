@@ -34,7 +34,7 @@ _REMEDY = (
   "Restore the directory from a copy, or create the live index again with"
   " LiveIndex.create."
 )
-VERSION, _BASE = "v", "b"  # the first letter of a name
+VERSION, BASE = "v", "b"  # the first letter of a name
 _NAME = re.compile(r"[vb]\d{6}")
 # In the manifests of versions whose digest stands in CURRENT: of all but those
 # that an older rag_jax wrote.
@@ -156,7 +156,7 @@ def _has_digest(manifest: epath.Path) -> bool:
 
 def add_base(path: epath.Path, save: Callable[[epath.Path], None]) -> str:
   """Returns the name of a new base that `save` wrote."""
-  return add(path, _BASE, save)
+  return add(path, BASE, save)
 
 
 def add(
@@ -248,7 +248,7 @@ def prune(path: epath.Path, current: str, keep: int) -> None:
   later = [name for name in names(path, VERSION) if name > current]
   kept = {*older[-keep:], *later}
   kept |= {read_version(path, name)[0]["base"] for name in kept}
-  for name in names(path, VERSION) + names(path, _BASE):
+  for name in names(path, VERSION) + names(path, BASE):
     if name not in kept:
       retire(path, name)
   remove_unfinished(path)

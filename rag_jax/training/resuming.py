@@ -15,10 +15,12 @@ def check_identity(
   """Raises `ValueError` if the checkpoint of `step` is of other inputs."""
   changed = [name for name, value in ours.items() if saved[name] != value]
   if changed:
+    # What a word is has changed since some runs began.
+    rule = " set index.word_rule=1," if "BM25 settings" in changed else ""
     raise ValueError(
       f"The checkpoint of step {step} was made with other"
       f" {' and '.join(changed)}: what the config names has changed since."
-      " Put the old files back, or start in another --workdir."
+      f" Put the old files back,{rule} or start in another --workdir."
     )
 
 

@@ -107,9 +107,10 @@ def test_the_fields_may_have_other_names(write):
   ]
 
 
-def test_other_strings_and_numbers_become_metadata(write):
+def test_other_fields_become_metadata(write):
   row = {"id": "a", "text": "x", "lang": "en", "year": 1999, "score": 0.5}
-  ignored = {"tags": ["a"], "more": {"a": 1}, "ok": True, "none": None}
+  row |= {"ok": True, "tags": ["a", 1, True, None, "a", ["b"], {"c": 1}]}
+  ignored = {"more": {"a": 1}, "none": None, "empty": [], "": "b"}
   nested = {"metadata": {"url": "http://x", "lang": "de", "deep": {}}}
   (document,) = read(write(jsonl([row | ignored | nested])))
   assert document.metadata == (
@@ -117,6 +118,21 @@ def test_other_strings_and_numbers_become_metadata(write):
     ("lang", "en"),
     ("year", "1999"),
     ("score", "0.5"),
+    ("ok", "true"),
+    ("tags", "a"),
+    ("tags", "1"),
+    ("tags", "true"),
+  )
+
+
+def test_null_is_absent(write):
+  rows = [{"id": None, "_id": "a", "title": None, "text": "x"}]
+  assert plain(read(write(jsonl(rows)))) == [("a", "", "x")]
+  path = write(jsonl([{"id": "a", "head": None, "text": "x"}]))
+  assert plain(read(path, fields=FieldNames(title="head"))) == [("a", "", "x")]
+  refused(
+    write(jsonl([{"id": "a", "text": None}])),
+    "no field 'text'; the record has ['id']",
   )
 
 

@@ -183,11 +183,16 @@ def test_id_and_text_are_required(write, field):
 
 
 @pytest.mark.parametrize(
-  ("field", "value"), [("id", 1.5), ("title", None), ("text", 3)]
+  ("field", "value"), [("id", 1.5), ("title", 7), ("text", 3)]
 )
 def test_each_field_has_its_type(write, field, value):
   record = {"id": "a", "title": "", "text": "x"} | {field: value}
   refused(write(json.dumps(record)), f":1: field '{field}' is {value}")
+
+
+def test_a_title_that_is_null_is_none(write):
+  path = write('{"id": "a", "title": null, "text": "x"}')
+  assert load_passages(str(path))[0] == Passage("a", "", "x")
 
 
 def test_a_misspelt_corpus_is_refused_with_its_name(tmp_path, monkeypatch):

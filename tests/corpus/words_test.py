@@ -8,6 +8,7 @@ import unicodedata
 
 import pytest
 
+from rag_jax.corpus import folding
 from rag_jax.corpus import words as words_lib
 from rag_jax.corpus.words import WordTokenizer
 
@@ -16,7 +17,13 @@ from rag_jax.corpus.words import WordTokenizer
   ("text", "expected"),
   [
     ("The River  Seine, in Paris.", ["the", "river", "seine", "in", "paris"]),
-    ("Newton's $5,000 e-mail", ["newton", "s", "5", "000", "e", "mail"]),
+    ("Newton's $5,000 e-mail", ["newton", "s", "5000", "e", "mail"]),
+    ("STRASSE Straße ΌΣΟΣ όσος", ["strasse"] * 2 + ["όσοσ"] * 2),  # casefold
+    ("1,000 1'000 1\u202f000 1000", ["1000"] * 4),
+    ("1.000.000 1,000.5 1.000", ["1000000", "1000", "5", "1", "000"]),
+    ("1,2,345 12,34", ["1", "2", "345", "12", "34"]),  # are no one number
+    ("1,000km ١٬٠٠٠", ["1000km", "1000"]),
+    ("soft\xadhyphen می\u200cروم", ["softhyphen", "میروم"]),
     ("snake_case", ["snake", "case"]),  # "_" is no letter
     ("S\u00e3o sa\u0303o", ["s\u00e3o", "s\u00e3o"]),  # the same accent
     ("Sao", ["sao"]),  # accents stay
@@ -28,6 +35,7 @@ from rag_jax.corpus.words import WordTokenizer
     ("は\u3099んか\u3099", ["ばん", "んが"]),
     ("한국어는 좋다", ["한국", "국어", "어는", "좋다"]),
     ("ไทยั้", ["ไท", "ทยั้"]),  # marks stay with their character
+    ("ก๓๔", ["ก", "34"]),
     ("", []),
     (" \t\n...!?", []),
     ("\ud800 a", ["a"]),  # half of a surrogate pair, as JSON can hold it
@@ -37,7 +45,22 @@ def test_a_text_is_cut_into_words(text, expected):
   assert WordTokenizer()(text) == expected
 
 
-def naive_words(text):
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("STRASSE Straße", ["strasse", "straße"]),
+    ("$1,000 1000", ["1", "000", "1000"]),
+    ("\uff11\uff12\uff13 \ufb01ne", ["123", "fine"]),
+  ],
+)
+def test_older_indexes_go_on_by_their_rule(text, expected):
+  assert WordTokenizer(rule=1)(text) == expected
+  # A stop word is left out in the form that the rule gives it.
+  stopped = WordTokenizer(stop_words=[text.split()[1]], rule=1)
+  assert stopped(text) == expected[:-1]
+
+
+def naive_words(text, rule):
   """One character after another."""
 
   def unspaced(char):
@@ -53,7 +76,12 @@ def naive_words(text):
     elif kind == "unspaced":
       words.extend(a + b for a, b in itertools.pairwise(run))
 
-  for char in unicodedata.normalize("NFKC", text).lower():
+  text = (
+    unicodedata.normalize("NFKC", text).lower()
+    if rule == 1
+    else folding.fold(text, join_digits=True)
+  )
+  for char in text:
     category = unicodedata.category(char)[0]
     if category == "M" and kind == "unspaced":
       run[-1] += char
@@ -70,15 +98,16 @@ def naive_words(text):
   return words
 
 
-def test_words_are_those_of_a_loop_over_characters():
+@pytest.mark.parametrize("rule", words_lib.RULES)
+def test_words_are_those_of_a_loop_over_characters(rule):
   rng = random.Random(0)
   alphabet = (
     "aZé\u0301_ .5ßİ東京はガが\u3099ไทยั้한ก\u094d\u093fक½\uff11\u200d\u00b2"
   )
-  split = WordTokenizer()
+  split = WordTokenizer(rule=rule)
   for _ in range(2000):
     text = "".join(rng.choices(alphabet, k=rng.randrange(12)))
-    assert split(text) == naive_words(text), ascii(text)
+    assert split(text) == naive_words(text, rule), ascii(text)
 
 
 def test_endings_are_cut_off_if_asked_for():
@@ -115,6 +144,14 @@ def test_a_stop_word_is_left_out_before_its_ending_is():
 def test_an_unknown_stemmer_is_refused_with_the_known_ones():
   with pytest.raises(ValueError, match=r"stemmer='klingon' is.*'english'.* ''"):
     WordTokenizer("klingon")
+
+
+@pytest.mark.parametrize("rule", [0, 3])
+def test_an_unknown_rule_is_refused(rule):
+  with pytest.raises(
+    ValueError, match=r"word_rule=.* Expected one of \(1, 2\)"
+  ):
+    WordTokenizer(rule=rule)
 
 
 def test_one_string_of_stop_words_is_refused():

@@ -41,7 +41,9 @@ def directory(tmp_path, monkeypatch):
     return np.roll(vectors, -1, axis=0)[rows] + 0.1 * vectors[rows]
 
   opened = types.SimpleNamespace(
-    version=types.SimpleNamespace(bm25_path=tmp_path / "index" / "bm25"),
+    version=types.SimpleNamespace(
+      bm25_path=tmp_path / "index" / "bm25", twins=None
+    ),
     passages=Passages(passages, "there"),
     index=ExactIndex(vectors, encoder_fingerprint="", passages_fingerprint="f"),
     bm25=words,

@@ -16,6 +16,7 @@ from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.words import WordTokenizer
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings
+from rag_jax.retrieval.bm25 import read_stop_words
 
 TEXTS = [
   ("Paris", "Paris is the capital of France, on the river Seine."),
@@ -25,6 +26,8 @@ TEXTS = [
   ("", "..."),  # no word at all
   ("", "Berlin is the capital of Germany."),  # the same once more
 ]
+
+LOWEST = np.finfo(np.float32).min  # in place of a score
 
 
 def passages(texts=TEXTS):
@@ -89,8 +92,12 @@ def test_scores_are_those_of_a_loop_over_the_formula(settings):
   assert scores.dtype == np.float32
   for question, row, got in zip(questions, ids, scores, strict=True):
     expected = slow_scores(texts, question, **settings)
-    np.testing.assert_allclose(got, expected[row], rtol=1e-5, atol=1e-6)
-    assert sorted(row) == list(range(60))
+    found = row >= 0
+    np.testing.assert_allclose(got[found], expected[row[found]], rtol=1e-5)
+    # What has no word of the question is not found.
+    assert sorted(row[found]) == np.flatnonzero(expected > 0).tolist()
+    assert not found[sum(found) :].any()
+    assert np.all(got[~found] == LOWEST)
 
 
 @pytest.mark.parametrize("n_docs", [1, 2, 7, 59, 60])
@@ -104,8 +111,9 @@ def test_the_best_are_found_and_ties_go_to_the_smaller_id(n_docs):
   ids, found = index.search(questions, n_docs)
   for row in range(25):
     order = sorted(range(60), key=lambda i: (-scores[row, i], i))[:n_docs]
-    assert ids[row].tolist() == order
-    np.testing.assert_array_equal(found[row], scores[row, order])
+    order = [i for i in order if scores[row, i] > 0]
+    assert ids[row].tolist() == order + [-1] * (n_docs - len(order))
+    np.testing.assert_array_equal(found[row, : len(order)], scores[row, order])
 
 
 def test_given_passages_have_the_scores_that_search_finds():
@@ -113,9 +121,13 @@ def test_given_passages_have_the_scores_that_search_finds():
   questions[0] = "w0 w0 w1 w0"  # a word counts as often as it is asked for
   index = build(texts)
   ids, scores = index.search(questions, 60)
-  np.testing.assert_array_equal(index.score(questions, ids), scores)
+  scores = np.where(ids < 0, 0, scores)
+  some = np.maximum(ids, 0)
+  scored = np.where(ids < 0, 0, index.score(questions, some))
+  np.testing.assert_array_equal(scored, scores)
   np.testing.assert_array_equal(
-    index.score(questions, ids[:, 5:2:-1]), scores[:, 5:2:-1]
+    index.score(questions, some[:, 5:2:-1])[ids[:, 5:2:-1] >= 0],
+    scores[:, 5:2:-1][ids[:, 5:2:-1] >= 0],
   )
 
 
@@ -131,29 +143,29 @@ def test_a_question_is_answered_alike_in_any_batch():
 
 def test_title_and_text_are_both_searched():
   ids, scores = build().search(["PARIS", "north france"], 2)
-  assert ids.tolist() == [[0, 1], [1, 0]]
-  assert scores[0, 0] > 0 == scores[0, 1]
+  assert ids.tolist() == [[0, -1], [1, 0]]
+  assert scores[0, 0] > 0
 
 
 def test_languages_without_spaces_are_searched():
   ids, scores = build().search(["日本の首都はどこ"], 2)
-  assert ids[0, 0] == 3
-  assert scores[0, 0] > 0 == scores[0, 1]
+  assert ids.tolist() == [[3, -1]]
+  assert scores[0, 0] > 0
 
 
 @pytest.mark.parametrize("question", ["", "unheard words?!"])
-def test_a_question_without_a_known_word_gets_the_first_passages(question):
+def test_a_question_without_a_known_word_finds_nothing(question):
   ids, scores = build().search([question], 4)
-  assert ids.tolist() == [[0, 1, 2, 3]]
-  assert scores.tolist() == [[0, 0, 0, 0]]
+  assert ids.tolist() == [[-1, -1, -1, -1]]
+  assert scores.tolist() == [[LOWEST] * 4]
 
 
 def test_passages_without_any_word_can_be_searched():
   index = build([("", "..."), ("", "?!")])
   ids, scores = index.search(["anything", "..."], 2)
-  assert ids.tolist() == [[0, 1], [0, 1]]
-  np.testing.assert_array_equal(scores, 0)
-  np.testing.assert_array_equal(index.score(["a"], ids[:1]), 0)
+  assert ids.tolist() == [[-1, -1], [-1, -1]]
+  assert np.all(scores == LOWEST)
+  np.testing.assert_array_equal(index.score(["a"], np.array([[0, 1]])), 0)
 
 
 def test_no_questions_find_nothing():
@@ -163,7 +175,7 @@ def test_no_questions_find_nothing():
 
 
 def test_word_endings_are_cut_off_if_asked_for():
-  assert build().search(["rivers"], 1)[1] == 0
+  assert build().search(["rivers"], 1)[0] == -1
   assert build(stemmer="english").search(["rivers"], 1)[1] > 0
 
 
@@ -251,9 +263,50 @@ def test_a_loaded_index_finds_the_same_wherever_it_was_moved_to(saved):
   )
 
 
+def test_an_older_index_goes_on_by_the_rule_it_was_built_with(tmp_path):
+  texts = [("", "Straße 1,000"), ("", "1000 strasse")]
+  build(texts, word_rule=1).save(tmp_path)
+  content = json.loads((tmp_path / "manifest.json").read_text())["content"]
+  assert content.pop("word_rule") == 1
+  # As it was written when there was no other rule.
+  artifacts.write_manifest(tmp_path, kind="bm25", format=1, content=content)
+  old = Bm25Index.load(tmp_path)
+  questions = ["STRASSE", "straße", "1,000"]
+  found = [[1, -1], [0, -1], [0, -1]]
+  assert old.search(questions, 2)[0].tolist() == found
+  old.save(tmp_path / "again")
+  again = Bm25Index.load(tmp_path / "again")
+  assert again.search(questions, 2)[0].tolist() == found
+  assert build(texts).search(questions, 2)[0].tolist() == [[0, 1]] * 3
+
+
+@pytest.mark.parametrize(
+  ("source", "expected"),
+  [
+    ("", ()),
+    ("the", ("the",)),
+    ("the, of,,und", ("the", "of", "und")),
+    ("FILE", ("der", "die das")),
+  ],
+)
+def test_stop_words_are_a_list_or_a_file(tmp_path, source, expected):
+  (tmp_path / "words.txt").write_text("der\n\n die das \n")
+  source = source.replace("FILE", str(tmp_path / "words.txt"))
+  assert read_stop_words(source) == expected
+
+
+def test_stop_words_are_known_of_some_languages():
+  assert {"the", "of"} < {*read_stop_words("english")}
+  assert {"der", "und"} < {*read_stop_words("german")}
+  with pytest.raises(ValueError, match=r"'englsh' .*Did you mean 'english'"):
+    read_stop_words("englsh")
+  with pytest.raises(ValueError, match=r"no/file.txt.* is no file"):
+    read_stop_words("no/file.txt")
+
+
 def test_an_index_without_words_can_be_saved(tmp_path):
   build([("", "...")]).save(tmp_path)
-  assert Bm25Index.load(tmp_path).search(["a"], 1)[0].tolist() == [[0]]
+  assert Bm25Index.load(tmp_path).search(["a"], 1)[0].tolist() == [[-1]]
 
 
 def test_an_open_index_can_be_saved_over_itself(saved):

@@ -1,5 +1,6 @@
 """tools/update_index.py as a person runs it."""
 
+import json
 import re
 
 from processes import run_tool
@@ -60,6 +61,35 @@ def test_a_changed_folder_is_put_in_and_ids_are_taken_out(folder):
   assert {h.passage.id for h in hits} == {
     "contract.txt", "rent.txt", "deep/bread.html"
   }  # fmt: skip
+
+
+def test_weights_are_fitted_and_what_went_is_purged(folder):
+  rows = [
+    {"question": question, "answers": [], "gold": [gold], "id": str(number)}
+    for number in range(10)
+    for question, gold in (("when is rent paid?", "rent.txt"),
+                           ("how long do I bake it?", "deep/bread.html"))
+  ]  # fmt: skip
+  file = folder / "questions.jsonl"
+  for number, row in enumerate(rows):
+    row["id"] = str(number)
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  index = folder / "index"
+  process = run(f"--index={index}", f"--fit_hybrid={file}", "--compact")
+  assert process.returncode == 0, process.stderr
+  assert re.search(r"best mode: \w+ \(on 20 questions among 3", process.stdout)
+  assert "3 passages are left; of what was deleted nothing is" in process.stdout
+  directory = SearchDirectory(index)
+  assert directory.root.name == "b000001"
+  assert directory.index.certificate.modes.num_questions == 20
+  process = run_tool(
+    "search.py", f"--index={index}", "--mode=bm25", "--json",
+    "--stemmer=english", "--stop_words=english", "the rents", "the",
+  )  # fmt: skip
+  assert process.returncode == 0, process.stderr
+  found = [json.loads(line) for line in process.stdout.splitlines()]
+  ids = [[p["id"] for p in one["passages"]] for one in found]
+  assert ids == [["rent.txt"], []]
 
 
 @pytest.mark.parametrize(
