@@ -43,6 +43,7 @@ _OF_FACEBOOK = "hf:facebook/dpr-ctx_encoder-multiset-base"
 _FACEBOOK = re.compile(r"hf:facebook/rag-(token|sequence)-")
 
 _LONGEST = 512  # tokens of a question or passage, where there is no table
+_DEFAULT_MAX_LENGTH = 20  # of RAG-Token in transformers, if none is given
 _BATCH = 32  # passages embedded at a time
 
 
@@ -95,7 +96,8 @@ def open_model(
   model = os.fspath(model)
   rag = load_rag(model)
   _check_tokenizers(model, rag)
-  settings = _generation(model, rag, generation or {})
+  mode = mode or f"rag_{rag.settings.kind}"
+  settings = _generation(model, rag, mode, generation or {})
   passages_of = _passage_encoder(model, rag, passage_encoder)
   index = None
   if is_search_directory(corpus):
@@ -128,7 +130,7 @@ def open_model(
   decoder = RagDecoder(
     experiment.model.generator,
     settings,
-    mode or f"rag_{rag.settings.kind}",
+    mode,
     hf_parity=(
       HfParity(label_smoothing=rag.settings.label_smoothing)
       if hf_parity
@@ -157,7 +159,7 @@ def _check_tokenizers(model: str, rag: LoadedRag) -> None:
 
 
 def _generation(
-  model: str, rag: LoadedRag, given: Mapping[str, Any]
+  model: str, rag: LoadedRag, mode: str, given: Mapping[str, Any]
 ) -> GenerationSettings:
   """Returns how the checkpoint writes, but for what is given."""
   values = dict(rag.generator.generation)
@@ -166,6 +168,11 @@ def _generation(
   if "max_length" in given:
     values.pop("max_new_tokens", None)
   values |= given
+  if mode == "rag_token" and not any(
+    values.get(name) for name in ("max_length", "max_new_tokens")
+  ):
+    # RAG-Token counts the start token here; RAG-Sequence writes 20 without it.
+    values["max_length"] = _DEFAULT_MAX_LENGTH
   ids = rag.generator.special_ids
   for name, token in (
     ("pad_token_id", ids.pad),
