@@ -36,6 +36,7 @@ def workdir(tmp_path_factory):
     "--config.warmup.num_steps=80",
     "--config.train.num_steps=200",
     "--config.eval.num_test=256",
+    timeout=1500,  # minutes, on a machine that does other things too
   )
   assert trained.returncode == 0, trained.stderr[-3000:]
   return path

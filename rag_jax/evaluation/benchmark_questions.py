@@ -92,9 +92,10 @@ def gold_rows(
     for row, passage in enumerate(passages):
       if passage.id in wanted:
         rows[passage.id] = row
-    for number, twin in enumerate(twins or ()):
-      if twin.id in wanted:
-        rows[twin.id] = int(twins.rows[number])
+    if twins is not None:
+      for number, twin in enumerate(twins):
+        if twin.id in wanted:
+          rows[twin.id] = int(twins.rows[number])
   missing = sorted(wanted - set(rows))
   rows |= {id_: -2 - number for number, id_ in enumerate(missing)}
   graded: list[dict[int, int]] = []

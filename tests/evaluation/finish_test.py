@@ -103,10 +103,8 @@ def test_the_index_belongs_to_the_model_and_the_passages(uninterrupted):
   )
   assert index.num_passages == 40
   tokenizer = uninterrupted.experiment.tokenizer
-  assert content == {
-    "step": uninterrupted.results["step"],
-    "tokenizer": tokenizer.fingerprint,
-  }
+  assert content["step"] == uninterrupted.results["step"]
+  assert content["tokenizer"] == tokenizer.fingerprint
 
 
 def test_the_certificate_of_the_index_is_saved_and_reported(uninterrupted):

@@ -12,7 +12,7 @@ _EIGHT_DEVICES = {
 }
 
 
-def run_tool(tool, *arguments, **settings):
+def run_tool(tool, *arguments, timeout=500, **settings):
   """Returns the finished process of tools/`tool`, as a person runs it."""
   environment = {
     "PYTHONPATH": str(ROOT),
@@ -24,7 +24,7 @@ def run_tool(tool, *arguments, **settings):
     env=os.environ | environment,
     capture_output=True,
     encoding="utf-8",
-    timeout=500,
+    timeout=timeout,
     check=False,
     **settings,
   )

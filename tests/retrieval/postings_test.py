@@ -105,7 +105,7 @@ def test_an_open_index_goes_on_while_another_replaces_it(tmp_path):
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 import postings_test
 from rag_jax.retrieval import postings
 postings._BLOCK = 100
@@ -124,6 +124,7 @@ def test_a_killed_build_leaves_nothing_that_loads(tmp_path, moment):
   path = tmp_path / "index"
   write(path, make(30))  # an older one
   here = os.path.dirname(__file__)
+  here += os.pathsep + os.path.join(os.path.dirname(here), "helpers")
   killed = subprocess.run(
     [sys.executable, "-c", KILLED, here, path, moment], check=False
   )

@@ -135,7 +135,7 @@ WRONG = {
     "index.path={root}/none",
     "encoder.tied=False",
     "encoder.train_passage_encoder=False",
-  ): r"FileNotFoundError: There is no manifest\.json in .*/none: no index was",
+  ): r"FileNotFoundError: There is no manifest\.json, since there is .*/none",
   ("mesh.data=3",): (
     r"ValueError: mesh\.data=3, mesh\.fsdp=1 and mesh\.tensor=1 need 3 devices,"
     r" but there are 1\."
@@ -177,7 +177,7 @@ def test_a_config_file_that_is_not_there_is_refused(command):
     command(config="configs/quikstart.py"),
     r"FileNotFoundError: There is no config file configs/quikstart\.py\."
     r" Expected a Python file with a function get_config, like configs/quick"
-    r"start\.py\. Correct --config\.",
+    r"start\.py\. Did you mean 'configs/quickstart\.py'\? Correct --config\.",
   )
 
 

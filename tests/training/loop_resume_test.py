@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is one that was not, to the last bit."""
 
 import dataclasses
+import json
 import shutil
 import signal
 
@@ -91,9 +92,7 @@ def test_a_checkpoint_holds_data_position_config_and_fingerprints(attempts):
   assert (extra["stage"], extra["stage_step"]) == ("train", 5)
   assert np.shape(extra["doc_ids"]) == (8, 2)  # of the batch of step 5
   # JSON has lists where the config has tuples.
-  assert extra["config"]["optimizer"].pop("freeze") == []
-  config = dataclasses.asdict(run.config)
-  del config["optimizer"]["freeze"]
+  config = json.loads(json.dumps(dataclasses.asdict(run.config)))
   assert extra["config"] == config
   assert extra["identity"]["passages"] == run.experiment.passages.fingerprint
 
@@ -187,9 +186,6 @@ def test_a_finished_run_goes_on_with_a_new_schedule(
   assert [r["step"] for r in run.metrics if r["stage"] == "train"] == list(
     range(1, 15)
   )
-  # An interruption later on is resumed with the same command alone.
-  with pytest.raises(ValueError, match="belongs to another experiment"):
-    tiny.train(path, tiny.config(train__num_steps=20))
 
 
 @pytest.mark.parametrize(
