@@ -8,13 +8,14 @@ the question, the passage for the document, the span for the answer.
 In: passage tokens, a seed and a step. Out: a `RagBatch` with K = 1.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from rag_jax.config import Config
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.data.batches import RagBatch
-from rag_jax.data.batches import process_share
 from rag_jax.data.context import ContextBuilder
 
 
@@ -28,8 +29,7 @@ class ClozeBatches:
     context: ContextBuilder,
     config: Config,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Sequence[int] | None = None,  # rows that this process loads
   ):
     if config.warmup.batch_size > len(passages):
       raise ValueError(
@@ -42,9 +42,8 @@ class ClozeBatches:
     self._passages = passages
     self._context = context
     self._config = config
-    self._share = process_share(
-      config.warmup.batch_size, process_index, process_count
-    )
+    everything = range(config.warmup.batch_size)
+    self._share = list(everything if share is None else share)
 
   def _mask_span(
     self, rng: np.random.Generator, row: int
@@ -91,7 +90,8 @@ class ClozeBatches:
     )
     # Every process draws the whole batch, so that together they have it once.
     rows = rows[self._share]
-    windows, spans = windows[self._share], spans[self._share]
+    windows = [windows[i] for i in self._share]
+    spans = [spans[i] for i in self._share]
     target_tokens, target_mask = self._context.targets(spans)
     if not config.data.n_docs:  # closed book: the passage is not shown
       docs = np.zeros((len(rows), 0), np.int64)

@@ -18,7 +18,6 @@ import numpy as np
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.data.batches import RagBatch
-from rag_jax.data.batches import process_share
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.questions import Question
 from rag_jax.data.substitution import AnswerSubstitution
@@ -60,18 +59,12 @@ class QuestionBatches:
     frozen_passages: bool,  # documents by their embedding in the index
     substitute_answers: float = 0.0,  # share of the questions
     bm25: Bm25Index | None = None,  # searched too, and scores the documents
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Sequence[int] | None = None,  # rows that this process loads
   ):
     if len(questions) < batch_size:
       raise ValueError(
         f"train.batch_size={batch_size} is larger than the training split"
         f" ({len(questions)} questions); lower it or bring more questions."
-      )
-    if batch_size % process_count:
-      raise ValueError(
-        f"train.batch_size={batch_size} must be a multiple of the number of"
-        f" processes ({process_count}), so that each loads an equal share."
       )
     self._texts = [q.question for q in questions]
     self._question_ids, self._context_ids = context.encode_questions(
@@ -84,7 +77,8 @@ class QuestionBatches:
     self._bm25 = bm25
     self._n_docs = n_docs
     self._frozen_passages = frozen_passages
-    self._share = process_share(batch_size, process_index, process_count)
+    everything = range(batch_size)
+    self._share = np.array(everything if share is None else share)
     self._substitution = AnswerSubstitution(
       questions,
       self._answer_ids,

@@ -9,7 +9,8 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
+import numpy as np
 
 from rag_jax.config import Config
 from rag_jax.config import MeshConfig
@@ -95,15 +96,27 @@ def check_devices(config: Config, num_devices: int) -> MeshConfig:
 def make_mesh(
   config: MeshConfig, devices: Sequence[Any] | None = None
 ) -> jax.sharding.Mesh:
-  """Returns the mesh over `devices`, by default all; data is filled in."""
-  # Auto, because Linen's logical constraints fail on Explicit axes, which
-  # jax.make_mesh now makes by default.
-  return jax.make_mesh(
-    (config.data, config.fsdp, config.tensor),
+  """Returns the mesh over `devices`, by default all; data is filled in.
+
+  The devices of a host stand next to each other, so that `tensor`, and then
+  `fsdp`, stay within a host wherever their sizes allow it, and the rows of a
+  batch that a host loads follow each other. `jax.make_mesh` goes along the
+  axes of the machine instead, across hosts, and refuses some shapes.
+  """
+  devices = sorted(jax.devices() if devices is None else devices, key=_host)
+  shape = config.data, config.fsdp, config.tensor
+  # Auto, because Linen's logical constraints fail on Explicit axes.
+  return jax.sharding.Mesh(
+    np.array(devices, object).reshape(shape),
     ("data", "fsdp", "tensor"),
     axis_types=(AxisType.Auto,) * 3,
-    devices=devices,
   )
+
+
+def _host(device: Any) -> tuple[int, int]:
+  """Returns what devices of one host have in common, slices of a pod first."""
+  # Slices have slow links between them: as few axes as possible cross these.
+  return getattr(device, "slice_index", None) or 0, device.process_index
 
 
 def named(
@@ -134,6 +147,56 @@ def shardings(abstract: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """Returns the sharding of arrays whose first axis is B."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def process_rows(
+  mesh: jax.sharding.Mesh, num_rows: int, process_index: int | None = None
+) -> Int[np.ndarray, "b"]:
+  """Returns which rows of a batch the devices of a process hold, ascending.
+
+  Where `tensor` goes over several hosts, these hold the same rows.
+
+  Args:
+    mesh: over which the batch is split.
+    num_rows: B, over all processes.
+    process_index: None: this one.
+  """
+  if process_index is None:
+    process_index = jax.process_index()
+  held = [
+    np.arange(*rows.indices(num_rows))
+    for device, (rows,) in batch_sharding(mesh)
+    .devices_indices_map((num_rows,))
+    .items()
+    if device.process_index == process_index
+  ]
+  return np.unique(np.concatenate(held))
+
+
+def place_batch(
+  batch: PyTree, mesh: jax.sharding.Mesh, num_rows: int
+) -> PyTree:
+  """Returns a batch on the devices, of the rows that each process loaded.
+
+  Args:
+    batch: arrays of `process_rows(mesh, num_rows)`, in that order.
+    mesh: over which the batch is split.
+    num_rows: B, over all processes.
+  """
+  sharding, rows = batch_sharding(mesh), process_rows(mesh, num_rows)
+
+  def place(local: np.ndarray) -> jax.Array:
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[0].indices(num_rows)
+      # A device's rows follow each other, here as in the whole.
+      first = int(np.searchsorted(rows, start))
+      return local[first : first + stop - start]
+
+    return jax.make_array_from_callback(
+      (num_rows, *local.shape[1:]), sharding, shard
+    )
+
+  return jax.tree.map(place, batch)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

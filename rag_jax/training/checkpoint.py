@@ -27,11 +27,11 @@ from typing import Any
 from absl import logging
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 import orbax.checkpoint as ocp
 
 from rag_jax import artifacts
+from rag_jax.processes import wait_for_all
 
 FORMAT = 1  # raise when the files or the manifest change their meaning
 
@@ -107,10 +107,12 @@ class Checkpointer:
         f" already; expected to save each step once. Delete {folder} first,"
         " or save in another directory."
       )
-    self._sync("looked")  # nobody may find the files below, which change
+    wait_for_all(
+      "checkpoint: looked"
+    )  # nobody may find the files below, which change
     if self._process_index == 0 and folder.exists():
       folder.rmtree()  # a save that was cut off
-    self._sync("cleared")
+    wait_for_all("checkpoint: cleared")
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       extra=ocp.args.JsonSave(dict(extra)),
@@ -126,7 +128,7 @@ class Checkpointer:
         content={"step": step, "metric": metric, "arrays": _arrays(state)},
       )
       self._remove_old(step)
-    self._sync("saved")
+    wait_for_all("checkpoint: saved")
 
   def steps(self) -> list[int]:
     """Returns the steps that have a complete checkpoint, ascending."""
@@ -192,11 +194,6 @@ class Checkpointer:
 
   def _folder(self, step: int) -> epath.Path:
     return self._directory / str(step)
-
-  def _sync(self, name: str) -> None:
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"rag_jax checkpoint {name}")
 
   def _manager(self, *, create: bool) -> ocp.CheckpointManager:
     """Returns orbax's manager, for one operation.

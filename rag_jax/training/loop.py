@@ -15,7 +15,7 @@ from typing import SupportsFloat
 
 from absl import logging
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 import numpy as np
 
 from rag_jax.artifacts import fingerprint_lines
@@ -23,7 +23,9 @@ from rag_jax.data.experiment import Experiment
 from rag_jax.data.pipeline import Ahead
 from rag_jax.data.pipeline import Prepared
 from rag_jax.data.questions import Question
-from rag_jax.models.partitioning import batch_sharding
+from rag_jax.models.partitioning import place_batch
+from rag_jax.models.partitioning import process_rows
+from rag_jax.processes import join_rows
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import RetrieverSnapshots
@@ -176,7 +178,7 @@ class _Run:
         kept = in_step.abstract_index(self._experiment, params)
         abstract = dataclasses.replace(abstract, index=kept)
       state, _ = self._checkpoints.restore(abstract, latest)
-      doc_ids = np.asarray(extra["doc_ids"], np.int32)
+      doc_ids = self._own_rows(extra["doc_ids"], stage)
     step = int(state.step)
     if stage.in_step:
       state, state_layout = in_step.place_index(
@@ -198,9 +200,13 @@ class _Run:
       self._experiment.mesh,
       stage.name,
       stage.in_step.update if stage.in_step else step_lib.update,
+      jax.process_count() > 1,
     )
     compiled = update.lower(
-      state, self._to_devices(first.batch), self._key
+      state,
+      self._to_devices(first.batch, stage),
+      self._key,
+      *self._stop.to_send(self._experiment.mesh),
     ).compile()
     if main:  # compiles what validation needs, outside the clock
       self._validate(
@@ -238,11 +244,25 @@ class _Run:
     closed_book = self._experiment.closed_book
     return None if closed_book else self._snapshots.take(params)
 
-  def _to_devices(self, batch: PyTree) -> PyTree:
-    sharding = batch_sharding(self._experiment.mesh)
-    return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-    )
+  def _to_devices(self, batch: PyTree, stage: Stage) -> PyTree:
+    return place_batch(batch, self._experiment.mesh, stage.batch_size)
+
+  def _own_rows(
+    self, doc_ids: Sequence[Sequence[int]], stage: Stage
+  ) -> Int[np.ndarray, "B K"] | None:
+    """Returns this process's documents, of those that a checkpoint holds."""
+    if len(doc_ids) == stage.batch_size:
+      rows = process_rows(self._experiment.mesh, stage.batch_size)
+      return np.asarray(doc_ids, np.int32)[rows]
+    if doc_ids:
+      logging.warning(
+        "The checkpoint holds the documents of %d of %d questions: an older"
+        " version of rag_jax saved those of one process. They are searched for"
+        " again, by newer parameters than in a run that was not stopped.",
+        len(doc_ids),
+        stage.batch_size,
+      )
+    return None
 
   def _steps(
     self,
@@ -280,8 +300,12 @@ class _Run:
         outside = more and not stage.in_step
         retriever = self._retriever_params(state.params) if outside else None
         state, metrics = update(
-          state, self._to_devices(prepared.batch), self._key
+          state,
+          self._to_devices(prepared.batch, stage),
+          self._key,
+          *self._stop.to_send(self._experiment.mesh),
         )
+        self._stop.receive(metrics)
         if more:
           ahead.submit(stage.prepare, step + 1, retriever, index)
         step += 1
@@ -320,13 +344,14 @@ class _Run:
           )
         tick()
         due = _is_due(step, config.checkpoint_steps, last and main)
-        due |= self._is_best(values) or bool(self._stop.signum)
+        stopping = self._stop.agreed()
+        due |= self._is_best(values) or bool(stopping)
         if due:
           # Or the good checkpoints could all give way to such as cannot train.
           self._check_finite(metrics, stage, step)
           self._save(stage, step, state, ahead, versions, values)
-        if self._stop.signum and not (last and main):
-          raise StoppedEarlyError(self._stop.signum, stage.first_step + step)
+        if stopping and not (last and main):
+          raise StoppedEarlyError(stopping, stage.first_step + step)
         if not last:
           prepared, secs = ahead.take(lambda s=state: s.step.is_ready())
           waited += secs
@@ -369,10 +394,16 @@ class _Run:
     if name in self._checkpoints.steps():
       return
     pending = ahead.peek()
+    doc_ids = []
+    if pending is not None:
+      rows = process_rows(self._experiment.mesh, stage.batch_size)
+      doc_ids = join_rows(pending.doc_ids, rows, stage.batch_size).tolist()
+    # What follows is the same in every process, or that of the first, whose
+    # clock and index files count.
     extra = {
       "stage": stage.name,
       "stage_step": step,
-      "doc_ids": [] if pending is None else pending.doc_ids.tolist(),
+      "doc_ids": doc_ids,
       "index_versions": versions.save() if versions else [],
       "clock": dataclasses.asdict(self.clock),
       "identity": self._identity,

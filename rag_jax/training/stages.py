@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 
-import jax
 from jaxtyping import PyTree
 import numpy as np
 import optax
@@ -22,6 +21,7 @@ from rag_jax.data.questions import Question
 from rag_jax.data.step_batches import StepBatches
 from rag_jax.losses import MARGINAL_NLL_FNS
 from rag_jax.losses_hf import HF_NLL_FNS
+from rag_jax.models.partitioning import process_rows
 from rag_jax.training.in_step import InStep
 from rag_jax.training.in_step import open_in_step
 from rag_jax.training.optimizer import make_optimizer
@@ -82,8 +82,7 @@ def make_stages(
       experiment.tokenized,
       experiment.context,
       config,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      share=process_rows(experiment.mesh, config.warmup.batch_size).tolist(),
     )
 
     def prepare_cloze(step: int, *_: object) -> Prepared:
@@ -116,8 +115,7 @@ def make_stages(
     frozen_passages=not config.encoder.train_passage_encoder,
     substitute_answers=config.data.substitute_answers,
     bm25=experiment.bm25,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    share=process_rows(experiment.mesh, config.train.batch_size).tolist(),
   )
   stages.append(
     Stage(

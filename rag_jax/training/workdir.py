@@ -21,6 +21,7 @@ from rag_jax.config_json import differences
 from rag_jax.config_json import from_json
 from rag_jax.config_json import to_json
 from rag_jax.config_rules import fields
+from rag_jax.processes import first_alone
 from rag_jax.training.metrics import METRICS_FILE
 
 LOCK = ".lock"
@@ -128,8 +129,8 @@ def open_workdir(
   Args:
     path: the folder; made if it is missing.
     config: of this run.
-    process_index: of this process. Process 0 locks and writes, the others
-      only compare.
+    process_index: of this process. Process 0 locks and writes, then the
+      others compare.
 
   Raises:
     ValueError: the path is no folder that can be written to; another run uses
@@ -142,6 +143,13 @@ def open_workdir(
       " one, for instance --workdir=runs/first."
     )
   path = epath.Path(path).expanduser()
+  # One after another: the first writes what the others read.
+  return first_alone(
+    f"open --workdir={path}", lambda: _open(path, config, process_index)
+  )
+
+
+def _open(path: epath.Path, config: Config, process_index: int) -> Workdir:
   _make_folder(path)
   if process_index:
     workdir = Workdir(path)
