@@ -4,11 +4,13 @@ In: text. Out: token ids, mostly without special tokens, which data/ adds where
 they belong. The one file that imports transformers, for its tokenizers alone.
 """
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
+import contextlib
 import functools
 import logging
 import os
 import re
+import tempfile
 import typing
 
 from etils import epath
@@ -19,6 +21,7 @@ from tokenizers import normalizers
 from tokenizers import pre_tokenizers
 from tokenizers import trainers
 
+from rag_jax import artifacts
 from rag_jax.artifacts import fingerprint_lines
 
 if typing.TYPE_CHECKING:
@@ -41,6 +44,9 @@ _KINDS = {
   ("vocab.txt",): "BertTokenizer",
   ("vocab.json", "merges.txt"): "BartTokenizer",
 }
+
+
+_FILE = "tokenizer.json"
 
 
 class Tokenizer:
@@ -212,8 +218,18 @@ class Tokenizer:
     return fingerprint_lines([self._backend.backend_tokenizer.to_str()])
 
   def save(self, path: epath.PathLike) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json` to a directory."""
-    self._backend.save_pretrained(os.fspath(path))
+    """Writes `tokenizer.json` and `tokenizer_config.json` to a directory.
+
+    The first of them last: where it is, the tokenizer is whole.
+    """
+    path = epath.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    # Made elsewhere: transformers writes to local folders alone.
+    with tempfile.TemporaryDirectory() as made:
+      self._backend.save_pretrained(made)
+      for file in sorted(os.listdir(made), key=lambda n: (n == _FILE, n)):
+        text = epath.Path(made, file).read_text(encoding="utf-8")
+        artifacts.write_atomically(path / file, text)
 
 
 def _word_starts(text: str) -> set[int]:
@@ -270,9 +286,10 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
 
   loader = getattr(transformers, kind)
   try:
-    backend = loader.from_pretrained(
-      os.fspath(path), local_files_only=True, trust_remote_code=False
-    )
+    with _in_folder(path) as folder:
+      backend = loader.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+      )
   except Exception as error:  # transformers raises bare Exception, and others
     raise ValueError(
       f"The tokenizer in {path} cannot be read ({error}). Its files were cut"
@@ -280,6 +297,19 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
       " them again, or train another."
     ) from error
   return Tokenizer(backend)
+
+
+@contextlib.contextmanager
+def _in_folder(path: epath.Path) -> Iterator[str]:
+  """Yields a local folder of the files in `path`: itself, or a copy."""
+  if artifacts.is_local(path):
+    yield os.fspath(path)
+    return
+  with tempfile.TemporaryDirectory() as copy:
+    for file in path.iterdir():
+      if not file.is_dir():
+        file.copy(epath.Path(copy) / file.name)
+    yield copy
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -1,6 +1,7 @@
 """Logical axis names, and the one table that maps them onto the device mesh."""
 
 from collections.abc import Sequence
+import math
 from typing import Any, Literal
 
 from flax import linen as nn
@@ -9,7 +10,7 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-from jaxtyping import Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 import numpy as np
 
 from rag_jax.config import Config
@@ -46,10 +47,13 @@ def _check_split(config: Config, mesh: MeshConfig) -> None:
   ):
     for field, axis in (
       ("num_heads", "tensor"),
+      ("num_decoder_heads", "tensor"),
       ("mlp_dim", "tensor"),
+      ("decoder_mlp_dim", "tensor"),
       ("embed_dim", "fsdp"),
     ):
-      size, parts = getattr(part, field), getattr(mesh, axis)
+      # 0: as the encoder's; and only a generator has a decoder.
+      size, parts = getattr(part, field, 0), getattr(mesh, axis)
       if size % parts:
         bad.append(f"{name}.{field}={size} by mesh.{axis}={parts}")
   if bad:
@@ -138,10 +142,47 @@ def constrain(x: jax.Array, *axes: LogicalAxis) -> jax.Array:
   return spmd.with_logical_constraint(x, axes, rules=AXIS_RULES)
 
 
+def split_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+  """Asks for a table of tokens split by its rows, whatever their number.
+
+  A table whose rows `tensor` does not divide is kept split by its columns, as
+  JAX keeps no uneven parts: see `shardings`. Where it is used, the compiler
+  fills its rows up to a multiple and leaves those out of every sum. So the
+  parameters, and what is saved of them, never have rows that mean nothing.
+  """
+  return constrain(table, "vocab", "embed")
+
+
 def shardings(abstract: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns the `NamedSharding` of every array in a boxed, abstract tree."""
+  """Returns the `NamedSharding` of every array in a boxed, abstract tree.
+
+  A size of the vocabulary that does not divide is not split; the next dimension
+  takes over what was to split it, if that divides it.
+  """
   specs = nn.get_partition_spec(abstract)
-  return spmd.logical_to_mesh_sharding(specs, mesh, AXIS_RULES)
+  layout = spmd.logical_to_mesh_sharding(specs, mesh, AXIS_RULES)
+  return jax.tree.map(_even, layout, nn.meta.unbox(abstract))
+
+
+def _even(sharding: NamedSharding, array: Any) -> NamedSharding:
+  """Returns a sharding of which each device holds an equal part of `array`."""
+  mesh = sharding.mesh
+  specs = [*sharding.spec, *[None] * array.ndim][: array.ndim]
+  names = [(s,) if isinstance(s, str) else tuple(s or ()) for s in specs]
+
+  def divide(size: int, axes: tuple[str, ...]) -> bool:
+    return size % math.prod(mesh.shape[axis] for axis in axes) == 0
+
+  if all(map(divide, array.shape, names)):
+    return sharding
+  even, left = [], ()
+  for size, axes in zip(array.shape, names, strict=True):
+    if not divide(size, axes):
+      axes, left = (), axes
+    elif left and divide(size, axes + left):
+      axes, left = axes + left, ()
+    even.append(axes)
+  return NamedSharding(mesh, PartitionSpec(*even))
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

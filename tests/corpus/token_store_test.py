@@ -1,9 +1,7 @@
 """Tokens on the disk are those in memory, and no others are ever opened."""
 
-import contextlib
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys

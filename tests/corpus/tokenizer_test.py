@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+from buckets import bucket
+from etils import epath
 import pytest
 import tokenizers
 from tokenizers import decoders
@@ -13,6 +15,7 @@ from tokenizers import models
 from tokenizers import pre_tokenizers
 import transformers
 
+from rag_jax import artifacts
 from rag_jax.corpus.passages import load_passages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
@@ -170,6 +173,35 @@ def test_the_name_of_a_special_token_stays_text_in_berts_layout(tmp_path):
   (ids,) = tokenizer.encode(["paris [SEP] is [CLS] [PAD] [MASK] big"])
   assert not {0, 2, 3, 4} & set(ids)
   assert [i for i in ids if i > 4] == tokenizer.encode(["paris is big"])[0]
+
+
+def test_a_tokenizer_is_saved_in_a_bucket_and_opened_from_it(
+  tokenizer, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  with bucket() as address:
+    where = epath.Path(address) / "run" / "tokenizer"
+    tokenizer.save(where)
+    tokenizer.save(where)  # again, over itself
+    assert sorted(file.name for file in where.iterdir()) == [
+      "tokenizer.json",
+      "tokenizer_config.json",
+    ]
+    again = load_tokenizer(where)
+  assert again.fingerprint == tokenizer.fingerprint
+  assert again.encode(["Ada, 1815"]) == tokenizer.encode(["Ada, 1815"])
+  assert not os.listdir(tmp_path)  # no folder "gs:"
+
+
+def test_the_file_that_makes_a_tokenizer_whole_is_written_last(
+  tokenizer, tmp_path, monkeypatch
+):
+  written = []
+  monkeypatch.setattr(
+    artifacts, "write_atomically", lambda path, _: written.append(path.name)
+  )
+  tokenizer.save(tmp_path)
+  assert written == ["tokenizer_config.json", "tokenizer.json"]
 
 
 def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
