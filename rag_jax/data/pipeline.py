@@ -35,6 +35,7 @@ class Prepared:
 
   batch: Any  # a RagBatch; a QuestionBatch, if the step searches
   doc_ids: Int[np.ndarray, "B K"]  # passage numbers; K = 0 without documents
+  cut: dict[str, int] = dataclasses.field(default_factory=dict)  # by what
 
 
 class QuestionBatches:
@@ -111,6 +112,17 @@ class QuestionBatches:
       index: what is searched; None is closed book.
       doc_ids: what a search found before, instead of searching.
     """
+    with self._context.counting() as cut:
+      prepared = self._prepare(step, retriever_params, index, doc_ids)
+    return dataclasses.replace(prepared, cut=cut)
+
+  def _prepare(
+    self,
+    step: int,
+    retriever_params: PyTree,
+    index: Index | None,
+    doc_ids: Int[np.ndarray, "B K"] | None,
+  ) -> Prepared:
     rows = self.rows(step)
     question_ids = [self._question_ids[i] for i in rows]
     fields: dict[str, Any] = {}

@@ -7,11 +7,12 @@ What is done at a step depends on the step alone, so a run that was stopped and
 resumed ends with the same parameters as one that was not.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+import json
 import math
 import time
-from typing import SupportsFloat
+from typing import Any
 
 from absl import logging
 import jax
@@ -25,6 +26,7 @@ from rag_jax.data.pipeline import Prepared
 from rag_jax.data.questions import Question
 from rag_jax.models.partitioning import place_batch
 from rag_jax.models.partitioning import process_rows
+from rag_jax.processes import from_first
 from rag_jax.processes import join_rows
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
@@ -34,6 +36,9 @@ from rag_jax.retrieval.versions import IndexVersions
 from rag_jax.training import in_step
 from rag_jax.training import step as step_lib
 from rag_jax.training.checkpoint import Checkpointer
+from rag_jax.training.clock import Clock
+from rag_jax.training.clock import CutCounter
+from rag_jax.training.divergence import DivergenceCheck
 from rag_jax.training.interrupt import StoppedEarlyError
 from rag_jax.training.interrupt import StopRequest
 from rag_jax.training.metrics import MetricWriter
@@ -50,6 +55,7 @@ from rag_jax.training.state import init_params
 from rag_jax.training.state import make_state
 from rag_jax.training.step import compile_update
 from rag_jax.training.workdir import Workdir
+from rag_jax.training.workdir import learning_of
 
 # (params, index) -> metrics named "validation/..."
 Validate = Callable[[PyTree, Index | None], dict[str, float]]
@@ -57,21 +63,22 @@ Validate = Callable[[PyTree, Index | None], dict[str, float]]
 _BEST = "validation/exact_match"
 
 
-@dataclasses.dataclass(slots=True)
-class Clock:
-  """Seconds of training, over all attempts; compilation is not counted."""
-
-  train_secs: float = 0.0  # both stages, with validation and checkpoints
-  question_secs: float = 0.0  # of the main stage, without validation
-
-
 def train(
   experiment: Experiment,
   questions: Sequence[Question],
   workdir: Workdir,
   validate: Validate,
+  resume_from: int | None = None,
 ) -> Clock:
   """Runs what is left of the run in `workdir`.
+
+  Args:
+    experiment: what is trained.
+    questions: of the training split.
+    workdir: of the run.
+    validate: measures parameters.
+    resume_from: a checkpoint to go back to, with a config that learns in
+      another way. Later ones are set aside, unless they were made with it.
 
   Raises:
     StoppedEarlyError: a signal asked to stop; everything is saved.
@@ -81,7 +88,7 @@ def train(
   with StopRequest() as stop:
     run = _Run(experiment, questions, workdir, validate, stop)
     try:
-      run.all_stages(make_stages(experiment, questions))
+      run.all_stages(make_stages(experiment, questions), resume_from)
     finally:
       run.close()
   return run.clock
@@ -125,23 +132,38 @@ class _Run:
       "questions": fingerprint_lines(repr(q) for q in questions),
     }
     self.clock = Clock()
+    self._cut = CutCounter()
+    self._kept_indexes: dict[int, list[int]] = {}  # by checkpoint
+    self._best: float | None = None  # metric of a checkpoint
+    self._divergence = DivergenceCheck(self._checkpoints, experiment.mesh)
 
   def close(self) -> None:
     self._versions.close()
     self._checkpoints.close()
     self._writer.close()
 
-  def all_stages(self, stages: list[Stage]) -> None:
-    """Runs every stage, from the last checkpoint on."""
-    latest = self._checkpoints.latest_step()
+  def all_stages(
+    self, stages: list[Stage], resume_from: int | None = None
+  ) -> None:
+    """Runs every stage, from the last checkpoint on or from another."""
+    if resume_from is not None:
+      self._go_back(resume_from)
+    latest = self._checkpoints.newest_whole(self._open_indexes)
     extra = {} if latest is None else self._checkpoints.read_extra(latest)
     if latest is None:
       self._writer.truncate_after(stages[0].name, 0)
     else:
-      check_identity(extra["identity"], self._identity, latest)
+      if jax.process_index() and (why := self._open_indexes(latest, extra)):
+        raise ValueError(
+          f"The checkpoint of step {latest} cannot be used on this host: {why}"
+          " Expected every host to see the same --workdir. Mount it there."
+        )
       check_end(stages[-1], latest)
       self._writer.truncate_after(extra["stage"], extra["stage_step"])
       self.clock = Clock(**extra["clock"])
+      self._cut = CutCounter(self.clock.cut)
+      best = self._checkpoints.best_step()
+      self._best = None if best is None else self._checkpoints.metric(best)
       logging.info("Resuming from the checkpoint of step %d.", latest)
     params, layout = init_params(
       self._experiment.init,
@@ -184,8 +206,10 @@ class _Run:
       state, state_layout = in_step.place_index(
         self._experiment, state, state_layout, self._snapshots
       )
-    elif main and not (self._experiment.closed_book or self._config.index.path):
-      self._open_index(state.params, extra, latest)
+    elif main and not (
+      extra or self._experiment.closed_book or self._config.index.path
+    ):
+      self._versions.start(self._snapshots.take(state.params))
     if step >= stage.num_steps:
       return state.params
     index = self._versions.index if main else None
@@ -224,21 +248,42 @@ class _Run:
       )
     )
 
-  def _open_index(self, params: PyTree, extra: dict, step: int | None) -> None:
-    """Opens the index of the checkpoint of `step`, or builds the first."""
+  def _go_back(self, step: int) -> None:
+    """Sets aside the checkpoints after `step`, but for those of this config."""
+    last = from_first(self._checkpoints.latest_step() or 0)
+    if last > step:
+      learns = json.loads(json.dumps(learning_of(self._config)))
+      before = self._checkpoints.peek_extra(last).get("config", {})
+      if all(
+        before.get(section, {}).get(name) == value
+        for section, settings in learns.items()
+        for name, value in settings.items()
+      ):
+        logging.info(
+          "The checkpoint of step %d was made with this config already: the run"
+          " goes on from there, not from --resume_from=%d.",
+          *(last, step),
+        )
+        return
+    self._checkpoints.set_aside_after(step)
+
+  def _open_indexes(self, step: int, extra: dict[str, Any]) -> str:
+    """Opens what a checkpoint searches; returns what is wrong with it, or "".
+
+    Raises:
+      ValueError: the checkpoint of `step` is of other inputs than the run's.
+    """
     if not extra:
-      self._versions.start(self._snapshots.take(params))
-      return
-    passages = self._experiment.passages.fingerprint
-    try:
-      self._versions.restore(extra["index_versions"], passages)
-    except (FileNotFoundError, ValueError) as error:
-      raise ValueError(
-        f"The run cannot go on from its checkpoint of step {step}, which needs"
-        f" an index that cannot be used: {error} Delete the folder {step} of"
-        " the checkpoints to go on from an earlier one, or start in another"
-        " --workdir."
-      ) from error
+      return "What it says of the run cannot be read."
+    check_identity(extra["identity"], self._identity, step)
+    if extra["index_versions"]:
+      try:
+        self._versions.restore(
+          extra["index_versions"], self._experiment.passages.fingerprint
+        )
+      except (FileNotFoundError, ValueError) as error:
+        return f"It needs an index that cannot be used: {error}"
+    return ""
 
   def _retriever_params(self, params: PyTree) -> PyTree | None:
     closed_book = self._experiment.closed_book
@@ -309,6 +354,12 @@ class _Run:
         if more:
           ahead.submit(stage.prepare, step + 1, retriever, index)
         step += 1
+        self._cut.add(prepared.cut)
+        if stage.in_step:
+          self._cut.add_contexts(
+            metrics["train/contexts_cut"],
+            stage.batch_size * self._config.data.n_docs,
+          )
         if versions and versions.is_due(step):
           versions.refresh(step, self._snapshots.take(state.params))
         values: dict[str, float] = {}
@@ -316,7 +367,7 @@ class _Run:
         log = _is_due(step, config.log_steps, last) or validate
         if log:
           values = {k: float(v) for k, v in metrics.items()}
-          self._check_finite(values, stage, step)
+          self._divergence.check_metrics(values, stage, step)
           values |= {
             f"{stage.name}/data_wait_secs": waited / (step - logged_step),
             f"{stage.name}/questions_per_second": progress.questions_per_sec(
@@ -348,8 +399,9 @@ class _Run:
         due |= self._is_best(values) or bool(stopping)
         if due:
           # Or the good checkpoints could all give way to such as cannot train.
-          self._check_finite(metrics, stage, step)
-          self._save(stage, step, state, ahead, versions, values)
+          self._divergence.check_metrics(metrics, stage, step)
+          loss = float(metrics[f"{stage.name}/loss"])
+          self._save(stage, step, state, ahead, versions, values, loss)
         if stopping and not (last and main):
           raise StoppedEarlyError(stopping, stage.first_step + step)
         if not last:
@@ -360,25 +412,11 @@ class _Run:
       tick()
     return state.params
 
-  def _check_finite(
-    self, values: Mapping[str, SupportsFloat], stage: Stage, step: int
-  ) -> None:
-    bad = [k for k, v in values.items() if not math.isfinite(float(v))]
-    if bad:
-      raise FloatingPointError(
-        f"{', '.join(bad)} is not finite at step {step} of {stage.name}. The"
-        " run diverged: lower optimizer.peak_lr or optimizer.retriever_lr, or"
-        " set optimizer.clip_norm. Checkpoints of steps"
-        f" {self._checkpoints.steps()} are kept."
-      )
-
   def _is_best(self, values: dict[str, float]) -> bool:
     if _BEST not in values:
       return False
-    best = self._checkpoints.best_step()
-    if best is None:
-      return True
-    return values[_BEST] > (self._checkpoints.metric(best) or 0.0)
+    # From memory: on a shared disk, hosts could see different checkpoints.
+    return self._best is None or values[_BEST] > self._best
 
   def _save(
     self,
@@ -388,16 +426,19 @@ class _Run:
     ahead: Ahead,
     versions: IndexVersions | None,
     values: dict[str, float],
+    loss: float,
   ) -> None:
     """Saves all that the run needs to go on as if it had not stopped."""
     name = stage.first_step + step
-    if name in self._checkpoints.steps():
+    if from_first(name in self._checkpoints.steps()):
       return
     pending = ahead.peek()
+    self._divergence.check_state(state, stage, step)
     doc_ids = []
     if pending is not None:
       rows = process_rows(self._experiment.mesh, stage.batch_size)
       doc_ids = join_rows(pending.doc_ids, rows, stage.batch_size).tolist()
+    self.clock.cut = self._cut.total()
     # What follows is the same in every process, or that of the first, whose
     # clock and index files count.
     extra = {
@@ -411,12 +452,23 @@ class _Run:
       "metrics": {k: v for k, v in values.items() if math.isfinite(v)},
     }
     kept_state = in_step.without_tokens(state)
-    self._checkpoints.save(name, kept_state, extra, values.get(_BEST))
+    metric = values.get(_BEST)
+    self._checkpoints.save(name, kept_state, extra, metric, loss)
+    if self._is_best(values):
+      self._best = metric
     if versions:
-      kept = [
-        self._checkpoints.read_extra(s) for s in self._checkpoints.steps()
-      ]
-      versions.remove_except({v for e in kept for v in e["index_versions"]})
+      self._kept_indexes[name] = extra["index_versions"]
+      versions.remove_except(self._indexes_of_checkpoints())
+
+  def _indexes_of_checkpoints(self) -> set[int]:
+    """Returns the versions that a checkpoint could be resumed with."""
+    needed: set[int] = set()
+    for step in self._checkpoints.steps():
+      if step not in self._kept_indexes:
+        found = self._checkpoints.peek_extra(step)
+        self._kept_indexes[step] = found.get("index_versions", [])
+      needed.update(self._kept_indexes[step])
+    return needed
 
 
 def _is_due(step: int, every: int, last: bool) -> bool:

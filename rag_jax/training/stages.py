@@ -86,7 +86,8 @@ def make_stages(
     )
 
     def prepare_cloze(step: int, *_: object) -> Prepared:
-      return Prepared(cloze.batch(step), np.zeros((0, 0), np.int32))
+      with experiment.context.counting() as cut:
+        return Prepared(cloze.batch(step), np.zeros((0, 0), np.int32), cut)
 
     stages.append(
       Stage(

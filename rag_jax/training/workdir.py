@@ -5,9 +5,11 @@ writes to, and whose checkpoints belong to the same experiment.
 """
 
 import datetime
+import errno
 import fcntl
 import json
 import os
+import re
 import socket
 from typing import Any
 
@@ -26,12 +28,31 @@ from rag_jax.training.metrics import METRICS_FILE
 
 LOCK = ".lock"
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 _MAY_DIFFER = frozenset({
   "train.log_steps", "train.validate_steps", "train.checkpoint_steps",
   "train.keep_checkpoints", "train.vocab_chunk", "index.embed_batch_size",
   "data.token_cache",
 })  # fmt: skip
 _SECTIONS_MAY_DIFFER = ("eval.", "mesh.", "decoding.")
+# How a run learns, not what: what may change at a checkpoint that it goes back
+# to. All but what the arrays of the optimizer's state depend on.
+_LEARNING = {
+  "optimizer": (
+    "peak_lr", "retriever_lr", "hybrid_lr", "warmup_steps", "schedule",
+    "end_lr_ratio", "b1", "b2", "eps", "weight_decay", "clip_norm",
+  ),
+  "warmup": ("peak_lr", "retriever_lr", "warmup_steps"),
+}  # fmt: skip
+
+
+def learning_of(config: Config) -> dict[str, dict[str, Any]]:
+  """Returns the settings that `resume_from` may change, by section."""
+  return {
+    section: {name: getattr(getattr(config, section), name) for name in names}
+    for section, names in _LEARNING.items()
+  }
 
 
 class Workdir:
@@ -95,12 +116,23 @@ class Workdir:
   def __enter__(self) -> "Workdir":
     return self
 
-  def __exit__(self, *exc_info: object) -> None:
+  def __exit__(self, kind: object, error: object, trace: object) -> None:
     self.close()
+    if isinstance(error, OSError) and _is_no_room(error):
+      raise OSError(
+        f"--workdir={self.path} cannot be written to any more: {error}."
+        " Expected a disk with enough room. Make room, or move the folder to"
+        " another disk, and run the same command again: it goes on from the"
+        " last checkpoint."
+      ) from error
 
 
 def open_workdir(
-  path: epath.PathLike, config: Config, *, process_index: int = 0
+  path: epath.PathLike,
+  config: Config,
+  *,
+  process_index: int = 0,
+  may_learn_otherwise: bool = False,
 ) -> Workdir:
   """Returns the folder of a run, made, locked, and with its config written.
 
@@ -131,6 +163,8 @@ def open_workdir(
     config: of this run.
     process_index: of this process. Process 0 locks and writes, then the
       others compare.
+    may_learn_otherwise: whether learning rates and the like may differ, since
+      the run goes back to a checkpoint: see `loop.train`.
 
   Raises:
     ValueError: the path is no folder that can be written to; another run uses
@@ -145,20 +179,26 @@ def open_workdir(
   path = epath.Path(path).expanduser()
   # One after another: the first writes what the others read.
   return first_alone(
-    f"open --workdir={path}", lambda: _open(path, config, process_index)
+    f"open --workdir={path}",
+    lambda: _open(path, config, process_index, may_learn_otherwise),
   )
 
 
-def _open(path: epath.Path, config: Config, process_index: int) -> Workdir:
+def _open(
+  path: epath.Path,
+  config: Config,
+  process_index: int,
+  may_learn_otherwise: bool,
+) -> Workdir:
   _make_folder(path)
   if process_index:
     workdir = Workdir(path)
-    _check_config(workdir, config, may_correct=False)
+    _check_config(workdir, config, False, may_learn_otherwise)
     return workdir
   _check_writable(path)
   workdir = Workdir(path, _lock(path))
   try:
-    same = _check_config(workdir, config, may_correct=True)
+    same = _check_config(workdir, config, True, may_learn_otherwise)
     if not same and workdir.tokenizer.exists():
       workdir.tokenizer.rmtree()  # perhaps of other texts
     artifacts.write_atomically(workdir.config_path, to_json(config))
@@ -205,6 +245,13 @@ def _check_writable(path: epath.Path) -> None:
       probe.unlink(missing_ok=True)
   except OSError as error:
     raise _not_writable(path, error) from error
+
+
+def _is_no_room(error: OSError) -> bool:
+  """Returns whether a disk was full, or read-only, all of a sudden."""
+  # NumPy's has no number, but says how much it wrote.
+  cut_off = re.search(r"\d+ requested and \d+ written", str(error))
+  return error.errno in _NO_ROOM or cut_off is not None
 
 
 def _not_writable(path: epath.Path, error: OSError) -> ValueError:
@@ -273,7 +320,10 @@ def _holder(text: bytes) -> str:
 
 
 def _check_config(
-  workdir: Workdir, config: Config, *, may_correct: bool
+  workdir: Workdir,
+  config: Config,
+  may_correct: bool,
+  may_learn_otherwise: bool,
 ) -> bool:
   """Returns whether the folder has the files of this experiment.
 
@@ -291,6 +341,11 @@ def _check_config(
   different = {
     line.partition(":")[0]: line for line in differences(old, config)
   }
+  learning = [
+    f"{section}.{name}"
+    for section, names in _LEARNING.items()
+    for name in names
+  ]
   bad = [
     line
     for name, line in different.items()
@@ -298,6 +353,7 @@ def _check_config(
       name in _MAY_DIFFER
       or name.startswith(_SECTIONS_MAY_DIFFER)
       or (name == "train.num_steps" and _only_longer(old, config))
+      or (may_learn_otherwise and name in learning)
     )
   ]
   learned = _has_checkpoints(workdir) or workdir.model.exists()
@@ -307,13 +363,16 @@ def _check_config(
     )
     return False
   if bad:
+    hint = ""
+    if all(line.partition(":")[0] in learning for line in bad):
+      hint = " Or go back to a checkpoint with them: --resume_from=STEP."
     raise ValueError(
       f"--workdir={workdir.path} belongs to another experiment. Its config"
       " differs in settings that change what is learned:\n  "
       + "\n  ".join(bad)
       + "\nExpected the same values, to resume it. Choose another --workdir,"
       " or restore the old values (left). These may differ:"
-      f" {', '.join(_free_settings())}."
+      f" {', '.join(_free_settings())}.{hint}"
     )
   if different:
     logging.info(
