@@ -18,13 +18,17 @@ def get_config() -> Config:
   c = Config()
   c.data.passages = "world_facts"
   c.data.questions = "world_facts"
-  c.data.n_docs = 4
+  c.data.n_docs = 3
   c.data.question_length = 28
   c.data.passage_length = 48
   c.data.context_length = 54
   c.data.target_length = 12
   c.data.substitute_answers = 0.5
+  c.data.substitute_subjects = 0.5
+  c.data.unanswerable_questions = 0.1
+  c.data.informal_questions = 0.25
   c.tokenizer.vocab_size = 2048
+  c.tokenizer.retriever = "uncased"
 
   # A bag of trained word vectors: it starts from lexical overlap, which random
   # transformer layers would first destroy.
@@ -48,8 +52,9 @@ def get_config() -> Config:
   c.generator.scale_attention = False
   c.generator.logits_bias = False
   c.generator.init = "copy"
+  c.generator.pointer = True
 
-  c.warmup.num_steps = 120
+  c.warmup.num_steps = 160
 
   c.optimizer.peak_lr = 2e-3
   c.optimizer.retriever_lr = 2e-3
@@ -59,8 +64,10 @@ def get_config() -> Config:
   c.optimizer.weight_decay = 0.01
   c.optimizer.clip_norm = 1.0
 
-  c.train.batch_size = 32
-  c.train.num_steps = 660
-  c.train.validate_steps = 110
-  c.train.checkpoint_steps = 110
+  c.decoding.min_new_tokens = 1  # an answer, however improbable
+
+  c.train.batch_size = 48
+  c.train.num_steps = 700
+  c.train.validate_steps = 100
+  c.train.checkpoint_steps = 100
   return c

@@ -12,11 +12,14 @@ import os
 from absl import logging
 from etils import epath
 
+from rag_jax import disk
 from rag_jax.artifacts import MANIFEST
+from rag_jax.artifacts import check_no_links
 from rag_jax.artifacts import is_local
 
 # Ends like a file that is not finished: no part of any manifest.
 _LOCK = ".lock.tmp"
+_REMEDY = "What is finished is kept: the same call goes on from there."
 
 
 @contextlib.contextmanager
@@ -36,8 +39,10 @@ def building(
     wait: until somebody else who builds there ends, however that is.
 
   Raises:
-    ValueError: it is in a bucket, somebody else builds there and `wait` is
-      False, or it holds files of others.
+    ValueError: it is in a bucket or a link, somebody else builds there and
+      `wait` is False, or it holds files of others.
+    UnwritableError: the disk is full, or nothing may be written there: before
+      or while it is built.
   """
   directory = epath.Path(directory)
   if not is_local(directory):
@@ -46,7 +51,8 @@ def building(
       " appended to and mapped into memory. Expected a local directory. Build"
       " it on a disk, and copy it to the bucket when it is complete."
     )
-  directory.mkdir(parents=True, exist_ok=True)
+  with disk.explaining(directory, f"The {kind}", _REMEDY):
+    directory.mkdir(parents=True, exist_ok=True)
   with lock(directory, kind=kind, wait=wait):
     foreign = [
       name
@@ -60,12 +66,17 @@ def building(
         " an empty directory, or what an interrupted build left. Choose"
         " another directory, or move the files."
       )
+    check_no_links(directory, "Remove it, or choose another directory.")
     yield directory
 
 
 @contextlib.contextmanager
 def lock(
-  directory: epath.PathLike, *, kind: str, wait: bool = False
+  directory: epath.PathLike,
+  *,
+  kind: str,
+  wait: bool = False,
+  remedy: str = _REMEDY,
 ) -> Iterator[None]:
   """Keeps others from writing in `directory`, which exists, until it ends.
 
@@ -76,17 +87,26 @@ def lock(
     directory: local.
     kind: what is written, for messages.
     wait: until nobody else writes.
+    remedy: what is kept when the disk is full, and how to go on.
 
   Raises:
-    ValueError: somebody else writes there, unless it waits for that.
+    ValueError: somebody else writes there, unless it waits for that; or the
+      lock file is a link.
+    UnwritableError: the disk is full, or nothing may be written there: now, or
+      before the `with` ends.
   """
   directory = epath.Path(directory)
-  file = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-  try:
-    _take(file, directory, kind, wait)
-    yield
-  finally:
-    os.close(file)  # which releases it
+  with disk.explaining(directory, f"The {kind}", remedy):
+    file = disk.open_own(
+      directory / _LOCK,
+      os.O_RDWR | os.O_CREAT,
+      remedy="Remove it, or choose another directory.",
+    )
+    try:
+      _take(file, directory, kind, wait)
+      yield
+    finally:
+      os.close(file)  # which releases it
 
 
 def _take(file: int, directory: epath.Path, kind: str, wait: bool) -> None:
@@ -100,8 +120,8 @@ def _take(file: int, directory: epath.Path, kind: str, wait: bool) -> None:
       return
     raise ValueError(
       f"Somebody else is building a {kind} in {directory} right now. Expected"
-      " one writer in a directory at a time. Wait until that one ends, stop"
-      " it, or choose another directory."
+      " one writer in a directory at a time. Wait until that one ends (the"
+      " tools do with --wait), stop it, or choose another directory."
     ) from None
   except OSError as error:  # some network file systems
     logging.warning(

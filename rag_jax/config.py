@@ -2,6 +2,10 @@
 
 A file in configs/ returns a `Config`; the command line overrides it. What is
 possible stands in config_rules.py, its JSON in config_json.py.
+
+A setting whose comment has "[checkpoint]" is what the checkpoints of
+`encoder.init_from` and `generator.init_from` say, unless somebody sets it; the
+default given here is that of a fresh model. data/initial.py has the rules.
 """
 
 # No `from __future__ import annotations` here: ml_collections reads the field
@@ -21,8 +25,35 @@ def _choice(default: str, *others: str) -> Any:
 _ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "tanh")
 
 
+class _Settings:
+  """Knows which of its fields were set, even if to their defaults."""
+
+  __slots__ = ("_set",)
+  _set: set[str]
+
+  def __post_init__(self):
+    """Forgets what __init__ set: a default there is no choice."""
+    object.__setattr__(self, "_set", set())
+
+  def __setattr__(self, name: str, value: Any):
+    object.__setattr__(self, name, value)
+    if hasattr(self, "_set"):
+      self._set.add(name)
+
+  def __setstate__(self, state: tuple[None, dict[str, Any]]):
+    """Copies without setting; the set itself is never shared."""
+    for name, value in state[1].items():
+      value = set(value) if name == "_set" else value
+      object.__setattr__(self, name, value)
+
+  def is_set(self, name: str) -> bool:
+    """Returns whether field `name` was assigned, or is not its default."""
+    default = getattr(type(self)(), name)
+    return name in self._set or getattr(self, name) != default
+
+
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class DataConfig:
+class DataConfig(_Settings):
   """What is read, and the fixed lengths that it is cut or padded to."""
 
   # Passages: "world_facts" (bundled), a .jsonl file of id, title, text, or a
@@ -35,14 +66,17 @@ class DataConfig:
   # Questions: "world_facts" (bundled), a directory with train.jsonl,
   # validation.jsonl and test.jsonl, or "tfds:NAME".
   questions: str = "world_facts"
-  n_docs: int = 4  # passages per question (K); 0 = closed book
+  # Passages per question (K); 0 = closed book. [checkpoint] of RAG
+  n_docs: int = 4
+  # [checkpoint] 128, 256, 300 and 25, or what it says, as far as its positions
+  # go.
   question_length: int = 32  # encoder tokens of a question (Q)
   passage_length: int = 64  # encoder tokens of title + passage (L)
   context_length: int = 96  # generator tokens of question + passage (C)
   target_length: int = 16  # generator tokens of an answer (T)
   # What the generator reads. "question_first" never cuts the question; "rag" is
   # Hugging Face's: context_prefix title title_sep text doc_sep question, cut on
-  # the right.
+  # the right. [checkpoint] of RAG, and so the next three
   context_style: str = _choice("question_first", "rag")
   context_prefix: str = ""
   title_sep: str = " / "
@@ -50,20 +84,33 @@ class DataConfig:
   # Share of the training questions whose answer is changed into another one,
   # there and in their documents: the generator has to read.
   substitute_answers: float = 0.0
+  # Share whose subject, the title of a document that the question names, is
+  # changed into another title, there and in the documents.
+  substitute_subjects: float = 0.0
+  # Share whose subject is changed in the question alone: then no document has
+  # the answer, and the generator learns to write none. Where an answer has to
+  # be written all the same, decoding.min_new_tokens=1, it is improbable.
+  unanswerable_questions: float = 0.0
+  # Share of the training questions that are read as people type them: lower
+  # case, "what's", no question mark (data/informal.py).
+  informal_questions: float = 0.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class TokenizerConfig:
+class TokenizerConfig(_Settings):
   """Where the token ids come from."""
 
   # A saved tokenizer for encoder and generator. "" takes each checkpoint's own;
-  # with none, a byte-level BPE is trained on the corpus, for both.
+  # for a fresh model, a byte-level BPE is trained on the corpus, for both.
   path: str = ""
   vocab_size: int = 4096  # of the one that is trained
+  # Where one is trained: "uncased" trains another for the retriever, without
+  # case and accents, as BERT's: "france" finds France.
+  retriever: str = _choice("same", "uncased")
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class EncoderConfig:
+class EncoderConfig(_Settings):
   """The retriever: question and passage towers, and how they are compared.
 
   With `init_from`, what describes the architecture (up to `projection_dim`) is
@@ -89,13 +136,14 @@ class EncoderConfig:
   projection_dim: int = 0  # R; 0 = no projection, R = D
   tied: bool = True  # one tower embeds questions and passages
   train_passage_encoder: bool = True  # False: passages keep their embeddings
-  score_scale: float = 1.0  # doc_scores = scale * inner product
+  score_scale: float = 1.0  # doc_scores = scale * inner product [checkpoint] 1
   learn_score_scale: bool = False
-  dropout: float = 0.0
+  dropout: float = 0.0  # of what layers add, and of embeddings [checkpoint]
+  attention_dropout: float = 0.0  # of attention's weights [checkpoint]
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class GeneratorConfig:
+class GeneratorConfig(_Settings):
   """The encoder-decoder that writes the answer. Defaults are BART's choices.
 
   With `init_from`, what describes the architecture (up to `decoder_start_id`)
@@ -136,18 +184,27 @@ class GeneratorConfig:
   scale_output: bool = False  # divide the tied output by sqrt(D), as T5 v1.0
   logits_bias: bool = True  # BART's final_logits_bias
   decoder_start_id: int = -1  # read before the first token; -1: the end token
+  # A pointer over the context: the next token is written, or copied from where
+  # the last one was copied (models/pointer.py). Hugging Face has no form of it.
+  pointer: bool = False
   # "copy": attention starts as an induction head, so that a generator trained
   # from scratch quotes its documents from the first steps on.
   init: str = _choice("normal", "copy")
-  dropout: float = 0.0
+  dropout: float = 0.0  # of what layers add, and of embeddings [checkpoint]
+  attention_dropout: float = 0.0  # of attention's weights [checkpoint]
+  activation_dropout: float = 0.0  # between the MLP's layers [checkpoint]
+  # Parameters below "generator/" that do not learn, because they are constants
+  # in the original: of BART its bias, of Pegasus its sinusoids [checkpoint].
+  # () trains all.
+  fixed: tuple[str, ...] = ("final_logits_bias",)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class OptimizerConfig:
+class OptimizerConfig(_Settings):
   """AdamW."""
 
-  peak_lr: float = 3e-5  # of the generator
-  retriever_lr: float = 3e-5  # of the retriever, at its peak
+  peak_lr: float = 3e-5  # of the generator [checkpoint] 3e-5
+  retriever_lr: float = 3e-5  # of the retriever, at its peak [checkpoint] 3e-5
   # Of the two weights of index.hybrid, at its peak: 0.01 changes a weight by at
   # most about 1 % a step, whatever its size.
   hybrid_lr: float = 1e-2
@@ -166,7 +223,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class WarmupConfig:
+class WarmupConfig(_Settings):
   """The cold start: learning from the passages alone, before any question.
 
   Inverse cloze with the in-batch contrastive loss teaches the retriever, span
@@ -176,8 +233,8 @@ class WarmupConfig:
 
   num_steps: int = 0  # 0 leaves the stage out
   batch_size: int = 64  # passages
-  peak_lr: float = 2e-3  # of the generator
-  retriever_lr: float = 2e-3
+  peak_lr: float = 2e-3  # of the generator [checkpoint] 3e-5
+  retriever_lr: float = 2e-3  # [checkpoint] 3e-5
   warmup_steps: int = 20
   contrastive_weight: float = 1.0  # against 1.0 for span infilling
   span_max_words: int = 3  # masked; whole words, so that answers end at words
@@ -186,7 +243,7 @@ class WarmupConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class IndexConfig:
+class IndexConfig(_Settings):
   """How passages are searched."""
 
   # "auto": scann if installed. "device" lies in the accelerators' memory.
@@ -240,7 +297,7 @@ class IndexConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class MeshConfig:
+class MeshConfig(_Settings):
   """How devices are arranged. data * fsdp * tensor = number of devices."""
 
   data: int = 0  # replicas of the model; 0: all devices that are left
@@ -249,7 +306,7 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class TrainConfig:
+class TrainConfig(_Settings):
   """The main stage: maximising the marginal likelihood of the answers."""
 
   num_steps: int = 1000
@@ -265,7 +322,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class DecodingConfig:
+class DecodingConfig(_Settings):
   """How answers are written, in validation, evaluation and serving."""
 
   # "auto" is "rag_token" or "rag_sequence", as `loss` is. The latter is
@@ -274,31 +331,49 @@ class DecodingConfig:
   mode: str = _choice(
     "auto", "rag_token", "rag_sequence", "rag_sequence_fast", "fid", "single"
   )
-  num_beams: int = 1  # 1 is greedy
+  num_beams: int = 1  # 1 is greedy [checkpoint], and so the next three
   length_penalty: float = 1.0  # scores are divided by length ** this
   no_repeat_ngram_size: int = 0  # 0 allows repetition
-  min_new_tokens: int = 0  # with the end token
+  min_new_tokens: int = 0  # before the end token
+  # What else the generation_config.json of the checkpoint says, as JSON
+  # [checkpoint]; "{}" leaves it out. Without a length in it, answers have up to
+  # data.target_length tokens.
+  generation_config: str = ""
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class EvalConfig:
+class EvalConfig(_Settings):
   """Measuring: validation while training, the test split at the end."""
 
   batch_size: int = 64  # questions
   num_validation: int = 256  # validation questions used; 0: all
   num_test: int = 0  # test questions used; 0: all
+  # When two answers are equal, and when a passage holds one: evaluation/
+  # answers.py says what each does. "squad" is comparable with papers to the
+  # letter, "numbers" compares numbers as such.
+  answers: str = _choice("multilingual", "squad", "numbers")
+  # Whose articles are left out of answers; "" leaves all in. Not for "squad".
+  language: str = _choice("en", "es", "de", "vi", "ar", "")
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class Config:
+class Config(_Settings):
   """One experiment."""
 
   seed: int = 0
-  loss: str = _choice("rag_token", "rag_sequence")
-  label_smoothing: float = 0.0  # of the targets, given each document
+  # Weights of retriever and generator to start from: the workdir of a run that
+  # has ended, a model directory that tools/convert_hf.py wrote, or a RAG
+  # checkpoint. The same as init_from of both; these win.
+  init_from: str = ""
+  loss: str = _choice("rag_token", "rag_sequence")  # [checkpoint] of RAG
+  # Of the targets, given each document. [checkpoint] of RAG
+  label_smoothing: float = 0.0
   # Hugging Face's loss with its defects (losses_hf.py), to reproduce a
   # fine-tuning. It needs the logits of the whole vocabulary.
   hf_loss: bool = False
+  # With hf_loss and "rag_sequence": a first token that is the begin token in
+  # all targets of a batch is not scored. [checkpoint] of RAG
+  exclude_bos_score: bool = False
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   tokenizer: TokenizerConfig = dataclasses.field(
     default_factory=TokenizerConfig

@@ -1,15 +1,20 @@
 """The JSON of a config, and what differs between two of them.
 
 In: a `Config`, or the text that `to_json` wrote into a workdir, checkpoint or
-index. Out: the other of the two.
+index. Out: the other of the two. The file in a workdir has a digest in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import difflib
 import json
 from typing import Any
 
+from absl import logging
+from etils import epath
+
+from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.config import Config
 from rag_jax.config_rules import fields
 from rag_jax.config_rules import validate
@@ -20,6 +25,82 @@ def to_json(config: Config) -> str:
   return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+# Settings that decide how a model was trained or is run, not what it is.
+_RUN = ("train.", "optimizer.", "warmup.", "eval.", "mesh.", "decoding.")
+_ON_PURPOSE = (
+  'If the change was yours, remove the line "sha256" from it: then it is taken'
+  " as it is. Otherwise restore it from a copy, or start in another workdir."
+)
+
+
+def write_config(path: epath.PathLike, config: Config) -> None:
+  """Writes the config to a file, with a digest in it."""
+  content = artifacts.with_digest(dataclasses.asdict(config))
+  disk.write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_config(
+  path: epath.PathLike, trained: Mapping[str, Any] | None = None
+) -> Config:
+  """Returns what `write_config` wrote.
+
+  A file without a digest was edited on purpose, or is older: it is taken, with
+  a warning.
+
+  Args:
+    path: of the file.
+    trained: what `settings_of` said when the model was saved; None: there is
+      no model, or nobody knows.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it changed since it was written, is a link, or not of the run
+      that trained the model.
+  """
+  data = disk.read_own(path, remedy="Restore it from a copy.")
+  # A byte that is no UTF-8 is a damage like any other.
+  text = data.decode("utf-8", errors="replace")
+  config = from_json(text, str(path))
+  if not _has_digest(text):
+    logging.warning(
+      "%s has no digest: it was edited, or written by an older version. Nobody"
+      " can tell whether it is as it was written.",
+      path,
+    )
+  now = settings_of(config)
+  other = [
+    f"{name}: {value!r} -> {now[name]!r}"
+    for name, value in (trained or {}).items()
+    if name in now and now[name] != value
+  ]
+  if other and _has_digest(text):
+    raise ValueError(
+      f"{path} is not the config that the model beside it was trained with; it"
+      " differs in\n  " + "\n  ".join(other) + "\nExpected that of the same"
+      f" run. {_ON_PURPOSE}"
+    )
+  if other:
+    logging.warning(
+      "%s was edited after the model was trained:\n  %s",
+      *(path, "\n  ".join(other)),
+    )
+  return config
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+  """Returns, by name, the settings that decide what a trained model says."""
+  decides = {
+    name: value
+    for name, _, value in fields(config)
+    if not name.startswith(_RUN)
+  }
+  return json.loads(json.dumps(decides))
+
+
+def _has_digest(text: str) -> bool:
+  return artifacts.DIGEST in json.loads(text)
+
+
 def from_json(text: str, origin: str = "the config") -> Config:
   """Returns the `Config` that `to_json` wrote.
 
@@ -28,7 +109,8 @@ def from_json(text: str, origin: str = "the config") -> Config:
     origin: where it was read, for messages.
 
   Raises:
-    ValueError: not JSON, or a field is unknown; names the nearest known one.
+    ValueError: not JSON, a field is unknown (names the nearest known one), or
+      there is a digest, and it is not that of the rest.
   """
   try:
     tree = json.loads(text)
@@ -37,6 +119,8 @@ def from_json(text: str, origin: str = "the config") -> Config:
       f"{origin} is not JSON ({error}); the file was cut off or edited."
       " Restore it, or start in another workdir."
     ) from error
+  if isinstance(tree, dict) and artifacts.DIGEST in tree:
+    tree = artifacts.without_digest(tree, origin=origin, remedy=_ON_PURPOSE)
   config = Config()
   _update(config, _renamed(tree), "", origin)
   return validate(config)
@@ -44,6 +128,12 @@ def from_json(text: str, origin: str = "the config") -> Config:
 
 def _renamed(tree: Any) -> Any:
   """Returns the settings of a run of before by the names that they have now."""
+  try:
+    # Before there was a choice, the bias learned.
+    if tree["generator"]["logits_bias"] is True:
+      tree["generator"].setdefault("fixed", [])
+  except (AttributeError, KeyError, TypeError):
+    pass  # not a config, which `_update` says
   try:
     old = tree["eval"]["min_index_recall"]  # of two limits, the higher held
     now = max(old, tree.get("index", {}).get("min_recall", 0.0))

@@ -7,6 +7,7 @@ same, or every problem in one message.
 from collections.abc import Collection, Iterator
 import dataclasses
 import difflib
+import json
 import math
 import typing
 from typing import Any
@@ -26,6 +27,13 @@ _AT_LEAST_ONE = frozenset({
 })  # fmt: skip
 
 _LEAST = {"generator.decoder_start_id": -1, "encoder.max_positions": 0}
+
+
+# Of the training questions, that are changed.
+_SHARES = (
+  "substitute_answers", "substitute_subjects", "unanswerable_questions",
+  "informal_questions",
+)  # fmt: skip
 
 
 def fields(
@@ -211,6 +219,8 @@ def _in_step_problems(c: Config) -> Iterator[str]:
     ("encoder.train_passage_encoder", c.encoder.train_passage_encoder, True),
     ("data.context_style", c.data.context_style, "question_first"),
     ("data.substitute_answers", c.data.substitute_answers, 0.0),
+    ("data.substitute_subjects", c.data.substitute_subjects, 0.0),
+    ("data.unanswerable_questions", c.data.unanswerable_questions, 0.0),
     ("index.hybrid", c.index.hybrid, False),
   ):
     if value != needed:
@@ -226,15 +236,42 @@ def _in_step_problems(c: Config) -> Iterator[str]:
     )
 
 
+def _generation_problem(text: str) -> str:
+  """Returns what is wrong with decoding.generation_config, or ""."""
+  try:
+    content = json.loads(text or "{}")
+  except (ValueError, RecursionError) as error:
+    content = error
+  if isinstance(content, dict):
+    return ""
+  return (
+    f"decoding.generation_config={text[:80]!r} is no JSON object, such as"
+    ' {"repetition_penalty": 1.2}. Write one, or "" for what the checkpoint'
+    " says."
+  )
+
+
 def _cross_problems(c: Config) -> Iterator[str]:
   """Yields the settings that contradict one another."""
   yield from _encoder_problems(c)
   yield from _generator_problems(c)
   for name, part in (("encoder", c.encoder), ("generator", c.generator)):
-    if part.dropout >= 1.0:
-      yield f"{name}.dropout={part.dropout} must be below 1."
+    for rate in ("dropout", "attention_dropout", "activation_dropout"):
+      if getattr(part, rate, 0.0) >= 1.0:
+        yield f"{name}.{rate}={getattr(part, rate)} must be below 1."
+  if c.label_smoothing and c.generator.pointer:
+    yield (
+      f"label_smoothing={c.label_smoothing} smooths a softmax over the"
+      " vocabulary, but generator.pointer=True mixes copies in. Set"
+      " label_smoothing=0.0 or generator.pointer=False."
+    )
   if c.label_smoothing >= 1.0:
     yield f"label_smoothing={c.label_smoothing} must be below 1."
+  if c.hf_loss and c.generator.pointer:
+    yield (
+      "hf_loss=True is of models that Hugging Face has, and it has none with"
+      " generator.pointer=True. Set one of them to False."
+    )
   if c.hf_loss and c.train.vocab_chunk:
     yield (
       "hf_loss=True needs all logits, but train.vocab_chunk="
@@ -249,15 +286,15 @@ def _cross_problems(c: Config) -> Iterator[str]:
   for name in ("b1", "b2"):
     if getattr(c.optimizer, name) >= 1.0:
       yield f"optimizer.{name}={getattr(c.optimizer, name)} must be below 1."
-  if c.data.substitute_answers > 1.0:
-    yield (
-      f"data.substitute_answers={c.data.substitute_answers} must be at most 1."
-    )
-  if c.data.context_style == "rag" and c.data.substitute_answers:
-    yield (
-      f"data.substitute_answers={c.data.substitute_answers} needs"
-      " data.context_style='question_first'."
-    )
+  for name in _SHARES:
+    if getattr(c.data, name) > 1.0:
+      yield f"data.{name}={getattr(c.data, name)} must be at most 1."
+  for name in _SHARES[:3]:
+    if c.data.context_style == "rag" and getattr(c.data, name):
+      yield (
+        f"data.{name}={getattr(c.data, name)} needs"
+        " data.context_style='question_first'."
+      )
   if c.data.passage_length < 4:
     yield (
       f"data.passage_length={c.data.passage_length} leaves no room for a"
@@ -298,7 +335,19 @@ def _cross_problems(c: Config) -> Iterator[str]:
   yield from _index_problems(c.index)
   yield from _hybrid_problems(c)
   yield from _in_step_problems(c)
-  if c.decoding.min_new_tokens > c.data.target_length:
+  if c.exclude_bos_score and not (c.hf_loss and c.loss == "rag_sequence"):
+    yield (
+      "exclude_bos_score=True is for hf_loss=True and loss='rag_sequence', but"
+      f" hf_loss={c.hf_loss}, loss={c.loss!r}. Set them, or"
+      " exclude_bos_score=False."
+    )
+  problem = _generation_problem(c.decoding.generation_config)
+  if problem:
+    yield problem
+  elif (
+    not c.decoding.generation_config
+    and c.decoding.min_new_tokens > c.data.target_length
+  ):
     yield (
       f"decoding.min_new_tokens={c.decoding.min_new_tokens} is above"
       f" data.target_length={c.data.target_length}."
@@ -325,10 +374,16 @@ def validate(config: Any) -> Config:
       f"Expected a rag_jax.config.Config, got {type(config).__name__}. Does"
       " get_config() of the --config file return one?"
     )
+  default = Config()
+  sections = {
+    f.name: type(getattr(default, f.name))
+    for f in dataclasses.fields(Config)
+    if dataclasses.is_dataclass(f.type)
+  }
   problems = [
     f"{name} is {getattr(config, name)!r}, expected a {section.__name__}."
-    for name, section in typing.get_type_hints(Config).items()
-    if section not in (int, str) and type(getattr(config, name)) is not section
+    for name, section in sections.items()
+    if type(getattr(config, name)) is not section
   ]
   for name, field, value in fields(config) if not problems else ():
     problem = type_problem(name, field, value)

@@ -179,20 +179,126 @@ def test_a_file_without_digest_is_refused(directory):
   refused(directory, "about a.bin; expected its sha256 and bytes")
 
 
-@pytest.mark.parametrize("name", ["a.bin", "extra"])
-def test_a_link_out_of_the_directory_is_refused(directory, tmp_path, name):
+@pytest.mark.parametrize(
+  "name", ["a.bin", "extra", ".extra.tmp", "part/b.txt", ".half.tmp/deep"]
+)
+@pytest.mark.parametrize("target", ["../outside", "part/b.txt", "nowhere"])
+def test_a_link_is_refused_wherever_it_leads(directory, tmp_path, name, target):
   (tmp_path / "outside").write_bytes(bytes(range(100)))
-  (directory / name).unlink(missing_ok=True)
-  (directory / name).symlink_to(tmp_path / "outside")
-  refused(directory, f"{name} .*is a link to .*outside the directory")
+  link = directory / name
+  link.parent.mkdir(exist_ok=True)
+  link.unlink(missing_ok=True)
+  link.symlink_to(os.path.relpath(directory / target, link.parent))
+  refused(directory, f"{name} in .* is a link to .*Expected plain files")
   with pytest.raises(ValueError, match="is a link to"):
     artifacts.write_manifest(directory, kind="thing", format=3, content={})
 
 
-def test_a_link_to_a_folder_inside_is_no_endless_path(directory):
-  (directory / "part" / "up").symlink_to(directory)
-  artifacts.write_manifest(directory, kind="thing", format=3, content={})
-  assert read(directory) == {}
+def test_a_link_out_of_the_directory_is_called_that(directory, tmp_path):
+  (directory / "extra").symlink_to(tmp_path)
+  refused(directory, "is a link to .*, outside the directory")
+
+
+@pytest.mark.parametrize("name", ["part", "up"])
+def test_a_link_to_a_folder_is_refused(directory, name):
+  if name == "part":  # what was there is behind the link, whole
+    (directory / "part").rename(directory / ".part.tmp")
+    (directory / "part").symlink_to(directory / ".part.tmp")
+  else:
+    (directory / "up").symlink_to(directory)
+  refused(directory, f"{name} in .* is a link to")
+
+
+@pytest.mark.parametrize("target", ["../elsewhere.json", "nowhere"])
+def test_a_manifest_that_is_a_link_is_refused(directory, tmp_path, target):
+  (directory / "manifest.json").rename(tmp_path / "elsewhere.json")
+  (directory / "manifest.json").symlink_to(target)
+  refused(directory, r"manifest.json is a link to|There is no", error=Exception)
+
+
+def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_refused(directory):
+  (directory / "a.bin").unlink()
+  os.mkfifo(directory / "a.bin")
+  refused(directory, "a.bin in .* is a pipe")
+  (directory / "a.bin").unlink()
+  (directory / "a.bin").mkdir()
+  refused(directory, "a.bin is missing")
+  (directory / "manifest.json").unlink()
+  os.mkfifo(directory / "manifest.json")
+  refused(directory, "manifest.json is no plain file")
+
+
+@pytest.mark.parametrize("name", ["extra", "part/c.txt", "new/d", ".hidden"])
+def test_a_file_that_the_manifest_does_not_name_is_refused(directory, name):
+  (directory / name).parent.mkdir(exist_ok=True)
+  (directory / name).write_text("x")
+  refused(directory, f"does not name: {name}. Expected exactly those")
+
+
+def test_a_file_with_another_name_is_missing(directory):
+  (directory / "a.bin").rename(directory / "a.bak")
+  refused(directory, "a.bin is missing")
+
+
+def test_names_beside_are_left_to_who_opens_them(directory):
+  (directory / "updates").mkdir()
+  (directory / "updates" / "CURRENT").write_text("x")
+  refused(directory, "does not name: updates/CURRENT")
+  assert read(directory, beside=["updates"]) == {"n": 7}
+  (directory / "updates").rename(directory / "more")
+  (directory / "updates").symlink_to("more")
+  refused(directory, "updates in .* is a link", beside=["updates"])
+
+
+def test_a_directory_inside_answers_for_its_own_files(directory):
+  inside = directory / "part"
+  artifacts.write_manifest(inside, kind="part", format=1, content={})
+  outer = {"kind": "thing", "format": 3, "content": {}}
+  artifacts.write_manifest(directory, **outer, nested=True)
+  assert read(directory, nested=True) == {}
+  (inside / "more").write_text("x")
+  assert read(directory, nested=True) == {}  # who opens `part` refuses it
+  with pytest.raises(ValueError, match="does not name: more"):
+    read(inside, kind="part")
+  (inside / "manifest.json").unlink()
+  refused(directory, "part/manifest.json is missing", nested=True)
+
+
+def test_a_directory_is_changed_by_nothing_that_is_not_on_the_disk(directory):
+  """Every file, and every folder of them, is synced before the manifest."""
+  events = []
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ("fsync", "replace"):
+      real = getattr(os, name)
+
+      def watched(first, *rest, real=real, name=name):
+        is_file = isinstance(first, int)
+        path = os.readlink(f"/proc/self/fd/{first}") if is_file else rest[0]
+        events.append((name, os.path.relpath(path, directory)))
+        return real(first, *rest)
+
+      patch.setattr(os, name, watched)
+    artifacts.write_manifest(directory, kind="thing", format=3, content={})
+  renamed = events.index(("replace", "manifest.json"))
+  before, after = events[:renamed], events[renamed:]
+  for name in ("a.bin", "part/b.txt", "part", ".", ".."):
+    assert ("fsync", name) in before
+  assert before[-1][1].startswith(".manifest.json.")
+  assert ("fsync", ".") in after
+
+
+def test_content_with_a_digest_comes_back_and_a_change_is_noticed(caplog):
+  content = {"n": 7, "x": [1.5, "\u00e9"], "s": {"a": True, "b": None}}
+  made = artifacts.with_digest(content)
+  asked = {"origin": "f.json", "remedy": REMEDY}
+  assert artifacts.without_digest(made, **asked) == content
+  assert artifacts.with_digest(made) == made
+  assert not caplog.records
+  for change in ({"n": 8}, {"m": 1}, {"sha256": None}, {"sha256": "0" * 64}):
+    with pytest.raises(ValueError, match=r"f.json was damaged.*Build it"):
+      artifacts.without_digest(made | change, **asked)
+  assert artifacts.without_digest(content, **asked) == content
+  assert "f.json has no digest" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["scann_docids.pkl", "part/x.PICKLE"])

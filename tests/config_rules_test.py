@@ -1,5 +1,6 @@
 """Settings are checked before anything expensive, all problems at once."""
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -75,6 +76,26 @@ NAN, INF = float("nan"), float("inf")
       " must be below 1; 0.0 turns it off.",
     ),
     ("generator.norm", 7, " is not one of ['post', 'pre']."),
+    ("encoder.attention_dropout", 1.0, " must be below 1."),
+    ("generator.activation_dropout", 1.0, " must be below 1."),
+    (
+      "exclude_bos_score",
+      True,
+      " is for hf_loss=True and loss='rag_sequence', but hf_loss=False,"
+      " loss='rag_token'. Set them, or exclude_bos_score=False.",
+    ),
+    (
+      "decoding.generation_config",
+      "[2]",
+      ' is no JSON object, such as {"repetition_penalty": 1.2}. Write one, or'
+      ' "" for what the checkpoint says.',
+    ),
+    (
+      "decoding.generation_config",
+      "{2}",
+      ' is no JSON object, such as {"repetition_penalty": 1.2}. Write one, or'
+      ' "" for what the checkpoint says.',
+    ),
     (
       "loss",
       "rag_tokens",
@@ -429,3 +450,22 @@ def test_the_model_of_every_config_takes_its_batches(make_config):
   doc_scores, target_logits = jax.eval_shape(forward, jax.random.key(0), inputs)
   assert doc_scores.shape == (b, k)
   assert target_logits.shape == (b, k, data.target_length, v)
+
+
+def test_a_config_knows_what_was_set():
+  config = Config(seed=3)
+  assert config.is_set("seed")
+  assert not config.data.is_set("n_docs")
+  config.data.n_docs = config.data.n_docs  # a default that was chosen
+  config.encoder.dropout = 0.5
+  for again in (config, copy.deepcopy(config), copy.copy(config)):
+    assert again.data.is_set("n_docs")
+    assert not again.data.is_set("context_length")
+    assert again.encoder.is_set("dropout")
+    assert again == config
+    assert hash(again) == hash(config)
+  again = copy.deepcopy(config)
+  again.data.context_length = 50
+  assert not config.data.is_set("context_length")
+  # Made anew, what differs from its default was set.
+  assert dataclasses.replace(config.encoder).is_set("dropout")

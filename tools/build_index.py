@@ -4,9 +4,11 @@ r"""Makes a folder or file of text searchable.
       --encoder=hf:sentence-transformers/all-MiniLM-L6-v2 --output=runs/index
   python tools/search.py --index=runs/index "what does the contract say?"
 
---corpus is a folder of .txt, .md and .html files, a .jsonl, .json or .tsv file
+--corpus is a folder of .txt, .md and .html files (and .rst, .ipynb, .pdf and
+.docx, with `pip install 'rag-jax[documents]'`), a .jsonl, .json or .tsv file
 (also BEIR's, SQuAD's, DPR's), or a name such as tfds:beir/nfcorpus. --encoder
 is a directory or a name of the hub: DPR, BERT or sentence-transformers.
+A passage is as much of a section as the encoder reads; --split changes that.
 
 An interrupted build goes on where it was when the same command is given again.
 At the end stands the certificate: what the index was measured to find.
@@ -41,16 +43,25 @@ _QUESTIONS = flags.DEFINE_string(
   "questions", "", "File of questions, one a line, to certify the index with."
 )
 _METHOD = flags.DEFINE_enum(
-  "split", _SPLIT.method, ["words", "sentences", "none"],
-  "Documents into passages: of a number of words, of whole sentences, not.",
+  "split", "fit", ["fit", "words", "sentences", "none"],
+  "Documents into passages: of sections, sentences and lines, as many as the"
+  " encoder reads; of a number of words; of whole sentences; not.",
 )  # fmt: skip
-_SIZE = flags.DEFINE_integer("split_size", _SPLIT.size, "Of a passage.")
+_SIZE = flags.DEFINE_integer(
+  "split_size", None, "Of a passage. By default as --split=fit says, else 100."
+)
 _UNIT = flags.DEFINE_enum(
-  "split_unit", _SPLIT.unit, ["words", "tokens"], "Of --split_size."
-)
+  "split_unit", None, ["words", "tokens"],
+  "Of --split_size. By default tokens with --split=fit, else words.",
+)  # fmt: skip
 _OVERLAP = flags.DEFINE_integer(
-  "split_overlap", _SPLIT.overlap, "Of passages, with --split=sentences."
-)
+  "split_overlap", _SPLIT.overlap,
+  "Of passages, in whole sentences, with --split=fit or sentences.",
+)  # fmt: skip
+_DROP_ENCODED = flags.DEFINE_bool(
+  "drop_encoded", None,
+  "Leave out base64 and the like, and count it. By default with --split=fit.",
+)  # fmt: skip
 _ON_BAD_RECORD = flags.DEFINE_enum(
   "on_bad_record", "fail", list(BadRecords.ACTIONS),
   "Stop at a record that cannot be used, or count it and go on.",
@@ -86,7 +97,28 @@ _BM25 = flags.DEFINE_bool("bm25", True, "Index the words too.")
 _CACHE_DIR = flags.DEFINE_string(
   "cache_dir", "", "Where compiled programs are kept; '': beside the output."
 )
+_WAIT = flags.DEFINE_bool(
+  "wait", False, "For another process that writes there, not stop."
+)
 flags.mark_flags_as_required(["corpus", "encoder", "output"])
+
+
+def _split() -> SplitConfig:
+  """Returns how documents are split, where flags are left to --split."""
+  fits = _METHOD.value == "fit"
+  unit = _UNIT.value or ("tokens" if fits else "words")
+  size = _SIZE.value
+  if size is None:
+    size = 0 if fits and unit == "tokens" else _SPLIT.size
+  drops = fits if _DROP_ENCODED.value is None else _DROP_ENCODED.value
+  return dataclasses.replace(
+    _SPLIT,
+    method=_METHOD.value,
+    size=size,
+    unit=unit,
+    overlap=_OVERLAP.value,
+    drop_encoded=drops,
+  )
 
 
 def main(argv: list[str]) -> None:
@@ -96,13 +128,7 @@ def main(argv: list[str]) -> None:
   output = epath.Path(_OUTPUT.value or "").expanduser()
   keep_compiled(_CACHE_DIR.value or output.parent / ".jax_cache")
   config = BuildConfig(
-    split=dataclasses.replace(
-      _SPLIT,
-      method=_METHOD.value,
-      size=_SIZE.value,
-      unit=_UNIT.value,
-      overlap=_OVERLAP.value,
-    ),
+    split=_split(),
     fields=FieldNames(
       id=_ID.value or "", title=_TITLE.value or "", text=_TEXT.value or ""
     ),
@@ -123,6 +149,7 @@ def main(argv: list[str]) -> None:
     config,
     question_encoder=_QUESTION_ENCODER.value,
     questions=read_texts(_QUESTIONS.value) if _QUESTIONS.value else [],
+    wait=_WAIT.value,
   )
   assert directory.index.certificate is not None
   print(directory.index.certificate.table())

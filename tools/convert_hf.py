@@ -19,6 +19,7 @@ import command
 
 from rag_jax.weights import convert
 from rag_jax.weights.hub import HUB_PREFIX
+from rag_jax.weights.saved import is_ours
 from rag_jax.weights.tensors import MAX_SHARD_BYTES
 
 _INPUT = flags.DEFINE_string("input", None, "What to convert.")
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
   source = os.path.expanduser(_INPUT.value or "")
   output = os.path.expanduser(_OUTPUT.value or "")
   convert.check_output(source, output, overwrite=_OVERWRITE.value)
-  if not source.startswith(HUB_PREFIX) and convert.is_ours(source):
+  if not source.startswith(HUB_PREFIX) and is_ours(source):
     report = convert.export_model(
       source, output, _KIND.value, _MAX_SHARD_BYTES.value
     )

@@ -13,6 +13,7 @@ import pathlib
 
 from absl import app
 from absl import flags
+import command
 
 from rag_jax.corpus import gazetteer
 
@@ -57,4 +58,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.run(main)

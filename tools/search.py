@@ -7,6 +7,7 @@ input, one a line. --mode=bm25 searches words, --mode=hybrid both;
 --filter=lang=en, as often as wanted, keeps the passages with that metadata.
 """
 
+import itertools
 import json
 import sys
 import textwrap
@@ -30,6 +31,15 @@ _JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a question.")
 flags.mark_flag_as_required("index")
 
 _WIDTH = 80  # of what is printed
+
+
+def _wrapped(text: str) -> str:
+  """Returns the lines of a passage, those that are too long in several."""
+  lines = (
+    textwrap.wrap(line, _WIDTH - 10, replace_whitespace=False) or [""]
+    for line in text.expandtabs(4).splitlines()
+  )
+  return "\n".join(itertools.chain.from_iterable(lines))
 
 
 def main(argv: list[str]) -> None:
@@ -69,9 +79,8 @@ def main(argv: list[str]) -> None:
     for hit in hits:
       title = f"{hit.passage.title}  " if hit.passage.title else ""
       print(f"\n{hit.score:8.3f}  {title}[{hit.passage.id}]")
-      text = textwrap.fill(hit.passage.text, _WIDTH - 10)
-      print(textwrap.indent(text, " " * 10))
+      print(textwrap.indent(_wrapped(hit.passage.text), " " * 10))
 
 
 if __name__ == "__main__":
-  command.run(main)
+  command.run(main, arguments="QUESTION ... | -")

@@ -10,6 +10,7 @@ same command again goes on from the last checkpoint; Ctrl-C saves one first.
 
 import os
 import sys
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
     )
   if _MIN_INDEX_RECALL.value is not None:
     _CONFIG.value.index.min_recall = _MIN_INDEX_RECALL.value
-  config, initial = load_initial(validate(_CONFIG.value))
+  config, initial = load_initial(validate(_CONFIG.value), _overridden())
   with open_workdir(
     _WORKDIR.value or "",
     config,
@@ -101,6 +102,12 @@ def main(argv: list[str]) -> None:
     results = finish(experiment, workdir, test, evaluator, clock)
     print(table(results))
     print(f"Ask it: python tools/ask.py --workdir={_WORKDIR.value}")
+
+
+def _overridden() -> dict[str, Any]:
+  """Returns what the config file said where the command line says it anew."""
+  names = config_flags.get_override_values(flags.FLAGS["config"])
+  return {name: flags.FLAGS[f"config.{name}"].default for name in names}
 
 
 def run() -> None:

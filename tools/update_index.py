@@ -31,6 +31,9 @@ _QUESTIONS = flags.DEFINE_string(
 _ON_BAD_RECORD = flags.DEFINE_enum(
   "on_bad_record", "", ["", *BadRecords.ACTIONS], "'': as it was built."
 )
+_WAIT = flags.DEFINE_bool(
+  "wait", False, "For another process that writes there, not stop."
+)
 flags.mark_flag_as_required("index")
 
 
@@ -52,6 +55,7 @@ def main(argv: list[str]) -> None:
     encoder=_ENCODER.value or "",
     on_bad_record=_ON_BAD_RECORD.value or "",
     questions=read_texts(_QUESTIONS.value) if _QUESTIONS.value else [],
+    wait=_WAIT.value,
   )
   print(report.text())
 

@@ -15,6 +15,16 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Heading:
+  """A line of a text that is the heading of what follows."""
+
+  start: int  # of the line, in the text
+  end: int
+  level: int  # from 1; those below it have higher numbers
+  title: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Document:
   """A text as somebody wrote it, before it is split into passages."""
 
@@ -23,6 +33,9 @@ class Document:
   text: str
   metadata: Metadata  # (name, value), in the order of the record
   where: str  # file and line, for messages
+  # In their order. No part of what makes two documents equal: they are read
+  # out of the same text.
+  headings: tuple[Heading, ...] = dataclasses.field(default=(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,62 +7,83 @@ time, and the names in the folders above it.
 
 from collections.abc import Callable, Iterator
 import os
-import re
 
 from etils import epath
 
 from rag_jax.artifacts import is_local
+from rag_jax.corpus import markdown_text
 from rag_jax.corpus.document import Document
-from rag_jax.corpus.html_text import declared_encoding
-from rag_jax.corpus.html_text import html_text
+from rag_jax.corpus.encodings import decode_page
+from rag_jax.corpus.encodings import likely_encoding
+from rag_jax.corpus.html_text import Page
+from rag_jax.corpus.html_text import declared_encodings
+from rag_jax.corpus.html_text import read_html
 from rag_jax.corpus.records import bad_character
+from rag_jax.corpus.records import conversion
 from rag_jax.corpus.records import decode_text
 from rag_jax.corpus.records import read_bytes
 from rag_jax.corpus.records import shorten
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.report import CorpusReport
 
-_FENCE = re.compile(r" {0,3}(```|~~~)")
-_HEADING = re.compile(r" {0,3}#{1,6}[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$")
-
-
-def _plain(raw: bytes, path: epath.Path) -> tuple[str, str]:
-  return "", decode_text(raw, path)
+# In the first 64 KiB of a page it says in which encoding it is.
+_LABEL_BYTES = 1 << 16
 
 
-def _markdown(raw: bytes, path: epath.Path) -> tuple[str, str]:
-  """Returns the first heading outside a code block, and the whole text."""
-  text, fence = decode_text(raw, path), ""
-  for line in text.splitlines():
-    if match := _FENCE.match(line):
-      if not fence:
-        fence = match[1]
-      elif fence == match[1]:
-        fence = ""
-    elif not fence and (match := _HEADING.match(line)) and match[1]:
-      return match[1], text
-  return "", text
+def _text(raw: bytes, path: epath.Path) -> str:
+  """Returns the text of a file that is no page."""
+  text = decode_text(raw, path)
+  if bad := bad_character(text):
+    place = text.find("\0")
+    remedy = "Is it another kind of file? Rename it or remove the character."
+    if likely_encoding(raw).startswith("UTF-16"):
+      remedy = conversion(raw)
+    raise ValueError(
+      f"{path}:{text.count(chr(10), 0, max(place, 0)) + 1}: the text holds"
+      f" {bad}, near {shorten(text[max(place - 20, 0) :])}. Expected plain"
+      f" text. {remedy}"
+    )
+  return text
 
 
-def _html(raw: bytes, path: epath.Path) -> tuple[str, str]:
-  """Returns title and text; a page may say in which encoding it is."""
-  try:
-    page = decode_text(raw, path)
-  except ValueError:
-    try:
-      page = raw.decode(declared_encoding(raw))
-    except (LookupError, UnicodeError):
-      page = ""
-    if not page:
-      raise
-  return html_text(page)
+def _plain(raw: bytes, path: epath.Path, report: CorpusReport) -> Page:
+  del report
+  return Page("", _text(raw, path), ())
 
 
-_READERS: dict[str, Callable[[bytes, epath.Path], tuple[str, str]]] = {
+def _markdown(raw: bytes, path: epath.Path, report: CorpusReport) -> Page:
+  text, num_chars = markdown_text.without_data(_text(raw, path))
+  if num_chars:
+    report.leave_out(num_chars, f"{path}:1")
+  return markdown_text.read_markdown(text)
+
+
+def _html(raw: bytes, path: epath.Path, report: CorpusReport) -> Page:
+  """Returns a page; it may say in which encoding it is."""
+  label = ""
+  if not raw.isascii() or b"\x1b" in raw:
+    label = next(declared_encodings(raw[:_LABEL_BYTES]), "")
+  decoded = decode_page(raw, label)
+  if decoded is None:
+    return read_html(decode_text(raw, path))  # raises
+  if decoded.label:
+    says = "no encoding" if decoded.label == "none" else decoded.label
+    report.mislabelled += 1
+    report.note(
+      "mislabelled", f"{path}:1: says {says}, was read as {decoded.encoding}"
+    )
+  return read_html(decoded.text)
+
+
+_Reader = Callable[[bytes, epath.Path, CorpusReport], Page]
+
+_READERS: dict[str, _Reader] = {
   ".txt": _plain,
   ".md": _markdown,
   ".markdown": _markdown,
   ".html": _html,
   ".htm": _html,
+  ".xhtml": _html,
 }
 TEXT_ENDS = tuple(_READERS)
 
@@ -85,19 +106,12 @@ def read_text_file(
   """
   try:
     raw = read_bytes(path)
-    title, text = _READERS[_end(path.name)](raw, path)
-    if bad := bad_character(text) or bad_character(title):
-      place = text.find("\0")
-      raise ValueError(
-        f"{path}:{text.count(chr(10), 0, max(place, 0)) + 1}: the text holds"
-        f" {bad}, near {shorten(text[max(place - 20, 0) :])}. Expected plain"
-        " text. Is it another kind of file? Rename it or remove the character."
-      )
+    page = _READERS[_end(path.name)](raw, path, bad_records.report)
   except ValueError as error:
     bad_records.refuse("undecodable", error)
     return
-  title = title or os.path.splitext(_without_gz(path.name))[0]
-  yield Document(id, title, text, (), f"{path}:1")
+  title = page.title or os.path.splitext(_without_gz(path.name))[0]
+  yield Document(id, title, page.text, (), f"{path}:1", page.headings)
 
 
 def _without_gz(name: str) -> str:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 from typing import SupportsIndex, overload
 
 from etils import epath
@@ -38,6 +39,18 @@ class Passage:
   title: str  # may be empty
   text: str
   metadata: tuple[tuple[str, str], ...] = ()  # (name, value), to filter by
+
+
+def own_title(passage: Passage) -> str:
+  """Returns the title, or "" if it is but the name of the passage's file.
+
+  Two files of the same text are the same text under two names.
+  """
+  id, _, part = passage.id.rpartition("#")
+  name = (id if id and part.isdecimal() else passage.id).rpartition("/")[2]
+  stem = name[:-3] if name.lower().endswith(".gz") else name
+  stem, end = os.path.splitext(stem)
+  return "" if end and stem == passage.title else passage.title
 
 
 def fingerprint_parts(passage: Passage) -> tuple[str, str, str]:

@@ -15,6 +15,7 @@ from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.documents import read_documents
 from rag_jax.corpus.duplicates import Seen
 from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.passages import own_title
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.report import raise_empty
 from rag_jax.corpus.splitting import Encoder
@@ -44,8 +45,9 @@ def read_passages(
       earlier one has.
     tokenizer: counts tokens, if `settings.unit` is "tokens".
     drop_duplicate_texts: leave passages out whose title and text an earlier
-      one has; they are counted, and never an error. False keeps them, as is
-      needed where judgements name passages by id, as BEIR's.
+      one has (a title that is but a file's name is none); they are counted,
+      and never an error. False keeps them, as is needed where judgements name
+      passages by id, as BEIR's.
 
   Raises:
     FileNotFoundError: there is no such file; names the nearest ones.
@@ -68,7 +70,7 @@ def read_passages(
       tokenizer=tokenizer,
     ):
       if drop_duplicate_texts:
-        first = texts.add(document.where, passage.title, passage.text)
+        first = texts.add(document.where, own_title(passage), passage.text)
         if first:
           what = f"passage {passage.id!r} has the text of {first}"
           report.drop("duplicate_text", f"{document.where}: {what}")

@@ -14,6 +14,8 @@ import zlib
 
 from etils import epath
 
+from rag_jax.corpus.encodings import bom_encoding
+from rag_jax.corpus.encodings import likely_encoding
 from rag_jax.corpus.report import BadRecords
 
 # What `json` makes of each kind of value, and what to call it.
@@ -99,17 +101,28 @@ def _decode(raw: bytes, where: str, offset: int) -> str:
   try:
     return raw.decode()
   except UnicodeDecodeError as error:
-    guess = ""
     if offset == 0 and raw.startswith(b"\x1f\x8b"):
-      guess = " It looks gzip-compressed: let its name end in .gz."
-    elif offset == 0 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-      guess = " It looks like UTF-16."
+      remedy = "It looks gzip-compressed: let its name end in .gz."
+    else:
+      remedy = conversion(raw)
     raise ValueError(
       f"{where}: byte 0x{raw[error.start]:02x} at offset"
       f" {offset + error.start} of the file is not UTF-8 ({error.reason})."
-      f" Expected UTF-8 text.{guess} Convert the file, for instance with"
-      " `iconv -f LATIN1 -t UTF-8`."
+      f" Expected UTF-8 text. {remedy}"
     ) from error
+
+
+def conversion(raw: bytes) -> str:
+  """Returns how a file that holds `raw` is converted to UTF-8."""
+  if name := likely_encoding(raw):
+    return (
+      f"It looks like {name}. Convert the file, for instance with"
+      f" `iconv -f {name} -t UTF-8`."
+    )
+  return (
+    "Convert the file, for instance with `iconv -f LATIN1 -t UTF-8` if it is of"
+    " Western Europe."
+  )
 
 
 def _damaged(place: str, error: Exception) -> ValueError:
@@ -182,9 +195,16 @@ def decode_text(raw: bytes, path: epath.PathLike) -> str:
     return raw.decode("utf-8-sig")
   except UnicodeDecodeError:
     pass
+  if bom_encoding(raw):  # nothing in it is a line of its own
+    _decode(raw, f"{path}:1", 0)
   offset = 0
   for line, part in enumerate(raw.split(b"\n"), start=1):
-    _decode(part, f"{path}:{line}", offset)
+    try:
+      part.decode()
+    except UnicodeDecodeError:
+      _decode(
+        part + b"\n" + raw[offset + len(part) + 1 :], f"{path}:{line}", offset
+      )
     offset += len(part) + 1
   # A byte of a longer character is never a line end.
   raise AssertionError(f"{path} is UTF-8 line by line, but not as a whole.")

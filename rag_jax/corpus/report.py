@@ -4,6 +4,7 @@ In: every record that cannot be used, every document that is split or cut. Out:
 counts, and the first places of each, as a table and as JSON.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import json
 from typing import Any, NoReturn
@@ -17,7 +18,12 @@ _COUNTS = {
   "split": "documents split into several passages",
   "broken": "passages that end inside a sentence or word that is too long",
   "cut": "passages cut off at max_chars",
+  "shortened": "passages with a title that is too long, which was shortened",
+  "mislabelled": "pages in another encoding than they say",
+  "left_out": "pieces of base64 and other encoded data, left out",
 }
+# Said only where there are some.
+_SAID_IF_ANY = ("shortened", "mislabelled", "left_out")
 _DROPPED = {
   "empty": "without any text",
   "duplicate_id": "with an id that an earlier one has",
@@ -29,6 +35,30 @@ _OTHER_FILES = "other_files"
 
 _MAX_PLACES = 20  # that are named, of each kind
 _MAX_CHARS = 300  # of what is said about one of them
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+  """How much of a corpus is embedded.
+
+  Attributes:
+    tokens: of all passages, titles and end tokens included.
+    lost: of these, what is beyond the length that is embedded.
+    left_out_chars: of base64 and the like, which no passage holds; None: not
+      known, as after an update.
+  """
+
+  tokens: int
+  lost: int
+  left_out_chars: int | None = 0
+
+  def __str__(self) -> str:
+    share = self.lost / max(self.tokens, 1)
+    shown = "under 0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
+    text = f"{shown} of the tokens ({self.lost:,} of {self.tokens:,})"
+    if self.left_out_chars:
+      text += f", and {self.left_out_chars:,} characters of encoded data"
+    return text
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -43,7 +73,12 @@ class CorpusReport:
       a passage may be; the next one goes on there, and nothing is lost.
     cut: passages that lost their end, as settings said.
     cut_chars: characters that were lost so.
+    shortened: passages that do not have the whole title of their document.
+    mislabelled: pages that name a wrong encoding, or none.
+    left_out: pieces of base64 and the like, which no passage holds.
+    left_out_chars: their length.
     other_files: files of a folder that are not read by their name.
+    coverage: how much of the passages is embedded; None: not known yet.
     dropped: records left out, by reason.
     places: the first places of each of these, and what is there.
   """
@@ -54,7 +89,12 @@ class CorpusReport:
   broken: int = 0
   cut: int = 0
   cut_chars: int = 0
+  shortened: int = 0
+  mislabelled: int = 0
+  left_out: int = 0
+  left_out_chars: int = 0
   other_files: int = 0
+  coverage: Coverage | None = None
   dropped: dict[str, int] = dataclasses.field(
     default_factory=lambda: dict.fromkeys(_DROPPED, 0)
   )
@@ -66,6 +106,12 @@ class CorpusReport:
     if len(places) < _MAX_PLACES:
       more = "..." if len(place) > _MAX_CHARS else ""
       places.append(place[:_MAX_CHARS] + more)
+
+  def leave_out(self, num_chars: int, place: str) -> None:
+    """Counts encoded data of a text that no passage holds."""
+    self.left_out += 1
+    self.left_out_chars += num_chars
+    self.note("left_out", f"{place}: {num_chars} characters")
 
   def drop(self, kind: str, place: str) -> None:
     """Counts one record that is left out.
@@ -81,13 +127,30 @@ class CorpusReport:
     """Returns the report as JSON can hold it, for instance in a manifest."""
     return dataclasses.asdict(self)
 
+  @classmethod
+  def from_content(cls, content: Mapping[str, Any]) -> "CorpusReport":
+    """Returns what `content` returned; what it lacks is not known."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    kept = {k: v for k, v in content.items() if k in known}
+    if kept.get("coverage") is not None:
+      kept["coverage"] = Coverage(**kept["coverage"])
+    report = cls(**kept)
+    report.dropped = dict.fromkeys(_DROPPED, 0) | report.dropped
+    return report
+
   def to_json(self) -> str:
     """Returns the report as JSON text."""
     return json.dumps(self.content(), indent=2, ensure_ascii=False) + "\n"
 
   def table(self) -> str:
-    """Returns what a person reads: counts, then places."""
-    rows = [(getattr(self, name), text) for name, text in _COUNTS.items()]
+    """Returns what a person reads: what is not embedded, counts, places."""
+    rows = [
+      (count, text)
+      for name, text in _COUNTS.items()
+      if (count := getattr(self, name)) or name not in _SAID_IF_ANY
+    ]
+    if self.left_out:
+      rows.append((self.left_out_chars, "characters of such data"))
     if self.cut:
       rows.append((self.cut_chars, "characters lost by that"))
     rows += [
@@ -98,6 +161,8 @@ class CorpusReport:
       rows.append((self.other_files, "other files in the folder, not read"))
     width = max(len(f"{count:,}") for count, _ in rows)
     lines = [f"{count:>{width},}  {text}" for count, text in rows]
+    if self.coverage is not None:
+      lines.insert(0, f"Not embedded: {self.coverage}")
     for kind, places in self.places.items():
       if kind == "split":  # nothing is wrong there; they stand in the JSON
         continue

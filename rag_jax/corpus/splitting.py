@@ -1,4 +1,4 @@
-"""Documents to passages: a hundred words each, whole sentences, or as they are.
+"""Documents to passages: as an encoder reads them, by words, sentences, or not.
 
 In: documents. Out: passages that are parts of their text, white space inside
 them unchanged. Of a document one passage is made at a time.
@@ -12,13 +12,22 @@ from typing import Protocol, runtime_checkable
 
 from rag_jax import config_rules
 from rag_jax.corpus.document import Document
+from rag_jax.corpus.encoded_data import data_spans
+from rag_jax.corpus.encoded_data import left_over
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.report import CorpusReport
+from rag_jax.corpus.sections import Section
+from rag_jax.corpus.sections import join_path
+from rag_jax.corpus.sections import sections
 from rag_jax.corpus.text_spans import Span
 from rag_jax.corpus.text_spans import inside_word
+from rag_jax.corpus.text_spans import line_spans
 from rag_jax.corpus.text_spans import sentence_spans
 from rag_jax.corpus.text_spans import word_spans
 
+# That an encoder reads with a passage: a start token, and an end token behind
+# the title and behind the text.
+_NUM_SPECIAL = 3
 _COUNTED_AT_ONCE = 256  # sentences or words that are tokenised together
 
 
@@ -35,12 +44,16 @@ class Encoder(Protocol):
 class SplitConfig:
   """How documents become passages."""
 
-  # "words": `size` words each, disjoint, as DPR's. "sentences": as many whole
-  # sentences as fit. "none": each document is one passage.
+  # "fit": of each section under a heading as many whole sentences as fit, else
+  # whole lines; the headings above are the title, which counts too. "words":
+  # `size` words each, disjoint, as DPR's. "sentences": as many whole sentences
+  # as fit. "none": each document is one passage.
   method: str = dataclasses.field(
-    default="words", metadata={"choices": ("words", "sentences", "none")}
+    default="words", metadata={"choices": ("fit", "words", "sentences", "none")}
   )
-  size: int = 100  # of a passage, at most
+  # Of a passage, at most. With "fit" in tokens: of all that the encoder reads
+  # of it, with the title and special tokens; and 0 means: as the encoder says.
+  size: int = 100
   unit: str = dataclasses.field(
     default="words", metadata={"choices": ("words", "tokens")}
   )
@@ -49,6 +62,7 @@ class SplitConfig:
   max_word_chars: int = 100  # a run without white space counts as several words
   # Longer passages lose their end, which is counted; 0: none does.
   max_chars: int = 0
+  drop_encoded: bool = False  # leave out base64 and the like; it is counted
 
 
 def validate(settings: SplitConfig) -> SplitConfig:
@@ -59,17 +73,19 @@ def validate(settings: SplitConfig) -> SplitConfig:
   """
   problems = []
   for name, field, value in config_rules.fields(settings, "split."):
+    if field.name == "size" and value == 0 and settings.method == "fit":
+      continue
     problem = config_rules.type_problem(name, field, value)
     problems.append(problem or config_rules.range_problem(name, field, value))
   problems = [p for p in problems if p]
   s = settings
   if not problems:
-    if s.overlap and s.method != "sentences":
+    if s.overlap and s.method not in ("fit", "sentences"):
       problems.append(
-        f"split.overlap={s.overlap} is for split.method='sentences', not"
-        f" {s.method!r}, whose passages are disjoint. Set it to 0."
+        f"split.overlap={s.overlap} is for split.method='sentences' or 'fit',"
+        f" not {s.method!r}, whose passages are disjoint. Set it to 0."
       )
-    if s.overlap >= s.size:
+    if s.size and s.overlap >= s.size:
       problems.append(
         f"split.overlap={s.overlap} must be below split.size={s.size}, or a"
         " passage would only repeat the one before."
@@ -124,6 +140,11 @@ class Splitter:
         " the unit is 'tokens', and none if it is 'words'. Set split.unit, or"
         " name a tokenizer."
       )
+    if not settings.size:
+      raise ValueError(
+        "split.size=0 stands for the length that an encoder reads, but there is"
+        " no encoder here. Expected a number above 0. Set split.size."
+      )
 
   def split(self, document: Document) -> Iterator[Passage]:
     """Yields the passages of a document.
@@ -131,15 +152,41 @@ class Splitter:
     A single one has the document's id, of several the first is "id#0". Title
     and metadata are the document's in each.
     """
+    if self._settings.drop_encoded:
+      document = self._without_data(document)
+      if not document.text.strip():
+        what = f"{document.where}: it holds encoded data and no text"
+        self._report.drop("empty", what)
+        return
     pieces = self._pieces(document)
     first = list(itertools.islice(pieces, 2))
     if len(first) > 1:
       self._report.split += 1
       self._report.note("split", document.where)
-    for number, (start, end) in enumerate(itertools.chain(first, pieces)):
+    for number, (title, text) in enumerate(itertools.chain(first, pieces)):
       name = f"{document.id}#{number}" if len(first) > 1 else document.id
-      text = self._cut(document.text[start:end], document.where)
-      yield Passage(name, document.title, text, document.metadata)
+      text = self._cut(text, document.where)
+      yield Passage(name, title, text, document.metadata)
+
+  def _without_data(self, document: Document) -> Document:
+    """Returns a document without encoded data, which is counted."""
+    spans = data_spans(document.text)
+    if not spans:
+      return document
+    for start, end in spans:
+      self._report.leave_out(end - start, document.where)
+
+    def place(old: int) -> int:
+      return old - sum(min(e, old) - s for s, e in spans if s < old)
+
+    return dataclasses.replace(
+      document,
+      text="".join(left_over(document.text, spans)),
+      headings=tuple(
+        dataclasses.replace(h, start=place(h.start), end=place(h.end))
+        for h in document.headings
+      ),
+    )
 
   def _cut(self, text: str, where: str) -> str:
     """Returns `text` as long as a passage may be, and counts what it lost."""
@@ -151,7 +198,67 @@ class Splitter:
     self._report.note("cut", f"{where}: {len(text) - limit} characters")
     return text[:limit]
 
-  def _pieces(self, document: Document) -> Iterator[Span]:
+  def _pieces(self, document: Document) -> Iterator[tuple[str, str]]:
+    """Yields title and text of the passages of a document."""
+    if self._settings.method == "fit":
+      for section in sections(document):
+        yield from self._fitted(section, document)
+      return
+    for start, end in self._spans(document):
+      yield document.title, document.text[start:end]
+
+  def _fitted(
+    self, section: Section, document: Document
+  ) -> Iterator[tuple[str, str]]:
+    """Yields title and text of as many passages as a section needs."""
+    title, text, room = section.title, section.text, self._settings.size
+    if self._tokenizer is not None:
+      room -= _NUM_SPECIAL
+      title = self._short_title(section, room, document)
+      if not title.endswith(section.path[-1] if section.path else ""):
+        text = section.with_heading
+      if title:
+        room -= len(self._tokenizer.encode([title])[0])
+      room = max(room, 1)
+    for start, end in self._packed(text, room, document):
+      while start and text[start - 1] in " \t":
+        start -= 1
+      if start and text[start - 1] != "\n":  # it was no indentation
+        start = end - len(text[start:end].lstrip())
+      yield title, text[start:end]
+
+  def _short_title(
+    self, section: Section, room: int, document: Document
+  ) -> str:
+    """Returns a title that leaves most of a passage to the text."""
+    assert self._tokenizer is not None
+    encode = self._tokenizer.encode
+
+    def fits(title: str, share: int) -> bool:
+      return len(title) <= room * self._settings.max_word_chars and (
+        len(encode([title])[0]) * share <= room
+      )
+
+    if len(section.path) > 1:
+      for path in (section.path, (section.path[0], "…", section.path[-1])):
+        if fits(title := join_path(path), 4):
+          return title
+    if fits(title := section.path[-1] if section.path else "", 2):
+      return title
+    self._report.shortened += 1
+    self._report.note("shortened", f"{document.where}: {title[:60]!r}")
+    # By halves: a title may be a whole book.
+    words = title[: room * self._settings.max_word_chars].split()
+    least, most = 0, len(words)
+    while least < most:
+      middle = (least + most + 1) // 2
+      if fits(" ".join(words[:middle]) + " …", 2):
+        least = middle
+      else:
+        most = middle - 1
+    return " ".join(words[:least]) + " …" if least else ""
+
+  def _spans(self, document: Document) -> Iterator[Span]:
     """Yields where the passages are in the document's text."""
     text = document.text
     if self._settings.method == "none":
@@ -164,7 +271,7 @@ class Splitter:
         yield taken[0][0], end
         self._note_broken(inside_word(text, end), document)
     else:
-      yield from self._packed(document)
+      yield from self._packed(text, self._settings.size, document)
 
   def _note_broken(self, broken: bool, document: Document) -> None:
     """Counts a passage that ends inside a sentence or word."""
@@ -172,10 +279,8 @@ class Splitter:
       self._report.broken += 1
       self._report.note("broken", document.where)
 
-  def _packed(self, document: Document) -> Iterator[Span]:
-    """Yields passages of as many parts as fit, in any unit."""
-    text = document.text
-    size = self._settings.size
+  def _packed(self, text: str, size: int, document: Document) -> Iterator[Span]:
+    """Yields where passages of as many parts as fit are, in any unit."""
     sources = [self._parts(text)]
     waiting: deque[_Part] = deque()  # come before those of the last source
     repeated: list[_Part] = []  # from the passage before
@@ -233,8 +338,17 @@ class Splitter:
     return self._sized(text, sentence_spans(text))
 
   def _divided(self, text: str, part: _Part) -> Iterator[_Part]:
-    """Yields the words of a sentence, or the halves of a word."""
+    """Yields the words of a sentence, or the halves of a word.
+
+    With "fit", the lines of a sentence before its words.
+    """
     limit = self._settings.max_word_chars
+    if self._settings.method == "fit":
+      lines = line_spans(text, part.start, part.end)
+      first = next(lines, None)
+      if first not in (None, (part.start, part.end)):
+        yield from self._sized(text, itertools.chain([first], lines))
+        return
     words = word_spans(text, part.start, part.end, max_chars=limit)
     first = next(words)
     if first == (part.start, part.end):

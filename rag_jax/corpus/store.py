@@ -28,6 +28,7 @@ from rag_jax.corpus import shards as shards_lib
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.passages import fingerprint_parts
+from rag_jax.disk import UnwritableError
 
 KIND = "passages"
 FORMAT = 1  # raise when the files or the manifest change their meaning
@@ -149,7 +150,7 @@ class _full_disk:  # noqa: N801, used like a function
   def __exit__(self, kind: object, error: object, trace: object) -> None:
     # RuntimeError: ArrayRecord's.
     if isinstance(error, OSError | RuntimeError):
-      raise OSError(
+      raise UnwritableError(
         f"The passages cannot be written to {self._directory} ({error})."
         " Expected a disk with room for their texts and 32 bytes more for each."
         " What was written so far is removed. Free some space, or choose"

@@ -95,6 +95,19 @@ def word_spans(
     yield match.span()
 
 
+def line_spans(text: str, start: int, end: int) -> Iterator[Span]:
+  """Yields where lines are that hold more than space, with their indentation.
+
+  The first begins at `start`, wherever that is in its line.
+  """
+  while start < end:
+    stop = text.find("\n", start, end)
+    stop = end if stop < 0 else stop
+    if line := text[start:stop].rstrip():
+      yield start, start + len(line)
+    start = stop + 1
+
+
 def sentence_spans(text: str) -> Iterator[Span]:
   """Yields where the sentences of `text` are, without the space around them.
 

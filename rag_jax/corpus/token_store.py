@@ -28,12 +28,14 @@ from rag_jax.corpus.tokenized import TokenRows
 from rag_jax.corpus.tokenized import find_joining
 from rag_jax.corpus.tokenized import tokenize_rows
 from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.disk import UnwritableError
 
 KIND = "tokens"
 FORMAT = 1  # raise when the files or the manifest change their meaning
 
 _REMEDY = "Copy the directory again, or remove it and call write_tokens again."
 _ARRAYS = ("tokens", "begins_word", "lengths")
+_COUNTS = ("num_cut", "num_by_ids", "num_tokens", "num_lost")
 _PROGRESS = ".progress.json.tmp"  # ends like a file that is not finished
 _BLOCK_ROWS = 1024  # passages in memory at once
 _PROGRESS_ROWS = 1 << 16  # after so many, work is not lost by an interruption
@@ -135,7 +137,13 @@ def open_tokens(
   )
   joined_by: JoinedBy = content["joined_by"]
   rows = TokenRows(
-    tokens, begins_word, lengths, content["num_cut"], content["num_by_ids"]
+    tokens,
+    begins_word,
+    lengths,
+    content["num_cut"],
+    content["num_by_ids"],
+    num_tokens=content.get("num_tokens"),  # not in those of older versions
+    num_lost=content.get("num_lost"),
   )
   return TokenizedPassages.of_rows(passages, tokenizer, rows, joined_by)
 
@@ -153,7 +161,7 @@ class _Files:
     """Opens the arrays, behind the rows of an interrupted writer."""
     self._directory = directory
     self._identity = identity
-    self._progress = {"num_done": 0, "num_cut": 0, "num_by_ids": 0}
+    self._progress: dict[str, int] = dict.fromkeys(("num_done", *_COUNTS), 0)
     num = identity["num_passages"]
     small = largest_id <= np.iinfo(np.uint16).max
     self._shapes = {
@@ -175,7 +183,9 @@ class _Files:
     if not path.exists():
       return self._progress
     saved = json.loads(path.read_text())
-    if saved["made_of"] != self._identity:
+    same = saved["made_of"] == self._identity
+    # An older version counted less.
+    if not same or saved["progress"].keys() != self._progress.keys():
       return self._progress
     return saved["progress"]
 
@@ -187,7 +197,7 @@ class _Files:
 
   @property
   def progress(self) -> dict[str, int]:
-    """How many rows are done, were cut, and were joined by ids."""
+    """How many rows are done, and the counts of `TokenRows`."""
     return dict(self._progress)
 
   def append(self, rows: TokenRows) -> None:
@@ -196,8 +206,8 @@ class _Files:
       array.append(getattr(rows, name))
     before = self._progress["num_done"]
     self._progress["num_done"] += len(rows.lengths)
-    self._progress["num_cut"] += rows.num_cut
-    self._progress["num_by_ids"] += rows.num_by_ids
+    for name in _COUNTS:
+      self._progress[name] += getattr(rows, name) or 0
     if before // _PROGRESS_ROWS != self._progress["num_done"] // _PROGRESS_ROWS:
       self._note()
 
@@ -291,7 +301,7 @@ def keep_tokens(
   try:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise OSError(
+    raise UnwritableError(
       f"The passages' tokens cannot be kept in {folder} ({error}). Expected a"
       " folder that can be written to. Set data.token_cache to one, or change"
       " the permissions of this one."
@@ -329,12 +339,11 @@ def _write(
         "made_of": identity,
         "joined_by": joined_by,
         "joined_by_means": _JOINED[joined_by],
-        "num_cut": counts["num_cut"],
-        "num_by_ids": counts["num_by_ids"],
+        **{name: counts[name] for name in _COUNTS},
       },
     )
   except OSError as error:
-    raise OSError(
+    raise UnwritableError(
       f"The tokens cannot be written to {directory} ({error}), after {num_done}"
       f" of {len(passages)} passages. Expected room for {3 * width + 4} to"
       f" {5 * width + 4} bytes a passage. What was written stays: free some"

@@ -29,6 +29,9 @@ class TokenRows(NamedTuple):
   lengths: np.ndarray  # [P] int32
   num_cut: int
   num_by_ids: int  # rows that could not be joined as text
+  # Tokens before rows were cut, and those that were cut off; None: not counted.
+  num_tokens: int | None = None
+  num_lost: int | None = None
 
 
 def find_joining(passages: Sequence[Passage], tokenizer: Tokenizer) -> JoinedBy:
@@ -128,18 +131,27 @@ def tokenize_rows(
   tokens = np.full((len(passages), width), tokenizer.pad_id, np.int32)
   begins_word = np.zeros(tokens.shape, bool)
   lengths = np.zeros(len(passages), np.int32)
-  num_cut = 0
+  num_cut = num_lost = 0
   for i, ids in enumerate(rows):
     size = len(ids)
     if size > width:
       num_cut += 1
+      num_lost += size - width
       size = width
       ids = [*ids[: width - 1], tokenizer.eos_id]
     tokens[i, :size] = ids
     lengths[i] = size
     begins_word[i, : size - 1] = words[i][: size - 1]
     begins_word[i, size - 1] = True
-  return TokenRows(tokens, begins_word, lengths, num_cut, num_by_ids)
+  return TokenRows(
+    tokens,
+    begins_word,
+    lengths,
+    num_cut,
+    num_by_ids,
+    num_tokens=sum(map(len, rows)),
+    num_lost=num_lost,
+  )
 
 
 class TokenizedPassages:
@@ -154,6 +166,9 @@ class TokenizedPassages:
     begins_word: whether a token begins a word. Shape of `tokens`, bool
     lengths: real tokens a row. [P] int32
     num_cut: passages longer than `length`, whose last tokens were dropped.
+    num_tokens: of all passages, before any was cut; None: not counted, by an
+      older version that wrote them.
+    num_lost: of these, what was dropped.
     joined_by: how title and text were joined; see `find_joining`.
   """
 
@@ -175,6 +190,8 @@ class TokenizedPassages:
       lengths=np.concatenate([block.lengths for block in blocks]),
       num_cut=sum(block.num_cut for block in blocks),
       num_by_ids=sum(block.num_by_ids for block in blocks),
+      num_tokens=sum(block.num_tokens or 0 for block in blocks),
+      num_lost=sum(block.num_lost or 0 for block in blocks),
     )
     self._keep(passages, tokenizer, rows, joined_by)
 
@@ -191,6 +208,8 @@ class TokenizedPassages:
     self.begins_word = rows.begins_word
     self.lengths = rows.lengths
     self.num_cut = rows.num_cut
+    self.num_tokens = rows.num_tokens
+    self.num_lost = rows.num_lost
     self.joined_by: JoinedBy = joined_by
     self._end = tokenizer.eos_id
 

@@ -7,12 +7,14 @@ they belong. The one file that imports transformers, for its tokenizers alone.
 from collections.abc import Iterable, Iterator, Sequence, Set
 import contextlib
 import functools
-import logging
+import logging as python_logging
 import os
+import pathlib
 import re
 import tempfile
 import typing
 
+from absl import logging
 from etils import epath
 import tokenizers
 from tokenizers import decoders
@@ -22,10 +24,14 @@ from tokenizers import pre_tokenizers
 from tokenizers import trainers
 
 from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.artifacts import fingerprint_lines
 
 if typing.TYPE_CHECKING:
   import transformers
+
+_KIND = "tokenizer"  # in the manifest
+_FORMAT = 1  # raise when the files change meaning
 
 # BART's layout, so that ids mean the same in what we train and what we import.
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -45,8 +51,16 @@ _KINDS = {
   ("vocab.json", "merges.txt"): "BartTokenizer",
 }
 
+# Those of sentencepiece need its library: T5 and Pegasus, mBART, and others.
+SENTENCEPIECE = (
+  "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+  "sentencepiece.model",
+)  # fmt: skip
 
-_FILE = "tokenizer.json"
+# For messages.
+TOKENIZER_KINDS = "tokenizer.json, " + ", ".join(
+  " with ".join(files) for files in (*_KINDS, SENTENCEPIECE[:1])
+)
 
 
 class Tokenizer:
@@ -88,7 +102,7 @@ class Tokenizer:
       return token_id
     raise ValueError(
       f"The tokenizer has no {' or '.join(names)}; batches need one. Add it to"
-      " tokenizer_config.json, or train one with tokenizer.path=''."
+      " tokenizer_config.json."
     )
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -218,18 +232,38 @@ class Tokenizer:
     return fingerprint_lines([self._backend.backend_tokenizer.to_str()])
 
   def save(self, path: epath.PathLike) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json` to a directory.
+    """Writes `tokenizer.json`, its settings and a manifest to a directory.
 
-    The first of them last: where it is, the tokenizer is whole.
+    A tokenizer in a folder inside, saved before, is named in the manifest too.
+
+    Raises:
+      UnwritableError: the disk is full, or nothing may be written there.
     """
-    path = epath.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    # Made elsewhere: transformers writes to local folders alone.
-    with tempfile.TemporaryDirectory() as made:
-      self._backend.save_pretrained(made)
-      for file in sorted(os.listdir(made), key=lambda n: (n == _FILE, n)):
-        text = epath.Path(made, file).read_text(encoding="utf-8")
-        artifacts.write_atomically(path / file, text)
+    path = artifacts.start_directory(path)
+    with (
+      disk.explaining(path, "The tokenizer", "Then start again."),
+      # Made elsewhere: transformers writes to local folders alone.
+      tempfile.TemporaryDirectory() as made,
+    ):
+      made = epath.Path(made)
+      self._save(made)
+      # Last what says that there is one.
+      for file in sorted(made.iterdir(), key=lambda f: f.stem == _KIND):
+        disk.write_atomically(path / file.name, file.read_bytes())
+      artifacts.write_manifest(
+        path, kind=_KIND, format=_FORMAT, content={}, nested=True
+      )
+
+  def _save(self, path: epath.Path) -> None:
+    try:
+      self._backend.save_pretrained(os.fspath(path))
+    except OSError:
+      raise
+    except Exception as error:  # the compiled tokenizers raise nothing else
+      if "os error" not in str(error):
+        raise
+      number = re.search(r"os error (\d+)", str(error))
+      raise OSError(int(number[1]) if number else 0, str(error)) from error
 
 
 def _word_starts(text: str) -> set[int]:
@@ -256,28 +290,81 @@ def _older_kind(path: epath.Path) -> str:
   for files, kind in _KINDS.items():
     if all((path / file).exists() for file in files):
       return kind
-  if (path / "spiece.model").exists():
-    raise FileNotFoundError(
-      f"{path} has a spiece.model, but no tokenizer.json, which is the only one"
-      " of the two that is read. Where sentencepiece is installed, write it:"
-      " transformers.AutoTokenizer.from_pretrained(path).save_pretrained(path)."
-    )
-  kinds = ", or ".join(" and ".join(files) for files in _KINDS)
+  for name in SENTENCEPIECE:
+    if (path / name).exists():
+      raise FileNotFoundError(
+        f"{path} has a {name}, but no tokenizer.json, which is the only one of"
+        " the two that is read. Where sentencepiece is installed, write it:"
+        " transformers.AutoTokenizer.from_pretrained(path)"
+        ".save_pretrained(path)."
+      )
   raise FileNotFoundError(
-    f"No tokenizer.json in {path}. Expected a directory that a tokenizer was"
-    " saved to; set tokenizer.path to one, or to '' to train a tokenizer. (The"
-    f" files of older ones do as well: {kinds}.)"
+    f"There is no tokenizer in {path}; looked for {TOKENIZER_KINDS}. Expected a"
+    " directory that a tokenizer was saved to; copy its files there, or set"
+    " tokenizer.path to one that has them."
   )
 
 
-def load_tokenizer(path: epath.PathLike) -> Tokenizer:
+def check_own_files(path: epath.PathLike) -> None:
+  """Raises `ValueError` if a file in `path` is a link that leads elsewhere.
+
+  What a tokenizer was read from is written where it is saved or exported: a
+  link could make any file of this machine a part of it. In the hub's cache
+  files are links to its blobs.
+  """
+  path = epath.Path(path)
+  if not artifacts.is_local(path) or not path.exists():
+    return
+  home = pathlib.Path(os.path.realpath(path))
+  for above in home.parents:
+    if above.name == "snapshots" and (above.parent / "blobs").is_dir():
+      home = above.parent
+  for file in sorted(path.iterdir()):
+    target = pathlib.Path(os.path.realpath(file))
+    if not file.is_dir() and not target.is_relative_to(home):
+      raise ValueError(
+        f"{file.name} in {path} is a link to {target}, outside the directory."
+        " Expected files of its own. Copy the file to the place of the link if"
+        " you trust it."
+      )
+
+
+def _check_manifest(path: epath.Path) -> None:
+  """Raises `ValueError` if what `Tokenizer.save` wrote was changed."""
+  manifest = path / artifacts.MANIFEST
+  if not manifest.exists() and not os.path.islink(manifest):
+    logging.warning(
+      "The tokenizer in %s has no %s: an older version wrote it, or it was"
+      " removed. Nobody can tell whether it is as it was written.",
+      *(path, artifacts.MANIFEST),
+    )
+    return
+  artifacts.read_manifest(
+    path,
+    kind=_KIND,
+    format=_FORMAT,
+    nested=True,
+    remedy="Put the old files back, or start in another directory.",
+  )
+
+
+def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
   """Returns the tokenizer saved in directory `path`.
+
+  Args:
+    path: of the directory.
+    ours: whether it has to be what `Tokenizer.save` wrote. If its manifest is
+      missing, it is older, or was made by hand: that is warned of.
 
   Raises:
     FileNotFoundError: there is none.
-    ValueError: its files cannot be read.
+    ValueError: its files cannot be read, are links that lead elsewhere, or are
+      `ours` and were changed.
   """
   path = epath.Path(path)
+  check_own_files(path)
+  if ours:
+    _check_manifest(path)
   kind = "AutoTokenizer"
   if not (path / "tokenizer.json").exists():
     kind = _older_kind(path)
@@ -294,7 +381,7 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     raise ValueError(
       f"The tokenizer in {path} cannot be read ({error}). Its files were cut"
       " off or edited, or it brings code of its own, which is never run; copy"
-      " them again, or train another."
+      " them again."
     ) from error
   return Tokenizer(backend)
 
@@ -312,7 +399,9 @@ def _in_folder(path: epath.Path) -> Iterator[str]:
     yield copy
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(
+  texts: Iterable[str], vocab_size: int, *, uncased: bool = False
+) -> Tokenizer:
   """Returns a byte-level BPE tokenizer trained on `texts`.
 
   Byte-level: every text can be written and comes back exactly, so an answer is
@@ -322,11 +411,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
   Args:
     texts: what to learn frequent pieces from.
     vocab_size: ids in all: 5 special tokens, 256 bytes, then merges.
+    uncased: reads text in lower case and without accents, as BERT's uncased
+      tokenizers do; what it decodes has neither.
   """
   import transformers
 
   model = tokenizers.Tokenizer(models.BPE())
-  model.normalizer = normalizers.Prepend(" ")  # a first word is like any other
+  steps = [normalizers.Prepend(" ")]  # a first word is like any other
+  if uncased:
+    steps += [
+      normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()
+    ]  # fmt: skip
+  model.normalizer = normalizers.Sequence(steps) if uncased else steps[0]
   model.pre_tokenizer = pre_tokenizers.Sequence(
     [
       pre_tokenizers.Split(tokenizers.Regex(_PIECES), behavior="isolated"),
@@ -341,7 +437,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     show_progress=False,
   )
   model.train_from_iterator(texts, trainer)
-  logging.getLogger("transformers").setLevel(logging.ERROR)
+  python_logging.getLogger("transformers").setLevel(python_logging.ERROR)
   return Tokenizer(
     transformers.PreTrainedTokenizerFast(
       tokenizer_object=model,

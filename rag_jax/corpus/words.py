@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 import functools
 import itertools
 import re
-import sys
 import threading
 import unicodedata
 
@@ -28,6 +27,9 @@ _UNSPACED = (
   # Hangul ends above. Bopomofo, Thai and Lao, Myanmar, Khmer:
   (0x3100, 0x312F), (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF),
 )  # fmt: skip
+
+# No character beyond has a meaning of its own in any version of Unicode.
+_ASSIGNED = (*range(0x40000), *range(0xE0000, 0xE0200))
 
 
 class WordTokenizer:
@@ -93,6 +95,32 @@ def _normal(text: str) -> str:
   return unicodedata.normalize("NFKC", text).lower()
 
 
+def units(text: str, *, numbers: bool = False) -> list[str]:
+  """Returns what a folded text is made of, to look for one in another.
+
+  Words of letters, digits and marks; in scripts without spaces each character
+  with its marks, so that a name is found inside a sentence; and every other
+  visible character by itself.
+
+  Args:
+    text: as `folding.fold` returns it.
+    numbers: make one unit of a number with its sign and decimals, "-3.5", and
+      write it without zeros at the end; letters next to it are apart: "5km" is
+      "5", "km".
+  """
+  found = _units(numbers).findall(text)
+  return [*map(_plain_number, found)] if numbers else found
+
+
+def _plain_number(unit: str) -> str:
+  """Returns a number with decimals without zeros at its end."""
+  whole, point, decimals = unit.partition(".")
+  if not point or not decimals.isdecimal():
+    return unit
+  sign, whole = ("-", whole[1:]) if whole.startswith("-") else ("", whole)
+  return f"{sign}{whole or '0'}.{decimals}".rstrip("0").rstrip(".")
+
+
 def _words(text: str) -> Iterator[str]:
   runs, character = _patterns()
   for match in runs.finditer(text):
@@ -115,7 +143,7 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
   so that it would cut Hindi words into pieces.
   """
   spaced, unspaced, marks = [], [], []
-  for code in range(sys.maxunicode + 1):
+  for code in _ASSIGNED:
     kind = unicodedata.category(chr(code))[0]
     if kind == "M":
       marks.append(code)
@@ -130,6 +158,23 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
   unit = f"[{_ranges(unspaced)}][{_ranges(marks)}]*"
   runs = f"(?P<unspaced>(?:{unit})+)|(?P<spaced>[{_ranges(spaced)}]+)"
   return re.compile(runs), re.compile(unit)
+
+
+@functools.cache
+def _units(numbers: bool) -> re.Pattern[str]:
+  runs, character = _patterns()
+  spaced = runs.pattern.partition("(?P<spaced>")[2].removesuffix(")")
+  # Neither space nor control, nor half of a pair, nor for private use.
+  hidden = r"\x00-\x1f\x7f-\x9f\ud800-\uf8ff\U000e0000-\U0010ffff"
+  other = rf"(?![{hidden}])\S"
+  if not numbers:
+    return re.compile(f"{character.pattern}|{spaced}|{other}")
+  # A sign stands at the start, or behind a space, an opening mark, a currency.
+  sign = "(?<![^\\s\"'(\\[{$\u00a3\u00a5\u20ac])-"
+  begins = r"(?<![^\s($-])"  # a number, with its point
+  number = rf"(?:{sign})?(?:[0-9]+(?:\.[0-9]+)*|{begins}\.[0-9]+)"
+  word = f"(?:(?![0-9]){spaced.removesuffix('+')})+"
+  return re.compile(f"{character.pattern}|{number}|{word}|{other}")
 
 
 def _ranges(codes: list[int]) -> str:

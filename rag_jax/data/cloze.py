@@ -47,8 +47,8 @@ class ClozeBatches:
 
   def _mask_span(
     self, rng: np.random.Generator, row: int
-  ) -> tuple[list[int], list[int]]:
-    """Returns (window with the mask in it, span) of one passage."""
+  ) -> tuple[list[int], list[int], list[int]]:
+    """Returns what stands before and after a span of one passage, and it."""
     settings = self._config.warmup
     length = int(self._passages.lengths[row])
     ids = self._passages.tokens[row, :length].tolist()
@@ -70,12 +70,11 @@ class ClozeBatches:
     width = min(settings.window_tokens, len(before) + len(after))
     fewest = max(width - len(after), 0)
     left = int(rng.integers(fewest, min(width, len(before)) + 1))
-    window = [
-      *before[len(before) - left :],
-      self._tokenizer.mask_id,
-      *after[: width - left],
-    ]
-    return window, ids[start : start + size]
+    return (
+      before[len(before) - left :],
+      after[: width - left],
+      ids[start : start + size],
+    )
 
   def batch(self, step: int) -> RagBatch:
     """Returns what this process reads of the batch of warm-up step `step`."""
@@ -85,13 +84,15 @@ class ClozeBatches:
     rows = rng.choice(
       len(self._passages), config.warmup.batch_size, replace=False
     )
-    windows, spans = zip(
+    befores, afters, spans = zip(
       *(self._mask_span(rng, int(r)) for r in rows), strict=True
     )
     # Every process draws the whole batch, so that together they have it once.
     rows = rows[self._share]
-    windows = [windows[i] for i in self._share]
-    spans = [spans[i] for i in self._share]
+    befores, afters, spans = (
+      [parts[i] for i in self._share] for parts in (befores, afters, spans)
+    )
+    windows = _masked(befores, self._tokenizer.mask_id, afters)
     target_tokens, target_mask = self._context.targets(spans)
     if not config.data.n_docs:  # closed book: the passage is not shown
       docs = np.zeros((len(rows), 0), np.int64)
@@ -100,7 +101,14 @@ class ClozeBatches:
     context_tokens, context_mask = self._context.contexts(
       windows, rows[:, None]
     )
-    question_tokens, question_mask = self._context.questions(windows)
+    retriever = self._context.retriever_passages.tokenizer
+    question_tokens, question_mask = self._context.questions(
+      _masked(
+        self._context.retriever_ids(befores),
+        retriever.mask_id,
+        self._context.retriever_ids(afters),
+      )
+    )
     doc_tokens, doc_mask = self._context.passages(rows[:, None])
     return RagBatch(
       context_tokens=context_tokens,
@@ -112,3 +120,13 @@ class ClozeBatches:
       doc_tokens=doc_tokens,
       doc_mask=doc_mask,
     )
+
+
+def _masked(
+  befores: Sequence[list[int]], mask_id: int, afters: Sequence[list[int]]
+) -> list[list[int]]:
+  """Returns windows in which the mask stands for a span."""
+  return [
+    [*before, mask_id, *after]
+    for before, after in zip(befores, afters, strict=True)
+  ]

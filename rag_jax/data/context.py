@@ -6,6 +6,8 @@ says <s>, rows of a tokenizer without a start token begin with what follows.
     question  <s> question </s>                     the retriever's tokenizer
     passage   <s> title </s> text </s>              the retriever's
     target    answer </s>                           the generator's
+              (behind the token that answers are forced to begin with, if any:
+              BART's <s>)
     context   <s> question </s> title </s> text </s>        the generator's
 
 That is the context of data.context_style="question_first": the question is as
@@ -74,6 +76,7 @@ class ContextBuilder:
     passages: TokenizedPassages,
     config: DataConfig,
     retriever_passages: TokenizedPassages | None = None,
+    target_start: Sequence[int] = (),
   ):
     """Keeps what the arrays are made of.
 
@@ -83,7 +86,9 @@ class ContextBuilder:
         strings alone.
       config: lengths and style.
       retriever_passages: tokenised with the retriever's, if that is another.
+      target_start: what every target begins with, before the answer.
     """
+    self._target_start = target_start
     self._tokenizer = tokenizer
     self._passages = passages
     self._config = config
@@ -196,7 +201,8 @@ class ContextBuilder:
 
   def targets(self, answer_ids: Sequence[Ids]) -> tuple[Tokens, Mask]:
     """Returns what the generator must write, [B, T]."""
-    rows = [[*ids, self._tokenizer.eos_id] for ids in answer_ids]
+    start, end = self._target_start, self._tokenizer.eos_id
+    rows = [[*start, *ids, end] for ids in answer_ids]
     return self._pad(
       rows, self._config.target_length, "targets_cut", self._tokenizer
     )
@@ -214,17 +220,17 @@ class ContextBuilder:
         style "rag" of the retriever's. `encode_questions` gives the right ones.
       rows: passage numbers; K = 0 gives one context a question that holds the
         question alone.
-      changes: what is put in the place of each question's answer.
+      changes: what is put in the place of what, in each question's documents.
 
     Raises:
       ValueError: changes in the style "rag", whose documents are strings.
     """
     if self._as_strings:
-      if any(changes or ()):
+      if any(change.replacements for change in changes or ()):
         raise ValueError(
-          "Answers are changed in the documents' tokens, but with"
+          "Names are changed in the documents' tokens, but with"
           " data.context_style='rag' the generator reads them as strings."
-          " Set data.substitute_answers=0.0 or"
+          " Set data.substitute_answers=0.0, data.substitute_subjects=0.0 or"
           " data.context_style='question_first'."
         )
       return self._string_contexts(question_ids, rows)
@@ -244,8 +250,8 @@ class ContextBuilder:
       tokens[b, :, : len(head)] = head
       mask[b, :, : len(head)] = True
       room = length - len(head)
-      change = changes[b] if changes else None
-      if change is None:
+      change = changes[b] if changes else Change()
+      if not change.replacements:
         self._put(rows[b], tokens[b], mask[b], len(head))
         continue
       for k, row in enumerate(rows[b].tolist()):

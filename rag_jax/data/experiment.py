@@ -37,6 +37,7 @@ from rag_jax.processes import first_alone
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import IndexBuilder
+from rag_jax.weights.generation_settings import target_start
 
 # More would take hours and memory, and the frequent pieces stay the same.
 _TOKENIZER_PASSAGES = 1 << 20
@@ -170,14 +171,12 @@ def open_experiment(
       length,
     )
   context = ContextBuilder(
-    tokenizer, tokenized, config.data, retriever_tokenized
+    tokenizer,
+    tokenized,
+    config.data,
+    retriever_tokenized,
+    target_start=target_start(config),
   )
-  if config.warmup.num_steps and not context.one_tokenizer:
-    raise ValueError(
-      f"warmup.num_steps={config.warmup.num_steps} needs one tokenizer for"
-      " retriever and generator, but each of their checkpoints has its own."
-      " Trained weights need no warm-up: set warmup.num_steps=0."
-    )
   model = build_model(
     config,
     vocab_size=tokenizer.vocab_size,
@@ -270,6 +269,35 @@ def _check_tables(
       )
 
 
+def _check_fresh(config: Config, path: epath.PathLike) -> None:
+  """Raises `FileNotFoundError` rather than train one for loaded weights."""
+  for part in ("encoder", "generator"):
+    where = getattr(config, part).init_from
+    if where:
+      raise FileNotFoundError(
+        f"There is no tokenizer in {path or 'tokenizer.path'}, but"
+        f" {part}.init_from={where!r} gave weights that were trained with one."
+        " Expected that tokenizer, as training saved it in the workdir; one"
+        " that is trained now would mean other text. Put its files back."
+      )
+
+
+def _warn_of_others(path: str, found: Sequence[str]) -> None:
+  """Warns if the tokenizer that was given is not that of a checkpoint."""
+  given = load_tokenizer(path).fingerprint
+  for name in found:
+    try:
+      same = load_tokenizer(name).fingerprint == given
+    except (FileNotFoundError, ValueError):
+      continue  # which may be why another one is given
+    if not same:
+      logging.warning(
+        "tokenizer.path=%s is another tokenizer than that of the checkpoint %s:"
+        " its ids mean other rows of the embeddings, unless it was made of it.",
+        *(path, name),
+      )
+
+
 _RETRIEVER = "retriever"  # folder of the second tokenizer, if there are two
 
 
@@ -279,18 +307,23 @@ def _open_tokenizers(
   """Returns the generator's tokenizer and the retriever's, often the same."""
   saved = epath.Path(path) if path else None
   if saved is not None and (saved / "tokenizer.json").exists():
-    tokenizer = load_tokenizer(saved)
+    tokenizer = load_tokenizer(saved, ours=True)
     if (saved / _RETRIEVER).exists():
-      return tokenizer, load_tokenizer(saved / _RETRIEVER)
+      return tokenizer, load_tokenizer(saved / _RETRIEVER, ours=True)
     return tokenizer, tokenizer
   found = [initial.tokenizer, initial.retriever_tokenizer]
   if config.tokenizer.path:
+    _warn_of_others(config.tokenizer.path, [name for name in found if name])
     found = [config.tokenizer.path]
   kinds = [load_tokenizer(name) for name in found if name]
   if not kinds:
+    _check_fresh(config, path)
     train = load_questions(config.data.questions, "train")
-    texts = itertools.chain(_texts(passages), (q.question for q in train))
-    kinds = [train_tokenizer(texts, config.tokenizer.vocab_size)]
+    for uncased in (False, True)[: 1 + (config.tokenizer.retriever != "same")]:
+      texts = itertools.chain(_texts(passages), (q.question for q in train))
+      kinds.append(
+        train_tokenizer(texts, config.tokenizer.vocab_size, uncased=uncased)
+      )
   if kinds[0].fingerprint == kinds[-1].fingerprint:
     kinds = kinds[:1]
   if saved is not None:

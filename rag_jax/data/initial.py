@@ -1,20 +1,42 @@
-"""What a run starts from: other people's checkpoints, where the config says.
+"""What a run starts from: checkpoints or another run, where the config says.
 
-In: a config with encoder.init_from or generator.init_from. Out: the config with
-the architecture that the checkpoints have, their parameters, and where their
-tokenizers lie.
+In: a config with init_from, of the whole or of a part. Out: the config with
+the architecture that the checkpoints have and the settings that they bring,
+their parameters, and where their tokenizers lie.
 """
 
+from collections.abc import Mapping
 import copy
 import dataclasses
+import json
+from typing import Any
 
 from absl import logging
 from jaxtyping import PyTree
 
 from rag_jax.config import Config
 from rag_jax.config_rules import validate
+from rag_jax.corpus.tokenizer import TOKENIZER_KINDS
+from rag_jax.data.brought import Brought
+from rag_jax.weights.generation_settings import typed_settings
+from rag_jax.weights.load import checkpoint_kind
+from rag_jax.weights.load import has_passage_encoder
 from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_generator
+from rag_jax.weights.loaded import LoadedEncoder
+from rag_jax.weights.loaded import LoadedGenerator
+from rag_jax.weights.saved import SavedModel
+from rag_jax.weights.saved import is_ours
+from rag_jax.weights.saved import is_workdir
+from rag_jax.weights.saved import read_saved
+
+# Tokens, where a checkpoint says nothing: DPR's passages, and what RAG was
+# fine-tuned with.
+_QUESTION, _PASSAGE, _CONTEXT, _TARGET = 128, 256, 300, 25
+
+# No part of the shape: they can be chosen.
+_RATES = ("dropout", "attention_dropout", "activation_dropout")
+_POOLINGS = ("cls", "mean", "max", "pooler")  # that have no parameters
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,50 +55,269 @@ class Initial:
   retriever_tokenizer: str = ""
 
 
-def load_initial(config: Config) -> tuple[Config, Initial]:
+def load_initial(
+  config: Config, overridden: Mapping[str, Any] | None = None
+) -> tuple[Config, Initial]:
   """Reads the checkpoints that `config` names.
+
+  Args:
+    config: as a file and the command line made it.
+    overridden: the settings that the command line gave, by dotted name, with
+      what the config file had said. Without it, all that is set counts as
+      chosen for these checkpoints: see brought.py.
 
   Returns:
     A config whose architecture is theirs, and which describes the model from
     then on without them; and what they hold.
 
   Raises:
-    FileNotFoundError: a checkpoint is not there.
+    FileNotFoundError: a checkpoint is not there, or has no tokenizer.
     ValueError: it cannot be read, or does not fit the other settings.
   """
   config = copy.deepcopy(config)
+  brought = Brought(config, overridden or {})
+  _start_both(config)
   params = {}
   tokenizer = retriever_tokenizer = ""
   encoder, generator = config.encoder, config.generator
   if encoder.init_from:
     loaded = load_encoder(encoder.init_from, "question")
     logging.info("%s:\n%s", encoder.init_from, loaded.report)
-    for name, value in loaded.fields.items():
-      setattr(encoder, name, value)
+    _check_tokenizer(config, encoder.init_from, "encoder", loaded.tokenizer)
+    _bring_encoder(config, brought, loaded)
     params["question_encoder"] = loaded.params
     retriever_tokenizer = loaded.tokenizer
+    if is_ours(encoder.init_from):
+      _take_scores(config, read_saved(encoder.init_from))
     if not encoder.tied:
-      where = encoder.passage_init_from or encoder.init_from
-      passage = load_encoder(where, "passage")
-      if passage.fields != loaded.fields:
-        different = [
-          f"{name}={value!r} and {passage.fields[name]!r}"
-          for name, value in loaded.fields.items()
-          if passage.fields[name] != value
-        ]
-        raise ValueError(
-          f"The towers of {encoder.init_from} and {where} differ in"
-          f" {', '.join(different)}. Expected two of one architecture; give"
-          " another encoder.passage_init_from."
-        )
-      params["passage_encoder"] = passage.params
+      params["passage_encoder"] = _passage_params(config, loaded)
   if generator.init_from:
     loaded = load_generator(generator.init_from)
     logging.info("%s:\n%s", generator.init_from, loaded.report)
-    for name, value in loaded.fields.items():
-      setattr(generator, name, value)
-    generator.init = "normal"
+    _check_tokenizer(config, generator.init_from, "generator", loaded.tokenizer)
+    _bring_generator(config, brought, loaded)
     params["generator"] = loaded.params
     tokenizer = loaded.tokenizer
+  if not any(map(_is_fresh, (encoder.init_from, generator.init_from))):
+    # Nothing is left that a cold start could teach.
+    brought.bring("generator", "warmup.num_steps", 0)
+  brought.finish()
   # A position table that is too short shows now.
   return validate(config), Initial(params, tokenizer, retriever_tokenizer)
+
+
+def _is_fresh(where: str) -> bool:
+  """Returns whether a part has no weights that others trained.
+
+  A run that goes on from another of ours is trained as its config file says.
+  """
+  return not where or is_workdir(where)
+
+
+def _check_tokenizer(
+  config: Config, where: str, part: str, tokenizer: str
+) -> None:
+  """Raises `FileNotFoundError` if no tokenizer belongs to loaded weights.
+
+  Another one's ids would mean other rows of the table.
+  """
+  if tokenizer or config.tokenizer.path:
+    return
+  name = where.removeprefix("hf:")
+  raise FileNotFoundError(
+    f"{part}.init_from={where!r} has weights, but no tokenizer; looked for"
+    f" {TOKENIZER_KINDS}. Expected the tokenizer that the weights were trained"
+    " with: under any other, token ids mean other embeddings. Copy its files"
+    " beside the weights; where the model is known by name (for instance"
+    ' facebook/bart-base), this writes them: python -c "import transformers;'
+    " transformers.AutoTokenizer.from_pretrained('facebook/bart-base')"
+    f".save_pretrained('{name}')\". Or give their directory as tokenizer.path."
+  )
+
+
+def _passage_params(config: Config, question: LoadedEncoder) -> PyTree:
+  """Returns the parameters of the passage tower."""
+  encoder = config.encoder
+  where = encoder.passage_init_from or encoder.init_from
+  passage = load_encoder(where, "passage")
+  different = [
+    f"{name}={value!r} and {passage.fields[name]!r}"
+    for name, value in question.fields.items()
+    if name not in _RATES and passage.fields[name] != value
+  ]
+  if different:
+    raise ValueError(
+      f"The towers of {encoder.init_from} and {where} differ in"
+      f" {', '.join(different)}. Expected two of one architecture; give"
+      " another encoder.passage_init_from."
+    )
+  return passage.params
+
+
+def _bring_encoder(
+  config: Config, brought: Brought, loaded: LoadedEncoder
+) -> None:
+  """Sets what the checkpoint of the encoder decides, and what it brings."""
+  encoder, data = config.encoder, config.data
+  part, where = "encoder", config.encoder.init_from
+  for name, value in loaded.fields.items():
+    if name in _RATES or name == "normalize":
+      warning = "" if name in _RATES or loaded.kind == "bert" else (
+        "embeddings differ from those it was trained to make"
+      )  # fmt: skip
+      brought.bring(part, f"{part}.{name}", value, warning)
+    elif name == "pooling" and _can_pool(config, brought, loaded):
+      if loaded.kind != "bert" and encoder.pooling != value:
+        brought.note(
+          f"encoder.pooling={encoder.pooling!r}, not {value!r}: embeddings"
+          " differ from those it was trained to make"
+        )
+    else:
+      brought.demand(part, name, value)
+  brought.bring(
+    part, "encoder.score_scale", loaded.score_scale,
+    "its scores are multiplied so, and p(z|x) will differ",
+  )  # fmt: skip
+  if _is_fresh(where):
+    return
+  brought.bring(part, "encoder.learn_score_scale", False)
+  limits = [x for x in (loaded.max_tokens, encoder.max_positions) if x]
+  limit = min(limits, default=_PASSAGE)
+  brought.bring(part, "data.question_length", min(_QUESTION, limit))
+  longest = limit if loaded.max_tokens else min(_PASSAGE, limit)
+  brought.bring(part, "data.passage_length", longest)
+  brought.bring_lr(part, "optimizer.retriever_lr")
+  brought.bring_lr(part, "warmup.retriever_lr")
+  if loaded.max_tokens and data.passage_length > limit:
+    brought.note(
+      f"data.passage_length={data.passage_length}, not {limit}: it was trained"
+      " on inputs of at most so many tokens"
+    )
+  if encoder.normalize and encoder.score_scale == 1.0:
+    brought.note(
+      "encoder.score_scale=1.0: scores of normalised embeddings lie between -1"
+      " and 1, so that p(z|x) is almost the same for all documents; 20 is what"
+      " sentence-transformers trains with"
+    )
+  if not encoder.tied or encoder.passage_init_from or is_ours(where):
+    return
+  if has_passage_encoder(where):
+    brought.bring(
+      part, "encoder.tied", False, "its passage encoder is not used"
+    )
+  elif loaded.kind == "dpr_question":
+    brought.note(
+      f"encoder.tied=True: {where} is DPR's question encoder, and will embed"
+      " passages as well; set encoder.tied=False and encoder.passage_init_from"
+      " to the encoder of passages"
+    )
+
+
+def _can_pool(config: Config, brought: Brought, loaded: LoadedEncoder) -> bool:
+  """Returns whether another pooling was chosen that the weights can do."""
+  pooling = config.encoder.pooling
+  able = pooling in _POOLINGS and (pooling != "pooler" or config.encoder.pooler)
+  return able and brought.chosen("encoder", "encoder.pooling")
+
+
+def _bring_generator(
+  config: Config, brought: Brought, loaded: LoadedGenerator
+) -> None:
+  """Sets what the checkpoint of the generator decides, and what it brings."""
+  part = "generator"
+  one_rate = loaded.fields["norm_kind"] == "rms"  # T5's holds in all places
+  rate_chosen = brought.chosen(part, "generator.dropout")
+  for name, value in loaded.fields.items():
+    if name in _RATES:
+      if one_rate and rate_chosen:
+        value = config.generator.dropout
+      brought.bring(part, f"{part}.{name}", value)
+    elif name == "fixed":
+      brought.bring(part, f"{part}.{name}", tuple(value))
+    else:
+      brought.demand(part, name, value)
+  brought.demand(part, "init", "normal")
+  if loaded.rag is not None:
+    _bring_contexts(config, brought, loaded)
+  if _is_fresh(config.generator.init_from):
+    return
+  brought.bring_lr(part, "optimizer.peak_lr")
+  brought.bring_lr(part, "warmup.peak_lr")
+  brought.bring(part, "data.substitute_answers", 0.0)  # it can read
+  limit = config.generator.max_positions
+  if config.generator.positions != "learned":
+    limit = max(_CONTEXT, _TARGET)
+  length, rag = min(_CONTEXT, limit), loaded.rag
+  if rag is not None:
+    length = rag.max_combined_length
+    brought.bring(part, "loss", f"rag_{rag.kind}")
+    brought.bring(part, "label_smoothing", rag.label_smoothing)
+    brought.bring(part, "data.n_docs", rag.n_docs)
+    if config.hf_loss and config.loss == "rag_sequence":
+      brought.bring(part, "exclude_bos_score", rag.exclude_bos_score)
+  brought.bring(part, "data.context_length", length)
+  target_chosen = brought.chosen(part, "data.target_length")
+  brought.bring(part, "data.target_length", min(_TARGET, limit))
+  typed, rest = typed_settings(loaded.generation)
+  for name, value in typed.items():
+    brought.bring(part, f"decoding.{name}", value)
+  if target_chosen:  # which is then the limit of answers too
+    rest = {k: v for k, v in rest.items()
+            if k not in ("max_length", "max_new_tokens")}  # fmt: skip
+  if rag is not None and not rag.do_deduplication:
+    rest["do_deduplication"] = False
+  text = json.dumps(rest, sort_keys=True) if rest else ""
+  brought.bring(part, "decoding.generation_config", text)
+
+
+def _bring_contexts(
+  config: Config, brought: Brought, loaded: LoadedGenerator
+) -> None:
+  """Sets how a RAG's contexts were written when it was trained."""
+  part, other = "generator", "it was trained on other contexts"
+  rag = loaded.rag
+  assert rag is not None
+  brought.bring(part, "data.context_style", loaded.context_style, other)
+  if config.data.context_style == "rag":
+    brought.bring(part, "data.context_prefix", rag.prefix, other)
+    brought.bring(part, "data.title_sep", rag.title_sep, other)
+    brought.bring(part, "data.doc_sep", rag.doc_sep, other)
+
+
+def _start_both(config: Config) -> None:
+  """Lets the parts that name nothing start from `config.init_from`."""
+  where, encoder = config.init_from, config.encoder
+  if not where:
+    return
+  if is_ours(where):
+    saved = read_saved(where)
+    if saved.encoder is not None and not encoder.init_from:
+      encoder.init_from = where
+      if "passage_encoder" in saved.params:
+        encoder.tied = False
+    has_generator = saved.generator is not None
+  else:
+    kind = checkpoint_kind(where)
+    if kind != "rag":
+      raise ValueError(
+        f"init_from={where!r} is a checkpoint of kind {kind!r}; expected"
+        " retriever and generator together: the workdir of a run, a model"
+        " directory or a RAG checkpoint. Set encoder.init_from or"
+        " generator.init_from instead."
+      )
+    encoder.init_from = encoder.init_from or where
+    has_generator = True
+  if has_generator and not config.generator.init_from:
+    config.generator.init_from = where
+
+
+def _take_scores(config: Config, saved: SavedModel) -> None:
+  """Sets what documents are scored with to what a run has learned."""
+  if config.encoder.tied and "passage_encoder" in saved.params:
+    raise ValueError(
+      f"encoder.init_from={config.encoder.init_from!r} holds two towers, but"
+      " encoder.tied=True would keep that of the questions alone; expected two"
+      " towers here as well. Set encoder.tied=False."
+    )
+  if saved.hybrid and config.index.hybrid:
+    config.index.hybrid_dense, config.index.hybrid_bm25 = saved.hybrid

@@ -19,8 +19,9 @@ from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.data.batches import RagBatch
 from rag_jax.data.context import ContextBuilder
+from rag_jax.data.informal import informal
 from rag_jax.data.questions import Question
-from rag_jax.data.substitution import AnswerSubstitution
+from rag_jax.data.substitution import Substitution
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import Embedder
@@ -59,6 +60,9 @@ class QuestionBatches:
     seed: int,
     frozen_passages: bool,  # documents by their embedding in the index
     substitute_answers: float = 0.0,  # share of the questions
+    substitute_subjects: float = 0.0,
+    unanswerable_questions: float = 0.0,
+    informal_questions: float = 0.0,
     bm25: Bm25Index | None = None,  # searched too, and scores the documents
     share: Sequence[int] | None = None,  # rows that this process loads
   ):
@@ -74,17 +78,20 @@ class QuestionBatches:
     # Every accepted answer is right; the first is the one to learn.
     self._answer_ids = tokenizer.encode([q.answers[0] for q in questions])
     self._context = context
+    self._informal, self._seed = informal_questions, seed
     self._embedder = embedder
     self._bm25 = bm25
     self._n_docs = n_docs
     self._frozen_passages = frozen_passages
     everything = range(batch_size)
     self._share = np.array(everything if share is None else share)
-    self._substitution = AnswerSubstitution(
+    self._substitution = Substitution(
       questions,
       self._answer_ids,
       passages,
       share=substitute_answers,
+      subject_share=substitute_subjects,
+      unanswerable=unanswerable_questions,
       seed=seed,
     )
     order = grain.MapDataset.range(len(questions)).seed(seed).shuffle()
@@ -95,6 +102,32 @@ class QuestionBatches:
     rows = self._order[step]
     assert rows is not None  # grain's sign for what a filter left out
     return rows[self._share]
+
+  def asked(
+    self, step: int, rows: Int[np.ndarray, "B"]
+  ) -> tuple[list[str], list[list[int]], list[list[int]]]:
+    """Returns the questions of `step`, and their ids for both readers."""
+    texts = [self._texts[i] for i in rows]
+    question_ids = [self._question_ids[i] for i in rows]
+    context_ids = [self._context_ids[i] for i in rows]
+    changed = []
+    for b, row in enumerate(rows.tolist()):
+      phrased = self._phrased(step, row, texts[b])
+      if phrased != texts[b]:
+        texts[b] = phrased
+        changed.append(b)
+    new_ids = self._context.encode_questions([texts[b] for b in changed])
+    for b, *ids in zip(changed, *new_ids, strict=True):
+      question_ids[b], context_ids[b] = ids
+    return texts, question_ids, context_ids
+
+  def _phrased(self, step: int, row: int, question: str) -> str:
+    """Returns `question` as it is asked at `step`."""
+    if not self._informal:
+      return question
+    rng = np.random.default_rng((self._seed, step, row, 1))
+    wanted = rng.random() < self._informal
+    return informal(question, rng) if wanted else question
 
   def prepare(
     self,
@@ -124,13 +157,12 @@ class QuestionBatches:
     doc_ids: Int[np.ndarray, "B K"] | None,
   ) -> Prepared:
     rows = self.rows(step)
-    question_ids = [self._question_ids[i] for i in rows]
+    texts, question_ids, context_ids = self.asked(step, rows)
     fields: dict[str, Any] = {}
     if index is None:
       doc_ids = np.zeros((len(rows), 0), np.int32)
     else:
       tokens, mask = self._context.questions(question_ids)
-      texts = [self._texts[i] for i in rows]
       if doc_ids is None:
         embeddings = self._embedder.questions(retriever_params, tokens, mask)
         doc_ids = find_docs(
@@ -151,12 +183,16 @@ class QuestionBatches:
           doc_ids
         )
     changes = self._substitution.changes(step, rows, doc_ids)
+    for b, change in enumerate(changes):
+      if change.question is not None:  # the retriever reads the true one
+        text = self._phrased(step, int(rows[b]), change.question)
+        context_ids[b] = self._context.encode_questions([text])[1][0]
     context_tokens, context_mask = self._context.contexts(
-      [self._context_ids[i] for i in rows], doc_ids, changes
+      context_ids, doc_ids, changes
     )
     target_tokens, target_mask = self._context.targets(
       [
-        change[1] if change else self._answer_ids[i]
+        self._answer_ids[i] if change.answer_ids is None else change.answer_ids
         for i, change in zip(rows, changes, strict=True)
       ]
     )

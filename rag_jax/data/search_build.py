@@ -25,6 +25,8 @@ from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.prepare import read_passages
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.report import CorpusReport
+from rag_jax.corpus.report import Coverage
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.store import write_store
@@ -39,6 +41,7 @@ from rag_jax.data.search_versions import BM25
 from rag_jax.data.search_versions import INDEX
 from rag_jax.data.search_versions import PASSAGES
 from rag_jax.data.search_versions import UPDATES
+from rag_jax.data.search_versions import start_updates
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import open_checkpoint
 from rag_jax.data.text_encoder import save_encoder
@@ -61,7 +64,12 @@ _PARTS = (PASSAGES, ENCODER, INDEX, BM25, UPDATES, _TOKENS)
 class BuildConfig:
   """How a corpus becomes something to search."""
 
-  split: SplitConfig = dataclasses.field(default_factory=SplitConfig)
+  # By default, whole passages are embedded.
+  split: SplitConfig = dataclasses.field(
+    default_factory=lambda: SplitConfig(
+      method="fit", unit="tokens", size=0, drop_encoded=True
+    )
+  )
   fields: FieldNames = DEFAULT_FIELDS  # of JSON records
   on_bad_record: str = "fail"  # or "skip": counted and left out
   drop_duplicate_texts: bool = True  # False: where ids are judged, as BEIR's
@@ -84,6 +92,7 @@ def build_search_directory(
   *,
   question_encoder: str = "",
   questions: Sequence[str] = (),
+  wait: bool = False,
 ) -> SearchDirectory:
   """Builds the directory, or what is missing of it, and opens it.
 
@@ -94,18 +103,19 @@ def build_search_directory(
     config: how.
     question_encoder: what embeds questions; "": the same.
     questions: that the index is certified with; none: passages stand for them.
+    wait: for another process that builds there, and go on with what it left.
 
   Raises:
     FileNotFoundError: the corpus or the checkpoint is not there.
     ValueError: one of them cannot be used; the settings are not possible; the
       output holds something else, is of other inputs or is being built.
-    OSError: the disk is full.
+    UnwritableError: the disk is full, or nothing may be written there.
   """
   check_storage(config.storage)
   check_tuning(config.index, config.target_recall, len(questions))
   output = epath.Path(output).expanduser()
   first = jax.process_index() == 0
-  lock = building(output, kind=KIND, own=_PARTS.__contains__)
+  lock = building(output, kind=KIND, own=_PARTS.__contains__, wait=wait)
   with lock if first else contextlib.nullcontext():
     inputs = _open_inputs(corpus, encoder, question_encoder, config)
     if (output / artifacts.MANIFEST).exists():
@@ -114,7 +124,7 @@ def build_search_directory(
       _write_passages(output / PASSAGES, corpus, config, inputs)
       where = question_encoder or encoder
       save_encoder(inputs.asking, output / ENCODER, where)
-      _tokenize(output / _TOKENS, inputs, PassageStore(output / PASSAGES))
+      _tokenize(output / _TOKENS, corpus, inputs, output / PASSAGES)
     wait_for_all("building: the passages are there")
     store = PassageStore(output / PASSAGES)
     tokenized = open_tokens(
@@ -122,21 +132,30 @@ def build_search_directory(
     )
     _embed(output / INDEX, config, inputs, store, tokenized)
     if first:
-      _build_index(output / INDEX, config, inputs, store, questions)
+      coverage = _report(store, tokenized).coverage
+      _build_index(output / INDEX, config, inputs, store, questions, coverage)
       if config.bm25:
         logging.info("Indexing the words of %d passages.", len(store))
         Bm25Index.write(
           output / BM25, store, passages_fingerprint=store.fingerprint
         )
+      start_updates(output)
       content = {
         "plan": inputs.plan,
+        "updates": "marked",  # updates/CURRENT is there from the start
         "num_passages": len(store),
         "num_cut": tokenized.num_cut,  # longer than what is embedded
+        "coverage": dataclasses.asdict(coverage) if coverage else None,
         "passages_fingerprint": store.fingerprint,
         "passage_encoder_fingerprint": inputs.encoder.fingerprint,
       }
       artifacts.write_manifest(
-        output, kind=KIND, format=FORMAT, content=content, nested=True
+        output,
+        kind=KIND,
+        format=FORMAT,
+        content=content,
+        nested=True,
+        beside=[UPDATES],
       )
       _clean(output)
     wait_for_all("building: the directory is complete")
@@ -180,6 +199,9 @@ def _open_inputs(
       f" expected 8 to {longest}, the positions of {encoder}. Change it, or"
       " leave it at 0."
     )
+  split = config.split
+  if split.method == "fit" and split.unit == "tokens" and not split.size:
+    split = dataclasses.replace(split, size=length)
   plan = {
     "corpus": corpus,
     "sources": _sources(corpus),
@@ -189,6 +211,7 @@ def _open_inputs(
     "question_encoder": asking.fingerprint,
     "question_tokenizer": asking.tokenizer.fingerprint,
     **dataclasses.asdict(config),
+    "split": dataclasses.asdict(split),
   }
   return _Inputs(passages, asking, length, json.loads(json.dumps(plan)))
 
@@ -217,7 +240,7 @@ def _reopen(output: epath.Path, plan: dict[str, Any]) -> SearchDirectory:
   """Returns the complete directory, if it is what would be built."""
   directory = SearchDirectory(output)
   _clean(output)  # which it may have been cut off before
-  _check_same(output, directory.content.get("plan", {}), plan)
+  _check_same(output, dict(directory.content.get("plan", {})), plan)
   logging.info("%s is complete already.", output)
   return directory
 
@@ -233,6 +256,9 @@ def _check_same(
   path: epath.Path, found: dict[str, Any], plan: dict[str, Any]
 ) -> None:
   """Raises `ValueError` if something was made of other inputs."""
+  if isinstance(found.get("split"), dict):
+    # An older version had fewer settings, which were as they are by default.
+    found["split"] = dataclasses.asdict(SplitConfig(**found["split"]))
   other = [
     f"{name} is {found.get(name)!r} there and {value!r} here"
     for name, value in plan.items()
@@ -261,13 +287,13 @@ def _write_passages(
     logging.info("%s holds the %d passages already.", path, len(store))
     return
   bad_records = BadRecords(config.on_bad_record)
-  in_tokens = config.split.unit == "tokens"
-  tokenizer = inputs.encoder.tokenizer if in_tokens else None
+  split = SplitConfig(**inputs.plan["split"])
+  tokenizer = inputs.encoder.tokenizer if split.unit == "tokens" else None
 
   def passages() -> Iterator[Passage]:
     for passage in read_passages(
       corpus,
-      config.split,
+      split,
       fields=config.fields,
       bad_records=bad_records,
       tokenizer=tokenizer,
@@ -280,23 +306,39 @@ def _write_passages(
     # Only now is it known; the store writes its manifest after the last.
     made["report"] = bad_records.report.content()
 
-  store = write_store(path, passages(), config=made)
-  logging.info("%d passages of %s:\n%s", len(store), corpus, bad_records.report)
+  write_store(path, passages(), config=made)
 
 
 def _tokenize(
-  path: epath.Path, inputs: _Inputs, store: PassageStore
-) -> TokenizedPassages:
-  """Writes the tokens that are embedded, or opens them if they are there."""
-  tokenized = write_tokens(path, store, inputs.encoder.tokenizer, inputs.length)
-  logging.info(
-    "%d of %d passages are longer than %d tokens; what is beyond is not"
-    " embedded.",
-    tokenized.num_cut,
-    len(store),
-    inputs.length,
-  )
-  return tokenized
+  path: epath.Path, corpus: str, inputs: _Inputs, passages: epath.Path
+) -> None:
+  """Writes the tokens that are embedded, and logs what became of the corpus."""
+  store = PassageStore(passages)
+  arguments = path, store, inputs.encoder.tokenizer, inputs.length
+  tokenized = write_tokens(*arguments)
+  if tokenized.num_lost is None:  # an older version did not count
+    path.rmtree()
+    tokenized = write_tokens(*arguments)
+  report = _report(store, tokenized)
+  logging.info("%d passages of %s:\n%s", len(store), corpus, report)
+  if report.coverage and report.coverage.lost:
+    logging.warning(
+      "%d of %d passages are longer than %d tokens; what is beyond is not"
+      " embedded. Leave --split at 'fit' to embed all of it.",
+      *(tokenized.num_cut, len(store), inputs.length),
+    )
+
+
+def _report(store: PassageStore, tokenized: TokenizedPassages) -> CorpusReport:
+  """Returns what became of a corpus up to what is embedded."""
+  report = CorpusReport.from_content(store.config.get("report", {}))
+  if tokenized.num_tokens is not None and tokenized.num_lost is not None:
+    report.coverage = Coverage(
+      tokens=tokenized.num_tokens,
+      lost=tokenized.num_lost,
+      left_out_chars=report.left_out_chars,
+    )
+  return report
 
 
 def _embed(
@@ -331,6 +373,7 @@ def _build_index(
   inputs: _Inputs,
   store: PassageStore,
   questions: Sequence[str],
+  coverage: Coverage | None,
 ) -> None:
   """Builds and certifies the index, unless it is there already."""
   sample = None
@@ -345,4 +388,5 @@ def _build_index(
     speed_secs=config.speed_secs,
     encoder_fingerprint=inputs.encoder.fingerprint,
     passages_fingerprint=store.fingerprint,
+    coverage=coverage,
   )

@@ -12,9 +12,11 @@ from rag_jax.artifacts import fingerprint_lines
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.passages import own_title
 from rag_jax.corpus.records import shorten
 from rag_jax.corpus.report import CorpusReport
 from rag_jax.retrieval.certificate import Certificate
+from rag_jax.terminal import one_line
 
 REBUILD_SHARE = 0.1  # of the passages that were built, when more changed
 REBUILD_DRIFT = 0.01  # of index_recall, when more was lost
@@ -61,9 +63,16 @@ class UpdateReport:
 
   @property
   def rebuild(self) -> bool:
-    """Whether the directory had better be built anew."""
-    much = self.changed_share > REBUILD_SHARE
-    return much or self.drift < -REBUILD_DRIFT
+    """Whether the directory had better be built anew.
+
+    Never after an update that changed nothing. A recall that fell counts where
+    it is not one of the values that the few questions leave possible.
+    """
+    if not (self.passages_added or self.passages_removed):
+      return False
+    before, now = (c.recall(_DRIFT_K) for c in (self.before, self.now))
+    lost = self.drift < -REBUILD_DRIFT and now.high < before.mean
+    return lost or self.changed_share > REBUILD_SHARE
 
   def text(self) -> str:
     """Returns what a person reads."""
@@ -265,17 +274,19 @@ def _without_duplicates(
       continue
     met[text] = passage.id
     added.append(passage)
-    same_text.append(rows[0] if rows else -1)
+    # What was embedded has the title in it, also one that is a file's name.
+    same = (row for row in rows if now[row].title == passage.title)
+    same_text.append(next(same, -1))
     came.add(document)
   return added, same_text, came
 
 
 def _text(passage: Passage) -> str:
-  return fingerprint_lines([passage.title, passage.text])
+  return fingerprint_lines([own_title(passage), passage.text])
 
 
 def _some(ids: Sequence[str]) -> str:
   if not ids:
     return ""
   more = ", ..." if len(ids) > _SHOWN else ""
-  return f": {', '.join(ids[:_SHOWN])}{more}"
+  return f": {', '.join(map(one_line, ids[:_SHOWN]))}{more}"

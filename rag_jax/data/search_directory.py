@@ -30,8 +30,9 @@ from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.updated_passages import UpdatedPassages
 from rag_jax.data.search_versions import INDEX
 from rag_jax.data.search_versions import PASSAGES
+from rag_jax.data.search_versions import UPDATES
 from rag_jax.data.search_versions import SearchVersion
-from rag_jax.data.search_versions import current_name
+from rag_jax.data.search_versions import current
 from rag_jax.data.search_versions import open_current
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import load_saved_encoder
@@ -45,7 +46,7 @@ from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import Embedder
 
 KIND = "search directory"  # in its manifest
-FORMAT = 1  # raise when the files change meaning
+FORMAT = 2  # raise when the files change meaning; 2: updates/CURRENT is there
 ENCODER = "encoder"
 MODES = ("dense", "bm25", "hybrid")
 
@@ -58,6 +59,23 @@ class Hit:
 
   passage: Passage
   score: float  # by which hits are ordered; what it means depends on the mode
+
+
+def read_content(path: epath.Path) -> dict[str, Any]:
+  """Returns what the manifest of a search directory says.
+
+  Raises:
+    FileNotFoundError: nothing was built there, or its build was cut off.
+    ValueError: a file is missing, cut off or changed, or others lie there.
+  """
+  return artifacts.read_manifest(
+    path,
+    kind=KIND,
+    format=FORMAT,
+    remedy=REMEDY,
+    nested=True,
+    beside=[UPDATES],
+  )
 
 
 class SearchDirectory:
@@ -82,9 +100,7 @@ class SearchDirectory:
         build.
     """
     self.path = epath.Path(path).expanduser()
-    self.content: dict[str, Any] = artifacts.read_manifest(
-      self.path, kind=KIND, format=FORMAT, remedy=REMEDY
-    )
+    self.content: dict[str, Any] = read_content(self.path)
     passages = PassageStore(self.path / PASSAGES)
     self.encoder: TextEncoder = load_saved_encoder(self.path / ENCODER)
     index: Index = load_index(
@@ -93,10 +109,15 @@ class SearchDirectory:
       passages_fingerprint=passages.fingerprint,
     )
     self.built = passages, index
+    # Of format 2; in older ones nobody can tell.
+    self._is_marked: bool = self.content.get("updates") == "marked"
     self._switching = threading.Lock()
     # Searches read this reference once: replacing it is the whole switch.
-    self.version: SearchVersion = open_current(self.path, passages, index)
+    self.version: SearchVersion = self._open_current()
     self._embedder = Embedder(self.encoder.model, 1)
+
+  def _open_current(self) -> SearchVersion:
+    return open_current(self.path, *self.built, always=self._is_marked)
 
   @property
   def passages(self) -> PassageStore | UpdatedPassages:
@@ -122,9 +143,10 @@ class SearchDirectory:
         was open stays open.
     """
     with self._switching:  # else a slower thread could switch back
-      if current_name(self.path) == self.version.name:
+      now = current(self.path, always=self._is_marked)
+      if now.name == self.version.name:
         return False
-      self.version = open_current(self.path, *self.built)
+      self.version = self._open_current()
     return True
 
   def search(

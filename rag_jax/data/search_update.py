@@ -9,6 +9,7 @@ the words a new index is made: how rare one is depends on all passages.
 """
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 import functools
 
 from absl import logging
@@ -16,13 +17,13 @@ from etils import epath
 from jaxtyping import Float
 import numpy as np
 
-from rag_jax import artifacts
 from rag_jax.building import lock
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.prepare import read_parts
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.report import Coverage
 from rag_jax.corpus.report import raise_empty
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.tokenized import TokenizedPassages
@@ -31,10 +32,9 @@ from rag_jax.data import search_versions
 from rag_jax.data.search_changes import Changes
 from rag_jax.data.search_changes import UpdateReport
 from rag_jax.data.search_changes import find_changes
-from rag_jax.data.search_directory import FORMAT
 from rag_jax.data.search_directory import KIND
-from rag_jax.data.search_directory import REMEDY
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.data.search_directory import read_content
 from rag_jax.data.search_versions import BM25
 from rag_jax.data.search_versions import UPDATES
 from rag_jax.data.text_encoder import TextEncoder
@@ -57,6 +57,7 @@ def update_search_directory(
   on_bad_record: str = "",
   questions: Sequence[str] = (),
   speed_secs: float = 1.0,
+  wait: bool = False,
 ) -> UpdateReport:
   """Makes a new version of a search directory, and returns what it changed.
 
@@ -72,13 +73,14 @@ def update_search_directory(
     on_bad_record: "fail" or "skip"; "": as it was built.
     questions: that the certificate is measured with; none: passages.
     speed_secs: that each batch size is timed for the certificate.
+    wait: for another process that updates it.
 
   Raises:
     FileNotFoundError: the directory, the documents or the encoder is not there.
     ValueError: there is nothing to do, no such id, an id is to be replaced and
       deleted, nothing would be left, other weights, a document cannot be read,
       or somebody else writes there.
-    OSError: the disk is full.
+    UnwritableError: the disk is full, or nothing may be written there.
   """
   path = epath.Path(path).expanduser()
   if not upsert and not delete:
@@ -87,8 +89,13 @@ def update_search_directory(
       " documents or ids. Give --upsert or --delete."
     )
   # Before the lock, whose file would be made in any directory.
-  artifacts.read_manifest(path, kind=KIND, format=FORMAT, remedy=REMEDY)
-  with lock(path, kind=KIND):
+  read_content(path)
+  with lock(
+    path,
+    kind=KIND,
+    wait=wait,
+    remedy="What was there before is still in use: update again.",
+  ):
     search_versions.remove_unused(path)
     directory = SearchDirectory(path)
     passage_encoder = _passage_encoder(directory, encoder)
@@ -196,15 +203,39 @@ def _write(
         settings=now.bm25.settings,
       )
       words.save(folder / BM25)
-    made.index.certificate = certify(
+    certificate = certify(
       made.index, _sample(directory, questions), speed_secs=speed_secs
+    )
+    made.index.certificate = dataclasses.replace(
+      certificate, coverage=_coverage(directory, changes, encoder)
     )
     search_versions.finish(directory.path, made)
 
+  search_versions.start_updates(directory.path)
   updates = directory.path / UPDATES
-  updates.mkdir(exist_ok=True)
   name = live_files.add(updates, live_files.VERSION, save)
   live_files.switch(updates, name)
+
+
+def _coverage(
+  directory: SearchDirectory, changes: Changes, encoder: TextEncoder
+) -> Coverage | None:
+  """Returns how much is embedded when changes are made; None: not known."""
+  certificate = directory.index.certificate
+  if certificate is None or certificate.coverage is None:
+    return None
+  tokens, lost = certificate.coverage.tokens, certificate.coverage.lost
+  plan = directory.content["plan"]
+  length = plan["passage_length"] or encoder.max_tokens
+  gone = directory.passages.get(changes.gone)
+  for sign, passages in ((-1, gone), (1, changes.added)):
+    for start in range(0, len(passages), _BLOCK):
+      some = passages[start : start + _BLOCK]
+      tokenized = TokenizedPassages(some, encoder.tokenizer, length)
+      tokens += sign * (tokenized.num_tokens or 0)
+      lost += sign * (tokenized.num_lost or 0)
+  # Of what was left out nobody knows which documents held it.
+  return Coverage(tokens=max(tokens, 0), lost=max(lost, 0), left_out_chars=None)
 
 
 def _sample(

@@ -4,19 +4,23 @@ In: what was built, and the folder `updates` beside it. Out: the version that is
 in use. A version names the rows of what was built that are gone, and holds what
 came: it shares all else with the others.
 
-    updates/CURRENT      the name of the version in use
+    updates/CURRENT      the version in use and the digest of its manifest; or
+                         "built", before the first update
     updates/v000001/     gone.npy, embeddings.npy, passages/, bm25/, and the
                          manifest, written last, with the certificate
 """
 
 from collections.abc import Sequence
 import dataclasses
+import os
+import re
 
 from etils import epath
 from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.store import PASSAGES_PER_SHARD
 from rag_jax.corpus.store import PassageStore
@@ -32,12 +36,13 @@ UPDATES = "updates"
 PASSAGES, INDEX, BM25 = "passages", "index", "bm25"  # of what was built
 KEEP = 2  # versions: who just opened the one before can go on opening it
 
+# In CURRENT, from the build on: whether there was an update is never guessed.
+_BUILT = "built\n"
+_FILES = re.compile(r"CURRENT|v\d{6}")
+
 _KIND = "version of a search directory"
 _FORMAT = 1  # raise when the files of a version change their meaning
-_REMEDY = (
-  "Restore the directory from a copy, or remove its folder updates and update"
-  " again."
-)
+_REMEDY = "Restore the directory from a copy, or build it again."
 _GONE, _EMBEDDINGS = "gone.npy", "embeddings.npy"
 
 
@@ -60,20 +65,44 @@ class SearchVersion:
   bm25_path: epath.Path
 
 
-def current_name(path: epath.Path) -> str:
-  """Returns the name of the version in use; "" if there was no update.
+def start_updates(path: epath.Path) -> None:
+  """Says that there was no update yet, unless it is known already."""
+  updates = path / UPDATES
+  updates.mkdir(exist_ok=True)
+  if not (updates / live_files.CURRENT).exists():
+    artifacts.write_atomically(updates / live_files.CURRENT, _BUILT)
+
+
+def current(path: epath.Path, *, always: bool) -> live_files.Current:
+  """Returns the version in use; its name is "" if there was no update.
+
+  Args:
+    path: of the search directory.
+    always: whether it was built with the file that says so. Directories of
+      before got it with their first update.
 
   Raises:
-    ValueError: it is no name.
+    ValueError: nobody can tell which version it is.
   """
   updates = path / UPDATES
-  if not (updates / live_files.CURRENT).exists():
-    return ""
+  file = updates / live_files.CURRENT
+  if not file.exists() and not os.path.islink(file):
+    named = live_files.names(updates) if updates.exists() else []
+    if always or named:
+      raise ValueError(
+        f"There is no {UPDATES}/{live_files.CURRENT} in {path}, so nobody can"
+        " tell which version is in use, of"
+        f" {', '.join(['what was built', *named])}. Expected the file: it was"
+        f" removed. {_REMEDY}"
+      )
+    return live_files.Current("", "")
+  if disk.read_own(file, remedy=_REMEDY) == _BUILT.encode():
+    return live_files.Current("", "")
   return live_files.read_current(updates, _REMEDY)
 
 
 def open_current(
-  path: epath.Path, passages: PassageStore, index: Index
+  path: epath.Path, passages: PassageStore, index: Index, *, always: bool
 ) -> SearchVersion:
   """Returns the version in use.
 
@@ -81,24 +110,45 @@ def open_current(
     path: of the search directory.
     passages: that it was built of.
     index: that was built.
+    always: as `current`.
 
   Raises:
     FileNotFoundError: the version is gone.
-    ValueError: its files are missing, cut off or changed.
+    ValueError: its files are missing, cut off or changed, or others lie there.
   """
   while True:
-    name = current_name(path)
-    if not name:
+    now = current(path, always=always)
+    try:
+      _check_names(path / UPDATES)
+      live_files.check_current(path / UPDATES, now, _REMEDY)
+      if now.name:
+        return _open(path, now.name, passages, index)
       words = path / BM25
       return SearchVersion(
         "", passages, index, open_words(words, passages.fingerprint), words
       )
-    try:
-      return _open(path, name, passages, index)
     except (FileNotFoundError, ValueError):
       # It may have been removed just now, because newer ones are there.
-      if current_name(path) == name:
+      if current(path, always=always) == now:
         raise
+
+
+def _check_names(updates: epath.Path) -> None:
+  """Raises `ValueError` if something else lies among the versions."""
+  if not updates.exists():
+    return
+  artifacts.check_no_links(updates, _REMEDY)
+  other = [
+    name
+    for name in sorted(os.listdir(updates))
+    if not disk.is_unfinished(name) and not _FILES.fullmatch(name)
+  ]
+  if other:
+    raise ValueError(
+      f"{updates} holds {', '.join(other[:5])}"
+      f"{', ...' if len(other) > 5 else ''}; expected {live_files.CURRENT} and"
+      f" versions like v000001. Move them away if they are yours. {_REMEDY}"
+    )
 
 
 def open_words(path: epath.Path, passages_fingerprint: str) -> Bm25Index | None:
@@ -113,9 +163,9 @@ def _open(
 ) -> SearchVersion:
   folder = path / UPDATES / name
   content = artifacts.read_manifest(
-    folder, kind=_KIND, format=_FORMAT, remedy=_REMEDY
+    folder, kind=_KIND, format=_FORMAT, remedy=_REMEDY, nested=True
   )
-  if live_files.manifest_digest(path) != content["base_manifest"]:
+  if artifacts.manifest_digest(path) != content["base_manifest"]:
     raise ValueError(
       f"{folder} is an update of another build: the manifest of {path} is not"
       f" the one that it was made of. Expected both from one copy. {_REMEDY}"
@@ -186,8 +236,8 @@ def finish(path: epath.Path, made: Draft) -> None:
     disk_bytes=artifacts.directory_bytes(path / INDEX)
     + made.index.added.nbytes,
   )
-  content = {
-    "base_manifest": live_files.manifest_digest(path),
+  content = live_files.MARK | {
+    "base_manifest": artifacts.manifest_digest(path),
     "num_passages": len(made.passages),
     "passages_fingerprint": made.passages.fingerprint,
     "passages_per_shard": PASSAGES_PER_SHARD,
@@ -206,10 +256,12 @@ def remove_unused(path: epath.Path) -> None:
   updates = path / UPDATES
   if not updates.exists():
     return
-  current = current_name(path)
+  now = current(path, always=False).name
   named = live_files.names(updates)
-  kept = [name for name in named if name <= current][-KEEP:]
+  kept = [name for name in named if name <= now][-KEEP:]
   for name in named:
-    if name not in kept:  # those behind the current one were never in use
+    # Later ones stay until they are older than that: CURRENT may have been set
+    # back by mistake.
+    if name < now and name not in kept:
       live_files.retire(updates, name)
   live_files.remove_unfinished(updates)

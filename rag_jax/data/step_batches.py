@@ -46,12 +46,9 @@ class StepBatches(QuestionBatches):
     del retriever_params, index, doc_ids
     rows = self.rows(step)
     nothing = np.zeros((len(rows), 0), np.int32)
-    question_tokens, question_mask = self._context.questions(
-      [self._question_ids[i] for i in rows]
-    )
-    heads, heads_mask = self._context.contexts(
-      [self._context_ids[i] for i in rows], nothing
-    )
+    _, question_ids, context_ids = self.asked(step, rows)
+    question_tokens, question_mask = self._context.questions(question_ids)
+    heads, heads_mask = self._context.contexts(context_ids, nothing)
     target_tokens, target_mask = self._context.targets(
       [self._answer_ids[i] for i in rows]
     )

@@ -18,6 +18,7 @@ from rag_jax.models.hybrid import learned_weights
 from rag_jax.processes import to_host
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import find_docs
+from rag_jax.weights.generation_settings import settings_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -194,19 +195,25 @@ class Answerer:
 def make_decoder(experiment: Experiment) -> RagDecoder:
   """Returns what decodes as the config says."""
   config, tokenizer = experiment.config, experiment.tokenizer
-  decoding, generator = config.decoding, experiment.model.generator
-  settings = GenerationSettings(
-    max_new_tokens=config.data.target_length,
-    min_new_tokens=decoding.min_new_tokens,
-    num_beams=decoding.num_beams,
-    length_penalty=decoding.length_penalty,
-    no_repeat_ngram_size=decoding.no_repeat_ngram_size,
-    decoder_start_token_id=generator.decoder_start_id,
-    eos_token_id=(tokenizer.eos_id,),
-    pad_token_id=tokenizer.pad_id,
+  generator = experiment.model.generator
+  settings = GenerationSettings.from_dict(
+    {
+      "decoder_start_token_id": generator.decoder_start_id,
+      "eos_token_id": tokenizer.eos_id,
+      "pad_token_id": tokenizer.pad_id,
+    }
+    | settings_of(config),
+    "decoding.generation_config",
   )
-  mode = config.loss if decoding.mode == "auto" else decoding.mode
-  return RagDecoder(generator, settings, mode)
+  if tokenizer.eos_id not in settings.eos_token_id:
+    # What training ends its targets with.
+    ends = (*settings.eos_token_id, tokenizer.eos_id)
+    settings = dataclasses.replace(settings, eos_token_id=ends)
+  settings = dataclasses.replace(settings, num_return_sequences=1)
+  mode = config.decoding.mode
+  return RagDecoder(
+    generator, settings, config.loss if mode == "auto" else mode
+  )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ import numpy as np
 
 from rag_jax.decoding.scorers import log_norm
 from rag_jax.models.generator import Generator
+from rag_jax.models.pointer import Copy
+from rag_jax.models.pointer import mix_targets
 
 _VOCAB_CHUNK = 8192  # logits of all nodes exist for so many tokens at a time
 
@@ -93,15 +95,17 @@ def score_tree(
   targets: Int[Array, "B C T"],
   memory: Float[Array, "B K S D"],
   memory_mask: Bool[Array, "B K S"],
+  memory_tokens: Int[Array, "B K S"],
 ) -> tuple[Float[Array, "B C T K"], Float[Array, "B C T K"]]:
   """Returns log p(y_t | x, z, y_<t) and the sum of it over the vocabulary.
 
   A method for `generator.apply`. What stands behind a candidate's end has some
   value. The sum is what Hugging Face's label smoothing needs; it costs nothing.
   """
-  states = generator.tree_states(
-    tree.tokens, tree.depths, tree.seen, memory, memory_mask
+  states, copy = generator.tree_states(
+    tree.tokens, tree.depths, tree.seen, memory, memory_mask, memory_tokens
   )
+  states = states.reshape(*memory.shape[:2], *states.shape[1:])
   states = generator.output_states(states)  # B K M D
   table, bias = generator.output_table(), generator.output_bias()
   v = len(table)
@@ -119,6 +123,8 @@ def score_tree(
   )
   norm = jnp.moveaxis(norm, 1, -1)  # B C T K
   log_probs = chosen + bias[targets][..., None] - norm
+  if copy is not None:
+    log_probs = _with_copies(copy, log_probs, targets, tree.parents)
   total = jnp.einsum(
     "BKCTD,D->BCTK",
     known,
@@ -126,6 +132,28 @@ def score_tree(
     preferred_element_type=jnp.float32,
   )
   return log_probs, total + jnp.sum(bias) - v * norm
+
+
+def _with_copies(
+  copy: Copy,
+  log_probs: Float[Array, "B C T K"],
+  targets: Int[Array, "B C T"],
+  parents: Int[Array, "B C T"],
+) -> Float[Array, "B C T K"]:
+  """Returns the log-probabilities of targets that may be copied too."""
+  b, c, t, k = log_probs.shape
+  nodes = jnp.repeat(parents.reshape(b, c * t), k, axis=0)  # B*K C*T
+  copy = Copy(
+    tokens=copy.tokens,
+    log_places=jnp.take_along_axis(copy.log_places, nodes[..., None], axis=1),
+    gate_logits=jnp.take_along_axis(copy.gate_logits, nodes, axis=1),
+  )
+  mixed = mix_targets(
+    copy,
+    jnp.moveaxis(log_probs, -1, 1).reshape(b * k, c * t),
+    jnp.repeat(targets.reshape(b, c * t), k, axis=0),
+  )
+  return jnp.moveaxis(mixed.reshape(b, k, c, t), 1, -1)
 
 
 def _chunked_norm(

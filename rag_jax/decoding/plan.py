@@ -31,6 +31,7 @@ from rag_jax.models.generator import Generator
 # Of a row of the search: B questions of K documents, or B*K of one.
 Memory = Float[Array, "B K S D"]
 Mask = Bool[Array, "B K S"]
+Tokens = Int[Array, "B K S"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Plan:
     params: PyTree,
     memory: Memory,
     memory_mask: Mask,
+    memory_tokens: Tokens,
     key: Any,
   ) -> SearchState:
     """Returns the state before the first token, inside a traced function."""
@@ -70,6 +72,7 @@ class Plan:
       {"params": params},
       memory,
       memory_mask,
+      memory_tokens,
       search.width,
       self.settings.num_steps,
       method="init_cache",
@@ -120,12 +123,13 @@ def decode(
   doc_scores: Float[Array, "B K"],
   memory: Memory,
   memory_mask: Mask,
+  memory_tokens: Tokens,
   key: Any,
 ) -> Generated:
   """Searches with all documents of a question together."""
   prior = doc_log_prior(doc_scores)
   search = plan.search(params, prior, trie)
-  state = plan.start(search, params, memory, memory_mask, key)
+  state = plan.start(search, params, memory, memory_mask, memory_tokens, key)
   state = search.advance(state, plan.settings.num_steps)
   return summarize(search.finish(state), prior)
 
@@ -136,12 +140,13 @@ def begin(
   params: PyTree,
   memory: Memory,
   memory_mask: Mask,
+  memory_tokens: Tokens,
   key: Any,
   trie: PrefixTrie | None,
 ) -> SearchState:
   """Returns the state of `decode` before the first token."""
   search = plan.search(params, None, trie)
-  return plan.start(search, params, memory, memory_mask, key)
+  return plan.start(search, params, memory, memory_mask, memory_tokens, key)
 
 
 # The state's arrays are used again: a cache is as large as the model's memory.
@@ -178,6 +183,7 @@ def find_candidates(
   trie: PrefixTrie | None,
   memory: Memory,
   memory_mask: Mask,
+  memory_tokens: Tokens,
   key: Any,
 ) -> Found:
   """Searches with each document alone; R = K * W, the first one's first."""
@@ -188,6 +194,7 @@ def find_candidates(
     params,
     memory.reshape(b * k, 1, s, d),
     memory_mask.reshape(b * k, 1, s),
+    memory_tokens.reshape(b * k, 1, s),
     key,
   )
   found = search.finish(search.advance(state, plan.settings.num_steps))
@@ -213,6 +220,7 @@ def score_and_rank(
   doc_scores: Float[Array, "B K"],
   memory: Memory,
   memory_mask: Mask,
+  memory_tokens: Tokens,
   candidates: Found,
   tree: CandidateTree,
 ) -> Generated:
@@ -223,6 +231,7 @@ def score_and_rank(
     candidates.tokens,
     memory,
     memory_mask,
+    memory_tokens,
     method=score_tree,
   )
   return rank_thorough(

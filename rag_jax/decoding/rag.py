@@ -43,6 +43,7 @@ class Prepared:
   doc_scores: Float[Array, "B K"]
   memory: Float[Array, "B K S D"]
   memory_mask: Bool[Array, "B K S"]
+  memory_tokens: Int[Array, "B K S"]
 
 
 class RagDecoder:
@@ -139,7 +140,7 @@ class RagDecoder:
     if self.mode == "rag_sequence":
       return self._thorough(params, inputs, key)
     batch = self.prepare(params, *inputs)
-    rows = batch.memory, batch.memory_mask, key
+    rows = batch.memory, batch.memory_mask, batch.memory_tokens, key
     if self.mode == "rag_sequence_fast":
       found = compiled.find_candidates(
         self.plan, batch.params, self.trie, *rows
@@ -171,9 +172,10 @@ class RagDecoder:
     memory = compiled.encode(self.plan.generator, params, tokens, mask)
     if self.mode == "fid":  # one document, as long as all of them
       b, _, _, d = memory.shape
-      memory, mask = memory.reshape(b, 1, -1, d), mask.reshape(b, 1, -1)
+      memory = memory.reshape(b, 1, -1, d)
+      mask, tokens = mask.reshape(b, 1, -1), tokens.reshape(b, 1, -1)
       scores = jnp.zeros((b, 1))
-    return Prepared(params, scores, memory, mask)
+    return Prepared(params, scores, memory, mask, tokens)
 
   def _check_docs(self, num_retrieved: int) -> int:
     """Returns how many documents are read, of those that were retrieved."""
@@ -211,6 +213,7 @@ class RagDecoder:
       self.trie,
       _first(searched, num_docs),
       _first(searched_mask, num_docs),
+      _first(tokens, num_docs),
       key,
     )
     written, lengths = to_host(found.tokens), to_host(found.lengths)
@@ -225,6 +228,7 @@ class RagDecoder:
       _first(scores, ranked),
       _first(memory, ranked),
       _first(mask, ranked),
+      _first(tokens, ranked),
       found,
       build_tree(written, lengths, self.settings.start_id),
     )

@@ -12,46 +12,19 @@ import math
 import typing
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from rag_jax.artifacts import write_atomically
+from rag_jax.weights.config_fields import GENERATION_REFUSED
+from rag_jax.weights.config_fields import GENERATION_WITHOUT_EFFECT
 
 GENERATION_CONFIG = "generation_config.json"
 
 _DEFAULT_NEW_TOKENS = 20  # if no length is given, as in Hugging Face
 
-# What this search does not do, and the values that ask for nothing. They are
-# refused rather than ignored: the tokens would be others than expected.
-_INACTIVE: dict[str, tuple[Any, ...]] = {
-  "num_beam_groups": (1,),
-  "diversity_penalty": (0,),
-  "penalty_alpha": (0,),
-  "dola_layers": (),
-  "constraints": (),
-  "force_words_ids": (),
-  "min_p": (),
-  "top_h": (),
-  "typical_p": (1,),
-  "epsilon_cutoff": (0,),
-  "eta_cutoff": (0,),
-  "encoder_repetition_penalty": (1,),
-  "encoder_no_repeat_ngram_size": (0,),
-  "renormalize_logits": (False,),
-  "remove_invalid_values": (False,),
-  "exponential_decay_length_penalty": (),
-  "suppress_tokens": ([],),
-  "begin_suppress_tokens": ([],),
-  "sequence_bias": (),
-  "token_healing": (False,),
-  "guidance_scale": (1,),
-  "watermarking_config": (),
-  "stop_strings": ([],),
-  "max_time": (),
-  "prompt_lookup_num_tokens": (),
-  "assistant_early_exit": (),
-  "use_mtp": (False,),
-  "low_memory": (False,),
-}
+# How BART's older files said that answers begin with the bos token.
+_OLD_BOS = "force_bos_token_to_be_generated"
 
 _SEVERAL = ("eos_token_id", "forced_eos_token_id")  # one id, or a list of them
 
@@ -309,7 +282,7 @@ class GenerationSettings:
     known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
     active = [
       f"{name}={values[name]!r}"
-      for name, inactive in _INACTIVE.items()
+      for name, inactive in GENERATION_REFUSED.items()
       if values.get(name) is not None and values[name] not in inactive
     ]
     if active:
@@ -319,11 +292,18 @@ class GenerationSettings:
         + ". Its search knows greedy, sampling, beam search and beam sampling."
         " Take them out, or generate with transformers."
       )
+    passed_over = sorted(
+      k for k, v in values.items() if v is not None
+      and k not in known and k not in GENERATION_REFUSED
+      and k not in GENERATION_WITHOUT_EFFECT and k != _OLD_BOS
+    )  # fmt: skip
+    if passed_over:
+      logging.warning(
+        "%s has settings that rag_jax does not know and passes over: %s.",
+        *(origin, ", ".join(passed_over)),
+      )
     given = {k: v for k, v in values.items() if k in known and v is not None}
-    # How BART's older files said it.
-    if (
-      values.get("force_bos_token_to_be_generated") and "bos_token_id" in given
-    ):
+    if values.get(_OLD_BOS) and "bos_token_id" in given:
       given.setdefault("forced_bos_token_id", given["bos_token_id"])
     try:
       settings = cls(

@@ -66,6 +66,7 @@ def stream(
     batch.params,
     batch.memory,
     batch.memory_mask,
+    batch.memory_tokens,
     decoder.key(seed),
     decoder.trie,
   )

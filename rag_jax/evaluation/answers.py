@@ -2,63 +2,171 @@
 
 In: strings. Out: numbers from 0 to 1, for one question.
 
-Source: Rajpurkar et al. 2016, "SQuAD: 100,000+ Questions for Machine
-Comprehension of Text", https://arxiv.org/abs/1606.05250, section 6.1. As there,
-only the punctuation marks of ASCII are dropped and accents are kept.
+Two answers are equal if they are once normalised. How stands in one of three
+variants:
+
+- "multilingual", the default: texts are folded (corpus/folding.py), and then
+  as SQuAD does it, but with the punctuation of all scripts, and with a word for
+  each character in scripts that write no spaces, as MLQA does it (Lewis et al.
+  2020, https://arxiv.org/abs/1910.07475). What is written in ASCII is
+  normalised as by SQuAD, but that 1/2, 10^2 and 1_2 do not become 12 and 102.
+- "squad": as published for SQuAD (Rajpurkar et al. 2016,
+  https://arxiv.org/abs/1606.05250, section 6.1) and used by DPR and RAG: lower
+  case, and without the punctuation of ASCII, English articles and further
+  spaces. For numbers that are compared with those of papers.
+- "numbers": as "multilingual", but numbers are compared as such: "1,000" is
+  "1000" and "2.50" is "2.5", while "3.5" is not "35" and "-5" is not "5".
+
+In all of them an answer of which nothing would be left keeps its articles, and
+punctuation if need be ("A", "The Who?", "%"), and an empty prediction equals
+no answer; the published script gives such pairs 1.0.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+import dataclasses
+import functools
 import re
 import string
 import unicodedata
 
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+from rag_jax.config import EvalConfig
+from rag_jax.config_rules import check_choice
+from rag_jax.corpus.folding import fold
+from rag_jax.corpus.words import units
+
+_SETTINGS = {field.name: field for field in dataclasses.fields(EvalConfig)}
+VARIANTS: tuple[str, ...] = _SETTINGS["answers"].metadata["choices"]
+
+# As MLQA drops them; \b stands between a word and its neighbours.
+_ARTICLES = {
+  "en": re.compile(r"\b(?:a|an|the)\b"),
+  "es": re.compile(r"\b(?:un|una|unos|unas|el|la|los|las)\b"),
+  "de": re.compile(
+    r"\b(?:ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b"
+  ),
+  "vi": re.compile(r"\b(?:của|là|cái|chiếc|những)\b"),
+  "ar": re.compile("(?<!\\w)ال"),
+  "": re.compile("(?!)"),  # matches nothing
+}
+_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_PUNCTUATION = _ASCII_PUNCTUATION | dict.fromkeys(
+  code
+  for code in range(0x20000)  # there is none beyond
+  if unicodedata.category(chr(code))[0] == "P"
+)
+# One half is not 12, nor is 10 squared 102.
+_FRACTION_OR_POWER = re.compile(r"(?<=[0-9])[/^_](?=[0-9])")
+# All but the points and signs that numbers need.
+_BETWEEN_DIGITS = re.compile(r"(?<=[0-9])[^\w\s.](?=-?[0-9])")
+_NO_POINT_OR_SIGN = re.compile(
+  r"\.(?![0-9])|(?<=[^0-9\s($-])\."
+  r"|-(?![$\u00a3\u00a5\u20ac]?\.?[0-9])|(?<=[^\s\"'(\[{$\u00a3\u00a5\u20ac])-"
+)
+_OTHER_PUNCTUATION = {
+  code: nothing
+  for code, nothing in _PUNCTUATION.items()
+  if chr(code) not in ".-"
+}
 
 
-def normalize_answer(text: str) -> str:
-  """Returns `text` lower case, without punctuation, articles, extra spaces."""
-  # Composed first: between a letter and a combining accent there is a word
-  # boundary, so the first letter of a decomposed "a-grave" reads as an article.
-  text = unicodedata.normalize("NFC", text).lower()
-  text = text.translate(_NO_PUNCTUATION)
-  return " ".join(_ARTICLES.sub(" ", text).split())
+def check_variant(variant: str, language: str = "en") -> list[str]:
+  """Returns what is wrong with the two settings."""
+  problems = [
+    check_choice("eval.answers", variant, VARIANTS),
+    check_choice("eval.language", language, _ARTICLES),
+  ]
+  return [problem for problem in problems if problem]
 
 
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
+@functools.lru_cache(maxsize=1 << 14)
+def normalize_answer(
+  text: str, variant: str = "multilingual", language: str = "en"
+) -> str:
+  """Returns `text` as answers are compared; "" if nothing of it can be seen.
+
+  Args:
+    text: an answer.
+    variant: one of `VARIANTS`; what they do stands at the top of this file.
+    language: whose articles go, for instance "en"; "" for none. With "squad"
+      they are English.
+
+  Raises:
+    ValueError: there is no such variant or language.
+  """
+  if problems := check_variant(variant, language):
+    raise ValueError(" ".join(problems))
+  if variant == "squad":
+    # Composed first: between a letter and a combining accent there is a word
+    # boundary, so the "a" of a decomposed "a-grave" reads as an article.
+    text = unicodedata.normalize("NFC", text).lower()
+    bare = text.translate(_ASCII_PUNCTUATION)
+    without = _ARTICLES["en"].sub(" ", bare)
+    choices = (" ".join(t.split()) for t in (without, bare, text))
+  else:
+    numbers = variant == "numbers"
+    text = fold(text, join_digits=numbers)
+    bare = _without_punctuation(text, numbers)
+    without = _ARTICLES[language].sub(" ", bare)
+    choices = (
+      " ".join(units(t, numbers=numbers)) for t in (without, bare, text)
+    )
+  return next(filter(None, choices), "")
+
+
+def _without_punctuation(text: str, numbers: bool) -> str:
+  if not numbers:
+    return _FRACTION_OR_POWER.sub(" ", text).translate(_PUNCTUATION)
+  text = _BETWEEN_DIGITS.sub(" ", text)
+  return _NO_POINT_OR_SIGN.sub("", text).translate(_OTHER_PUNCTUATION)
+
+
+def exact_match(
+  prediction: str,
+  answers: Sequence[str],
+  variant: str = "multilingual",
+  language: str = "en",
+) -> float:
   """Returns 1.0 if `prediction` equals one of `answers` once normalised.
 
+  An empty prediction equals none.
+
   Raises:
     TypeError: `answers` is one string, not a list of them.
-    ValueError: there are no answers.
+    ValueError: there are no answers, or no such variant.
   """
   _check_answers(answers)
-  normalized = normalize_answer(prediction)
-  return float(any(normalized == normalize_answer(a) for a in answers))
+  ours = normalize_answer(prediction, variant, language)
+  equal = (ours == normalize_answer(a, variant, language) for a in answers)
+  return float(bool(ours) and any(equal))
 
 
-def token_f1(prediction: str, answers: Sequence[str]) -> float:
+def token_f1(
+  prediction: str,
+  answers: Sequence[str],
+  variant: str = "multilingual",
+  language: str = "en",
+) -> float:
   """Returns the F1 of shared words with the answer where it is highest.
 
-  Words are those of the normalised strings, counted as often as they occur. A
-  string without any word matches only another without any.
+  Words are those of the normalised strings, counted as often as they occur. An
+  empty prediction shares none.
 
   Raises:
     TypeError: `answers` is one string, not a list of them.
-    ValueError: there are no answers.
+    ValueError: there are no answers, or no such variant.
   """
   _check_answers(answers)
-  words = normalize_answer(prediction).split()
-  return max(_f1(words, normalize_answer(a).split()) for a in answers)
+  words = normalize_answer(prediction, variant, language).split()
+  return max(
+    _f1(words, normalize_answer(a, variant, language).split()) for a in answers
+  )
 
 
 def _f1(predicted: list[str], expected: list[str]) -> float:
-  if not predicted or not expected:
-    return float(predicted == expected)
   num_shared = (Counter(predicted) & Counter(expected)).total()
   # The harmonic mean of shared / predicted and shared / expected.
-  return 2.0 * num_shared / (len(predicted) + len(expected))
+  return 2.0 * num_shared / max(len(predicted) + len(expected), 1)
 
 
 def _check_answers(answers: Sequence[str]) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 
 from rag_jax.evaluation import gold
 from rag_jax.evaluation.benchmark_systems import System
-from rag_jax.evaluation.intervals import bootstrap_interval
 from rag_jax.evaluation.retrieval import contains_answer
 from rag_jax.retrieval.cost import queries_per_second
+from rag_jax.retrieval.intervals import mean_interval
 from rag_jax.retrieval.recall import Recall
 from rag_jax.retrieval.recall import index_recall_at_k
 from rag_jax.retrieval.recall import mean_recall
@@ -32,7 +32,7 @@ _BLOCK = 256  # questions searched for at a time, when not
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class Mean:
-  """Of one number a question, with its bootstrap 95% interval."""
+  """Of one number a question, with its 95% interval."""
 
   mean: float
   low: float
@@ -258,5 +258,5 @@ def _search(system: System, rows: np.ndarray, k: int) -> Any:
 
 
 def _mean(values: Float[np.ndarray, "B"]) -> Mean:
-  low, high = bootstrap_interval(values)
+  low, high = mean_interval(values)
   return Mean(mean=float(np.mean(values)), low=low, high=high)

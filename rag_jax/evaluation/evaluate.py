@@ -52,7 +52,9 @@ class Evaluator:
       [f"{passages[i].title} {passages[i].text}" for i in a.retrieved]
       for a in answers
     ]
-    in_top = answer_recall_at_k(texts, [q.answers for q in questions], RECALL_K)
+    in_top = answer_recall_at_k(
+      texts, [q.answers for q in questions], RECALL_K, config.eval.answers
+    )
     return [
       AnswerRecord(
         question=question.question,
@@ -81,7 +83,13 @@ class Evaluator:
       ValueError: the index finds less than index.min_recall.
     """
     start = time.perf_counter()
-    metrics = summarise(self.records(params, index, questions), prefix)
+    settings = self._experiment.config.eval
+    metrics = summarise(
+      self.records(params, index, questions),
+      prefix,
+      variant=settings.answers,
+      language=settings.language,
+    )
     secs = time.perf_counter() - start
     metrics[f"{prefix}/questions_per_second"] = len(questions) / secs
     if index is not None:

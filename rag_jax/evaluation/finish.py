@@ -12,6 +12,8 @@ from absl import logging
 import jax
 from jaxtyping import PyTree
 
+from rag_jax.artifacts import manifest_digest
+from rag_jax.config_json import settings_of
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.questions import Question
 from rag_jax.evaluation.evaluate import Evaluator
@@ -62,7 +64,13 @@ def finish(
   save_model(
     workdir.model,
     params,
-    {"step": step, "tokenizer": experiment.token_ids},
+    {
+      "step": step,
+      "tokenizer": experiment.token_ids,
+      # What is served has to be what was trained.
+      "config": settings_of(config),
+      "tokenizer_manifest": manifest_digest(workdir.tokenizer),
+    },
   )
   with experiment.context.counting() as cut:
     results: dict[str, Any] = evaluator.evaluate(

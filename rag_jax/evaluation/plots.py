@@ -6,7 +6,6 @@ In: the metrics.jsonl that a `MetricWriter` wrote. Out: a PNG.
 from collections.abc import Mapping, Sequence
 import io
 import math
-import os
 from typing import Any
 
 from etils import epath
@@ -17,6 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.training.metrics import read_metrics
 
 # Of Okabe and Ito: told apart by colour-blind people, and in print.
@@ -190,6 +190,7 @@ def _write_bytes(path: epath.Path, data: bytes) -> None:
   temp = artifacts.temp_path(path)
   try:
     temp.write_bytes(data)
-    os.replace(temp, path)
+    disk.sync(temp)
+    disk.rename(temp, path)
   finally:
     temp.unlink(missing_ok=True)

@@ -15,10 +15,12 @@ from etils import epath
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.evaluation.answers import exact_match
 from rag_jax.evaluation.answers import token_f1
-from rag_jax.evaluation.intervals import bootstrap_interval
 from rag_jax.retrieval.certificate import Certificate
+from rag_jax.retrieval.intervals import mean_interval
+from rag_jax.terminal import one_line
 
 RESULTS_FILE = "results.json"
 RECALL_K = 5  # of answer_recall_at_5
@@ -43,7 +45,11 @@ class AnswerRecord:
 
 
 def summarise(
-  records: Sequence[AnswerRecord], prefix: str = "test"
+  records: Sequence[AnswerRecord],
+  prefix: str = "test",
+  *,
+  variant: str = "multilingual",
+  language: str = "en",
 ) -> dict[str, float]:
   """Returns the mean metrics of `records`, all from 0 to 1, by name.
 
@@ -55,6 +61,8 @@ def summarise(
   Args:
     records: one a question.
     prefix: of the names; the split, for instance "test".
+    variant: how answers are compared; see answers.py.
+    language: whose articles do not count.
 
   Raises:
     ValueError: there are no records.
@@ -65,14 +73,19 @@ def summarise(
       " question. Is the split empty?"
     )
   hits = np.array(
-    [exact_match(r.prediction, r.answers) == 1.0 for r in records]
+    [
+      exact_match(r.prediction, r.answers, variant, language) == 1.0
+      for r in records
+    ]
   )
-  f1s = np.array([token_f1(r.prediction, r.answers) for r in records])
+  f1s = np.array(
+    [token_f1(r.prediction, r.answers, variant, language) for r in records]
+  )
   in_top = np.array([r.answer_in_top for r in records])
   relations = np.array([r.relation for r in records])
   has_docs = any(r.retrieved_ids for r in records)
 
-  low, high = bootstrap_interval(hits)
+  low, high = mean_interval(hits)
   result = {
     f"{prefix}/exact_match_low": low,
     f"{prefix}/exact_match_high": high,
@@ -136,11 +149,14 @@ def table(results: Mapping[str, Any], prefix: str = "test") -> str:
 def write_results(workdir: epath.PathLike, results: Mapping[str, Any]) -> None:
   """Writes `results` as WORKDIR/results.json, sorted by name, all or nothing.
 
+  With a digest of them, so that `read_results` notices any change.
+
   Raises:
     ValueError: a number is not finite, which JSON cannot hold.
   """
   plain = {name: _plain(name, value) for name, value in results.items()}
-  text = json.dumps(plain, indent=2, sort_keys=True, allow_nan=False)
+  whole = artifacts.with_digest(plain)
+  text = json.dumps(whole, indent=2, sort_keys=True, allow_nan=False)
   artifacts.write_atomically(epath.Path(workdir) / RESULTS_FILE, text + "\n")
 
 
@@ -152,7 +168,8 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: it is not there: the run has not ended.
-    ValueError: it is no JSON object: cut off or edited.
+    ValueError: it is no JSON object, or not as it was written: cut off or
+      edited. Or it is a link.
   """
   path = epath.Path(path)
   path = path / RESULTS_FILE if path.is_dir() else path
@@ -163,9 +180,10 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
       " the path."
     )
   remedy = "Remove it and start the run again with the same workdir."
+  data = disk.read_own(path, remedy=remedy)
   try:
-    results = json.loads(path.read_bytes().decode("utf-8"))
-  except ValueError as error:  # of JSON, or of UTF-8
+    results = json.loads(data.decode("utf-8"))
+  except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
     raise ValueError(
       f"{path} is not JSON ({error}); it was cut off or edited. {remedy}"
     ) from error
@@ -174,7 +192,7 @@ def read_results(path: epath.PathLike) -> dict[str, Any]:
       f"{path} holds a {type(results).__name__}; expected an object of named"
       f" results. {remedy}"
     )
-  return results
+  return artifacts.without_digest(results, origin=str(path), remedy=remedy)
 
 
 def _share(value: float | None) -> str:
@@ -182,6 +200,7 @@ def _share(value: float | None) -> str:
 
 
 def _row(relation: str, questions: str, match: str, recall: str) -> str:
+  relation = one_line(relation)
   if len(relation) > _RELATION_WIDTH:
     relation = relation[: _RELATION_WIDTH - 3] + "..."
   row = f"{relation:<{_RELATION_WIDTH}} {questions:>9}  {match:>11}"

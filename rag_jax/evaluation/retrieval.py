@@ -14,27 +14,44 @@ import unicodedata
 from jaxtyping import Float
 import numpy as np
 
+from rag_jax.corpus.folding import fold
+from rag_jax.corpus.words import units
+from rag_jax.evaluation.answers import check_variant
 
-def contains_answer(passage_text: str, answers: Sequence[str]) -> bool:
+
+def contains_answer(
+  passage_text: str, answers: Sequence[str], variant: str = "multilingual"
+) -> bool:
   """Returns whether one of `answers` occurs in a passage, word for word.
 
   The rule of DPR (Karpukhin et al. 2020, https://arxiv.org/abs/2004.04906,
   section 4): the tokens of the answer follow one another in the passage. A
   token is a run of letters, digits and marks, or one other character that is
   neither space nor control; case does not count, articles, punctuation and
-  accents do. Where words are written without spaces, as in Chinese, a run is
-  longer than a word, and an answer inside a run is missed.
+  accents do.
+
+  Args:
+    passage_text: what is searched.
+    answers: that are looked for.
+    variant: with "multilingual" both are folded (corpus/folding.py), and in
+      scripts without spaces each character is a token, so that an answer is
+      found inside a sentence; "numbers": a number with its sign and decimals
+      is one token, without separators between its digits; "squad": DPR's rule
+      as published, where an answer inside a run is missed.
 
   Raises:
     TypeError: `answers` is one string, not a list of them.
+    ValueError: there is no such variant.
   """
   if isinstance(answers, str):
     raise TypeError(
       f"answers={answers!r} is one string; expected a list of them, since a"
       f" question may have several answers. Pass [{answers!r}]."
     )
-  passage = _joined(passage_text)
-  wanted = (_joined(answer) for answer in answers)
+  if problems := check_variant(variant):
+    raise ValueError(" ".join(problems))
+  passage = _joined(passage_text, variant)
+  wanted = (_joined(answer, variant) for answer in answers)
   # An answer without a token occurs in nothing, rather than everywhere.
   return any(len(answer) > 1 and answer in passage for answer in wanted)
 
@@ -43,10 +60,12 @@ def answer_recall_at_k(
   retrieved_texts: Sequence[Sequence[str]],  # [B][K], best first
   answers: Sequence[Sequence[str]],  # [B][any number]
   k: int,
+  variant: str = "multilingual",
 ) -> Float[np.ndarray, "B"]:
   """Returns 1 where an answer occurs in one of the first `k` passages, else 0.
 
   A question with fewer than `k` passages is judged by those that it has.
+  `variant` is that of `contains_answer`.
 
   Raises:
     ValueError: `k` is below 1, or the two have different lengths.
@@ -59,7 +78,7 @@ def answer_recall_at_k(
       " order."
     )
   found = [
-    any(contains_answer(text, accepted) for text in texts[:k])
+    any(contains_answer(text, accepted, variant) for text in texts[:k])
     for texts, accepted in zip(retrieved_texts, answers, strict=True)
   ]
   return np.array(found, np.float64)
@@ -86,10 +105,16 @@ def _tokens(text: str) -> Iterator[str]:
       yield from (char.lower() for char in run)
 
 
-def _joined(text: str) -> str:
+@functools.lru_cache(maxsize=1 << 12)
+def _joined(text: str, variant: str) -> str:
   """Returns the tokens, a space before and after each.
 
   No token holds a space, so one of these occurs in another exactly where its
   tokens do, and the search is the one of `str`.
   """
-  return " " + "".join(token + " " for token in _tokens(text))
+  if variant == "squad":
+    tokens = _tokens(text)
+  else:
+    numbers = variant == "numbers"
+    tokens = units(fold(text, join_digits=numbers), numbers=numbers)
+  return " " + "".join(token + " " for token in tokens)

@@ -130,6 +130,7 @@ class Attention(nn.Module):
   start: str = "normal"  # or "previous", "previous again", "copy": see above
   kernel_std: float = 0.02  # of a fresh kernel; BERT's and BART's
   out_init_scale: float = 1.0  # times kernel_std, of the `out` kernel
+  dropout: float = 0.0  # of what each key weighs
   dtype: DTypeLike = jnp.bfloat16  # of activations and matmuls
   param_dtype: DTypeLike = jnp.float32  # of what the optimizer sees
 
@@ -141,6 +142,7 @@ class Attention(nn.Module):
       param_dtype=self.param_dtype,
     )
     heads = functools.partial(dense, features=(self.num_heads, self.head_dim))
+    self.drop = nn.Dropout(self.dropout)
     inits = self._inits()
     axes = ("embed", "heads", "head_dim")
     self.query = heads(kernel_init=named(inits["query"], *axes))
@@ -197,8 +199,13 @@ class Attention(nn.Module):
     value: Values,
     mask: Bool[Array, "#B #T S"],  # True where attention is allowed
     bias: Bias | None = None,
+    deterministic: bool = True,
   ) -> Float[Array, "B T D"]:
-    """Returns the mixture of `value` that `x` asks for."""
+    """Returns the mixture of `value` that `x` asks for.
+
+    Where nothing may be looked at, as in a row that is padding alone, it is
+    zero, as in transformers; T5 has the mean of all that is masked there.
+    """
     query = self.query(x)  # B T N H
     if self.scale_logits:
       query *= self.head_dim**-0.5
@@ -220,7 +227,11 @@ class Attention(nn.Module):
       mask[:, None], attn_logits, jnp.finfo(jnp.float32).min
     )
     attn_probs = jax.nn.softmax(attn_logits, axis=-1).astype(self.dtype)
-    return self.out(jnp.einsum("BNTS,BNSH->BTNH", attn_probs, value))
+    attn_probs = self.drop(attn_probs, deterministic=deterministic)
+    mixed = jnp.einsum("BNTS,BNSH->BTNH", attn_probs, value)
+    if self.scale_logits:  # T5 keeps the mean
+      mixed = jnp.where(jnp.any(mask, axis=-1)[..., None, None], mixed, 0.0)
+    return self.out(mixed)
 
   def __call__(
     self,
@@ -228,6 +239,7 @@ class Attention(nn.Module):
     memory: Float[Array, "B S D"],
     mask: Bool[Array, "#B #T S"],
     bias: Bias | None = None,
+    deterministic: bool = True,
   ) -> Float[Array, "B T D"]:
     key, value = self.keys_values(memory)
-    return self.attend(x, key, value, mask, bias)
+    return self.attend(x, key, value, mask, bias, deterministic)

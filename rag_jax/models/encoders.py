@@ -23,6 +23,10 @@ class RetrieverEncoder(nn.Module):
   With no layers there are no positions and no embedding norm: the embedding is
   the pooled sum of token embeddings, a trainable bag of words.
 
+  The embedding of a row without a real token is zero, so that it scores 0
+  before a projection's bias; where the first state is the embedding ("cls",
+  "pooler"), it is that of the first padding token alone, as in DPR.
+
   Fields as in `config.EncoderConfig`.
 
   Params: `token_embedding` [V, D]; with layers `position_embedding`,
@@ -45,6 +49,7 @@ class RetrieverEncoder(nn.Module):
   projection_dim: int = 0  # R; 0 = no projection, R = D
   normalize: bool = False  # divide by the L2 norm
   dropout: float = 0.0
+  attention_dropout: float = 0.0
   dtype: DTypeLike = jnp.bfloat16
   param_dtype: DTypeLike = jnp.float32
 
@@ -100,6 +105,7 @@ class RetrieverEncoder(nn.Module):
         activation=self.activation,
         norm_eps=self.norm_eps,
         dropout=self.dropout,
+        attention_dropout=self.attention_dropout,
         dtype=self.dtype,
         param_dtype=self.param_dtype,
         name=f"layer_{i}",
@@ -136,9 +142,11 @@ class RetrieverEncoder(nn.Module):
         return jnp.tanh(pooler)
     if self.pooling == "cls":
       return x[:, 0]
+    real = jnp.any(mask, axis=1, keepdims=True)  # N 1
     if self.pooling == "max":
       least = jnp.finfo(x.dtype).min
-      return jnp.max(jnp.where(mask[..., None], x, least), axis=1)
+      pooled = jnp.max(jnp.where(mask[..., None], x, least), axis=1)
+      return jnp.where(real, pooled, 0.0)
     weight_logits = jnp.zeros(mask.shape)
     if self.pooling == "learned":
       weight_logits = nn.Dense(
@@ -151,7 +159,7 @@ class RetrieverEncoder(nn.Module):
       mask, weight_logits, jnp.finfo(weight_logits.dtype).min
     )
     weights = jax.nn.softmax(weight_logits, axis=-1)
-    return jnp.einsum("NL,NLD->ND", weights, x)
+    return jnp.where(real, jnp.einsum("NL,NLD->ND", weights, x), 0.0)
 
 
 class OneTower(nn.Module):

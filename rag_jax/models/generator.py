@@ -8,6 +8,7 @@ In: context tokens [N, C] and target tokens [N, T], N = B*K.
 Out: target_logits [N, T, V].
 """
 
+import dataclasses
 import functools
 
 from flax import linen as nn
@@ -21,6 +22,11 @@ from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 from rag_jax.models.partitioning import named
 from rag_jax.models.partitioning import split_table
+from rag_jax.models.pointer import Copy
+from rag_jax.models.pointer import Pointer
+from rag_jax.models.pointer import PointerCache
+from rag_jax.models.pointer import mix_logits
+from rag_jax.models.pointer import nothing
 from rag_jax.models.stack import DecoderCache
 from rag_jax.models.stack import Stack
 
@@ -32,7 +38,7 @@ class Generator(nn.Module):
 
   Params: `token_embedding` [V, D], shared by encoder, decoder and, if tied, the
   output; `lm_head` [V, D] otherwise; `encoder` and `decoder`;
-  `final_logits_bias` [V], which BART holds at zero.
+  `final_logits_bias` [V], which BART holds at zero; `pointer`, if it copies.
   """
 
   vocab_size: int
@@ -64,8 +70,11 @@ class Generator(nn.Module):
   tied_output: bool = True
   scale_output: bool = False
   logits_bias: bool = True
+  pointer: bool = False
   copy_init: bool = False  # attention starts by copying
   dropout: float = 0.0
+  attention_dropout: float = 0.0
+  activation_dropout: float = 0.0
   dtype: DTypeLike = jnp.bfloat16
   param_dtype: DTypeLike = jnp.float32
 
@@ -96,6 +105,8 @@ class Generator(nn.Module):
       scale_attention=self.scale_attention,
       copy_init=self.copy_init,
       dropout=self.dropout,
+      attention_dropout=self.attention_dropout,
+      activation_dropout=self.activation_dropout,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
@@ -129,6 +140,11 @@ class Generator(nn.Module):
         self.param_dtype,
       )
 
+    if self.pointer:
+      self.copier = Pointer(
+        self.embed_dim, dtype=self.dtype, param_dtype=self.param_dtype
+      )
+
   def _check_positions(self, length: int, what: str) -> None:
     learned = self.positions == "learned"
     check_positions(length, self.max_positions if learned else 0, what)
@@ -152,8 +168,13 @@ class Generator(nn.Module):
     """Returns what is added to the logits, if anything is."""
     return self.final_logits_bias if self.logits_bias else None
 
-  def logits(self, x: Float[Array, "N T D"]) -> Float[Array, "N T V"]:
-    """Returns float32 logits of the decoder's states."""
+  def logits(
+    self, x: Float[Array, "N T D"], copy: Copy | None
+  ) -> Float[Array, "N T V"]:
+    """Returns float32 logits of the decoder's states.
+
+    With a pointer they are log-probabilities, of what is written or copied.
+    """
     logits = jnp.einsum(
       "NTD,VD->NTV",
       self.output_states(x),
@@ -163,6 +184,8 @@ class Generator(nn.Module):
     bias = self.output_bias()
     if bias is not None:
       logits = logits + bias.astype(jnp.float32)
+    if copy is not None:
+      logits = mix_logits(copy, logits)
     return constrain(logits, "batch", "length", "vocab")
 
   def encode(
@@ -186,8 +209,11 @@ class Generator(nn.Module):
     context_mask: Bool[Array, "N C"],
     target_tokens: Int[Array, "N T"],
     deterministic: bool = True,
-  ) -> Float[Array, "N T D"]:
-    """Returns what the logits at each position are computed from."""
+  ) -> tuple[Float[Array, "N T D"], Copy | None]:
+    """Returns what the logits at each position are computed from.
+
+    The states of the decoder, and what the pointer says, if there is one.
+    """
     self._check_positions(target_tokens.shape[1], "Targets")
     memory = self.encode(context_tokens, context_mask, deterministic)
     inputs = self.shift_right(target_tokens)
@@ -195,7 +221,7 @@ class Generator(nn.Module):
     # No mask of padding: it stands at the end, where causal positions that
     # count never look.
     causal = jnp.tril(jnp.ones((1, length, length), bool))
-    return self.decoder(
+    states = self.decoder(
       self._embed(inputs),
       causal,
       jnp.arange(length),
@@ -203,6 +229,10 @@ class Generator(nn.Module):
       context_mask[:, None, :],
       deterministic=deterministic,
     )
+    if not self.pointer:
+      return states, None
+    source = self.copier.source(context_tokens, context_mask, memory)
+    return states, self.copier(states, inputs, source)
 
   def shift_right(self, target_tokens: Int[Array, "N T"]) -> Int[Array, "N T"]:
     """Returns what the decoder reads to predict the target."""
@@ -224,13 +254,14 @@ class Generator(nn.Module):
     `decoder_start_id`, so position t has seen the tokens before t alone.
     """
     return self.logits(
-      self.states(context_tokens, context_mask, target_tokens, deterministic)
+      *self.states(context_tokens, context_mask, target_tokens, deterministic)
     )
 
   def init_cache(
     self,
     memory: Float[Array, "B K S D"],
     memory_mask: Bool[Array, "B K S"],
+    memory_tokens: Int[Array, "B K S"],
     num_beams: int,
     num_steps: int,
   ) -> DecoderCache:
@@ -239,10 +270,21 @@ class Generator(nn.Module):
     Args:
       memory: what `encode` returned for K documents a question.
       memory_mask: True on real tokens.
+      memory_tokens: what was encoded.
       num_beams: W, of each question.
       num_steps: T, as many tokens can be decoded.
     """
-    return self.decoder.init_cache(memory, memory_mask, num_beams, num_steps)
+    cache = self.decoder.init_cache(memory, memory_mask, num_beams, num_steps)
+    if not self.pointer:
+      return cache
+    b, k, s, d = memory.shape
+    source = self.copier.source(
+      memory_tokens.reshape(b * k, s),
+      memory_mask.reshape(b * k, s),
+      memory.reshape(b * k, s, d),
+    )
+    pointer = PointerCache(source, nothing(source.tokens, num_beams))
+    return dataclasses.replace(cache, pointer=pointer)
 
   def step(
     self,
@@ -251,9 +293,16 @@ class Generator(nn.Module):
     cache: DecoderCache,
   ) -> tuple[Float[Array, "B W K V"], DecoderCache]:
     """Returns the logits after reading the tokens at `position`."""
-    x, cache = self.decoder.step(self._embed(tokens), position, cache)
-    logits = self.logits(x)  # B*K W V
     b, w = tokens.shape
+    before, copy = cache.pointer, None
+    x, cache = self.decoder.step(self._embed(tokens), position, cache)
+    if self.pointer:
+      k = len(x) // b
+      read = jnp.repeat(tokens, k, axis=0)
+      copy = self.copier.step(x, read, before.log_places, before.source)
+      before = dataclasses.replace(before, log_places=copy.log_places)
+      cache = dataclasses.replace(cache, pointer=before)
+    logits = self.logits(x, copy)  # B*K W V
     return jnp.swapaxes(logits.reshape(b, -1, w, logits.shape[-1]), 1, 2), cache
 
   def tree_states(
@@ -263,8 +312,9 @@ class Generator(nn.Module):
     seen: Bool[Array, "B M M"],
     memory: Float[Array, "B K S D"],
     memory_mask: Bool[Array, "B K S"],
-  ) -> Float[Array, "B K M D"]:
-    """Returns the states of M nodes of a tree of prefixes, for each document.
+    memory_tokens: Int[Array, "B K S"],
+  ) -> tuple[Float[Array, "BK M D"], Copy | None]:
+    """Returns what `states` does, of M nodes of a tree of prefixes.
 
     Candidates that begin alike share the nodes of what they share.
 
@@ -274,22 +324,27 @@ class Generator(nn.Module):
       seen: True where node m looks at a node: at its ancestors and itself.
       memory: what `encode` returned.
       memory_mask: True on real tokens.
+      memory_tokens: what was encoded.
     """
     b, k, s, d = memory.shape
-    x = self.decoder(
-      jnp.repeat(self._embed(tokens), k, axis=0),
-      jnp.repeat(seen, k, axis=0),
-      jnp.repeat(depths, k, axis=0),
-      memory.reshape(b * k, s, d),
-      memory_mask.reshape(b * k, 1, s),
+    memory, mask = memory.reshape(b * k, s, d), memory_mask.reshape(b * k, s)
+    tokens, seen, depths = (
+      jnp.repeat(x, k, axis=0) for x in (tokens, seen, depths)
     )
-    return x.reshape(b, k, *x.shape[1:])
+    states = self.decoder(
+      self._embed(tokens), seen, depths, memory, mask[:, None]
+    )
+    if not self.pointer:
+      return states, None
+    source = self.copier.source(memory_tokens.reshape(b * k, s), mask, memory)
+    return states, self.copier.tree(states, tokens, depths, seen, source)
 
   def score(
     self,
     target_tokens: Int[Array, "B W T"],
     memory: Float[Array, "B K S D"],
     memory_mask: Bool[Array, "B K S"],
+    memory_tokens: Int[Array, "B K S"],
   ) -> Float[Array, "B W K T"]:
     """Returns log p(y_t | x, z, y_<t) of W candidates under K documents."""
     b, w, t = target_tokens.shape
@@ -297,16 +352,16 @@ class Generator(nn.Module):
     causal = jnp.tril(jnp.ones((t, t), bool))
     same = jnp.eye(w, dtype=bool)
     seen = (same[:, None, :, None] & causal[:, None]).reshape(w * t, w * t)
-    states = self.tree_states(
+    states, copy = self.tree_states(
       inputs.reshape(b, w * t),
       jnp.tile(jnp.arange(t), (b, w)),
       jnp.broadcast_to(seen, (b, w * t, w * t)),
       memory,
       memory_mask,
-    )  # B K W*T D
-    k = states.shape[1]
-    logits = self.logits(states.reshape(b * k, w * t, -1))
-    logits = logits.reshape(b, k, w, t, -1)
+      memory_tokens,
+    )  # B*K W*T D
+    logits = self.logits(states, copy)
+    logits = logits.reshape(b, -1, w, t, logits.shape[-1])
     indices = target_tokens[:, None, ..., None]
     chosen = jnp.take_along_axis(logits, indices, axis=-1)[..., 0]
     log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)

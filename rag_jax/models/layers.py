@@ -70,11 +70,14 @@ class Mlp(nn.Module):
   use_bias: bool = True
   kernel_std: float = 0.02
   out_init_scale: float = 1.0
+  dropout: float = 0.0  # between the layers
   dtype: DTypeLike = jnp.bfloat16
   param_dtype: DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  def __call__(
+    self, x: Float[Array, "B T D"], deterministic: bool = True
+  ) -> Float[Array, "B T D"]:
     dense = functools.partial(
       nn.Dense,
       use_bias=self.use_bias,
@@ -89,6 +92,7 @@ class Mlp(nn.Module):
     act = ACTIVATIONS[self.activation]
     hidden = wide(name="up")(x)  # B T F
     hidden = act(wide(name="gate")(x)) * hidden if self.gated else act(hidden)
+    hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
     return dense(
       x.shape[-1],
       kernel_init=dense_init(
@@ -141,6 +145,8 @@ class TransformerLayer(nn.Module):
   kernel_std: float = 0.02
   out_init_scale: float = 1.0  # of what self-attention and MLP add
   dropout: float = 0.0
+  attention_dropout: float = 0.0
+  activation_dropout: float = 0.0
   dtype: DTypeLike = jnp.bfloat16
   param_dtype: DTypeLike = jnp.float32
 
@@ -152,6 +158,7 @@ class TransformerLayer(nn.Module):
       embed_dim=self.embed_dim,
       use_bias=self.use_bias,
       scale_logits=self.scale_attention,
+      dropout=self.attention_dropout,
       kernel_std=self.kernel_std,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
@@ -180,6 +187,7 @@ class TransformerLayer(nn.Module):
       use_bias=self.use_bias,
       kernel_std=self.kernel_std,
       out_init_scale=self.out_init_scale,
+      dropout=self.activation_dropout,
       dtype=self.dtype,
       param_dtype=self.param_dtype,
     )
@@ -207,16 +215,20 @@ class TransformerLayer(nn.Module):
     """Returns `x` after the layer; with `memory`, as a decoder layer."""
     norm, inner = self.self_attention_norm, self._before
     y = inner(x, norm)
-    y = self.self_attention(y, y, mask, bias)
+    y = self.self_attention(y, y, mask, bias, deterministic)
     x = self._after(x, y, norm, deterministic)
     if self.cross:
       assert memory is not None
       assert memory_mask is not None
       norm = self.cross_attention_norm
-      y = self.cross_attention(inner(x, norm), memory, memory_mask)
+      y = inner(x, norm)
+      y = self.cross_attention(
+        y, memory, memory_mask, deterministic=deterministic
+      )
       x = self._after(x, y, norm, deterministic)
     norm = self.mlp_norm
-    return self._after(x, self.mlp(inner(x, norm)), norm, deterministic)
+    y = self.mlp(inner(x, norm), deterministic)
+    return self._after(x, y, norm, deterministic)
 
   def init_cache(
     self, memory: Float[Array, "B S D"], num_beams: int, num_steps: int

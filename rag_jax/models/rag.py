@@ -21,6 +21,8 @@ from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.generator import Generator
 from rag_jax.models.hybrid import HybridScores
 from rag_jax.models.partitioning import named
+from rag_jax.models.pointer import Copy
+from rag_jax.models.pointer import mix_targets
 from rag_jax.models.vocabulary import chunked_log_probs
 
 
@@ -152,10 +154,10 @@ class RagModel(nn.Module):
       bm25_scores,
       deterministic,
     )
-    states = self._states(
+    states, copy = self._states(
       context_tokens, context_mask, target_tokens, deterministic
     )
-    target_logits = self.generator.logits(states)  # B*K T V
+    target_logits = self.generator.logits(states, copy)  # B*K T V
     return RagOutput(
       doc_scores, target_logits.reshape(b, k, *target_logits.shape[1:])
     )
@@ -190,17 +192,20 @@ class RagModel(nn.Module):
       bm25_scores,
       deterministic,
     )
-    states = self._states(
+    states, copy = self._states(
       context_tokens, context_mask, target_tokens, deterministic
     )
     generator = self.generator
+    targets = jnp.repeat(target_tokens, k, axis=0)
     log_probs, mean = chunked_log_probs(
       generator.output_states(states),
       generator.output_table(),
       generator.output_bias(),
-      jnp.repeat(target_tokens, k, axis=0),
+      targets,
       vocab_chunk or generator.vocab_size,
     )
+    if copy is not None:  # config_rules refuses label smoothing: `mean`
+      log_probs = mix_targets(copy, log_probs, targets)
     return RagLogProbs(
       doc_scores, log_probs.reshape(b, k, -1), mean.reshape(b, k, -1)
     )
@@ -211,7 +216,7 @@ class RagModel(nn.Module):
     context_mask: Bool[Array, "B K C"],
     target_tokens: Int[Array, "B T"],
     deterministic: bool,
-  ) -> Float[Array, "BK T D"]:
+  ) -> tuple[Float[Array, "BK T D"], Copy | None]:
     b, k, c = context_tokens.shape
     return self.generator.states(
       context_tokens.reshape(b * k, c),
@@ -324,6 +329,11 @@ _OF_BOTH_TOWERS = (
 )  # fmt: skip
 
 
+_NOT_OF_THE_MODULE = (
+  "init", "init_from", "vocab_size", "decoder_start_id", "fixed"
+)  # fmt: skip
+
+
 def build_encoder(
   config: EncoderConfig,
   *,
@@ -355,7 +365,7 @@ def build_generator(
   same = {
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)
-    if field.name not in ("init", "init_from", "vocab_size", "decoder_start_id")
+    if field.name not in _NOT_OF_THE_MODULE
   }
   return Generator(
     **same,

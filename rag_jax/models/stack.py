@@ -23,6 +23,7 @@ from rag_jax.models.layers import make_norm
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 from rag_jax.models.partitioning import named
+from rag_jax.models.pointer import PointerCache
 
 
 # Unchecked, because JAX makes it of shapes and of stacked arrays too.
@@ -35,11 +36,13 @@ class DecoderCache:
   memory_mask: Bool[Array, "BK 1 S"]
   # At which beam each beam's history stood at each step: its keys are there.
   ancestors: Int[Array, "B W T"]
+  pointer: PointerCache | None = None  # of a generator that has one
 
   def reorder(self, beams: Int[Array, "B W"]) -> "DecoderCache":
     """Returns the cache whose beam w continues the old beam `beams[w]`."""
     ancestors = jnp.take_along_axis(self.ancestors, beams[..., None], axis=1)
-    return dataclasses.replace(self, ancestors=ancestors)
+    pointer = None if self.pointer is None else self.pointer.reorder(beams)
+    return dataclasses.replace(self, ancestors=ancestors, pointer=pointer)
 
 
 def sinusoid_init(
@@ -87,6 +90,8 @@ class Stack(nn.Module):
   cross: bool
   copy_init: bool
   dropout: float
+  attention_dropout: float
+  activation_dropout: float
   dtype: DTypeLike
   param_dtype: DTypeLike
 
@@ -145,6 +150,8 @@ class Stack(nn.Module):
         # A copying start: what the other blocks add is small beside it.
         out_init_scale=0.2 if self.copy_init else 1.0,
         dropout=self.dropout,
+        attention_dropout=self.attention_dropout,
+        activation_dropout=self.activation_dropout,
         dtype=self.dtype,
         param_dtype=self.param_dtype,
         name=f"layer_{i}",
@@ -183,7 +190,9 @@ class Stack(nn.Module):
   ) -> Float[Array, "N T D"]:
     """Returns what the last layer's output is read as."""
     if self.norm == "pre":
-      x = self.drop(self.final_norm(x), deterministic=deterministic)
+      x = self.final_norm(x)
+    if self.norm_kind == "rms":  # T5 drops here too, mBART and Pegasus do not
+      x = self.drop(x, deterministic=deterministic)
     return x
 
   def bias(

@@ -14,6 +14,7 @@ from absl import logging
 from jaxtyping import Float, Int
 import numpy as np
 
+from rag_jax.corpus.report import Coverage
 from rag_jax.retrieval.cost import num_cpus
 from rag_jax.retrieval.cost import queries_per_second
 from rag_jax.retrieval.exact import ExactIndex
@@ -50,6 +51,7 @@ class Certificate:
   disk_bytes: int | None = None  # of its directory; known once it is saved
   build_secs: float | None = None
   build_peak_bytes: int | None = None  # see BuildCost
+  coverage: Coverage | None = None  # of the corpus, by what is embedded
 
   def recall(self, k: int) -> Recall:
     """Returns the recall at the smallest k measured that is not below `k`.
@@ -96,6 +98,8 @@ class Certificate:
     try:
       content = dict(content)
       content["recalls"] = tuple(Recall(**r) for r in content["recalls"])
+      if content.get("coverage") is not None:
+        content["coverage"] = Coverage(**content["coverage"])
       content["queries_per_second"] = {
         int(size): float(speed)  # JSON has no keys but strings
         for size, speed in content["queries_per_second"].items()
@@ -115,6 +119,8 @@ class Certificate:
   def table(self) -> str:
     """Returns the certificate as a Markdown table."""
     rows = [("index", self._describe())]
+    if self.coverage is not None:  # no recall finds what is not in there
+      rows.append(("not embedded", str(self.coverage)))
     rows += [(f"index_recall@{r.k}", _interval(r)) for r in self.recalls]
     rows.append(("measured on", self._describe_sample()))
     rows += [

@@ -5,6 +5,7 @@ the index in it, tuned if that was asked for, and certified. The embeddings are
 stored once, also where an index is many searchers.
 """
 
+import dataclasses
 from typing import Any
 
 from absl import logging
@@ -14,6 +15,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
+from rag_jax.corpus.report import Coverage
 from rag_jax.retrieval.certificate import certify
 from rag_jax.retrieval.cost import BuildMeter
 from rag_jax.retrieval.embeddings import open_embeddings
@@ -67,6 +69,7 @@ def build_certified_index(
   speed_secs: float,
   encoder_fingerprint: str,
   passages_fingerprint: str,
+  coverage: Coverage | None = None,
 ) -> None:
   """Builds and certifies the index, unless it is there already.
 
@@ -81,6 +84,7 @@ def build_certified_index(
     speed_secs: that each batch size is timed for the certificate.
     encoder_fingerprint: of the weights that embedded the passages.
     passages_fingerprint: of the passages.
+    coverage: how much of the passages was embedded, for the certificate.
 
   Raises:
     ValueError: as `index.build_index` and `tuner.tune`.
@@ -116,5 +120,6 @@ def build_certified_index(
     index, sample = tuned.index, sample[1::2]
   elif index is None:
     index = build_index(embeddings, config, **prints)
-  index.certificate = certify(index, sample, speed_secs=speed_secs)
+  certificate = certify(index, sample, speed_secs=speed_secs)
+  index.certificate = dataclasses.replace(certificate, coverage=coverage)
   index.save(path)

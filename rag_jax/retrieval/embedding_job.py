@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax.disk import UnwritableError
 from rag_jax.processes import wait_for_all
 from rag_jax.retrieval import exact
 from rag_jax.retrieval.embeddings import EmbeddingFile
@@ -208,7 +209,7 @@ def _check_room(directory: epath.Path, job: EmbeddingJob) -> None:
   )
   existing = sum(f.stat().length for f in directory.glob("*.npy"))
   if job.num_bytes > free + existing:
-    raise OSError(
+    raise UnwritableError(
       f"The disk of {directory} has {free:,} bytes free, but the embeddings"
       f" need {job.num_bytes:,}. Free some, choose another output, or store"
       " them smaller (bfloat16 or int8)."

@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax import disk
+from rag_jax.disk import UnwritableError
 
 STORAGE = ("float32", "bfloat16", "int8")  # of numbers in the file
 EMBEDDINGS = "embeddings.npy"
@@ -302,11 +304,12 @@ def _make(
     del made
     with open(temp, "r+b") as f:
       os.posix_fallocate(f.fileno(), 0, size)
-    os.replace(temp, file)
+      os.fsync(f.fileno())
+    disk.rename(temp, file)
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
       need = int(np.prod(shape)) * np.dtype(dtype).itemsize
-      raise OSError(
+      raise UnwritableError(
         error.errno,
         f"The disk of {file.parent} has no room for the embeddings: expected"
         f" {need:,} bytes for {shape[0]:,} passages. Free some, choose another"

@@ -23,6 +23,7 @@ from rag_jax.retrieval import sharded
 from rag_jax.retrieval.certificate import Certificate
 from rag_jax.retrieval.cost import BuildCost
 from rag_jax.retrieval.cost import BuildMeter
+from rag_jax.retrieval.embeddings import PART
 
 _KINDS = {
   "exact": exact.ExactIndex,
@@ -223,6 +224,11 @@ def load_index(
       f" rag_jax can read: {', '.join(bad) or 'kind'} missing or wrong;"
       f" expected {', '.join(_CONTENT)} and a kind of {kinds}."
       f" {exact.REMEDY}"
+    )
+  if content["kind"] != _SHARDED and (epath.Path(path) / PART).exists():
+    raise ValueError(
+      f"{path} is a part of an index, whose embeddings are the files of another"
+      " directory. Expected a whole one. Open the index two folders above."
     )
   if encoder_fingerprint not in ("", content["encoder_fingerprint"]):
     raise ValueError(

@@ -68,6 +68,14 @@ class LiveIndex:
           f"There is a live index in {folder} already; expected a new"
           " directory. Open it with LiveIndex(path), or choose another."
         )
+      # One that was created and nothing else may be of a call that was killed.
+      left = live_files.names(folder)
+      if left not in ([], ["v000001"]):
+        raise ValueError(
+          f"{folder} holds the versions {', '.join(left)} of a live index, but"
+          f" no {live_files.CURRENT}: it was removed. Expected a new directory."
+          f" Restore {live_files.CURRENT} from a copy, or choose another."
+        )
       live_files.publish(
         folder,
         base=live_files.add_base(folder, index.save),
@@ -97,7 +105,7 @@ class LiveIndex:
         was open stays open.
     """
     with self._switching:  # else a slower thread could switch back
-      if live_files.read_current(self._path) == self.version.name:
+      if live_files.read_current(self._path).name == self.version.name:
         return False
       self.version = self._open_current()
     return True
@@ -261,13 +269,14 @@ class LiveIndex:
   def _open_current(self) -> LiveVersion:
     """Returns the version in use; its base is read only if it is another."""
     while True:
-      name = live_files.read_current(self._path)
+      current = live_files.read_current(self._path)
       try:
-        content, arrays = live_files.read_version(self._path, name)
+        live_files.check_current(self._path, current)
+        content, arrays = live_files.read_version(self._path, current.name)
         if self._base is None or self._base[0] != content["base"]:
           self._base = content["base"], load_index(self._path / content["base"])
         return LiveVersion(
-          name,
+          current.name,
           self._base[1],
           **arrays,
           passages_fingerprint=content["passages_fingerprint"],
@@ -275,7 +284,7 @@ class LiveIndex:
         )
       except (FileNotFoundError, ValueError):
         # It may have been pruned just now, because newer ones are there.
-        if live_files.read_current(self._path) == name:
+        if live_files.read_current(self._path) == current:
           raise
 
 

@@ -72,9 +72,13 @@ class LiveVersion:
 
   @property
   def changed_share(self) -> float:
-    """Rows that changed, went or came since the base was built, by its rows."""
+    """Rows that changed, went or came since the base was built, by its rows.
+
+    At most 1: where more came than were there, nothing is as it was.
+    """
     changed = len(np.union1d(self.delta_ids, self.deleted))
-    return max(changed - self.base_deleted, 0) / self.base.num_passages
+    changed = max(changed - self.base_deleted, 0)
+    return min(changed / self.base.num_passages, 1.0)
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int

@@ -22,6 +22,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.corpus.array_rows import ArrayRows
+from rag_jax.disk import UnwritableError
 
 # Where the scores of a word start, the passages that hold it, the scores.
 ARRAYS = {"starts": np.int64, "passages": np.int32, "scores": np.float32}
@@ -195,7 +196,7 @@ def _full_disk(directory: epath.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise OSError(
+    raise UnwritableError(
       f"The BM25 index cannot be written to {directory} ({error}). Expected"
       " room for 20 bytes for each different word of each passage, of which 12"
       " are free again when it is built. Free some space, or choose another"

@@ -9,9 +9,8 @@ import dataclasses
 from jaxtyping import Float, Int
 import numpy as np
 
-_RESAMPLES = 1000
-_SEED = 0  # of the resamples: the same questions give the same interval
-_OUTSIDE = 0.025  # of the 95% interval, at either end
+from rag_jax.retrieval.intervals import mean_interval
+
 _BLOCK_QUESTIONS = 64  # compared at a time: k * k booleans each
 
 
@@ -65,28 +64,11 @@ def index_recall_at_k(
 
 
 def mean_recall(recalls: Float[np.ndarray, "B"], k: int) -> Recall:
-  """Returns the mean over questions and its bootstrap 95% interval.
-
-  Resamples of equal numbers are all the same, which would claim certainty, of
-  twenty questions as of a million. The interval then is that of Clopper and
-  Pearson for the share of questions that have this number, the others being
-  as far off as they can be.
+  """Returns the mean over questions and its 95% interval.
 
   Args:
     recalls: one number from 0 to 1 a question, of at least one.
     k: of index_recall_at_k.
   """
-  assert len(recalls), "the mean of no questions"
-  mean = float(np.mean(recalls))
-  if np.all(recalls == recalls[0]):
-    share = _OUTSIDE ** (1 / len(recalls))
-    return Recall(k=k, mean=mean, low=mean * share, high=1 - (1 - mean) * share)
-  rng = np.random.default_rng(_SEED)
-  # How often each value is drawn, in place of which questions: there are few
-  # values, k + 1 at most, and many questions.
-  values, counts = np.unique(recalls, return_counts=True)
-  drawn = rng.multinomial(len(recalls), counts / len(recalls), size=_RESAMPLES)
-  low, high = np.quantile(
-    drawn @ values / len(recalls), (_OUTSIDE, 1 - _OUTSIDE)
-  )
-  return Recall(k=k, mean=mean, low=float(low), high=float(high))
+  low, high = mean_interval(recalls)
+  return Recall(k=k, mean=float(np.mean(recalls)), low=low, high=high)

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import math
 import os
+import re
 import shutil
 import tempfile
 from typing import Any
@@ -19,12 +20,19 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import exact
 from rag_jax.retrieval.cost import num_cpus
 from rag_jax.retrieval.embeddings import save_embeddings
 
 _ARTIFACTS = "scann"  # the folder that ScaNN writes, inside the index
+_CONFIG, _LIST = "scann_config.pb", "scann_assets.pbtxt"  # in it
+# One file in ScaNN's list of its files, as it writes it: a name, no path.
+_LISTED = re.compile(
+  r"""\s*assets \{\s*asset_type: (\w+)\s*asset_path: "(\w[\w.-]*)"\s*\}\s*""",
+  re.ASCII,
+)
 _TREE_SAMPLE = 256  # passages that the centre of a leaf is trained on, at least
 _CODEBOOK = 16  # ScaNN cannot quantise fewer passages than these
 _BATCH = 64  # questions that one thread searches for at a time, at most
@@ -192,7 +200,14 @@ class ScannIndex:
     # ScaNN writes to a local disk alone, and over what it may be reading.
     parent = path if artifacts.is_local(path) else None
     with _temporary_folder(parent) as temp:
-      self._searcher.serialize(os.fspath(temp), relative_path=True)
+      try:
+        self._searcher.serialize(os.fspath(temp), relative_path=True)
+      except RuntimeError as error:  # "I/O error", whatever it is
+        raise disk.UnwritableError(
+          f"ScaNN's files cannot be written to {path} ({error}). Expected room"
+          f" for {self.memory_bytes:,} bytes. Free some space, or choose"
+          " another directory, and build the index again."
+        ) from error
       if parent:
         if folder.exists():
           folder.rmtree()
@@ -207,8 +222,7 @@ class ScannIndex:
 
     Args:
       path: the directory.
-      content: of its manifest, once that was checked (`index.load_index`): it
-        refuses the pickle that ScaNN would read.
+      content: of its manifest, once that was checked (`index.load_index`).
 
     Raises:
       ValueError: ScaNN is not installed, or the files do not fit together.
@@ -223,13 +237,10 @@ class ScannIndex:
         f" {_ARTIFACTS}/ in it or its settings {settings} are not"
         f" {', '.join(_SETTINGS)}. {exact.REMEDY}"
       )
-    with contextlib.ExitStack() as stack:
-      if not artifacts.is_local(folder):
-        temp = stack.enter_context(_temporary_folder(None))
-        _copy_files(folder, temp)
-        folder = temp
+    with _temporary_folder(None) as temp:
+      _show_verified(folder, temp)
       searcher = module.load_searcher(
-        os.fspath(folder), assets_backcompat_shim=False
+        os.fspath(temp), assets_backcompat_shim=False
       )
     if searcher.size() != inner.num_passages:
       raise ValueError(
@@ -338,6 +349,40 @@ def _temporary_folder(parent: epath.Path | None):
     yield folder
   finally:
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _show_verified(source: epath.Path, target: epath.Path) -> None:
+  """Puts the files that ScaNN's own list names into a private folder.
+
+  ScaNN follows its list to any file of the machine, and unpickles a file of a
+  certain name beside it. So it never sees the folder that was given: it sees
+  this one, which holds the files that were verified, and no others.
+
+  Args:
+    source: of an index, whose manifest was checked.
+    target: empty, and of this process alone.
+
+  Raises:
+    ValueError: the list names something else than files beside it.
+  """
+  listed = (source / _LIST).read_bytes().decode("utf-8", errors="replace")
+  rest = _LISTED.sub("", listed)
+  names = [name for _, name in _LISTED.findall(listed)]
+  names = list(dict.fromkeys([_CONFIG, _LIST, *names]))
+  missing = [name for name in names if not (source / name).exists()]
+  if rest or missing or any(name.endswith(".pkl") for name in names):
+    raise ValueError(
+      f"{source / _LIST} is not what ScaNN wrote there: it holds {rest[:80]!r},"
+      f" and names files that are not beside it: {missing}. Expected the names"
+      " of files in the same folder. Whoever wrote this could read any file of"
+      f" this machine. {exact.REMEDY}"
+    )
+  local = artifacts.is_local(source)
+  for name in names:
+    if local:  # they may be large: shown, not copied
+      os.symlink(os.path.realpath(source / name), target / name)
+    else:
+      (source / name).copy(target / name)
 
 
 def _copy_files(source: epath.Path, target: epath.Path) -> None:

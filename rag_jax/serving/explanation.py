@@ -6,24 +6,20 @@ In: an `Answer`. Out: text of at most 80 columns, or JSON.
 from collections.abc import Iterator
 import dataclasses
 import itertools
-import json
 import math
-import re
 import unicodedata
 
 from rag_jax.decoding.answerer import Answer
+from rag_jax.terminal import json_line
+from rag_jax.terminal import one_line
 
 _WIDTH = 80  # columns
 _INDENT = 18  # of what stands under "passage"
 _TEXT_LINES = 3  # shown of a passage
+# Below it, by the model's own probabilities, other answers together are more
+# likely than the one it gives.
+_SURE = 0.5
 _MARK = " [...]"
-
-# What moves a terminal's cursor, colours its text or names its window: ECMA-48.
-_ESCAPES = re.compile(
-  r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
-  r"|(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
-  r"|\x1b[ -/]*[0-~]"
-)
 
 
 def explain(answer: Answer) -> str:
@@ -33,8 +29,15 @@ def explain(answer: Answer) -> str:
   answer; `p(z|x,y)` the posterior: how well the passage explains it.
   """
   probability = math.exp(answer.log_prob)
-  text = _clean(answer.text) or "(no answer)"
-  lines = list(_wrap(f"{text}   (p = {probability:.2f})", _WIDTH))
+  text = one_line(answer.text) or "(no answer)"
+  doubt = "" if is_sure(answer) else ", not sure"
+  lines = list(_wrap(f"{text}   (p = {probability:.2f}{doubt})", _WIDTH))
+  if doubt:
+    lines += _wrap(
+      "The model is not sure: to itself, some other answer is more likely than"
+      " this one. Perhaps no passage answers the question.",
+      _WIDTH,
+    )
   if answer.question_cut:
     lines += _wrap(
       "Note: the question is longer than the model takes; its end was not read"
@@ -45,35 +48,31 @@ def explain(answer: Answer) -> str:
     return "\n".join([*lines, "(closed book: no passages were read)"]) + "\n"
   lines += ["", "p(z|x)  p(z|x,y)  passage"]
   for doc in answer.docs:
-    title = f"{_clean(doc.title)} [{_clean(doc.id)}]".lstrip()
+    title = f"{one_line(doc.title)} [{one_line(doc.id)}]".lstrip()
     lines.append(
       f"{doc.prior:6.3f}  {doc.posterior:8.3f}  "
       + _shorten(title, _WIDTH - _INDENT)
     )
-    lines += [" " * _INDENT + line for line in _first_lines(_clean(doc.text))]
+    lines += [" " * _INDENT + line for line in _first_lines(one_line(doc.text))]
   return "\n".join(lines) + "\n"
+
+
+def is_sure(answer: Answer) -> bool:
+  """Returns whether the model finds its answer likelier than all others."""
+  return math.exp(answer.log_prob) >= _SURE
 
 
 def to_json(answer: Answer) -> str:
   """Returns the answer, its passages and every probability as one line."""
-  return json.dumps(dataclasses.asdict(answer), ensure_ascii=False)
-
-
-def _clean(text: str) -> str:
-  """Returns `text` on one line, without what could control a terminal."""
-  text = "".join(
-    c
-    for c in _ESCAPES.sub("", text)
-    if c.isspace() or unicodedata.category(c)[0] != "C"
-  )
-  return " ".join(text.split())
+  return json_line(dataclasses.asdict(answer) | {"sure": is_sure(answer)})
 
 
 def _columns(text: str) -> int:
   """Returns how wide a terminal shows `text`."""
   return sum(
     0
-    if unicodedata.category(c) in ("Mn", "Me")  # drawn over the one before
+    if unicodedata.category(c)
+    in ("Mn", "Me", "Cf")  # over the one before, or unseen
     else 1 + (unicodedata.east_asian_width(c) in "WF")
     for c in text
   )

@@ -11,8 +11,9 @@ from etils import epath
 import jax
 from jaxtyping import PyTree
 
+from rag_jax.artifacts import manifest_digest
 from rag_jax.config import MeshConfig
-from rag_jax.config_json import from_json
+from rag_jax.config_json import read_config
 from rag_jax.corpus.passages import load_passages
 from rag_jax.corpus.records import bad_character
 from rag_jax.corpus.records import shorten
@@ -68,9 +69,7 @@ class RagPipeline:
         " --config=configs/quickstart.py --workdir=" + str(run.path)
       )
     params, content = load_model(run.model)
-    # A byte that is no UTF-8 is a damage like any other.
-    text = run.config_path.read_bytes().decode("utf-8", errors="replace")
-    config = from_json(text, str(run.config_path))
+    config = read_config(run.config_path, content.get("config"))
     if corpus and not config.data.n_docs:
       raise ValueError(
         f"The corpus {corpus} was given, but the model in {run.path} was"
@@ -89,7 +88,7 @@ class RagPipeline:
         *(passages.origin, len(passages), config.data.n_docs),
       )
       config.data.n_docs = len(passages)
-    _check_tokenizer_exists(run)
+    _check_tokenizer(run, content.get("tokenizer_manifest", ""))
     experiment = open_experiment(
       config,
       tokenizer_path=run.tokenizer,
@@ -152,13 +151,25 @@ class RagPipeline:
     )
 
 
-def _check_tokenizer_exists(run: Workdir) -> None:
+def _check_tokenizer(run: Workdir, digest: str) -> None:
+  """Raises if the tokenizer is not there, or not as it was in training.
+
+  Args:
+    run: of the model.
+    digest: of the manifest of its tokenizer; "": nobody knows.
+  """
   # Otherwise another one would be trained, and written into the workdir.
   if not (run.tokenizer / "tokenizer.json").exists():
     raise FileNotFoundError(
       f"No tokenizer.json in {run.tokenizer}; expected the tokenizer that the"
       f" model in {run.model} was trained with. Put its files back, or train"
       " again."
+    )
+  if digest and manifest_digest(run.tokenizer) != digest:
+    raise ValueError(
+      f"The tokenizer in {run.tokenizer} has no manifest, or another than when"
+      f" the model in {run.model} was trained; expected the same files. Put the"
+      " old files back, or train again."
     )
 
 

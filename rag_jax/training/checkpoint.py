@@ -33,6 +33,7 @@ from jaxtyping import PyTree
 import orbax.checkpoint as ocp
 
 from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.processes import first_alone
 from rag_jax.processes import from_first
 from rag_jax.processes import wait_for_all
@@ -101,7 +102,7 @@ class Checkpointer:
         are all bad.
 
     Raises:
-      OSError: it could not be written. What was saved before is not touched.
+      UnwritableError: it could not be written. What was saved before stays.
       TypeError: a leaf of `state` is no `jax.Array`, or JSON cannot hold
         `extra`.
       ValueError: `step` is negative, or has a complete checkpoint already.
@@ -395,13 +396,15 @@ class Checkpointer:
     Raises:
       ValueError: it is of a newer version of rag_jax, which is no damage.
     """
+    newer = False
+    manifest = self._folder(step) / artifacts.MANIFEST
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+      newer = json.loads(manifest.read_bytes())["format"] > FORMAT
     try:
       self._read_whole(step)
     except (FileNotFoundError, ValueError) as error:
-      manifest = self._folder(step) / artifacts.MANIFEST
-      with contextlib.suppress(ValueError, KeyError, TypeError):
-        if json.loads(manifest.read_bytes())["format"] > FORMAT:
-          raise error
+      if newer:
+        raise
       return str(error).strip()
     return ""
 
@@ -472,13 +475,13 @@ class Checkpointer:
 
 @contextlib.contextmanager
 def _saying_what_to_do(folder: epath.Path) -> Iterator[None]:
-  """Raises `OSError` with one message in the place of a library's many."""
+  """Raises one `UnwritableError` in the place of a library's many errors."""
   try:
     yield
   except Exception as error:  # orbax and tensorstore have many for a full disk
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     why = lines[0] if lines else type(error).__name__
-    raise OSError(
+    raise disk.UnwritableError(
       f"The checkpoint {folder} could not be saved: {why} Expected a folder"
       " that can be written to, on a disk with enough room. Make room, or"
       " change its permissions, and run the same command again: it goes on from"

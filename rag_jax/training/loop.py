@@ -451,6 +451,7 @@ class _Run:
       "config": dataclasses.asdict(self._config),
       "metrics": {k: v for k, v in values.items() if math.isfinite(v)},
     }
+    self._writer.sync()
     kept_state = in_step.without_tokens(state)
     metric = values.get(_BEST)
     self._checkpoints.save(name, kept_state, extra, metric, loss)

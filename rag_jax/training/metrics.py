@@ -1,13 +1,14 @@
 """What a run measures while it trains, on disk and on one line of the log.
 
 In: named numbers at a step of a stage. Out: WORKDIR/metrics.jsonl, one JSON
-object a line; the same for TensorBoard below WORKDIR/tensorboard; the text of
-the progress line.
+object a line, each with a digest of it and of the lines before; the same for
+TensorBoard below WORKDIR/tensorboard; the text of the progress line.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -20,11 +21,18 @@ from absl import logging
 from etils import epath
 
 from rag_jax import artifacts
+from rag_jax import disk
 
 METRICS_FILE = "metrics.jsonl"
 STAGES = ("warmup", "train")  # in the order in which a run passes them
 
-_RESERVED = ("step", "stage", "time_secs")
+_DIGEST = "digest"  # of a line and all before it: none can be lost unseen
+_DIGEST_CHARS = 16  # 64 bits: against damage, not against a forger
+_RESERVED = ("step", "stage", "time_secs", _DIGEST)
+_REMEDY = (
+  "Restore the file from a copy, or cut it off before that line, which loses"
+  " what was measured since; no checkpoint depends on it."
+)
 # In a bucket each write uploads the whole file, and more than one a second to
 # the same object is refused.
 _BUCKET_SECS = 10.0
@@ -56,6 +64,7 @@ class MetricWriter:
     self._path = self._workdir / METRICS_FILE
     self._clock = clock
     self._file = None  # open for appending, while there is something to append
+    self._last = ""  # digest of the last line
     self._lines = []  # all of the file in a bucket, where nothing is appended
     self._uploaded_at = 0.0
     self._tensorboards = {}  # by stage; None where it cannot be written
@@ -78,6 +87,12 @@ class MetricWriter:
     assert not self._tensorboards, "truncate_after comes before the first write"
     here = STAGES.index(stage)
     kept = []
+    if step > 0 and not self._path.exists():
+      logging.warning(
+        "There is no %s of the steps before %d, which were trained: it was"
+        " removed. What is measured from here on is written.",
+        *(self._path, step),
+      )
     for record in read_metrics(self._path) if self._path.exists() else []:
       there = STAGES.index(record["stage"])
       in_time = step > 0 and record["step"] <= step
@@ -109,11 +124,20 @@ class MetricWriter:
     record = {"step": step, "stage": stage, "time_secs": round(time_secs, 3)}
     for name, value in values.items():
       record[name] = value if math.isfinite(value) else None
-    self._append(json.dumps(record, allow_nan=False) + "\n")
+    self._append(self._line(record))
     tensorboard = self._tensorboard(stage)
     for name, value in values.items():
       if tensorboard is not None and not math.isinf(value):
         tensorboard.add_scalar(name, value, global_step=step)
+
+  def sync(self) -> None:
+    """Waits until the disk has what was written.
+
+    Call it before a checkpoint is saved: a power cut must not leave a
+    checkpoint of steps that were never measured.
+    """
+    if self._file is not None:
+      os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Writes what is still in memory. Nothing can be written afterwards."""
@@ -135,17 +159,30 @@ class MetricWriter:
     """Makes `records` the whole file, and gets ready to append to it."""
     if self._file is not None:
       self._file.close()
-    lines = [json.dumps(record) + "\n" for record in records]
+    self._last = ""
+    lines = [self._line(record) for record in records]
     text = "".join(lines)
     if self._path.exists() and self._path.read_bytes() != text.encode():
       artifacts.write_atomically(self._path, text)
     self._secs_before = records[-1]["time_secs"] if records else 0.0
     self._opened_at = self._clock()
     if artifacts.is_local(self._path):
-      self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+      file = disk.open_own(
+        self._path,
+        os.O_WRONLY | os.O_APPEND | os.O_CREAT,
+        remedy="Remove it, or choose another --workdir.",
+        writes=True,
+      )
+      self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115
     else:
       self._file, self._lines = None, lines
       self._uploaded_at = self._opened_at
+
+  def _line(self, record: Mapping[str, Any]) -> str:
+    """Returns the next line of the file."""
+    self._last = _chained(self._last, record)
+    line = {**record, _DIGEST: self._last}
+    return json.dumps(line, allow_nan=False) + "\n"
 
   def _append(self, line: str) -> None:
     if self._file is not None:
@@ -187,37 +224,61 @@ class MetricWriter:
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-  """Returns the lines of a metrics.jsonl, oldest first.
+  """Returns the lines of a metrics.jsonl, oldest first, without their digests.
 
   A last line without its end is what a kill leaves behind, and is left out.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: another line is no record of metrics; names file and line.
+    ValueError: another line is no record of metrics, or not as it was written,
+      or one before it is missing; names file and line. Or it is a link.
   """
   path = epath.Path(path)
-  if not path.exists():
+  if not path.exists() and not os.path.islink(path):
     raise FileNotFoundError(
       f"There is no {path}: no metrics were written yet. Expected the"
       f" {METRICS_FILE} in the workdir of a run. Check the path, or train"
       " first."
     )
-  *lines, _ = path.read_bytes().decode("utf-8", "replace").split("\n")
-  records = []
+  data = disk.read_own(path, remedy="Remove it, or choose another workdir.")
+  *lines, _ = data.decode("utf-8", "replace").split("\n")
+  records, last, with_digests = [], "", True
   for number, line in enumerate(lines, start=1):
-    try:
+    record: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
       record = json.loads(line)
-    except json.JSONDecodeError:
-      record = None
+    digest = record.pop(_DIGEST, "") if isinstance(record, dict) else ""
     if not _is_record(record):
       raise ValueError(
         f"{path}, line {number}: {line[:80]!r} is no record of metrics;"
         " expected a JSON object with step, stage"
         f" ({' or '.join(STAGES)}), time_secs and numbers. The file was edited"
-        " or damaged; remove that line."
+        f" or damaged. {_REMEDY}"
+      )
+    if number == 1:
+      with_digests = bool(digest)
+    last = _chained(last, record) if with_digests else ""
+    if digest != last:
+      raise ValueError(
+        f"{path}, line {number} was damaged: it changed since it was written,"
+        f" or a line before it is missing. Expected the digest {last!r}, not"
+        f" {digest!r}. {_REMEDY}"
       )
     records.append(record)
+  if not with_digests:
+    logging.warning(
+      "The lines of %s have no digests: an older version wrote them. Nobody can"
+      " tell whether they are as they were written.",
+      path,
+    )
   return records
+
+
+def _chained(last: str, record: Mapping[str, Any]) -> str:
+  """Returns the digest of a line after one whose digest is `last`."""
+  text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+  whole = hashlib.sha256(f"{last}\n{text}".encode())
+  return whole.hexdigest()[:_DIGEST_CHARS]
 
 
 class Progress:

@@ -62,12 +62,22 @@ def stage_optimizer(
       warmup_steps=config.warmup.warmup_steps,
       schedule="constant",
     )
-  freeze = settings.freeze
+  freeze = settings.freeze + _constants(config, params)
   # Passages keep the embeddings of their index, once there is one.
   has_index = name == TRAIN or bool(config.index.path)
   if has_index and not config.encoder.train_passage_encoder:
     freeze += ("passage_encoder",)
   return make_optimizer(settings, params, num_steps, freeze)
+
+
+def _constants(config: Config, params: PyTree) -> tuple[str, ...]:
+  """Returns the paths of what the config says that never learns."""
+  held = params.get("generator", {})
+  return tuple(
+    f"generator/{name}"
+    for name in config.generator.fixed
+    if name != "final_logits_bias" or name in held  # not every model has one
+  )
 
 
 def make_stages(
@@ -115,6 +125,9 @@ def make_stages(
     seed=config.seed,
     frozen_passages=not config.encoder.train_passage_encoder,
     substitute_answers=config.data.substitute_answers,
+    substitute_subjects=config.data.substitute_subjects,
+    unanswerable_questions=config.data.unanswerable_questions,
+    informal_questions=config.data.informal_questions,
     bm25=experiment.bm25,
     share=process_rows(experiment.mesh, config.train.batch_size).tolist(),
   )
@@ -136,10 +149,15 @@ def _main_loss(experiment: Experiment) -> LossFn:
   """Returns the loss that the config chooses."""
   config = experiment.config
   if config.hf_loss:
+    nll_fn = HF_NLL_FNS[config.loss]
+    if config.exclude_bos_score:
+      nll_fn = functools.partial(
+        nll_fn, exclude_bos_score=True, bos_id=experiment.tokenizer.bos_id
+      )
     return functools.partial(
       hf_loss,
       model=experiment.model,
-      nll_fn=HF_NLL_FNS[config.loss],
+      nll_fn=nll_fn,
       label_smoothing=config.label_smoothing,
     )
   return functools.partial(

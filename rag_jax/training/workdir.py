@@ -5,11 +5,9 @@ writes to, and whose checkpoints belong to the same experiment.
 """
 
 import datetime
-import errno
 import fcntl
 import json
 import os
-import re
 import socket
 from typing import Any
 
@@ -18,17 +16,24 @@ from etils import epath
 import jax
 
 from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.config import Config
 from rag_jax.config_json import differences
-from rag_jax.config_json import from_json
-from rag_jax.config_json import to_json
+from rag_jax.config_json import read_config
+from rag_jax.config_json import write_config
 from rag_jax.config_rules import fields
 from rag_jax.processes import first_alone
 from rag_jax.training.metrics import METRICS_FILE
 
 LOCK = ".lock"
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# What a run writes, beside the files that are not finished.
+_OWN = frozenset({
+  LOCK, METRICS_FILE, "config.json", "checkpoints", "indexes", "model",
+  "index", "tokenizer", "tokens", "tensorboard", "results.json",
+  "learning_curves.png",
+})  # fmt: skip
+_REMOVE = "Remove it, or choose another --workdir."
 
 _MAY_DIFFER = frozenset({
   "train.log_steps", "train.validate_steps", "train.checkpoint_steps",
@@ -118,13 +123,13 @@ class Workdir:
 
   def __exit__(self, kind: object, error: object, trace: object) -> None:
     self.close()
-    if isinstance(error, OSError) and _is_no_room(error):
-      raise OSError(
-        f"--workdir={self.path} cannot be written to any more: {error}."
-        " Expected a disk with enough room. Make room, or move the folder to"
-        " another disk, and run the same command again: it goes on from the"
-        " last checkpoint."
-      ) from error
+    if isinstance(error, OSError):
+      with disk.explaining(
+        self.path,
+        "The run",
+        "Then run the same command again: it goes on from the last checkpoint.",
+      ):
+        raise error
 
 
 def open_workdir(
@@ -169,7 +174,7 @@ def open_workdir(
   Raises:
     ValueError: the path is no folder that can be written to; another run uses
       it; its config.json is damaged or of another experiment; or it has
-      checkpoints but no config.json.
+      checkpoints but no config.json; or there is a link among its files.
   """
   if not os.fspath(path):
     raise ValueError(
@@ -196,12 +201,13 @@ def _open(
     _check_config(workdir, config, False, may_learn_otherwise)
     return workdir
   _check_writable(path)
+  _check_no_links(path)
   workdir = Workdir(path, _lock(path))
   try:
     same = _check_config(workdir, config, True, may_learn_otherwise)
     if not same and workdir.tokenizer.exists():
       workdir.tokenizer.rmtree()  # perhaps of other texts
-    artifacts.write_atomically(workdir.config_path, to_json(config))
+    write_config(workdir.config_path, config)
   except BaseException:
     workdir.close()
     raise
@@ -231,6 +237,18 @@ def _make_folder(path: epath.Path) -> None:
     raise _not_writable(path, error) from error
 
 
+def _check_no_links(path: epath.Path) -> None:
+  """Raises `ValueError` if what a run writes would go to where a link leads.
+
+  Files of others may lie there, and links among them.
+  """
+  if not artifacts.is_local(path):
+    return
+  for name in sorted(os.listdir(path)):
+    if name in _OWN:
+      artifacts.check_no_links(path, _REMOVE, name)
+
+
 def _check_writable(path: epath.Path) -> None:
   """Raises `ValueError` if no file can be written.
 
@@ -245,13 +263,6 @@ def _check_writable(path: epath.Path) -> None:
       probe.unlink(missing_ok=True)
   except OSError as error:
     raise _not_writable(path, error) from error
-
-
-def _is_no_room(error: OSError) -> bool:
-  """Returns whether a disk was full, or read-only, all of a sudden."""
-  # NumPy's has no number, but says how much it wrote.
-  cut_off = re.search(r"\d+ requested and \d+ written", str(error))
-  return error.errno in _NO_ROOM or cut_off is not None
 
 
 def _not_writable(path: epath.Path, error: OSError) -> ValueError:
@@ -271,7 +282,9 @@ def _lock(path: epath.Path) -> int | None:
       path,
     )
     return None
-  file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+  file = disk.open_own(
+    path / LOCK, os.O_RDWR | os.O_CREAT, remedy=_REMOVE, writes=True
+  )
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
@@ -332,12 +345,10 @@ def _check_config(
       not `may_correct`.
   """
   path = workdir.config_path
-  if not path.exists():
+  if not path.exists() and not os.path.islink(path):
     _check_no_checkpoints(workdir)
     return True
-  # A byte that is no UTF-8 is a damage like any other.
-  text = path.read_bytes().decode("utf-8", errors="replace")
-  old = from_json(text, origin=str(path))
+  old = read_config(path)
   different = {
     line.partition(":")[0]: line for line in differences(old, config)
   }

@@ -62,6 +62,16 @@ class ConfigValues:
     """Returns a number."""
     return float(self._get(name, default, "a number", int, float))
 
+  def rate(self, name: str, default: float) -> float:
+    """Returns a share from 0 to below 1."""
+    value = self.number(name, default)
+    if not 0 <= value < 1:
+      raise ValueError(
+        f"{self.origin} says {name}={value}; expected a number from 0 to below"
+        " 1. The file was edited; copy it again."
+      )
+    return value
+
   def flag(self, name: str, default: bool) -> bool:
     """Returns True or False."""
     return self._get(name, default, "true or false", bool)

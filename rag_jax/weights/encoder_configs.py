@@ -18,7 +18,7 @@ ENCODER_TYPES = ("bert", "dpr")
 ENCODER_FIELDS = (
   "vocab_size", "max_positions", "num_layers", "embed_dim", "num_heads",
   "mlp_dim", "activation", "norm_eps", "num_token_types", "pooler", "pooling",
-  "normalize", "projection_dim",
+  "normalize", "projection_dim", "dropout", "attention_dropout",
 )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ def read_encoder_config(
   values.refuse(
     position_embedding_type="absolute",
     is_decoder=False,
+    is_encoder_decoder=False,
     add_cross_attention=False,
   )
   ours = values.ours()
@@ -57,6 +58,8 @@ def read_encoder_config(
       "num_token_types", values.size("type_vocab_size", 2), least=0
     ),
     pooling="cls",
+    dropout=values.rate("hidden_dropout_prob", 0.1),
+    attention_dropout=values.rate("attention_probs_dropout_prob", 0.1),
   )
   if encoder.embed_dim % encoder.num_heads:
     raise ValueError(
@@ -105,7 +108,7 @@ def bert_config(
     "type_vocab_size": e.num_token_types or 1,
     "position_embedding_type": "absolute",
     "hidden_dropout_prob": e.dropout,
-    "attention_probs_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": e.attention_dropout,
     "dtype": "float32",
     "torch_dtype": "float32",  # what version 4 calls it
     **special_ids.to_config(),

@@ -36,17 +36,19 @@ from rag_jax.weights.generation_settings import write_generation
 from rag_jax.weights.generator_configs import generator_config
 from rag_jax.weights.generator_configs import generator_type
 from rag_jax.weights.generator_tensors import generator_architecture
-from rag_jax.weights.load import GENERATOR_TOKENIZER
 from rag_jax.weights.load import PASSAGE_ENCODER
-from rag_jax.weights.load import QUESTION_TOKENIZER
 from rag_jax.weights.loaded import RagSettings
 from rag_jax.weights.mapping import Arrays
 from rag_jax.weights.mapping import put
 from rag_jax.weights.pooling_modules import MODULES
 from rag_jax.weights.pooling_modules import check_modules
 from rag_jax.weights.pooling_modules import write_modules
+from rag_jax.weights.saved import score_scale
 from rag_jax.weights.tensors import MAX_SHARD_BYTES
 from rag_jax.weights.tensors import write_tensors
+from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
+from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
+from rag_jax.weights.tokenizer_files import TokenizerFiles
 from rag_jax.weights.tokenizer_files import check_tokenizer
 from rag_jax.weights.tokenizer_files import copy_tokenizer
 
@@ -61,14 +63,6 @@ _RAG_NAMES = {
   "token": "RagTokenForGeneration",
   "sequence": "RagSequenceForGeneration",
 }
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TokenizerFiles:
-  """A saved tokenizer and what its special ids are."""
-
-  path: str = ""  # its directory; "": none is copied
-  ids: SpecialIds = dataclasses.field(default_factory=SpecialIds)
 
 
 NO_TOKENIZER = TokenizerFiles()
@@ -246,13 +240,6 @@ def export_rag(
     **said,
   }
   _finish(path, config)
-
-
-def score_scale(e: EncoderConfig, params: PyTree) -> float:
-  """Returns what multiplies the question embeddings of a `RagModel`."""
-  if "log_score_scale" in params:
-    return float(np.exp(np.float64(params["log_score_scale"])))
-  return e.score_scale
 
 
 def _encoder(

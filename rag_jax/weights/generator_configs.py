@@ -21,8 +21,11 @@ GENERATOR_FIELDS = (
   "scale_embedding", "positions", "position_offset", "max_positions",
   "relative_buckets", "relative_max_distance", "relative_shared",
   "scale_attention", "tied_output", "scale_output", "logits_bias",
-  "decoder_start_id",
+  "decoder_start_id", "dropout", "attention_dropout", "activation_dropout",
+  "fixed", "pointer",
 )  # fmt: skip
+
+_SINUSOIDS = ("encoder/position_embedding", "decoder/position_embedding")
 
 _T5_TYPES = ("t5", "mt5")
 # What the relatives of BART differ in, and their token ids.
@@ -31,6 +34,8 @@ _BART_TYPES: dict[str, dict[str, Any]] = {
   "mbart": {"norm": "pre", "embedding_norm": True, "position_offset": 2},
   "pegasus": {"norm": "pre", "embedding_norm": False, "position_offset": 0},
 }
+# What does not learn in the original; of Pegasus, positions are constants too.
+_FIXED = {"pegasus": ("final_logits_bias", *_SINUSOIDS)}
 _BART_IDS = {
   "bart": {"pad": 1, "bos": 0, "eos": 2, "start": 2},
   "mbart": {"pad": 1, "bos": 0, "eos": 2, "start": -1},
@@ -41,11 +46,13 @@ _BART: dict[str, Any] = {
   "gated": False, "norm_kind": "layer", "norm_eps": 1e-5, "use_bias": True,
   "positions": "learned", "relative_buckets": 0, "relative_shared": False,
   "scale_attention": True, "scale_output": False, "logits_bias": True,
+  "pointer": False,
 }  # fmt: skip
 _T5: dict[str, Any] = {
   "norm": "pre", "norm_kind": "rms", "use_bias": False,
   "embedding_norm": False, "scale_embedding": False, "positions": "none",
   "relative_shared": True, "scale_attention": False, "logits_bias": False,
+  "pointer": False,
 }  # fmt: skip
 GENERATOR_TYPES = (*_BART_TYPES, *_T5_TYPES)
 
@@ -74,6 +81,7 @@ def read_generator_config(
 def _read_bart(
   values: ConfigValues, model_type: str, lm_head: LmHead
 ) -> GeneratorConfig:
+  values.refuse(is_decoder=False, is_encoder_decoder=True)
   g = GeneratorConfig(
     vocab_size=values.size("vocab_size", 50265),
     max_positions=values.size("max_position_embeddings", 1024),
@@ -90,6 +98,10 @@ def _read_bart(
     decoder_start_id=values.token(
       "decoder_start_token_id", _BART_IDS[model_type]["start"]
     ),
+    dropout=values.rate("dropout", 0.1),
+    attention_dropout=values.rate("attention_dropout", 0.0),
+    activation_dropout=values.rate("activation_dropout", 0.0),
+    fixed=_FIXED.get(model_type, ("final_logits_bias",)),
     **_BART,
     **_BART_TYPES[model_type],
   )
@@ -108,6 +120,7 @@ def _read_bart(
 def _read_t5(
   values: ConfigValues, model_type: str, lm_head: LmHead
 ) -> GeneratorConfig:
+  values.refuse(is_decoder=False, is_encoder_decoder=True)
   v1_1 = model_type == "mt5"
   mlp = values.text("feed_forward_proj", "gated-gelu" if v1_1 else "relu")
   gate, _, activation = mlp.rpartition("-")
@@ -135,6 +148,7 @@ def _read_t5(
   heads = values.size("num_heads", 6 if v1_1 else 8)
   layers = values.size("num_layers", 8 if v1_1 else 6)
   mlp_dim = values.size("d_ff", 1024 if v1_1 else 2048)
+  dropout = values.rate("dropout_rate", 0.1)
   return GeneratorConfig(
     vocab_size=values.size("vocab_size", 250112 if v1_1 else 32128),
     num_layers=layers,
@@ -158,6 +172,9 @@ def _read_t5(
     decoder_start_id=values.token(
       "decoder_start_token_id", values.token("pad_token_id", 0)
     ),
+    dropout=dropout,  # in all places
+    attention_dropout=dropout,
+    activation_dropout=dropout,
     **_T5,
   )
 
@@ -330,8 +347,8 @@ def generator_config(
     "scale_embedding": g.scale_embedding,
     "max_position_embeddings": g.max_positions,
     "dropout": g.dropout,
-    "attention_dropout": 0.0,
-    "activation_dropout": 0.0,
+    "attention_dropout": g.attention_dropout,
+    "activation_dropout": g.activation_dropout,
     "tie_word_embeddings": g.tied_output,
     "forced_eos_token_id": None,  # 2 if it is left out
   }

@@ -1,6 +1,7 @@
-"""Somebody else's checkpoint as fields and parameters of ours.
+"""A checkpoint as fields and parameters of ours.
 
-In: a local directory or "hf:ORG/NAME". Out: what `config.EncoderConfig` and
+In: a local directory or "hf:ORG/NAME", of transformers; or a workdir or model
+directory of ours. Out: what `config.EncoderConfig` and
 `GeneratorConfig` take, float32 parameters, where the tokenizer lies, and a
 report.
 
@@ -8,15 +9,18 @@ A RAG checkpoint serves as any of its parts. Those of RAG-Token and RAG-Sequence
 have the same tensors: either can be trained and decoded as the other.
 """
 
+import dataclasses
 import functools
 import os
 from typing import Literal
 
+from rag_jax.weights.config_fields import field_notes
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import unsupported
 from rag_jax.weights.directory import CheckpointDirectory
 from rag_jax.weights.directory import open_directory
 from rag_jax.weights.encoder_configs import ENCODER_TYPES
+from rag_jax.weights.generation_settings import GENERATION_NAMES
 from rag_jax.weights.generation_settings import read_generation
 from rag_jax.weights.generator_configs import GENERATOR_TYPES
 from rag_jax.weights.generator_configs import with_default_ids
@@ -30,15 +34,17 @@ from rag_jax.weights.parts import GeneratorPart
 from rag_jax.weights.parts import Select
 from rag_jax.weights.pooling_modules import MODULES
 from rag_jax.weights.pooling_modules import read_modules
+from rag_jax.weights.saved import is_ours
+from rag_jax.weights.saved import read_saved
 from rag_jax.weights.tensors import TensorFiles
+from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
+from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
 from rag_jax.weights.tokenizer_files import find_tokenizer
 
 Role = Literal["question", "passage"]
 Where = str | os.PathLike[str]
 
 PASSAGE_ENCODER = "ctx_encoder"  # folder of the passage encoder in our exports
-QUESTION_TOKENIZER = "question_encoder_tokenizer"
-GENERATOR_TOKENIZER = "generator_tokenizer"
 
 _RAG_PARTS = ("question_encoder", "ctx_encoder", "generator")
 _KINDS = {
@@ -51,7 +57,8 @@ def load_encoder(where: Where, role: Role = "question") -> LoadedEncoder:
   """Returns the encoder of a DPR, BERT, sentence-transformers or RAG directory.
 
   Args:
-    where: a local directory, or "hf:ORG/NAME" of the hub.
+    where: a local directory, or "hf:ORG/NAME" of the hub; also the workdir of
+      a run, or a model directory that tools/convert_hf.py wrote.
     role: which of the two, where a checkpoint holds both.
 
   Raises:
@@ -59,6 +66,8 @@ def load_encoder(where: Where, role: Role = "question") -> LoadedEncoder:
     ValueError: it is damaged, of an unsupported architecture, or its parts do
       not fit together.
   """
+  if is_ours(where):
+    return read_saved(where).load_encoder(role)
   return _encoder(open_directory(where), role)
 
 
@@ -70,6 +79,8 @@ def load_generator(where: Where) -> LoadedGenerator:
     ValueError: it is damaged, of an unsupported architecture, or its parts do
       not fit together.
   """
+  if is_ours(where):
+    return read_saved(where).load_generator()
   directory = open_directory(where)
   values = _config(directory)
   if values.values.get("model_type") == "rag":
@@ -91,6 +102,8 @@ def load_rag(where: Where) -> LoadedRag:
     ValueError: it is damaged, of an unsupported architecture, or its parts do
       not fit together.
   """
+  if is_ours(where):
+    return read_saved(where).load_rag()
   directory = open_directory(where)
   values = _config(directory)
   _expect(values, ("rag",), "retriever and generator together")
@@ -102,6 +115,15 @@ def load_rag(where: Where) -> LoadedRag:
     generator=rag.load_generator(),
     settings=rag.settings(),
   )
+
+
+def has_passage_encoder(where: Where) -> bool:
+  """Returns whether a checkpoint is a RAG that holds its passage encoder."""
+  directory = open_directory(where)
+  values = _config(directory) if directory.has("config.json") else None
+  if values is None or values.values.get("model_type") != "rag":
+    return False
+  return _Rag(directory, values).has_passages
 
 
 def checkpoint_kind(where: Where) -> str:
@@ -251,9 +273,12 @@ class _Rag:
       f"a RAG-{kind.capitalize()} checkpoint; the other kind has the same"
       " tensors"
     )
-    return part.load(
-      find_tokenizer(directory, GENERATOR_TOKENIZER), generation, [note]
+    loaded = part.load(
+      find_tokenizer(directory, GENERATOR_TOKENIZER),
+      generation,
+      [note, *field_notes(self._values, GENERATION_NAMES)],
     )
+    return dataclasses.replace(loaded, rag=self.settings())
 
   def settings(self) -> RagSettings:
     """Returns what config.json says beside the parts."""

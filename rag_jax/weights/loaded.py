@@ -24,6 +24,7 @@ class LoadedEncoder:
   special_ids: SpecialIds
   max_tokens: int  # of an input, as it was trained; 0: not said
   report: Report
+  score_scale: float = 1.0  # multiplies the embeddings of questions
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class LoadedGenerator:
   special_ids: SpecialIds
   generation: dict[str, Any]  # of generation_config.json
   report: Report
+  rag: "RagSettings | None" = None  # of the RAG that it is a part of
+  context_style: str = "rag"  # what it then was trained to read
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def save_model(
   # Not ascontiguousarray, which makes a vector of a scalar.
   arrays = {k: np.asarray(v, order="C") for k, v in flat.items()}
   path = artifacts.start_directory(path)
-  (path / _PARAMS).write_bytes(safetensors.numpy.save(arrays))
+  artifacts.write_atomically(path / _PARAMS, safetensors.numpy.save(arrays))
   artifacts.write_manifest(
     path, kind=_KIND, format=FORMAT, content=dict(content)
   )

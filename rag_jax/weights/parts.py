@@ -7,6 +7,7 @@ what does not fit, or the model.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rag_jax.weights.config_fields import field_notes
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.directory import CheckpointDirectory
 from rag_jax.weights.encoder_configs import ENCODER_FIELDS
@@ -17,6 +18,7 @@ from rag_jax.weights.encoder_tensors import bert_names
 from rag_jax.weights.encoder_tensors import dpr
 from rag_jax.weights.encoder_tensors import dpr_names
 from rag_jax.weights.encoder_tensors import dpr_role
+from rag_jax.weights.generation_settings import GENERATION_NAMES
 from rag_jax.weights.generator_configs import LmHead
 from rag_jax.weights.generator_configs import explicit
 from rag_jax.weights.generator_configs import read_generator_config
@@ -111,7 +113,13 @@ class EncoderPart:
       tokenizer=str(tokenizer.path) if tokenizer else "",
       special_ids=read_special_ids(self._values),
       max_tokens=self._modules.max_tokens if self._modules else 0,
-      report=Report.of(taken, note, *told, *notes),
+      report=Report.of(
+        taken,
+        note,
+        *told,
+        *notes,
+        *field_notes(self._values, GENERATION_NAMES),
+      ),
     )
 
 
@@ -162,5 +170,7 @@ class GeneratorPart:
       tokenizer=str(tokenizer.path) if tokenizer else "",
       special_ids=read_generator_ids(self._values),
       generation=generation,
-      report=Report.of(taken, note, *notes),
+      report=Report.of(
+        taken, note, *notes, *field_notes(self._values, GENERATION_NAMES)
+      ),
     )

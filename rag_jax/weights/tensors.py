@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.weights.directory import CheckpointDirectory
 
 SINGLE_FILE = "model.safetensors"
@@ -225,8 +226,7 @@ def _write_file(
   temp = artifacts.temp_path(path)
   try:
     safetensors.numpy.save_file(arrays, str(temp), {"format": "pt"})
-    with open(temp, "rb") as f:
-      os.fsync(f.fileno())
-    os.replace(temp, path)
+    disk.sync(temp)
+    disk.rename(temp, path)
   finally:
     temp.unlink(missing_ok=True)

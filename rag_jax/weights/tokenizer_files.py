@@ -4,33 +4,50 @@ In: the directory that holds them. Out: its largest token id, without loading a
 tokenizer; and a copy.
 """
 
+import dataclasses
 import pathlib
-import shutil
 from typing import Any
 
+from rag_jax import disk
+from rag_jax.corpus.tokenizer import SENTENCEPIECE
+from rag_jax.corpus.tokenizer import check_own_files
+from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import CheckpointDirectory
+
+# Folders of the two tokenizers of a RAG.
+QUESTION_TOKENIZER = "question_encoder_tokenizer"
+GENERATOR_TOKENIZER = "generator_tokenizer"
 
 TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-  "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
-  "sentencepiece.bpe.model",
+  "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", *SENTENCEPIECE,
 )  # fmt: skip
 # One of them makes a tokenizer.
-_VOCABULARIES = (
-  "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model",
-  "sentencepiece.bpe.model",
-)  # fmt: skip
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+  """A saved tokenizer and what its special ids are."""
+
+  path: str = ""  # its directory; "": none is copied
+  ids: SpecialIds = dataclasses.field(default_factory=SpecialIds)
 
 
 def find_tokenizer(
   directory: CheckpointDirectory, *folders: str
 ) -> CheckpointDirectory | None:
-  """Returns the first of `folders` that holds a tokenizer; "" is the root."""
+  """Returns the first of `folders` that holds a tokenizer; "" is the root.
+
+  Raises:
+    ValueError: a file there is a link that leads out of it.
+  """
   for folder in folders:
     if folder and not directory.has(folder):
       continue
     found = directory.folder(folder)
     if any(found.has(name) for name in _VOCABULARIES):
+      check_own_files(found.path)
       return found
   return None
 
@@ -111,7 +128,9 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
 
   Raises:
     FileNotFoundError: there is no tokenizer.
+    ValueError: a file is a link that leads out of `source`.
   """
+  check_own_files(source)
   names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
   if not set(names) & set(_VOCABULARIES):
     raise FileNotFoundError(
@@ -122,5 +141,5 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
   target.mkdir(parents=True, exist_ok=True)
   for name in names:
     if (source / name).resolve() != (target / name).resolve():
-      shutil.copyfile(source / name, target / name)
+      disk.write_atomically(target / name, (source / name).read_bytes())
   return names

@@ -38,7 +38,7 @@ def test_files_are_read_by_their_end_at_any_depth_in_order(write, tmp_path):
     Document(
       "a/z.md",
       "The heading",
-      "Intro.\n\n## The heading ##\nText.",
+      "Intro.\nThe heading\nText.",
       (),
       f"{tmp_path}/a/z.md:1",
     ),
@@ -65,12 +65,14 @@ def test_a_single_file_is_one_document(write, name, packed):
     ("```\n# a comment\n```\n# After", "After"),
     ("~~~\n```\n# a comment\n~~~\n# After", "After"),
     ("    # code\n", "x"),
+    ("Set\n===\n", "Set"),
+    ("---\ntitle: Front\n---\n# One", "Front"),
     ("#\n# \nText", "x"),
   ],
 )
 def test_the_title_of_markdown_is_its_first_heading(write, text, title):
   documents, _ = read(write("x.md", text))
-  assert [(d.title, d.text) for d in documents] == [(title, text)]
+  assert [d.title for d in documents] == [title]
 
 
 def test_other_files_hidden_ones_and_links_to_folders_are_counted(
@@ -112,6 +114,50 @@ def test_a_page_that_is_not_in_the_encoding_it_names_is_refused(write, name):
   page = f'<meta charset="{name}"><p>'.encode() + b"caf\xe9"
   with pytest.raises(ValueError, match=r"x\.html:1: byte 0xe9"):
     read(write("x.html", page))
+
+
+def test_a_page_with_a_wrong_label_is_read_and_reported(write):
+  page = '<meta charset="iso-8859-1"><p>Московский Кремль'
+  path = write("x.html", page.encode("cp1251"))
+  documents, report = read(path)
+  assert documents[0].text == "Московский Кремль"
+  assert report.mislabelled == 1
+  assert report.places["mislabelled"] == [
+    f"{path}:1: says iso-8859-1, was read as windows-1251"
+  ]
+  assert "1  pages in another encoding than they say" in report.table()
+
+
+@pytest.mark.parametrize("page", ["<![CD[x]]>", "<![", "<!", "<a <b", "\0", ""])
+def test_a_page_without_text_never_ends_a_build_that_skips(write, page):
+  write("a.txt", "one")
+  path = write("b.html", page)
+  documents, report = read(path.parent, "skip")
+  assert documents[0].id == "a.txt"
+  assert len(documents) + sum(report.dropped.values()) == 2
+
+
+@pytest.mark.parametrize(
+  "codec", ["utf-16", "utf-16-le", "utf-16-be", "cp1251"]
+)
+@pytest.mark.parametrize("end", ["txt", "md"])
+def test_the_advice_names_the_encoding_of_a_file(write, codec, end):
+  path = write(f"x.{end}", "Это страница о погоде\n".encode(codec))
+  if codec in ("utf-16-le", "utf-16-be"):
+    path = write(f"x.{end}", "Plain words.\n".encode(codec))
+  name = {"cp1251": "WINDOWS-1251"}.get(
+    codec, codec.upper().replace("16-", "16")
+  )
+  with pytest.raises(ValueError, match=f"`iconv -f {name} -t UTF-8`"):
+    read(path)
+
+
+def test_a_picture_inside_of_markdown_is_left_out_and_counted(write):
+  data = "data:image/png;base64," + "iVBORw0KGgo" * 100
+  documents, report = read(write("x.md", f"# A\n![p]({data})\ntext"))
+  assert documents[0].text == "A\np text"
+  assert report.left_out == 1
+  assert report.left_out_chars == len(data) - len("data:,")
 
 
 def test_a_file_with_a_nul_is_refused_as_another_kind_of_file(write):

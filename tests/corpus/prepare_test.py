@@ -86,6 +86,17 @@ def test_a_text_that_was_met_is_dropped_and_counted_even_if_bad_records_fail(
   ]
 
 
+def test_two_files_of_one_text_are_one_whatever_their_names(tmp_path):
+  for name in ("a.txt", "b.txt", "sub/c.md"):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("one")
+  (tmp_path / "d.md").write_text("# Title\none")
+  passages, report = read(str(tmp_path))
+  assert ids(passages) == ["a.txt", "d.md"]
+  assert report.dropped["duplicate_text"] == 2
+
+
 def test_texts_that_were_met_can_be_kept(write):
   path = write([row("a", "one"), row("b", "one")])
   passages, report = read(path, drop_duplicate_texts=False)

@@ -1,11 +1,14 @@
 """Splitting loses no text, keeps to its sizes, and counts what it does."""
 
+import base64
 import random
 import re
 
 import pytest
 
 from rag_jax.corpus.document import Document
+from rag_jax.corpus.document import Heading
+from rag_jax.corpus.markdown_text import read_markdown
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import load_passages
 from rag_jax.corpus.report import CorpusReport
@@ -241,12 +244,126 @@ def test_documents_that_are_split_are_counted_with_their_place():
   assert report.places == {"split": ["file:1"]}
 
 
+def page(text):
+  """A document as Markdown gives it."""
+  read = read_markdown(text)
+  return Document("a", read.title, read.text, (), "file:1", read.headings)
+
+
+def fitted(document, size, report=None, **settings):
+  """(title, text) of the passages, in letters."""
+  settings = SplitConfig(method="fit", unit="tokens", size=size, **settings)
+  passages = split([document], settings, tokenizer=Letters(), report=report)
+  return [(p.title, p.text) for p in passages]
+
+
+def test_passages_end_with_their_section_and_are_named_by_its_headings():
+  text = "in\n# A\none\n## B\ntwo\n### C\n## D\n### E\nthree\n# F\n## G"
+  assert fitted(page(text), 200) == [
+    ("A", "in"),
+    ("A", "one"),
+    ("A > B", "two"),
+    ("A > B", "C"),  # has no text of its own
+    ("A > D > E", "three"),
+    ("A > F", "G"),
+  ]
+
+
+def test_a_heading_that_the_title_says_is_not_said_again():
+  text = "---\ntitle: Install the tool\n---\n# Install\n## Linux\nx"
+  assert fitted(page(text), 200) == [("Install the tool > Linux", "x")]
+  assert fitted(page("# A\n# A"), 50) == [("A", "A\nA")]
+  assert fitted(page("# A"), 50) == [("A", "A")]
+
+
+def test_a_passage_ends_with_a_sentence_else_a_line_else_a_word():
+  assert fitted(document("Aa bb. Cc dd. Ee."), 5 + 3 + 8) == [
+    ("Title", "Aa bb. Cc"[:6]), ("Title", "Cc dd. Ee."),
+  ]  # fmt: skip
+  code = "if a:\n    b = 1\n    c = 2\nelse:\n    d = 3"
+  assert fitted(document(code), 5 + 3 + 9) == [
+    ("Title", "if a:\n    b = 1"),
+    ("Title", "    c = 2\nelse:"),
+    ("Title", "    d = 3"),
+  ]
+  assert fitted(document("abcd efgh ijkl"), 5 + 3 + 8) == [
+    ("Title", "abcd efgh"), ("Title", "ijkl"),
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("overlap", [0, 5])
+def test_what_fits_is_never_cut_and_no_character_is_lost(seed, overlap):
+  rng = random.Random(seed)
+  alphabet = "abc .!?\n“”')。\uff0c你好\u0301\t"
+  text, marks = "", []
+  for level in rng.choices([0, 0, 1, 2, 3], k=40):
+    body = "".join(rng.choices(alphabet, k=rng.randint(0, 60))) + "z"
+    start = len(text) + 1
+    heading = f"h{len(marks)} {body[: rng.randint(1, 40)]}".split("\n")[
+      0
+    ].strip()
+    if level:
+      text += f"\n{heading}\n"
+      marks.append(Heading(start, start + len(heading), level, heading))
+    text += body
+  size = rng.randint(24, 60)
+  found = list(
+    split(
+      [Document("a", "T", text, (), "f:1", tuple(marks))],
+      SplitConfig(method="fit", unit="tokens", size=size, overlap=overlap),
+      tokenizer=Letters(),
+    )
+  )
+  for passage in found:
+    sizes = map(len, Letters().encode([passage.title, passage.text]))
+    assert sum(sizes) + 3 <= size, passage
+  if not overlap:
+    seen = "".join(p.title + p.text for p in found)
+    for c in set("".join(text.split())):
+      assert seen.count(c) >= text.count(c) or c in "".join(
+        h.title for h in marks
+      )
+    assert sum(p.text.count("z") for p in found) >= 40
+
+
+def test_a_title_that_leaves_no_room_is_shortened_and_counted():
+  report = CorpusReport()
+  long = Document("a", "many words in a title " * 20, "text " * 20, (), "f:1")
+  found = fitted(long, 60, report)
+  assert all(title.endswith(" …") for title, _ in found)
+  assert all(len("".join((a + b).split())) + 3 <= 60 for a, b in found)
+  assert " ".join(text for _, text in found).split() == ["text"] * 20
+  assert report.shortened == 1
+  text = "# A" + "a" * 30 + "\n## B" + "b" * 30 + "\n## C\nx"
+  assert fitted(page(text), 80)[-1] == ("C", "x")
+
+
+def test_encoded_data_is_left_out_and_the_headings_stay_where_they_are():
+  report = CorpusReport()
+  data = base64.b64encode(random.Random(0).randbytes(900)).decode()
+  text = f"# A\none {data} two\n## B\n{data}\n\nthree\n# C\n{data}"
+  found = fitted(page(text), 100, report, drop_encoded=True)
+  assert [(t, " ".join(x.split())) for t, x in found] == [
+    ("A", "one two"), ("A > B", "three"), ("A", "C"),
+  ]  # fmt: skip
+  assert (report.left_out, report.left_out_chars) == (3, 3 * len(data))
+  assert len(fitted(page(text), 100)) > 30
+  assert fitted(document(data), 100, report, drop_encoded=True) == []
+  assert report.dropped["empty"] == 1
+
+
+def test_a_length_is_needed_where_nothing_is_fitted_to():
+  with pytest.raises(ValueError, match="there is no encoder here"):
+    fitted(document("a"), 0)
+
+
 def test_every_impossible_setting_is_named_in_one_message():
   settings = SplitConfig(method="word", size=0, overlap=-1, max_word_chars=0)
   with pytest.raises(ValueError, match="The splitting is not valid") as info:
     validate(settings)
   for part in (
-    "split.method='word' is not one of ['none', 'sentences', 'words']",
+    "split.method='word' is not one of ['fit', 'none', 'sentences', 'words']",
     "Did you mean 'words'?",
     "split.size=0 must be at least 1",
     "split.overlap=-1 must be at least 0",
@@ -258,7 +375,7 @@ def test_every_impossible_setting_is_named_in_one_message():
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"overlap": 5}, "split.overlap=5 is for split.method='sentences'"),
+    ({"overlap": 5}, "split.overlap=5 is for split.method='sentences' or"),
     (
       {"method": "sentences", "size": 5, "overlap": 5},
       "split.overlap=5 must be below split.size=5",

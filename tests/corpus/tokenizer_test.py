@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 from buckets import bucket
+from disks import full_disk
 from etils import epath
 import pytest
 import tokenizers
@@ -15,11 +17,11 @@ from tokenizers import models
 from tokenizers import pre_tokenizers
 import transformers
 
-from rag_jax import artifacts
 from rag_jax.corpus.passages import load_passages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
+from rag_jax.disk import UnwritableError
 
 VOCAB_SIZE = 1024
 
@@ -117,6 +119,18 @@ def test_each_digit_is_a_token_of_its_own(tokenizer):
   assert [p.strip() for p in pieces] == list("186720450200337")
 
 
+@pytest.mark.parametrize(
+  "text", ["what's in sao paulo", "WHAT'S IN SÃO PAULO", "What's in São Paulo"]
+)
+def test_an_uncased_tokenizer_has_the_same_ids_in_every_case(text, tmp_path):
+  uncased = train_tokenizer(["What is in São Paulo?"], 400, uncased=True)
+  uncased.save(tmp_path)
+  for tokenizer in (uncased, load_tokenizer(tmp_path)):
+    assert (
+      tokenizer.decode(tokenizer.encode([text])[0]) == "what's in sao paulo"
+    )
+
+
 def test_a_first_word_has_the_ids_of_a_later_one(tokenizer):
   for word in ("Paris", "the", "capital", "7", "(", "日", "Ålandic"):
     first, second = tokenizer.encode([word, f"The {word}"])
@@ -184,24 +198,14 @@ def test_a_tokenizer_is_saved_in_a_bucket_and_opened_from_it(
     tokenizer.save(where)
     tokenizer.save(where)  # again, over itself
     assert sorted(file.name for file in where.iterdir()) == [
+      "manifest.json",
       "tokenizer.json",
       "tokenizer_config.json",
     ]
-    again = load_tokenizer(where)
+    again = load_tokenizer(where, ours=True)
   assert again.fingerprint == tokenizer.fingerprint
   assert again.encode(["Ada, 1815"]) == tokenizer.encode(["Ada, 1815"])
   assert not os.listdir(tmp_path)  # no folder "gs:"
-
-
-def test_the_file_that_makes_a_tokenizer_whole_is_written_last(
-  tokenizer, tmp_path, monkeypatch
-):
-  written = []
-  monkeypatch.setattr(
-    artifacts, "write_atomically", lambda path, _: written.append(path.name)
-  )
-  tokenizer.save(tmp_path)
-  assert written == ["tokenizer_config.json", "tokenizer.json"]
 
 
 def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
@@ -378,3 +382,50 @@ def test_words_are_joined_from_the_tokens_that_begin_them(
     tokenizer.decode(ids[i:j]) for i, j in zip(starts, stops, strict=True)
   ]
   assert joined == words
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_saved_tokenizer_that_was_edited_is_refused(
+  tokenizer, tmp_path, name
+):
+  tokenizer.save(tmp_path)
+  data = bytearray((tmp_path / name).read_bytes())
+  data[len(data) // 2] ^= 1
+  (tmp_path / name).write_bytes(data)
+  with pytest.raises(ValueError, match=f"{name} in .* was damaged.*Put the"):
+    load_tokenizer(tmp_path, ours=True)
+
+
+def test_a_tokenizer_inside_another_is_named_with_it(tokenizer, tmp_path):
+  tokenizer.save(tmp_path / "retriever")
+  tokenizer.save(tmp_path)
+  load_tokenizer(tmp_path, ours=True)
+  load_tokenizer(tmp_path / "retriever", ours=True)
+  shutil.rmtree(tmp_path / "retriever")
+  with pytest.raises(ValueError, match=r"retriever/manifest\.json is missing"):
+    load_tokenizer(tmp_path, ours=True)
+
+
+def test_a_tokenizer_without_a_manifest_is_warned_of(
+  tokenizer, tmp_path, caplog
+):
+  tokenizer.save(tmp_path)
+  (tmp_path / "manifest.json").write_text('{"of": "somebody else"}')
+  load_tokenizer(tmp_path)
+  with pytest.raises(ValueError, match="is no manifest"):
+    load_tokenizer(tmp_path, ours=True)
+  (tmp_path / "manifest.json").unlink()
+  load_tokenizer(tmp_path)
+  assert not caplog.records
+  load_tokenizer(tmp_path, ours=True)
+  assert "has no manifest.json: an older version" in caplog.text
+
+
+@pytest.mark.parametrize("num_bytes", [100, 20_000])
+def test_a_full_disk_is_called_that(tokenizer, tmp_path, num_bytes):
+  with (
+    full_disk(num_bytes),
+    pytest.raises(UnwritableError, match=f"tokenizer .* to {tmp_path} .*ree"),
+  ):
+    tokenizer.save(tmp_path)
+  assert os.listdir(tmp_path) == []

@@ -49,6 +49,33 @@ def build(tokenizer):
   return make
 
 
+def test_a_retriever_with_its_own_tokenizer_reads_the_same_window(tokenizer):
+  uncased = train_tokenizer(
+    [f"{p.title} {p.text}" for p in PASSAGES], 500, uncased=True
+  )
+  config = Config()
+  config.warmup.batch_size = 16
+  tokenized = [
+    TokenizedPassages(PASSAGES, t, 128) for t in (tokenizer, uncased)
+  ]
+  context = ContextBuilder(tokenizer, tokenized[0], config.data, tokenized[1])
+  batch = ClozeBatches(tokenizer, tokenized[0], context, config).batch(3)
+  questions = rows_of(batch.question_tokens, batch.question_mask)
+  contexts = rows_of(batch.context_tokens[:, 0], batch.context_mask[:, 0])
+  for question, read in zip(questions, contexts, strict=True):
+    window = read[1 : read.index(EOS)]
+    parts = [question[1:-1], window]
+    texts = []
+    for ids, reader in zip(parts, (uncased, tokenizer), strict=True):
+      assert ids.count(MASK) == 1
+      cut = ids.index(MASK)
+      texts.append((reader.decode(ids[:cut]), reader.decode(ids[cut + 1 :])))
+    by_generator = [
+      (uncased.decode(uncased.encode([text])[0])) for text in texts[1]
+    ]
+    assert list(texts[0]) == by_generator
+
+
 def rows_of(tokens, mask):
   """The real tokens of each row, as lists."""
   return [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]

@@ -19,6 +19,7 @@ from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.context import rag_context
+from rag_jax.data.substitution import Change
 
 PASSAGES = (
   Passage("a", '"Andorra"', "The capital is Andorra la Vella."),
@@ -302,14 +303,15 @@ def test_without_documents_the_string_is_the_question(generator, retriever):
 def test_changed_answers_are_refused_where_documents_are_strings(generator):
   builder = make(generator, context_style="rag")
   ids, docs = generator.encode(QUESTIONS), np.array([[0], [1]])
-  builder.contexts(ids, docs, [None, None])
+  builder.contexts(ids, docs, [Change(), Change()])
   with pytest.raises(
     ValueError,
-    match=r"Answers are changed in the documents' tokens, but with"
+    match=r"Names are changed in the documents' tokens, but with"
     r" data.context_style='rag' the generator reads them as strings. Set"
-    r" data.substitute_answers=0.0 or data.context_style='question_first'",
+    r" data.substitute_answers=0.0, data.substitute_subjects=0.0 or"
+    r" data.context_style='question_first'",
   ):
-    builder.contexts(ids, docs, [None, ([5], [6])])
+    builder.contexts(ids, docs, [Change(), Change((([5], [6]),))])
 
 
 def test_passages_of_another_tokenizer_are_refused(generator, retriever):

@@ -8,6 +8,7 @@ from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data.context import ContextBuilder
+from rag_jax.data.substitution import Change
 
 PASSAGES = (
   Passage("a", "Andorra", "The capital is Andorra la Vella."),
@@ -219,7 +220,7 @@ def test_contexts_that_are_gathered_are_those_of_a_loop(
   gathered = build(context_length=context_length, passage_length=20)
   looped = build(context_length=context_length, passage_length=20)
   # A change of what no passage says goes through them one by one.
-  absent = (tokenizer.encode(["Nowhere else"])[0], [BOS])
+  absent = Change(((tokenizer.encode(["Nowhere else"])[0], [BOS]),))
   expected = looped.contexts(ids, rows, [absent, absent])
   for actual, array in zip(gathered.contexts(ids, rows), expected, strict=True):
     np.testing.assert_array_equal(actual, array)

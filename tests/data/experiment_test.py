@@ -82,6 +82,18 @@ def test_a_tokenizer_is_saved_once_and_opened_again(tiny, tmp_path):
   assert load_tokenizer(path).fingerprint == made.tokenizer.fingerprint
 
 
+def test_the_retriever_may_have_an_uncased_tokenizer(tiny, tmp_path):
+  config = tiny.config(tokenizer__retriever="uncased")
+  made = open_experiment(config, tokenizer_path=tmp_path)
+  opened = open_experiment(config, tokenizer_path=tmp_path)
+  assert opened.token_ids == made.token_ids
+  assert made.retriever_tokenizer is not made.tokenizer
+  for text in ("Zürich", "ZURICH"):
+    ids, context_ids = made.context.encode_questions([text])
+    assert made.retriever_tokenizer.decode(ids[0]) == "zurich"
+    assert made.tokenizer.decode(context_ids[0]) == text
+
+
 def test_a_tokenizer_can_be_brought(experiment, tiny, tmp_path):
   experiment.tokenizer.save(tmp_path / "mine")
   config = tiny.config(

@@ -1,5 +1,6 @@
 """Batches are a function of the step, whoever reads them and how fast."""
 
+import re
 import threading
 import types
 
@@ -128,6 +129,29 @@ def test_each_epoch_reads_every_question_once_in_another_order(make):
 def test_another_seed_reads_in_another_order(make):
   orders = [rows_of(make(seed=seed), range(5)) for seed in range(3)]
   assert len(np.unique(orders, axis=0)) == 3
+
+
+def plainly(question):
+  """Returns a question without what `informal` may change."""
+  text = question.lower().rstrip("?")
+  return re.sub(r"\b(what|where|who|how|when)(?:'s| is)\b", r"\1", text)
+
+
+def test_some_questions_are_read_as_people_type_them(make):
+  batches, plain = make(informal_questions=0.5), make()
+  changed = 0
+  for step in range(20):
+    rows = batches.rows(step)
+    texts, question_ids, context_ids = batches.asked(step, rows)
+    assert_equal((texts, question_ids, context_ids), batches.asked(step, rows))
+    assert question_ids == make.tokenizer.encode(texts) == context_ids
+    written = plain.asked(step, rows)[0]
+    assert written == [QUESTIONS[i].question for i in rows]
+    assert [plainly(text) for text in texts] == [plainly(t) for t in written]
+    changed += sum(a != b for a, b in zip(texts, written, strict=True))
+  # Half of them, and of these one in eight stays as it is.
+  assert 20 <= changed <= 50
+  assert plain.prepare(0, RETRIEVER, make_index()).batch is not None
 
 
 @pytest.mark.parametrize("process_count", [2, 4])

@@ -18,9 +18,13 @@ from small_search import build
 from small_search import config
 from small_search import files_of
 
+from rag_jax import artifacts
 from rag_jax.building import building
+from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.data import search_build
+from rag_jax.data.search_build import BuildConfig
 from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.data.search_update import update_search_directory
 from rag_jax.retrieval import certified_index
 
 
@@ -96,6 +100,67 @@ def test_long_passages_are_cut_where_the_encoder_says_and_counted(
   np.testing.assert_allclose(
     short.index.embeddings[1], made.index.embeddings[1], rtol=1e-5
   )
+
+
+def test_by_default_all_of_a_document_is_embedded(encoder, tmp_path, texts):
+  (tmp_path / "docs").mkdir()
+  (tmp_path / "docs/long.md").write_text(
+    "# The north\n" + ". ".join(texts) + f"\n## Hills\n{'ab3X' * 500}\n"
+  )
+  default = BuildConfig()
+  made = config(split=default.split)
+  directory = build(tmp_path / "docs", encoder, tmp_path / "fits", made)
+  assert len(directory.passages) > 1
+  assert directory.content["num_cut"] == 0
+  coverage = directory.index.certificate.coverage
+  assert (coverage.lost, coverage.left_out_chars) == (0, 2000)
+  assert coverage.tokens > 0
+  text = " ".join(p.text for p in directory.passages)
+  assert text.split() == [*". ".join(texts).split(), "Hills"]
+  # By words, as it was, much is cut off: the certificate says how much.
+  words = config(split=SplitConfig())
+  before = build(tmp_path / "docs", encoder, tmp_path / "words", words)
+  coverage = before.index.certificate.coverage
+  assert 0.2 < coverage.lost / coverage.tokens < 1
+  share = f"{coverage.lost / coverage.tokens:.1%}"
+  assert f"| not embedded | {share} of the tokens" in (
+    before.index.certificate.table()
+  )
+  assert before.content["coverage"]["lost"] == coverage.lost
+  # What was built goes on to be split as it was built.
+  update_search_directory(before.path, upsert=str(tmp_path / "docs"))
+  before.reload()
+  assert before.version.name == ""
+  (tmp_path / "docs/new.txt").write_text(" ".join(["word"] * 150))
+  update_search_directory(before.path, upsert=str(tmp_path / "docs"))
+  before.reload()
+  parts = [p.text for p in before.passages if p.id.startswith("new")]
+  assert [len(part.split()) for part in parts] == [100, 50]
+  after = before.index.certificate.coverage
+  assert after.tokens > coverage.tokens
+  assert after.lost > coverage.lost
+
+
+def test_a_directory_of_an_older_version_is_still_complete(
+  corpus, encoder, built, tmp_path, monkeypatch
+):
+  """Its plan does not name settings that came later."""
+  shutil.copytree(built.path, tmp_path / "old")
+  content = dict(built.content)
+  plan = dict(content["plan"])
+  plan["split"] = {
+    k: v for k, v in plan["split"].items() if k != "drop_encoded"
+  }
+  content["plan"] = plan
+  artifacts.write_manifest(
+    tmp_path / "old",
+    kind=search_build.KIND,
+    format=search_build.FORMAT,
+    content=content,
+    nested=True,
+  )
+  again = build(corpus, encoder, tmp_path / "old")
+  assert again.passages.fingerprint == built.passages.fingerprint
 
 
 @pytest.mark.parametrize("length", [3, POSITIONS + 1])

@@ -11,6 +11,7 @@ from small_search import QUESTION
 from small_search import build
 from small_search import config
 
+from rag_jax import artifacts
 from rag_jax.corpus.store import PassageStore
 from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.data.text_encoder import open_checkpoint
@@ -168,10 +169,13 @@ def test_words_of_other_passages_are_refused(built, tmp_path, monkeypatch):
   )
   words.save(path / "bm25")
   manifest = json.loads((path / "manifest.json").read_text())
-  del manifest["sha256"]  # as of a manifest of before
-  for name in list(manifest["files"]):
-    if name.startswith("bm25/"):
-      del manifest["files"][name]
-  (path / "manifest.json").write_text(json.dumps(manifest))
+  artifacts.write_manifest(
+    path,
+    kind=manifest["kind"],
+    format=manifest["format"],
+    content=manifest["content"],
+    nested=True,
+    beside=["updates"],
+  )
   with pytest.raises(ValueError, match="of others"):
     SearchDirectory(path)

@@ -259,6 +259,7 @@ def test_a_damaged_version_is_refused_and_the_open_one_stays(copy):
   before = found(reader)
   update(copy, delete=["p0"])
   current = copy / "updates" / "CURRENT"
+  named = current.read_text()
   for name in ("gone.npy", "manifest.json", "bm25/scores.npy"):
     file = copy / "updates/v000001" / name
     data = file.read_bytes()
@@ -270,11 +271,9 @@ def test_a_damaged_version_is_refused_and_the_open_one_stays(copy):
     file.write_bytes(data)
   assert found(reader) == before
   current.write_text("v1")
-  with pytest.raises(
-    ValueError, match=r"names 'v1'.*remove its folder updates"
-  ):
+  with pytest.raises(ValueError, match=r"names 'v1'.*Restore the directory"):
     SearchDirectory(copy)
-  current.write_text("v000001")
+  current.write_text(named)
   (copy / "manifest.json").write_bytes(
     (copy / "manifest.json").read_bytes() + b"\n"
   )
@@ -333,7 +332,8 @@ def test_killed_before_any_change_of_the_disk_it_leaves_old_or_new(
   assert 0 < switched < len(shots)
   for shot in (shots[switched // 2], shots[switched - 1]):
     update(shot, **kwargs)
-    assert state(SearchDirectory(shot)) == after
+    # Whether a version behind it was ever in use, nobody can tell.
+    assert state(SearchDirectory(shot))[1:] == after[1:]
     names = {p.name for p in (shot / "updates").iterdir()}
     assert names == {"CURRENT", "v000001", "v000002"}
 

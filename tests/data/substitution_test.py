@@ -1,5 +1,7 @@
 """Answers that change in question and passages alike."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,8 @@ from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data import substitution
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.questions import Question
-from rag_jax.data.substitution import AnswerSubstitution
+from rag_jax.data.substitution import Change
+from rag_jax.data.substitution import Substitution
 from rag_jax.data.substitution import places
 from rag_jax.data.substitution import substitute
 
@@ -42,16 +45,14 @@ def tokenized(tokenizer):
 def make(tokenizer, tokenized):
   def build(share, seed=0):
     answers = tokenizer.encode([q.answers[0] for q in QUESTIONS])
-    return AnswerSubstitution(
-      QUESTIONS, answers, tokenized, share=share, seed=seed
-    )
+    return Substitution(QUESTIONS, answers, tokenized, share=share, seed=seed)
 
   return build
 
 
 def test_the_answer_changes_wherever_the_passage_says_it(tokenizer, tokenized):
   old, new = tokenizer.encode(["Paris", "Addis Ababa"])
-  body = substitute(tokenized, 0, (old, new))
+  body = substitute(tokenized, 0, Change(((old, new),)))
   end = body.index(tokenizer.eos_id)
   assert tokenizer.decode(body[:end]) == "France"
   assert tokenizer.decode(body[end + 1 : -1]) == (
@@ -63,21 +64,48 @@ def test_the_answer_changes_wherever_the_passage_says_it(tokenizer, tokenized):
 def test_a_word_that_begins_like_the_answer_stays(tokenizer, tokenized):
   (niger,), (nigeria,) = (tokenizer.encode([x]) for x in ("Niger", "Nigeria"))
   assert nigeria[: len(niger)] == niger  # or the test shows nothing
-  body = substitute(tokenized, 1, (niger, tokenizer.encode(["Chad"])[0]))
+  body = substitute(
+    tokenized, 1, Change(((niger, tokenizer.encode(["Chad"])[0]),))
+  )
   text = tokenizer.decode([i for i in body if i != tokenizer.eos_id])
   assert text == "Chad Niamey is the capital of Chad, not of Nigeria."
   assert len(places(tokenized, 1, niger)) == 2
   assert places(tokenized, 2, niger) == []
 
 
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("in PARIS now", "in Rome now"),
+    ("in Pa\u00adris now", "in Rome now"),
+    ("in “Ｐａｒｉｓ” now", "in “ Rome” now"),
+    ("in Par\u200bis now", "in Rome now"),
+    ("in Parisian now", "in Parisian now"),
+    ("Paris-Nord, Paris", "Paris-Nord, Rome"),
+  ],
+)
+def test_the_answer_changes_however_it_is_written(tokenizer, text, expected):
+  tokenized = TokenizedPassages([Passage("0", "Par", text)], tokenizer, 128)
+  old, new = tokenizer.encode(["Paris", "Rome"])
+  body = substitute(tokenized, 0, Change(((old, new),)))
+  end = body.index(tokenizer.eos_id)
+  assert tokenizer.decode(body[end + 1 : -1]) == expected
+
+
+def test_no_answer_goes_on_from_the_title_into_the_text(tokenizer):
+  tokenized = TokenizedPassages([Passage("0", "New", "York is")], tokenizer, 64)
+  (old,) = tokenizer.encode(["New York"])
+  assert places(tokenized, 0, old) == []
+
+
 def test_without_a_change_the_passage_stays(tokenized):
-  body = substitute(tokenized, 2, None)
+  body = substitute(tokenized, 2, Change())
   assert body == tokenized.tokens[2, : tokenized.lengths[2]].tolist()
 
 
 def test_an_answer_that_no_document_says_stays(make):
   rows, docs = np.array([0]), np.array([[1, 2]])
-  assert all(make(1.0).changes(s, rows, docs) == [None] for s in range(10))
+  assert all(make(1.0).changes(s, rows, docs) == [Change()] for s in range(10))
 
 
 def changed_into(substitution, tokenizer, row, docs):
@@ -86,7 +114,11 @@ def changed_into(substitution, tokenizer, row, docs):
     substitution.changes(step, np.array([row]), np.array([docs]))
     for step in range(60)
   ]
-  return {tokenizer.decode(change[1]) for (change,) in changes if change}
+  return {
+    tokenizer.decode(change.answer_ids)
+    for (change,) in changes
+    if change.replacements
+  }
 
 
 def test_a_name_changes_into_any_title(make, tokenizer):
@@ -108,7 +140,7 @@ def test_a_number_changes_into_one_of_its_relation(tokenizer):
     Question("?", ("33",), relation="code"),
   ]
   tokenized = TokenizedPassages(passages, tokenizer, 64)
-  substitution = AnswerSubstitution(
+  substitution = Substitution(
     questions,
     tokenizer.encode([q.answers[0] for q in questions]),
     tokenized,
@@ -124,7 +156,7 @@ def test_the_share_is_that_of_the_questions_and_zero_changes_nothing(make):
 
   def share(substitution):
     changes = [substitution.changes(s, rows, docs) for s in range(200)]
-    return np.mean([c is not None for step in changes for c in step])
+    return np.mean([c != Change() for step in changes for c in step])
 
   assert share(make(0.0)) == 0.0
   assert share(make(0.25)) == pytest.approx(0.25, abs=0.05)
@@ -146,7 +178,9 @@ def test_the_generator_reads_the_changed_passage(tokenizer, tokenized):
   context = ContextBuilder(tokenizer, tokenized, config)
   question, old, new = tokenizer.encode(["Capital?", "Paris", "Lomé"])
   rows = np.array([[0, 2], [0, 2]])
-  tokens, mask = context.contexts([question] * 2, rows, [(old, new), None])
+  tokens, mask = context.contexts(
+    [question] * 2, rows, [Change(((old, new),)), Change()]
+  )
   read = [
     [tokenizer.decode(t[m]) for t, m in zip(*pair, strict=True)]
     for pair in zip(tokens, mask, strict=True)
@@ -163,7 +197,7 @@ def test_titles_are_those_of_so_many_passages_at_most(
   monkeypatch.setattr(substitution, "_MOST_PASSAGES", 2)
   rows, docs = np.zeros(1, int), np.zeros((1, 1), int)
   new = {
-    tokenizer.decode(change[1])
+    tokenizer.decode(change.answer_ids)
     for step in range(40)
     for change in make(1.0).changes(step, rows, docs)
   }
@@ -174,4 +208,81 @@ def test_titles_are_those_of_so_many_passages_at_most(
 def test_without_a_share_no_title_is_read(make, tokenized, monkeypatch):
   monkeypatch.setattr(tokenized, "tokens", None)
   rows, docs = np.zeros(1, int), np.zeros((1, 1), int)
-  assert make(0.0).changes(0, rows, docs) == [None]
+  assert make(0.0).changes(0, rows, docs) == [Change()]
+
+
+def subjects(make, tokenizer, question, docs, passages, share=1.0):
+  """Returns what a generator reads of question and first document, by step."""
+  tokenized = TokenizedPassages(passages, tokenizer, 128)
+  answers = tokenizer.encode([question.answers[0]])
+  substitution = Substitution(
+    [question], answers, tokenized, share=0.0, subject_share=share, seed=0
+  )
+  read = set()
+  for step in range(60):
+    (change,) = substitution.changes(step, np.zeros(1, int), np.array([docs]))
+    assert change.answer_ids is None
+    body = substitute(tokenized, docs[0], change)
+    text = tokenizer.decode([i for i in body if i != tokenizer.eos_id])
+    read.add((change.question or question.question, text))
+  return read
+
+
+def test_the_subject_changes_in_question_and_documents_alike(make, tokenizer):
+  found = subjects(make, tokenizer, QUESTIONS[1], [1, 0], PASSAGES)
+  assert found == {
+    (f"Capital of {name}?", f"{name} Niamey is the capital of {name}, not of"
+     " Nigeria.")
+    for name in ("France", "Niger", "Nigeria")
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("question", "text"),
+  [
+    ("Capital of Nigeria?", "Niger"),  # a longer name is another one
+    ("Capital?", "Niger"),
+  ],
+)
+def test_a_subject_that_is_not_asked_for_stays(make, tokenizer, question, text):
+  asked = Question(question, ("Niamey",))
+  found = subjects(make, tokenizer, asked, [1], PASSAGES)
+  assert [(q, t.split()[0]) for q, t in found] == [(question, text)]
+
+
+def test_a_subject_that_is_part_of_the_answer_stays(make, tokenizer):
+  passages = (Passage("0", "Panama", "Panama City is the capital of Panama."),)
+  asked = Question("What is the capital of Panama?", ("Panama City",))
+  found = subjects(make, tokenizer, asked, [0], passages)
+  assert {question for question, _ in found} == {asked.question}
+
+
+def test_of_two_names_at_one_place_the_longer_is_replaced(tokenizer):
+  passages = (Passage("0", "New York County", "It lies in New York."),)
+  tokenized = TokenizedPassages(passages, tokenizer, 64)
+  old, longer, a, b = tokenizer.encode(
+    ["New York", "New York County", "A", "B"]
+  )
+  body = substitute(tokenized, 0, Change(((old, a), (longer, b))))
+  text = tokenizer.decode([i for i in body if i != tokenizer.eos_id])
+  assert text == "B It lies in A."
+
+
+def test_a_question_about_what_no_document_is_about_has_no_answer(tokenizer):
+  tokenized = TokenizedPassages(PASSAGES, tokenizer, 128)
+  answers = tokenizer.encode([QUESTIONS[0].answers[0]])
+  substitution = Substitution(
+    QUESTIONS[:1], answers, tokenized, share=0.0, unanswerable=0.5, seed=0
+  )
+  rows, docs = np.zeros(1, int), np.array([[1, 0]])
+  changes = [substitution.changes(step, rows, docs)[0] for step in range(400)]
+  strange = [change for change in changes if change != Change()]
+  # A third of the names that are drawn are France itself.
+  assert 0.3 <= len(strange) / len(changes) <= 0.5
+  asked = {change.question for change in strange}
+  assert {"Capital of Niger?", "Capital of Nigeria?"} < asked
+  assert any("of Fra" in q and "France" not in q for q in asked)
+  for change in strange:
+    assert change.answer_ids == []
+    assert change.replacements == ()
+    assert not re.search(r"\bFrance\b", change.question)

@@ -33,9 +33,9 @@ def test_candidates_that_begin_alike_share_their_prefixes():
       seen.sum(axis=1)[depths > 0] - 1, depths[depths > 0]
     )
   memory = rng.normal(size=(B, K, C, D)).astype(np.float32)
-  mask = inputs()[2]
-  log_probs, total = apply(score_tree, tree, tokens, memory, mask)
-  expected = apply("score", tokens, memory, mask)  # B C K T
+  read, mask = inputs()[1:3]
+  log_probs, total = apply(score_tree, tree, tokens, memory, mask, read)
+  expected = apply("score", tokens, memory, mask, read)  # B C K T
   real = (np.arange(STEPS) < lengths[..., None])[..., None]
   np.testing.assert_allclose(
     np.where(real, log_probs, 0),
@@ -45,7 +45,7 @@ def test_candidates_that_begin_alike_share_their_prefixes():
   )
   # Of the first token, which all share: over the vocabulary.
   every = np.tile(np.arange(V, dtype=np.int32)[:, None], (B, 1, STEPS))
-  first = apply("score", every, memory, mask)
+  first = apply("score", every, memory, mask, read)
   np.testing.assert_allclose(
     total[:, 0, 0], first[:, :, :, 0].sum(axis=1), rtol=1e-4
   )

@@ -26,7 +26,10 @@ T5 = {
   "scale_output": True,
   "logits_bias": False,
 }
-VARIANTS = pytest.mark.parametrize("fields", [BART, T5], ids=["bart", "t5"])
+POINTER = T5 | {"pointer": True}
+VARIANTS = pytest.mark.parametrize(
+  "fields", [BART, T5, POINTER], ids=["bart", "t5", "pointer"]
+)
 RNG = np.random.default_rng(0)
 CONTEXT = RNG.integers(3, V, size=(B, K, C)).astype(np.int32)
 MASK = np.arange(C) < RNG.integers(2, C + 1, size=(B, K, 1))
@@ -107,7 +110,12 @@ def test_a_beam_that_continues_another_remembers_what_that_one_wrote(model):
   histories = np.zeros((B, W, 0), np.int32)
   tokens = np.full((B, W), START, np.int32)
   cache = model.run(
-    "init_cache", model.memory, MASK, num_beams=W, num_steps=T + 1
+    "init_cache",
+    model.memory,
+    MASK,
+    CONTEXT,
+    num_beams=W,
+    num_steps=T + 1,
   )
   steps = []
   for t in range(T):
@@ -133,7 +141,7 @@ def test_candidates_are_scored_under_every_document(model):
   expected = np.take_along_axis(
     model.log_probs(targets), targets[:, :, None, :, None], axis=-1
   )[..., 0]  # B W K T
-  got = model.run("score", targets, model.memory, MASK)
+  got = model.run("score", targets, model.memory, MASK, CONTEXT)
   np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
@@ -151,8 +159,10 @@ def test_candidates_that_begin_alike_share_nodes_of_the_tree(model):
       while ancestor is not None:
         seen[row, node, ancestor] = True
         ancestor = parents[row][ancestor]
-  states = model.run("tree_states", tokens, depths, seen, model.memory, MASK)
-  logits = model.run("logits", states.reshape(B * K, 4, D))
+  states, copy = model.run(
+    "tree_states", tokens, depths, seen, model.memory, MASK, CONTEXT
+  )
+  logits = model.run("logits", states, copy)
   got = np.asarray(jax.nn.log_softmax(logits)).reshape(B, K, 4, V)
   targets = np.tile(np.array([[a, b, c, 9], [a, d, 9, 9]], np.int32), (B, 1, 1))
   expected = model.log_probs(targets)  # B W K T V

@@ -29,6 +29,7 @@ def test_every_setting_of_the_config_arrives_in_the_model():
     score_scale=3.0,
     learn_score_scale=True,
     dropout=0.25,
+    attention_dropout=0.375,
     init_from="elsewhere",
     passage_init_from="there",
     vocab_size=21,
@@ -53,6 +54,9 @@ def test_every_setting_of_the_config_arrives_in_the_model():
     relative_buckets=16,
     init="copy",
     dropout=0.125,
+    attention_dropout=0.25,
+    activation_dropout=0.5,
+    fixed=("encoder",),
     init_from="elsewhere",
     vocab_size=20,
     num_decoder_layers=5,
@@ -85,7 +89,7 @@ def test_every_setting_of_the_config_arrives_in_the_model():
   for field in dataclasses.fields(GeneratorConfig):
     value = getattr(config.generator, field.name)
     assert value != field.default, f"{field.name} is not tested"
-    if field.name not in ("init", "init_from"):
+    if field.name not in ("init", "init_from", "fixed"):
       assert getattr(model.generator, field.name) == value, field.name
   config.encoder.vocab_size = config.encoder.max_positions = 0
   config.generator.vocab_size, config.generator.decoder_start_id = 0, -1

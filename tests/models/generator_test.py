@@ -45,8 +45,11 @@ T5 = {
   "scale_output": True,
   "logits_bias": False,
 }
+POINTER = {"pointer": True}
 VARIANTS = pytest.mark.parametrize(
-  "fields", [BART, OTHER, T5], ids=["bart", "pre", "t5"]
+  "fields",
+  [BART, OTHER, T5, BART | POINTER],
+  ids=["bart", "pre", "t5", "pointer"],
 )
 BY_HAND = pytest.mark.parametrize("fields", [BART, OTHER], ids=["bart", "pre"])
 
@@ -97,6 +100,7 @@ class Compiled:
       variables,
       memory[:, None],
       mask[:, None],
+      context[:, None],
       num_beams=1,
       num_steps=inputs.shape[1] + 1,
       method="init_cache",

@@ -302,6 +302,7 @@ def test_what_the_model_encodes_is_what_its_generator_reads(params):
       target_tokens[:, None],
       memory,
       context_mask,
+      context_tokens,
       method="score",
     )[:, 0]  # B K T
 

@@ -171,7 +171,7 @@ def generator():
     logits_bias=False,
   )
   fields = dataclasses.asdict(g)
-  for name in ("init_from", "init", "dropout"):
+  for name in ("init_from", "init", "dropout", "fixed"):
     del fields[name]
   fields |= {"vocab_size": V, "decoder_start_id": EOS}
   return g, Generator(**fields, dtype=jnp.float32)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rag_jax import artifacts
+from rag_jax.retrieval import live_files
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.live import LiveIndex
 
@@ -195,4 +196,67 @@ def test_a_base_that_is_gone_or_another_is_refused(live):
     LiveIndex(live._path)
   (live._path / "b000001").rename(live._path / "elsewhere")
   with pytest.raises(FileNotFoundError, match=r"needs the base 'b000001'"):
+    LiveIndex(live._path)
+
+
+def test_every_bit_of_what_says_which_version_is_in_use_matters(live):
+  live.upsert(normal(1, R))
+  file = live._path / "CURRENT"
+  whole = file.read_bytes()
+  for bit in range(8 * len(whole)):
+    data = bytearray(whole)
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+    with pytest.raises((ValueError, FileNotFoundError), match="CURRENT"):
+      LiveIndex(live._path)
+  for damaged in (whole[:7] + b"\n", whole[:7], b"", b"\xff" + whole):
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match="CURRENT"):
+      LiveIndex(live._path)
+
+
+def test_an_index_of_before_there_were_digests_is_opened(
+  live, monkeypatch, caplog
+):
+  monkeypatch.setattr(live_files, "MARK", {})
+  live.upsert(normal(1, R))
+  (live._path / "CURRENT").write_text("v000002\n")
+  assert LiveIndex(live._path).version.name == "v000002"
+  assert "CURRENT has no digest of v000002: an older version" in caplog.text
+  monkeypatch.undo()
+  live.upsert(normal(1, R))
+  assert re.fullmatch(
+    r"v000003 [0-9a-f]{64}\n", (live._path / "CURRENT").read_text()
+  )
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_set_back_by_mistake_later_versions_are_kept(live, keep, caplog):
+  for _ in range(2):
+    live.upsert(normal(1, R))
+  now = (live._path / "CURRENT").read_bytes()
+  live_files.switch(live._path, "v000001")
+  reader = LiveIndex(live._path)
+  assert reader.version.name == "v000001"
+  assert "holds v000002, v000003, later than v000001" in caplog.text
+  reader.prune(keep=keep)
+  (live._path / "CURRENT").write_bytes(now)
+  assert LiveIndex(live._path).version.num_passages == P + 2
+
+
+def test_without_the_file_that_names_a_version_nothing_is_written(live):
+  live.upsert(normal(1, R))
+  (live._path / "CURRENT").unlink()
+  kept = sorted(os.listdir(live._path))
+  with pytest.raises(ValueError, match=r"v000001, v000002 of a live index"):
+    LiveIndex.create(live._path, base())
+  with pytest.raises(FileNotFoundError, match="no CURRENT"):
+    live.delete(np.array([1]))
+  assert sorted(os.listdir(live._path)) == kept
+
+
+def test_a_link_in_the_place_of_the_name_is_refused(live, tmp_path):
+  (live._path / "CURRENT").rename(tmp_path / "CURRENT")
+  (live._path / "CURRENT").symlink_to(tmp_path / "CURRENT")
+  with pytest.raises(ValueError, match=r"CURRENT is a link to"):
     LiveIndex(live._path)

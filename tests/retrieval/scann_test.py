@@ -2,12 +2,18 @@
 
 import json
 
+from disks import full_disk
+from etils import epath
 import numpy as np
 import pytest
 
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
+from rag_jax.disk import UnwritableError
+from rag_jax.retrieval.embeddings import open_embeddings
+from rag_jax.retrieval.embeddings import save_embeddings
 from rag_jax.retrieval.exact import ExactIndex
+from rag_jax.retrieval.index import build_index_directory
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.scann import ScannIndex
 
@@ -364,3 +370,61 @@ def test_an_index_of_before_says_what_it_was_built_with(tmp_path):
   np.testing.assert_array_equal(
     loaded.search(questions, 5)[0], index.search(questions, 5)[0]
   )
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["/etc/passwd", "../embeddings.npy", "a/b.npy", "..", ".x.npy", "x.pkl"],
+)
+def test_a_list_of_files_that_names_others_is_refused(tmp_path, name):
+  build(normal(50, 8)).save(tmp_path)
+  for path in ("x.pkl", "a/b.npy", ".x.npy"):
+    (tmp_path / "scann" / path).parent.mkdir(exist_ok=True)
+    (tmp_path / "scann" / path).write_text("x")
+  listed = tmp_path / "scann/scann_assets.pbtxt"
+  listed.write_text(listed.read_text().replace("dataset.npy", name))
+  content = json.loads((tmp_path / "manifest.json").read_text())["content"]
+  with pytest.raises(
+    ValueError, match=r"scann_assets\.pbtxt is not what ScaNN wrote there"
+  ):
+    ScannIndex.load(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+  "text", ["", "# x\n", 'assets { asset_path: "../y" }\n', "\udcff"]
+)
+def test_what_else_stands_in_the_list_is_refused(tmp_path, text):
+  build(normal(50, 8)).save(tmp_path)
+  listed = tmp_path / "scann/scann_assets.pbtxt"
+  data = listed.read_bytes() + text.encode("utf-8", "surrogateescape")
+  listed.write_bytes(data)
+  content = json.loads((tmp_path / "manifest.json").read_text())["content"]
+  if not text:
+    assert ScannIndex.load(tmp_path, content).num_passages == 50
+    return
+  with pytest.raises(ValueError, match=r"is not what ScaNN wrote there"):
+    ScannIndex.load(tmp_path, content)
+
+
+def test_a_part_of_an_index_is_not_opened_alone(tmp_path):
+  """Its embeddings lie outside: whoever wrote it could name any of them."""
+  embeddings = normal(50, 8)
+  config = IndexConfig(kind="exact", passages_per_shard=25)
+  path = tmp_path / "index"
+  path.mkdir()
+  save_embeddings(epath.Path(path), embeddings)
+  build_index_directory(path, open_embeddings(path), config, **FINGERPRINTS)
+  load_index(path)
+  with pytest.raises(ValueError, match=r"is a part of an index.*Open the"):
+    load_index(path / "shards/00000")
+
+
+def test_a_full_disk_is_called_that(tmp_path):
+  index = build(normal(500, 8))
+  save_embeddings(epath.Path(tmp_path), index.embeddings)
+  index.embeddings = open_embeddings(tmp_path)
+  with (
+    full_disk(5_000),
+    pytest.raises(UnwritableError, match="Free some"),
+  ):
+    index.save(tmp_path)

@@ -60,11 +60,12 @@ def write_jsonl(tmp_path):
 
 @pytest.fixture
 def change_config(run):
-  """Returns a function that changes settings of the copied run."""
+  """Returns a function that changes settings of the copied run on purpose."""
 
   def change(section, **values):
     config = json.loads((run / "config.json").read_text())
     config[section] |= values
+    config.pop("sha256", None)
     (run / "config.json").write_text(json.dumps(config))
 
   return change

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import unicodedata
 
 import pytest
@@ -64,6 +65,15 @@ def columns(line):
 
 def test_the_answer_comes_first_then_each_passage_with_its_probabilities():
   assert explain(PARIS) == SHOWN
+
+
+@pytest.mark.parametrize("p", [0.49, 0.51])
+def test_an_answer_less_likely_than_all_others_is_said_to_be_unsure(p):
+  answer = dataclasses.replace(PARIS, log_prob=math.log(p))
+  shown = explain(answer)
+  assert shown.startswith(f"Paris   (p = {p}{', not sure' * (p < 0.5)})\n")
+  assert ("The model is not sure" in shown) == (p < 0.5)
+  assert json.loads(to_json(answer))["sure"] is (p > 0.5)
 
 
 def test_an_empty_answer_is_said_to_be_none():
@@ -167,6 +177,7 @@ def test_json_holds_every_field_on_one_line():
   assert "\x1b" not in line
   assert "東" in line  # readable as it is
   record = json.loads(line)
+  assert record.pop("sure") is True
   docs = [
     AnswerDoc(**doc | {"token_posteriors": tuple(doc["token_posteriors"])})
     for doc in record["docs"]

@@ -7,6 +7,8 @@ import shutil
 import pytest
 
 from rag_jax.artifacts import MANIFEST
+from rag_jax.artifacts import with_digest
+from rag_jax.artifacts import write_manifest
 from rag_jax.serving.pipeline import RagPipeline
 from rag_jax.weights.model_files import load_model
 from rag_jax.weights.model_files import save_model
@@ -123,13 +125,50 @@ def test_passages_that_have_changed_since_are_refused(
     RagPipeline.load(run)
 
 
-def test_another_tokenizer_is_refused(run):
+def swap_two_tokens(run):
   path = run / "tokenizer" / "tokenizer.json"
   tokenizer = json.loads(path.read_text())
   vocab = tokenizer["model"]["vocab"]
   one, other = list(vocab)[300:302]
   vocab[one], vocab[other] = vocab[other], vocab[one]
   path.write_text(json.dumps(tokenizer))
+
+
+def test_an_edited_tokenizer_is_refused(run):
+  swap_two_tokens(run)
+  with pytest.raises(ValueError, match=r"tokenizer\.json in .*Put the old "):
+    RagPipeline.load(run)
+
+
+@pytest.mark.parametrize("manifest", ["another", "none"])
+def test_another_tokenizer_is_refused(run, manifest):
+  if manifest == "none":
+    (run / "tokenizer" / MANIFEST).unlink()
+  else:
+    swap_two_tokens(run)
+    write_manifest(run / "tokenizer", kind="tokenizer", format=1, content={})
+  with pytest.raises(
+    ValueError,
+    match=r"The tokenizer in .*/tokenizer has no manifest, or another than"
+    r".*/model was trained; .*Put the old files back",
+  ):
+    RagPipeline.load(run)
+
+
+def forget(run, *names):
+  """Makes the model one of before its manifest named these."""
+  params, content = load_model(run / "model")
+  for name in names:
+    del content[name]
+  save_model(run / "model", params, content)
+
+
+def test_a_tokenizer_of_before_there_were_manifests_is_compared(run, caplog):
+  forget(run, "tokenizer_manifest")
+  (run / "tokenizer" / MANIFEST).unlink()
+  RagPipeline.load(run)
+  assert "tokenizer has no manifest.json: an older version" in caplog.text
+  swap_two_tokens(run)
   with pytest.raises(
     ValueError,
     match=r"The tokenizer in .*/tokenizer is not the one that the model in"
@@ -140,10 +179,48 @@ def test_another_tokenizer_is_refused(run):
 
 def test_a_damaged_tokenizer_is_refused(run):
   cut_off(run / "tokenizer" / "tokenizer.json")
+  with pytest.raises(ValueError, match=r"tokenizer\.json in .* was cut off"):
+    RagPipeline.load(run)
+
+
+@pytest.mark.parametrize(
+  ("section", "values"),
+  [
+    ("encoder", {"score_scale": 3.0}),
+    ("generator", {"norm_eps": 1e-2}),
+    ("data", {"n_docs": 1}),
+  ],
+)
+def test_a_setting_that_decides_answers_is_not_changed_by_accident(
+  run, change_config, section, values, caplog
+):
+  text = (run / "config.json").read_text()
+  content = json.loads(text)
+  content[section] |= values
+  (run / "config.json").write_text(json.dumps(content))
   with pytest.raises(
-    ValueError, match=r"The tokenizer in .*/tokenizer cannot be read .*cut"
+    ValueError, match=r'config\.json was damaged.*remove the line "sha256"'
   ):
     RagPipeline.load(run)
+  # One of another run is whole, but not of this model.
+  (run / "config.json").write_text(json.dumps(with_digest(content)))
+  (name,) = values
+  with pytest.raises(
+    ValueError, match=rf"not the config that the model.*\s{section}\.{name}: "
+  ):
+    RagPipeline.load(run)
+  (run / "config.json").write_text(text)
+  change_config(section, **values)  # on purpose
+  RagPipeline.load(run)
+  assert "config.json was edited after the model was trained" in caplog.text
+  assert f"{section}.{name}: " in caplog.text
+
+
+def test_runs_of_before_there_were_digests_are_served(run, change_config):
+  forget(run, "config", "tokenizer_manifest")
+  (run / "tokenizer" / MANIFEST).unlink()
+  change_config("data", n_docs=1)
+  RagPipeline.load(run)
 
 
 def test_no_other_tokenizer_is_trained_for_one_that_is_missing(run):

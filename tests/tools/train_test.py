@@ -18,11 +18,15 @@ import subprocess
 import sys
 
 import pytest
+from small_checkpoints import GENERATION
+from small_checkpoints import write_checkpoints
 
 from rag_jax.training.workdir import open_workdir
+from rag_jax.weights.convert import export_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "train.py"
+HELPERS = ROOT / "tests" / "helpers"
 
 Result = collections.namedtuple("Result", ["code", "stdout", "stderr"])
 
@@ -32,7 +36,9 @@ def forks(tiny):
   """The program below."""
   with subprocess.Popen(
     [sys.executable, "-W", "ignore", __file__],
-    env=os.environ | tiny.environment | {"PYTHONPATH": str(ROOT)},
+    env=os.environ
+    | tiny.environment
+    | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, HELPERS)))},
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,
@@ -119,7 +125,7 @@ WRONG = {
     r" train\.jsonl\."
   ),
   ("tokenizer.path={root}/none",): (
-    r"FileNotFoundError: No tokenizer\.json in .*/none\."
+    r"FileNotFoundError: There is no tokenizer in .*/none; looked for"
   ),
   ("optimizer.freeze=('generatr',)",): (
     r"ValueError: optimizer\.freeze names 'generatr', but no parameter has that"
@@ -291,6 +297,58 @@ def test_passages_that_changed_since_the_checkpoint_are_refused(
     result,
     r"ValueError: The checkpoint of step 16 was made with other passages: what"
     r" the config names has changed since\. Put the old files back",
+  )
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny, tmp_path_factory):
+  root = tmp_path_factory.mktemp("checkpoints")
+  write_checkpoints(root, [q.question for q in tiny.split("train")])
+  return root
+
+
+def test_the_command_line_names_checkpoints_beside_a_file_of_a_fresh_model(
+  command, checkpoints, tmp_path
+):
+  result = command(
+    f"--config.encoder.init_from={checkpoints / 'question'}",
+    f"--config.generator.init_from={checkpoints / 'generator'}",
+    "--config.generator.activation_dropout=0.0",
+    "--config.data.context_length=40",
+    "--config.train.num_steps=2",
+    "--config.eval.num_test=4",
+  )
+  assert result.code == 0, result.stderr
+  # The file, of a model from scratch, sets other values.
+  assert "encoder.embed_dim: 16 -> 8" in result.stderr
+  assert "optimizer.peak_lr: 0.01 -> 3e-05" in result.stderr
+  assert "is DPR's question encoder, and will embed" in result.stderr
+  config = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert config["data"]["context_length"] == 40
+  assert config["data"]["target_length"] == 25
+  assert config["warmup"]["num_steps"] == 0
+  # What the checkpoint said of training and answering is exported again.
+  export_model(tmp_path / "run", tmp_path / "exported", "generator")
+  path = tmp_path / "exported"
+  exported = json.loads((path / "config.json").read_text())
+  assert exported["dropout"] == 0.2
+  assert exported["attention_dropout"] == 0.1
+  assert exported["activation_dropout"] == 0.0
+  settings = json.loads((path / "generation_config.json").read_text())
+  assert settings.pop("min_new_tokens") == GENERATION["min_length"] - 1
+  names = GENERATION.keys() - {"min_length"}
+  assert {n: settings[n] for n in names} == {n: GENERATION[n] for n in names}
+
+
+def test_another_shape_than_the_checkpoint_s_is_refused(command, checkpoints):
+  result = command(
+    f"--config.generator.init_from={checkpoints / 'generator'}",
+    "--config.generator.num_layers=3",
+  )
+  assert_one_message(
+    result,
+    r"ValueError: The command line contradicts the checkpoints that it starts"
+    r" from:\n  generator\.num_layers=3, but the checkpoint has 1\nExpected",
   )
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,9 +74,12 @@ def test_a_line_holds_step_stage_time_and_metrics(tmp_path, clock):
     clock.now += 2.5
     writer.write(3, "train", {"train/loss": 1.5})
     line = (workdir / "metrics.jsonl").read_text()  # before it is closed
-  assert line == (
-    '{"step": 3, "stage": "train", "time_secs": 2.5, "train/loss": 1.5}\n'
-  )
+  record = {"step": 3, "stage": "train", "time_secs": 2.5, "train/loss": 1.5}
+  assert line.endswith("\n")
+  line = json.loads(line)
+  assert re.fullmatch(r"[0-9a-f]{16}", line.pop("digest"))
+  assert line == record
+  assert read_metrics(workdir / "metrics.jsonl") == [record]
 
 
 def test_scalars_of_arrays_are_written_as_numbers(tmp_path):
@@ -253,12 +258,84 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path, line):
   path = tmp_path / "metrics.jsonl"
   good = '{"step": 1, "stage": "train", "time_secs": 0.0}\n'
   path.write_text(good + line + "\n" + good)
-  message = r"metrics\.jsonl, line 2: .* is no record .* remove that line"
+  message = r"metrics\.jsonl, line 2: .* is no record .* cut it off before"
   with pytest.raises(ValueError, match=message):
     read_metrics(path)
   with pytest.raises(ValueError, match=message):
     MetricWriter(tmp_path)
   assert path.read_text() == good + line + "\n" + good  # nothing was lost
+
+
+def test_every_flipped_bit_of_a_line_is_noticed(tmp_path):
+  write_some(tmp_path, [("warmup", 1), ("train", 2), ("train", 3)])
+  path = tmp_path / "metrics.jsonl"
+  whole, expected = path.read_bytes(), read_metrics(path)
+  for place in range(len(whole) - 1):
+    for bit in (1, 4, 32):
+      data = bytearray(whole)
+      data[place] ^= bit
+      path.write_bytes(data)
+      try:
+        records = read_metrics(path)
+      except ValueError:
+        continue
+      assert records == expected, place  # white space
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_line_that_is_missing_or_moved_is_noticed(tmp_path, lost):
+  write_some(tmp_path, [("train", step) for step in range(4)])
+  path = tmp_path / "metrics.jsonl"
+  lines = path.read_text().splitlines(keepends=True)
+  for damaged in (
+    lines[:lost] + lines[lost + 1 :],
+    [*lines[:lost], lines[lost + 1], lines[lost], *lines[lost + 2 :]],
+    lines[: lost + 1] + lines[lost:],  # twice
+  ):
+    path.write_text("".join(damaged))
+    with pytest.raises(ValueError, match=r"line \d was damaged.*or a line bef"):
+      read_metrics(path)
+  # What the message says to do: the lines before are whole.
+  path.write_text("".join(lines[:lost]))
+  assert [r["step"] for r in read_metrics(path)] == list(range(lost))
+
+
+def test_lines_of_before_there_were_digests_are_read_and_get_them(
+  tmp_path, caplog
+):
+  old = '{"step": 1, "stage": "train", "time_secs": 0.5}\n'
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(old)
+  write_some(tmp_path, [("train", 2)])
+  assert "metrics.jsonl have no digests: an older version" in caplog.text
+  caplog.clear()
+  assert [r["step"] for r in read_metrics(path)] == [1, 2]
+  assert not caplog.records
+  path.write_text(path.read_text() + old)  # one of each is no old file
+  with pytest.raises(ValueError, match="line 3 was damaged"):
+    read_metrics(path)
+
+
+def test_metrics_that_are_gone_are_warned_of(tmp_path, caplog):
+  with MetricWriter(tmp_path) as writer:
+    (tmp_path / "metrics.jsonl").unlink()
+    writer.truncate_after("train", 20)
+  assert "no" in caplog.text
+  assert "of the steps before 20" in caplog.text
+
+
+@pytest.mark.parametrize("make", [os.symlink, os.link])
+def test_another_file_is_never_written_to_by_the_name_of_this_one(
+  tmp_path, make
+):
+  write_some(tmp_path / "theirs", [("train", 1)])
+  theirs = tmp_path / "theirs" / "metrics.jsonl"
+  before = theirs.read_bytes()
+  (tmp_path / "run").mkdir()
+  make(theirs, tmp_path / "run" / "metrics.jsonl")
+  with pytest.raises(ValueError, match=r"metrics\.jsonl .*xpected a file of"):
+    MetricWriter(tmp_path / "run")
+  assert theirs.read_bytes() == before
 
 
 def test_missing_metrics_are_reported(tmp_path):

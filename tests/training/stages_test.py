@@ -236,3 +236,26 @@ def test_a_prefix_that_names_no_parameter_is_refused(tiny):
     ValueError, match=r"optimizer\.freeze names 'generatr', but no parameter"
   ):
     stage_optimizer(config, TRAIN, ONES)
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+def test_hf_loss_leaves_the_begin_token_out_if_it_shall(tiny, exclude):
+  experiment, stages = stages_of(
+    tiny, hf_loss=True, loss="rag_sequence", exclude_bos_score=exclude
+  )
+  nll_fn = stages[-1].loss_fn.keywords["nll_fn"]
+  rng = np.random.default_rng(0)
+  bos = experiment.tokenizer.bos_id
+  tokens = jnp.asarray([[bos, 7, 2], [bos, 8, 9]], jnp.int32)
+  arrays = (
+    jnp.asarray(rng.normal(size=(2, 2)), jnp.float32),
+    jnp.asarray(rng.normal(size=(2, 2, 3, 12)), jnp.float32),
+    tokens,
+    jnp.ones((2, 3), bool),
+  )
+  got = nll_fn(*arrays, 0.1)
+  for other in (True, False):
+    expected = hf_rag_sequence_nll(
+      *arrays, 0.1, exclude_bos_score=other, bos_id=bos
+    )
+    assert np.allclose(got, expected) == (other == exclude)

@@ -94,7 +94,7 @@ def test_a_run_of_before_there_was_a_setting_resumes(path):
   open_workdir(path, Config()).close()
   (path / "checkpoints" / "10").mkdir(parents=True)
   old = json.loads((path / "config.json").read_text())
-  del old["data"]["token_cache"]
+  del old["data"]["token_cache"], old["sha256"]
   (path / "config.json").write_text(json.dumps(old))
   with open_workdir(path, Config()) as workdir:
     assert workdir.checkpoints.exists()
@@ -202,6 +202,62 @@ def test_a_config_that_was_cut_off_is_named(path):
     ):
       open_workdir(path, Config())
   assert (path / "config.json").read_bytes() == damaged  # it is not replaced
+
+
+def test_an_edited_config_is_refused_unless_its_digest_is_removed(path, caplog):
+  open_workdir(path, Config()).close()
+  text = (path / "config.json").read_text()
+  text = text.replace('"score_scale": 1.0', '"score_scale": 2.0')
+  (path / "config.json").write_text(text)
+  with pytest.raises(
+    ValueError, match=r'config\.json was damaged.*remove the line "sha256"'
+  ):
+    open_workdir(path, changed(encoder__score_scale=2.0))
+  lines = [line for line in text.splitlines() if '"sha256"' not in line]
+  (path / "config.json").write_text("\n".join(lines))
+  open_workdir(path, changed(encoder__score_scale=2.0)).close()
+  assert "config.json has no digest: it was edited" in caplog.text
+  assert "sha256" in json.loads((path / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+  "name",
+  [".lock", "config.json", "metrics.jsonl", "results.json", "model",
+   "checkpoints", "tensorboard/train", "index/scann", "tokenizer/merges.txt"],
+)  # fmt: skip
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_is_written_to_where_a_link_leads(path, tmp_path, name, there):
+  theirs = tmp_path / "theirs"
+  if there:
+    theirs.write_text("years of work")
+  (path / name).parent.mkdir(parents=True)
+  (path / name).symlink_to(theirs)
+  with pytest.raises(ValueError, match=rf"{name} in .* is a link to .*Remove"):
+    open_workdir(path, Config())
+  assert theirs.exists() == there
+  assert not there or theirs.read_text() == "years of work"
+
+
+def test_a_lock_with_another_name_is_not_written_to(path, tmp_path):
+  (tmp_path / "theirs").write_text("years of work")
+  path.mkdir(parents=True)
+  os.link(tmp_path / "theirs", path / ".lock")
+  with pytest.raises(ValueError, match=r"\.lock has 2 names.*Remove it"):
+    open_workdir(path, Config())
+  assert (tmp_path / "theirs").read_text() == "years of work"
+
+
+def test_a_lock_that_is_a_pipe_is_refused(path):
+  path.mkdir(parents=True)
+  os.mkfifo(path / ".lock")
+  with pytest.raises(ValueError, match=r"\.lock in .* is a pipe"):
+    open_workdir(path, Config())
+
+
+def test_links_of_others_may_lie_in_a_workdir(path, tmp_path):
+  path.mkdir(parents=True)
+  (path / "notes").symlink_to(tmp_path)
+  open_workdir(path, Config()).close()
 
 
 def test_checkpoints_without_a_config_are_refused(path):

@@ -14,12 +14,12 @@ from rag_jax.weights.bag_of_words import to_bert
 from rag_jax.weights.convert import check_output
 from rag_jax.weights.convert import export_model
 from rag_jax.weights.convert import import_checkpoint
-from rag_jax.weights.convert import is_ours
 from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_generator
 from rag_jax.weights.load import load_rag
 from rag_jax.weights.model_files import load_model
 from rag_jax.weights.model_files import save_model
+from rag_jax.weights.saved import is_ours
 
 TENSORS = "model.safetensors"
 

@@ -20,7 +20,13 @@ IDS = SpecialIds(pad=1, bos=0, eos=2)
 def variants(checkpoints):
   bart, t5 = checkpoints.bart, checkpoints.t5
   bart = dataclasses.replace(bart, decoder_start_id=2)
-  pegasus = {"norm": "pre", "embedding_norm": False, "position_offset": 0}
+  positions = [f"{part}/position_embedding" for part in ("encoder", "decoder")]
+  pegasus = {
+    "norm": "pre",
+    "embedding_norm": False,
+    "position_offset": 0,
+    "fixed": ("final_logits_bias", *positions),
+  }
   gated = {"gated": True, "activation": "gelu_new", "scale_output": False}
   return {
     "bart": ("bart", bart),

@@ -1,14 +1,18 @@
 """A tokenizer's ids need rows of the embedding table; files are copied."""
 
 import json
+import shutil
 
 import pytest
 
+from rag_jax.corpus.tokenizer import load_tokenizer
+from rag_jax.weights.convert import import_checkpoint
 from rag_jax.weights.export import TokenizerFiles
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_generator
 from rag_jax.weights.load import load_rag
+from rag_jax.weights.tokenizer_files import copy_tokenizer
 
 
 def test_a_tokenizer_beyond_the_table_is_refused(checkpoints):
@@ -154,3 +158,43 @@ def test_a_directory_without_a_tokenizer_is_named(checkpoints, tmp_path):
       kind="dpr_question",
       tokenizer=TokenizerFiles(str(tmp_path / "empty")),
     )
+
+
+@pytest.mark.parametrize(
+  "name", ["merges.txt", "vocab.json", "tokenizer_config.json", "x.jinja"]
+)
+@pytest.mark.parametrize("folder", ["", "generator_tokenizer"])
+def test_what_a_link_leads_to_becomes_no_part_of_a_model(
+  checkpoints, tmp_path, name, folder
+):
+  secret = tmp_path / "secret"
+  secret.write_text("{}")
+  path = checkpoints.rag() if folder else checkpoints.dpr()
+  (path / "manifest.json").unlink()
+  (path / folder / name).unlink(missing_ok=True)
+  (path / folder / name).symlink_to(secret)
+  with pytest.raises(ValueError, match=rf"{name} in .* is a link to .*secret"):
+    import_checkpoint(path, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+  with pytest.raises(ValueError, match=rf"{name} in .* is a link to .*secret"):
+    load_tokenizer(path / folder)
+  with pytest.raises(ValueError, match=rf"{name} in .* is a link to .*secret"):
+    copy_tokenizer(path / folder, tmp_path / "copy")
+  assert not (tmp_path / "copy").exists()
+
+
+def test_a_tokenizer_in_the_hubs_cache_may_be_links_to_its_blobs(
+  checkpoints, tmp_path
+):
+  path = checkpoints.rag()
+  (path / "manifest.json").unlink()
+  home = tmp_path / "models--org--name"
+  shutil.copytree(path, home / "snapshots" / "0123")
+  (home / "blobs").mkdir()
+  file = home / "snapshots/0123/generator_tokenizer/tokenizer.json"
+  file.rename(home / "blobs/4567")
+  file.symlink_to("../../../blobs/4567")
+  import_checkpoint(home / "snapshots/0123", tmp_path / "out")
+  copied = tmp_path / "out/generator_tokenizer/tokenizer.json"
+  assert copied.read_bytes() == (home / "blobs/4567").read_bytes()
+  assert not copied.is_symlink()

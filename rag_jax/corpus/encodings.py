@@ -1,0 +1,196 @@
+"""The encoding of a page or file, and what to do about a wrong one.
+
+In: bytes, and the label of a page. Out: text, and whether the label was wrong;
+or which encoding it may be, for the advice that a person gets. Labels mean what
+the WHATWG's standard says, https://encoding.spec.whatwg.org. The one file that
+imports webencodings and chardet.
+"""
+
+import codecs
+import dataclasses
+import re
+
+import chardet
+import webencodings
+
+_BOMS = (
+  (codecs.BOM_UTF8, "utf-8"),
+  (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which it begins with
+  (codecs.BOM_UTF16_LE, "utf-16"),
+  (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# Names of chardet's that the standard does not have as labels.
+_CHARDET = {
+  "cp932": "shift_jis", "cp949": "euc-kr", "cp874": "windows-874",
+  "maccyrillic": "x-mac-cyrillic", "macroman": "macintosh",
+}  # fmt: skip
+_ICONV = {
+  "euc-kr": "CP949", "shift_jis": "CP932", "gbk": "GB18030",
+  "x-mac-cyrillic": "MAC-CYRILLIC", "utf-16le": "UTF-16LE",
+  "utf-16be": "UTF-16BE",
+}  # fmt: skip
+_LEAST_LETTERS = 5  # outside of ASCII, to tell one encoding from another
+_MANY_LETTERS = 12
+_FEW_LETTERS = 3
+_LEAST_SCORE = 0.1  # of chardet's, for a guess
+_SURE_SCORE = 0.2  # for a page that names no encoding
+_SAMPLE_BYTES = 1 << 14
+_MARKUP = re.compile(rb"(?is)<script.*?</script>|<style.*?</style>|<[^>]*>")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decoded:
+  """The text of a page.
+
+  Attributes:
+    text: without a byte order mark.
+    encoding: that it was read in.
+    label: that the page names, if that one is wrong, or "none"; else "".
+  """
+
+  text: str
+  encoding: str
+  label: str = ""
+
+
+def bom_encoding(raw: bytes) -> str:
+  """Returns the encoding that a byte order mark says, or ""."""
+  return next((name for bom, name in _BOMS if raw.startswith(bom)), "")
+
+
+def decode_page(raw: bytes, label: str) -> Decoded | None:
+  """Returns the text of an HTML page; None if its encoding cannot be told.
+
+  A byte order mark decides; then UTF-8, if the bytes are that; then what the
+  page names. If they cannot be what it names, or are far more like another
+  encoding, by their letters, it is that one.
+
+  Args:
+    raw: the page.
+    label: of the encoding that it names; "": none.
+  """
+  if name := bom_encoding(raw):
+    text = _decode(raw, name)
+    return None if text is None else Decoded(text.removeprefix("\ufeff"), name)
+  if wide := _wide(raw):
+    text = _decode(raw, wide)
+    return None if text is None else Decoded(text, wide)
+  named = webencodings.lookup(label)
+  name = named.name if named else ""
+  if name.startswith("utf-16"):  # which could not have been read up to there
+    name = "utf-8"
+  elif name == "x-user-defined":
+    name = "windows-1252"
+  escapes = name == "iso-2022-jp" and b"\x1b" in raw
+  if not escapes and (text := _decode(raw, "utf-8")) is not None:
+    wrong = bool(name) and name != "utf-8" and not raw.isascii()
+    return Decoded(text, "utf-8", label if wrong else "")
+  text = _decode(raw, name) if name and name != "utf-8" else None
+  guess = _better(raw, name if text is not None else "")
+  if guess:
+    other = _decode(raw, guess)
+    if other is not None and other != text:
+      return Decoded(other, guess, label or "none")
+  return None if text is None else Decoded(text, name)
+
+
+def _better(raw: bytes, name: str) -> str:
+  """Returns which encoding bytes are in rather than in `name`, or "".
+
+  Args:
+    raw: a page.
+    name: of the encoding it names, if it can be that; else "".
+  """
+  scores = _scores(raw)
+  guess = max(scores, key=scores.__getitem__, default="")
+  text = _decode(raw, name) if name else None
+  controls = text is not None and re.search("[\x80-\x9f]", text) is not None
+  if not guess or scores[guess] < (0.02 if controls else _LEAST_SCORE):
+    return ""
+  letters = _num_letters(raw, guess)
+  if not name:
+    sure = scores[guess] >= _SURE_SCORE or letters >= _MANY_LETTERS
+    return guess if sure and letters >= _LEAST_LETTERS else ""
+  score = scores.get(name, 0.0)
+  times = 1.6 if letters >= _MANY_LETTERS else 3.0
+  if controls:  # nobody writes them: it is not what the page names
+    times = 1.01
+  enough = letters >= (_FEW_LETTERS if controls else _LEAST_LETTERS)
+  return guess if enough and scores[guess] >= times * score else ""
+
+
+def _wide(raw: bytes) -> str:
+  """Returns the kind of UTF-16 that bytes look like, without a mark, or ""."""
+  sample = raw[:512]
+  half = len(sample) / 2
+  zeros = sample[::2].count(0), sample[1::2].count(0)
+  if zeros[1] > 0.6 * half and zeros[0] < 0.1 * half:
+    return "utf-16le"
+  if zeros[0] > 0.6 * half and zeros[1] < 0.1 * half:
+    return "utf-16be"
+  return ""
+
+
+def _decode(raw: bytes, name: str) -> str | None:
+  """Returns the text of bytes in a WHATWG encoding, or None if it is none."""
+  # The standard's decoder of GBK is that of GB18030.
+  name = {"gbk": "gb18030"}.get(name, name)
+  known = webencodings.lookup(name)
+  # Python's UTF-16 and UTF-32 read the byte order mark.
+  own = ("gb18030", "utf-16", "utf-32")
+  codec = known.codec_info.name if known and name not in own else name
+  try:
+    return raw.decode(codec)
+  except (LookupError, UnicodeError):
+    pass
+  if name.startswith("windows-"):
+    # Bytes that the set leaves open are control characters in the standard.
+    try:
+      return raw.decode(codec, errors="rag_jax.control")
+    except (LookupError, UnicodeError):
+      pass
+  return None
+
+
+def _as_control(error: UnicodeError) -> tuple[str, int]:
+  if not isinstance(error, UnicodeDecodeError):
+    raise error
+  return error.object[error.start : error.end].decode("latin-1"), error.end
+
+
+codecs.register_error("rag_jax.control", _as_control)
+
+
+def _num_letters(raw: bytes, name: str) -> int:
+  """Returns how many letters outside of ASCII bytes have in an encoding."""
+  text = _decode(raw, name) or ""
+  return sum(not c.isascii() and c.isalpha() for c in text)
+
+
+def _scores(raw: bytes) -> dict[str, float]:
+  """Returns how well bytes fit the encodings of the standard, by its names."""
+  sample = _MARKUP.sub(b" ", raw)
+  first = re.search(rb"[\x80-\xff]", sample)
+  if first is None:
+    return {}
+  start = max(sample.rfind(b" ", 0, first.start()), 0)
+  sample = sample[start : start + _SAMPLE_BYTES]
+  scores: dict[str, float] = {}
+  for found in chardet.detect_all(sample, ignore_threshold=True):
+    name = (found["encoding"] or "").lower()
+    known = webencodings.lookup(_CHARDET.get(name, name))
+    if known and known.name != "utf-8" and _decode(raw, known.name) is not None:
+      name = "gb18030" if known.name == "gbk" else known.name
+      scores[name] = max(scores.get(name, 0.0), found["confidence"])
+  if "gb18030" in scores:
+    scores["gbk"] = scores["gb18030"]
+  return scores
+
+
+def likely_encoding(raw: bytes) -> str:
+  """Returns which encoding bytes look like, by their letters, or "".
+
+  The name is one that iconv knows.
+  """
+  name = bom_encoding(raw) or _wide(raw) or _better(raw, "")
+  return _ICONV.get(name, name).upper()

@@ -1,0 +1,144 @@
+"""Which settings a checkpoint brings, and which of them somebody chose.
+
+In: a config, and which of its settings the command line gave. Out: the config
+in which each setting is what was chosen, or else what a checkpoint says.
+
+Who chooses. A config file that names a checkpoint is written for it: what it
+sets holds, and so does what the command line sets. If only the command line
+names the checkpoint, the file was written for a model from scratch; then the
+command line alone chooses, and a warning lists what the file had set otherwise.
+What nobody sets is never a choice; assigning a default is one.
+
+The shape of a model is never a choice beside a checkpoint: a contradiction on
+the command line is refused, one in a file is warned of.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+
+from rag_jax.config import Config
+
+SAFE_LR = 3e-5  # of the RAG paper, for weights that were trained before
+_HIGH_LR = 10 * SAFE_LR
+
+# 0 leaves these to be found out, so that it contradicts nothing.
+_OPEN = (
+  "vocab_size", "max_positions", "num_decoder_layers", "num_decoder_heads",
+  "head_dim", "decoder_mlp_dim",
+)  # fmt: skip
+
+
+class Brought:
+  """Fills a config in, setting by setting, and tells at the end."""
+
+  def __init__(self, config: Config, overridden: Mapping[str, Any]):
+    """Begins with what was set.
+
+    Args:
+      config: changed in place.
+      overridden: the settings that the command line gave, by dotted name, with
+        what the config file had said.
+    """
+    self._config, self._overridden = config, overridden
+    # Parts whose checkpoint the file does not name, nor that of the whole.
+    by_file = {
+      name: overridden.get(name, self._get(name))
+      for name in ("init_from", "encoder.init_from", "generator.init_from")
+    }
+    self._scratch = {
+      part: not by_file["init_from"]
+      and not by_file[f"{part}.init_from"]
+      and bool(overridden.keys() & {"init_from", f"{part}.init_from"})
+      for part in ("encoder", "generator")
+    }
+    self._replaced: list[str] = []
+    self._kept: list[str] = []
+    self._refused: list[str] = []
+
+  def _holder(self, name: str) -> tuple[Any, str]:
+    section, _, field = name.rpartition(".")
+    return getattr(self._config, section) if section else self._config, field
+
+  def _get(self, name: str) -> Any:
+    holder, field = self._holder(name)
+    return getattr(holder, field)
+
+  def _put(self, name: str, value: Any) -> None:
+    holder, field = self._holder(name)
+    if holder.is_set(field) and getattr(holder, field) != value:
+      self._replaced.append(f"{name}: {getattr(holder, field)!r} -> {value!r}")
+    setattr(holder, field, value)
+
+  def chosen(self, part: str, *names: str) -> bool:
+    """Returns whether somebody set one of `names` for the checkpoint of `part`.
+
+    Args:
+      part: "encoder" or "generator".
+      names: dotted, of settings.
+    """
+    for name in names:
+      holder, field = self._holder(name)
+      by_file = holder.is_set(field) and not self._scratch[part]
+      if name in self._overridden or by_file:
+        return True
+    return False
+
+  def bring(self, part: str, name: str, value: Any, warning: str = "") -> None:
+    """Sets `name` to what the checkpoint of `part` says, if it is no choice.
+
+    With a warning, a choice that differs is told.
+    """
+    if not self.chosen(part, name):
+      self._put(name, value)
+    elif warning and self._get(name) != value:
+      self._kept.append(f"{name}={self._get(name)!r}, not {value!r}: {warning}")
+
+  def bring_lr(self, part: str, name: str) -> None:
+    """Sets a learning rate to one that leaves trained weights whole."""
+    warning = "" if self._get(name) <= _HIGH_LR else (
+      "such steps undo what the weights were trained to"
+    )  # fmt: skip
+    self.bring(part, name, SAFE_LR, warning)
+
+  def demand(self, part: str, field: str, value: Any) -> None:
+    """Sets a field of `part` that the checkpoint alone decides."""
+    name = f"{part}.{field}"
+    old = self._get(name)
+    if (
+      name in self._overridden and old != value and (old or field not in _OPEN)
+    ):
+      self._refused.append(f"{name}={old!r}, but the checkpoint has {value!r}")
+    self._put(name, value)
+
+  def note(self, text: str) -> None:
+    """Keeps a warning for `finish`."""
+    self._kept.append(text)
+
+  def finish(self) -> None:
+    """Logs what was replaced and kept.
+
+    Raises:
+      ValueError: the command line contradicts what cannot be otherwise.
+    """
+    if self._refused:
+      raise ValueError(
+        "The command line contradicts the checkpoints that it starts from:\n  "
+        + "\n  ".join(self._refused)
+        + "\nExpected the shape that their weights have. Leave these settings"
+        " away, or take other checkpoints."
+      )
+    if self._replaced:
+      logging.warning(
+        "The checkpoints have settings of their own, which replace those of the"
+        " config file:\n  %s\nSettings on the command line, and those of a file"
+        " that names the checkpoints, are kept if a checkpoint can have them."
+        " configs/hf_finetune.py is such a file.",
+        "\n  ".join(self._replaced),
+      )
+    if self._kept:
+      logging.warning(
+        "These settings may not be meant beside the checkpoints:\n  %s",
+        "\n  ".join(self._kept),
+      )

@@ -1,0 +1,326 @@
+"""Copying: a distribution over the tokens of the context, word after word.
+
+With probability g the next token is one that the vocabulary's softmax chooses,
+and with 1 - g it is copied from a place of the context (pointer-generator, See
+et al. 2017, https://arxiv.org/abs/1704.04368, section 2.2):
+
+    p(y_t) = g_t softmax(logits_t)(y_t) + (1 - g_t) sum_s pi_t(s) [c_s = y_t]
+
+Where it is copied from is a Markov chain over the places s of the context
+tokens c, summed out exactly, as the forward algorithm of a hidden Markov model
+does: the token just read was copied from s with the probability
+
+    r_t(s) = pi_{t-1}(s) [c_s = y_{t-1}] / sum_s' pi_{t-1}(s') [c_s' = y_{t-1}]
+
+(the "selective read" of Gu et al. 2016, https://arxiv.org/abs/1603.06393,
+section 3.3), and then, with the probability l_t, the copy goes on at the place
+behind it; otherwise attention a_t finds a new place:
+
+    pi_t(s) = l_t r_t(s - 1) + (1 - l_t sum_s' r_t(s' - 1)) a_t(s)
+
+So a name of five pieces, or a number whose digits repeat, is copied whole once
+its first piece is found. g and l depend on the decoder's state and on what the
+encoder made of the place where the copy would go on: it sees whether the name
+ends there. T5 and BART have no such part.
+
+In: the decoder's states and what the encoder made of the context. Out: `Copy`,
+which `mix_targets` and `mix_logits` join with the vocabulary's distribution.
+"""
+
+import dataclasses
+import typing
+
+from flax import linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from rag_jax.models.partitioning import dense_init
+
+# Of a place that cannot be copied from; finite, so that it adds up. All sums
+# are of logarithms: their gradients stay at or below 1, however improbable the
+# copies are that a target asks for.
+_NEVER = -1e9
+_GOES_ON = 3.0  # logit of l before training: copies are mostly of whole texts
+
+
+# Unchecked, because JAX makes it of shapes and of stacked arrays too.
+@typing.no_type_check
+@flax.struct.dataclass
+class Copy:
+  """From where the next token is copied, if it is copied."""
+
+  tokens: Int[Array, "N S"]  # of the context
+  log_places: Float[Array, "N T S"]  # log pi_t
+  gate_logits: Float[Array, "N T"]  # of g_t: not to copy
+
+
+@typing.no_type_check
+@flax.struct.dataclass
+class Source:
+  """What can be copied from: a context as the pointer sees it."""
+
+  tokens: Int[Array, "N S"]
+  mask: Bool[Array, "N S"]  # True on real tokens
+  key: Float[Array, "N S D"]
+  onward: Float[Array, "N S D"]  # of a place, to decide whether to go on there
+
+
+@typing.no_type_check
+@flax.struct.dataclass
+class PointerCache:
+  """What decoding remembers of the copy between tokens."""
+
+  source: Source
+  log_places: Float[Array, "N W S"]  # of the token before, of each beam
+
+  def reorder(self, beams: Int[Array, "B W"]) -> "PointerCache":
+    """Returns the cache whose beam w continues the old beam `beams[w]`."""
+    b, w = beams.shape
+    n, _, s = self.log_places.shape
+    places = self.log_places.reshape(b, n // b, w, s)
+    places = jnp.take_along_axis(places, beams[:, None, :, None], axis=2)
+    return dataclasses.replace(self, log_places=places.reshape(n, w, s))
+
+
+def _log_gates(copy: Copy) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+  """Returns log g and log(1 - g)."""
+  return (
+    jax.nn.log_sigmoid(copy.gate_logits),
+    jax.nn.log_sigmoid(-copy.gate_logits),
+  )
+
+
+def mix_targets(
+  copy: Copy,
+  log_probs: Float[Array, "N T"],
+  target_tokens: Int[Array, "N T"],
+) -> Float[Array, "N T"]:
+  """Returns log p(y_t) of the mixture.
+
+  Args:
+    copy: what may be copied.
+    log_probs: of the targets, by the softmax over the vocabulary.
+    target_tokens: the same targets.
+  """
+  same = copy.tokens[:, None, :] == target_tokens[..., None]  # N T S
+  places = jnp.where(same, copy.log_places, _NEVER)
+  log_write, log_copy = _log_gates(copy)
+  return jnp.logaddexp(
+    log_write + log_probs, log_copy + jax.nn.logsumexp(places, axis=-1)
+  )
+
+
+def mix_logits(
+  copy: Copy, logits: Float[Array, "N T V"]
+) -> Float[Array, "N T V"]:
+  """Returns log p(v) of every token v of the vocabulary, by the mixture."""
+  n, t, _ = copy.log_places.shape
+  copied = jnp.zeros(logits.shape, jnp.float32)
+  copied = copied.at[
+    jnp.arange(n)[:, None, None],
+    jnp.arange(t)[:, None],
+    copy.tokens[:, None, :],
+  ].add(jnp.exp(copy.log_places))
+  log_write, log_copy = _log_gates(copy)
+  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  return jnp.logaddexp(
+    log_write[..., None] + log_probs,
+    log_copy[..., None] + jnp.log(jnp.maximum(copied, 1e-30)),
+  )
+
+
+class Pointer(nn.Module):
+  """The chain over places of the context; see the module.
+
+  Params: kernels `query`, `key`, `state`, `place` and `behind` [D, D], `mode`
+  [D, 2], and biases of `state` and `mode`. The logits of g and l are
+  mode(gelu(state(h) + place(m_s) + behind(m_s+1))) of the decoder's state h and
+  what the encoder made of the place s where the copy would go on, and of the
+  next.
+  """
+
+  embed_dim: int
+  dtype: DTypeLike = jnp.bfloat16
+  param_dtype: DTypeLike = jnp.float32
+
+  def setup(self):
+    def dense(features: int, bias: bool, init: nn.initializers.Initializer):
+      return nn.Dense(
+        features,
+        use_bias=bias,
+        kernel_init=init,
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+      )
+
+    square = dense_init("embed", "head_dim", std=self.embed_dim**-0.5)
+    self.query = dense(self.embed_dim, False, square)
+    self.key = dense(self.embed_dim, False, square)
+    self.state = dense(self.embed_dim, True, square)
+    self.place = dense(self.embed_dim, False, square)
+    self.behind = dense(self.embed_dim, False, square)
+    self.mode = nn.Dense(
+      2,
+      kernel_init=square,
+      bias_init=lambda *_: jnp.array([0.0, _GOES_ON], self.param_dtype),
+      dtype=jnp.float32,
+      param_dtype=self.param_dtype,
+    )
+
+  def source(
+    self,
+    tokens: Int[Array, "N S"],
+    mask: Bool[Array, "N S"],
+    memory: Float[Array, "N S D"],
+  ) -> Source:
+    """Returns the context as the pointer sees it.
+
+    Args:
+      tokens: of the context.
+      mask: True on real tokens.
+      memory: what the encoder made of them.
+    """
+    # A comma ends a number, or does not: the next token says which.
+    behind = jnp.where(mask[:, 1:, None], memory[:, 1:], 0)
+    behind = jnp.pad(behind, ((0, 0), (0, 1), (0, 0)))
+    onward = self.place(memory) + self.behind(behind)
+    return Source(tokens, mask, self.key(memory), onward)
+
+  def _attend(
+    self, states: Float[Array, "N T D"], source: Source
+  ) -> tuple[Float[Array, "N T S"], Float[Array, "N T D"]]:
+    """Returns log a_t, and what the states say of going on."""
+    logits = jnp.einsum(
+      "NTD,NSD->NTS",
+      self.query(states) * self.embed_dim**-0.5,
+      source.key,
+      preferred_element_type=jnp.float32,
+    )
+    logits = jnp.where(source.mask[:, None], logits, jnp.finfo(jnp.float32).min)
+    attention = jnp.maximum(jax.nn.log_softmax(logits, axis=-1), _NEVER)
+    return attention, self.state(states)
+
+  def step(
+    self,
+    states: Float[Array, "N T D"],
+    read: Int[Array, "N T"],
+    before: Float[Array, "N T S"],
+    source: Source,
+  ) -> Copy:
+    """Returns from where the token behind each of T prefixes is copied.
+
+    Args:
+      states: of the decoder, after reading the last token of the prefix.
+      read: that token.
+      before: `log_places` of the step at which it was written; `nothing` at
+        the start.
+      source: the context.
+    """
+    return self._chain(*self._attend(states, source), read, before, source)
+
+  def __call__(
+    self,
+    states: Float[Array, "N T D"],
+    read: Int[Array, "N T"],
+    source: Source,
+  ) -> Copy:
+    """Returns from where each token of one sequence is copied.
+
+    Args:
+      states: of the decoder at each position.
+      read: the tokens that the decoder reads there.
+      source: the context.
+    """
+
+    def advance(before: Array, inputs: tuple) -> tuple[Array, Copy]:
+      attention, state, token = (x[:, None] for x in inputs)
+      copy = self._chain(attention, state, token, before, source)
+      return copy.log_places, copy
+
+    if self.is_initializing():  # parameters cannot be made inside a scan
+      start = nothing(source.tokens, read.shape[1])
+      return self.step(states, read, start, source)
+    by_step = jax.tree.map(
+      lambda x: jnp.moveaxis(x, 1, 0), (*self._attend(states, source), read)
+    )
+    _, steps = jax.lax.scan(advance, nothing(source.tokens, 1), by_step)
+    return Copy(
+      tokens=source.tokens,
+      log_places=jnp.moveaxis(steps.log_places[:, :, 0], 0, 1),
+      gate_logits=jnp.moveaxis(steps.gate_logits[:, :, 0], 0, 1),
+    )
+
+  def tree(
+    self,
+    states: Float[Array, "N M D"],
+    read: Int[Array, "N M"],
+    depths: Int[Array, "N M"],
+    seen: Bool[Array, "N M M"],
+    source: Source,
+  ) -> Copy:
+    """Returns the same for the nodes of a tree of prefixes.
+
+    Args:
+      states: of the decoder at each node.
+      read: the token of each node.
+      depths: how many tokens stand before it.
+      seen: True where node m looks at a node: at its ancestors and itself.
+      source: the context.
+    """
+    attention, state = self._attend(states, source)
+    above = seen & (depths[:, None, :] == depths[..., None] - 1)
+    parents = jnp.argmax(above, axis=-1)[..., None]  # of roots: not used
+    has_parent = (depths > 0)[..., None]
+
+    def advance(_: Array, copy: Copy) -> Copy:
+      before = jnp.take_along_axis(copy.log_places, parents, axis=1)
+      before = jnp.where(has_parent, before, _NEVER)
+      return self._chain(attention, state, read, before, source)
+
+    start = nothing(source.tokens, read.shape[1])
+    first = self._chain(attention, state, read, start, source)
+    # Nodes of depth d are right after d rounds.
+    return jax.lax.fori_loop(0, jnp.max(depths), advance, first)
+
+  def _chain(
+    self,
+    attention: Float[Array, "N T S"],
+    state: Float[Array, "N T D"],
+    read: Int[Array, "N T"],
+    before: Float[Array, "N T S"],
+    source: Source,
+  ) -> Copy:
+    """Returns log pi and the gate, one step of the chain on."""
+    same = source.tokens[:, None] == read[..., None]
+    origin = jnp.where(same, before, _NEVER)
+    total = jax.nn.logsumexp(origin, axis=-1, keepdims=True)
+    was_copied = total > _NEVER / 2
+    origin = jnp.where(was_copied, origin - total, _NEVER)  # log r
+    # To s from s - 1.
+    onward = jnp.pad(
+      origin[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=_NEVER
+    )
+    onward = jnp.where(source.mask[:, None], onward, _NEVER)
+    probs = jnp.exp(onward)
+    place = jnp.einsum("NTS,NSD->NTD", probs.astype(self.dtype), source.onward)
+    mode = self.mode(jax.nn.gelu(state + place).astype(jnp.float32))
+    log_on, log_off = (
+      jax.nn.log_sigmoid(x) for x in (mode[..., 1:], -mode[..., 1:])
+    )
+    # log(1 - l m) = log((1 - l) + l (1 - m)): m is 1 unless the text ends.
+    ended = 1.0 - jnp.sum(probs, axis=-1, keepdims=True)
+    has_ended = ended > 1e-6
+    ended = jnp.where(
+      has_ended, jnp.log(jnp.where(has_ended, ended, 1.0)), _NEVER
+    )
+    log_new = jnp.logaddexp(log_off, log_on + ended)
+    places = jnp.logaddexp(log_on + onward, log_new + attention)
+    return Copy(source.tokens, jnp.maximum(places, _NEVER), mode[..., 0])
+
+
+def nothing(tokens: Int[Array, "N S"], num: int) -> Float[Array, "N T S"]:
+  """Returns `log_places` before the first token of `num` sequences."""
+  return jnp.full((len(tokens), num, tokens.shape[1]), _NEVER)

@@ -1,0 +1,86 @@
+"""Bytes are read in the encoding they are in, whatever the page says."""
+
+import pytest
+
+from rag_jax.corpus.encodings import Decoded
+from rag_jax.corpus.encodings import decode_page
+from rag_jax.corpus.encodings import likely_encoding
+
+RUSSIAN = "Московский Кремль: крепость в центре города."
+GREEK = "Η Αθήνα είναι η πρωτεύουσα της Ελλάδας."
+FRENCH = "Été à l’école: où est le château?"
+
+
+@pytest.mark.parametrize(
+  ("text", "codec", "label", "encoding"),
+  [
+    ("①㈱髙橋", "cp932", "x-sjis", "shift_jis"),
+    ("朱镕基囍", "gbk", "gb2312", "gbk"),
+    ("똠방각하 펲시", "cp949", "euc-kr", "euc-kr"),
+    ("“Größe” – 5 €", "cp1252", "iso-8859-1", "windows-1252"),
+    ("İstanbul, güneş", "cp1254", "latin5", "windows-1254"),
+    ("東京", "iso2022_jp", "iso-2022-jp", "iso-2022-jp"),
+    ("café", "cp1252", "ISO-8859-1 ", "windows-1252"),
+    (RUSSIAN, "koi8-r", "koi8-r", "koi8-r"),
+    (RUSSIAN, "cp1251", "windows-1251", "windows-1251"),
+    ("a\x81b", "latin-1", "windows-1252", "windows-1252"),
+    ("é", "utf-8", "utf-16", "utf-8"),  # as the standard says
+  ],
+)
+def test_labels_mean_what_browsers_take_them_for(text, codec, label, encoding):
+  assert decode_page(text.encode(codec), label) == Decoded(text, encoding)
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("mark", [True, False])
+def test_utf16_is_read_with_and_without_its_mark(codec, mark):
+  page = "<p>" + RUSSIAN[:4] + " in English words</p>"
+  raw = ("\ufeff" * (mark and codec != "utf-16") + page).encode(codec)
+  decoded = decode_page(raw, "iso-8859-1" if mark else "")
+  assert decoded is not None
+  assert (decoded.text, decoded.label) == (page, "")
+
+
+@pytest.mark.parametrize(
+  ("text", "codec", "encoding", "labels"),
+  [
+    (
+      RUSSIAN,
+      "cp1251",
+      "windows-1251",
+      ["iso-8859-1", "koi8-r", "iso-8859-5", "windows-1252", "gb2312", "utf-8"],
+    ),
+    ("Погода", "cp1251", "windows-1251", ["latin1", "koi8-r"]),
+    (GREEK, "cp1253", "iso-8859-7", ["windows-1252", "windows-1251"]),
+    ("Čeština: žluťoučký kůň", "cp1250", "windows-1250", ["iso-8859-1"]),
+    ("北京是中华人民共和国的首都", "gbk", "gb18030", ["euc-kr", "x-sjis"]),
+    (FRENCH, "utf-8", "utf-8", ["iso-8859-1", "windows-1251", "x-sjis"]),
+    (RUSSIAN, "cp1251", "windows-1251", ["no-such-label"]),
+  ],
+)
+def test_a_wrong_label_is_found_and_said(text, codec, encoding, labels):
+  for label in labels:
+    decoded = decode_page(text.encode(codec), label)
+    assert decoded == Decoded(text, encoding, label)
+
+
+def test_a_page_that_names_nothing_is_read_by_its_letters_if_they_are_many():
+  raw = RUSSIAN.encode("cp1251")
+  assert decode_page(raw, "") == Decoded(RUSSIAN, "windows-1251", "none")
+  assert decode_page(b"caf\xe9", "") is None
+  assert decode_page(b"caf\xe9", "utf-8") is None
+
+
+@pytest.mark.parametrize(
+  ("codec", "name"),
+  [
+    ("utf-16", "UTF-16"),
+    ("utf-16-le", "UTF-16LE"),
+    ("utf-32", "UTF-32"),
+    ("cp1251", "WINDOWS-1251"),
+    ("utf-8", ""),
+  ],
+)
+def test_the_likely_encoding_is_one_that_iconv_knows(codec, name):
+  text = RUSSIAN if codec == "cp1251" else "plain words"
+  assert likely_encoding(text.encode(codec)) == name

@@ -1,0 +1,85 @@
+"""How every tool begins and ends: --help, what is printed, what went wrong."""
+
+import ast
+import os
+import subprocess
+import sys
+
+from processes import ROOT
+import pytest
+
+TOOLS = sorted(
+  path
+  for path in (ROOT / "tools").glob("*.py")
+  if '__name__ == "__main__"' in path.read_text()
+)
+TOOL = '''"""Does a thing.
+
+  python tools/thing.py --input=FILE
+"""
+from absl import flags
+import command
+INPUT = flags.DEFINE_string("input", None, "What is read.")
+flags.mark_flag_as_required("input")
+def main(argv):
+  print("shown\\x1b]52;c;eA==\\x07\\u202e", argv[1:])
+  raise ValueError(f"{INPUT.value} is \\x1b[1mbad.")
+if __name__ == "__main__":
+  command.run(main, arguments="[QUESTION ...]")
+'''
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
+def test_every_tool_runs_by_command_and_has_an_example(path):
+  text = path.read_text()
+  example = f"  python tools/{path.name}"
+  assert example in (ast.get_docstring(ast.parse(text), clean=False) or "")
+  assert "command.run(" in text
+  assert "app.run(" not in text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """Returns a function that runs a small tool as a process."""
+  path = tmp_path_factory.mktemp("tools") / "thing.py"
+  path.write_text(TOOL)
+
+  def run_thing(*arguments):
+    return subprocess.run(
+      [sys.executable, path, *arguments],
+      env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
+      capture_output=True,
+      encoding="utf-8",
+      check=False,
+      timeout=100,
+    )
+
+  return run_thing
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort", "--helpfull"])
+def test_help_is_no_error_and_begins_with_a_usage_line(run, flag):
+  done = run(flag)
+  assert (done.returncode, done.stderr) == (0, "")
+  lines = done.stdout.splitlines()
+  assert lines[0] == (
+    "usage: python tools/thing.py --input=INPUT [--FLAG=VALUE ...]"
+    " [QUESTION ...]"
+  )
+  assert "  python tools/thing.py --input=FILE" in lines
+  assert "  --input: What is read." in lines
+  assert ("--log_dir" in done.stdout) == (flag == "--helpfull")
+
+
+def test_what_a_tool_prints_cannot_control_the_terminal(run):
+  done = run("--input=\x1b[2Jx", "--", "--help")
+  assert done.returncode == 1
+  assert done.stdout == "shown ['--help']\n"
+  assert done.stderr == "ValueError: x is bad.\n"
+
+
+def test_a_missing_flag_is_named(run):
+  done = run()
+  assert done.returncode == 1
+  assert "--input" in done.stderr
+  assert "Traceback" not in done.stderr
