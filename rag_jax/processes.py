@@ -48,7 +48,7 @@ def sum_counts(counts: dict[str, int]) -> dict[str, int]:
 
 
 def join_rows(
-  local: Int[np.ndarray, "b K"], rows: Int[np.ndarray, "b"], num_rows: int
+  local: Int[np.ndarray, "n K"], rows: Int[np.ndarray, "b"], num_rows: int
 ) -> Int[np.ndarray, "B K"]:
   """Returns the whole of an array of which each process has some rows.
 

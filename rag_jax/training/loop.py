@@ -429,10 +429,10 @@ class _Run:
     loss: float,
   ) -> None:
     """Saves all that the run needs to go on as if it had not stopped."""
-    name = stage.first_step + step
-    if from_first(name in self._checkpoints.steps()):
-      return
+    # Both wait for what threads still do: what follows goes over all hosts, and
+    # nothing else may, until it is done.
     pending = ahead.peek()
+    index_versions = versions.save() if versions else []
     self._divergence.check_state(state, stage, step)
     doc_ids = []
     if pending is not None:
@@ -445,7 +445,7 @@ class _Run:
       "stage": stage.name,
       "stage_step": step,
       "doc_ids": doc_ids,
-      "index_versions": versions.save() if versions else [],
+      "index_versions": index_versions,
       "clock": dataclasses.asdict(self.clock),
       "identity": self._identity,
       "config": dataclasses.asdict(self._config),
@@ -454,11 +454,12 @@ class _Run:
     self._writer.sync()
     kept_state = in_step.without_tokens(state)
     metric = values.get(_BEST)
+    name = stage.first_step + step
     self._checkpoints.save(name, kept_state, extra, metric, loss)
     if self._is_best(values):
       self._best = metric
     if versions:
-      self._kept_indexes[name] = extra["index_versions"]
+      self._kept_indexes[name] = index_versions
       versions.remove_except(self._indexes_of_checkpoints())
 
   def _indexes_of_checkpoints(self) -> set[int]:
