@@ -149,6 +149,7 @@ class Tiny:
     validate: Callable[..., dict[str, float]] | None = None,
     measure: bool = False,
     stop_at: tuple[str, int] | None = None,
+    resume_from: int | None = None,
     spoil: Callable[[int, dict], dict] = lambda step, metrics: metrics,
   ) -> "Run":
     """Runs what is left of a run, as tools/train.py does.
@@ -160,6 +161,7 @@ class Tiny:
         nothing is answered, and every validation finds 0.
       measure: whether to answer questions, for validation and at the end.
       stop_at: stage and step at which a SIGTERM arrives.
+      resume_from: as --resume_from.
       spoil: (step, metrics) -> metrics, of every update.
     """
     experiment, answerer, compiled = self.open(config)
@@ -168,7 +170,9 @@ class Tiny:
     if measure:
       validate = evaluator.validator(self.split("validation"))
     with (
-      open_workdir(path, config) as workdir,
+      open_workdir(
+        path, config, may_learn_otherwise=resume_from is not None
+      ) as workdir,
       pytest.MonkeyPatch.context() as patch,
       self.compiling(),
     ):
@@ -178,7 +182,11 @@ class Tiny:
         patch.setattr(MetricWriter, "write", _write_and_stop(*stop_at))
       try:
         run.clock = loop.train(
-          experiment, self.split("train"), workdir, validate or find_nothing
+          experiment,
+          self.split("train"),
+          workdir,
+          validate or find_nothing,
+          resume_from,
         )
       except StoppedEarlyError as stopped:
         run.stopped = stopped

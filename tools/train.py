@@ -45,6 +45,10 @@ flags.DEFINE_bool("debug", False, "Show where an error came from.")
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "On every host of a pod: join the others first."
 )
+_RESUME_FROM = flags.DEFINE_integer(
+  "resume_from", None, "Step of a checkpoint to go back to, with other learning"
+  " rates and the like. Later checkpoints are set aside.",
+)  # fmt: skip
 _MIN_INDEX_RECALL = flags.DEFINE_float(
   "min_index_recall", None, "Refuse to train or evaluate with an index that"
   " finds less, from 0 to 1; the same as --config.index.min_recall.",
@@ -69,7 +73,10 @@ def main(argv: list[str]) -> None:
     _CONFIG.value.index.min_recall = _MIN_INDEX_RECALL.value
   config, initial = load_initial(validate(_CONFIG.value), _overridden())
   with open_workdir(
-    _WORKDIR.value or "", config, process_index=jax.process_index()
+    _WORKDIR.value or "",
+    config,
+    process_index=jax.process_index(),
+    may_learn_otherwise=_RESUME_FROM.value is not None,
   ) as workdir:
     keep_compiled(_CACHE_DIR.value or "")
     questions = {
@@ -88,7 +95,11 @@ def main(argv: list[str]) -> None:
       questions["validation"], config.eval.num_validation, config.seed
     )
     clock = train(
-      experiment, questions["train"], workdir, evaluator.validator(validation)
+      experiment,
+      questions["train"],
+      workdir,
+      evaluator.validator(validation),
+      _RESUME_FROM.value,
     )
     test = choose(questions["test"], config.eval.num_test, config.seed)
     results = finish(experiment, workdir, test, evaluator, clock)

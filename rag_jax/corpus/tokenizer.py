@@ -4,13 +4,14 @@ In: text. Out: token ids, mostly without special tokens, which data/ adds where
 they belong. The one file that imports transformers, for its tokenizers alone.
 """
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
+import contextlib
 import functools
 import logging as python_logging
 import os
 import pathlib
 import re
-import shutil
+import tempfile
 import typing
 
 from absl import logging
@@ -236,16 +237,16 @@ class Tokenizer:
       UnwritableError: the disk is full, or nothing may be written there.
     """
     path = artifacts.start_directory(path)
-    temp = artifacts.temp_path(path / "tokenizer")
-    with disk.explaining(path, "The tokenizer", "Then start again."):
-      try:
-        temp.mkdir()
-        self._save(temp)
-        # Last what says that there is one.
-        for file in sorted(temp.iterdir(), key=lambda f: f.stem == _KIND):
-          os.replace(file, path / file.name)
-      finally:
-        shutil.rmtree(temp, ignore_errors=True)
+    with (
+      disk.explaining(path, "The tokenizer", "Then start again."),
+      # Made elsewhere: transformers writes to local folders alone.
+      tempfile.TemporaryDirectory() as made,
+    ):
+      made = epath.Path(made)
+      self._save(made)
+      # Last what says that there is one.
+      for file in sorted(made.iterdir(), key=lambda f: f.stem == _KIND):
+        disk.write_atomically(path / file.name, file.read_bytes())
       artifacts.write_manifest(
         path, kind=_KIND, format=_FORMAT, content={}, nested=True
       )
@@ -398,9 +399,10 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
 
   loader = getattr(transformers, kind)
   try:
-    backend = loader.from_pretrained(
-      os.fspath(path), local_files_only=True, trust_remote_code=False
-    )
+    with _in_folder(path) as folder:
+      backend = loader.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+      )
   except Exception as error:  # transformers raises bare Exception, and others
     raise ValueError(
       f"The tokenizer in {path} cannot be read ({error}). Its files were cut"
@@ -408,6 +410,19 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
       " them again."
     ) from error
   return Tokenizer(backend)
+
+
+@contextlib.contextmanager
+def _in_folder(path: epath.Path) -> Iterator[str]:
+  """Yields a local folder of the files in `path`: itself, or a copy."""
+  if artifacts.is_local(path):
+    yield os.fspath(path)
+    return
+  with tempfile.TemporaryDirectory() as copy:
+    for file in path.iterdir():
+      if not file.is_dir():
+        file.copy(epath.Path(copy) / file.name)
+    yield copy
 
 
 def train_tokenizer(

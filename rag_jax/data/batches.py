@@ -7,15 +7,6 @@ import flax.struct
 from jaxtyping import Bool, Float, Int
 
 
-def process_share(
-  batch_size: int, process_index: int, process_count: int
-) -> slice:
-  """Returns which rows of a batch a process loads: each an equal, own part."""
-  assert batch_size % process_count == 0, "the devices were checked"
-  size = batch_size // process_count
-  return slice(process_index * size, (process_index + 1) * size)
-
-
 # Unchecked, because JAX makes it of shapes and shardings too.
 @typing.no_type_check
 @flax.struct.dataclass

@@ -16,7 +16,6 @@ from rag_jax.config import Config
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.data.batches import RagBatch
-from rag_jax.data.batches import process_share
 from rag_jax.data.context import ContextBuilder
 
 
@@ -30,8 +29,7 @@ class ClozeBatches:
     context: ContextBuilder,
     config: Config,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Sequence[int] | None = None,  # rows that this process loads
   ):
     if config.warmup.batch_size > len(passages):
       raise ValueError(
@@ -44,9 +42,8 @@ class ClozeBatches:
     self._passages = passages
     self._context = context
     self._config = config
-    self._share = process_share(
-      config.warmup.batch_size, process_index, process_count
-    )
+    everything = range(config.warmup.batch_size)
+    self._share = list(everything if share is None else share)
 
   def _mask_span(
     self, rng: np.random.Generator, row: int
@@ -91,8 +88,10 @@ class ClozeBatches:
       *(self._mask_span(rng, int(r)) for r in rows), strict=True
     )
     # Every process draws the whole batch, so that together they have it once.
-    rows, befores = rows[self._share], befores[self._share]
-    afters, spans = afters[self._share], spans[self._share]
+    rows = rows[self._share]
+    befores, afters, spans = (
+      [parts[i] for i in self._share] for parts in (befores, afters, spans)
+    )
     windows = _masked(befores, self._tokenizer.mask_id, afters)
     target_tokens, target_mask = self._context.targets(spans)
     if not config.data.n_docs:  # closed book: the passage is not shown

@@ -21,7 +21,9 @@ in which the question is what the retriever's tokenizer makes of its tokens
 (BERT's: lower case), and is the first to be cut. Whatever is cut is counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
+import threading
 
 from jaxtyping import Bool, Int
 import numpy as np
@@ -35,6 +37,8 @@ from rag_jax.data.substitution import substitute
 Tokens = np.ndarray  # int32
 Mask = np.ndarray  # bool
 Ids = list[int]  # of one text, without special tokens
+
+COUNTS = ("questions_cut", "contexts_cut", "targets_cut")
 
 
 def rag_context(
@@ -62,7 +66,8 @@ class ContextBuilder:
   """Builds padded token arrays of the lengths in the config.
 
   Attributes:
-    counts: how many questions, contexts and targets were cut so far.
+    counts: how many questions, contexts and targets were cut so far, but for
+      those that `counting` counted.
   """
 
   def __init__(
@@ -96,7 +101,24 @@ class ContextBuilder:
         " reads them. Expected passages tokenised with the generator's, and the"
         " others as retriever_passages; or set data.context_style='rag'."
       )
-    self.counts = {"questions_cut": 0, "contexts_cut": 0, "targets_cut": 0}
+    self.counts = dict.fromkeys(COUNTS, 0)
+    self._apart = threading.local()
+
+  @contextlib.contextmanager
+  def counting(self) -> Iterator[dict[str, int]]:
+    """Yields counts of what this thread cuts until the end, apart from others.
+
+    So a batch that is made again, after a run was stopped, counts once.
+    """
+    before = self._count_here()
+    self._apart.counts = counts = dict.fromkeys(COUNTS, 0)
+    try:
+      yield counts
+    finally:
+      self._apart.counts = before
+
+  def _count_here(self) -> dict[str, int]:
+    return getattr(self._apart, "counts", self.counts)
 
   @property
   def retriever_passages(self) -> TokenizedPassages:
@@ -151,7 +173,7 @@ class ContextBuilder:
     mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
       if len(row) > length:
-        self.counts[counter] += 1
+        self._count_here()[counter] += 1
         row = [*row[: length - 1], tokenizer.eos_id]
       tokens[i, : len(row)] = row
       mask[i, : len(row)] = True
@@ -223,7 +245,7 @@ class ContextBuilder:
     mask = np.zeros(tokens.shape, bool)
     for b, ids in enumerate(question_ids):
       if len(ids) > longest:
-        self.counts["contexts_cut"] += 1
+        self._count_here()["contexts_cut"] += 1
       head = [*start, *ids[:longest], tokenizer.eos_id]
       tokens[b, :, : len(head)] = head
       mask[b, :, : len(head)] = True
@@ -235,7 +257,7 @@ class ContextBuilder:
       for k, row in enumerate(rows[b].tolist()):
         body = substitute(self._passages, row, change)
         if len(body) > room:
-          self.counts["contexts_cut"] += 1
+          self._count_here()["contexts_cut"] += 1
           body = body[:room]
         tokens[b, k, len(head) : len(head) + len(body)] = body
         mask[b, k, len(head) : len(head) + len(body)] = True
@@ -255,7 +277,7 @@ class ContextBuilder:
     where = slice(len(rows)), slice(start, start + body.shape[1])
     tokens[where] = body  # padded alike
     mask[where] = np.arange(body.shape[1]) < lengths[:, None]
-    self.counts["contexts_cut"] += int(np.sum(lengths > room))
+    self._count_here()["contexts_cut"] += int(np.sum(lengths > room))
 
   def _string_contexts(
     self, question_ids: Sequence[Ids], rows: Int[np.ndarray, "B K"]
@@ -273,7 +295,7 @@ class ContextBuilder:
       if not docs:
         strings.append((data.context_prefix + question).replace("  ", " "))
     ids, num_cut = self._tokenizer.encode_inputs(strings, data.context_length)
-    self.counts["contexts_cut"] += num_cut
+    self._count_here()["contexts_cut"] += num_cut
     tokens, mask = self._pad(
       ids, data.context_length, "contexts_cut", self._tokenizer
     )

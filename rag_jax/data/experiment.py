@@ -34,6 +34,7 @@ from rag_jax.models.partitioning import check_devices
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.rag import RagModel
 from rag_jax.models.rag import build_model
+from rag_jax.processes import first_alone
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings
 from rag_jax.retrieval.retriever import Embedder
@@ -157,8 +158,10 @@ def open_experiment(
     passages = load_passages(config.data.passages)
   check_n_docs(config.data.n_docs, passages)
   initial = initial or Initial()
-  tokenizer, retriever_tokenizer = _open_tokenizers(
-    config, passages, tokenizer_path, initial
+  opened = passages, tokenizer_path, initial
+  # One after another: the first may make what the others then open.
+  tokenizer, retriever_tokenizer = first_alone(
+    "open the tokenizers", lambda: _open_tokenizers(config, *opened)
   )
   _check_tables(config, tokenizer, retriever_tokenizer)
   length = config.data.passage_length

@@ -18,7 +18,6 @@ import numpy as np
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.data.batches import RagBatch
-from rag_jax.data.batches import process_share
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.informal import informal
 from rag_jax.data.questions import Question
@@ -37,6 +36,7 @@ class Prepared:
 
   batch: Any  # a RagBatch; a QuestionBatch, if the step searches
   doc_ids: Int[np.ndarray, "B K"]  # passage numbers; K = 0 without documents
+  cut: dict[str, int] = dataclasses.field(default_factory=dict)  # by what
 
 
 class QuestionBatches:
@@ -63,18 +63,12 @@ class QuestionBatches:
     substitute_subjects: float = 0.0,
     informal_questions: float = 0.0,
     bm25: Bm25Index | None = None,  # searched too, and scores the documents
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Sequence[int] | None = None,  # rows that this process loads
   ):
     if len(questions) < batch_size:
       raise ValueError(
         f"train.batch_size={batch_size} is larger than the training split"
         f" ({len(questions)} questions); lower it or bring more questions."
-      )
-    if batch_size % process_count:
-      raise ValueError(
-        f"train.batch_size={batch_size} must be a multiple of the number of"
-        f" processes ({process_count}), so that each loads an equal share."
       )
     self._texts = [q.question for q in questions]
     self._question_ids, self._context_ids = context.encode_questions(
@@ -88,7 +82,8 @@ class QuestionBatches:
     self._bm25 = bm25
     self._n_docs = n_docs
     self._frozen_passages = frozen_passages
-    self._share = process_share(batch_size, process_index, process_count)
+    everything = range(batch_size)
+    self._share = np.array(everything if share is None else share)
     self._substitution = Substitution(
       questions,
       self._answer_ids,
@@ -148,6 +143,17 @@ class QuestionBatches:
       index: what is searched; None is closed book.
       doc_ids: what a search found before, instead of searching.
     """
+    with self._context.counting() as cut:
+      prepared = self._prepare(step, retriever_params, index, doc_ids)
+    return dataclasses.replace(prepared, cut=cut)
+
+  def _prepare(
+    self,
+    step: int,
+    retriever_params: PyTree,
+    index: Index | None,
+    doc_ids: Int[np.ndarray, "B K"] | None,
+  ) -> Prepared:
     rows = self.rows(step)
     texts, question_ids, context_ids = self.asked(step, rows)
     fields: dict[str, Any] = {}

@@ -49,6 +49,7 @@ from rag_jax.data.search_versions import start_updates
 from rag_jax.data.text_encoder import TextEncoder
 from rag_jax.data.text_encoder import open_checkpoint
 from rag_jax.data.text_encoder import save_encoder
+from rag_jax.processes import wait_for_all
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings
 from rag_jax.retrieval.bm25 import check_settings
@@ -57,7 +58,6 @@ from rag_jax.retrieval.certified_index import check_tuning
 from rag_jax.retrieval.embedding_job import EmbeddingJob
 from rag_jax.retrieval.embedding_job import embed_corpus
 from rag_jax.retrieval.embedding_job import finish
-from rag_jax.retrieval.embedding_job import wait_for_all
 from rag_jax.retrieval.embeddings import check_storage
 from rag_jax.retrieval.retriever import Embedder
 

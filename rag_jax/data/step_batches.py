@@ -35,12 +35,12 @@ class QuestionBatch:
 class StepBatches(QuestionBatches):
   """The batches of the main stage, by step, without documents."""
 
-  def prepare(
+  def _prepare(
     self,
     step: int,
     retriever_params: PyTree,
     index: Index | None,
-    doc_ids: Int[np.ndarray, "B K"] | None = None,
+    doc_ids: Int[np.ndarray, "B K"] | None,
   ) -> Prepared:
     """Returns the batch of `step`, which is all that it depends on."""
     del retriever_params, index, doc_ids

@@ -7,8 +7,6 @@ log-probability, and the documents with prior and posterior.
 from collections.abc import Sequence
 import dataclasses
 
-import jax
-from jax.experimental import multihost_utils
 from jaxtyping import Float, Int, PyTree
 import numpy as np
 
@@ -17,6 +15,7 @@ from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.models.hybrid import hybrid_scores
 from rag_jax.models.hybrid import learned_weights
+from rag_jax.processes import to_host
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import find_docs
 from rag_jax.retrieval.retriever import padded_length
@@ -169,10 +168,8 @@ class Answerer:
     doc_ids = retrieved[:, :n_docs]
     contexts, mask = self._context.contexts(context_ids, doc_ids)
     out = self._decode(params, doc_scores, contexts, mask)
-    if jax.process_count() > 1:
-      out = multihost_utils.process_allgather(out, tiled=True)
     tokens, lengths, log_probs, given = (
-      np.asarray(x)[:, 0]  # the best of each question
+      to_host(x)[:, 0]  # the best of each question
       for x in (out.tokens, out.lengths, out.log_probs, out.token_log_probs)
     )
     explained = _explain(doc_scores, given, self._decode.mode)

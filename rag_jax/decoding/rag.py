@@ -12,7 +12,6 @@ https://arxiv.org/abs/2007.01282, section 3.
 import dataclasses
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
@@ -25,6 +24,7 @@ from rag_jax.decoding.ranking import Generated
 from rag_jax.decoding.ranking import HfParity
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.models.generator import Generator
+from rag_jax.processes import to_host
 
 # "rag_token": each token may come from another document.
 # "rag_sequence": thorough; the candidates of each document's beams are scored
@@ -216,12 +216,7 @@ class RagDecoder:
       _first(tokens, num_docs),
       key,
     )
-    written, lengths = found.tokens, found.lengths
-    if jax.process_count() > 1:
-      written, lengths = multihost_utils.process_allgather(
-        (written, lengths), tiled=True
-      )
-    lengths = np.asarray(lengths)
+    written, lengths = to_host(found.tokens), to_host(found.lengths)
     if parity:  # what stands behind the end may count
       longest = lengths.max(axis=1, keepdims=True)
       lengths = np.broadcast_to(longest, lengths.shape)
@@ -235,7 +230,7 @@ class RagDecoder:
       _first(mask, ranked),
       _first(tokens, ranked),
       found,
-      build_tree(np.asarray(written), lengths, self.settings.start_id),
+      build_tree(written, lengths, self.settings.start_id),
     )
 
 

@@ -26,8 +26,8 @@ from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import RetrieverSnapshots
 from rag_jax.training.checkpoint import Checkpointer
+from rag_jax.training.clock import Clock
 from rag_jax.training.in_step import abstract_index
-from rag_jax.training.loop import Clock
 from rag_jax.training.metrics import peak_memory_bytes
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import stage_optimizer
@@ -55,7 +55,7 @@ def finish(
     clock: how long the run trained.
 
   Raises:
-    ValueError: the best checkpoint is damaged, or the index finds less than
+    ValueError: no checkpoint is whole, or the index finds less than
       index.min_recall.
   """
   config = experiment.config
@@ -72,7 +72,10 @@ def finish(
       "tokenizer_manifest": manifest_digest(workdir.tokenizer),
     },
   )
-  results: dict[str, Any] = evaluator.evaluate(params, index, questions, "test")
+  with experiment.context.counting() as cut:
+    results: dict[str, Any] = evaluator.evaluate(
+      params, index, questions, "test"
+    )
   num_questions = config.train.num_steps * config.train.batch_size
   if index is not None and index.certificate is not None:
     results[CERTIFICATE] = index.certificate.to_content()
@@ -88,7 +91,8 @@ def finish(
     "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
     "num_passages": len(experiment.passages),
     "n_docs": config.data.n_docs,
-    "cut": experiment.context.counts
+    # In training, by all processes and over all attempts, and in the test.
+    "cut": {name: clock.cut[name] + number for name, number in cut.items()}
     | {"passages_cut": experiment.tokenized.num_cut},
   }
   weights = learned_weights(params)
@@ -119,8 +123,7 @@ def _best_params(
     keep_last=config.train.keep_checkpoints,
     process_index=jax.process_index(),
   )
-  best = checkpoints.best_step()
-  step = best if best is not None else checkpoints.latest_step()
+  step = checkpoints.best_whole()
   assert step is not None, "a run that has trained has a checkpoint"
   # Without a step of the main stage it may be the last one of the warm-up.
   stage = TRAIN

@@ -14,6 +14,7 @@ from rag_jax.models.layers import check_positions
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 from rag_jax.models.partitioning import named
+from rag_jax.models.partitioning import split_table
 
 
 class RetrieverEncoder(nn.Module):
@@ -66,11 +67,12 @@ class RetrieverEncoder(nn.Module):
     # With layers BERT's std of 0.02, which the norm undoes; without, unit
     # vectors on average, so that pooled embeddings do not start near zero.
     std = 0.02 if self.num_layers else self.embed_dim**-0.5
-    x = embed(
+    table = embed(
       self.vocab_size,
       embedding_init=named(nn.initializers.normal(std), "vocab", "embed"),
       name="token_embedding",
-    )(tokens).astype(self.dtype)  # N L D
+    ).embedding
+    x = jnp.take(split_table(table), tokens, axis=0).astype(self.dtype)  # N L D
     if self.num_layers:
       check_positions(
         tokens.shape[1], self.max_positions, "Questions or passages"

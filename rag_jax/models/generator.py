@@ -21,6 +21,7 @@ from rag_jax.models.layers import check_positions
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 from rag_jax.models.partitioning import named
+from rag_jax.models.partitioning import split_table
 from rag_jax.models.pointer import Copy
 from rag_jax.models.pointer import Pointer
 from rag_jax.models.pointer import PointerCache
@@ -149,13 +150,15 @@ class Generator(nn.Module):
     check_positions(length, self.max_positions if learned else 0, what)
 
   def _embed(self, tokens: Int[Array, "N T"]) -> Float[Array, "N T D"]:
-    x = self.token_embedding(tokens).astype(self.dtype)
+    table = split_table(self.token_embedding.embedding)
+    x = jnp.take(table, tokens, axis=0).astype(self.dtype)
     return x * self.embed_dim**0.5 if self.scale_embedding else x
 
   def output_table(self) -> Float[Array, "V D"]:
     """Returns the vectors whose inner products with the states are logits."""
     tied = self.tied_output
-    return (self.token_embedding if tied else self.lm_head).embedding
+    table = (self.token_embedding if tied else self.lm_head).embedding
+    return split_table(table)
 
   def output_states(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
     """Returns the states that `output_table` is compared with."""

@@ -1,6 +1,7 @@
 """Logical axis names, and the one table that maps them onto the device mesh."""
 
 from collections.abc import Sequence
+import math
 from typing import Any, Literal
 
 from flax import linen as nn
@@ -9,7 +10,8 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Int, PyTree
+import numpy as np
 
 from rag_jax.config import Config
 from rag_jax.config import MeshConfig
@@ -45,10 +47,13 @@ def _check_split(config: Config, mesh: MeshConfig) -> None:
   ):
     for field, axis in (
       ("num_heads", "tensor"),
+      ("num_decoder_heads", "tensor"),
       ("mlp_dim", "tensor"),
+      ("decoder_mlp_dim", "tensor"),
       ("embed_dim", "fsdp"),
     ):
-      size, parts = getattr(part, field), getattr(mesh, axis)
+      # 0: as the encoder's; and only a generator has a decoder.
+      size, parts = getattr(part, field, 0), getattr(mesh, axis)
       if size % parts:
         bad.append(f"{name}.{field}={size} by mesh.{axis}={parts}")
   if bad:
@@ -95,15 +100,27 @@ def check_devices(config: Config, num_devices: int) -> MeshConfig:
 def make_mesh(
   config: MeshConfig, devices: Sequence[Any] | None = None
 ) -> jax.sharding.Mesh:
-  """Returns the mesh over `devices`, by default all; data is filled in."""
-  # Auto, because Linen's logical constraints fail on Explicit axes, which
-  # jax.make_mesh now makes by default.
-  return jax.make_mesh(
-    (config.data, config.fsdp, config.tensor),
+  """Returns the mesh over `devices`, by default all; data is filled in.
+
+  The devices of a host stand next to each other, so that `tensor`, and then
+  `fsdp`, stay within a host wherever their sizes allow it, and the rows of a
+  batch that a host loads follow each other. `jax.make_mesh` goes along the
+  axes of the machine instead, across hosts, and refuses some shapes.
+  """
+  devices = sorted(jax.devices() if devices is None else devices, key=_host)
+  shape = config.data, config.fsdp, config.tensor
+  # Auto, because Linen's logical constraints fail on Explicit axes.
+  return jax.sharding.Mesh(
+    np.array(devices, object).reshape(shape),
     ("data", "fsdp", "tensor"),
     axis_types=(AxisType.Auto,) * 3,
-    devices=devices,
   )
+
+
+def _host(device: Any) -> tuple[int, int]:
+  """Returns what devices of one host have in common, slices of a pod first."""
+  # Slices have slow links between them: as few axes as possible cross these.
+  return getattr(device, "slice_index", None) or 0, device.process_index
 
 
 def named(
@@ -125,15 +142,102 @@ def constrain(x: jax.Array, *axes: LogicalAxis) -> jax.Array:
   return spmd.with_logical_constraint(x, axes, rules=AXIS_RULES)
 
 
+def split_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+  """Asks for a table of tokens split by its rows, whatever their number.
+
+  A table whose rows `tensor` does not divide is kept split by its columns, as
+  JAX keeps no uneven parts: see `shardings`. Where it is used, the compiler
+  fills its rows up to a multiple and leaves those out of every sum. So the
+  parameters, and what is saved of them, never have rows that mean nothing.
+  """
+  return constrain(table, "vocab", "embed")
+
+
 def shardings(abstract: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns the `NamedSharding` of every array in a boxed, abstract tree."""
+  """Returns the `NamedSharding` of every array in a boxed, abstract tree.
+
+  A size of the vocabulary that does not divide is not split; the next dimension
+  takes over what was to split it, if that divides it.
+  """
   specs = nn.get_partition_spec(abstract)
-  return spmd.logical_to_mesh_sharding(specs, mesh, AXIS_RULES)
+  layout = spmd.logical_to_mesh_sharding(specs, mesh, AXIS_RULES)
+  return jax.tree.map(_even, layout, nn.meta.unbox(abstract))
+
+
+def _even(sharding: NamedSharding, array: Any) -> NamedSharding:
+  """Returns a sharding of which each device holds an equal part of `array`."""
+  mesh = sharding.mesh
+  specs = [*sharding.spec, *[None] * array.ndim][: array.ndim]
+  names = [(s,) if isinstance(s, str) else tuple(s or ()) for s in specs]
+
+  def divide(size: int, axes: tuple[str, ...]) -> bool:
+    return size % math.prod(mesh.shape[axis] for axis in axes) == 0
+
+  if all(map(divide, array.shape, names)):
+    return sharding
+  even, left = [], ()
+  for size, axes in zip(array.shape, names, strict=True):
+    if not divide(size, axes):
+      axes, left = (), axes
+    elif left and divide(size, axes + left):
+      axes, left = axes + left, ()
+    even.append(axes)
+  return NamedSharding(mesh, PartitionSpec(*even))
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """Returns the sharding of arrays whose first axis is B."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def process_rows(
+  mesh: jax.sharding.Mesh, num_rows: int, process_index: int | None = None
+) -> Int[np.ndarray, "b"]:
+  """Returns which rows of a batch the devices of a process hold, ascending.
+
+  Where `tensor` goes over several hosts, these hold the same rows.
+
+  Args:
+    mesh: over which the batch is split.
+    num_rows: B, over all processes.
+    process_index: None: this one.
+  """
+  if process_index is None:
+    process_index = jax.process_index()
+  held = [
+    np.arange(*rows.indices(num_rows))
+    for device, (rows,) in batch_sharding(mesh)
+    .devices_indices_map((num_rows,))
+    .items()
+    if device.process_index == process_index
+  ]
+  return np.unique(np.concatenate(held))
+
+
+def place_batch(
+  batch: PyTree, mesh: jax.sharding.Mesh, num_rows: int
+) -> PyTree:
+  """Returns a batch on the devices, of the rows that each process loaded.
+
+  Args:
+    batch: arrays of `process_rows(mesh, num_rows)`, in that order.
+    mesh: over which the batch is split.
+    num_rows: B, over all processes.
+  """
+  sharding, rows = batch_sharding(mesh), process_rows(mesh, num_rows)
+
+  def place(local: np.ndarray) -> jax.Array:
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[0].indices(num_rows)
+      # A device's rows follow each other, here as in the whole.
+      first = int(np.searchsorted(rows, start))
+      return local[first : first + stop - start]
+
+    return jax.make_array_from_callback(
+      (num_rows, *local.shape[1:]), sharding, shard
+    )
+
+  return jax.tree.map(place, batch)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

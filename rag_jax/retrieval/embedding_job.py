@@ -16,12 +16,12 @@ from typing import Any
 from absl import logging
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.disk import UnwritableError
+from rag_jax.processes import wait_for_all
 from rag_jax.retrieval import exact
 from rag_jax.retrieval.embeddings import EmbeddingFile
 from rag_jax.retrieval.embeddings import StoredEmbeddings
@@ -249,12 +249,6 @@ def _check_numbers(embeddings: np.ndarray, rows: range) -> None:
       f" infinity or huge numbers: passages {named}. Expected finite numbers."
       " Check the encoder's weights. The shards before are kept."
     )
-
-
-def wait_for_all(what: str) -> None:
-  """Returns when every process of the program called it with this `what`."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(what)
 
 
 class _Progress:

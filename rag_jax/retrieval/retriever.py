@@ -18,6 +18,7 @@ from rag_jax.config import IndexConfig
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import replicated
+from rag_jax.processes import to_host
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.certificate import check_min_recall
 from rag_jax.retrieval.hybrid import HybridRetriever
@@ -130,7 +131,7 @@ class Embedder:
     mask: Bool[np.ndarray, "B Q"],
   ) -> Float[np.ndarray, "B R"]:
     """Returns question embeddings."""
-    return np.asarray(self._questions(retriever_params, tokens, mask))
+    return to_host(self._questions(retriever_params, tokens, mask))
 
   def passages(
     self,

@@ -9,15 +9,18 @@ One checkpoint is one folder, named by its step:
     DIRECTORY/200/state/         the arrays, written by orbax
     DIRECTORY/200/extra/         the JSON, written by orbax
     DIRECTORY/200/manifest.json  a digest of every file above, written last
+    DIRECTORY/200.damaged/       one that was found not to be whole
 
 Orbax checks neither: it restores a flipped bit, or casts to another dtype,
 without a word. So the manifest has the digests, and each array's shape and
 dtype. Orbax ignores it, as its items are subfolders; lying in the folder of its
-step, it is copied and deleted with it.
+step, it is copied and deleted with it. Digests are checked when a checkpoint is
+read, never when another one is written.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import itertools
 import json
 import logging as python_logging
 import math
@@ -26,17 +29,22 @@ from typing import Any
 
 from absl import logging
 from etils import epath
-import jax
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 import orbax.checkpoint as ocp
 
 from rag_jax import artifacts
+from rag_jax import disk
+from rag_jax.processes import first_alone
+from rag_jax.processes import from_first
+from rag_jax.processes import wait_for_all
+from rag_jax.training.checkpoint_content import arrays_of
+from rag_jax.training.checkpoint_content import check_extra
+from rag_jax.training.checkpoint_content import check_fit
+from rag_jax.training.checkpoint_content import check_state
 
 FORMAT = 1  # raise when the files or the manifest change their meaning
 
 _KIND = "checkpoint"
-_NAMES_SHOWN = 10  # in a message about arrays that do not fit
 
 
 class Checkpointer:
@@ -71,6 +79,7 @@ class Checkpointer:
     self._keep_last = keep_last
     self._process_index = process_index
     self._reported: set[int] = set()  # incomplete steps that were logged
+    self._whole: set[int] = set()  # steps whose files were checked already
     python_logging.getLogger("absl").addFilter(_orbax_warnings_only)
 
   def save(
@@ -79,6 +88,7 @@ class Checkpointer:
     state: PyTree,
     extra: Mapping[str, Any],
     metric: float | None = None,
+    loss: float | None = None,
   ) -> None:
     """Writes one checkpoint; it is complete when this returns.
 
@@ -87,16 +97,20 @@ class Checkpointer:
       state: any pytree of `jax.Array`.
       extra: what JSON can hold. Tuples come back as lists, keys as strings.
       metric: how good it is, more is better. Not finite counts as None.
+      loss: of the step. Where no metric says which checkpoint is best, the one
+        with the lowest loss is kept too: if a run diverges slowly, the last few
+        are all bad.
 
     Raises:
+      UnwritableError: it could not be written. What was saved before stays.
       TypeError: a leaf of `state` is no `jax.Array`, or JSON cannot hold
         `extra`.
       ValueError: `step` is negative, or has a complete checkpoint already.
     """
     if step < 0:
       raise ValueError(f"step={step} must be at least 0; it names a folder.")
-    _check_state(state)
-    _check_extra(extra)
+    check_state(state)
+    check_extra(extra)
     if not math.isfinite(metric or 0.0):
       logging.warning("Step %d: metric %s never counts as best.", step, metric)
       metric = None
@@ -107,26 +121,34 @@ class Checkpointer:
         f" already; expected to save each step once. Delete {folder} first,"
         " or save in another directory."
       )
-    self._sync("looked")  # nobody may find the files below, which change
+    wait_for_all(
+      "checkpoint: looked"
+    )  # nobody may find the files below, which change
     if self._process_index == 0 and folder.exists():
       folder.rmtree()  # a save that was cut off
-    self._sync("cleared")
+    wait_for_all("checkpoint: cleared")
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       extra=ocp.args.JsonSave(dict(extra)),
     )
-    with self._manager(create=True) as manager:
-      manager.save(step, args=items, force=True)  # the caller chose the step
-      manager.wait_until_finished()
+    content = {
+      "step": step,
+      "metric": metric,
+      "loss": loss,
+      "arrays": arrays_of(state),
+    }
+    with _saying_what_to_do(folder):
+      with self._manager(create=True) as manager:
+        manager.save(step, args=items, force=True)  # the caller chose the step
+        manager.wait_until_finished()
+      if self._process_index == 0:
+        artifacts.write_manifest(
+          folder, kind=_KIND, format=FORMAT, content=content
+        )
+    self._whole.discard(step)
     if self._process_index == 0:
-      artifacts.write_manifest(
-        folder,
-        kind=_KIND,
-        format=FORMAT,
-        content={"step": step, "metric": metric, "arrays": _arrays(state)},
-      )
       self._remove_old(step)
-    self._sync("saved")
+    wait_for_all("checkpoint: saved")
 
   def steps(self) -> list[int]:
     """Returns the steps that have a complete checkpoint, ascending."""
@@ -153,6 +175,63 @@ class Checkpointer:
     rated = [(m, step) for step, m in metrics.items() if m is not None]
     return max(rated)[1] if rated else None
 
+  def newest_whole(
+    self, problem: Callable[[int, dict[str, Any]], str] = lambda step, extra: ""
+  ) -> int | None:
+    """Returns the last step whose checkpoint can be used; None: there is none.
+
+    Later ones, which are damaged, are set aside and logged: as 200.damaged, a
+    name that is never read again. Every process gets the same answer, for which
+    the first one reads the files.
+
+    Args:
+      problem: (step, extra) -> what else is wrong with the checkpoint, or "".
+        The first process calls it.
+
+    Raises:
+      ValueError: there are checkpoints, but none is whole; or one is of a newer
+        version of rag_jax. Nothing is set aside.
+    """
+    return self._first_whole(lambda: self.steps()[::-1], problem)
+
+  def best_whole(self) -> int | None:
+    """Returns the step with the highest metric whose checkpoint is whole.
+
+    If none has a metric, as `newest_whole`, and otherwise too.
+    """
+
+    def best_first() -> list[int]:
+      metrics = {step: self.metric(step) for step in self.steps()}
+      rated = sorted((m, s) for s, m in metrics.items() if m is not None)
+      steps = [step for _, step in reversed(rated)]
+      return steps or self.steps()[::-1]
+
+    return self._first_whole(best_first, lambda step, extra: "")
+
+  def set_aside_after(self, step: int) -> None:
+    """Renames the checkpoints after `step`, as 250.left, and says so.
+
+    Training then goes on from `step`, and may save these steps again.
+
+    Raises:
+      FileNotFoundError: there is no complete checkpoint of `step`.
+      ValueError: it is damaged.
+    """
+
+    def act() -> None:
+      self._read_whole(self._choose(step))
+      for later in self.steps():
+        if later > step:
+          path = self._set_aside(later, "left")
+          logging.info(
+            "The checkpoint of step %d, after --resume_from=%d, is now %s. It"
+            " is not used any more and can be deleted.",
+            *(later, step, path),
+          )
+
+    is_first = self._process_index == 0
+    first_alone("go back", act if is_first else lambda: None)
+
   def restore(
     self, abstract_state: PyTree, step: int | None = None
   ) -> tuple[PyTree, dict[str, Any]]:
@@ -170,7 +249,7 @@ class Checkpointer:
     """
     step = self._choose(step)
     saved = self._verify(step)["arrays"]
-    _check_fit(saved, abstract_state, origin=str(self._folder(step)))
+    check_fit(saved, abstract_state, origin=str(self._folder(step)))
     restored = self._read(
       step,
       state=ocp.args.StandardRestore(abstract_state),
@@ -183,6 +262,18 @@ class Checkpointer:
     self._verify(self._choose(step))
     return self._read(step, extra=ocp.args.JsonRestore()).extra
 
+  def peek_extra(self, step: int) -> dict[str, Any]:
+    """Returns the extra of a checkpoint unchecked; {} if it is unreadable."""
+    try:
+      return self._read(step, extra=ocp.args.JsonRestore()).extra
+    except Exception as error:  # orbax has many for a file that is damaged
+      logging.warning(
+        "The checkpoint of step %d in %s is damaged and cannot be resumed from:"
+        " %s",
+        *(step, self._directory, str(error).splitlines()[:1]),
+      )
+      return {}
+
   def wait(self) -> None:
     """Returns once every save is complete: at once, as `save` waits itself."""
 
@@ -192,11 +283,6 @@ class Checkpointer:
 
   def _folder(self, step: int) -> epath.Path:
     return self._directory / str(step)
-
-  def _sync(self, name: str) -> None:
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"rag_jax checkpoint {name}")
 
   def _manager(self, *, create: bool) -> ocp.CheckpointManager:
     """Returns orbax's manager, for one operation.
@@ -237,10 +323,14 @@ class Checkpointer:
 
   def metric(self, step: int) -> float | None:
     """Returns the metric of a complete step, without checking its files."""
+    return self._noted(step, "metric")
+
+  def _noted(self, step: int, name: str) -> Any:
+    """Returns what the manifest of a complete step says, unchecked."""
     manifest = self._folder(step) / artifacts.MANIFEST
     with contextlib.suppress(ValueError, KeyError, TypeError):
-      return json.loads(manifest.read_bytes())["content"]["metric"]
-    return None  # damaged: `restore` of this step says so
+      return json.loads(manifest.read_bytes())["content"][name]
+    return None  # damaged, or of an older version
 
   def _choose(self, step: int | None) -> int:
     """Returns the step to read; raises `FileNotFoundError` if there is none."""
@@ -259,10 +349,80 @@ class Checkpointer:
       )
     return step
 
+  def _first_whole(
+    self,
+    candidates: Callable[[], list[int]],
+    problem: Callable[[int, dict[str, Any]], str],
+  ) -> int | None:
+    """Returns the first candidate that can be used; sets aside those before."""
+
+    def act() -> int | None:
+      bad: dict[int, str] = {}
+      steps = candidates()
+      for step in steps:
+        why = self._problem(step) or problem(step, self.peek_extra(step))
+        if why:
+          bad[step] = why
+        else:
+          for damaged, what in bad.items():
+            logging.warning(
+              "The checkpoint of step %d cannot be used: %s It is now %s. The"
+              " run goes on from step %d, which is whole.",
+              *(damaged, what, self._set_aside(damaged, "damaged"), step),
+            )
+          return step
+      if bad:
+        step, why = next(iter(bad.items()))
+        raise ValueError(
+          f"The checkpoint of step {step} cannot be used: {why} Expected the"
+          " files as they were saved. No earlier checkpoint is whole: restore"
+          f" {self._folder(step)} from a copy, or start in another workdir."
+        )
+      return None
+
+    is_first = self._process_index == 0
+    found = first_alone(
+      "find a whole checkpoint", act if is_first else lambda: None
+    )
+    step = from_first(-1 if found is None else found)
+    if step < 0:
+      return None
+    self._whole.add(step)
+    return step
+
+  def _problem(self, step: int) -> str:
+    """Returns what is wrong with the files of a step; "": nothing.
+
+    Raises:
+      ValueError: it is of a newer version of rag_jax, which is no damage.
+    """
+    newer = False
+    manifest = self._folder(step) / artifacts.MANIFEST
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+      newer = json.loads(manifest.read_bytes())["format"] > FORMAT
+    try:
+      self._read_whole(step)
+    except (FileNotFoundError, ValueError) as error:
+      if newer:
+        raise
+      return str(error).strip()
+    return ""
+
+  def _set_aside(self, step: int, word: str) -> epath.Path:
+    """Returns the new name of a checkpoint, which is not found any more."""
+    self._whole.discard(step)
+    names = (f"{step}.{word}{n or ''}" for n in itertools.count())
+    paths = (self._directory / name for name in names)
+    path = next(path for path in paths if not path.exists())
+    return self._folder(step).rename(path)
+
   def _verify(self, step: int) -> dict[str, Any]:
     """Returns the content of the manifest after checking every file."""
+    if step in self._whole:  # by the first process, of several
+      manifest = self._folder(step) / artifacts.MANIFEST
+      return json.loads(manifest.read_bytes())["content"]
     try:
-      return self._read_manifest(step)
+      return self._read_whole(step)
     except (FileNotFoundError, ValueError) as error:
       good = self._last_good_before(step)
       folder = self._folder(step)
@@ -277,7 +437,7 @@ class Checkpointer:
         f" Expected the files as they were saved. {remedy}"
       ) from error
 
-  def _read_manifest(self, step: int) -> dict[str, Any]:
+  def _read_whole(self, step: int) -> dict[str, Any]:
     content = artifacts.read_manifest(
       self._folder(step), kind=_KIND, format=FORMAT, remedy=""
     )
@@ -286,19 +446,25 @@ class Checkpointer:
         f"{self._folder(step)} holds step {content.get('step')}: the folder"
         " was renamed."
       )
+    self._whole.add(step)
     return content
 
   def _last_good_before(self, step: int) -> int | None:
     for earlier in reversed(self.steps()):
       with contextlib.suppress(FileNotFoundError, ValueError):
-        if earlier < step and self._read_manifest(earlier):
+        if earlier < step and self._read_whole(earlier):
           return earlier
     return None
 
   def _remove_old(self, saved: int) -> None:
     """Removes all but the last few, the best and what was just saved."""
     complete, incomplete = self._find()
-    keep = {saved, self.best_step(), *complete[-self._keep_last :]}
+    best = self.best_step()
+    if best is None:
+      losses = {step: self._noted(step, "loss") for step in complete}
+      rated = [(x, step) for step, x in losses.items() if x is not None]
+      best = min(rated)[1] if rated else None
+    keep = {saved, best, *complete[-self._keep_last :]}
     old = [step for step in complete if step not in keep]
     for step in old + [step for step in incomplete if step < saved]:
       folder = self._folder(step)
@@ -307,93 +473,23 @@ class Checkpointer:
       folder.rmtree()
 
 
+@contextlib.contextmanager
+def _saying_what_to_do(folder: epath.Path) -> Iterator[None]:
+  """Raises one `UnwritableError` in the place of a library's many errors."""
+  try:
+    yield
+  except Exception as error:  # orbax and tensorstore have many for a full disk
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    why = lines[0] if lines else type(error).__name__
+    raise disk.UnwritableError(
+      f"The checkpoint {folder} could not be saved: {why} Expected a folder"
+      " that can be written to, on a disk with enough room. Make room, or"
+      " change its permissions, and run the same command again: it goes on from"
+      " the checkpoint before."
+    ) from error
+
+
 def _orbax_warnings_only(record: python_logging.LogRecord) -> bool:
   """Returns whether to log `record`: not orbax's 60 info lines for a save."""
   from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
   return record.levelno >= python_logging.WARNING or not from_orbax
-
-
-def _leaves(tree: PyTree) -> Iterator[tuple[str, Any]]:
-  """Yields ("params/encoder/kernel", leaf) of every leaf."""
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
-
-
-def _arrays(tree: PyTree) -> dict[str, list[Any]]:
-  """Returns [shape, dtype] of every array, as JSON can hold it."""
-  return {
-    name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in _leaves(tree)
-  }
-
-
-def _check_state(state: PyTree) -> None:
-  """Raises `TypeError` unless every leaf is a `jax.Array`."""
-  named = _leaves(state)
-  bad = [f"{n}: {type(x)}" for n, x in named if not isinstance(x, jax.Array)]
-  if bad:
-    raise TypeError(
-      f"The state to save has leaves that are no jax.Array: {_shown(bad)}."
-      " Convert them with jnp.asarray, or put them into `extra`."
-    )
-
-
-def _check_extra(extra: Mapping[str, Any]) -> None:
-  """Raises `TypeError` unless JSON can hold `extra`."""
-  for name, value in extra.items():
-    try:
-      json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-      raise TypeError(
-        f"extra[{name!r}] cannot be saved as JSON: {error}. Expected finite"
-        " numbers, strings, and lists and dicts of them. Convert it, or save"
-        " arrays in the state."
-      ) from error
-
-
-def _check_fit(
-  saved: Mapping[str, Sequence[Any]], abstract_state: PyTree, *, origin: str
-) -> None:
-  """Raises `ValueError` unless the saved arrays are those of the state."""
-  no_sharding = [
-    name
-    for name, leaf in _leaves(abstract_state)
-    if getattr(leaf, "sharding", None) is None
-  ]
-  if no_sharding:
-    raise ValueError(
-      f"abstract_state has no sharding for {_shown(no_sharding)}; expected"
-      " where to put each array. Give jax.ShapeDtypeStruct a `sharding`."
-    )
-  wanted = _arrays(abstract_state)
-  problems = []
-  if unknown := [name for name in saved if name not in wanted]:
-    problems.append(f"saved, but not expected: {_shown(unknown)}")
-  if missing := [name for name in wanted if name not in saved]:
-    problems.append(f"expected, but not saved: {_shown(missing)}")
-  different = [
-    f"{name}: saved as {_typed(saved[name])}, expected {_typed(spec)}"
-    for name, spec in wanted.items()
-    if name in saved and saved[name] != spec
-  ]
-  if different:
-    problems.append(_shown(different, "\n  "))
-  if problems:
-    lines = "\n  ".join(problems)
-    raise ValueError(
-      f"The checkpoint {origin} has other arrays than the model and optimizer"
-      f" of this config:\n  {lines}\nUse the config that it was trained with,"
-      " or another workdir."
-    )
-
-
-def _typed(spec: Sequence[Any]) -> str:
-  """Returns "float32[3,4]" of [[3, 4], "float32"]."""
-  shape, dtype = spec
-  return f"{dtype}[{','.join(map(str, shape))}]"
-
-
-def _shown(names: Sequence[str], separator: str = ", ") -> str:
-  """Returns the first of `names`, and how many more there are."""
-  more = len(names) - _NAMES_SHOWN
-  tail = [f"and {more} more"] if more > 0 else []
-  return separator.join([*names[:_NAMES_SHOWN], *tail])

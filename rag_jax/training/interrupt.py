@@ -1,8 +1,17 @@
-"""Ctrl-C and SIGTERM as a wish to stop at the next step."""
+"""Ctrl-C and SIGTERM as a wish to stop at the next step, on every host."""
 
 import signal
 import types
 from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+# In the metrics of an update, which takes it round: a program of its own would
+# keep the devices waiting.
+SIGNAL = "signal"
 
 
 class StoppedEarlyError(Exception):
@@ -17,16 +26,49 @@ class StoppedEarlyError(Exception):
 
 
 class StopRequest:
-  """Context in which the first signal is noted and the second one acts."""
+  """Context in which the first signal is noted and the second one acts.
+
+  Attributes:
+    signum: of the signal that came to this process; 0: none.
+  """
 
   def __init__(self):
-    self.signum = 0  # of the signal that came; 0 = none
+    self.signum = 0
+    self._heard: list[jax.Array] = []  # by the last two updates
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> "StopRequest":
     for signum in (signal.SIGINT, signal.SIGTERM):
       self._before[signum] = signal.signal(signum, self._note)
     return self
+
+  def to_send(self, mesh: jax.sharding.Mesh) -> tuple[jax.Array, ...]:
+    """Returns what the next update takes round; nothing in one process."""
+    if jax.process_count() == 1:
+      return ()
+    return (
+      jax.make_array_from_callback(
+        (mesh.size,),
+        NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
+        lambda _: np.array([self.signum], np.int32),
+      ),
+    )
+
+  def receive(self, metrics: dict[str, Any]) -> None:
+    """Takes what an update took round out of its metrics."""
+    if SIGNAL in metrics:
+      self._heard = [*self._heard[-1:], metrics.pop(SIGNAL)]
+
+  def agreed(self) -> int:
+    """Returns the signal upon which all processes stop here; 0: none.
+
+    Every process calls it after each step, and gets the same answer. Of several
+    processes, what came during a step is heard two steps later: what the last
+    update took round is not awaited, as that would keep the devices waiting.
+    """
+    if jax.process_count() == 1:
+      return self.signum
+    return int(self._heard[0]) if len(self._heard) > 1 else 0
 
   def _note(self, signum: int, frame: types.FrameType | None) -> None:
     self.signum = signum

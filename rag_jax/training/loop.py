@@ -7,15 +7,16 @@ What is done at a step depends on the step alone, so a run that was stopped and
 resumed ends with the same parameters as one that was not.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+import json
 import math
 import time
-from typing import SupportsFloat
+from typing import Any
 
 from absl import logging
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 import numpy as np
 
 from rag_jax.artifacts import fingerprint_lines
@@ -23,7 +24,10 @@ from rag_jax.data.experiment import Experiment
 from rag_jax.data.pipeline import Ahead
 from rag_jax.data.pipeline import Prepared
 from rag_jax.data.questions import Question
-from rag_jax.models.partitioning import batch_sharding
+from rag_jax.models.partitioning import place_batch
+from rag_jax.models.partitioning import process_rows
+from rag_jax.processes import from_first
+from rag_jax.processes import join_rows
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import RetrieverSnapshots
@@ -32,6 +36,9 @@ from rag_jax.retrieval.versions import IndexVersions
 from rag_jax.training import in_step
 from rag_jax.training import step as step_lib
 from rag_jax.training.checkpoint import Checkpointer
+from rag_jax.training.clock import Clock
+from rag_jax.training.clock import CutCounter
+from rag_jax.training.divergence import DivergenceCheck
 from rag_jax.training.interrupt import StoppedEarlyError
 from rag_jax.training.interrupt import StopRequest
 from rag_jax.training.metrics import MetricWriter
@@ -48,6 +55,7 @@ from rag_jax.training.state import init_params
 from rag_jax.training.state import make_state
 from rag_jax.training.step import compile_update
 from rag_jax.training.workdir import Workdir
+from rag_jax.training.workdir import learning_of
 
 # (params, index) -> metrics named "validation/..."
 Validate = Callable[[PyTree, Index | None], dict[str, float]]
@@ -55,21 +63,22 @@ Validate = Callable[[PyTree, Index | None], dict[str, float]]
 _BEST = "validation/exact_match"
 
 
-@dataclasses.dataclass(slots=True)
-class Clock:
-  """Seconds of training, over all attempts; compilation is not counted."""
-
-  train_secs: float = 0.0  # both stages, with validation and checkpoints
-  question_secs: float = 0.0  # of the main stage, without validation
-
-
 def train(
   experiment: Experiment,
   questions: Sequence[Question],
   workdir: Workdir,
   validate: Validate,
+  resume_from: int | None = None,
 ) -> Clock:
   """Runs what is left of the run in `workdir`.
+
+  Args:
+    experiment: what is trained.
+    questions: of the training split.
+    workdir: of the run.
+    validate: measures parameters.
+    resume_from: a checkpoint to go back to, with a config that learns in
+      another way. Later ones are set aside, unless they were made with it.
 
   Raises:
     StoppedEarlyError: a signal asked to stop; everything is saved.
@@ -81,7 +90,7 @@ def train(
   with StopRequest() as stop:
     run = _Run(experiment, questions, workdir, validate, stop)
     try:
-      run.all_stages(stages)
+      run.all_stages(stages, resume_from)
     finally:
       run.close()
   return run.clock
@@ -125,23 +134,38 @@ class _Run:
       "questions": fingerprint_lines(repr(q) for q in questions),
     }
     self.clock = Clock()
+    self._cut = CutCounter()
+    self._kept_indexes: dict[int, list[int]] = {}  # by checkpoint
+    self._best: float | None = None  # metric of a checkpoint
+    self._divergence = DivergenceCheck(self._checkpoints, experiment.mesh)
 
   def close(self) -> None:
     self._versions.close()
     self._checkpoints.close()
     self._writer.close()
 
-  def all_stages(self, stages: list[Stage]) -> None:
-    """Runs every stage, from the last checkpoint on."""
-    latest = self._checkpoints.latest_step()
+  def all_stages(
+    self, stages: list[Stage], resume_from: int | None = None
+  ) -> None:
+    """Runs every stage, from the last checkpoint on or from another."""
+    if resume_from is not None:
+      self._go_back(resume_from)
+    latest = self._checkpoints.newest_whole(self._open_indexes)
     extra = {} if latest is None else self._checkpoints.read_extra(latest)
     if latest is None:
       self._writer.truncate_after(stages[0].name, 0)
     else:
-      check_identity(extra["identity"], self._identity, latest)
+      if jax.process_index() and (why := self._open_indexes(latest, extra)):
+        raise ValueError(
+          f"The checkpoint of step {latest} cannot be used on this host: {why}"
+          " Expected every host to see the same --workdir. Mount it there."
+        )
       check_end(stages[-1], latest)
       self._writer.truncate_after(extra["stage"], extra["stage_step"])
       self.clock = Clock(**extra["clock"])
+      self._cut = CutCounter(self.clock.cut)
+      best = self._checkpoints.best_step()
+      self._best = None if best is None else self._checkpoints.metric(best)
       logging.info("Resuming from the checkpoint of step %d.", latest)
     params, layout = init_params(
       self._experiment.init,
@@ -178,14 +202,16 @@ class _Run:
         kept = in_step.abstract_index(self._experiment, params)
         abstract = dataclasses.replace(abstract, index=kept)
       state, _ = self._checkpoints.restore(abstract, latest)
-      doc_ids = np.asarray(extra["doc_ids"], np.int32)
+      doc_ids = self._own_rows(extra["doc_ids"], stage)
     step = int(state.step)
     if stage.in_step:
       state, state_layout = in_step.place_index(
         self._experiment, state, state_layout, self._snapshots
       )
-    elif main and not (self._experiment.closed_book or self._config.index.path):
-      self._open_index(state.params, extra, latest)
+    elif main and not (
+      extra or self._experiment.closed_book or self._config.index.path
+    ):
+      self._versions.start(self._snapshots.take(state.params))
     if step >= stage.num_steps:
       if main and not stage.num_steps and not extra:
         self._save_unchanged(stage, state)
@@ -202,9 +228,13 @@ class _Run:
       self._experiment.mesh,
       stage.name,
       stage.in_step.update if stage.in_step else step_lib.update,
+      jax.process_count() > 1,
     )
     compiled = update.lower(
-      state, self._to_devices(first.batch), self._key
+      state,
+      self._to_devices(first.batch, stage),
+      self._key,
+      *self._stop.to_send(self._experiment.mesh),
     ).compile()
     if main:  # compiles what validation needs, outside the clock
       self._validate(
@@ -230,31 +260,66 @@ class _Run:
       )
     )
 
-  def _open_index(self, params: PyTree, extra: dict, step: int | None) -> None:
-    """Opens the index of the checkpoint of `step`, or builds the first."""
+  def _go_back(self, step: int) -> None:
+    """Sets aside the checkpoints after `step`, but for those of this config."""
+    last = from_first(self._checkpoints.latest_step() or 0)
+    if last > step:
+      learns = json.loads(json.dumps(learning_of(self._config)))
+      before = self._checkpoints.peek_extra(last).get("config", {})
+      if all(
+        before.get(section, {}).get(name) == value
+        for section, settings in learns.items()
+        for name, value in settings.items()
+      ):
+        logging.info(
+          "The checkpoint of step %d was made with this config already: the run"
+          " goes on from there, not from --resume_from=%d.",
+          *(last, step),
+        )
+        return
+    self._checkpoints.set_aside_after(step)
+
+  def _open_indexes(self, step: int, extra: dict[str, Any]) -> str:
+    """Opens what a checkpoint searches; returns what is wrong with it, or "".
+
+    Raises:
+      ValueError: the checkpoint of `step` is of other inputs than the run's.
+    """
     if not extra:
-      self._versions.start(self._snapshots.take(params))
-      return
-    passages = self._experiment.passages.fingerprint
-    try:
-      self._versions.restore(extra["index_versions"], passages)
-    except (FileNotFoundError, ValueError) as error:
-      raise ValueError(
-        f"The run cannot go on from its checkpoint of step {step}, which needs"
-        f" an index that cannot be used: {error} Delete the folder {step} of"
-        " the checkpoints to go on from an earlier one, or start in another"
-        " --workdir."
-      ) from error
+      return "What it says of the run cannot be read."
+    check_identity(extra["identity"], self._identity, step)
+    if extra["index_versions"]:
+      try:
+        self._versions.restore(
+          extra["index_versions"], self._experiment.passages.fingerprint
+        )
+      except (FileNotFoundError, ValueError) as error:
+        return f"It needs an index that cannot be used: {error}"
+    return ""
 
   def _retriever_params(self, params: PyTree) -> PyTree | None:
     closed_book = self._experiment.closed_book
     return None if closed_book else self._snapshots.take(params)
 
-  def _to_devices(self, batch: PyTree) -> PyTree:
-    sharding = batch_sharding(self._experiment.mesh)
-    return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-    )
+  def _to_devices(self, batch: PyTree, stage: Stage) -> PyTree:
+    return place_batch(batch, self._experiment.mesh, stage.batch_size)
+
+  def _own_rows(
+    self, doc_ids: Sequence[Sequence[int]], stage: Stage
+  ) -> Int[np.ndarray, "B K"] | None:
+    """Returns this process's documents, of those that a checkpoint holds."""
+    if len(doc_ids) == stage.batch_size:
+      rows = process_rows(self._experiment.mesh, stage.batch_size)
+      return np.asarray(doc_ids, np.int32)[rows]
+    if doc_ids:
+      logging.warning(
+        "The checkpoint holds the documents of %d of %d questions: an older"
+        " version of rag_jax saved those of one process. They are searched for"
+        " again, by newer parameters than in a run that was not stopped.",
+        len(doc_ids),
+        stage.batch_size,
+      )
+    return None
 
   def _steps(
     self,
@@ -292,11 +357,21 @@ class _Run:
         outside = more and not stage.in_step
         retriever = self._retriever_params(state.params) if outside else None
         state, metrics = update(
-          state, self._to_devices(prepared.batch), self._key
+          state,
+          self._to_devices(prepared.batch, stage),
+          self._key,
+          *self._stop.to_send(self._experiment.mesh),
         )
+        self._stop.receive(metrics)
         if more:
           ahead.submit(stage.prepare, step + 1, retriever, index)
         step += 1
+        self._cut.add(prepared.cut)
+        if stage.in_step:
+          self._cut.add_contexts(
+            metrics["train/contexts_cut"],
+            stage.batch_size * self._config.data.n_docs,
+          )
         if versions and versions.is_due(step):
           versions.refresh(step, self._snapshots.take(state.params))
         values: dict[str, float] = {}
@@ -304,7 +379,7 @@ class _Run:
         log = _is_due(step, config.log_steps, last) or validate
         if log:
           values = {k: float(v) for k, v in metrics.items()}
-          self._check_finite(values, stage, step)
+          self._divergence.check_metrics(values, stage, step)
           values |= {
             f"{stage.name}/data_wait_secs": waited / (step - logged_step),
             f"{stage.name}/questions_per_second": progress.questions_per_sec(
@@ -332,13 +407,15 @@ class _Run:
           )
         tick()
         due = _is_due(step, config.checkpoint_steps, last and main)
-        due |= self._is_best(values) or bool(self._stop.signum)
+        stopping = self._stop.agreed()
+        due |= self._is_best(values) or bool(stopping)
         if due:
           # Or the good checkpoints could all give way to such as cannot train.
-          self._check_finite(metrics, stage, step)
-          self._save(stage, step, state, ahead, versions, values)
-        if self._stop.signum and not (last and main):
-          raise StoppedEarlyError(self._stop.signum, stage.first_step + step)
+          self._divergence.check_metrics(metrics, stage, step)
+          loss = float(metrics[f"{stage.name}/loss"])
+          self._save(stage, step, state, ahead, versions, values, loss)
+        if stopping and not (last and main):
+          raise StoppedEarlyError(stopping, stage.first_step + step)
         if not last:
           prepared, secs = ahead.take(lambda s=state: s.step.is_ready())
           waited += secs
@@ -347,25 +424,11 @@ class _Run:
       tick()
     return state.params
 
-  def _check_finite(
-    self, values: Mapping[str, SupportsFloat], stage: Stage, step: int
-  ) -> None:
-    bad = [k for k, v in values.items() if not math.isfinite(float(v))]
-    if bad:
-      raise FloatingPointError(
-        f"{', '.join(bad)} is not finite at step {step} of {stage.name}. The"
-        " run diverged: lower optimizer.peak_lr or optimizer.retriever_lr, or"
-        " set optimizer.clip_norm. Checkpoints of steps"
-        f" {self._checkpoints.steps()} are kept."
-      )
-
   def _is_best(self, values: dict[str, float]) -> bool:
     if _BEST not in values:
       return False
-    best = self._checkpoints.best_step()
-    if best is None:
-      return True
-    return values[_BEST] > (self._checkpoints.metric(best) or 0.0)
+    # From memory: on a shared disk, hosts could see different checkpoints.
+    return self._best is None or values[_BEST] > self._best
 
   def _save(
     self,
@@ -375,17 +438,26 @@ class _Run:
     ahead: Ahead,
     versions: IndexVersions | None,
     values: dict[str, float],
+    loss: float,
   ) -> None:
     """Saves all that the run needs to go on as if it had not stopped."""
-    name = stage.first_step + step
-    if name in self._checkpoints.steps():
-      return
+    # Both wait for what threads still do: what follows goes over all hosts, and
+    # nothing else may, until it is done.
     pending = ahead.peek()
+    index_versions = versions.save() if versions else []
+    self._divergence.check_state(state, stage, step)
+    doc_ids = []
+    if pending is not None:
+      rows = process_rows(self._experiment.mesh, stage.batch_size)
+      doc_ids = join_rows(pending.doc_ids, rows, stage.batch_size).tolist()
+    self.clock.cut = self._cut.total()
+    # What follows is the same in every process, or that of the first, whose
+    # clock and index files count.
     extra = {
       "stage": stage.name,
       "stage_step": step,
-      "doc_ids": [] if pending is None else pending.doc_ids.tolist(),
-      "index_versions": versions.save() if versions else [],
+      "doc_ids": doc_ids,
+      "index_versions": index_versions,
       "clock": dataclasses.asdict(self.clock),
       "identity": self._identity,
       "config": dataclasses.asdict(self._config),
@@ -393,12 +465,24 @@ class _Run:
     }
     self._writer.sync()
     kept_state = in_step.without_tokens(state)
-    self._checkpoints.save(name, kept_state, extra, values.get(_BEST))
+    metric = values.get(_BEST)
+    name = stage.first_step + step
+    self._checkpoints.save(name, kept_state, extra, metric, loss)
+    if self._is_best(values):
+      self._best = metric
     if versions:
-      kept = [
-        self._checkpoints.read_extra(s) for s in self._checkpoints.steps()
-      ]
-      versions.remove_except({v for e in kept for v in e["index_versions"]})
+      self._kept_indexes[name] = index_versions
+      versions.remove_except(self._indexes_of_checkpoints())
+
+  def _indexes_of_checkpoints(self) -> set[int]:
+    """Returns the versions that a checkpoint could be resumed with."""
+    needed: set[int] = set()
+    for step in self._checkpoints.steps():
+      if step not in self._kept_indexes:
+        found = self._checkpoints.peek_extra(step)
+        self._kept_indexes[step] = found.get("index_versions", [])
+      needed.update(self._kept_indexes[step])
+    return needed
 
 
 def _is_due(step: int, every: int, last: bool) -> bool:

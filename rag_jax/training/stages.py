@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 
-import jax
 from jaxtyping import PyTree
 import numpy as np
 import optax
@@ -22,6 +21,7 @@ from rag_jax.data.questions import Question
 from rag_jax.data.step_batches import StepBatches
 from rag_jax.losses import MARGINAL_NLL_FNS
 from rag_jax.losses_hf import HF_NLL_FNS
+from rag_jax.models.partitioning import process_rows
 from rag_jax.training.in_step import InStep
 from rag_jax.training.in_step import open_in_step
 from rag_jax.training.optimizer import make_optimizer
@@ -94,12 +94,12 @@ def make_stages(
       experiment.tokenized,
       experiment.context,
       config,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      share=process_rows(experiment.mesh, config.warmup.batch_size).tolist(),
     )
 
     def prepare_cloze(step: int, *_: object) -> Prepared:
-      return Prepared(cloze.batch(step), np.zeros((0, 0), np.int32))
+      with experiment.context.counting() as cut:
+        return Prepared(cloze.batch(step), np.zeros((0, 0), np.int32), cut)
 
     stages.append(
       Stage(
@@ -133,8 +133,7 @@ def make_stages(
     substitute_subjects=config.data.substitute_subjects,
     informal_questions=config.data.informal_questions,
     bm25=experiment.bm25,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    share=process_rows(experiment.mesh, config.train.batch_size).tolist(),
   )
   stages.append(
     Stage(

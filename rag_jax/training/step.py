@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree
 import optax
 
@@ -16,6 +18,7 @@ from rag_jax.models.hybrid import learned_weights
 from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import replicated
 from rag_jax.models.rag import RagModel
+from rag_jax.training.interrupt import SIGNAL
 from rag_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -195,21 +198,33 @@ def compile_update(
   mesh: jax.sharding.Mesh,
   stage: str,
   update_fn: Callable[..., tuple[TrainState, Metrics]] = update,
+  signals: bool = False,
 ) -> Any:
-  """Returns `update_fn`, jitted over the mesh; its state is donated."""
+  """Returns `update_fn`, jitted over the mesh; its state is donated.
+
+  With `signals` it has one more argument, a number for each device, the
+  largest of which is in the metrics: see `interrupt.StopRequest`.
+  """
+  each_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
   def on_mesh(
-    state: TrainState, batch: PyTree, key: Key[Array, ""]
+    state: TrainState, batch: PyTree, key: Key[Array, ""], *sent: jax.Array
   ) -> tuple[TrainState, Metrics]:
     # Where no mesh is set, `constrain` in the model silently does nothing.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return update_fn(
+      state, metrics = update_fn(
         state, batch, key, loss_fn=loss_fn, optimizer=optimizer, stage=stage
       )
+    if sent:
+      metrics = metrics | {SIGNAL: jnp.max(sent[0])}
+    return state, metrics
 
   return jax.jit(
     on_mesh,
-    in_shardings=(layout, batch_sharding(mesh), replicated(mesh)),
+    in_shardings=(
+      *(layout, batch_sharding(mesh), replicated(mesh)),
+      *([each_device] if signals else []),
+    ),
     out_shardings=(layout, replicated(mesh)),
     donate_argnums=0,
   )

@@ -23,6 +23,7 @@ from rag_jax.config_json import differences
 from rag_jax.config_json import read_config
 from rag_jax.config_json import write_config
 from rag_jax.config_rules import fields
+from rag_jax.processes import first_alone
 from rag_jax.training.metrics import METRICS_FILE
 
 LOCK = ".lock"
@@ -44,6 +45,23 @@ _SECTIONS_MAY_DIFFER = ("eval.", "mesh.", "decoding.")
 # What a wrong setting or file ends in. Of a full disk, or of Ctrl-C, what was
 # made stays: the same command goes on with it.
 _REFUSALS = (ValueError, TypeError, ImportError, FileNotFoundError)
+# How a run learns, not what: what may change at a checkpoint that it goes back
+# to. All but what the arrays of the optimizer's state depend on.
+_LEARNING = {
+  "optimizer": (
+    "peak_lr", "retriever_lr", "hybrid_lr", "warmup_steps", "schedule",
+    "end_lr_ratio", "b1", "b2", "eps", "weight_decay", "clip_norm",
+  ),
+  "warmup": ("peak_lr", "retriever_lr", "warmup_steps"),
+}  # fmt: skip
+
+
+def learning_of(config: Config) -> dict[str, dict[str, Any]]:
+  """Returns the settings that `resume_from` may change, by section."""
+  return {
+    section: {name: getattr(getattr(config, section), name) for name in names}
+    for section, names in _LEARNING.items()
+  }
 
 
 class Workdir:
@@ -112,10 +130,22 @@ class Workdir:
   def __enter__(self) -> "Workdir":
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: object,
+  ) -> None:
     if kind is not None and issubclass(kind, _REFUSALS):
       self._remove_made()
     self.close()
+    if isinstance(error, OSError):
+      with disk.explaining(
+        self.path,
+        "The run",
+        "Then run the same command again: it goes on from the last checkpoint.",
+      ):
+        raise error
 
   def _remove_made(self) -> None:
     """Leaves nothing behind of a run that was refused before it began."""
@@ -127,7 +157,11 @@ class Workdir:
 
 
 def open_workdir(
-  path: epath.PathLike, config: Config, *, process_index: int = 0
+  path: epath.PathLike,
+  config: Config,
+  *,
+  process_index: int = 0,
+  may_learn_otherwise: bool = False,
 ) -> Workdir:
   """Returns the folder of a run, made, locked, and with its config written.
 
@@ -161,8 +195,10 @@ def open_workdir(
   Args:
     path: the folder; made if it is missing.
     config: of this run.
-    process_index: of this process. Process 0 locks and writes, the others
-      only compare.
+    process_index: of this process. Process 0 locks and writes, then the
+      others compare.
+    may_learn_otherwise: whether learning rates and the like may differ, since
+      the run goes back to a checkpoint: see `loop.train`.
 
   Raises:
     ValueError: the path is no folder that can be written to; another run uses
@@ -175,19 +211,32 @@ def open_workdir(
       " one, for instance --workdir=runs/first."
     )
   path = epath.Path(path).expanduser()
+  # One after another: the first writes what the others read.
+  return first_alone(
+    f"open --workdir={path}",
+    lambda: _open(path, config, process_index, may_learn_otherwise),
+  )
+
+
+def _open(
+  path: epath.Path,
+  config: Config,
+  process_index: int,
+  may_learn_otherwise: bool,
+) -> Workdir:
   # Local ones: a bucket has no folders.
   missing = [p for p in (path, *path.parents) if not p.exists()]
   made = tuple(missing) if artifacts.is_local(path) else ()
   _make_folder(path)
   if process_index:
     workdir = Workdir(path)
-    _check_config(workdir, config, may_correct=False)
+    _check_config(workdir, config, False, may_learn_otherwise)
     return workdir
   _check_writable(path)
   _check_no_links(path)
   workdir = Workdir(path, _lock(path), made)
   try:
-    same = _check_config(workdir, config, may_correct=True)
+    same = _check_config(workdir, config, True, may_learn_otherwise)
     if not same and workdir.tokenizer.exists():
       workdir.tokenizer.rmtree()  # perhaps of other texts
     write_config(workdir.config_path, config)
@@ -350,7 +399,10 @@ def _holder(text: bytes) -> str:
 
 
 def _check_config(
-  workdir: Workdir, config: Config, *, may_correct: bool
+  workdir: Workdir,
+  config: Config,
+  may_correct: bool,
+  may_learn_otherwise: bool,
 ) -> bool:
   """Returns whether the folder has the files of this experiment.
 
@@ -367,6 +419,11 @@ def _check_config(
     line.partition(":")[0]: line for line in differences(old, config)
   }
   goes_on = _goes_on(workdir, old, config)
+  learning = [
+    f"{section}.{name}"
+    for section, names in _LEARNING.items()
+    for name in names
+  ]
   bad = [
     line
     for name, line in different.items()
@@ -375,6 +432,7 @@ def _check_config(
       or name.startswith(_SECTIONS_MAY_DIFFER)
       or (name == "train.num_steps" and _only_longer(old, config))
       or (goes_on and _is_of_schedule(name))
+      or (may_learn_otherwise and name in learning)
     )
   ]
   learned = _has_checkpoints(workdir) or workdir.model.exists()
@@ -384,13 +442,16 @@ def _check_config(
     )
     return False
   if bad:
+    hint = ""
+    if all(line.partition(":")[0] in learning for line in bad):
+      hint = " Or go back to a checkpoint with them: --resume_from=STEP."
     raise ValueError(
       f"--workdir={workdir.path} belongs to another experiment. Its config"
       " differs in settings that change what is learned:\n  "
       + "\n  ".join(bad)
       + "\nExpected the same values, to resume it. Choose another --workdir,"
       " or restore the old values (left). These may differ:"
-      f" {', '.join(_free_settings())}."
+      f" {', '.join(_free_settings())}.{hint}"
     )
   if different:
     logging.info(

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 
+from buckets import bucket
 from disks import full_disk
+from etils import epath
 import pytest
 import tokenizers
 from tokenizers import decoders
@@ -185,6 +187,25 @@ def test_the_name_of_a_special_token_stays_text_in_berts_layout(tmp_path):
   (ids,) = tokenizer.encode(["paris [SEP] is [CLS] [PAD] [MASK] big"])
   assert not {0, 2, 3, 4} & set(ids)
   assert [i for i in ids if i > 4] == tokenizer.encode(["paris is big"])[0]
+
+
+def test_a_tokenizer_is_saved_in_a_bucket_and_opened_from_it(
+  tokenizer, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  with bucket() as address:
+    where = epath.Path(address) / "run" / "tokenizer"
+    tokenizer.save(where)
+    tokenizer.save(where)  # again, over itself
+    assert sorted(file.name for file in where.iterdir()) == [
+      "manifest.json",
+      "tokenizer.json",
+      "tokenizer_config.json",
+    ]
+    again = load_tokenizer(where, ours=True)
+  assert again.fingerprint == tokenizer.fingerprint
+  assert again.encode(["Ada, 1815"]) == tokenizer.encode(["Ada, 1815"])
+  assert not os.listdir(tmp_path)  # no folder "gs:"
 
 
 def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):

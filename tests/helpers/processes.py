@@ -1,9 +1,12 @@
 """Programs in processes of their own: tools, tests on several devices."""
 
+import contextlib
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).parents[2]
 _EIGHT_DEVICES = {
@@ -63,3 +66,65 @@ def pytest_on_eight_devices(file, names):
   )  # fmt: skip
   assert done.returncode == 0, done.stdout + done.stderr
   return done.stdout
+
+
+def run_on_hosts(file, *arguments, count, cache, num_devices=4, timeout=900):
+  """Returns what each process prints of a program that `count` run together.
+
+  The program calls `join_hosts` before it uses JAX. Together its processes have
+  `num_devices` simulated devices; what they compile is kept in `cache`.
+  """
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  settings = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": str(num_devices // count),
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.path.dirname(__file__)]),
+    "HOSTS": f"localhost:{port} {count}",
+  }
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  started, outputs = [], []
+  with contextlib.ExitStack() as files:
+    for host in range(count):
+      # Not pipes: who waits for one process does not empty those of the others.
+      outputs += [files.enter_context(tempfile.TemporaryFile("w+"))
+                  for _ in range(2)]  # fmt: skip
+      started.append(
+        subprocess.Popen(
+          [sys.executable, str(file), *map(str, arguments)],
+          env=environment | settings | {"HOST": str(host)},
+          stdout=outputs[-2],
+          stderr=outputs[-1],
+        )
+      )
+    try:
+      for process in started:
+        process.wait(timeout)
+    finally:
+      for process in started:
+        process.kill()
+        process.wait()
+    texts = []
+    for output in outputs:
+      output.seek(0)
+      texts.append(output.read())
+  for process, errors in zip(started, texts[1::2], strict=True):
+    assert process.returncode == 0, errors[-5000:]
+  return texts[::2]
+
+
+def join_hosts():
+  """Joins the other processes of `run_on_hosts`; returns this one's number."""
+  import jax  # the tests of tools need none
+
+  address, count = os.environ["HOSTS"].split()
+  host = int(os.environ["HOST"])
+  if int(count) > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, int(count), host)
+  return host

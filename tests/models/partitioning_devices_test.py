@@ -79,13 +79,21 @@ def test_batches_that_do_not_split_over_the_devices_are_named_together():
 
 
 def test_sizes_that_the_mesh_cannot_split_are_named_together():
-  config = make(mesh__tensor=8, encoder__num_heads=4, generator__num_heads=4)
+  config = make(
+    mesh__tensor=8,
+    encoder__num_heads=4,
+    generator__num_heads=4,
+    generator__num_decoder_heads=12,
+    generator__decoder_mlp_dim=100,
+  )
   with pytest.raises(
     ValueError,
     match=(
       r"^The mesh cannot split encoder\.num_heads=4 by mesh\.tensor=8,"
-      r" generator\.num_heads=4 by mesh\.tensor=8 evenly\. Choose sizes that"
-      r" are multiples, or a smaller mesh\.tensor or mesh\.fsdp\.$"
+      r" generator\.num_heads=4 by mesh\.tensor=8,"
+      r" generator\.num_decoder_heads=12 by mesh\.tensor=8,"
+      r" generator\.decoder_mlp_dim=100 by mesh\.tensor=8 evenly\. Choose sizes"
+      r" that are multiples, or a smaller mesh\.tensor or mesh\.fsdp\.$"
     ),
   ):
     check_devices(config, 8)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+from disks import full_disk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -219,3 +220,99 @@ def test_kill_9_leaves_a_checkpoint_to_resume_from(
   assert np.all(np.asarray(state["x"]) == survivor)
   checkpointer.save(3, {"x": jnp.full(1000, 3.0)}, {})
   assert sorted(os.listdir(directory)) == ["3"]
+
+
+def test_the_newest_whole_checkpoint_is_found_and_others_are_set_aside(
+  three, directory, caplog
+):
+  flip(files_of(directory, 30)[0])
+  cut(files_of(directory, 20)[0])
+  assert three.newest_whole() == 10
+  assert three.steps() == [10]
+  for step, word in ((30, "was damaged"), (20, "was cut off")):
+    assert f"The checkpoint of step {step} cannot be used: " in caplog.text
+    assert word in caplog.text
+    assert (directory / f"{step}.damaged" / "manifest.json").exists()
+  assert "goes on from step 10, which is whole" in caplog.text
+  state, extra = three.restore(abstract(make_state()), 10)
+  assert_bit_equal(state, make_state(10))
+  assert extra["position"] == 10
+  three.save(20, make_state(20), EXTRA)
+  three.save(30, make_state(30), EXTRA)
+  flip(files_of(directory, 30)[0])  # once more
+  assert Checkpointer(directory, keep_last=3).newest_whole() == 20
+  assert (directory / "30.damaged1").exists()
+
+
+def test_where_none_is_whole_nothing_is_set_aside(three, directory):
+  for step in (10, 20, 30):
+    flip(files_of(directory, step)[0])
+  with pytest.raises(ValueError, match=r"step 30 .*No earlier checkpoint is"):
+    three.newest_whole()
+  assert three.steps() == [10, 20, 30]
+
+
+def test_a_newer_format_is_no_damage(three, directory):
+  manifest = directory / "30" / "manifest.json"
+  content = json.loads(manifest.read_text()) | {"format": 99}
+  del content["sha256"]
+  manifest.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=r"has format 99.* Upgrade rag_jax"):
+    three.newest_whole()
+  assert three.steps() == [10, 20, 30]
+
+
+def test_the_best_whole_checkpoint_is_that_of_the_next_metric(directory):
+  checkpointer = Checkpointer(directory, keep_last=4)
+  for step, metric in ((1, 0.3), (2, 0.9), (3, 0.5), (4, None)):
+    checkpointer.save(step, make_state(step), EXTRA, metric)
+  assert checkpointer.best_whole() == 2
+  flip(files_of(directory, 2)[0])
+  assert Checkpointer(directory, keep_last=4).best_whole() == 3
+
+
+def test_what_else_is_wrong_counts_too(three):
+  wrong = {30: "Its index is gone."}
+  assert three.newest_whole(lambda step, extra: wrong.get(step, "")) == 20
+
+
+def test_a_save_reads_no_other_checkpoint(three, directory):
+  for path in files_of(directory, 20):
+    path.write_bytes(b"")
+  three.save(40, make_state(40), EXTRA)
+  assert three.steps() == [20, 30, 40]
+
+
+def test_going_back_sets_later_checkpoints_aside(three, directory):
+  with pytest.raises(FileNotFoundError, match=r"Choose one of \[10, 20, 30\]"):
+    three.set_aside_after(15)
+  three.set_aside_after(10)
+  assert three.steps() == [10]
+  assert {p.name for p in directory.iterdir()} == {"10", "20.left", "30.left"}
+
+
+def test_without_a_metric_the_calmest_checkpoint_is_kept(directory):
+  checkpointer = Checkpointer(directory, keep_last=2)
+  for step, loss in ((1, 5.0), (2, 3.0), (3, 40.0), (4, 900.0), (5, 1e4)):
+    checkpointer.save(step, make_state(step), EXTRA, None, loss)
+  assert checkpointer.steps() == [2, 4, 5]
+  checkpointer.save(6, make_state(6), EXTRA, 0.5, 2.0)
+  assert checkpointer.steps() == [5, 6]  # a metric says which is best
+
+
+def test_a_full_disk_is_one_message_and_leaves_what_was_saved(three, directory):
+  with (
+    full_disk(2000),
+    pytest.raises(
+      OSError,
+      match=rf"The checkpoint {directory}/40 could not be saved: .* Make room"
+      r".* goes on from the checkpoint before\.$",
+    ) as error,
+  ):
+    three.save(40, make_state(40), EXTRA)
+  assert "Traceback" not in str(error.value)
+  assert len(str(error.value).splitlines()) == 1
+  again = Checkpointer(directory, keep_last=3)
+  assert again.newest_whole() == 30
+  again.save(40, make_state(40), EXTRA)
+  assert again.steps() == [20, 30, 40]

@@ -35,7 +35,8 @@ MESHES = [ONE, "8x1x1", "2x4x1", "2x2x2", "1x1x8"]
 OTHERS = pytest.mark.parametrize("mesh", MESHES[1:])
 STEPS = 3
 
-B, K, C, T, Q, L, V, D, F = 8, 2, 6, 4, 3, 4, 24, 16, 32
+B, K, C, T, Q, L, D, F = 8, 2, 6, 4, 3, 4, 16, 32
+V, ENCODER_V = 21, 24  # only one is a multiple of `tensor`
 
 
 def make_model():
@@ -51,7 +52,12 @@ def make_model():
     max_positions=8,
     relative_buckets=8,
   )
-  return build_model(config, vocab_size=V, decoder_start_id=2)
+  return build_model(
+    config,
+    vocab_size=V,
+    retriever_vocab_size=ENCODER_V,
+    decoder_start_id=2,
+  )
 
 
 def make_batch():
@@ -206,9 +212,12 @@ def test_parameters_and_moments_are_split_over_fsdp_and_tensor(mesh, results):
   _, fsdp, tensor = map(int, mesh.split("x"))
   layer = "generator/decoder/layer_0/"
   expected = {
-    "generator/token_embedding/embedding": [V // tensor, D // fsdp],
-    "generator/final_logits_bias": [V // tensor],
-    "question_encoder/token_embedding/embedding": [V // tensor, D // fsdp],
+    "generator/token_embedding/embedding": [V, D // fsdp // tensor],
+    "generator/final_logits_bias": [V],
+    "question_encoder/token_embedding/embedding": [
+      ENCODER_V // tensor,
+      D // fsdp,
+    ],
     layer + "mlp/up/kernel": [D // fsdp, F // tensor],
     layer + "mlp/down/kernel": [F // tensor, D // fsdp],
     layer + "mlp/up/bias": [F],

@@ -2,14 +2,22 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rag_jax.config import MeshConfig
 from rag_jax.corpus.passages import Passages
+from rag_jax.models.partitioning import make_mesh
+from rag_jax.training.checkpoint import Checkpointer
+from rag_jax.training.divergence import DivergenceCheck
 from rag_jax.training.loop import train
+from rag_jax.training.stages import Stage
+from rag_jax.training.state import TrainState
 from rag_jax.training.workdir import open_workdir
 from rag_jax.weights.model_files import save_model
 
@@ -255,25 +263,128 @@ def test_questions_that_changed_since_are_refused(copy, tiny):
     resume(copy, tiny.split("train")[::-1])
 
 
-def test_an_index_that_was_damaged_is_named_with_the_way_out(copy, tiny):
-  assert copy.extra(16)["index_versions"] == [8, 12]
-  file = copy.path / "indexes" / "8" / "embeddings.npy"
+def flip(file):
   content = bytearray(file.read_bytes())
   content[-1] ^= 1
   file.write_bytes(content)
-  with pytest.raises(
-    ValueError,
-    match=r"(?s)cannot go on from its checkpoint of step 16, which needs an"
-    r" index that cannot be used: embeddings\.npy in .*/indexes/8 was damaged"
-    r".*Delete the folder 16 of the checkpoints to go on from an earlier one",
-  ):
-    resume(copy, tiny.split("train"))
 
 
-def test_the_way_out_of_a_damage_ends_with_the_same_parameters(
-  copy, tiny, uninterrupted, tiny_run
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
+  copy, tiny, uninterrupted, tiny_run, caplog
 ):
-  for step in range(11, 17):  # those after step 6, where a swap was due
-    shutil.rmtree(copy.path / "checkpoints" / str(step))
+  # The index of version 8 is needed by the checkpoints from step 12 on.
+  assert copy.extra(16)["index_versions"] == [8, 12]
+  flip(copy.path / "indexes" / "8" / "embeddings.npy")
+  state = copy.path / "checkpoints" / "11" / "state"
+  flip(max(state.rglob("*"), key=lambda f: f.is_file() and f.stat().st_size))
   tiny.train(copy.path, copy.config)
+  log = caplog.text
+  assert (
+    "The checkpoint of step 16 cannot be used: It needs an index that" in log
+  )
+  assert re.search(r"step 11 cannot be used: .* was damaged: its content", log)
+  assert re.search(r"is now .*/11\.damaged\. The run goes on from step 10", log)
+  # Nothing is lost, and nothing of it is used.
+  kept = {path.name for path in (copy.path / "checkpoints").iterdir()}
+  assert {f"{step}.damaged" for step in range(11, 17)} < kept
   tiny_run.assert_bit_equal(copy.state(), uninterrupted.state())
+
+
+def test_a_damaged_older_checkpoint_stops_neither_a_run_nor_its_saves(
+  tiny, uninterrupted, tiny_run, tmp_path
+):
+  path = tmp_path / "run"
+  settings = {"train__checkpoint_steps": 2, "train__keep_checkpoints": 100}
+  tiny.train(path, tiny.config(**settings), stop_at=("train", 6))
+  for file in (path / "checkpoints" / "8").rglob("*"):
+    if file.is_file():
+      file.write_bytes(b"")
+  run = tiny.train(path, tiny.config(**settings))
+  tiny_run.assert_bit_equal(run.state(), uninterrupted.state())
+
+
+@pytest.fixture
+def diverged(tiny, tmp_path):
+  """The folder of a run that diverged after step 8 of its main stage."""
+
+  def spoil(step, metrics):
+    return metrics | {"train/loss": np.float32(np.inf)} if step > 8 else metrics
+
+  config = tiny.config(train__checkpoint_steps=2, train__keep_checkpoints=100)
+  with pytest.raises(FloatingPointError, match="--resume_from=12, or another"):
+    tiny.train(tmp_path / "run", config, spoil=spoil)
+  return tmp_path / "run"
+
+
+def test_a_run_that_diverged_goes_back_and_learns_slower(
+  diverged, tiny, caplog
+):
+  settings = {
+    "train__checkpoint_steps": 2, "train__keep_checkpoints": 100,
+    "optimizer__peak_lr": 1e-3,
+  }  # fmt: skip
+  slower = tiny.config(**settings)
+  with pytest.raises(ValueError, match=r"peak_lr: .*--resume_from=STEP"):
+    tiny.train(diverged, slower)
+  run = tiny.train(diverged, slower, resume_from=8)
+  kept = {path.name for path in (diverged / "checkpoints").iterdir()}
+  assert {"10.left", "12.left"} < kept
+  assert "after --resume_from=8, is now" in caplog.text
+  assert run.extra(12)["config"]["optimizer"]["peak_lr"] == 1e-3
+  assert run.extra(8)["config"]["optimizer"]["peak_lr"] == 1e-2
+  steps = [r["step"] for r in run.metrics if r["stage"] == "train"]
+  assert steps == list(range(1, 13))
+  # A job that is started again with the same command goes on where it was.
+  end = run.state()
+  caplog.clear()
+  tiny.train(diverged, slower, resume_from=8)
+  assert "The checkpoint of step 16 was made with this config" in caplog.text
+  assert run.state()["step"] == end["step"]
+  # And so does one without the flag: the folder is that of the new config.
+  tiny.train(diverged, slower)
+
+
+def test_a_run_cannot_go_back_to_what_is_not_there_or_to_another_model(
+  diverged, tiny
+):
+  with pytest.raises(FileNotFoundError, match=r"step 9 .*one of \[2, 4, 6, 8"):
+    tiny.train(diverged, tiny.config(), resume_from=9)
+  with pytest.raises(ValueError, match=r"(?s)another experiment.*embed_dim"):
+    tiny.train(diverged, tiny.config(encoder__embed_dim=32), resume_from=8)
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [
+    (np.nan, "parameters/generator/lm is not finite at step 2 of train"),
+    (-3e7, r"parameters/generator/lm has a value of 3\.0e\+07 at step 2"),
+    (1e3, ""),
+  ],
+)
+def test_parameters_that_ran_away_are_not_saved(value, message, tmp_path):
+  mesh = make_mesh(MeshConfig(data=1))
+  saved = Checkpointer(tmp_path, keep_last=1)
+  params = {"generator": {"lm": jnp.array([0.0, value])}}
+  state = TrainState(jnp.int32(2), params, {"count": jnp.int32(2)})
+  stage = Stage("train", 4, 8, 0, None, None)
+  check = DivergenceCheck(saved, mesh)
+  if not message:
+    check.check_state(state, stage, 2)
+    return
+  with pytest.raises(FloatingPointError, match=message + r".*begins anew\."):
+    check.check_state(state, stage, 2)
+
+
+def test_what_is_cut_is_counted_once_however_often_a_run_is_stopped(tiny):
+  short = {
+    "data__context_length": 24,
+    "train__validate_steps": 0,
+    "train__num_steps": 6,
+  }
+  whole = tiny.train(tiny.root / "cut", tiny.config(**short))
+  for stop in (("warmup", 2), ("train", 3), ("train", 4), None):
+    stopped = tiny.train(
+      tiny.root / "cut_stopped", tiny.config(**short), stop_at=stop
+    )
+  assert stopped.clock.cut == whole.clock.cut
+  assert whole.clock.cut["contexts_cut"] > 20

@@ -1,0 +1,118 @@
+"""What the processes of one program, on several hosts, do together.
+
+In: what each process has. Out: what all of them have, or an error in all of
+them. In a program of one process everything here happens at once.
+
+Every function is called by all processes, in the same order, or the program
+waits for ever.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+from jax.experimental import multihost_utils
+from jaxtyping import Int
+import numpy as np
+
+_T = TypeVar("_T")
+
+
+def wait_for_all(what: str) -> None:
+  """Returns when every process of the program called it with this `what`."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+def from_first(value: int) -> int:
+  """Returns the `value` of process 0, which fits 32 bits, to all.
+
+  For what each process reads from a disk that they share: some see a change
+  later than others.
+  """
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def sum_counts(counts: dict[str, int]) -> dict[str, int]:
+  """Returns the sum over all processes of each count; the names are alike."""
+  if jax.process_count() == 1 or not counts:
+    return dict(counts)
+  # In two halves, as JAX cuts integers to 32 bits.
+  local = np.array([divmod(n, 1 << 24) for n in counts.values()], np.int32)
+  everywhere = np.asarray(multihost_utils.process_allgather(local), np.int64)
+  high, low = everywhere.sum(axis=0).T
+  totals = (high << 24) + low
+  return dict(zip(counts, totals.tolist(), strict=True))
+
+
+def join_rows(
+  local: Int[np.ndarray, "n K"], rows: Int[np.ndarray, "b"], num_rows: int
+) -> Int[np.ndarray, "B K"]:
+  """Returns the whole of an array of which each process has some rows.
+
+  Args:
+    local: the rows of this process: numbers from 0 on.
+    rows: which of the whole they are; several processes may have the same.
+    num_rows: of the whole.
+  """
+  if jax.process_count() == 1:
+    return local
+  if not local.shape[1]:
+    return np.zeros((num_rows, 0), np.int32)
+  whole = np.full((num_rows, local.shape[1]), -1, np.int32)
+  whole[rows] = local
+  everywhere = np.asarray(multihost_utils.process_allgather(whole))
+  return everywhere.max(axis=0)
+
+
+def to_host(array: Any) -> np.ndarray:
+  """Returns an array of any sharding whole, to every process."""
+  here = not isinstance(array, jax.Array) or array.is_fully_addressable
+  if here or array.is_fully_replicated:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def first_alone(what: str, act: Callable[[], _T]) -> _T:
+  """Returns what `act` returns, which process 0 calls before the others do.
+
+  For what is found on a disk, or else made and put there: process 0 makes it,
+  and the others find it.
+
+  Args:
+    what: what `act` does, for the message: "open the tokenizer".
+    act: called once by each process.
+
+  Raises:
+    RuntimeError: another process failed in `act`. Its own message says why.
+  """
+  if jax.process_count() == 1:
+    return act()
+  is_first = jax.process_index() == 0
+  result = _all_or_none(what, act if is_first else lambda: None)
+  others = _all_or_none(what, (lambda: None) if is_first else act)
+  return cast(_T, result if is_first else others)
+
+
+def _all_or_none(what: str, act: Callable[[], Any]) -> Any:
+  """Returns what `act` returns, once no process has failed."""
+  result, error = None, None
+  try:
+    result = act()
+  except Exception as e:  # whatever it is, the others must not wait
+    error = e
+  failed = np.asarray(
+    multihost_utils.process_allgather(np.int32(error is not None))
+  )
+  if error is not None:
+    raise error
+  if failed.any():
+    named = ", ".join(map(str, np.flatnonzero(failed)))
+    raise RuntimeError(
+      f"This process stops because process {named} could not {what}. Expected"
+      " every process of the program to go on. The message of that process"
+      " says what to do."
+    )
+  return result
