@@ -142,7 +142,9 @@ def constrain(x: jax.Array, *axes: LogicalAxis) -> jax.Array:
   return spmd.with_logical_constraint(x, axes, rules=AXIS_RULES)
 
 
-def split_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+def split_table(
+  table: Float[Array | np.ndarray, "V D"],
+) -> Float[Array, "V D"]:
   """Asks for a table of tokens split by its rows, whatever their number.
 
   A table whose rows `tensor` does not divide is kept split by its columns, as

@@ -34,6 +34,7 @@ import orbax.checkpoint as ocp
 
 from rag_jax import artifacts
 from rag_jax import disk
+from rag_jax.json_input import read_settings
 from rag_jax.processes import first_alone
 from rag_jax.processes import from_first
 from rag_jax.processes import wait_for_all
@@ -45,6 +46,7 @@ from rag_jax.training.checkpoint_content import check_state
 FORMAT = 1  # raise when the files or the manifest change their meaning
 
 _KIND = "checkpoint"
+_EXTRA_FILE = "extra/metadata"  # the name that orbax gives to JSON
 
 
 class Checkpointer:
@@ -121,9 +123,8 @@ class Checkpointer:
         f" already; expected to save each step once. Delete {folder} first,"
         " or save in another directory."
       )
-    wait_for_all(
-      "checkpoint: looked"
-    )  # nobody may find the files below, which change
+    # Nobody may find the files below, which change.
+    wait_for_all("checkpoint: looked")
     if self._process_index == 0 and folder.exists():
       folder.rmtree()  # a save that was cut off
     wait_for_all("checkpoint: cleared")
@@ -250,29 +251,33 @@ class Checkpointer:
     step = self._choose(step)
     saved = self._verify(step)["arrays"]
     check_fit(saved, abstract_state, origin=str(self._folder(step)))
-    restored = self._read(
-      step,
-      state=ocp.args.StandardRestore(abstract_state),
-      extra=ocp.args.JsonRestore(),
-    )
-    return restored.state, restored.extra
+    with self._manager(create=False) as manager:
+      restored = manager.restore(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)),
+      )
+    return restored.state, self._read_extra(step)
 
   def read_extra(self, step: int) -> dict[str, Any]:
     """Returns the extra of a checkpoint; checks and raises as `restore`."""
     self._verify(self._choose(step))
-    return self._read(step, extra=ocp.args.JsonRestore()).extra
+    return self._read_extra(step)
 
   def peek_extra(self, step: int) -> dict[str, Any]:
     """Returns the extra of a checkpoint unchecked; {} if it is unreadable."""
     try:
-      return self._read(step, extra=ocp.args.JsonRestore()).extra
-    except Exception as error:  # orbax has many for a file that is damaged
+      return self._read_extra(step)
+    except (OSError, ValueError) as error:
       logging.warning(
         "The checkpoint of step %d in %s is damaged and cannot be resumed from:"
         " %s",
         *(step, self._directory, str(error).splitlines()[:1]),
       )
       return {}
+
+  def _read_extra(self, step: int) -> dict[str, Any]:
+    # Not by orbax, in which processes wait for each other: one alone may ask.
+    return read_settings(self._folder(step) / _EXTRA_FILE)
 
   def wait(self) -> None:
     """Returns once every save is complete: at once, as `save` waits itself."""
@@ -304,10 +309,6 @@ class Checkpointer:
         save_root_metadata=False,
       ),
     )
-
-  def _read(self, step: int, **items: Any) -> ocp.args.Composite:
-    with self._manager(create=False) as manager:
-      return manager.restore(step, args=ocp.args.Composite(**items))
 
   def _find(self) -> tuple[list[int], list[int]]:
     """Returns the complete and the incomplete steps, ascending."""

@@ -137,6 +137,7 @@ class _Run:
     self._cut = CutCounter()
     self._kept_indexes: dict[int, list[int]] = {}  # by checkpoint
     self._best: float | None = None  # metric of a checkpoint
+    self._went_back_to: list[int] = []  # by --resume_from
     self._divergence = DivergenceCheck(self._checkpoints, experiment.mesh)
 
   def close(self) -> None:
@@ -161,6 +162,7 @@ class _Run:
           " Expected every host to see the same --workdir. Mount it there."
         )
       check_end(stages[-1], latest)
+      self._went_back_to += extra.get("went_back_to", [])
       self._writer.truncate_after(extra["stage"], extra["stage_step"])
       self.clock = Clock(**extra["clock"])
       self._cut = CutCounter(self.clock.cut)
@@ -248,7 +250,7 @@ class _Run:
     values = self._validate(state.params, index)
     self._writer.write(0, stage.name, values)
     versions = self._versions if self._versions.index else None
-    self._save(stage, 0, state, Ahead(), versions, values)
+    self._save(stage, 0, state, Ahead(), versions, values, None)
 
   def _adopt_index(self, params: PyTree) -> None:
     """Opens the index of the config, whose passage tower never trains."""
@@ -261,23 +263,28 @@ class _Run:
     )
 
   def _go_back(self, step: int) -> None:
-    """Sets aside the checkpoints after `step`, but for those of this config."""
+    """Sets aside the checkpoints after `step`, but for those of this command.
+
+    A job that is started again with the same flags goes on where it was.
+    """
     last = from_first(self._checkpoints.latest_step() or 0)
-    if last > step:
+    extra = self._checkpoints.peek_extra(last) if last > step else {}
+    if step in extra.get("went_back_to", []):
       learns = json.loads(json.dumps(learning_of(self._config)))
-      before = self._checkpoints.peek_extra(last).get("config", {})
+      before = extra.get("config", {})
       if all(
         before.get(section, {}).get(name) == value
         for section, settings in learns.items()
         for name, value in settings.items()
       ):
         logging.info(
-          "The checkpoint of step %d was made with this config already: the run"
-          " goes on from there, not from --resume_from=%d.",
+          "The checkpoint of step %d was made after --resume_from=%d with this"
+          " config: the run goes on from there.",
           *(last, step),
         )
         return
     self._checkpoints.set_aside_after(step)
+    self._went_back_to = [step]
 
   def _open_indexes(self, step: int, extra: dict[str, Any]) -> str:
     """Opens what a checkpoint searches; returns what is wrong with it, or "".
@@ -438,7 +445,7 @@ class _Run:
     ahead: Ahead,
     versions: IndexVersions | None,
     values: dict[str, float],
-    loss: float,
+    loss: float | None,
   ) -> None:
     """Saves all that the run needs to go on as if it had not stopped."""
     # Both wait for what threads still do: what follows goes over all hosts, and
@@ -460,6 +467,7 @@ class _Run:
       "index_versions": index_versions,
       "clock": dataclasses.asdict(self.clock),
       "identity": self._identity,
+      "went_back_to": self._went_back_to,
       "config": dataclasses.asdict(self._config),
       "metrics": {k: v for k, v in values.items() if math.isfinite(v)},
     }

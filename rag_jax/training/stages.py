@@ -116,6 +116,7 @@ def make_stages(
       )
     )
   in_step = open_in_step(experiment)
+  share = process_rows(experiment.mesh, config.train.batch_size).tolist()
   batches = (StepBatches if in_step else QuestionBatches)(
     questions,
     experiment.tokenizer,
@@ -124,16 +125,14 @@ def make_stages(
     experiment.embedder,
     n_docs=config.data.n_docs,
     # Without a step, no number of questions is too small.
-    batch_size=(
-      config.train.batch_size if config.train.num_steps else jax.process_count()
-    ),
+    batch_size=config.train.batch_size if config.train.num_steps else 1,
     seed=config.seed,
     frozen_passages=not config.encoder.train_passage_encoder,
     substitute_answers=config.data.substitute_answers,
     substitute_subjects=config.data.substitute_subjects,
     informal_questions=config.data.informal_questions,
     bm25=experiment.bm25,
-    share=process_rows(experiment.mesh, config.train.batch_size).tolist(),
+    share=share if config.train.num_steps else [0],
   )
   stages.append(
     Stage(

@@ -324,7 +324,8 @@ def test_a_run_that_diverged_goes_back_and_learns_slower(
     "optimizer__peak_lr": 1e-3,
   }  # fmt: skip
   slower = tiny.config(**settings)
-  with pytest.raises(ValueError, match=r"peak_lr: .*--resume_from=STEP"):
+  caplog.set_level("INFO")
+  with pytest.raises(ValueError, match=r"(?s)peak_lr: .*--resume_from=STEP"):
     tiny.train(diverged, slower)
   run = tiny.train(diverged, slower, resume_from=8)
   kept = {path.name for path in (diverged / "checkpoints").iterdir()}
@@ -338,7 +339,7 @@ def test_a_run_that_diverged_goes_back_and_learns_slower(
   end = run.state()
   caplog.clear()
   tiny.train(diverged, slower, resume_from=8)
-  assert "The checkpoint of step 16 was made with this config" in caplog.text
+  assert "The checkpoint of step 16 was made after --resume_from" in caplog.text
   assert run.state()["step"] == end["step"]
   # And so does one without the flag: the folder is that of the new config.
   tiny.train(diverged, slower)
@@ -347,7 +348,7 @@ def test_a_run_that_diverged_goes_back_and_learns_slower(
 def test_a_run_cannot_go_back_to_what_is_not_there_or_to_another_model(
   diverged, tiny
 ):
-  with pytest.raises(FileNotFoundError, match=r"step 9 .*one of \[2, 4, 6, 8"):
+  with pytest.raises(FileNotFoundError, match=r"step 9 .*one of \[2, 4, 6, "):
     tiny.train(diverged, tiny.config(), resume_from=9)
   with pytest.raises(ValueError, match=r"(?s)another experiment.*embed_dim"):
     tiny.train(diverged, tiny.config(encoder__embed_dim=32), resume_from=8)
@@ -366,7 +367,7 @@ def test_parameters_that_ran_away_are_not_saved(value, message, tmp_path):
   saved = Checkpointer(tmp_path, keep_last=1)
   params = {"generator": {"lm": jnp.array([0.0, value])}}
   state = TrainState(jnp.int32(2), params, {"count": jnp.int32(2)})
-  stage = Stage("train", 4, 8, 0, None, None)
+  stage = Stage("train", 4, 8, 0, lambda *_: None, lambda *_: None)
   check = DivergenceCheck(saved, mesh)
   if not message:
     check.check_state(state, stage, 2)
@@ -377,7 +378,7 @@ def test_parameters_that_ran_away_are_not_saved(value, message, tmp_path):
 
 def test_what_is_cut_is_counted_once_however_often_a_run_is_stopped(tiny):
   short = {
-    "data__context_length": 24,
+    "data__context_length": 16,
     "train__validate_steps": 0,
     "train__num_steps": 6,
   }
