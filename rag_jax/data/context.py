@@ -38,7 +38,7 @@ Tokens = np.ndarray  # int32
 Mask = np.ndarray  # bool
 Ids = list[int]  # of one text, without special tokens
 
-COUNTS = ("questions_cut", "contexts_cut", "targets_cut")
+COUNTS: tuple[str, ...] = ("questions_cut", "contexts_cut", "targets_cut")
 
 
 def rag_context(

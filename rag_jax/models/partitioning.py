@@ -137,14 +137,14 @@ def dense_init(
   return named(nn.initializers.normal(std), *axes)
 
 
-def constrain(x: jax.Array, *axes: LogicalAxis) -> jax.Array:
+def constrain(x: Any, *axes: LogicalAxis) -> Any:
   """Asks the compiler to lay out activation `x` by its named dimensions."""
   return spmd.with_logical_constraint(x, axes, rules=AXIS_RULES)
 
 
 def split_table(
   table: Float[Array | np.ndarray, "V D"],
-) -> Float[Array, "V D"]:
+) -> Any:
   """Asks for a table of tokens split by its rows, whatever their number.
 
   A table whose rows `tensor` does not divide is kept split by its columns, as
@@ -229,7 +229,8 @@ def place_batch(
   sharding, rows = batch_sharding(mesh), process_rows(mesh, num_rows)
 
   def place(local: np.ndarray) -> jax.Array:
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None, "it is of one dimension or more"
       start, stop, _ = index[0].indices(num_rows)
       # A device's rows follow each other, here as in the whole.
       first = int(np.searchsorted(rows, start))

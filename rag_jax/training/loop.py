@@ -249,6 +249,8 @@ class _Run:
     index = in_step.searched(self._experiment, state, self._versions.index)
     values = self._validate(state.params, index)
     self._writer.write(0, stage.name, values)
+    if from_first(stage.first_step in self._checkpoints.steps()):
+      return  # the warm-up ended with it
     versions = self._versions if self._versions.index else None
     self._save(stage, 0, state, Ahead(), versions, values, None)
 
