@@ -92,7 +92,9 @@ class ContextBuilder:
     self._tokenizer = tokenizer
     self._passages = passages
     self._config = config
-    self._retriever_passages = retriever_passages or passages
+    if retriever_passages is None:
+      retriever_passages = passages
+    self._retriever_passages = retriever_passages
     self._retriever = self._retriever_passages.tokenizer
     self._as_strings = config.context_style == "rag"
     if not self._as_strings and passages.tokenizer is not tokenizer:

@@ -15,6 +15,7 @@ import small_hf_rag as small
 import small_search
 import torch
 
+from rag_jax.retrieval.retriever import Embedder
 from rag_jax.serving.pipeline import RagPipeline
 from rag_jax.weights.directory import open_directory
 from rag_jax.weights.load import load_rag
@@ -130,6 +131,26 @@ def searchable(saved, converted, corpus, tmp_path_factory):
   path = tmp_path_factory.mktemp("search") / "index"
   small_search.build(corpus, converted[1], path, question_encoder=converted[0])
   return path
+
+
+def test_a_search_directory_is_answered_from_without_embedding(
+  converted, corpus, searchable, monkeypatch
+):
+  model, encoder = converted
+  first = RagPipeline.from_checkpoint(
+    model, corpus, passage_encoder=encoder, generation={"max_length": 9}
+  ).answer(small.QUESTIONS)
+
+  def embed(*_):
+    raise AssertionError("the embeddings are there")
+
+  monkeypatch.setattr(Embedder, "passages", embed)
+  pipeline = RagPipeline.from_checkpoint(
+    model, searchable, generation={"max_length": 9}
+  )
+  for one, other in zip(pipeline.answer(small.QUESTIONS), first, strict=True):
+    assert one.tokens == other.tokens
+    assert [d.id for d in one.docs] == [d.id for d in other.docs]
 
 
 def test_embeddings_of_another_encoder_are_refused(
