@@ -16,6 +16,7 @@ import typing
 
 from absl import logging
 from etils import epath
+import regex
 import tokenizers
 from tokenizers import decoders
 from tokenizers import models
@@ -44,8 +45,10 @@ _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 _PIECES = r" ?\p{L}[\p{L}\p{M}]*| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
 
 # A word: letters and digits, also around a hyphen, apostrophe, comma or period
-# ("1,863", "Guinea-Bissau"); or one other character.
-_WORD = re.compile(r"[^\W_]+(?:[-'.,][^\W_]+)*|[^\s]")
+# ("1,863", "Guinea-Bissau"), with the marks and joiners that belong to them
+# (Hindi, Persian); or one other character.
+_LETTERS = r"[\p{L}\p{N}][\p{L}\p{N}\p{M}\p{Default_Ignorable_Code_Point}]*"
+_WORD = regex.compile(rf"{_LETTERS}(?:[-'.,]{_LETTERS})*|\S")
 
 # Older checkpoints have the files of their kind of tokenizer instead of a
 # tokenizer.json, and often not even a name of it: facebook/rag-token-nq.

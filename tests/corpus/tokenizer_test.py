@@ -368,6 +368,9 @@ def test_the_class_takes_any_tokenizer_of_transformers(tokenizer, tmp_path):
     ),
     ("Dial +33 (or 1-868)!", ["Dial", "+", "33", "(", "or", "1-868", ")", "!"]),
     ("Étoile 東京", ["Étoile", "東京"]),
+    ("E\u0301toile a_b", ["E\u0301toile", "a", "_", "b"]),
+    ("हिन्दी भाषा।", ["हिन्दी", "भाषा", "।"]),
+    ("می\u200cخواهم کتاب", ["می\u200cخواهم", "کتاب"]),
     ("", []),
   ],
 )
