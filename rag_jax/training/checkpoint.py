@@ -481,9 +481,9 @@ def _saying_what_to_do(folder: epath.Path) -> Iterator[None]:
     yield
   except Exception as error:  # orbax and tensorstore have many for a full disk
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    why = lines[0] if lines else type(error).__name__
+    why = (lines[0] if lines else type(error).__name__).rstrip(".")
     raise disk.UnwritableError(
-      f"The checkpoint {folder} could not be saved: {why} Expected a folder"
+      f"The checkpoint {folder} could not be saved: {why}. Expected a folder"
       " that can be written to, on a disk with enough room. Make room, or"
       " change its permissions, and run the same command again: it goes on from"
       " the checkpoint before."
@@ -491,6 +491,9 @@ def _saying_what_to_do(folder: epath.Path) -> Iterator[None]:
 
 
 def _orbax_warnings_only(record: python_logging.LogRecord) -> bool:
-  """Returns whether to log `record`: not orbax's 60 info lines for a save."""
+  """Returns whether to log `record`: of orbax's, the warnings.
+
+  Not its 60 info lines for a save, nor its errors, which it raises too.
+  """
   from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
-  return record.levelno >= python_logging.WARNING or not from_orbax
+  return record.levelno == python_logging.WARNING or not from_orbax

@@ -334,8 +334,8 @@ def _check_writable(path: epath.Path) -> None:
 def _not_writable(path: epath.Path, error: OSError) -> ValueError:
   return ValueError(
     f"--workdir={path} cannot be written to ({error}). Expected a folder that"
-    " the run can write to. Choose another --workdir, or change the"
-    " permissions of this one."
+    " the run can write to. Make room on its disk or change its permissions, or"
+    " choose another --workdir."
   )
 
 
