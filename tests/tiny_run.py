@@ -170,9 +170,7 @@ class Tiny:
     if measure:
       validate = evaluator.validator(self.split("validation"))
     with (
-      open_workdir(
-        path, config, may_learn_otherwise=resume_from is not None
-      ) as workdir,
+      open_workdir(path, config, resume_from=resume_from) as workdir,
       pytest.MonkeyPatch.context() as patch,
       self.compiling(),
     ):

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     _WORKDIR.value or "",
     config,
     process_index=jax.process_index(),
-    may_learn_otherwise=_RESUME_FROM.value is not None,
+    resume_from=_RESUME_FROM.value,
   ) as workdir:
     keep_compiled(_CACHE_DIR.value or "")
     questions = {

@@ -161,7 +161,7 @@ def open_workdir(
   config: Config,
   *,
   process_index: int = 0,
-  may_learn_otherwise: bool = False,
+  resume_from: int | None = None,
 ) -> Workdir:
   """Returns the folder of a run, made, locked, and with its config written.
 
@@ -197,10 +197,11 @@ def open_workdir(
     config: of this run.
     process_index: of this process. Process 0 locks and writes, then the
       others compare.
-    may_learn_otherwise: whether learning rates and the like may differ, since
-      the run goes back to a checkpoint: see `loop.train`.
+    resume_from: a checkpoint that the run goes back to: learning rates and the
+      like may differ. See `loop.train`.
 
   Raises:
+    FileNotFoundError: there is no checkpoint of `resume_from`.
     ValueError: the path is no folder that can be written to; another run uses
       it; its config.json is damaged or of another experiment; or it has
       checkpoints but no config.json; or there is a link among its files.
@@ -214,7 +215,7 @@ def open_workdir(
   # One after another: the first writes what the others read.
   return first_alone(
     f"open --workdir={path}",
-    lambda: _open(path, config, process_index, may_learn_otherwise),
+    lambda: _open(path, config, process_index, resume_from),
   )
 
 
@@ -222,7 +223,7 @@ def _open(
   path: epath.Path,
   config: Config,
   process_index: int,
-  may_learn_otherwise: bool,
+  resume_from: int | None,
 ) -> Workdir:
   # Local ones: a bucket has no folders.
   missing = [p for p in (path, *path.parents) if not p.exists()]
@@ -230,13 +231,13 @@ def _open(
   _make_folder(path)
   if process_index:
     workdir = Workdir(path)
-    _check_config(workdir, config, False, may_learn_otherwise)
+    _check_config(workdir, config, False, resume_from)
     return workdir
   _check_writable(path)
   _check_no_links(path)
   workdir = Workdir(path, _lock(path), made)
   try:
-    same = _check_config(workdir, config, True, may_learn_otherwise)
+    same = _check_config(workdir, config, True, resume_from)
     if not same and workdir.tokenizer.exists():
       workdir.tokenizer.rmtree()  # perhaps of other texts
     write_config(workdir.config_path, config)
@@ -402,11 +403,13 @@ def _check_config(
   workdir: Workdir,
   config: Config,
   may_correct: bool,
-  may_learn_otherwise: bool,
+  resume_from: int | None,
 ) -> bool:
   """Returns whether the folder has the files of this experiment.
 
   Raises:
+    FileNotFoundError: there is no checkpoint of `resume_from` to go back to
+      with settings that differ.
     ValueError: it has those of another one, and that has learned something or
       not `may_correct`.
   """
@@ -432,9 +435,13 @@ def _check_config(
       or name.startswith(_SECTIONS_MAY_DIFFER)
       or (name == "train.num_steps" and _only_longer(old, config))
       or (goes_on and _is_of_schedule(name))
-      or (may_learn_otherwise and name in learning)
+      or (resume_from is not None and name in learning)
     )
   ]
+  # Before the config is written. With the settings that are there already, the
+  # run may have gone on from that step, and removed it since.
+  if resume_from is not None and not different.keys().isdisjoint(learning):
+    _check_step(workdir, resume_from)
   learned = _has_checkpoints(workdir) or workdir.model.exists()
   if bad and may_correct and not learned:
     logging.info(
@@ -460,6 +467,18 @@ def _check_config(
       "\n  ".join(different.values()),
     )
   return True
+
+
+def _check_step(workdir: Workdir, step: int) -> None:
+  folders = workdir.checkpoints.glob(f"*/{artifacts.MANIFEST}")
+  names = {folder.parent.name for folder in folders}
+  if str(step) not in names:
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    raise FileNotFoundError(
+      f"There is no complete checkpoint of step {step} in"
+      f" {workdir.checkpoints}, to go back to with --resume_from={step}. Choose"
+      f" one of {steps}."
+    )
 
 
 def _goes_on(workdir: Workdir, old: Config, new: Config) -> bool:

@@ -350,6 +350,14 @@ def test_a_run_cannot_go_back_to_what_is_not_there_or_to_another_model(
 ):
   with pytest.raises(FileNotFoundError, match=r"step 9 .*one of \[2, 4, 6, "):
     tiny.train(diverged, tiny.config(), resume_from=9)
+  before = (diverged / "config.json").read_bytes()
+  slower = tiny.config(optimizer__peak_lr=1e-3)
+  for step in (9, -1):
+    with pytest.raises(
+      FileNotFoundError, match=rf"step {step} .*one of \[2, 4"
+    ):
+      tiny.train(diverged, slower, resume_from=step)
+    assert (diverged / "config.json").read_bytes() == before
   with pytest.raises(ValueError, match=r"(?s)another experiment.*embed_dim"):
     tiny.train(diverged, tiny.config(encoder__embed_dim=32), resume_from=8)
 
