@@ -83,3 +83,44 @@ def test_a_missing_flag_is_named(run):
   assert done.returncode == 1
   assert "--input" in done.stderr
   assert "Traceback" not in done.stderr
+
+
+ASKS = '''"""Asks.
+
+  python tools/asks.py QUESTION
+"""
+import command
+def main(argv):
+  for question in command.questions(argv[1:]):
+    print(ascii(question))
+if __name__ == "__main__":
+  command.run(main, arguments="[QUESTION ...]")
+'''
+
+
+@pytest.mark.parametrize(
+  ("arguments", "given", "place"),
+  [
+    ([b"who", b"\xff\xfe?"], b"", "Question 2 of the command line"),
+    ([b"a\xed\xa0\x80"], b"", "Question 1 of the command line"),
+    ([b"-"], b"who\n\xe9t\xe9\n", "Line 2 of standard input"),
+    ([b"-"], "who?\n".encode("utf-16-le"), "Line 1 of standard input"),
+  ],
+)
+def test_a_question_that_is_not_utf8_is_named_by_its_place(
+  tmp_path, arguments, given, place
+):
+  (tmp_path / "asks.py").write_text(ASKS)
+  done = subprocess.run(
+    [os.fsencode(sys.executable), tmp_path / "asks.py", *arguments],
+    env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
+    input=given,
+    capture_output=True,
+    check=False,
+    timeout=100,
+  )
+  assert done.returncode == 1
+  message = done.stderr.decode()
+  assert message.startswith(f"ValueError: {place} holds "), message
+  assert "Expected text in UTF-8" in message
+  assert message.count("\n") == 1
