@@ -277,12 +277,16 @@ def test_a_build_whose_power_is_cut_is_unfinished_and_goes_on(
     power.write(tmp_path / "end")
   expected = served(whole.path)
   assert served(tmp_path / "end" / "index") == expected
+  unfinished = [path for path in cuts if not (path / "manifest.json").exists()]
   for path in cuts:
+    if path not in unfinished:
+      assert served(path) == expected  # the last may come after the manifest
+      continue
     with pytest.raises(FileNotFoundError, match="no search directory was buil"):
       SearchDirectory(path)
-  assert len(cuts) > 3
-  build(corpus, encoder, cuts[-1])
-  assert served(cuts[-1]) == expected
+  assert len(unfinished) > 3
+  build(corpus, encoder, unfinished[-1])
+  assert served(unfinished[-1]) == expected
 
 
 @pytest.mark.parametrize("num_bytes", [100, 3_000, 12_000, 40_000])
