@@ -159,10 +159,12 @@ def main(argv: list[str]) -> None:
     answer = pipeline.answer(question, n_docs=_N_DOCS.value)[0]
     logging.info("Answered in %.3f s.", time.perf_counter() - start)
     if _JSON.value:
-      print(to_json(answer, _SURE.value), flush=True)
+      print(to_json(answer, _SURE.value, pipeline.least_score), flush=True)
       continue
     print(f"{'' if not number else chr(10)}{question}")
-    print(explain(answer, _SURE.value), end="", flush=True)
+    print(
+      explain(answer, _SURE.value, pipeline.least_score), end="", flush=True
+    )
 
 
 if __name__ == "__main__":

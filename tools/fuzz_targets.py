@@ -164,7 +164,7 @@ def damage_json(rng: random.Random, tree: Any) -> Any:
     elif kind == 2:
       node[key] = [node[key]]
     elif kind == 3 and type(node[key]) in (int, float):
-      node[key] = rng.choice([node[key] + 1, -node[key], node[key] * 1e9, 0])
+      node[key] = rng.choice([node[key] + 1, -node[key], node[key] * 10**9, 0])
     else:
       node[key] = rng.choice(_VALUES)
   return tree

@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
       _RESUME_FROM.value,
     )
     test = choose(questions["test"], config.eval.num_test, config.seed)
-    results = finish(experiment, workdir, test, evaluator, clock)
+    results = finish(experiment, workdir, test, evaluator, clock, validation)
     print(table(results))
     print(f"Ask it: python tools/ask.py --workdir={_WORKDIR.value}")
 

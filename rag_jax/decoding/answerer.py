@@ -98,6 +98,30 @@ class Answerer:
     found = find_docs(index, self._bm25, params, embeddings, questions, n_docs)
     return found, embeddings
 
+  def best_scores(
+    self,
+    params: PyTree,
+    index: Index,
+    questions: Sequence[str],
+    batch_size: int,
+  ) -> Float[np.ndarray, "N"]:
+    """Returns what the best passage of each question scores.
+
+    Args:
+      params: of the whole model.
+      index: what is searched.
+      questions: N, any number.
+      batch_size: questions searched together.
+    """
+    scores = np.zeros(len(questions), np.float32)
+    for start in range(0, len(questions), batch_size):
+      part = list(questions[start : start + batch_size])
+      filled = part + part[-1:] * (batch_size - len(part))
+      found, embeddings = self.search(params, index, filled, 1)
+      best = self._score(params, index, filled, embeddings, found)[:, 0]
+      scores[start : start + len(part)] = best[: len(part)]
+    return scores
+
   def answer(
     self,
     params: PyTree,

@@ -25,6 +25,9 @@ from rag_jax.retrieval.certificate import exact_search
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.recall import index_recall_at_k
 
+_REACHED = 0.98  # share of questions whose best passage has the least score
+_LEAST_QUESTIONS = 50  # to tell that share from
+
 _SPEED_SECS = 0.2  # for which searches are timed, at each batch size
 
 
@@ -34,6 +37,24 @@ class Evaluator:
   def __init__(self, experiment: Experiment, answerer: Answerer):
     self._experiment = experiment
     self._answerer = answerer
+
+  def least_score(
+    self, params: PyTree, index: Index | None, questions: Sequence[Question]
+  ) -> float | None:
+    """Returns the score that the best passage of 98 % of `questions` reaches.
+
+    The best passage for a question that none answers scores less. None: closed
+    book, or too few questions to tell.
+    """
+    if index is None or len(questions) < _LEAST_QUESTIONS:
+      return None
+    scores = self._answerer.best_scores(
+      params,
+      index,
+      [q.question for q in questions],
+      self._experiment.config.eval.batch_size,
+    )
+    return float(np.quantile(scores, 1 - _REACHED))
 
   def records(
     self, params: PyTree, index: Index | None, questions: Sequence[Question]

@@ -44,6 +44,7 @@ def finish(
   questions: Sequence[Question],
   evaluator: Evaluator,
   clock: Clock,
+  validation: Sequence[Question] = (),
 ) -> dict[str, Any]:
   """Writes what a finished run leaves, and returns its results.
 
@@ -53,6 +54,8 @@ def finish(
     questions: of the test split.
     evaluator: measures.
     clock: how long the run trained.
+    validation: questions that passages answer. How well these fit is kept with
+      the model, to tell later which questions no passage answers.
 
   Raises:
     ValueError: no checkpoint is whole, or the index finds less than
@@ -70,6 +73,7 @@ def finish(
       # What is served has to be what was trained.
       "config": settings_of(config),
       "tokenizer_manifest": manifest_digest(workdir.tokenizer),
+      "least_score": evaluator.least_score(params, index, validation),
     },
   )
   with experiment.context.counting() as cut:

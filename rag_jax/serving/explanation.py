@@ -22,20 +22,29 @@ SURE = 0.7
 _MARK = " [...]"
 
 
-def explain(answer: Answer, sure: float = SURE) -> str:
+def explain(
+  answer: Answer, sure: float = SURE, least_score: float = -math.inf
+) -> str:
   """Returns the answer, then the passages that it was read from.
+
+  It says whether the model is sure: see `is_sure`.
 
   `p(z|x)` is the prior: how much the retriever trusted the passage before the
   answer; `p(z|x,y)` the posterior: how well the passage explains it.
   """
   probability = math.exp(answer.log_prob)
   text = one_line(answer.text) or "(no answer)"
-  doubt = "" if is_sure(answer, sure) else ", not sure"
+  doubt = "" if is_sure(answer, sure, least_score) else ", not sure"
   lines = list(_wrap(f"{text}   (p = {probability:.2f}{doubt})", _WIDTH))
   if doubt:
+    why = f"p is below {sure:g}"
+    if probability >= sure:
+      why = (
+        f"the best passage scores {_best(answer):.2f}, and that of 98 % of the"
+        f" validation questions {least_score:.2f} or more"
+      )
     lines += _wrap(
-      f"The model is not sure: p is below {sure:g}. Perhaps no passage answers"
-      " the question.",
+      f"The model is not sure: {why}. Perhaps no passage answers the question.",
       _WIDTH,
     )
   if answer.question_cut:
@@ -57,14 +66,31 @@ def explain(answer: Answer, sure: float = SURE) -> str:
   return "\n".join(lines) + "\n"
 
 
-def is_sure(answer: Answer, sure: float = SURE) -> bool:
-  """Returns whether the answer's probability is at least `sure`."""
-  return math.exp(answer.log_prob) >= sure
+def is_sure(
+  answer: Answer, sure: float = SURE, least_score: float = -math.inf
+) -> bool:
+  """Returns whether the model is sure of an answer.
+
+  Args:
+    answer: with the documents that were read for it.
+    sure: what its probability has to be, at least.
+    least_score: what the score of its best document has to be, at least. The
+      generator can be sure of what it copies from a passage about another
+      thing: of Atlantic County, if asked about Atlantis.
+  """
+  return math.exp(answer.log_prob) >= sure and _best(answer) >= least_score
 
 
-def to_json(answer: Answer, sure: float = SURE) -> str:
+def _best(answer: Answer) -> float:
+  return max((doc.score for doc in answer.docs), default=math.inf)
+
+
+def to_json(
+  answer: Answer, sure: float = SURE, least_score: float = -math.inf
+) -> str:
   """Returns the answer, its passages and every probability as one line."""
-  return json_line(dataclasses.asdict(answer) | {"sure": is_sure(answer, sure)})
+  found = is_sure(answer, sure, least_score)
+  return json_line(dataclasses.asdict(answer) | {"sure": found})
 
 
 def _columns(text: str) -> int:

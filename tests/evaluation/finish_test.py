@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from rag_jax.evaluation.report import table
 from rag_jax.retrieval.certificate import Certificate
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import fingerprint
+from rag_jax.serving.pipeline import RagPipeline
 from rag_jax.training.loop import Clock
 from rag_jax.training.workdir import Workdir
 from rag_jax.weights.model_files import load_model
@@ -34,7 +36,7 @@ def model_of(run, tiny_run):
   return tiny_run.flat({"params": params}), content
 
 
-def finish_again(tiny, run, path):
+def finish_again(tiny, run, path, validation=()):
   """Ends the run in `path` as if nothing but its checkpoints were there."""
   experiment, answerer, _ = tiny.open(run.config)
   with tiny.compiling():
@@ -44,7 +46,26 @@ def finish_again(tiny, run, path):
       tiny.split("test"),
       Evaluator(experiment, answerer),
       Clock(train_secs=3.0, question_secs=2.0),
+      validation,
     )
+
+
+@pytest.mark.parametrize("times", [4, 6])
+def test_the_model_keeps_how_well_the_validation_questions_fit(
+  tiny, uninterrupted, tmp_path, times
+):
+  shutil.copytree(uninterrupted.path, tmp_path / "run")
+  questions = tiny.split("validation")
+  finish_again(tiny, uninterrupted, tmp_path / "run", questions * times)
+  pipeline = RagPipeline.load(tmp_path / "run")
+  if times * len(questions) < 50:
+    assert pipeline.least_score == -math.inf
+    return
+  answers = pipeline.answer([q.question for q in questions])
+  scores = sorted(answer.docs[0].score for answer in answers)
+  # 2 % of sixty lies between the second and the third, which are of one.
+  assert scores[0] < scores[1]
+  np.testing.assert_allclose(pipeline.least_score, scores[0], rtol=1e-5)
 
 
 def test_the_results_say_how_good_how_fast_and_how_large(uninterrupted):

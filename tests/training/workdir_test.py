@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_be_made_is_refused():
 def test_a_folder_that_cannot_be_written_to_is_refused():
   with pytest.raises(
     ValueError,
-    match=r"--workdir=/proc/self cannot be written to .*change the permissions",
+    match=r"--workdir=/proc/self cannot be written to .*change its permissions",
   ):
     open_workdir("/proc/self", Config())
 
