@@ -38,8 +38,9 @@ def get_config() -> Config:
   c.encoder.score_scale = 10.0
   c.encoder.learn_score_scale = True
 
-  # T5, narrow, whose attention starts by copying. The shape is Hugging Face's,
-  # so the trained model can be exported: tools/convert_hf.py.
+  # T5, narrow, whose attention starts by copying, and a pointer that goes on
+  # where it copied. Hugging Face has no form for a pointer: without it
+  # (generator.pointer=False), tools/convert_hf.py exports the trained model.
   c.generator.norm = "pre"
   c.generator.norm_kind = "rms"
   c.generator.norm_eps = 1e-6

@@ -1,6 +1,6 @@
 r"""Converts checkpoints of Hugging Face's transformers, in and out.
 
-  python tools/convert_hf.py --input=runs/quickstart --output=exports/quickstart
+  python tools/convert_hf.py --input=runs/exportable --output=exports/exportable
   python tools/convert_hf.py --input=hf:facebook/bart-base --output=models/bart
 
 --input is the workdir of a finished run, or a model directory that this command
