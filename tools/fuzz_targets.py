@@ -8,6 +8,7 @@ too long or too much memory.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import copy
 import dataclasses
 import gzip
 import hashlib
@@ -154,7 +155,7 @@ def damage_json(rng: random.Random, tree: Any) -> Any:
   for _ in range(rng.randint(1, 3)):
     places = list(_places(tree))
     if not places:
-      return rng.choice(_VALUES)
+      return copy.deepcopy(rng.choice(_VALUES))
     node, key = rng.choice(places)
     kind = rng.randrange(6)
     if kind == 0:
@@ -166,7 +167,8 @@ def damage_json(rng: random.Random, tree: Any) -> Any:
     elif kind == 3 and type(node[key]) in (int, float):
       node[key] = rng.choice([node[key] + 1, -node[key], node[key] * 10**9, 0])
     else:
-      node[key] = rng.choice(_VALUES)
+      # Not itself: it may be damaged next.
+      node[key] = copy.deepcopy(rng.choice(_VALUES))
   return tree
 
 
@@ -533,14 +535,14 @@ def fuzz(
     work: an empty folder, for the files.
   """
   target = TARGETS[name]
-  whole, copy = work / "whole", work / "damaged"
+  whole, damaged = work / "whole", work / "damaged"
   whole.mkdir(parents=True)
   target.make(whole)
   for number in cases:
     rng = random.Random(f"{name} {seed} {number}")
-    shutil.copytree(whole, copy)
-    damage = target.damage(rng, copy)
-    problem = _run(target, copy)
-    shutil.rmtree(copy)
+    shutil.copytree(whole, damaged)
+    damage = target.damage(rng, damaged)
+    problem = _run(target, damaged)
+    shutil.rmtree(damaged)
     case = f"--target={name} --seed={seed} --first={number} --cases=1"
     yield Failure(case, damage, problem) if problem else None
