@@ -295,7 +295,8 @@ def _encode(
       be written as UTF-8.
   """
   try:
-    return tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    with _panics_are_errors():
+      return tokenizer.encode_batch(list(texts), add_special_tokens=False)
   except Exception as error:  # of tokenizers: a bare Exception, a TypeError
     bad = next((text for text in texts if not _fits(tokenizer, text)), "")
     raise ValueError(
@@ -308,10 +309,25 @@ def _encode(
 
 def _fits(tokenizer: tokenizers.Tokenizer, text: str) -> bool:
   try:
-    tokenizer.encode(text, add_special_tokens=False)
+    with _panics_are_errors():
+      tokenizer.encode(text, add_special_tokens=False)
   except Exception:  # as above
     return False
   return True
+
+
+@contextlib.contextmanager
+def _panics_are_errors() -> Iterator[None]:
+  """Raises `ValueError` where the compiled tokenizers panic.
+
+  What they raise then is no `Exception`, and passes whoever catches those.
+  """
+  try:
+    yield
+  except BaseException as error:
+    if type(error).__name__ != "PanicException":
+      raise
+    raise ValueError(f"the tokenizers library ended in: {error}") from error
 
 
 def _older_kind(path: epath.Path) -> str:
@@ -402,7 +418,7 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
 
   loader = getattr(transformers, kind)
   try:
-    with _in_folder(path) as folder:
+    with _in_folder(path) as folder, _panics_are_errors():
       backend = loader.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
       )

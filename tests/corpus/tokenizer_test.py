@@ -399,6 +399,20 @@ def test_a_saved_tokenizer_that_was_edited_is_refused(
     load_tokenizer(tmp_path, ours=True)
 
 
+def test_a_file_upon_which_the_tokenizers_panic_is_an_error(
+  tokenizer, tmp_path
+):
+  tokenizer.save(tmp_path)
+  (tmp_path / "manifest.json").unlink()
+  file = tmp_path / "tokenizer.json"
+  content = json.loads(file.read_text())
+  # Longer than the tokens, of which it is cut off.
+  content["model"]["continuing_subword_prefix"] = "x" * 50
+  file.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=r"cannot be read .*library ended in"):
+    load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_inside_another_is_named_with_it(tokenizer, tmp_path):
   tokenizer.save(tmp_path / "retriever")
   tokenizer.save(tmp_path)
