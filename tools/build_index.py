@@ -5,9 +5,10 @@ r"""Makes a folder or file of text searchable.
   python tools/search.py --index=runs/index "what does the contract say?"
 
 --corpus is a folder of .txt, .md and .html files (and .rst, .ipynb, .pdf and
-.docx, with `pip install 'rag-jax[documents]'`), a .jsonl, .json or .tsv file
-(also BEIR's, SQuAD's, DPR's), or a name such as tfds:beir/nfcorpus. --encoder
-is a directory or a name of the hub: DPR, BERT or sentence-transformers.
+.docx, with `pip install 'rag-jax[documents]'`), a .jsonl, .json, .tsv or
+.csv file (also BEIR's, SQuAD's, DPR's), or a name such as tfds:beir/nfcorpus.
+--encoder is a directory or a name of the hub: DPR, BERT or
+sentence-transformers.
 A passage is as much of a section as the encoder reads; --split changes that.
 
 An interrupted build goes on where it was when the same command is given again.

@@ -43,6 +43,9 @@ FIT_HYBRID = (
   " in hybrid search; the weights, and which mode is best, are kept."
 )
 
+# The flags defined here are those of the tools that ask for them.
+flags.disclaim_key_flags()
+
 
 def define_word_flags() -> Callable[[Bm25Settings], Bm25Settings]:
   """Defines the flags of BM25; returns what puts those given into settings."""

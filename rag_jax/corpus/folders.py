@@ -87,7 +87,10 @@ def _office(
   try:
     page, num_chars = office_text.READERS[end](given)
   except ValueError as error:
-    raise ValueError(f"{path}:1: {error}, or skip bad records.") from error
+    raise ValueError(
+      f"{path}:1: {error}, or have it skipped: tools/build_index.py"
+      " --on_bad_record=skip."
+    ) from error
   if num_chars:
     report.leave_out(num_chars, f"{path}:1")
   return page

@@ -49,7 +49,8 @@ def _beir_record(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     raise ValueError(
       f"{where}: passage_metadata is {shorten(row['passage_metadata'])}."
       " Expected a JSON object, as in BEIR's corpus.jsonl. Delete the prepared"
-      " data set, and it is prepared again; or skip bad records."
+      " data set, and it is prepared again; or have it skipped:"
+      " tools/build_index.py --on_bad_record=skip."
     )
   return {
     "_id": row["passage_id"],

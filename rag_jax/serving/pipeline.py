@@ -194,7 +194,7 @@ class RagPipeline:
     questions = list(questions) if several else [questions]
     for number, question in enumerate(questions, start=1):
       _check_question(question, f"Question {number} of {len(questions)}")
-    if n_docs < 0:
+    if type(n_docs) is not int or n_docs < 0:
       raise ValueError(
         f"n_docs={n_docs}; expected 1 or more, or 0 for as many as in training."
       )

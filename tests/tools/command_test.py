@@ -2,10 +2,12 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 
 from processes import ROOT
+from processes import run_tool
 import pytest
 
 TOOLS = sorted(
@@ -69,6 +71,14 @@ def test_help_is_no_error_and_begins_with_a_usage_line(run, flag):
   assert "  python tools/thing.py --input=FILE" in lines
   assert "  --input: What is read." in lines
   assert ("--log_dir" in done.stdout) == (flag == "--helpfull")
+
+
+@pytest.mark.parametrize("tool", ["search.py", "build_index.py"])
+def test_flags_that_tools_share_are_in_their_help(tool):
+  done = run_tool(tool, "--help")
+  assert done.returncode == 0
+  for name in ("stemmer", "stop_words", "k1", "b"):
+    assert re.search(rf"^\s+--(\[no\])?{name}:", done.stdout, re.M), done.stdout
 
 
 def test_what_a_tool_prints_cannot_control_the_terminal(run):
