@@ -287,6 +287,12 @@ class Bm25Index:
         f" {', '.join(bad)} missing or of the wrong type; expected"
         f" {', '.join(_CONTENT)}. {REMEDY}"
       )
+    if not 0 <= content["num_passages"] < 1 << 31:  # they are int32
+      raise ValueError(
+        f"{path}/{artifacts.MANIFEST} says that there are"
+        f" {content['num_passages']} passages; expected fewer than {1 << 31}."
+        f" It was edited, or written by another program. {REMEDY}"
+      )
     if passages_fingerprint not in ("", content["passages_fingerprint"]):
       raise ValueError(
         f"The BM25 index at {path} was built of other passages: theirs is the"

@@ -32,7 +32,7 @@ class CheckpointDirectory:
 
   def has(self, name: str) -> bool:
     """Returns whether there is a file or folder `name`."""
-    return (self.path / name).exists()
+    return os.path.exists(self.path / name)
 
   def folder(self, name: str) -> "CheckpointDirectory":
     """Returns the folder `name`; "" is the directory itself.
@@ -70,10 +70,11 @@ class CheckpointDirectory:
     """
     self.check_name(name)
     path = self.path / name
-    if not path.exists():
+    if not os.path.exists(path):  # nor can it, if the name is too long
       raise FileNotFoundError(
-        f"There is no {name} in {self.origin}. Expected a whole checkpoint, as"
-        " save_pretrained of transformers writes it; copy it again."
+        f"There is no {name[:200]} in {self.origin}. Expected a whole"
+        " checkpoint, as save_pretrained of transformers writes it; copy it"
+        " again."
       )
     home, target = os.path.realpath(self.home), os.path.realpath(path)
     if os.path.commonpath([home, target]) != home:

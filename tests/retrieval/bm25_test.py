@@ -396,6 +396,15 @@ def test_other_passages_are_refused(saved):
     Bm25Index.load(saved, passages_fingerprint="ffff")
 
 
+@pytest.mark.parametrize("number", [-1, 1 << 31, 12_000_000_000])
+def test_more_passages_than_have_numbers_are_refused(saved, number):
+  content = json.loads((saved / "manifest.json").read_text())["content"]
+  content["num_passages"] = number
+  artifacts.write_manifest(saved, kind="bm25", format=1, content=content)
+  with pytest.raises(ValueError, match=rf"there are {number} passages; expect"):
+    Bm25Index.load(saved)
+
+
 def test_a_manifest_that_lacks_a_setting_is_refused(saved):
   artifacts.write_manifest(saved, kind="bm25", format=1, content={"k1": "x"})
   with pytest.raises(

@@ -57,6 +57,15 @@ def test_a_missing_config_is_named(checkpoints):
     load_encoder(path)
 
 
+def test_a_name_that_is_too_long_is_not_there(checkpoints):
+  directory = open_directory(checkpoints.dpr())
+  for name in ("a" * 5000, "a/" * 3000 + "a"):
+    assert not directory.has(name)
+    with pytest.raises(FileNotFoundError, match=r"There is no a") as error:
+      directory.file(name)
+    assert len(str(error.value)) < 1000
+
+
 def test_an_export_that_was_cut_off_is_not_loaded(checkpoints, monkeypatch):
   path = checkpoints.dpr()
 
