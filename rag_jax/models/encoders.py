@@ -72,7 +72,9 @@ class RetrieverEncoder(nn.Module):
       embedding_init=named(nn.initializers.normal(std), "vocab", "embed"),
       name="token_embedding",
     ).embedding
-    x = jnp.take(split_table(table), tokens, axis=0).astype(self.dtype)  # N L D
+    table = jnp.asarray(table)  # parameters may be those of a file
+    x = jnp.take(split_table(table), tokens, axis=0)
+    x = x.astype(self.dtype)  # N L D
     if self.num_layers:
       check_positions(
         tokens.shape[1], self.max_positions, "Questions or passages"

@@ -137,14 +137,12 @@ def dense_init(
   return named(nn.initializers.normal(std), *axes)
 
 
-def constrain(x: Any, *axes: LogicalAxis) -> Any:
+def constrain(x: jax.Array, *axes: LogicalAxis) -> jax.Array:
   """Asks the compiler to lay out activation `x` by its named dimensions."""
   return spmd.with_logical_constraint(x, axes, rules=AXIS_RULES)
 
 
-def split_table(
-  table: Float[Array | np.ndarray, "V D"],
-) -> Any:
+def split_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
   """Asks for a table of tokens split by its rows, whatever their number.
 
   A table whose rows `tensor` does not divide is kept split by its columns, as

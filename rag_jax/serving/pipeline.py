@@ -143,10 +143,11 @@ class RagPipeline:
         encoder_fingerprint=fingerprint(retriever),
         passages_fingerprint=passages.fingerprint,
       )
-    least_score = content.get("least_score")
-    if least_score is None:  # an older run, or one with few such questions
-      least_score = -math.inf
-    return cls(experiment, params, index, decoder, float(least_score))
+    least_score = -math.inf  # of an older run, or one with few such questions
+    if content.get("least_score") is not None:
+      content.check(least_score=float)
+      least_score = content["least_score"]
+    return cls(experiment, params, index, decoder, least_score)
 
   @classmethod
   def from_checkpoint(

@@ -198,14 +198,15 @@ class Checkpointer:
   def best_whole(self) -> int | None:
     """Returns the step with the highest metric whose checkpoint is whole.
 
-    If none has a metric, as `newest_whole`, and otherwise too.
+    If none with a metric is, the newest. What is damaged is treated as by
+    `newest_whole`, which has the errors too.
     """
 
     def best_first() -> list[int]:
       metrics = {step: self.metric(step) for step in self.steps()}
       rated = sorted((m, s) for s, m in metrics.items() if m is not None)
-      steps = [step for _, step in reversed(rated)]
-      return steps or self.steps()[::-1]
+      others = [step for step, m in metrics.items() if m is None]
+      return [step for _, step in reversed(rated)] + others[::-1]
 
     return self._first_whole(best_first, lambda step, extra: "")
 

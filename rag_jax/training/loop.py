@@ -269,22 +269,22 @@ class _Run:
 
     A job that is started again with the same flags goes on where it was.
     """
-    last = from_first(self._checkpoints.latest_step() or 0)
+    last = self._checkpoints.latest_step() or 0
     extra = self._checkpoints.peek_extra(last) if last > step else {}
-    if step in extra.get("went_back_to", []):
-      learns = json.loads(json.dumps(learning_of(self._config)))
-      before = extra.get("config", {})
-      if all(
-        before.get(section, {}).get(name) == value
-        for section, settings in learns.items()
-        for name, value in settings.items()
-      ):
-        logging.info(
-          "The checkpoint of step %d was made after --resume_from=%d with this"
-          " config: the run goes on from there.",
-          *(last, step),
-        )
-        return
+    learns = json.loads(json.dumps(learning_of(self._config)))
+    before = extra.get("config", {})
+    same = step in extra.get("went_back_to", []) and all(
+      before.get(section, {}).get(name) == value
+      for section, settings in learns.items()
+      for name, value in settings.items()
+    )
+    if from_first(same):
+      logging.info(
+        "The checkpoint of step %d was made after --resume_from=%d with this"
+        " config: the run goes on from there.",
+        *(last, step),
+      )
+      return
     self._checkpoints.set_aside_after(step)
     self._went_back_to = [step]
 
