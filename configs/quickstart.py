@@ -18,12 +18,12 @@ def get_config() -> Config:
   c = Config()
   c.data.passages = "world_facts"
   c.data.questions = "world_facts"
-  c.data.n_docs = 3
+  c.data.n_docs = 2
   c.data.question_length = 28
-  c.data.passage_length = 48
-  c.data.context_length = 54
+  c.data.passage_length = 50
+  c.data.context_length = 64
   c.data.target_length = 12
-  c.data.substitute_answers = 0.5
+  c.data.substitute_answers = 0.75
   c.data.substitute_subjects = 0.5
   c.data.informal_questions = 0.25
   c.tokenizer.vocab_size = 2048
@@ -65,7 +65,7 @@ def get_config() -> Config:
   c.optimizer.clip_norm = 1.0
 
   c.train.batch_size = 48
-  c.train.num_steps = 700
+  c.train.num_steps = 800
   c.train.validate_steps = 100
   c.train.checkpoint_steps = 100
   return c

@@ -115,6 +115,7 @@ def _overridden() -> dict[str, Any]:
 
 def run() -> None:
   """Runs `main`; a run that was asked to stop says how to go on."""
+  command.keep_freed_memory()
   try:
     command.run(
       main,

@@ -2,18 +2,20 @@
 
 In: training questions with their answers, documents retrieved for them. Out:
 for some of the questions another answer, to be put in the place of the true one
-wherever the documents say it: for a name the title of any passage, since there
-are far more of them than answers; for a number another of its relation. And for
-some another subject: the title of a document that the question names becomes
-that of any other, in question and documents.
+wherever the documents say it: another of its relation, or, every other time for
+a name, the title of any passage, since there are far more of them. Other facts
+that training asks of the same document are changed alike. And for some another
+subject: the title of a document that the question names becomes that of any
+other, in question and documents.
 
 A generator that sees each entity many times learns its answers by heart and
 reads no more; one whose passages change has to read. Longpre et al. 2021,
-https://arxiv.org/abs/2109.05052, section 5. Names that stand for one another
-teach it that the question's words may be any.
+https://arxiv.org/abs/2109.05052, section 5. If the other facts stayed, it could
+learn those by heart, and answer with what it does not know. Names that stand
+for one another teach it that the question's words may be any.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 import dataclasses
 import functools
 import re
@@ -40,6 +42,8 @@ class Change:
 
 
 _MOST_PASSAGES = 1 << 20  # whose titles are in memory
+_MOST_WORDS = 8  # of a title that is looked for in questions
+_TITLES = 0.5  # share of the names that become a title
 
 
 class Substitution:
@@ -83,6 +87,12 @@ class Substitution:
     if share or subject_share:
       titles = passages.titles(_MOST_PASSAGES)
     self._titles = list(dict.fromkeys(map(tuple, titles)))
+    # The questions that name a title.
+    self._about: dict[str, list[int]] = {}
+    names = set(passages.tokenizer.decode(t) for t in self._titles)
+    for row, question in enumerate(questions if names else ()):
+      for name in _named(question.question, names):
+        self._about.setdefault(name, []).append(row)
 
   def changes(
     self,
@@ -101,17 +111,46 @@ class Substitution:
     for row, docs in zip(rows.tolist(), doc_ids, strict=True):
       rng = np.random.default_rng((self._seed, step, row))
       wanted = rng.random() < self._share
-      old = self._answer_ids[row]
-      if self._is_name[row] and self._titles:
-        new = list(self._titles[rng.integers(len(self._titles))])
-      else:
-        new = self._answer_ids[rng.choice(self._same[self._relations[row]])]
+      old, new = self._answer_ids[row], self._another(row, rng)
       found = wanted and any(places(self._passages, int(d), old) for d in docs)
       change = Change(((old, new),), new) if found else Change()
+      others = self._other_facts(row, docs, rng)
+      change = dataclasses.replace(
+        change, replacements=(*change.replacements, *others)
+      )
       if rng.random() < self._subject_share:
         change = self._rename(change, row, docs, rng)
       changes.append(change)
     return changes
+
+  def _another(self, row: int, rng: np.random.Generator) -> list[int]:
+    """Returns what can stand in the place of the answer of `row`."""
+    same = self._same[self._relations[row]]
+    new = self._answer_ids[same[rng.integers(len(same))]]
+    title = self._titles and self._titles[rng.integers(len(self._titles))]
+    if title and self._is_name[row] and rng.random() < _TITLES:
+      new = list(title)
+    return new
+
+  def _other_facts(
+    self, row: int, docs: Int[np.ndarray, "K"], rng: np.random.Generator
+  ) -> list[Replacement]:
+    """Returns changes of what other questions ask of the same documents.
+
+    Names that the question says too stay.
+    """
+    own, question = self._answer_ids[row], self._questions[row].question
+    asked: dict[tuple[int, ...], int] = {}
+    for doc in dict.fromkeys(docs.tolist()):
+      for other in self._about.get(self._passages.passages[doc].title, ()):
+        asked.setdefault(tuple(self._answer_ids[other]), other)
+    return [
+      (list(old), self._another(other, rng))
+      for old, other in asked.items()
+      if list(old) != own
+      and self._questions[other].answers[0] not in question
+      and rng.random() < self._share
+    ]
 
   def _rename(
     self,
@@ -140,6 +179,17 @@ class Substitution:
           question=name.join(named.split(question.question)),
         )
     return change
+
+
+def _named(question: str, names: Set[str]) -> list[str]:
+  """Returns which of `names` stand in `question`, as whole words."""
+  words = [match.span() for match in re.finditer(r"\w+", question)]
+  runs = (
+    question[start:end]
+    for first, (start, _) in enumerate(words)
+    for _, end in words[first : first + _MOST_WORDS]
+  )
+  return [run for run in dict.fromkeys(runs) if run in names]
 
 
 def places(

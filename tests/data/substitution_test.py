@@ -103,7 +103,9 @@ def test_without_a_change_the_passage_stays(tokenized):
 
 def test_an_answer_that_no_document_says_stays(make):
   rows, docs = np.array([0]), np.array([[1, 2]])
-  assert all(make(1.0).changes(s, rows, docs) == [Change()] for s in range(10))
+  for step in range(10):
+    (change,) = make(1.0).changes(step, rows, docs)
+    assert change.answer_ids is None
 
 
 def changed_into(substitution, tokenizer, row, docs):
@@ -115,16 +117,58 @@ def changed_into(substitution, tokenizer, row, docs):
   return {
     tokenizer.decode(change.answer_ids)
     for (change,) in changes
-    if change.replacements
+    if change.answer_ids is not None
   }
 
 
-def test_a_name_changes_into_any_title(make, tokenizer):
-  assert changed_into(make(1.0), tokenizer, 0, [1, 0]) == {
-    "France",
-    "Niger",
-    "Nigeria",
+def test_a_name_changes_into_any_title_or_answer_of_its_relation(
+  make, tokenizer
+):
+  titles, capitals = {"France", "Niger", "Nigeria"}, {"Paris", "Niamey"}
+  found = changed_into(make(1.0), tokenizer, 0, [1, 0])
+  assert found == titles | capitals
+
+
+def test_what_else_is_asked_of_a_document_changes_too(tokenizer):
+  passages = [
+    Passage("0", "Niger", "Niger pays in Franc and is called with +227."),
+    Passage("1", "Chad", "Chad pays in Franc and is called with +235."),
+  ]
+  questions = [
+    Question("What money has Niger?", ("Franc",), relation="money"),
+    Question("What code has Niger?", ("+227",), relation="code"),
+    Question("What code has Chad?", ("+235",), relation="code"),
+  ]
+  answers = tokenizer.encode([q.answers[0] for q in questions])
+  tokenized = TokenizedPassages(passages, tokenizer, 64)
+
+  def texts(share, row):
+    substitution = Substitution(
+      questions, answers, tokenized, share=share, seed=0
+    )
+    for step in range(60):
+      (change,) = substitution.changes(step, np.array([row]), np.array([[0]]))
+      body = substitute(tokenized, 0, change)
+      yield change, tokenizer.decode([i for i in body if i != tokenizer.eos_id])
+
+  for change, text in texts(1.0, 0):
+    money = tokenizer.decode(change.answer_ids)
+    code = text.split()[-1].rstrip(".")
+    assert text.endswith(f" pays in {money} and is called with {code}.")
+    assert code in ("+227", "+235")
+  assert {"+227", "+235"} == {
+    text.split()[-1].rstrip(".") for _, text in texts(1.0, 0)
   }
+  # Each of the two facts changes or stays whatever the other does.
+  both = {
+    (
+      change.answer_ids is not None,
+      any(x[0] == answers[0] for x in change.replacements),
+    )
+    for change, _ in texts(0.5, 1)
+  }
+  assert both == {(a, b) for a in (True, False) for b in (True, False)}
+  assert all(not change.replacements for change, _ in texts(0.0, 0))
 
 
 def test_a_number_changes_into_one_of_its_relation(tokenizer):
@@ -154,7 +198,7 @@ def test_the_share_is_that_of_the_questions_and_zero_changes_nothing(make):
 
   def share(substitution):
     changes = [substitution.changes(s, rows, docs) for s in range(200)]
-    return np.mean([c != Change() for step in changes for c in step])
+    return np.mean([c.answer_ids is not None for x in changes for c in x])
 
   assert share(make(0.0)) == 0.0
   assert share(make(0.25)) == pytest.approx(0.25, abs=0.05)
@@ -199,7 +243,7 @@ def test_titles_are_those_of_so_many_passages_at_most(
     for step in range(40)
     for change in make(1.0).changes(step, rows, docs)
   }
-  assert new == {"France", "Nigeria"}
+  assert new == {"France", "Nigeria", "Paris", "Niamey"}
   assert len(list(tokenized.titles(3))) == len(list(tokenized.titles())) == 3
 
 
