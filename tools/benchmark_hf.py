@@ -21,10 +21,10 @@ import benchmark_report
 import command
 from etils import epath
 import jax
-import trace_costs
 
 from rag_jax.artifacts import write_atomically
-from rag_jax.evaluation.machine import describe_machine
+from rag_jax.benchmarks import trace_costs
+from rag_jax.benchmarks.machine import describe_machine
 
 _SIZES = flags.DEFINE_list("sizes", ["base"], "Of tiny, base and large.")
 _CASES = flags.DEFINE_list("cases", [], "What to measure; empty: everything.")

@@ -25,16 +25,16 @@ from absl import flags
 from absl import logging
 import command
 
+from rag_jax.benchmarks.growth import GrowthSettings
+from rag_jax.benchmarks.growth import benchmark_growth
+from rag_jax.benchmarks.growth_report import growth_table
+from rag_jax.benchmarks.growth_report import write_growth
+from rag_jax.benchmarks.report import write_benchmark
+from rag_jax.benchmarks.run import BenchmarkSettings
+from rag_jax.benchmarks.run import benchmark_directory
+from rag_jax.benchmarks.run import benchmark_embeddings
+from rag_jax.benchmarks.systems import SYSTEMS
 from rag_jax.evaluation.answers import VARIANTS
-from rag_jax.evaluation.benchmark_growth import GrowthSettings
-from rag_jax.evaluation.benchmark_growth import benchmark_growth
-from rag_jax.evaluation.benchmark_report import write_benchmark
-from rag_jax.evaluation.benchmark_run import BenchmarkSettings
-from rag_jax.evaluation.benchmark_run import benchmark_directory
-from rag_jax.evaluation.benchmark_run import benchmark_embeddings
-from rag_jax.evaluation.benchmark_systems import SYSTEMS
-from rag_jax.evaluation.growth_report import growth_table
-from rag_jax.evaluation.growth_report import write_growth
 
 _DEFAULT = BenchmarkSettings(systems=SYSTEMS)
 

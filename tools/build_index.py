@@ -27,10 +27,10 @@ from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.records import read_texts
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
-from rag_jax.data.search_build import BuildConfig
-from rag_jax.data.search_build import build_search_directory
 from rag_jax.evaluation.search_modes import fit_search_modes
 from rag_jax.retrieval.embeddings import STORAGE
+from rag_jax.search.build import BuildConfig
+from rag_jax.search.build import build_search_directory
 from rag_jax.training.workdir import keep_compiled
 
 _SPLIT, _FIELDS, _BUILD = SplitConfig(), FieldNames(), BuildConfig()

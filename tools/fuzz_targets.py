@@ -40,7 +40,7 @@ from rag_jax.corpus.store import write_store
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data.questions import read_questions
-from rag_jax.evaluation.benchmark_questions import read_benchmark_questions
+from rag_jax.evaluation.judged_questions import read_judged_questions
 from rag_jax.evaluation.report import read_results
 from rag_jax.evaluation.report import write_results
 from rag_jax.retrieval.bm25 import Bm25Index
@@ -275,7 +275,7 @@ def _read_corpus(folder: pathlib.Path) -> None:
       for document in read_documents(path, bad_records=bad):
         f"{document.id}{document.title}{document.text}".encode()
     bad.report.table()
-  for read in (read_questions, read_benchmark_questions):
+  for read in (read_questions, read_judged_questions):
     with _documented(str(path)):
       read(path)
 

@@ -22,13 +22,13 @@ import command
 from etils import epath
 import numpy as np
 
+from rag_jax.benchmarks.vectors import long_and_short_texts
+from rag_jax.benchmarks.vectors import mix_embeddings
 from rag_jax.corpus.documents import read_documents
 from rag_jax.corpus.report import BadRecords
-from rag_jax.data.text_encoder import open_checkpoint
-from rag_jax.evaluation.benchmark_questions import read_benchmark_questions
-from rag_jax.evaluation.benchmark_vectors import long_and_short_texts
-from rag_jax.evaluation.benchmark_vectors import mix_embeddings
+from rag_jax.evaluation.judged_questions import read_judged_questions
 from rag_jax.retrieval.retriever import Embedder
+from rag_jax.search.text_encoder import open_checkpoint
 
 _ENCODER = flags.DEFINE_string("encoder", None, "Directory, or hf:ORG/NAME.")
 _CORPUS = flags.DEFINE_multi_string("corpus", None, "As of build_index.py.")
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     set(long_and_short_texts(documents)), key=lambda t: (len(t), t)
   )
   asked = itertools.chain.from_iterable(
-    read_benchmark_questions(path) for path in _QUESTIONS.value or []
+    read_judged_questions(path) for path in _QUESTIONS.value or []
   )
   questions = list(dict.fromkeys(question.question for question in asked))
   logging.info(

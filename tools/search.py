@@ -23,11 +23,11 @@ from absl import logging
 import command
 
 from rag_jax.corpus.passages import Passage
-from rag_jax.data.search_directory import MODES
-from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.evaluation.search_modes import fit_search_modes
 from rag_jax.retrieval.filters import describe_metadata
 from rag_jax.retrieval.filters import parse_conditions
+from rag_jax.search.directory import MODES
+from rag_jax.search.directory import SearchDirectory
 from rag_jax.terminal import one_line
 
 _INDEX = flags.DEFINE_string("index", None, "The directory to search.")

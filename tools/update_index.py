@@ -21,9 +21,9 @@ from etils import epath
 
 from rag_jax.corpus.records import read_texts
 from rag_jax.corpus.report import BadRecords
-from rag_jax.data.search_compact import compact_search_directory
-from rag_jax.data.search_update import update_search_directory
 from rag_jax.evaluation.search_modes import fit_search_modes
+from rag_jax.search.compact import compact_search_directory
+from rag_jax.search.update import update_search_directory
 
 _INDEX = flags.DEFINE_string("index", None, "The directory to update.")
 _UPSERT = flags.DEFINE_string("upsert", "", "Documents, as of --corpus.")

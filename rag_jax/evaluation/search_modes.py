@@ -12,11 +12,9 @@ from absl import logging
 from etils import epath
 import numpy as np
 
-from rag_jax.data.search_directory import SearchDirectory
-from rag_jax.data.search_update import keep_modes
-from rag_jax.evaluation.benchmark_measure import Known
-from rag_jax.evaluation.benchmark_questions import gold_rows
-from rag_jax.evaluation.benchmark_questions import read_benchmark_questions
+from rag_jax.evaluation.judged_questions import Known
+from rag_jax.evaluation.judged_questions import gold_rows
+from rag_jax.evaluation.judged_questions import read_judged_questions
 from rag_jax.models.hybrid import HybridWeights
 from rag_jax.retrieval.certificate import ModeMetrics
 from rag_jax.retrieval.certificate import SearchModes
@@ -26,6 +24,8 @@ from rag_jax.retrieval.hybrid import Rrf
 from rag_jax.retrieval.hybrid import fit_weights
 from rag_jax.retrieval.hybrid import fuse
 from rag_jax.retrieval.hybrid import label_log_likelihoods
+from rag_jax.search.directory import SearchDirectory
+from rag_jax.search.update import keep_modes
 
 _DEPTH = 10  # passages that are looked at
 _LEAST_QUESTIONS = 20
@@ -41,7 +41,7 @@ def fit_search_modes(
 
   Args:
     path: the search directory; it gets a new version.
-    questions: what `read_benchmark_questions` reads.
+    questions: what `read_judged_questions` reads.
     wait: for another process that writes there.
 
   Raises:
@@ -69,7 +69,7 @@ def measure_modes(
       f"{directory.path} was built without words, so that there is nothing to"
       " weigh embeddings against; expected both. Build it again with --bm25."
     )
-  asked = read_benchmark_questions(questions)
+  asked = read_judged_questions(questions)
   texts = [question.question for question in asked]
   logging.info("Searching for %d questions in every mode.", len(texts))
   passages = version.passages

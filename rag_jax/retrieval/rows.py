@@ -63,31 +63,6 @@ class JoinedRows:
     return np.concatenate([self._blocks[0][:0], *parts])
 
 
-class PatchedRows(JoinedRows):
-  """`JoinedRows` of which some are replaced by others."""
-
-  def __init__(
-    self, blocks: Sequence[Any], ids: np.ndarray, patches: np.ndarray
-  ):
-    """Takes blocks, sorted row numbers [n], and what stands there [n, R]."""
-    super().__init__(blocks)
-    self._ids, self._patches = ids, patches
-
-  def __getitem__(self, rows: Any) -> np.ndarray:
-    """Returns the rows that a number, a slice or an array of numbers names."""
-    found = super().__getitem__(rows)
-    if isinstance(rows, slice):
-      asked = np.arange(*rows.indices(len(self)))
-    else:
-      asked = np.where(np.asarray(rows) < 0, rows + np.int64(len(self)), rows)
-    at = np.searchsorted(self._ids, asked)
-    replaced = np.append(self._ids, -1)[at] == asked
-    if np.any(replaced):
-      found = np.array(found)  # it may be a view of a file
-      found[replaced] = self._patches[at[replaced]]
-    return found
-
-
 class SelectedRows:
   """Some rows of an array, or of `JoinedRows`, renumbered from 0 on."""
 

@@ -16,9 +16,9 @@ from rag_jax.corpus.passages import load_passages
 from rag_jax.corpus.prepare import read_passages
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
-from rag_jax.data.search_directory import ENCODER
-from rag_jax.data.search_directory import SearchDirectory
-from rag_jax.data.search_versions import PASSAGES
+from rag_jax.search.directory import ENCODER
+from rag_jax.search.directory import SearchDirectory
+from rag_jax.search.versions import PASSAGES
 
 
 def is_search_directory(corpus: epath.PathLike) -> bool:

@@ -24,12 +24,12 @@ from rag_jax.corpus.passages import Passages
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.experiment import open_experiment
 from rag_jax.data.initial import Initial
-from rag_jax.data.search_directory import SearchDirectory
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.ranking import HfParity
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import fingerprint
+from rag_jax.search.directory import SearchDirectory
 from rag_jax.serving.corpora import is_search_directory
 from rag_jax.serving.corpora import open_corpus
 from rag_jax.weights.load import load_encoder

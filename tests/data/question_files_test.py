@@ -8,7 +8,7 @@ import pytest
 from rag_jax.data.question_files import read_question_file
 from rag_jax.data.questions import load_questions
 from rag_jax.data.questions import read_questions
-from rag_jax.evaluation.benchmark_questions import read_benchmark_questions
+from rag_jax.evaluation.judged_questions import read_judged_questions
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_dprs_qas_have_two_columns_and_lists_as_python_writes_them(write, name):
     ("when?", ("1999",)),
     ('what is "x"?', ('a "quoted" one', "b's")),
   ]
-  assert [q.id for q in read_benchmark_questions(path)] == ["1", "2", "3"]
+  assert [q.id for q in read_judged_questions(path)] == ["1", "2", "3"]
 
 
 def test_a_table_may_name_its_columns(write):
@@ -164,7 +164,7 @@ SQUAD_2 = {
 
 def test_an_impossible_question_of_squad_2_has_no_gold_and_no_answer(write):
   path = write(SQUAD_2, "dev-v2.0.json")
-  found = read_benchmark_questions(path)
+  found = read_judged_questions(path)
   assert [(q.id, q.answers, q.gold) for q in found] == [
     ("17", ("Ann", "7"), {"0/0": 1}),
     ("b", (), {}),

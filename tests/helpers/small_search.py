@@ -3,8 +3,8 @@
 import pathlib
 
 from rag_jax.corpus.splitting import SplitConfig
-from rag_jax.data.search_build import BuildConfig
-from rag_jax.data.search_build import build_search_directory
+from rag_jax.search.build import BuildConfig
+from rag_jax.search.build import build_search_directory
 
 ANIMALS = ("cats", "dogs", "owls", "bees", "eels", "cows", "hens", "rams")
 PLACES = ("hills", "woods", "lakes", "caves", "barns")

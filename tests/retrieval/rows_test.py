@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from rag_jax.retrieval.rows import JoinedRows
-from rag_jax.retrieval.rows import PatchedRows
 
 BLOCKS = [
   np.arange(n * 3, dtype=np.float32).reshape(n, 3) + 100 * n
@@ -48,22 +47,3 @@ def test_a_row_that_is_not_there_is_named(rows):
 def test_a_mask_is_refused():
   with pytest.raises(IndexError, match="by bool; expected whole numbers"):
     JoinedRows(BLOCKS)[np.ones(10, bool)]
-
-
-@pytest.mark.parametrize(
-  "rows", [3, -1, slice(None), slice(4, 9), slice(9, 2, -3), [[9, 4], [-1, 0]]]
-)
-def test_rows_that_are_replaced_are_the_new_ones(rows):
-  ids = np.array([0, 4, 9])
-  patches = -np.ones((3, 3), np.float32)
-  expected = WHOLE.copy()
-  expected[ids] = patches
-  patched = PatchedRows(BLOCKS, ids, patches)
-  np.testing.assert_array_equal(patched[rows], expected[rows])
-  np.testing.assert_array_equal(np.asarray(patched), expected)
-  assert WHOLE[0, 0] == BLOCKS[0][0, 0] == 400.0  # what lies below is as it was
-
-
-def test_without_replacements_nothing_is_replaced():
-  none = np.zeros(0, int), np.zeros((0, 3), np.float32)
-  np.testing.assert_array_equal(PatchedRows(BLOCKS, *none)[2:8], WHOLE[2:8])

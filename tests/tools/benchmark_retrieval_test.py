@@ -4,7 +4,7 @@ import numpy as np
 from processes import run_tool
 import pytest
 
-from rag_jax.evaluation.benchmark_report import Benchmark
+from rag_jax.benchmarks.report import Benchmark
 
 
 def benchmark(*arguments):

@@ -9,7 +9,7 @@ from small_encoder import write_encoder
 from small_search import build
 from small_search import config
 
-from rag_jax.data.search_directory import SearchDirectory
+from rag_jax.search.directory import SearchDirectory
 
 DOCUMENTS = {
   "mole.md": "# Mount Mole\nMount Mole is 1,863 metres high.\n",

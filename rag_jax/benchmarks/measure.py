@@ -1,0 +1,175 @@
+"""Systems of retrieval, measured side by side on the same questions.
+
+In: `System`s, and what is known of the questions. Out: of each its recalls, how
+high it ranks what is of use, and questions a second.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+from absl import logging
+from jaxtyping import Int
+import numpy as np
+
+from rag_jax.benchmarks.systems import System
+from rag_jax.evaluation.judged_questions import Known
+from rag_jax.evaluation.judged_questions import Mean
+from rag_jax.evaluation.judged_questions import QuestionMetrics
+from rag_jax.evaluation.judged_questions import without_own
+from rag_jax.retrieval.cost import queries_per_second
+from rag_jax.retrieval.recall import Recall
+from rag_jax.retrieval.recall import index_recall_at_k
+from rag_jax.retrieval.recall import mean_recall
+
+INDEX_DEPTHS = (1, 10, 100)  # of index_recall
+BATCHES = (1, 256)  # questions searched for at a time, when timed
+SPEED_K = 10  # passages a question, when timed
+_BLOCK = 256  # questions searched for at a time, when not
+
+
+@dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
+class Measured:
+  """What was measured of one system.
+
+  Attributes:
+    index_recalls: against exact search; () for a search of words.
+    metrics: by name, such as "answer_recall@5"; {} without known answers.
+    speeds: questions a second of each round, by questions at a time.
+  """
+
+  family: str
+  settings: str
+  index_recalls: tuple[Recall, ...]
+  metrics: Mapping[str, Mean]
+  speeds: Mapping[int, tuple[float, ...]]
+  build_secs: float | None
+  memory_bytes: int
+
+  def recall(self, k: int) -> Recall | None:
+    """Returns index_recall@k, if it was measured."""
+    return next((r for r in self.index_recalls if r.k == k), None)
+
+  def speed(self, batch_size: int) -> float:
+    """Returns questions a second, the median of all rounds."""
+    return float(np.median(self.speeds[batch_size]))
+
+
+def measure(
+  systems: Sequence[System],
+  exact_ids: Int[np.ndarray, "B K"],
+  known: Known | None = None,
+  *,
+  notes: list[str] | None = None,
+  rounds: int = 3,
+  speed_secs: float = 0.3,
+) -> list[Measured]:
+  """Returns what was measured of each system, in their order.
+
+  Each system is timed once a round, and the next round goes through them the
+  other way round: what else the machine does then hits all alike.
+
+  Args:
+    systems: all of the same passages and questions.
+    exact_ids: what exact search finds, for as many as the deepest index_recall
+      or all passages.
+    known: of the questions; None: index_recall and speed are all.
+    notes: gets how often a question itself was among what was found.
+    rounds: of timing.
+    speed_secs: for which each system is timed in a round, at each batch size.
+
+  Raises:
+    ValueError: there is nothing to measure, or a number is out of range.
+  """
+  num_questions, most = exact_ids.shape
+  if not systems or not num_questions or rounds < 1 or speed_secs <= 0:
+    raise ValueError(
+      f"{len(systems)} systems were to be measured with {num_questions}"
+      f" questions, in {rounds} rounds of {speed_secs} s each; expected at"
+      " least one of each and a time above 0. Change them."
+    )
+  judge = QuestionMetrics(known) if known else None
+  rows = np.arange(num_questions)
+  found: list[tuple[tuple[Recall, ...], dict[str, Mean]]] = []
+  for number, system in enumerate(systems, start=1):
+    recalls, metrics = (), {}
+    deep = _search(system, rows, most)
+    if system.by_embeddings:
+      recalls = _index_recalls(system, rows, exact_ids, deep)
+    if judge and known and len(known.own):
+      # One more, for the one that goes.
+      more = _search(system, rows, min(most + 1, known.num_passages))
+      judged, dropped = without_own(more, known.own, most)
+      metrics = judge(judged)
+      if notes is not None:
+        notes.append(
+          f"{system.family} {system.settings}: a question's own passage was"
+          f" left out of what was found for {dropped:,} of {num_questions:,}"
+          " questions."
+        )
+    elif judge:
+      metrics = judge(deep)
+    found.append((recalls, metrics))
+    logging.info(
+      "Recall of %d of %d systems: %s %s: %s", number, len(systems),
+      system.family, system.settings, ", ".join(f"@{r.k} {r}" for r in recalls),
+    )  # fmt: skip
+  speeds = _speeds(systems, rows, min(SPEED_K, most), rounds, speed_secs)
+  return [
+    Measured(
+      family=system.family,
+      settings=system.settings,
+      index_recalls=recalls,
+      metrics=metrics,
+      speeds={size: tuple(values) for size, values in timed.items()},
+      build_secs=system.build_secs,
+      memory_bytes=system.memory_bytes,
+    )
+    for system, (recalls, metrics), timed in zip(
+      systems, found, speeds, strict=True
+    )
+  ]
+
+
+def _index_recalls(
+  system: System,
+  rows: np.ndarray,
+  exact_ids: np.ndarray,
+  deep: np.ndarray,  # what it found when it was asked for the most
+) -> tuple[Recall, ...]:
+  most = exact_ids.shape[1]
+  recalls = []
+  # A search each: the first 10 of 100 are not what a search for 10 finds.
+  for k in sorted({min(k, most) for k in INDEX_DEPTHS}):
+    ids = deep if k == most else _search(system, rows, k)
+    recalls.append(mean_recall(index_recall_at_k(ids, exact_ids, k), k))
+  return tuple(recalls)
+
+
+def _speeds(
+  systems: Sequence[System],
+  rows: np.ndarray,
+  k: int,
+  rounds: int,
+  speed_secs: float,
+) -> list[dict[int, list[float]]]:
+  speeds: list[dict[int, list[float]]] = [
+    {size: [] for size in BATCHES} for _ in systems
+  ]
+  for number in range(rounds):
+    logging.info("Timing, round %d of %d.", number + 1, rounds)
+    order = range(len(systems))
+    for place in order if number % 2 == 0 else reversed(order):
+      for size in BATCHES:
+        speed = queries_per_second(systems[place], rows, k, size, speed_secs)
+        speeds[place][size].append(speed)
+  return speeds
+
+
+def _search(system: System, rows: np.ndarray, k: int) -> Any:
+  return np.concatenate(
+    [
+      system.search(rows[i : i + _BLOCK], k)
+      for i in range(0, len(rows), _BLOCK)
+    ]
+  )

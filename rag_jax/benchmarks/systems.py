@@ -1,0 +1,379 @@
+"""What can answer a question, made ready to be measured side by side.
+
+In: passage embeddings, words of passages if there are any, and questions. Out:
+`System`s that return passages for the number of a question.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+import dataclasses
+import functools
+import time
+from typing import Any
+
+from absl import logging
+from jaxtyping import Float, Int
+import numpy as np
+
+from rag_jax.benchmarks import faiss_systems
+from rag_jax.config import IndexConfig
+from rag_jax.models.hybrid import HybridWeights
+from rag_jax.retrieval import scann
+from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.exact import ExactIndex
+from rag_jax.retrieval.hybrid import HybridRetriever
+from rag_jax.retrieval.hybrid import Rrf
+from rag_jax.retrieval.hybrid import fit_weights
+from rag_jax.retrieval.hybrid import label_log_likelihoods
+from rag_jax.retrieval.index import Index
+from rag_jax.retrieval.index import build_index
+from rag_jax.retrieval.tuner import TunerSettings
+from rag_jax.retrieval.tuner import tune
+
+# "index" is the one in the directory, as it was built.
+SYSTEMS = (
+  "index", "exact", "scann", "tuned", "device", "bm25", "hybrid", "learned",
+  "faiss",
+)  # fmt: skip
+_OF_WORDS = ("bm25", "hybrid", "learned")
+_TUNING = ("tuned", "learned")  # what needs questions of its own
+
+# Of ScaNN's leaves, and candidates scored again.
+_SCANN_SEARCHES = (
+  (1 / 64, 50), (1 / 32, 100), (1 / 16, 100), (1 / 10, 100), (1 / 5, 200),
+  (1 / 2, 400),
+)  # fmt: skip
+
+_Search = Callable[[Int[np.ndarray, "B"], int], Int[np.ndarray, "B K"]]
+
+
+@dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
+class System:
+  """One thing that is measured.
+
+  Attributes:
+    family: a line of the picture.
+    settings: in words.
+    search: numbers of questions, k -> passages [B, K], best first, -1 where
+      none was found.
+    by_embeddings: what it finds is to be what exact search finds.
+  """
+
+  family: str
+  settings: str
+  search: _Search
+  by_embeddings: bool
+  build_secs: float | None  # None: not built here
+  memory_bytes: int
+
+
+@dataclasses.dataclass(slots=True, frozen=True)
+class Sample:
+  """Questions as systems take them.
+
+  Attributes:
+    texts: () where embeddings are all there is.
+  """
+
+  embeddings: Float[np.ndarray, "B R"]
+  texts: Sequence[str] = ()
+
+
+@dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
+class Workload:
+  """What every system is measured on.
+
+  Attributes:
+    embeddings: of the passages, row = passage id; in memory.
+    measured: questions that nothing is tuned on.
+    tuning: other questions, for the tuned systems alone; may be empty.
+    relevant: of a tuning question's number and passages: which are of use.
+    index: as it was built, if one was given.
+    bm25: of the same passages.
+    bm25_bytes: what it takes.
+  """
+
+  embeddings: Float[np.ndarray, "P R"]
+  measured: Sample
+  tuning: Sample
+  relevant: Callable[[int, Sequence[int]], list[bool]] | None = None
+  index: Index | None = None
+  bm25: Bm25Index | None = None
+  bm25_bytes: int = 0
+
+
+def needs_tuning(names: Collection[str]) -> bool:
+  """Returns whether one of the systems has to have questions of its own."""
+  return bool(set(names) & set(_TUNING))
+
+
+def build_systems(
+  names: Collection[str],
+  workload: Workload,
+  *,
+  target_recall: float,
+  tune_secs: float,
+  k: int,
+  notes: list[str],
+) -> list[System]:
+  """Builds what is to be measured.
+
+  Args:
+    names: of SYSTEMS.
+    workload: what all get.
+    target_recall: index_recall_at_k that "tuned" aims at, and FAISS with it.
+    tune_secs: that the tuner may take.
+    k: passages a question that the tuner tunes for.
+    notes: gets a line for everything that is left out, and for what was tuned.
+
+  Raises:
+    ValueError: one of `names` is no system, none can be measured, or there are
+      no questions to tune with.
+  """
+  unknown = sorted(set(names) - set(SYSTEMS))
+  if unknown or not names:
+    raise ValueError(
+      f"systems={unknown or list(names)} cannot be measured; expected one or"
+      f" more of {list(SYSTEMS)}. Correct them."
+    )
+  if needs_tuning(names) and len(workload.tuning.embeddings) < 3:
+    raise ValueError(
+      f"{len(workload.tuning.embeddings)} questions are left to tune"
+      f" {sorted(set(names) & set(_TUNING))} with; expected at least 3. Give"
+      " more questions, or leave these systems out."
+    )
+  builder = _Builder(workload, target_recall, tune_secs, k, notes)
+  systems: list[System] = []
+  for name in [name for name in SYSTEMS if name in names]:
+    problem = _problem(name, workload)
+    if problem:
+      notes.append(f"{name} is left out: {problem}.")
+      logging.warning("%s", notes[-1])
+      continue
+    systems += getattr(builder, name)()
+  if not systems:
+    raise ValueError(
+      f"None of the systems {sorted(names)} can be measured: {' '.join(notes)}"
+      " Expected at least one. Choose others."
+    )
+  return systems
+
+
+def _problem(name: str, workload: Workload) -> str:
+  """Returns why a system cannot be measured here, or ""."""
+  if name in _OF_WORDS and workload.bm25 is None:
+    return "it searches words, and there are none, only embeddings"
+  if name == "learned" and workload.relevant is None:
+    return "neither answers nor passages of use are known of the questions"
+  if name == "index" and workload.index is None:
+    return "there is no index, only embeddings"
+  if name in ("scann", "tuned"):
+    return scann.import_problem()
+  return faiss_systems.faiss_problem() if name == "faiss" else ""
+
+
+class _Builder:
+  """Builds systems; a method for each of SYSTEMS."""
+
+  def __init__(
+    self,
+    workload: Workload,
+    target_recall: float,
+    tune_secs: float,
+    k: int,
+    notes: list[str],
+  ):
+    self._workload, self._notes = workload, notes
+    self._target, self._tune_secs = target_recall, tune_secs
+    self._k = min(k, len(workload.embeddings))
+    # Of the passages that the words are of, or a hybrid would refuse it.
+    of = workload.bm25.passages_fingerprint if workload.bm25 else ""
+    self._exact = ExactIndex(
+      workload.embeddings, encoder_fingerprint="", passages_fingerprint=of
+    )
+
+  def index(self) -> Iterator[System]:
+    index = self._workload.index
+    assert index is not None
+    secs = index.certificate.build_secs if index.certificate else None
+    yield self._of_index("index as built", index, _settings(index), secs)
+
+  def exact(self) -> Iterator[System]:
+    yield self._of_index("exact", self._exact, "")
+
+  def device(self) -> Iterator[System]:
+    index = self._build(IndexConfig(kind="device"))
+    yield self._of_index("device", index, _settings(index), _secs(index))
+
+  def scann(self) -> Iterator[System]:
+    index = self._build(IndexConfig(kind="scann"))
+    assert isinstance(index, scann.ScannIndex)
+    leaves = index.settings["num_leaves"]
+    if not leaves:
+      yield self._of_index("ScaNN", index, _settings(index), _secs(index))
+      return
+    searches = [(max(1, int(leaves * p)), n) for p, n in _SCANN_SEARCHES]
+    for leaves_to_search, reorder in dict.fromkeys(searches):
+      searched = index.with_search_settings(
+        leaves_to_search=leaves_to_search, reorder=reorder
+      )
+      settings = _settings(searched)
+      yield self._of_index("ScaNN", searched, settings, _secs(index))
+
+  def tuned(self) -> Iterator[System]:
+    logging.info("Tuning ScaNN, for at most %.0f s.", self._tune_secs)
+    start = time.perf_counter()
+    result = tune(
+      self._workload.embeddings,
+      self._workload.tuning.embeddings,
+      target_recall=self._target,
+      k=self._k,
+      config=IndexConfig(kind="scann"),
+      # The questions that are measured say what the choice is worth.
+      settings=TunerSettings(budget_secs=self._tune_secs, held_out=0.1),
+    )
+    verdict = "reached" if result.reached else "NOT reached"
+    self._notes.append(
+      f"The tuner tried {len(result.trials)} settings of ScaNN in"
+      f" {time.perf_counter() - start:.0f} s; index_recall@{self._k} of"
+      f" {self._target:g} is {verdict} on the tuning questions that it held"
+      f" out: {result.held_out}."
+    )
+    settings = _settings(result.index)
+    secs = result.chosen.build_secs
+    yield self._of_index("ScaNN, tuned", result.index, settings, secs)
+
+  def bm25(self) -> Iterator[System]:
+    bm25, texts = self._workload.bm25, self._workload.measured.texts
+    assert bm25 is not None
+    settings = f"k1 {bm25.settings.k1:g}, b {bm25.settings.b:g}"
+
+    def search(rows: np.ndarray, k: int) -> np.ndarray:
+      return bm25.search([texts[int(row)] for row in rows], k)[0]
+
+    yield self._of_words("BM25", settings, search, self._workload.bm25_bytes)
+
+  def hybrid(self) -> Iterator[System]:
+    yield self._fused(Rrf(), f"reciprocal ranks, k {Rrf().k}")
+
+  def learned(self) -> Iterator[System]:
+    tuning, relevant = self._workload.tuning, self._workload.relevant
+    assert self._workload.bm25 is not None
+    assert relevant is not None
+    hybrid = HybridRetriever(self._exact, self._workload.bm25, Rrf())
+    found = hybrid.candidates(tuning.embeddings, tuning.texts)
+    of_use = np.zeros(found.ids.shape, bool)
+    for row, (ids, mask) in enumerate(zip(found.ids, found.mask, strict=True)):
+      of_use[row, : mask.sum()] = relevant(row, ids[mask].tolist())
+    weights = fit_weights(
+      found.dense, found.bm25, label_log_likelihoods(of_use), found.mask
+    )
+    settings = f"learned: {weights.dense:.3g} dense + {weights.bm25:.3g} BM25"
+    yield self._fused(weights, settings)
+
+  def faiss(self) -> Iterator[System]:
+    work = self._workload
+    questions = work.measured.embeddings
+    tuning = work.tuning.embeddings
+    truth = self._exact.search(tuning, self._k)[0]
+    for built in faiss_systems.build_faiss(work.embeddings):
+      settings = {(e, d) for e in built.efforts for d in built.depths[1:2]}
+      settings |= {(e, 0) for e in built.efforts if built.depths == (0,)}
+      best: set[tuple[int, int]] = set()
+      if len(tuning) and built.most:
+        for depth in built.depths:
+          effort = built.tuned_effort(tuning, truth, self._target, depth)
+          best |= {(effort, depth)} if effort else set()
+      for effort, depth in sorted(settings | best):
+        mark = ", tuned" if (effort, depth) in best else ""
+        yield System(
+          family=built.family,
+          settings=built.describe(effort, depth) + mark,
+          search=functools.partial(
+            _search_faiss, built, effort, depth, questions
+          ),
+          by_embeddings=True,
+          build_secs=built.build_secs,
+          memory_bytes=built.memory_bytes,
+        )
+
+  def _build(self, config: IndexConfig) -> Index:
+    logging.info("Building an index of kind %r.", config.kind)
+    return build_index(
+      self._workload.embeddings,
+      config,
+      encoder_fingerprint="",
+      passages_fingerprint="",
+    )
+
+  def _of_index(
+    self, family: str, index: Any, settings: str, secs: float | None = None
+  ) -> System:
+    questions = self._workload.measured.embeddings
+    return System(
+      family=family,
+      settings=settings,
+      search=lambda rows, k: index.search(questions[rows], k)[0],
+      by_embeddings=True,
+      build_secs=secs,
+      memory_bytes=index.memory_bytes,
+    )
+
+  def _of_words(
+    self, family: str, settings: str, search: _Search, memory: int
+  ) -> System:
+    return System(
+      family=family,
+      settings=settings,
+      search=search,
+      by_embeddings=False,
+      build_secs=None,
+      memory_bytes=memory,
+    )
+
+  def _fused(self, fusion: HybridWeights | Rrf, settings: str) -> System:
+    work = self._workload
+    assert work.bm25 is not None
+    hybrid = HybridRetriever(self._exact, work.bm25, fusion)
+    sample = work.measured
+
+    def search(rows: np.ndarray, k: int) -> np.ndarray:
+      texts = [sample.texts[int(row)] for row in rows]
+      return hybrid.search(sample.embeddings[rows], texts, k)[0]
+
+    memory = work.bm25_bytes + self._exact.memory_bytes
+    return self._of_words("hybrid", settings, search, memory)
+
+
+def _search_faiss(
+  index: faiss_systems.FaissIndex,
+  effort: int,
+  depth: int,
+  questions: np.ndarray,
+  rows: np.ndarray,
+  k: int,
+) -> np.ndarray:
+  return index.search(questions[rows], k, effort, depth)
+
+
+def _secs(index: Index) -> float | None:
+  return index.build_cost.secs if index.build_cost else None
+
+
+def _settings(index: Index) -> str:
+  """Returns an index's settings in words."""
+  settings = index.settings
+  if index.kind != "scann":
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+  if not settings["num_leaves"]:
+    return "every passage is scored"
+  parts = [
+    f"{settings['leaves_to_search']} of {settings['num_leaves']} leaves",
+    f"reorder {settings['reorder']} {settings['reorder_dtype']}",
+    f"{settings['dims_per_block']} dims a code",
+    f"T {settings['anisotropic_threshold']:g}",
+  ]
+  if settings["pca_dims"]:
+    parts.append(f"PCA {settings['pca_dims']}")
+  if settings["soar_lambda"]:
+    parts.append(f"SOAR {settings['soar_lambda']:g}")
+  return ", ".join(parts)

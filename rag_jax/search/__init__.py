@@ -1,0 +1,1 @@
+"""Documents <-> a directory that can be searched: build, query, update."""

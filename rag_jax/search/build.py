@@ -1,0 +1,422 @@
+"""A corpus and an encoder to a directory that can be searched.
+
+In: a folder or file of text, a checkpoint of an encoder. Out: the directory
+that directory.py opens. What an interrupted build finished is kept, and
+the next one goes on from there.
+"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from typing import Any
+
+from absl import logging
+from etils import epath
+import jax
+
+from rag_jax import artifacts
+from rag_jax.building import building
+from rag_jax.config import IndexConfig
+from rag_jax.corpus.document import DEFAULT_FIELDS
+from rag_jax.corpus.document import FieldNames
+from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.prepare import read_passages
+from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.report import CorpusReport
+from rag_jax.corpus.report import Coverage
+from rag_jax.corpus.splitting import SplitConfig
+from rag_jax.corpus.store import PassageStore
+from rag_jax.corpus.store import write_store
+from rag_jax.corpus.token_store import open_tokens
+from rag_jax.corpus.token_store import write_tokens
+from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.twins import TwinsWriter
+from rag_jax.processes import wait_for_all
+from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.bm25 import Bm25Settings
+from rag_jax.retrieval.bm25 import check_settings
+from rag_jax.retrieval.certified_index import build_certified_index
+from rag_jax.retrieval.certified_index import check_tuning
+from rag_jax.retrieval.embedding_job import EmbeddingJob
+from rag_jax.retrieval.embedding_job import embed_corpus
+from rag_jax.retrieval.embedding_job import finish
+from rag_jax.retrieval.embeddings import check_storage
+from rag_jax.retrieval.retriever import Embedder
+from rag_jax.search.directory import ENCODER
+from rag_jax.search.directory import FORMAT
+from rag_jax.search.directory import KIND
+from rag_jax.search.directory import SearchDirectory
+from rag_jax.search.text_encoder import TextEncoder
+from rag_jax.search.text_encoder import open_checkpoint
+from rag_jax.search.text_encoder import save_encoder
+from rag_jax.search.versions import BASE
+from rag_jax.search.versions import BM25
+from rag_jax.search.versions import INDEX
+from rag_jax.search.versions import PASSAGES
+from rag_jax.search.versions import TWINS
+from rag_jax.search.versions import UNFINISHED
+from rag_jax.search.versions import UPDATES
+from rag_jax.search.versions import start_updates
+
+# Only while it is built; named like what is not finished, for no manifest.
+_TOKENS = ".tokens.tmp"
+_PARTS = (PASSAGES, TWINS, ENCODER, INDEX, BM25, UPDATES, _TOKENS)
+
+
+def _is_own(name: str) -> bool:
+  """Returns whether a file is one that building or compacting makes."""
+  made = BASE.fullmatch(name) or UNFINISHED.fullmatch(name)
+  return name in _PARTS or made is not None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
+class BuildConfig:
+  """How a corpus becomes something to search."""
+
+  # By default, whole passages are embedded.
+  split: SplitConfig = dataclasses.field(
+    default_factory=lambda: SplitConfig(
+      method="fit", unit="tokens", size=0, drop_encoded=True
+    )
+  )
+  fields: FieldNames = DEFAULT_FIELDS  # of JSON records
+  on_bad_record: str = "fail"  # or "skip": counted and left out
+  drop_duplicate_texts: bool = True  # False: where ids are judged, as BEIR's
+  passage_length: int = 0  # tokens that are embedded; 0: as the encoder says
+  embed_batch_size: int = 32  # passages
+  passages_per_embedding_shard: int = 16_384  # lost at most, if interrupted
+  storage: str = "float32"  # of embeddings; or "bfloat16", "int8"
+  index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
+  # Of index_recall@10, which the ScaNN index is tuned to; 0: not tuned.
+  target_recall: float = 0.0
+  bm25: bool = True  # words can be searched too
+  words: Bm25Settings = dataclasses.field(default_factory=Bm25Settings)
+  speed_secs: float = 1.0  # that each batch size is timed for the certificate
+
+
+def build_search_directory(
+  corpus: str,
+  encoder: str,
+  output: epath.PathLike,
+  config: BuildConfig,
+  *,
+  question_encoder: str = "",
+  questions: Sequence[str] = (),
+  wait: bool = False,
+) -> SearchDirectory:
+  """Builds the directory, or what is missing of it, and opens it.
+
+  Args:
+    corpus: what `corpus.documents.read_documents` reads.
+    encoder: a checkpoint, a directory or "hf:ORG/NAME": what embeds passages.
+    output: the directory; local.
+    config: how.
+    question_encoder: what embeds questions; "": the same.
+    questions: that the index is certified with; none: passages stand for them.
+    wait: for another process that builds there, and go on with what it left.
+
+  Raises:
+    FileNotFoundError: the corpus or the checkpoint is not there.
+    ValueError: one of them cannot be used; the settings are not possible; the
+      output holds something else, is of other inputs or is being built.
+    UnwritableError: the disk is full, or nothing may be written there.
+  """
+  check_storage(config.storage)
+  check_settings(config.words)
+  check_tuning(config.index, config.target_recall, len(questions))
+  output = epath.Path(output).expanduser()
+  first = jax.process_index() == 0
+  lock = building(output, kind=KIND, own=_is_own, wait=wait)
+  with lock if first else contextlib.nullcontext():
+    inputs = _open_inputs(corpus, encoder, question_encoder, config)
+    if (output / artifacts.MANIFEST).exists():
+      return _reopen(output, inputs.plan)
+    if first:
+      _write_passages(output / PASSAGES, corpus, config, inputs)
+      where = question_encoder or encoder
+      save_encoder(inputs.asking, output / ENCODER, where)
+      _tokenize(output / _TOKENS, corpus, inputs, output / PASSAGES)
+    wait_for_all("building: the passages are there")
+    store = PassageStore(output / PASSAGES)
+    tokenized = open_tokens(
+      output / _TOKENS, store, inputs.encoder.tokenizer, inputs.length
+    )
+    _embed(output / INDEX, config, inputs, store, tokenized)
+    if first:
+      coverage = _report(store, tokenized).coverage
+      _build_index(output / INDEX, config, inputs, store, questions, coverage)
+      if config.bm25:
+        logging.info("Indexing the words of %d passages.", len(store))
+        Bm25Index.write(
+          output / BM25,
+          store,
+          passages_fingerprint=store.fingerprint,
+          settings=config.words,
+        )
+      start_updates(output)
+      content = {
+        "plan": inputs.plan,
+        "updates": "marked",  # updates/CURRENT is there from the start
+        "num_passages": len(store),
+        "num_cut": tokenized.num_cut,  # longer than what is embedded
+        "coverage": dataclasses.asdict(coverage) if coverage else None,
+        "passages_fingerprint": store.fingerprint,
+        "passage_encoder_fingerprint": inputs.encoder.fingerprint,
+      }
+      artifacts.write_manifest(
+        output,
+        kind=KIND,
+        format=FORMAT,
+        content=content,
+        nested=True,
+        beside=[UPDATES],
+      )
+      _clean(output, output)
+    wait_for_all("building: the directory is complete")
+  return SearchDirectory(output)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Inputs:
+  """What is put together.
+
+  Attributes:
+    encoder: of passages.
+    asking: of questions; often the same.
+    length: tokens of a passage that are embedded.
+    plan: all that the result depends on, as JSON holds it.
+  """
+
+  encoder: TextEncoder
+  asking: TextEncoder
+  length: int
+  plan: dict[str, Any]
+
+
+def _open_inputs(
+  corpus: str, encoder: str, question_encoder: str, config: BuildConfig
+) -> _Inputs:
+  passages = open_checkpoint(encoder, "passage")
+  asking = passages
+  if question_encoder:
+    asking = open_checkpoint(question_encoder, "question")
+  elif passages.kind == "dpr_context":
+    raise ValueError(
+      f"{encoder} is DPR's encoder of passages; expected the one of questions"
+      " beside it, which searching needs. Give it as --question_encoder."
+    )
+  length = config.passage_length or passages.max_tokens
+  longest = passages.fields.get("max_positions", 0) or length
+  if not 8 <= length <= longest:
+    raise ValueError(
+      f"passage_length={length} tokens are to be embedded of a passage;"
+      f" expected 8 to {longest}, the positions of {encoder}. Change it, or"
+      " leave it at 0."
+    )
+  split = config.split
+  if split.method == "fit" and split.unit == "tokens" and not split.size:
+    split = dataclasses.replace(split, size=length)
+  plan = {
+    "corpus": corpus,
+    "sources": _sources(corpus),
+    "passage_length": length,
+    "passage_encoder": passages.fingerprint,
+    "passage_tokenizer": passages.tokenizer.fingerprint,
+    "question_encoder": asking.fingerprint,
+    "question_tokenizer": asking.tokenizer.fingerprint,
+    **dataclasses.asdict(config),
+    "split": dataclasses.asdict(split),
+  }
+  return _Inputs(passages, asking, length, json.loads(json.dumps(plan)))
+
+
+def _sources(corpus: str) -> str:
+  """Identifies the files of a corpus by name, size and time of change."""
+  path = epath.Path(corpus).expanduser()
+  if not artifacts.is_local(path) or not path.exists():
+    return ""  # in a bucket, or of a library: known by its name alone
+  files = [os.fspath(path)]
+  if path.is_dir():
+    files = [
+      os.path.join(folder, name)
+      for folder, _, names in os.walk(path)
+      for name in names
+    ]
+  lines = []
+  for file in sorted(files):
+    stat = os.stat(file)
+    name = os.path.relpath(file, path)
+    lines.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
+  return artifacts.fingerprint_lines(lines)
+
+
+def _reopen(output: epath.Path, plan: dict[str, Any]) -> SearchDirectory:
+  """Returns the complete directory, if it is what would be built."""
+  directory = SearchDirectory(output)
+  _clean(output, directory.root)  # which it may have been cut off before
+  _check_same(output, dict(directory.content.get("plan", {})), plan)
+  logging.info("%s is complete already.", output)
+  return directory
+
+
+def _clean(output: epath.Path, root: epath.Path) -> None:
+  """Removes what only an unfinished directory needs."""
+  finish(root / INDEX)
+  if (output / _TOKENS).exists():
+    (output / _TOKENS).rmtree()
+
+
+def _check_same(
+  path: epath.Path, found: dict[str, Any], plan: dict[str, Any]
+) -> None:
+  """Raises `ValueError` if something was made of other inputs.
+
+  A setting that did not exist then is as it is by default.
+  """
+  defaults = json.loads(json.dumps(dataclasses.asdict(BuildConfig())))
+  found = defaults | found
+  if isinstance(found.get("split"), dict):
+    found["split"] = dataclasses.asdict(SplitConfig(**found["split"]))
+  other = [
+    f"{name} is {found.get(name)!r} there and {value!r} here"
+    for name, value in plan.items()
+    if found.get(name) != value
+  ]
+  if other:
+    raise ValueError(
+      f"{path} was made of other inputs: {'; '.join(other)}. Expected those of"
+      " this call. Give the same ones to go on, or choose another output, or"
+      " remove it."
+    )
+
+
+def _write_passages(
+  path: epath.Path, corpus: str, config: BuildConfig, inputs: _Inputs
+) -> None:
+  """Writes the passages of the corpus, unless they are there already."""
+  named = (
+    "corpus", "sources", "split", "fields", "on_bad_record",
+    "drop_duplicate_texts",
+  )  # fmt: skip
+  made = {name: inputs.plan[name] for name in named}
+  twins_path = path.parent / TWINS
+  if (path / artifacts.MANIFEST).exists():
+    store = PassageStore(path)
+    _check_same(path, dict(store.config), made)
+    if twins_path.exists() or not config.drop_duplicate_texts:
+      logging.info("%s holds the %d passages already.", path, len(store))
+      return
+    path.rmtree()  # of a version that kept no twins
+  bad_records = BadRecords(config.on_bad_record)
+  split = SplitConfig(**inputs.plan["split"])
+  tokenizer = inputs.encoder.tokenizer if split.unit == "tokens" else None
+
+  twins = TwinsWriter()
+
+  def passages() -> Iterator[Passage]:
+    for passage in read_passages(
+      corpus,
+      split,
+      fields=config.fields,
+      bad_records=bad_records,
+      tokenizer=tokenizer,
+      drop_duplicate_texts=config.drop_duplicate_texts,
+      on_twin=twins.add,
+    ):
+      yield passage
+      logging.log_every_n_seconds(
+        logging.INFO, "Read %d passages.", 10, bad_records.report.passages
+      )
+    # Only now is it known; the store writes its manifest after the last.
+    if config.drop_duplicate_texts:
+      twins.write(twins_path)
+    made["report"] = bad_records.report.content()
+
+  with contextlib.closing(twins):
+    write_store(path, passages(), config=made)
+
+
+def _tokenize(
+  path: epath.Path, corpus: str, inputs: _Inputs, passages: epath.Path
+) -> None:
+  """Writes the tokens that are embedded, and logs what became of the corpus."""
+  store = PassageStore(passages)
+  arguments = path, store, inputs.encoder.tokenizer, inputs.length
+  tokenized = write_tokens(*arguments)
+  if tokenized.num_lost is None:  # an older version did not count
+    path.rmtree()
+    tokenized = write_tokens(*arguments)
+  report = _report(store, tokenized)
+  logging.info("%d passages of %s:\n%s", len(store), corpus, report)
+  if report.coverage and report.coverage.lost:
+    logging.warning(
+      "%d of %d passages are longer than %d tokens; what is beyond is not"
+      " embedded. Leave --split at 'fit' to embed all of it.",
+      *(tokenized.num_cut, len(store), inputs.length),
+    )
+
+
+def _report(store: PassageStore, tokenized: TokenizedPassages) -> CorpusReport:
+  """Returns what became of a corpus up to what is embedded."""
+  report = CorpusReport.from_content(store.config.get("report", {}))
+  if tokenized.num_tokens is not None and tokenized.num_lost is not None:
+    report.coverage = Coverage(
+      tokens=tokenized.num_tokens,
+      lost=tokenized.num_lost,
+      left_out_chars=report.left_out_chars,
+    )
+  return report
+
+
+def _embed(
+  path: epath.Path,
+  config: BuildConfig,
+  inputs: _Inputs,
+  store: PassageStore,
+  tokenized: TokenizedPassages,
+) -> None:
+  """Embeds all passages, unless the index over them is there already."""
+  if (path / artifacts.MANIFEST).exists():
+    return
+  encoder = inputs.encoder
+  embedder = encoder.passage_embedder(config.embed_batch_size)
+  job = EmbeddingJob(
+    num_passages=len(store),
+    embedding_dim=embedder.embedding_dim(encoder.params),
+    passage_length=inputs.length,
+    storage=config.storage,
+    passages_per_shard=config.passages_per_embedding_shard,
+    embed_batch_size=embedder.batch_size,
+    encoder_fingerprint=encoder.fingerprint,
+    passages_fingerprint=store.fingerprint,
+  )
+  rows = functools.partial(encoder.passage_rows, tokenized)
+  embed_corpus(path, job, embedder, encoder.params, rows)
+
+
+def _build_index(
+  path: epath.Path,
+  config: BuildConfig,
+  inputs: _Inputs,
+  store: PassageStore,
+  questions: Sequence[str],
+  coverage: Coverage | None,
+) -> None:
+  """Builds and certifies the index, unless it is there already."""
+  sample = None
+  if questions:
+    embedder = Embedder(inputs.asking.model, 1)
+    sample = inputs.asking.embed_questions(embedder, questions)
+  build_certified_index(
+    path,
+    config.index,
+    sample,
+    target_recall=config.target_recall,
+    speed_secs=config.speed_secs,
+    encoder_fingerprint=inputs.encoder.fingerprint,
+    passages_fingerprint=store.fingerprint,
+    coverage=coverage,
+  )

@@ -1,0 +1,127 @@
+"""An index of which some passages are gone, and to which others were added.
+
+In: an index that was built once, its rows that are gone, and the embeddings
+that came since. Out: an `Index` of what is left, numbered from 0 without gaps,
+as `search.updated_passages` numbers the texts.
+"""
+
+from typing import Any
+
+from etils import epath
+from jaxtyping import Float, Int
+import numpy as np
+
+from rag_jax.retrieval import exact
+from rag_jax.retrieval import sharded
+from rag_jax.retrieval.exact import ExactIndex
+from rag_jax.retrieval.rows import JoinedRows
+from rag_jax.retrieval.rows import SelectedRows
+from rag_jax.search.updated_passages import Gaps
+
+_SPARE = 16  # passages of the base asked for beside those that are needed
+
+
+class UpdatedIndex:
+  """Searched like the index that it began as, and exactly among what came."""
+
+  def __init__(
+    self,
+    base: Any,  # Index
+    gone: Int[np.ndarray, "G"],
+    added: Float[np.ndarray, "D R"],
+    *,
+    passages_fingerprint: str,
+  ):
+    """Reads nothing yet of the base's embeddings.
+
+    Args:
+      base: what was built once.
+      gone: its rows that are not found any more, rising.
+      added: embeddings that follow its last row.
+      passages_fingerprint: of the passages that are left and those that came.
+    """
+    self._gaps = Gaps(gone)
+    self._is_gone = np.zeros(base.num_passages, bool)
+    self._is_gone[gone] = True
+    self.kind = "updated"
+    self.base, self.added = base, added
+    self.num_passages = base.num_passages - len(gone) + len(added)
+    self.embedding_dim = base.embedding_dim
+    self.encoder_fingerprint = base.encoder_fingerprint
+    self.passages_fingerprint = passages_fingerprint
+    self.embeddings = SelectedRows(
+      JoinedRows([base.embeddings, added]), self.num_passages, self._gaps.rows
+    )
+    self.settings: dict[str, Any] = {
+      "base": base.kind,
+      "gone": len(gone),
+      "added": len(added),
+      **base.settings,
+    }
+    # A mark for each passage of the base says whether it is gone.
+    self.memory_bytes = base.memory_bytes + added.nbytes + base.num_passages
+    self.certificate: Any = None  # see certificate.py
+    self.build_cost: Any = None
+
+  @property
+  def changed_share(self) -> float:
+    """Passages that went or came since the base was built, by its passages.
+
+    At most 1: where more came than were there, nothing is as it was.
+    """
+    changed = len(self._gaps.gone) + len(self.added)
+    return min(changed / self.base.num_passages, 1.0)
+
+  def search(
+    self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
+  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+    """Finds the passages with the largest inner product.
+
+    Arguments, results and errors as in `ExactIndex.search`.
+    """
+    questions = exact.check_search(self, question_embeddings, n_docs)
+    rows, scores = self._search_base(questions, n_docs)
+    if len(self.added):
+      new_rows, new_scores = self._exact(self.added).search(
+        questions, min(n_docs, len(self.added))
+      )
+      new_rows = new_rows + np.int32(self.base.num_passages)
+      rows = np.concatenate([rows, new_rows], axis=1)
+      scores = np.concatenate([scores, new_scores], axis=1)
+    rows, scores = sharded.merge(rows, scores, n_docs)
+    return self._gaps.numbers(rows).astype(np.int32), scores
+
+  def _search_base(
+    self, questions: np.ndarray, n_docs: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the best n_docs or more of the base; what is gone scores -inf."""
+    num_gone = len(self._gaps.gone)
+    rows = np.zeros((len(questions), n_docs), np.int32)
+    scores = np.full((len(questions), n_docs), -np.inf, np.float32)
+    needed = min(n_docs, self.base.num_passages - num_gone)
+    if not needed:
+      return rows, scores
+    most = min(n_docs + num_gone, self.base.num_passages)
+    spare, todo = max(n_docs, _SPARE), np.arange(len(questions))
+    while len(todo):
+      asked = min(n_docs + spare, most)
+      found, found_scores = self.base.search(questions[todo], asked)
+      found_scores = np.where(self._is_gone[found], -np.inf, found_scores)
+      found, found_scores = sharded.merge(found, found_scores, n_docs)
+      width = found.shape[1]
+      rows[todo, :width], scores[todo, :width] = found, found_scores
+      # What is gone may lie together around a question: ask for more.
+      short = np.sum(found_scores > -np.inf, axis=1) < needed
+      todo, spare = todo[short & (asked < most)], 4 * spare
+    return rows, scores
+
+  def _exact(self, embeddings: Any) -> ExactIndex:
+    return ExactIndex(
+      embeddings,
+      encoder_fingerprint=self.encoder_fingerprint,
+      passages_fingerprint=self.passages_fingerprint,
+    )
+
+  def save(self, path: epath.PathLike) -> None:
+    """Writes it to directory `path`, as an exact index of what is left."""
+    self._exact(np.asarray(self.embeddings)).save(path)
