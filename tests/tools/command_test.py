@@ -2,6 +2,7 @@
 
 import ast
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -134,3 +135,58 @@ def test_a_question_that_is_not_utf8_is_named_by_its_place(
   assert message.startswith(f"ValueError: {place} holds "), message
   assert "Expected text in UTF-8" in message
   assert message.count("\n") == 1
+
+
+# Takes, fills and frees what XLA does in a step, in a thread as XLA does.
+_STEPS = """
+import ctypes
+import resource
+import sys
+import threading
+
+import command
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def step():
+  block = libc.malloc(300_000_000)
+  libc.memset(block, 1, 300_000_000)
+  libc.free(block)
+
+def faults():
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+if sys.argv[1] == "keep":
+  command.keep_freed_memory()
+counts = []
+for _ in range(4):
+  before = faults()
+  thread = threading.Thread(target=step)
+  thread.start()
+  thread.join()
+  counts.append(faults() - before)
+print(*counts)
+"""
+
+
+@pytest.mark.skipif(
+  platform.libc_ver()[0] != "glibc", reason="another C library"
+)
+def test_freed_memory_is_kept_when_asked():
+  def faults(how):
+    done = subprocess.run(
+      [sys.executable, "-c", _STEPS, how],
+      env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
+      capture_output=True,
+      encoding="utf-8",
+      check=True,
+      timeout=100,
+    )
+    return [int(number) for number in done.stdout.split()]
+
+  # A page is 4 kB, or 64 kB on some machines.
+  assert min(faults("as it is")) > 4_000
+  assert max(faults("keep")[1:]) < 100
