@@ -5,7 +5,7 @@
 A retriever and a generator, both fresh, learn from questions and answers alone
 to look up facts of the world. The warm-up reads passages without questions; the
 main stage maximises the marginal likelihood of the answers. The measured
-results, and what each seed gave, stand in README.md.
+results, and what each seed gave, stand in configs/README.md.
 
 The closed-book baseline is the same command with --config.data.n_docs=0.
 """
