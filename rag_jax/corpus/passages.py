@@ -17,6 +17,7 @@ from etils import epath
 from rag_jax.artifacts import fingerprint_lines
 from rag_jax.corpus.records import find_file
 from rag_jax.corpus.report import BadRecords
+from rag_jax.disk import instead_of
 
 # Corpora that come with the library: passages.jsonl and the questions about
 # them, train.jsonl, validation.jsonl and test.jsonl.
@@ -155,7 +156,11 @@ def _find(name_or_path: str) -> epath.Path:
   is_name = "/" not in name_or_path and "." not in name_or_path
   if is_name and not (name_or_path and epath.Path(name_or_path).exists()):
     close = difflib.get_close_matches(name_or_path, BUNDLED, n=1)
-    hint = f"Did you mean {close[0]!r}?" if close else "Correct the name."
+    if close:
+      hint = f"Did you mean {close[0]!r}?"
+    else:
+      there = f"{instead_of(name_or_path)} " if name_or_path else ""
+      hint = f"{there}Correct the name."
     raise ValueError(
       f"There are no passages {name_or_path!r}. Expected {_EXPECTED}. {hint}"
     )

@@ -21,6 +21,7 @@ from rag_jax.artifacts import is_local
 from rag_jax.corpus.encodings import bom_encoding
 from rag_jax.corpus.encodings import likely_encoding
 from rag_jax.corpus.report import BadRecords
+from rag_jax.disk import instead_of
 from rag_jax.json_input import parse_json
 
 # What `json` makes of each kind of value, and what to call it.
@@ -101,7 +102,7 @@ def find_file(path: epath.PathLike, expected: str) -> epath.Path:
     if not folder.is_dir():
       raise FileNotFoundError(
         f"There is no file {path}: its folder {folder} does not exist."
-        f" Expected {expected}. Correct the path."
+        f" Expected {expected}. {instead_of(found)} Correct the path."
       )
     names = sorted(p.name for p in folder.iterdir() if not p.is_dir())
     near = difflib.get_close_matches(found.name, names, n=3, cutoff=0.5)

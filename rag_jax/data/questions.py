@@ -21,6 +21,7 @@ from rag_jax.corpus.tfds_rows import tfds_errors
 from rag_jax.corpus.tfds_rows import tfds_text
 from rag_jax.data.question_files import ENDS as QUESTION_ENDS
 from rag_jax.data.question_files import read_question_file
+from rag_jax.disk import instead_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -113,7 +114,11 @@ def _split_file(source: str, split: str) -> epath.Path:
     close = difflib.get_close_matches(
       source, [*BUNDLED, *(TFDS + name for name in _TFDS_ANSWERS)], n=1
     )
-    hint = f"Did you mean {close[0]!r}?" if close else "Correct the path."
+    if close:
+      hint = f"Did you mean {close[0]!r}?"
+    else:
+      there = f"{instead_of(folder)} " if source else ""
+      hint = f"{there}Correct the path."
     error = FileNotFoundError if "/" in source else ValueError
     raise error(
       f"There are no questions {source!r}. Expected {_EXPECTED}. {hint}"

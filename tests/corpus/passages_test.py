@@ -210,6 +210,19 @@ def test_an_unknown_corpus_is_refused(tmp_path, monkeypatch, name):
   refused(name, f"There are no passages '{name}'", "Correct the name")
 
 
+def test_of_a_corpus_that_is_not_there_the_neighbours_are_named(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "letters").mkdir()
+  refused("wikipedia", "There are no passages", "holds letters/.")
+  refused("leters", "Did you mean 'letters'?")
+  refused(
+    *("old/leters.jsonl", "its folder old does not", "holds letters/."),
+    error=FileNotFoundError,
+  )
+
+
 def test_a_missing_file_is_reported_with_the_nearest_names(write, tmp_path):
   write("", "passages.jsonl")
   refused(
