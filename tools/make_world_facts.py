@@ -14,12 +14,13 @@ import pathlib
 from absl import app
 from absl import flags
 import command
+import gazetteer
 
-from rag_jax.corpus import gazetteer
+from rag_jax.corpus.passages import BUNDLED
 
 _OUTPUT = flags.DEFINE_string(
   "output",
-  str(pathlib.Path(gazetteer.__file__).with_name("world_facts")),
+  str(BUNDLED["world_facts"]),
   "Directory to write.",
 )
 

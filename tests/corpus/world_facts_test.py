@@ -7,17 +7,17 @@ from collections import Counter
 from collections import defaultdict
 import itertools
 import json
-import pathlib
 import re
 import string
 import unicodedata
 
+import gazetteer
+import gazetteer_text
 import pytest
 
-from rag_jax.corpus import gazetteer
-from rag_jax.corpus import gazetteer_text
+from rag_jax.corpus.passages import BUNDLED
 
-FILES = pathlib.Path(gazetteer.__file__).with_name("world_facts")
+FILES = BUNDLED["world_facts"]
 
 
 def read(name):

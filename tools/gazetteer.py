@@ -16,7 +16,7 @@ import re
 from typing import Any
 import unicodedata
 
-from rag_jax.corpus import gazetteer_text as text_lib
+import gazetteer_text as text_lib
 
 Record = dict[str, Any]  # a line of a .jsonl file
 

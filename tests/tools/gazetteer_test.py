@@ -1,15 +1,15 @@
 """Making the corpus: the bundled bytes, and each rule on made-up gazetteers."""
 
 import dataclasses
-import pathlib
 import sys
 
+import gazetteer
+import gazetteer_text
 import pytest
 
-from rag_jax.corpus import gazetteer
-from rag_jax.corpus import gazetteer_text
+from rag_jax.corpus.passages import BUNDLED
 
-FILES = pathlib.Path(gazetteer.__file__).with_name("world_facts")
+FILES = BUNDLED["world_facts"]
 
 
 @pytest.fixture(scope="module")
