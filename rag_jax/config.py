@@ -82,7 +82,8 @@ class DataConfig(_Settings):
   title_sep: str = " / "
   doc_sep: str = " // "
   # Share of the training questions whose answer is changed into another one,
-  # there and in their documents: the generator has to read.
+  # there and in their documents: the generator has to read. What other training
+  # questions ask of these documents changes there as often.
   substitute_answers: float = 0.0
   # Share whose subject, the title of a document that the question names, is
   # changed into another title, there and in the documents.

@@ -89,10 +89,11 @@ class Substitution:
     self._titles = list(dict.fromkeys(map(tuple, titles)))
     # The questions that name a title.
     self._about: dict[str, list[int]] = {}
-    names = set(passages.tokenizer.decode(t) for t in self._titles)
-    for row, question in enumerate(questions if names else ()):
-      for name in _named(question.question, names):
-        self._about.setdefault(name, []).append(row)
+    if share:
+      names = {passages.tokenizer.decode(title) for title in self._titles}
+      for row, question in enumerate(questions):
+        for name in _named(question.question, names):
+          self._about.setdefault(name, []).append(row)
 
   def changes(
     self,
@@ -139,6 +140,8 @@ class Substitution:
 
     Names that the question says too stay.
     """
+    if not self._about:
+      return []
     own, question = self._answer_ids[row], self._questions[row].question
     asked: dict[tuple[int, ...], int] = {}
     for doc in dict.fromkeys(docs.tolist()):
