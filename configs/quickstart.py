@@ -65,7 +65,7 @@ def get_config() -> Config:
   c.optimizer.clip_norm = 1.0
 
   c.train.batch_size = 48
-  c.train.num_steps = 650
-  c.train.validate_steps = 130
-  c.train.checkpoint_steps = 130
+  c.train.num_steps = 800
+  c.train.validate_steps = 100
+  c.train.checkpoint_steps = 100
   return c
