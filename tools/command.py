@@ -63,7 +63,7 @@ def keep_freed_memory() -> None:
   step of configs/quickstart.py. Without effect outside of Linux with glibc.
   Call it before other threads are started.
   """
-  with contextlib.suppress(OSError, AttributeError):
+  with contextlib.suppress(OSError, AttributeError, TypeError):
     mallopt = ctypes.CDLL(None).mallopt
     for parameter, value in _MALLOPT.items():
       mallopt(parameter, value)
