@@ -128,9 +128,10 @@ class Substitution:
     """Returns what can stand in the place of the answer of `row`."""
     same = self._same[self._relations[row]]
     new = self._answer_ids[same[rng.integers(len(same))]]
-    title = self._titles and self._titles[rng.integers(len(self._titles))]
-    if title and self._is_name[row] and rng.random() < _TITLES:
-      new = list(title)
+    if self._titles:
+      title = self._titles[rng.integers(len(self._titles))]
+      if self._is_name[row] and rng.random() < _TITLES:
+        return list(title)
     return new
 
   def _other_facts(
