@@ -59,9 +59,9 @@ def keep_freed_memory() -> None:
 
   XLA takes the memory of a training step on a CPU when the step begins and
   frees it when it ends. glibc gives so large a part back to the kernel, which
-  fills it with zeros, page by page, in the next step: a third of the time of a
-  step of configs/quickstart.py. Without effect outside of Linux with glibc.
-  Call it before other threads are started.
+  fills it with zeros, page by page, in the next step: up to a third of the
+  time of a step of configs/quickstart.py. Without effect outside of Linux with
+  glibc. Call it before other threads are started.
   """
   with contextlib.suppress(OSError, AttributeError, TypeError):
     mallopt = ctypes.CDLL(None).mallopt

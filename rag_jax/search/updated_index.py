@@ -45,10 +45,11 @@ class UpdatedIndex:
     self._is_gone[gone] = True
     self.kind = "updated"
     self.base, self.added = base, added
-    self.num_passages = base.num_passages - len(gone) + len(added)
-    self.embedding_dim = base.embedding_dim
     self.encoder_fingerprint = base.encoder_fingerprint
     self.passages_fingerprint = passages_fingerprint
+    self._exact_added = self._exact(added) if len(added) else None
+    self.num_passages = base.num_passages - len(gone) + len(added)
+    self.embedding_dim = base.embedding_dim
     self.embeddings = SelectedRows(
       JoinedRows([base.embeddings, added]), self.num_passages, self._gaps.rows
     )
@@ -81,8 +82,8 @@ class UpdatedIndex:
     """
     questions = exact.check_search(self, question_embeddings, n_docs)
     rows, scores = self._search_base(questions, n_docs)
-    if len(self.added):
-      new_rows, new_scores = self._exact(self.added).search(
+    if self._exact_added is not None:
+      new_rows, new_scores = self._exact_added.search(
         questions, min(n_docs, len(self.added))
       )
       new_rows = new_rows + np.int32(self.base.num_passages)
