@@ -47,6 +47,9 @@ config.mesh.data, config.mesh.fsdp = 2, 2
 config.index.embed_batch_size = 16
 config.eval.batch_size = 4
 config.train.log_steps = 1
+# Adam makes a whole step of a gradient that is nothing but rounding, in which
+# the processes' sums differ; with a larger eps the step is as small as it.
+config.optimizer.eps = 1e-3
 with open_workdir(workdir, config, process_index=process) as run:
   experiment = open_experiment(config, tokenizer_path=run.tokenizer)
   train_set, validation, test = (
@@ -122,7 +125,7 @@ def test_the_model_and_the_answers_are_the_same(runs):
   )
   assert set(one) == set(two)
   for name in one:
-    np.testing.assert_allclose(one[name], two[name], atol=2e-3, err_msg=name)
+    np.testing.assert_allclose(one[name], two[name], atol=1e-4, err_msg=name)
   results = [json.loads((run / "results.json").read_text()) for run in runs]
   for name in ("test/num_questions", "test/index_recall_at_5"):
     assert results[0][name] == results[1][name]
