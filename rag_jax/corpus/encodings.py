@@ -9,6 +9,7 @@ imports webencodings and chardet.
 import codecs
 import dataclasses
 import re
+import unicodedata
 
 import chardet
 import webencodings
@@ -91,7 +92,45 @@ def decode_page(raw: bytes, label: str) -> Decoded | None:
     other = _decode(raw, guess)
     if other is not None and other != text:
       return Decoded(other, guess, label or "none")
+  if text is None and not label and (name := _latin(raw)):
+    return Decoded(_decode(raw, name) or "", name, "none")
   return None if text is None else Decoded(text, name)
+
+
+def _latin(raw: bytes) -> str:
+  """Returns the encoding of a page that names none, if its script is Latin.
+
+  It is windows-1252, which browsers fall back to, unless the letters fit
+  another encoding of Latin letters far better. "": the script is another one,
+  so that a guess would make nonsense, or parts of the page are UTF-8.
+  """
+  if re.search(rb"[\xc2-\xdf][\x80-\xbf]", raw):
+    return ""
+  scores = _scores(raw)
+  latin = {
+    name: scores.get(name, 0.0)
+    for name in ("windows-1252", *scores)
+    if name.startswith(("windows-", "iso-8859-"))
+    and _is_latin(_decode(_MARKUP.sub(b" ", raw), name) or "")
+  }
+  best = max(latin, key=latin.__getitem__, default="")
+  usual = latin.get("windows-1252", _LEAST_SCORE / 2)
+  if best and latin[best] > 1.3 * usual:
+    return best
+  return "windows-1252" if "windows-1252" in latin else ""
+
+
+def _is_latin(text: str) -> bool:
+  """Returns whether text is words of Latin letters, and usual punctuation."""
+  words = [word for word in re.findall(r"\w+", text) if not word.isascii()]
+  mixed = sum(re.search("[A-Za-z]", word) is not None for word in words)
+  return 2 * mixed >= len(words) and all(
+    c.isascii()
+    or (c.isalpha() and "LATIN" in unicodedata.name(c, ""))
+    or unicodedata.category(c)[0] in "PZ"
+    or c in "©®™°£€²³"
+    for c in text
+  )
 
 
 def _better(raw: bytes, name: str) -> str:

@@ -67,8 +67,28 @@ def test_a_wrong_label_is_found_and_said(text, codec, encoding, labels):
 def test_a_page_that_names_nothing_is_read_by_its_letters_if_they_are_many():
   raw = RUSSIAN.encode("cp1251")
   assert decode_page(raw, "") == Decoded(RUSSIAN, "windows-1251", "none")
-  assert decode_page(b"caf\xe9", "") is None
+  assert decode_page("Москва".encode("koi8-r"), "") is None  # too few
+  assert decode_page("台北".encode("big5"), "") is None
   assert decode_page(b"caf\xe9", "utf-8") is None
+
+
+@pytest.mark.parametrize(
+  ("text", "encoding"),
+  [
+    ("Le café", "windows-1252"),
+    ("He said “this is so” — and left…", "windows-1252"),
+    ("Die Straße führt über München nach Österreich.", "windows-1252"),
+    ("Łódź jest miastem w środkowej Polsce, żółć", "iso-8859-2"),
+    ("İstanbul Türkiye'nin en kalabalık şehridir", "windows-1254"),
+  ],
+)
+def test_a_page_of_latin_letters_that_names_nothing_is_read_as_browsers_do(
+  text, encoding
+):
+  raw = f"<p>{text}</p>".encode(encoding)
+  assert decode_page(raw, "") == Decoded(f"<p>{text}</p>", encoding, "none")
+  # What is partly UTF-8 is not guessed at.
+  assert decode_page(raw + "<p>größer</p>".encode(), "") is None
 
 
 @pytest.mark.parametrize(

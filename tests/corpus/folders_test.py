@@ -94,7 +94,7 @@ def test_other_files_hidden_ones_and_links_to_folders_are_counted(
 def test_a_file_that_is_not_utf8_is_named_or_skipped(write, tmp_path, name):
   write("a.txt", "one")
   write("z.txt", "two")
-  path = write(name, b"line\nca\xe9 fe")
+  path = write(name, b"line\nca\xe9 fe" + "Москва".encode("koi8-r"))
   with pytest.raises(ValueError, match=f"{path}:2: byte 0xe9 at offset 7 of"):
     read(tmp_path)
   documents, report = read(tmp_path, "skip")
