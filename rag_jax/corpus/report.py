@@ -18,13 +18,13 @@ _COUNTS = {
   "passages": "passages written",
   "split": "documents split into several passages",
   "broken": "passages that end inside a sentence or word that is too long",
-  "cut": "passages cut off at max_chars",
+  "cut": "passages cut off at split.max_chars characters",
   "shortened": "passages with a title that is too long, which was shortened",
   "mislabelled": "pages in another encoding than they say",
   "left_out": "pieces of base64 and other encoded data, left out",
 }
 # Said only where there are some.
-_SAID_IF_ANY = ("shortened", "mislabelled", "left_out")
+_SAID_IF_ANY = ("cut", "shortened", "mislabelled", "left_out")
 _DROPPED = {
   "empty": "without any text",
   "duplicate_id": "with an id that an earlier one has",

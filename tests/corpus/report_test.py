@@ -70,7 +70,7 @@ def test_the_table_shows_every_count_and_place_once():
     "   56  passages written",
     "    7  documents split into several passages",
     "    8  passages that end inside a sentence or word that is too long",
-    "    9  passages cut off at max_chars",
+    "    9  passages cut off at split.max_chars characters",
     "   10  characters lost by that",
     "   11  other files in the folder, not read",
     "    1  dropped: not UTF-8, or damaged",
