@@ -55,6 +55,7 @@ def get_config() -> Config:
   c.generator.pointer = True
 
   c.warmup.num_steps = 160
+  c.warmup.window_tokens = 8  # about as long as a question
 
   c.optimizer.peak_lr = 2e-3
   c.optimizer.retriever_lr = 2e-3

@@ -86,7 +86,8 @@ class DataConfig(_Settings):
   # questions ask of these documents changes there as often.
   substitute_answers: float = 0.0
   # Share whose subject, the title of a document that the question names, is
-  # changed into another title, there and in the documents.
+  # changed into another title, there and in the documents. The retriever reads
+  # it too, if it learns to embed passages and no BM25 scores are added.
   substitute_subjects: float = 0.0
   # Share of the training questions that are read as people type them: lower
   # case, "what's", no question mark (data/informal.py).

@@ -189,16 +189,34 @@ class ContextBuilder:
       rows, self._config.question_length, "questions_cut", self._retriever
     )
 
-  def passages(self, rows: np.ndarray) -> tuple[Tokens, Mask]:
-    """Returns what the passage tower reads, for passage numbers, [..., L]."""
+  def passages(
+    self, rows: np.ndarray, changes: Sequence[Change] = ()
+  ) -> tuple[Tokens, Mask]:
+    """Returns what the passage tower reads, for passage numbers, [..., L].
+
+    Args:
+      rows: passage numbers; [B, K] with `changes`.
+      changes: of B questions, whose subjects are changed here too.
+    """
     body = self._retriever_passages.tokens[rows]
+    lengths = self._retriever_passages.lengths[rows]
+    for b, change in enumerate(changes):
+      if change.subject:
+        old, new = self._retriever.encode(change.subject)
+        renamed = Change(((old, new),))
+        for k, row in enumerate(rows[b].tolist()):
+          ids = substitute(self._retriever_passages, row, renamed)
+          ids = ids[: body.shape[2]]
+          body[b, k] = self._retriever.pad_id
+          body[b, k, : len(ids)] = ids
+          lengths[b, k] = len(ids)
     first = _start(self._retriever)
     start = np.broadcast_to(
       np.array(first, np.int32), (*body.shape[:-1], len(first))
     )
     tokens = np.concatenate([start, body], axis=-1)
     # With the start token, a row is one longer than its passage.
-    lengths = self._retriever_passages.lengths[rows][..., None] + len(first)
+    lengths = lengths[..., None] + len(first)
     return tokens, np.arange(tokens.shape[-1]) < lengths
 
   def targets(self, answer_ids: Sequence[Ids]) -> tuple[Tokens, Mask]:

@@ -82,6 +82,8 @@ class QuestionBatches:
     self._bm25 = bm25
     self._n_docs = n_docs
     self._frozen_passages = frozen_passages
+    # Scores that are known of a passage are those of its own words.
+    self._renames = not frozen_passages and bm25 is None
     everything = range(batch_size)
     self._share = np.array(everything if share is None else share)
     self._substitution = Substitution(
@@ -171,6 +173,15 @@ class QuestionBatches:
           texts,
           self._n_docs,
         )
+    changes = self._substitution.changes(step, rows, doc_ids)
+    for b, change in enumerate(changes):
+      if change.question is not None:
+        text = self._phrased(step, int(rows[b]), change.question)
+        [ids], [context_ids[b]] = self._context.encode_questions([text])
+        if self._renames:
+          question_ids[b] = ids
+    if index is not None:
+      tokens, mask = self._context.questions(question_ids)
       fields |= {"question_tokens": tokens, "question_mask": mask}
       if self._bm25 is not None:
         fields["bm25_scores"] = self._bm25.score(texts, doc_ids)
@@ -178,13 +189,8 @@ class QuestionBatches:
         fields["doc_embeddings"] = index.embeddings[doc_ids]
       else:
         fields["doc_tokens"], fields["doc_mask"] = self._context.passages(
-          doc_ids
+          doc_ids, changes if self._renames else ()
         )
-    changes = self._substitution.changes(step, rows, doc_ids)
-    for b, change in enumerate(changes):
-      if change.question is not None:  # the retriever reads the true one
-        text = self._phrased(step, int(rows[b]), change.question)
-        context_ids[b] = self._context.encode_questions([text])[1][0]
     context_tokens, context_mask = self._context.contexts(
       context_ids, doc_ids, changes
     )

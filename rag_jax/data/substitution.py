@@ -12,7 +12,9 @@ A generator that sees each entity many times learns its answers by heart and
 reads no more; one whose passages change has to read. Longpre et al. 2021,
 https://arxiv.org/abs/2109.05052, section 5. If the other facts stayed, it could
 learn those by heart, and answer with what it does not know. Names that stand
-for one another teach it that the question's words may be any.
+for one another teach it that the question's words may be any. A retriever that
+learns to embed the passages reads the other subject too: it comes to find names
+that no training question asks for.
 """
 
 from collections.abc import Sequence, Set
@@ -39,6 +41,8 @@ class Change:
   replacements: tuple[Replacement, ...] = ()  # in its documents
   answer_ids: list[int] | None = None  # None: as it is
   question: str | None = None  # None: as it is
+  # What it is about, and what stands there instead; () if it stays.
+  subject: tuple[str, str] | tuple[()] = ()
 
 
 _MOST_PASSAGES = 1 << 20  # whose titles are in memory
@@ -181,6 +185,7 @@ class Substitution:
             (tokenizer.encode([title])[0], new),
           ),
           question=name.join(named.split(question.question)),
+          subject=(title, name),
         )
     return change
 

@@ -18,6 +18,7 @@ from rag_jax.data.context import ContextBuilder
 from rag_jax.data.pipeline import Ahead
 from rag_jax.data.pipeline import Prepared
 from rag_jax.data.pipeline import QuestionBatches
+from rag_jax.data.questions import Question
 from rag_jax.data.questions import load_questions
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.exact import ExactIndex
@@ -212,6 +213,58 @@ def test_the_first_of_several_answers_is_the_one_to_learn(make):
     for tokens, mask in zip(batch.target_tokens, batch.target_mask, strict=True)
   }
   assert targets == {q.answers[0] for q in several[:B]}
+
+
+@pytest.mark.parametrize("scored", ["embeddings", "words", "frozen"])
+def test_the_retriever_reads_another_subject_where_it_embeds_the_passages(
+  make, scored
+):
+  bm25 = Bm25Index.build(PASSAGES, passages_fingerprint="3c4d")
+  asked = [
+    Question(f"Where is {title} found?", ("no passage says",))
+    for title in dict.fromkeys(p.title for p in PASSAGES)
+  ]
+  prepared = make(
+    questions=asked,
+    batch_size=len(asked),
+    substitute_subjects=1.0,
+    bm25=bm25 if scored == "words" else None,
+    frozen_passages=scored == "frozen",
+  )
+  index = make_index(NeverSearched)
+  num_renamed = 0
+  for step in range(6):
+    rows = prepared.rows(step)
+    # Each question with two passages about what it names.
+    docs = np.array(
+      [
+        [i for i, p in enumerate(PASSAGES) if p.title in asked[row].question][
+          :K
+        ]
+        for row in rows
+      ]
+    )
+    batch = prepared.prepare(step, RETRIEVER, index, docs).batch
+    for b, row in enumerate(rows):
+      true = asked[row].question
+      mask = batch.question_mask[b]
+      question = make.tokenizer.decode(batch.question_tokens[b, mask])
+      if scored != "embeddings":  # those are of the passages as they are
+        assert question == true
+        continue
+      old, new = (
+        re.fullmatch("Where is (.*) found?.", q)[1] for q in (true, question)
+      )
+      num_renamed += old != new
+      for k, doc in enumerate(docs[b]):
+        passage = f"{PASSAGES[doc].title} {PASSAGES[doc].text}"
+        read = batch.doc_tokens[b, k, batch.doc_mask[b, k]]
+        read = make.tokenizer.decode(read[read != make.tokenizer.eos_id])
+        assert read == passage.replace(old, new)
+      # The generator reads the same.
+      context = batch.context_tokens[b, 0, batch.context_mask[b, 0]]
+      assert make.tokenizer.decode(context).startswith(question)
+  assert num_renamed or scored != "embeddings"
 
 
 def test_the_parameters_that_are_given_embed_the_questions(make):
