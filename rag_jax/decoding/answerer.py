@@ -4,7 +4,7 @@ In: questions, parameters, an index. Out: an `Answer` a question: the text, its
 log-probability, and the documents with prior and posterior.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 
 from jaxtyping import Float, Int, PyTree
@@ -12,7 +12,10 @@ import numpy as np
 
 from rag_jax.data.experiment import Experiment
 from rag_jax.decoding.rag import RagDecoder
+from rag_jax.decoding.ranking import Generated
 from rag_jax.decoding.settings import GenerationSettings
+from rag_jax.decoding.streaming import can_stream
+from rag_jax.decoding.streaming import stream
 from rag_jax.models.hybrid import hybrid_scores
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.processes import to_host
@@ -131,6 +134,7 @@ class Answerer:
     n_docs: int,
     num_retrieved: int = 0,
     batch_size: int = 1,
+    on_text: Callable[[str], None] | None = None,
   ) -> list[Answer]:
     """Returns the answer to each question, in their order.
 
@@ -142,14 +146,34 @@ class Answerer:
       num_retrieved: passages searched for each, if more than `n_docs`: to
         measure recall deeper than what is read.
       batch_size: questions decoded together. Each value compiles once.
+      on_text: called with the answer to the first question of a batch as far
+        as it is written, after each token; not at all where a token is known
+        only once the answer has ended: beam search, RAG-Sequence.
     """
     answers = []
     for start in range(0, len(questions), batch_size):
       part = list(questions[start : start + batch_size])
       answers += self._answer_batch(
-        params, index, part, n_docs, max(num_retrieved, n_docs), batch_size
+        *(params, index, part, n_docs, max(num_retrieved, n_docs), batch_size),
+        on_text=on_text,
       )
     return answers
+
+  def _write(
+    self,
+    inputs: tuple[PyTree, np.ndarray, np.ndarray, np.ndarray],
+    on_text: Callable[[str], None] | None,
+  ) -> Generated:
+    """Returns what the decoder makes of `inputs`; says what it writes."""
+    if on_text is None or not can_stream(self._decode):
+      return self._decode(*inputs)
+    steps, ids = stream(self._decode, *inputs), []
+    while True:
+      try:
+        ids.append(int(next(steps)[0, 0]))
+      except StopIteration as end:
+        return end.value
+      on_text(self._tokenizer.decode(np.array(ids)))
 
   def _score(
     self,
@@ -177,6 +201,7 @@ class Answerer:
     n_docs: int,
     num_retrieved: int,
     batch_size: int,
+    on_text: Callable[[str], None] | None,
   ) -> list[Answer]:
     # Filled up with the last question, so that every batch has one shape.
     filled = questions + questions[-1:] * (batch_size - len(questions))
@@ -191,7 +216,7 @@ class Answerer:
       )
     doc_ids = retrieved[:, :n_docs]
     contexts, mask = self._context.contexts(context_ids, doc_ids)
-    out = self._decode(params, doc_scores, contexts, mask)
+    out = self._write((params, doc_scores, contexts, mask), on_text)
     tokens, lengths, log_probs, given = (
       to_host(x)[:, 0]  # the best of each question
       for x in (out.tokens, out.lengths, out.log_probs, out.token_log_probs)

@@ -164,6 +164,15 @@ def advance(
   return search.advance(state, limit)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def end(
+  plan: Plan, doc_scores: Float[Array, "B K"], state: SearchState
+) -> Generated:
+  """Returns what `decode` returns, of a state in which all have ended."""
+  prior = doc_log_prior(doc_scores)
+  return summarize(plan.search({}, prior, None).finish(state), prior)
+
+
 def summarize(found: Found, doc_log_probs: Float[Array, "B K"]) -> Generated:
   """Returns what a search with all documents together found."""
   return Generated(

@@ -4,13 +4,21 @@ In: a `RagDecoder` and a batch. Out: an iterator over the same tokens that the
 decoder returns when it is called, a step at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
 
 from rag_jax.decoding import plan as compiled
 from rag_jax.decoding.rag import RagDecoder
+from rag_jax.decoding.ranking import Generated
+
+_MODES = ("rag_token", "fid", "single")  # that write with all documents
+
+
+def can_stream(decoder: RagDecoder) -> bool:
+  """Returns whether `stream` takes a decoder."""
+  return decoder.settings.num_beams == 1 and decoder.mode in _MODES
 
 
 def stream(
@@ -22,11 +30,11 @@ def stream(
   *,
   seed: int | None = None,
   chunk_steps: int = 1,
-) -> Iterator[Int[np.ndarray, "B R"]]:
+) -> Generator[Int[np.ndarray, "B R"], None, Generated]:
   """Returns an iterator over the next token of every sequence.
 
   A sequence that has ended gives padding; after the last has ended, the
-  iterator ends.
+  iterator ends. Its StopIteration carries what the decoder would have returned.
 
   Args:
     decoder: of greedy search or sampling, in a mode that writes one sequence
@@ -49,7 +57,7 @@ def stream(
       " best is known at the end alone. Expected num_beams=1, greedy or"
       " do_sample=True; or call the decoder."
     )
-  if decoder.mode not in ("rag_token", "fid", "single"):
+  if decoder.mode not in _MODES:
     raise ValueError(
       f"mode={decoder.mode!r} cannot be streamed: candidates are ranked when"
       " they are complete. Expected 'rag_token', 'fid' or 'single'; or call the"
@@ -71,7 +79,7 @@ def stream(
     decoder.trie,
   )
 
-  def steps() -> Iterator[Int[np.ndarray, "B R"]]:
+  def steps() -> Generator[Int[np.ndarray, "B R"], None, Generated]:
     nonlocal state
     position, active = 0, True
     while position < settings.num_steps and active:
@@ -89,5 +97,6 @@ def stream(
       before, position = position, int(state.position)
       for t in range(before + 1, position + 1):
         yield written[:, :, t]
+    return compiled.end(decoder.plan, batch.doc_scores, state)
 
   return steps()

@@ -40,8 +40,8 @@ def explain(
     why = f"p is below {sure:g}"
     if probability >= sure:
       why = (
-        f"the best passage scores {_best(answer):.2f}, and that of 98 % of the"
-        f" validation questions {least_score:.2f} or more"
+        f"the best passage scores {_best(answer):.2f}, and that of 99.5 % of"
+        f" the validation questions {least_score:.2f} or more"
       )
     lines += _wrap(
       f"The model is not sure: {why}. Perhaps no passage answers the question.",

@@ -4,7 +4,7 @@ In: the workdir of a run or a checkpoint with a corpus, and questions. Out:
 answers, each with its documents.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import math
 import os
 from typing import Any
@@ -45,7 +45,7 @@ class RagPipeline:
   print(answer.text, answer.docs[0].title, answer.docs[0].posterior)
 
   Attributes:
-    least_score: what the best passage of 98 % of the validation questions
+    least_score: what the best passage of 99.5 % of the validation questions
       scores at least; -inf: not known. See `explanation.is_sure`.
   """
 
@@ -177,7 +177,11 @@ class RagPipeline:
     return cls(opened.experiment, opened.params, opened.index, opened.decoder)
 
   def answer(
-    self, questions: str | Sequence[Any], *, n_docs: int = 0
+    self,
+    questions: str | Sequence[Any],
+    *,
+    n_docs: int = 0,
+    on_text: Callable[[str], None] | None = None,
   ) -> list[Answer]:
     """Returns an answer a question.
 
@@ -185,6 +189,9 @@ class RagPipeline:
       questions: one as text, or several.
       n_docs: documents to read for each; 0: as many as in training. Each new
         number compiles once.
+      on_text: called with each answer as far as it is written, after each
+        token, in greedy search and sampling by RAG-Token or FiD. Other ways to
+        decode know the answer at its end alone, and do not call it.
 
     Raises:
       ValueError: a question is empty or holds what no tokenizer can take, or
@@ -207,7 +214,11 @@ class RagPipeline:
     n_docs = n_docs or self._experiment.config.data.n_docs
     check_n_docs(n_docs, self._experiment.passages)
     return self._answerer.answer(
-      self._params, self._index, questions, n_docs=n_docs
+      self._params,
+      self._index,
+      questions,
+      n_docs=n_docs,
+      on_text=on_text,
     )
 
 

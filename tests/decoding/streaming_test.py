@@ -14,6 +14,7 @@ from rag_jax.decoding import plan
 from rag_jax.decoding.logits import PrefixTrie
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.settings import GenerationSettings
+from rag_jax.decoding.streaming import can_stream
 from rag_jax.decoding.streaming import stream
 from rag_jax.models.rag import build_generator
 
@@ -70,6 +71,27 @@ def test_the_tokens_are_those_of_the_decoder(settings, mode):
     assert not np.any(whole.tokens[..., longest:] != PAD)
 
 
+@pytest.mark.parametrize(
+  "settings", [GREEDY, SAMPLING], ids=["greedy", "sample"]
+)
+@pytest.mark.parametrize("mode", ["rag_token", "fid", "single"])
+def test_at_the_end_stands_what_the_decoder_returns(settings, mode):
+  decoder = RagDecoder(MODEL, settings, mode)
+  assert can_stream(decoder)
+  ends = []
+
+  def steps():
+    ends.append((yield from stream(decoder, *arguments(), seed=3)))
+
+  assert len(list(steps())) == int(decoder(*arguments(), seed=3).lengths.max())
+  expected = decoder(*arguments(), seed=3)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    ends[0],
+    expected,
+  )
+
+
 def test_it_decodes_no_further_than_it_is_asked(monkeypatch):
   """The first token comes before the second is computed."""
   limits = []
@@ -108,8 +130,10 @@ def test_what_cannot_be_streamed_is_refused_at_once():
   beams = dataclasses.replace(GREEDY, num_beams=2)
   with pytest.raises(ValueError, match=r"num_beams=2 cannot be streamed.*=1"):
     stream(RagDecoder(MODEL, beams), *arguments())
+  assert not can_stream(RagDecoder(MODEL, beams))
   for mode in ("rag_sequence", "rag_sequence_fast"):
     with pytest.raises(ValueError, match=rf"mode='{mode}' cannot be streamed"):
       stream(RagDecoder(MODEL, GREEDY, mode), *arguments())
+    assert not can_stream(RagDecoder(MODEL, GREEDY, mode))
   with pytest.raises(ValueError, match="chunk_steps=0 decodes nothing"):
     stream(RagDecoder(MODEL, GREEDY), *arguments(), chunk_steps=0)

@@ -63,7 +63,7 @@ def test_the_model_keeps_how_well_the_validation_questions_fit(
     return
   answers = pipeline.answer([q.question for q in questions])
   scores = sorted(answer.docs[0].score for answer in answers)
-  # 2 % of sixty lies between the second and the third, which are of one.
+  # Half a percent of sixty lies between the first and the second, of one.
   assert scores[0] < scores[1]
   np.testing.assert_allclose(pipeline.least_score, scores[0], rtol=1e-5)
 

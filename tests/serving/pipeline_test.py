@@ -98,6 +98,18 @@ def test_several_questions_are_answered_as_each_alone(pipeline, held_out):
   assert pipeline.answer([]) == []
 
 
+def test_an_answer_can_be_read_while_it_is_written(pipeline, right):
+  texts = []
+  question = right["country/FR"].question
+  (streamed,) = pipeline.answer(question, on_text=texts.append)
+  (whole,) = pipeline.answer(question)
+  assert streamed.text == texts[-1] == whole.text
+  assert len(texts) == len(streamed.tokens) > 1
+  assert streamed.tokens == whole.tokens
+  assert streamed.log_prob == pytest.approx(whole.log_prob, rel=1e-4)
+  assert all(whole.text.startswith(text) for text in texts)
+
+
 def test_other_numbers_of_documents_can_be_read(pipeline, right):
   question = right["country/FR"].question
   trained = pipeline.answer(question)[0]
