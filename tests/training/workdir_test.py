@@ -17,7 +17,6 @@ from rag_jax import artifacts
 from rag_jax.config import Config
 from rag_jax.config_json import from_json
 from rag_jax.config_json import to_json
-from rag_jax.training import workdir as workdir_lib
 from rag_jax.training.workdir import open_workdir
 
 HOLDER = """
@@ -381,7 +380,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
   def no_locks(file, operation):
     raise OSError(37, "No locks available")
 
-  monkeypatch.setattr(workdir_lib.fcntl, "flock", no_locks)
+  monkeypatch.setattr("fcntl.flock", no_locks)
   open_workdir(path, Config()).close()
   assert "has no locks ([Errno 37] No locks available)" in caplog.text
 
