@@ -140,14 +140,14 @@ def take_lock(
   taken = filelock.FileLock(path, thread_local=False, preserve_lock_file=True)
   # filelock follows no link, but would lock a pipe or a file of two names.
   file = disk.open_own(path, os.O_RDWR | os.O_CREAT, remedy=remedy, writes=True)
-  with open(file, "r+") as note:
+  with open(file, "r+", encoding="utf-8", errors="replace") as note:
     try:
       taken.acquire(blocking=False)
     except filelock.Timeout:
-      holder = _holder(note.read())
+      who = _holder(note.read(4096))
       if not wait:
-        raise ValueError(f"{busy}: {holder}. Expected {expected}") from None
-      logging.info("%s. Waiting for another process: %s.", busy, holder)
+        raise ValueError(f"{busy}: {who}. Expected {expected}") from None
+      logging.info("%s. Waiting for another process: %s.", busy, who)
       taken.acquire()
     except OSError as error:  # some network file systems
       logging.warning(
@@ -159,11 +159,8 @@ def take_lock(
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     note.seek(0)
     note.truncate()
-    note.write(
-      json.dumps(
-        {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-      )
-    )
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    json.dump(holder, note)
   return taken
 
 

@@ -347,10 +347,10 @@ def test_two_runs_in_one_process_are_refused_until_the_first_closes(path):
   open_workdir(path, Config()).close()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 3}', "\xff"])
 def test_a_lock_without_a_name_in_it_is_refused_all_the_same(path, content):
   with open_workdir(path, Config()):
-    (path / ".lock").write_text(content)
+    (path / ".lock").write_text(content, "latin-1")
     with pytest.raises(ValueError, match="one that has only just started"):
       open_workdir(path, Config())
 
