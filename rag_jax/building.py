@@ -6,11 +6,15 @@ and known to hold at most what an interrupted build left there.
 
 from collections.abc import Callable, Iterator
 import contextlib
-import fcntl
+import datetime
+import json
 import os
+import socket
+from typing import Any
 
 from absl import logging
 from etils import epath
+import filelock
 
 from rag_jax import disk
 from rag_jax.artifacts import MANIFEST
@@ -80,9 +84,6 @@ def lock(
 ) -> Iterator[None]:
   """Keeps others from writing in `directory`, which exists, until it ends.
 
-  The lock is released when the process dies, however it does; the lock file
-  that stays behind means nothing.
-
   Args:
     directory: local.
     kind: what is written, for messages.
@@ -97,36 +98,78 @@ def lock(
   """
   directory = epath.Path(directory)
   with disk.explaining(directory, f"The {kind}", remedy):
-    file = disk.open_own(
+    taken = take_lock(
       directory / _LOCK,
-      os.O_RDWR | os.O_CREAT,
+      busy=f"Somebody else is building a {kind} in {directory} right now",
+      expected="one writer in a directory at a time. Wait until that one ends"
+      " (the tools do with --wait), stop it, or choose another directory.",
       remedy="Remove it, or choose another directory.",
+      wait=wait,
     )
     try:
-      _take(file, directory, kind, wait)
       yield
     finally:
-      os.close(file)  # which releases it
+      taken.release()
 
 
-def _take(file: int, directory: epath.Path, kind: str, wait: bool) -> None:
-  """Raises `ValueError` if somebody else holds the lock, or waits for it."""
+def take_lock(
+  path: epath.PathLike,
+  *,
+  busy: str,
+  expected: str,
+  remedy: str,
+  wait: bool = False,
+) -> filelock.BaseFileLock:
+  """Returns a lock, which this process holds until its `release`.
+
+  The lock is released when the process dies, however it does; the lock file
+  that stays behind means nothing. It says who took the lock last. A file system
+  that has no locks is used with a warning.
+
+  Args:
+    path: of the lock file, local. Made if there is none.
+    busy: how the message begins if another process holds the lock.
+    expected: how that message ends: what was expected, what to do.
+    remedy: what to do if the lock file is a link.
+    wait: until the lock is free.
+
+  Raises:
+    ValueError: another process holds the lock and `wait` is False; or the lock
+      file is a link, or no plain file.
+  """
+  taken = filelock.FileLock(path, thread_local=False, preserve_lock_file=True)
+  # filelock follows no link, but would lock a pipe or a file of two names.
+  file = disk.open_own(path, os.O_RDWR | os.O_CREAT, remedy=remedy, writes=True)
+  with open(file, "r+", encoding="utf-8", errors="replace") as note:
+    try:
+      taken.acquire(blocking=False)
+    except filelock.Timeout:
+      who = _holder(note.read(4096))
+      if not wait:
+        raise ValueError(f"{busy}: {who}. Expected {expected}") from None
+      logging.info("%s. Waiting for another process: %s.", busy, who)
+      taken.acquire()
+    except OSError as error:  # some network file systems
+      logging.warning(
+        "The file system of %s has no locks (%s): make sure that nobody else"
+        " writes there.",
+        *(os.path.dirname(path), error),
+      )
+      return taken
+    since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    note.seek(0)
+    note.truncate()
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    json.dump(holder, note)
+  return taken
+
+
+def _holder(text: str) -> str:
+  """Returns who wrote the lock file."""
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    if wait:
-      logging.info("Waiting for another process that builds %s.", directory)
-      fcntl.flock(file, fcntl.LOCK_EX)
-      return
-    raise ValueError(
-      f"Somebody else is building a {kind} in {directory} right now. Expected"
-      " one writer in a directory at a time. Wait until that one ends (the"
-      " tools do with --wait), stop it, or choose another directory."
-    ) from None
-  except OSError as error:  # some network file systems
-    logging.warning(
-      "The file system of %s has no locks (%s): make sure that nobody else"
-      " writes there.",
-      directory,
-      error,
+    holder: dict[str, Any] = json.loads(text)
+    return (
+      f"pid {holder['pid']} on host {holder['host']}, since {holder['since']}"
     )
+  except (ValueError, KeyError, TypeError):
+    return "one that has only just started"  # and has not written who it is

@@ -1,5 +1,6 @@
 """One builds in a directory at a time, and only where nothing else lies."""
 
+import os
 import threading
 import time
 
@@ -26,7 +27,10 @@ def test_the_directory_is_made_and_no_lock_gets_into_its_manifest(tmp_path):
 def test_a_second_one_is_refused_until_the_first_ends(tmp_path):
   with build(tmp_path):
     with (
-      pytest.raises(ValueError, match=r"else is building a thing .*Wait until"),
+      pytest.raises(
+        ValueError,
+        match=rf"building a thing .*: pid {os.getpid()} .*Wait until",
+      ),
       build(tmp_path),
     ):
       pytest.fail("two build at once")
@@ -52,6 +56,18 @@ def test_one_that_waits_builds_when_the_other_ends(tmp_path, caplog):
     order.append("first")
   thread.join()
   assert order == ["first", "second"]
+
+
+def test_a_lock_with_another_name_is_not_written_to(tmp_path):
+  (tmp_path / "theirs").write_text("years of work")
+  (tmp_path / "built").mkdir()
+  os.link(tmp_path / "theirs", tmp_path / "built" / ".lock.tmp")
+  with (
+    pytest.raises(ValueError, match=r"has 2 names .*Remove it"),
+    build(tmp_path / "built"),
+  ):
+    pytest.fail("wrote to the file of others")
+  assert (tmp_path / "theirs").read_text() == "years of work"
 
 
 def test_who_waits_for_the_lock_gets_it_when_the_other_ends(tmp_path):

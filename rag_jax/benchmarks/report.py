@@ -7,12 +7,12 @@ and report.html in a directory. The page holds all it shows: it can be sent.
 import base64
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import html
 import io
 import json
 from typing import Any
 
 from etils import epath
+import jinja2
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -38,12 +38,27 @@ _COLOURS = (
 _MARKERS = "osD^vP*Xh"
 _TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
 _NEAR_ONE = 5e-4  # so far beyond 1 the scale of recall would be endless
-_STYLE = (
-  "body{font:15px/1.5 sans-serif;margin:2em auto;max-width:75em;padding:0 1em}"
-  "table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid"
-  " #ddd;padding:.2em .7em;text-align:right}td:nth-child(-n+2),"
-  "th:nth-child(-n+2){text-align:left}img{max-width:100%}"
-)
+# Whatever is put into it is escaped.
+_PAGE = jinja2.Environment(autoescape=True).from_string("""\
+<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
+<title>Retrieval benchmark</title><style>
+body{font:15px/1.5 sans-serif;margin:2em auto;max-width:75em;padding:0 1em}
+table{border-collapse:collapse;margin:1em 0}
+td,th{border-bottom:1px solid #ddd;padding:.2em .7em;text-align:right}
+td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}img{max-width:100%}
+</style></head><body><h1>Retrieval benchmark</h1>
+{% for text in paragraphs %}<p>{{ text }}</p>{% endfor %}
+<h2>Recall against speed</h2>
+<img alt="Recall against speed" src="data:image/png;base64,{{ image }}">
+{% for title, cells in tables if cells %}
+{% if title %}<h2>{{ title }}</h2>{% endif %}<table>
+<tr>{% for cell in cells[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for line in cells[1:] %}
+<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endfor %}
+<ul>{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>
+</body></html>
+""")
 
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
@@ -156,25 +171,15 @@ def write_benchmark(directory: epath.PathLike, benchmark: Benchmark) -> None:
 
 def page(benchmark: Benchmark, png: bytes) -> str:
   """Returns one HTML page that needs no other file."""
-  image = base64.b64encode(png).decode("ascii")
-  paragraphs = [
-    f"<p>{html.escape(text)}</p>" for text in benchmark.summary().split("\n\n")
-  ]
-  notes = "".join(f"<li>{html.escape(note)}</li>" for note in benchmark.notes)
-  tables = [_html(_speed_cells(benchmark))]
-  if cells := _question_cells(benchmark):
-    tables += ["<h2>Questions</h2>", _html(cells)]
-  return "\n".join([
-    '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
-    f"<title>Retrieval benchmark</title><style>{_STYLE}</style></head><body>",
-    "<h1>Retrieval benchmark</h1>",
-    *paragraphs,
-    "<h2>Recall against speed</h2>",
-    f'<img alt="Recall against speed" src="data:image/png;base64,{image}">',
-    *tables,
-    f"<ul>{notes}</ul>" if notes else "",
-    "</body></html>\n",
-  ])  # fmt: skip
+  return _PAGE.render(
+    paragraphs=benchmark.summary().split("\n\n"),
+    image=base64.b64encode(png).decode("ascii"),
+    tables=[
+      ("", _speed_cells(benchmark)),
+      ("Questions", _question_cells(benchmark)),
+    ],
+    notes=benchmark.notes,
+  )
 
 
 def picture(benchmark: Benchmark) -> bytes:
@@ -342,15 +347,6 @@ def _markdown(cells: Sequence[Sequence[str]]) -> str:
     f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n"
     for line in lines
   )
-
-
-def _html(cells: Sequence[Sequence[str]]) -> str:
-  lines = []
-  for number, line in enumerate(cells):
-    tag = "td" if number else "th"
-    inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
-    lines.append(f"<tr>{inner}</tr>")
-  return f"<table>{''.join(lines)}</table>"
 
 
 def _row(content: dict[str, Any]) -> Measured:

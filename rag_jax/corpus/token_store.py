@@ -8,8 +8,6 @@ and take no memory. Whoever was interrupted goes on where that stopped.
 from collections.abc import Sequence
 import contextlib
 import json
-import os
-import time
 from typing import Any
 
 from absl import logging
@@ -30,6 +28,7 @@ from rag_jax.corpus.tokenized import find_joining
 from rag_jax.corpus.tokenized import tokenize_rows
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.disk import UnwritableError
+from rag_jax.progress import Progress
 
 KIND = "tokens"
 FORMAT = 1  # raise when the files or the manifest change their meaning
@@ -40,7 +39,6 @@ _COUNTS = ("num_cut", "num_by_ids", "num_tokens", "num_lost")
 _PROGRESS = ".progress.json.tmp"  # ends like a file that is not finished
 _BLOCK_ROWS = 1024  # passages in memory at once
 _PROGRESS_ROWS = 1 << 16  # after so many, work is not lost by an interruption
-_LOG_SECS = 30.0
 _JOINED = {
   "ids": "the ids of title and text, each tokenised alone",
   "text": (
@@ -319,17 +317,22 @@ def _write(
   identity = _identity(passages, tokenizer, length)
   joined_by = find_joining(passages, tokenizer)
   width = length - (tokenizer.bos_id is not None)
-  clock = _Clock(len(passages), directory)
   files = None
   num_done = 0
   try:
     files = _Files(directory, identity, width, tokenizer.largest_id)
-    num_done = clock.start(files.progress["num_done"])
-    while num_done < len(passages):
-      block = passages[num_done : num_done + _BLOCK_ROWS]
-      rows = tokenize_rows(block, tokenizer, length, joined_by)
-      files.append(rows)
-      num_done = clock.tick(num_done + len(block))
+    num_done = files.progress["num_done"]
+    if num_done:
+      logging.info(
+        "%d of %d passages were tokenised in %s before; going on.",
+        *(num_done, len(passages), directory),
+      )
+    with Progress("Tokenised", len(passages), "passages", num_done) as progress:
+      while num_done < len(passages):
+        block = passages[num_done : num_done + _BLOCK_ROWS]
+        files.append(tokenize_rows(block, tokenizer, length, joined_by))
+        num_done += len(block)
+        progress.update(len(block))
     files.finish()
     counts = files.progress
     artifacts.write_manifest(
@@ -358,35 +361,3 @@ def _write(
     " are %s.",
     *(len(passages), directory, counts["num_cut"], length, _JOINED[joined_by]),
   )
-
-
-class _Clock:
-  """Logs now and then how far a long work is."""
-
-  def __init__(self, total: int, directory: epath.Path):
-    self._total = total
-    self._directory = os.fspath(directory)
-    self._first = 0
-    self._started = self._logged = time.monotonic()
-
-  def start(self, num_done: int) -> int:
-    """Notes what was done before; returns it."""
-    self._first = num_done
-    if num_done:
-      logging.info(
-        "%d of %d passages were tokenised in %s before; going on.",
-        *(num_done, self._total, self._directory),
-      )
-    return num_done
-
-  def tick(self, num_done: int) -> int:
-    """Notes how many are done; returns it."""
-    now = time.monotonic()
-    if now - self._logged >= _LOG_SECS and num_done < self._total:
-      self._logged = now
-      speed = (num_done - self._first) / (now - self._started)
-      logging.info(
-        "%d of %d passages tokenised, %.0f a second, %.0f seconds to go.",
-        *(num_done, self._total, speed, (self._total - num_done) / speed),
-      )
-    return num_done

@@ -8,9 +8,7 @@ interrupted, or by how many processes it was shared.
 from collections.abc import Callable
 import dataclasses
 import json
-import math
 import shutil
-import time
 from typing import Any
 
 from absl import logging
@@ -22,6 +20,7 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.disk import UnwritableError
 from rag_jax.processes import wait_for_all
+from rag_jax.progress import Progress
 from rag_jax.retrieval import exact
 from rag_jax.retrieval.embeddings import EmbeddingFile
 from rag_jax.retrieval.embeddings import StoredEmbeddings
@@ -34,7 +33,6 @@ from rag_jax.retrieval.retriever import PassageTokens
 # Named like files that are not finished, which no manifest lists.
 _PLAN = ".plan.json.tmp"  # what the shards in a directory are of
 _DONE = ".done.tmp"  # folder with a file for each finished shard
-_REPORT_SECS = 10.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,17 +117,18 @@ def embed_corpus(
     )
   wait_for_all("embedding: everyone knows what is missing")
   params = embedder.place(retriever_params)
-  progress = _Progress(sum(len(job.rows(i)) for i in mine))
-  for shard in mine:
-    rows = job.rows(shard)
-    embeddings = embedder.rows(
-      params, passage_tokens, np.array(rows), progress.add
-    )
-    _check_numbers(embeddings, rows)
-    file.write(rows.start, embeddings)
-    digest = file.digest(rows.start, rows.stop)
-    artifacts.write_atomically(_marker(directory, shard), digest)
-    on_shard(shard)
+  todo = sum(len(job.rows(i)) for i in mine)
+  with Progress("Embedded", todo, "passages") as progress:
+    for shard in mine:
+      rows = job.rows(shard)
+      embeddings = embedder.rows(
+        params, passage_tokens, np.array(rows), progress.update
+      )
+      _check_numbers(embeddings, rows)
+      file.write(rows.start, embeddings)
+      digest = file.digest(rows.start, rows.stop)
+      artifacts.write_atomically(_marker(directory, shard), digest)
+      on_shard(shard)
   wait_for_all("embedding: everything is embedded")
   return open_embeddings(directory)
 
@@ -248,32 +247,4 @@ def _check_numbers(embeddings: np.ndarray, rows: range) -> None:
       f"The embeddings of {len(bad)} of {len(rows)} passages hold NaN,"
       f" infinity or huge numbers: passages {named}. Expected finite numbers."
       " Check the encoder's weights. The shards before are kept."
-    )
-
-
-class _Progress:
-  """Says at the first batch, and now and then, how far the work is."""
-
-  def __init__(self, num_passages: int):
-    self._todo = num_passages
-    self._done = 0
-    self._start = time.monotonic()
-    self._last = -math.inf
-
-  def add(self, num_passages: int) -> None:
-    self._done += num_passages
-    now = time.monotonic()
-    if now - self._last < _REPORT_SECS and self._done < self._todo:
-      return
-    self._last = now
-    rate = self._done / max(now - self._start, 1e-9)
-    left = int((self._todo - self._done) / rate)
-    logging.info(
-      "Embedded %d of %d passages (%.0f%%), %.0f passages/s, %d:%02d left.",
-      self._done,
-      self._todo,
-      100 * self._done / self._todo,
-      rate,
-      left // 60,
-      left % 60,
     )

@@ -14,11 +14,12 @@ One checkpoint is one folder, named by its step:
 Orbax checks neither: it restores a flipped bit, or casts to another dtype,
 without a word. So the manifest has the digests, and each array's shape and
 dtype. Orbax ignores it, as its items are subfolders; lying in the folder of its
-step, it is copied and deleted with it. Digests are checked when a checkpoint is
-read, never when another one is written.
+step, it is copied and deleted with it. Digests are made while training goes on,
+and checked when a checkpoint is read.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 import contextlib
 import itertools
 import json
@@ -57,6 +58,7 @@ class Checkpointer:
   and no sooner, so that there is always one to resume from.
 
   Of several processes, all call `save`, on a directory that all of them see.
+  Whatever reads or writes checkpoints waits for a save that still runs.
   """
 
   def __init__(
@@ -82,6 +84,8 @@ class Checkpointer:
     self._process_index = process_index
     self._reported: set[int] = set()  # incomplete steps that were logged
     self._whole: set[int] = set()  # steps whose files were checked already
+    self._thread = futures.ThreadPoolExecutor(1)
+    self._saving: futures.Future[None] | None = None
     python_logging.getLogger("absl").addFilter(_orbax_warnings_only)
 
   def save(
@@ -92,11 +96,13 @@ class Checkpointer:
     metric: float | None = None,
     loss: float | None = None,
   ) -> None:
-    """Writes one checkpoint; it is complete when this returns.
+    """Copies the state off the devices, and begins to write a checkpoint.
+
+    It is complete when `wait` returns.
 
     Args:
       step: names the checkpoint.
-      state: any pytree of `jax.Array`.
+      state: any pytree of `jax.Array`, which may be donated afterwards.
       extra: what JSON can hold. Tuples come back as lists, keys as strings.
       metric: how good it is, more is better. Not finite counts as None.
       loss: of the step. Where no metric says which checkpoint is best, the one
@@ -104,13 +110,15 @@ class Checkpointer:
         are all bad.
 
     Raises:
-      UnwritableError: it could not be written. What was saved before stays.
+      UnwritableError: it, or the checkpoint before, could not be written. What
+        was saved earlier stays.
       TypeError: a leaf of `state` is no `jax.Array`, or JSON cannot hold
         `extra`.
       ValueError: `step` is negative, or has a complete checkpoint already.
     """
     if step < 0:
       raise ValueError(f"step={step} must be at least 0; it names a folder.")
+    self.wait()
     check_state(state)
     check_extra(extra)
     if not math.isfinite(metric or 0.0):
@@ -138,21 +146,44 @@ class Checkpointer:
       "loss": loss,
       "arrays": arrays_of(state),
     }
+    self._whole.discard(step)
     with _saying_what_to_do(folder):
-      with self._manager(create=True) as manager:
-        manager.save(step, args=items, force=True)  # the caller chose the step
+      manager = self._manager(create=True)
+      manager.save(step, args=items, force=True)  # the caller chose the step
+    self._saving = self._thread.submit(self._complete, manager, step, content)
+
+  def _complete(
+    self, manager: ocp.CheckpointManager, step: int, content: dict[str, Any]
+  ) -> None:
+    """Writes the digests of a step once orbax is done; removes old steps."""
+    folder = self._folder(step)
+    with _saying_what_to_do(folder):
+      with manager:
         manager.wait_until_finished()
       if self._process_index == 0:
         artifacts.write_manifest(
           folder, kind=_KIND, format=FORMAT, content=content
         )
-    self._whole.discard(step)
-    if self._process_index == 0:
-      self._remove_old(step)
-    wait_for_all("checkpoint: saved")
+        self._remove_old(step)
+
+  def wait(self) -> None:
+    """Returns once every save is complete.
+
+    Raises:
+      UnwritableError: the last one could not be written.
+    """
+    saving, self._saving = self._saving, None
+    if saving is not None:
+      saving.result()
+
+  def close(self) -> None:
+    """Ends the use of the directory, once every save is complete."""
+    self._thread.shutdown()
+    self.wait()
 
   def steps(self) -> list[int]:
     """Returns the steps that have a complete checkpoint, ascending."""
+    self.wait()
     complete, incomplete = self._find()
     for step in incomplete:
       if step not in self._reported:
@@ -172,9 +203,7 @@ class Checkpointer:
 
   def best_step(self) -> int | None:
     """Returns the step with the highest metric; of equal ones, the later."""
-    metrics = {step: self.metric(step) for step in self.steps()}
-    rated = [(m, step) for step, m in metrics.items() if m is not None]
-    return max(rated)[1] if rated else None
+    return self._best_of(self.steps())
 
   def newest_whole(
     self, problem: Callable[[int, dict[str, Any]], str] = lambda step, extra: ""
@@ -201,14 +230,10 @@ class Checkpointer:
     If none with a metric is, the newest. What is damaged is treated as by
     `newest_whole`, which has the errors too.
     """
-
-    def best_first() -> list[int]:
-      metrics = {step: self.metric(step) for step in self.steps()}
-      rated = sorted((m, s) for s, m in metrics.items() if m is not None)
-      others = [step for step, m in metrics.items() if m is None]
-      return [step for _, step in reversed(rated)] + others[::-1]
-
-    return self._first_whole(best_first, lambda step, extra: "")
+    return self._first_whole(
+      lambda: sorted(self.steps(), key=self._rank, reverse=True),
+      lambda step, extra: "",
+    )
 
   def set_aside_after(self, step: int) -> None:
     """Renames the checkpoints after `step`, as 250.left, and says so.
@@ -280,13 +305,6 @@ class Checkpointer:
     # Not by orbax, in which processes wait for each other: one alone may ask.
     return read_settings(self._folder(step) / _EXTRA_FILE)
 
-  def wait(self) -> None:
-    """Returns once every save is complete: at once, as `save` waits itself."""
-
-  def close(self) -> None:
-    """Ends the use of the directory, once every save is complete."""
-    self.wait()
-
   def _folder(self, step: int) -> epath.Path:
     return self._directory / str(step)
 
@@ -304,7 +322,7 @@ class Checkpointer:
           mode=ocp.options.AtomicityMode.COMMIT_FILE
         ),
         create=create,
-        enable_async_checkpointing=False,
+        enable_async_checkpointing=create,
         # Reads nothing of the other steps, any of which may be damaged.
         lightweight_initialize=True,
         save_root_metadata=False,
@@ -326,6 +344,15 @@ class Checkpointer:
   def metric(self, step: int) -> float | None:
     """Returns the metric of a complete step, without checking its files."""
     return self._noted(step, "metric")
+
+  def _rank(self, step: int) -> tuple[bool, float, int]:
+    """Returns a key to sort steps by: first those without a metric."""
+    metric = self.metric(step)
+    return (metric is not None, metric or 0.0, step)
+
+  def _best_of(self, steps: list[int]) -> int | None:
+    rated = [step for step in steps if self.metric(step) is not None]
+    return max(rated, key=self._rank, default=None)
 
   def _noted(self, step: int, name: str) -> Any:
     """Returns what the manifest of a complete step says, unchecked."""
@@ -461,11 +488,11 @@ class Checkpointer:
   def _remove_old(self, saved: int) -> None:
     """Removes all but the last few, the best and what was just saved."""
     complete, incomplete = self._find()
-    best = self.best_step()
+    best = self._best_of(complete)
     if best is None:
       losses = {step: self._noted(step, "loss") for step in complete}
-      rated = [(x, step) for step, x in losses.items() if x is not None]
-      best = min(rated)[1] if rated else None
+      rated = [step for step in complete if losses[step] is not None]
+      best = min(rated, key=lambda step: losses[step], default=None)
     keep = {saved, best, *complete[-self._keep_last :]}
     old = [step for step in complete if step not in keep]
     for step in old + [step for step in incomplete if step < saved]:

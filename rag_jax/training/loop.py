@@ -142,8 +142,10 @@ class _Run:
 
   def close(self) -> None:
     self._versions.close()
-    self._checkpoints.close()
     self._writer.close()
+    self._checkpoints.close()
+    if self._kept_indexes:
+      self._remove_indexes([])
 
   def all_stages(
     self, stages: list[Stage], resume_from: int | None = None
@@ -477,22 +479,22 @@ class _Run:
     kept_state = in_step.without_tokens(state)
     metric = values.get(_BEST)
     name = stage.first_step + step
+    if versions:
+      self._remove_indexes(index_versions)
+      self._kept_indexes[name] = index_versions
     self._checkpoints.save(name, kept_state, extra, metric, loss)
     if self._is_best(values):
       self._best = metric
-    if versions:
-      self._kept_indexes[name] = index_versions
-      versions.remove_except(self._indexes_of_checkpoints())
 
-  def _indexes_of_checkpoints(self) -> set[int]:
-    """Returns the versions that a checkpoint could be resumed with."""
-    needed: set[int] = set()
+  def _remove_indexes(self, in_use: Sequence[int]) -> None:
+    """Removes the versions that no checkpoint could be resumed with."""
+    needed = set(in_use)
     for step in self._checkpoints.steps():
       if step not in self._kept_indexes:
         found = self._checkpoints.peek_extra(step)
         self._kept_indexes[step] = found.get("index_versions", [])
       needed.update(self._kept_indexes[step])
-    return needed
+    self._versions.remove_except(needed)
 
 
 def _is_due(step: int, every: int, last: bool) -> bool:

@@ -4,20 +4,18 @@ In: --workdir and the config of the run. Out: a `Workdir` that this run alone
 writes to, and whose checkpoints belong to the same experiment.
 """
 
-import datetime
-import fcntl
-import json
 import os
-import socket
 import stat
 from typing import Any
 
 from absl import logging
 from etils import epath
+import filelock
 import jax
 
 from rag_jax import artifacts
 from rag_jax import disk
+from rag_jax.building import take_lock
 from rag_jax.config import Config
 from rag_jax.config_json import differences
 from rag_jax.config_json import read_config
@@ -70,11 +68,11 @@ class Workdir:
   def __init__(
     self,
     path: epath.PathLike,
-    lock: int | None = None,
+    lock: filelock.BaseFileLock | None = None,
     made: tuple[epath.Path, ...] = (),
   ):
     self.path = epath.Path(path)
-    self._lock = lock  # file descriptor
+    self._lock = lock
     self._made = made  # folders that this run made, the deepest first
 
   @property
@@ -120,8 +118,7 @@ class Workdir:
   def close(self) -> None:
     """Lets another run use the folder. The lock file stays."""
     if self._lock is not None:
-      os.close(self._lock)  # which releases the lock
-      self._lock = None
+      self._lock.release()
 
   def begin(self) -> None:
     """Says that something is learned from now on, and stays whatever comes."""
@@ -340,8 +337,8 @@ def _not_writable(path: epath.Path, error: OSError) -> ValueError:
   )
 
 
-def _lock(path: epath.Path) -> int | None:
-  """Returns the descriptor that holds the lock; None where there are none."""
+def _lock(path: epath.Path) -> filelock.BaseFileLock | None:
+  """Returns the lock of a folder, taken; None in a bucket."""
   if not artifacts.is_local(path):
     logging.info(
       "%s is in a bucket, which has no locks: make sure that no other run"
@@ -349,54 +346,13 @@ def _lock(path: epath.Path) -> int | None:
       path,
     )
     return None
-  file = disk.open_own(
-    path / LOCK, os.O_RDWR | os.O_CREAT, remedy=_REMOVE, writes=True
+  return take_lock(
+    path / LOCK,
+    busy=f"--workdir={path} is in use by another run",
+    expected="one run in a folder at a time. Wait until it ends, stop it, or"
+    " choose another --workdir.",
+    remedy=_REMOVE,
   )
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    holder = _holder(os.pread(file, 4096, 0))
-    os.close(file)
-    raise ValueError(
-      f"--workdir={path} is in use by another run: {holder}. Expected one run"
-      " in a folder at a time. Wait until it ends, stop it, or choose another"
-      " --workdir."
-    ) from None
-  except OSError as error:  # some network file systems
-    os.close(file)
-    logging.warning(
-      "The file system of %s has no locks (%s): make sure that no other run"
-      " writes there.",
-      path,
-      error,
-    )
-    return None
-  since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-  # In this order: a reader finds nothing, or all of it.
-  os.ftruncate(file, 0)
-  os.pwrite(
-    file,
-    json.dumps(
-      {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": since,
-      }
-    ).encode(),
-    0,
-  )
-  return file
-
-
-def _holder(text: bytes) -> str:
-  """Returns who wrote the lock file."""
-  try:
-    holder: dict[str, Any] = json.loads(text)
-    return (
-      f"pid {holder['pid']} on host {holder['host']}, since {holder['since']}"
-    )
-  except (ValueError, KeyError, TypeError):
-    return "one that has only just started"  # and has not written who it is
 
 
 def _check_config(

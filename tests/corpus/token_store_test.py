@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rag_jax import artifacts
+from rag_jax import progress
 from rag_jax.config import DataConfig
 from rag_jax.corpus import token_store
 from rag_jax.corpus import tokenized as tokenized_lib
@@ -341,10 +342,10 @@ def test_a_full_disk_is_said_and_what_was_written_stays(
 
 
 def test_long_work_says_how_far_it_is(tokenizer, tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(token_store, "_LOG_SECS", 0.0)
+  monkeypatch.setattr(progress, "LOG_SECS", 0.0)
   with caplog.at_level("INFO"):
     write_tokens(tmp_path / "t", PASSAGES, tokenizer, LENGTH)
-  assert "7 of 60 passages tokenised, " in caplog.text
+  assert "Tokenised 7 of 60 passages (12%), " in caplog.text
   assert "60 passages tokenised in" in caplog.text
   assert "cut; rows are the ids of title and text, each" in caplog.text
 

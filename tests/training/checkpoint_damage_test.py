@@ -48,6 +48,7 @@ def three(directory):
   checkpointer = Checkpointer(directory, keep_last=3)
   for step in (10, 20, 30):
     checkpointer.save(step, make_state(step), EXTRA | {"position": step})
+  checkpointer.close()
   return Checkpointer(directory, keep_last=3)
 
 
@@ -177,6 +178,7 @@ def test_what_was_cut_off_goes_with_the_old_checkpoints(three, directory):
   (directory / "30" / "manifest.json").unlink()
   (directory / "50").mkdir()
   three.save(40, make_state(40), EXTRA)
+  three.close()
   assert sorted(os.listdir(directory)) == ["10", "20", "40", "50"]
 
 
@@ -187,11 +189,13 @@ from rag_jax.training.checkpoint import Checkpointer
 directory, event, part = sys.argv[1:]
 checkpointer = Checkpointer(directory, keep_last=1)
 checkpointer.save(1, {"x": jnp.full(1000, 1.0)}, {"position": 1})
+checkpointer.wait()
 def hook(name, args):
   if name == event and part in str(args[0]):
     os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(hook)
 checkpointer.save(2, {"x": jnp.full(1000, 2.0)}, {"position": 2})
+checkpointer.close()
 """
 
 
@@ -219,6 +223,7 @@ def test_kill_9_leaves_a_checkpoint_to_resume_from(
   assert extra == {"position": survivor}
   assert np.all(np.asarray(state["x"]) == survivor)
   checkpointer.save(3, {"x": jnp.full(1000, 3.0)}, {})
+  checkpointer.close()
   assert sorted(os.listdir(directory)) == ["3"]
 
 
@@ -239,6 +244,7 @@ def test_the_newest_whole_checkpoint_is_found_and_others_are_set_aside(
   assert extra["position"] == 10
   three.save(20, make_state(20), EXTRA)
   three.save(30, make_state(30), EXTRA)
+  three.close()
   flip(files_of(directory, 30)[0])  # once more
   assert Checkpointer(directory, keep_last=3).newest_whole() == 20
   assert (directory / "30.damaged1").exists()
@@ -303,6 +309,10 @@ def test_without_a_metric_the_calmest_checkpoint_is_kept(directory):
 # Of threads in orbax, which ends before they do.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_one_message_and_leaves_what_was_saved(three, directory):
+  def save_whole():
+    three.save(40, make_state(40), EXTRA)
+    three.wait()
+
   with (
     full_disk(2000),
     pytest.raises(
@@ -311,7 +321,7 @@ def test_a_full_disk_is_one_message_and_leaves_what_was_saved(three, directory):
       r".* goes on from the checkpoint before\.$",
     ) as error,
   ):
-    three.save(40, make_state(40), EXTRA)
+    save_whole()
   assert "Traceback" not in str(error.value)
   assert len(str(error.value).splitlines()) == 1
   again = Checkpointer(directory, keep_last=3)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 
 import flax.struct
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from rag_jax import artifacts
 from rag_jax.training import checkpoint as checkpoint_lib
 from rag_jax.training.checkpoint import Checkpointer
 
@@ -76,12 +78,15 @@ def three(directory):
   checkpointer = Checkpointer(directory, keep_last=3)
   for step in (10, 20, 30):
     checkpointer.save(step, make_state(step), EXTRA | {"position": step})
+  checkpointer.close()
   return Checkpointer(directory, keep_last=3)
 
 
 def test_state_and_extra_come_back_bit_for_bit(directory):
   state = make_state()
-  Checkpointer(directory, keep_last=1).save(3, state, EXTRA, metric=0.5)
+  checkpointer = Checkpointer(directory, keep_last=1)
+  checkpointer.save(3, state, EXTRA, metric=0.5)
+  checkpointer.close()
   got, extra = Checkpointer(directory, keep_last=1).restore(abstract(state))
   assert_bit_equal(got, state)
   assert extra == EXTRA
@@ -99,7 +104,8 @@ def test_floats_that_are_no_numbers_come_back_too(directory):
 
 def test_restore_puts_arrays_where_the_abstract_state_says(directory):
   state = make_state()
-  Checkpointer(directory, keep_last=1).save(3, state, EXTRA)
+  checkpointer = Checkpointer(directory, keep_last=1)
+  checkpointer.save(3, state, EXTRA)
   mesh = jax.make_mesh(
     (1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2
   )
@@ -109,7 +115,7 @@ def test_restore_puts_arrays_where_the_abstract_state_says(directory):
   target.params["encoder"]["kernel"] = jax.ShapeDtypeStruct(
     (64, 64), jnp.float32, sharding=rows
   )
-  got, _ = Checkpointer(directory, keep_last=1).restore(target)
+  got, _ = checkpointer.restore(target)
   assert_bit_equal(got, state)
   assert got.params["encoder"]["kernel"].sharding == rows
   assert got.step.sharding == replicated
@@ -288,9 +294,37 @@ def test_orbax_logs_warnings_but_no_info(directory, caplog):
   ]
 
 
-def test_wait_and_close_can_be_called_after_a_save(directory):
+def test_a_state_can_be_donated_while_it_is_saved(directory):
+  update = jax.jit(
+    lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0
+  )
+  state = {"x": jnp.arange(1 << 20, dtype=jnp.float32), "step": jnp.int32(0)}
+  checkpointer = Checkpointer(directory, keep_last=9)
+  for step in range(3):
+    checkpointer.save(step, state, {})
+    target = abstract(state)
+    state = jax.block_until_ready(update(update(state)))
+  for step in range(3):
+    got, _ = checkpointer.restore(target, step)
+    expected = np.arange(1 << 20, dtype=np.float32) + 2 * step
+    np.testing.assert_array_equal(np.asarray(got["x"]), expected)
+    assert int(got["step"]) == 2 * step
+
+
+def test_a_save_returns_before_its_digests_are_made(directory, monkeypatch):
+  may_go_on = threading.Event()
+  write_manifest = artifacts.write_manifest
+
+  def slow(*args, **kwargs):
+    may_go_on.wait(60)
+    write_manifest(*args, **kwargs)
+
+  monkeypatch.setattr(artifacts, "write_manifest", slow)
   checkpointer = Checkpointer(directory, keep_last=1)
   checkpointer.save(0, {"x": jnp.ones(2)}, {})
+  assert not (directory / "0" / "manifest.json").exists()
+  may_go_on.set()
   checkpointer.wait()
+  assert (directory / "0" / "manifest.json").exists()
   checkpointer.close()
   assert Checkpointer(directory, keep_last=1).latest_step() == 0

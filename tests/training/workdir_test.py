@@ -17,7 +17,6 @@ from rag_jax import artifacts
 from rag_jax.config import Config
 from rag_jax.config_json import from_json
 from rag_jax.config_json import to_json
-from rag_jax.training import workdir as workdir_lib
 from rag_jax.training.workdir import open_workdir
 
 HOLDER = """
@@ -348,10 +347,10 @@ def test_two_runs_in_one_process_are_refused_until_the_first_closes(path):
   open_workdir(path, Config()).close()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 3}', "\xff"])
 def test_a_lock_without_a_name_in_it_is_refused_all_the_same(path, content):
   with open_workdir(path, Config()):
-    (path / ".lock").write_text(content)
+    (path / ".lock").write_text(content, "latin-1")
     with pytest.raises(ValueError, match="one that has only just started"):
       open_workdir(path, Config())
 
@@ -381,7 +380,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
   def no_locks(file, operation):
     raise OSError(37, "No locks available")
 
-  monkeypatch.setattr(workdir_lib.fcntl, "flock", no_locks)
+  monkeypatch.setattr("fcntl.flock", no_locks)
   open_workdir(path, Config()).close()
   assert "has no locks ([Errno 37] No locks available)" in caplog.text
 
