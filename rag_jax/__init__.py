@@ -1,4 +1,71 @@
-"""Retrieval-augmented generation in JAX: p(y|x) = sum_z p(z|x) p(y|x,z)."""
+"""Retrieval-augmented generation in JAX: p(y|x) = sum_z p(z|x) p(y|x,z).
+
+This is what the commands do (`rag-jax --help` lists them), from Python. Each
+name has a docstring with its arguments and errors.
+
+Documents become a directory that can be searched. `BuildConfig` says how they
+are split, embedded and indexed. Update the directory when documents change:
+
+  import rag_jax
+
+  directory = rag_jax.SearchDirectory.build(
+    "documents/",
+    "hf:sentence-transformers/all-MiniLM-L6-v2",
+    "runs/documents",
+    rag_jax.BuildConfig(storage="bfloat16"),
+  )
+  report = directory.update(upsert="documents/", delete=["house.md"])
+  print(report.text())
+
+  directory = rag_jax.SearchDirectory.open("runs/documents")
+  hits = directory.search("when does the contract end?", mode="hybrid")[0]
+  for hit in hits:
+    print(hit.score, hit.passage.title, hit.passage.text)
+
+A run trains retriever and generator together and measures the result. Every
+setting is a field of its `Config`. The same call again continues a run that was
+interrupted:
+
+  config = rag_jax.load_config("configs/quickstart.py")
+  config.seed = 1
+  config.generator.pointer = False  # which transformers does not have
+  results = rag_jax.train(config, "runs/quickstart")
+  print(results["test/exact_match"])
+
+A pipeline answers with what a run has trained, or with a RAG checkpoint of
+transformers:
+
+  pipeline = rag_jax.RagPipeline.load("runs/quickstart")
+  answer = pipeline.answer("What is the capital of France?")[0]
+  print(answer.text, answer.log_prob, answer.docs[0].title)
+  print(rag_jax.evaluate(pipeline, "questions.jsonl")["test/exact_match"])
+
+  rag_jax.export("runs/quickstart", "exports/quickstart")
+  print(rag_jax.load_checkpoint("exports/quickstart").report)
+  pipeline = rag_jax.RagPipeline.from_checkpoint(
+    "exports/quickstart",
+    "documents/",
+    mode="rag_sequence",
+    generation={"num_beams": 4, "max_new_tokens": 20},
+  )
+
+`RagDecoder` is one way to decode any generator, with the settings of
+transformers and their meaning:
+
+  experiment = pipeline.experiment
+  settings = rag_jax.GenerationSettings(
+    num_beams=4,
+    max_new_tokens=20,
+    eos_token_id=experiment.tokenizer.eos_id,
+  )
+  decoder = rag_jax.RagDecoder(
+    experiment.model.generator, settings, "rag_sequence_fast"
+  )
+  pipeline = rag_jax.RagPipeline(
+    experiment, pipeline.params, pipeline.index, decoder
+  )
+  print(pipeline.answer("What is the capital of France?")[0].text)
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

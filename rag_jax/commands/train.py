@@ -1,4 +1,4 @@
-r"""Trains retriever and generator together, and measures the result.
+r"""Trains retriever and generator together, and measures them.
 
   python tools/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 

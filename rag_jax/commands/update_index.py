@@ -1,4 +1,4 @@
-r"""Updates what tools/build_index.py made: documents come, change and go.
+r"""Updates documents in what tools/build_index.py made.
 
   python tools/update_index.py --index=runs/index --upsert=documents/
   python tools/update_index.py --index=runs/index --delete=old.md,notes/b.txt
