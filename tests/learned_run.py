@@ -10,17 +10,10 @@ import json
 import pathlib
 from typing import Any
 
+from rag_jax.api.runs import train
 from rag_jax.config import Config
 from rag_jax.corpus.passages import BUNDLED
-from rag_jax.data.experiment import open_experiment
 from rag_jax.data.questions import SPLITS
-from rag_jax.data.questions import Question
-from rag_jax.data.questions import load_questions
-from rag_jax.decoding.answerer import Answerer
-from rag_jax.evaluation.evaluate import Evaluator
-from rag_jax.evaluation.finish import finish
-from rag_jax.training.loop import train
-from rag_jax.training.workdir import open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,22 +73,15 @@ def make_config(root: pathlib.Path, seed: int = 0) -> Config:
   c.train.validate_steps = 0  # only at the end
   c.train.checkpoint_steps = 0
   c.eval.batch_size = 32
+  c.eval.num_validation = 32
   return c
 
 
 def train_run(root: pathlib.Path, seed: int = 0) -> LearnedRun:
-  """Trains as tools/train.py does, in `root`."""
+  """Trains in `root`."""
   write_corpus(root)
-  config, path = make_config(root, seed), root / "run"
-  with open_workdir(path, config) as workdir:
-    experiment = open_experiment(config, tokenizer_path=workdir.tokenizer)
-    evaluator = Evaluator(experiment, Answerer(experiment))
-    validate = evaluator.validator(_questions(root, "validation")[:32])
-    clock = train(experiment, _questions(root, "train"), workdir, validate)
-    results = finish(
-      experiment, workdir, _questions(root, "test"), evaluator, clock
-    )
-  return LearnedRun(path, root / "passages.jsonl", results)
+  results = train(make_config(root, seed), root / "run")
+  return LearnedRun(root / "run", root / "passages.jsonl", results)
 
 
 def write_corpus(root: pathlib.Path) -> None:
@@ -103,10 +89,6 @@ def write_corpus(root: pathlib.Path) -> None:
   _copy(root, "passages", "id", ("/capital", "/region"))
   for split in SPLITS:
     _copy(root, split, "relation", ("capital", "continent"))
-
-
-def _questions(root: pathlib.Path, split: str) -> tuple[Question, ...]:
-  return load_questions(str(root), split)
 
 
 def _copy(

@@ -18,6 +18,8 @@ from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import pytest
 
+from rag_jax.api import configs
+from rag_jax.api import runs
 from rag_jax.config import Config
 from rag_jax.config_rules import validate as validate_config
 from rag_jax.data.experiment import Experiment
@@ -26,7 +28,6 @@ from rag_jax.data.questions import Question
 from rag_jax.data.questions import load_questions
 from rag_jax.decoding.answerer import Answerer
 from rag_jax.evaluation.evaluate import Evaluator
-from rag_jax.evaluation.finish import finish
 from rag_jax.training import loop
 from rag_jax.training.checkpoint import Checkpointer
 from rag_jax.training.in_step import abstract_index
@@ -37,7 +38,6 @@ from rag_jax.training.stages import stage_optimizer
 from rag_jax.training.state import abstract_state
 from rag_jax.training.state import init_params
 from rag_jax.training.state import make_state
-from rag_jax.training.workdir import open_workdir
 
 PASSAGES = 40
 WARMUP_STEPS, STEPS = 4, 12
@@ -117,9 +117,7 @@ class Tiny:
 
   def config(self, **changes: object) -> Config:
     """Returns the config with `section__name=value` changed."""
-    scope: dict[str, Any] = {}
-    exec(self.config_file.read_text(), scope)
-    config = scope["get_config"]()
+    config = configs.load_config(self.config_file)
     for name, value in changes.items():
       section, _, field = name.rpartition("__")
       setattr(getattr(config, section) if section else config, field, value)
@@ -152,7 +150,10 @@ class Tiny:
     resume_from: int | None = None,
     spoil: Callable[[int, dict], dict] = lambda step, metrics: metrics,
   ) -> "Run":
-    """Runs what is left of a run, as tools/train.py does.
+    """Runs what is left of a run with `rag_jax.train`.
+
+    What takes long is done once for all runs: opening the experiment and
+    compiling.
 
     Args:
       path: the workdir.
@@ -166,33 +167,30 @@ class Tiny:
     """
     experiment, answerer, compiled = self.open(config)
     run = Run(self, path, config, experiment, compiled)
-    evaluator = Evaluator(experiment, answerer)
-    if measure:
-      validate = evaluator.validator(self.split("validation"))
-    with (
-      open_workdir(path, config, resume_from=resume_from) as workdir,
-      pytest.MonkeyPatch.context() as patch,
-      self.compiling(),
-    ):
-      experiment.tokenizer.save(workdir.tokenizer)
+    finish = runs.finish
+
+    def opened(config: Config, *, tokenizer_path: Any, **_: Any) -> Experiment:
+      experiment.tokenizer.save(tokenizer_path)
+      return experiment
+
+    def finished(*args: Any) -> dict[str, Any]:
+      run.clock = args[4]
+      return finish(*args) if measure else {}
+
+    with pytest.MonkeyPatch.context() as patch, self.compiling():
+      patch.setattr(runs, "open_experiment", opened)
+      patch.setattr(runs, "Answerer", lambda _: answerer)
+      patch.setattr(runs, "finish", finished)
+      if not measure:
+        measured = validate or find_nothing
+        patch.setattr(Evaluator, "validator", lambda *_: measured)
       patch.setattr(loop, "compile_update", _compile_once(compiled, spoil))
       if stop_at:
         patch.setattr(MetricWriter, "write", _write_and_stop(*stop_at))
       try:
-        run.clock = loop.train(
-          experiment,
-          self.split("train"),
-          workdir,
-          validate or find_nothing,
-          resume_from,
-        )
+        run.results = runs.train(config, path, resume_from=resume_from)
       except StoppedEarlyError as stopped:
         run.stopped = stopped
-      if measure:
-        assert run.clock is not None
-        run.results = finish(
-          experiment, workdir, self.split("test"), evaluator, run.clock
-        )
     return run
 
   @contextlib.contextmanager

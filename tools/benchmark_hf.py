@@ -15,16 +15,15 @@ import pathlib
 import time
 from typing import Any
 
-from absl import app
 from absl import flags
 import benchmark_report
-import command
 from etils import epath
 import jax
 
 from rag_jax.artifacts import write_atomically
 from rag_jax.benchmarks import trace_costs
 from rag_jax.benchmarks.machine import describe_machine
+from rag_jax.commands import command
 
 _SIZES = flags.DEFINE_list("sizes", ["base"], "Of tiny, base and large.")
 _CASES = flags.DEFINE_list("cases", [], "What to measure; empty: everything.")
@@ -106,8 +105,6 @@ def _profile(case: Any, folder: pathlib.Path) -> None:
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   _prepare()
   folder = pathlib.Path(_PROFILE_DIR.value or "").expanduser()
   folder /= time.strftime(f"{_PROFILE.value}-%Y%m%d-%H%M%S")

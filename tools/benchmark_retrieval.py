@@ -20,10 +20,8 @@ faiss-cpu). Tuned systems are tuned with half of the questions and measured with
 the others.
 """
 
-from absl import app
 from absl import flags
 from absl import logging
-import command
 
 from rag_jax.benchmarks.growth import GrowthSettings
 from rag_jax.benchmarks.growth import benchmark_growth
@@ -34,6 +32,7 @@ from rag_jax.benchmarks.run import BenchmarkSettings
 from rag_jax.benchmarks.run import benchmark_directory
 from rag_jax.benchmarks.run import benchmark_embeddings
 from rag_jax.benchmarks.systems import SYSTEMS
+from rag_jax.commands import command
 from rag_jax.evaluation.answers import VARIANTS
 
 _DEFAULT = BenchmarkSettings(systems=SYSTEMS)
@@ -75,8 +74,6 @@ _SPEED_SECS = flags.DEFINE_float(
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   settings = BenchmarkSettings(
     answers=_ANSWERS.value,
     systems=tuple(_SYSTEMS.value or ()),
@@ -98,7 +95,7 @@ def main(argv: list[str]) -> None:
   elif all(arrays) and not any(directory):
     benchmark = benchmark_embeddings(files[0], arrays[1], settings)
   else:
-    raise app.UsageError(
+    raise ValueError(
       "Give --index and --questions, or --embeddings and --question_embeddings."
     )
   if _OUTPUT.value:

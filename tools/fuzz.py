@@ -17,11 +17,11 @@ import sys
 import tempfile
 import time
 
-from absl import app
 from absl import flags
 from absl import logging
-import command
 import fuzz_targets
+
+from rag_jax.commands import command
 
 _ALL = list(fuzz_targets.TARGETS)
 _TARGET = flags.DEFINE_multi_enum("target", _ALL, _ALL, "What reads.")
@@ -36,8 +36,6 @@ _ROUND = 200  # cases of a target before the next has its turn
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   logging.set_verbosity(logging.ERROR)
   limit = _MEMORY.value << 30
   resource.setrlimit(resource.RLIMIT_AS, (limit << 2, limit << 2))

@@ -11,11 +11,10 @@ they hold. Another run writes the same bytes.
 from collections import Counter
 import pathlib
 
-from absl import app
 from absl import flags
-import command
 import gazetteer
 
+from rag_jax.commands import command
 from rag_jax.corpus.passages import BUNDLED
 
 _OUTPUT = flags.DEFINE_string(
@@ -33,8 +32,6 @@ def _lengths(texts: list[str]) -> str:
 
 def main(argv: list[str]) -> None:
   """Makes the corpus, writes it and prints what it holds."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   facts = gazetteer.make_world_facts(gazetteer.read_geonames())
   output = pathlib.Path(_OUTPUT.value)
   output.mkdir(parents=True, exist_ok=True)

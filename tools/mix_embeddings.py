@@ -15,15 +15,14 @@ the two. questions.npy is what --questions embeds to; these are in no mixture.
 
 import itertools
 
-from absl import app
 from absl import flags
 from absl import logging
-import command
 from etils import epath
 import numpy as np
 
 from rag_jax.benchmarks.vectors import long_and_short_texts
 from rag_jax.benchmarks.vectors import mix_embeddings
+from rag_jax.commands import command
 from rag_jax.corpus.documents import read_documents
 from rag_jax.corpus.report import BadRecords
 from rag_jax.evaluation.judged_questions import read_judged_questions
@@ -47,8 +46,6 @@ flags.mark_flags_as_required(_NAMES)
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unexpected arguments: {argv[1:]}.")
   output = epath.Path(_OUTPUT.value or "").expanduser()
   output.mkdir(parents=True, exist_ok=True)
   encoder = open_checkpoint(_ENCODER.value or "", "question")

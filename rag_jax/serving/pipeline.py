@@ -45,6 +45,10 @@ class RagPipeline:
   print(answer.text, answer.docs[0].title, answer.docs[0].posterior)
 
   Attributes:
+    experiment: the config, the passages, the tokenizers and the model.
+    params: of the model.
+    index: over the embeddings of the passages; None: closed book.
+    answerer: what retrieves, reads and writes.
     least_score: what the best passage of 99.5 % of the validation questions
       scores at least; -inf: not known. See `explanation.is_sure`.
   """
@@ -58,10 +62,10 @@ class RagPipeline:
     least_score: float = -math.inf,
   ):
     self.least_score = least_score
-    self._experiment = experiment
-    self._params = params
-    self._index = index
-    self._answerer = Answerer(experiment, decoder)
+    self.experiment = experiment
+    self.params = params
+    self.index = index
+    self.answerer = Answerer(experiment, decoder)
 
   @classmethod
   def load(
@@ -206,16 +210,16 @@ class RagPipeline:
       raise ValueError(
         f"n_docs={n_docs}; expected 1 or more, or 0 for as many as in training."
       )
-    if n_docs and self._index is None:
+    if n_docs and self.index is None:
       raise ValueError(
         f"n_docs={n_docs}, but this model was trained closed book"
         " (data.n_docs=0) and reads no documents. Leave n_docs away."
       )
-    n_docs = n_docs or self._experiment.config.data.n_docs
-    check_n_docs(n_docs, self._experiment.passages)
-    return self._answerer.answer(
-      self._params,
-      self._index,
+    n_docs = n_docs or self.experiment.config.data.n_docs
+    check_n_docs(n_docs, self.experiment.passages)
+    return self.answerer.answer(
+      self.params,
+      self.index,
       questions,
       n_docs=n_docs,
       on_text=on_text,

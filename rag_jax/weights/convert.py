@@ -15,13 +15,15 @@ from rag_jax.weights.card import read_results
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_generator
 from rag_jax.weights.export import export_rag
+from rag_jax.weights.load import ENCODER_KINDS
 from rag_jax.weights.load import Where
-from rag_jax.weights.load import checkpoint_kind
+from rag_jax.weights.load import load_checkpoint
 from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_generator
 from rag_jax.weights.load import load_rag
 from rag_jax.weights.loaded import LoadedEncoder
 from rag_jax.weights.loaded import LoadedGenerator
+from rag_jax.weights.loaded import LoadedRag
 from rag_jax.weights.model_files import save_model
 from rag_jax.weights.report import Report
 from rag_jax.weights.saved import SavedModel
@@ -31,9 +33,6 @@ from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
 from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
 from rag_jax.weights.tokenizer_files import copy_tokenizer
 
-ENCODER_KINDS = (
-  "dpr_question", "dpr_context", "bert", "sentence_transformers"
-)  # fmt: skip
 KINDS = ("rag_token", "rag_sequence", "generator", *ENCODER_KINDS)
 
 
@@ -49,29 +48,25 @@ def import_checkpoint(where: Where, output: Where, origin: str = "") -> Report:
     FileNotFoundError: there is no checkpoint, or a part of it is missing.
     ValueError: it is damaged or of an unsupported architecture.
   """
-  kind = checkpoint_kind(where)
+  loaded = load_checkpoint(where)
   parts: dict[str, LoadedEncoder | LoadedGenerator]
   content: dict[str, Any] = {"from": origin or os.fspath(where)}
-  if kind == "rag":
-    rag = load_rag(where)
-    parts = {"encoder": rag.question_encoder, "generator": rag.generator}
-    content["settings"] = dataclasses.asdict(rag.settings)
-    content["kind"] = f"rag_{rag.settings.kind}"
-    content["tied"] = rag.tied
-    if rag.passage_encoder is not None and not rag.tied:
-      content["passage_encoder"] = rag.passage_encoder.fields
-    params, report = rag.params, rag.report
-  elif kind in ENCODER_KINDS:
-    role = "passage" if kind == "dpr_context" else "question"
-    encoder = load_encoder(where, role)
-    parts = {"encoder": encoder}
-    content["kind"] = encoder.kind
-    params, report = {"question_encoder": encoder.params}, encoder.report
+  if isinstance(loaded, LoadedRag):
+    parts = {"encoder": loaded.question_encoder, "generator": loaded.generator}
+    content["settings"] = dataclasses.asdict(loaded.settings)
+    content["kind"] = f"rag_{loaded.settings.kind}"
+    content["tied"] = loaded.tied
+    if loaded.passage_encoder is not None and not loaded.tied:
+      content["passage_encoder"] = loaded.passage_encoder.fields
+    params = loaded.params
+  elif isinstance(loaded, LoadedEncoder):
+    parts = {"encoder": loaded}
+    content["kind"] = loaded.kind
+    params = {"question_encoder": loaded.params}
   else:
-    generator = load_generator(where)
-    parts = {"generator": generator}
+    parts = {"generator": loaded}
     content["kind"] = "generator"
-    params, report = {"generator": generator.params}, generator.report
+    params = {"generator": loaded.params}
   folders = {"encoder": QUESTION_TOKENIZER, "generator": GENERATOR_TOKENIZER}
   output = pathlib.Path(output)
   for name, part in parts.items():
@@ -84,7 +79,7 @@ def import_checkpoint(where: Where, output: Where, origin: str = "") -> Report:
     else:
       content["max_tokens"] = part.max_tokens
   save_model(output, params, content)
-  return report
+  return loaded.report
 
 
 def check_output(source: Where, output: Where, *, overwrite: bool) -> None:

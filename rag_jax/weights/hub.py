@@ -34,8 +34,8 @@ def download(name: str) -> str:
 def download_pickles(name: str) -> str:
   """Adds to what `download` fetched the weights that are a pickle.
 
-  For tools/, which convert them; the library never reads one. Arguments and
-  errors are those of `download`.
+  For api/pickles.py, which converts them; nothing else reads one. Arguments
+  and errors are those of `download`.
   """
   return _download(name, _PICKLES)
 

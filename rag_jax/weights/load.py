@@ -42,6 +42,10 @@ from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
 from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
 from rag_jax.weights.tokenizer_files import find_tokenizer
 
+ENCODER_KINDS = (
+  "dpr_question", "dpr_context", "bert", "sentence_transformers"
+)  # fmt: skip
+
 Role = Literal["question", "passage"]
 Where = str | os.PathLike[str]
 
@@ -116,6 +120,30 @@ def load_rag(where: Where) -> LoadedRag:
     generator=rag.load_generator(),
     settings=rag.settings(),
   )
+
+
+def load_checkpoint(
+  where: Where,
+) -> LoadedRag | LoadedEncoder | LoadedGenerator:
+  """Returns all that a checkpoint holds, whatever it is.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint, or a part of it is missing.
+    ValueError: it is damaged, of an unsupported architecture, or its parts do
+      not fit together.
+  """
+  if is_ours(where):
+    saved = read_saved(where)
+    if saved.generator is None:
+      passages = saved.kind == "dpr_context"
+      return saved.load_encoder("passage" if passages else "question")
+    return saved.load_rag() if saved.encoder else saved.load_generator()
+  kind = checkpoint_kind(where)
+  if kind in ENCODER_KINDS:
+    return load_encoder(
+      where, "passage" if kind == "dpr_context" else "question"
+    )
+  return load_rag(where) if kind == "rag" else load_generator(where)
 
 
 def has_passage_encoder(where: Where) -> bool:

@@ -8,13 +8,13 @@ import json
 import pickle
 
 import numpy as np
-import pickles
 from processes import run_tool
 import pytest
 import small_hf_rag as small
 import small_search
 import torch
 
+from rag_jax.api import pickles
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.serving.pipeline import RagPipeline
 from rag_jax.weights.directory import open_directory
@@ -58,7 +58,7 @@ def converted(saved, tmp_path_factory):
 
 
 def text_of(ids, pipeline):
-  return [pipeline._experiment.tokenizer.tokens([i])[0] for i in ids]
+  return [pipeline.experiment.tokenizer.tokens([i])[0] for i in ids]
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])

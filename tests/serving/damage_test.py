@@ -12,12 +12,12 @@ from rag_jax.serving.pipeline import RagPipeline
 def served(path):
   """Returns all that decides an answer or a number; nothing is compiled."""
   pipeline = RagPipeline.load(path)
-  experiment = pipeline._experiment
-  index = pipeline._index
+  experiment = pipeline.experiment
+  index = pipeline.index
   vectors = np.random.default_rng(0).normal(size=(2, index.embedding_dim))
   return (
     experiment.config,
-    fingerprint(pipeline._params),
+    fingerprint(pipeline.params),
     experiment.token_ids,
     experiment.tokenizer.decode_hf(range(5, 60)),
     [np.array(x).tolist() for x in index.search(vectors.astype("f4"), 5)],

@@ -1,13 +1,13 @@
 """The command that trains, given what is wrong: a message, not a stack trace.
 
-Run as a program, this file imports tools/train.py once and then runs it in a
+Run as a program, this file imports the command once and then runs it in a
 fork for each line of its input: importing takes seconds, and the many commands
 that shall fail take less.
 """
 
 import collections
 import gc
-import importlib.util
+import importlib
 import json
 import os
 import pathlib
@@ -361,10 +361,8 @@ def test_another_shape_than_the_checkpoint_s_is_refused(command, checkpoints):
 
 def serve():
   """Runs tools/train.py once a line of the input, and prints its exit code."""
-  sys.path.insert(0, str(TOOL.parent))  # as Python does for a script
-  spec = importlib.util.spec_from_file_location("train", TOOL)
-  train = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(train)
+  train = importlib.import_module("rag_jax.commands.train")
+  runs = importlib.import_module("rag_jax.api.runs")
   importlib.import_module("transformers")  # which takes long as well
   gc.freeze()  # a fork shall not look through all of it when it ends
   for line in sys.stdin:
@@ -383,7 +381,7 @@ def serve():
       # As in a terminal; started in the background, Python ignores Ctrl-C.
       signal.signal(signal.SIGINT, signal.default_int_handler)
       if case.get("interrupted"):
-        train.load_questions = lambda *_: signal.raise_signal(signal.SIGINT)
+        runs.load_questions = lambda *_: signal.raise_signal(signal.SIGINT)
       train.run()  # which exits
     _, status = os.waitpid(child, 0)
     sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")

@@ -1,31 +1,28 @@
-"""How a tool begins and ends: its help, what it prints, what went wrong.
+"""How a command begins and ends: its help, what it prints, what went wrong.
 
-In: the `main` of a tool. Out: its exit status; 0 for --help, 1 for what a user
-can mend, with a message instead of a stack trace.
+In: the `main` of a command, or of a script in tools/. Out: its exit status; 0
+for --help, 1 for what a user can mend, with a message instead of a stack trace.
 
-Everything that a tool prints or logs goes through rag_jax/terminal.py, so that
-no passage, id or question can control the terminal.
+Everything that a command prints or logs goes through rag_jax/terminal.py, so
+that no passage, id or question can control the terminal.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import ctypes
-import dataclasses
-import os
 import pathlib
 import re
 import signal
 import sys
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from absl import app
 from absl import flags
 
 from rag_jax import terminal
+from rag_jax.commands import COMMANDS
+from rag_jax.commands import PROGRAM
 from rag_jax.corpus.records import check_text
-from rag_jax.retrieval.bm25 import Bm25Settings
-from rag_jax.retrieval.bm25 import check_settings
-from rag_jax.retrieval.bm25 import read_stop_words
 
 # Numbers of malloc.h. One heap for all threads, since only the first of them
 # grows by more than 64 MB; nothing outside of it, nothing given back.
@@ -40,17 +37,18 @@ _MENDABLE = (
 
 _HELP = re.compile(r"--?(?:h|\?|help|helpshort|helpfull)(?:=true)?")
 
-# Before libraries are imported: what TensorFlow and XLA say of their start is
-# for nobody who uses a tool.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+# What messages and examples call the commands.
+_TOOL = re.compile(
+  "(?:python )?tools/"
+  f"({'|'.join(name.replace('-', '_') for name in COMMANDS)})\\.py"
+)
 
 FIT_HYBRID = (
   "Questions with known passages or answers, to weigh embeddings and words with"
   " in hybrid search; the weights, and which mode is best, are kept."
 )
 
-# The flags defined here are those of the tools that ask for them.
+# The flags defined here are those of the commands that ask for them.
 flags.disclaim_key_flags()
 
 
@@ -69,9 +67,9 @@ def keep_freed_memory() -> None:
       mallopt(parameter, value)
 
 
-def define_word_flags() -> Callable[[Bm25Settings], Bm25Settings]:
-  """Defines the flags of BM25; returns what puts those given into settings."""
-  given = {
+def define_word_flags() -> Callable[[], dict[str, Any]]:
+  """Defines the flags of BM25; returns what gives the values of those given."""
+  flags_by_name = {
     "stemmer": flags.DEFINE_string(
       "stemmer", None, "BM25: the language whose word endings are cut off."
     ),
@@ -88,14 +86,11 @@ def define_word_flags() -> Callable[[Bm25Settings], Bm25Settings]:
       "b", None, "BM25: how much long passages are marked down, 0 to 1."
     ),
   }
-
-  def settings(defaults: Bm25Settings) -> Bm25Settings:
-    values = {k: f.value for k, f in given.items() if f.value is not None}
-    if "stop_words" in values:
-      values["stop_words"] = read_stop_words(values["stop_words"])
-    return check_settings(dataclasses.replace(defaults, **values))
-
-  return settings
+  return lambda: {
+    name: flag.value
+    for name, flag in flags_by_name.items()
+    if flag.value is not None
+  }
 
 
 def questions(arguments: Sequence[str]) -> Iterator[str]:
@@ -117,6 +112,16 @@ def questions(arguments: Sequence[str]) -> Iterator[str]:
       yield text.strip()
 
 
+def as_called(text: str) -> str:
+  """Returns `text` with the commands named as this one was called.
+
+  "python tools/train.py" is "rag-jax train" for who called `rag-jax`.
+  """
+  if not sys.argv[0].startswith(f"{PROGRAM} "):
+    return text
+  return _TOOL.sub(lambda m: f"{PROGRAM} {m[1].replace('_', '-')}", text)
+
+
 def run(
   main: Callable[[list[str]], None],
   *,
@@ -126,25 +131,35 @@ def run(
 ) -> None:
   """Runs `main` with the flags of the command line.
 
-  With --debug, where a tool has that flag, every error shows where it came
+  With --debug, where a command has that flag, every error shows where it came
   from.
 
   Args:
-    main: of the tool.
-    arguments: what the tool takes beside flags, as its usage line shows it.
+    main: of the command, in the module that defines its flags.
+    arguments: what the command takes beside flags, as its usage line shows it;
+      "": nothing.
     check: of the arguments, before absl reads them.
     interrupted: what Ctrl-C prints.
   """
   sys.stdout = cast(TextIO, terminal.PrintableStream(sys.stdout))
   terminal.clean_log()
+
+  def checked(argv: list[str]) -> None:
+    if len(argv) > 1 and not arguments:
+      raise ValueError(
+        f"Unexpected arguments: {argv[1:]}. Expected flags alone, such as"
+        " --NAME=VALUE; --help lists them. Remove the rest."
+      )
+    main(argv)
+
   try:
     given = sys.argv[1:]
     flags_alone = given[: given.index("--")] if "--" in given else given
     if any(_HELP.fullmatch(argument) for argument in flags_alone):
-      print(_help(arguments, full="full" in "".join(flags_alone)))
+      print(_help(main, arguments, full="full" in "".join(flags_alone)))
       return
     check(given)
-    app.run(main)
+    app.run(checked)
   except KeyboardInterrupt:
     if interrupted:
       print(interrupted, file=sys.stderr)
@@ -152,21 +167,28 @@ def run(
   except _MENDABLE as error:
     if "--debug" in sys.argv:
       raise
-    message = f"{type(error).__name__}: {error}"
+    message = as_called(f"{type(error).__name__}: {error}")
     print(terminal.printable(message), file=sys.stderr)
     sys.exit(1)
 
 
-def _help(arguments: str, *, full: bool) -> str:
-  """Returns the usage line, what the tool does with examples, its flags."""
-  known = flags.FLAGS
+def _help(
+  main: Callable[[list[str]], None], arguments: str, *, full: bool
+) -> str:
+  """Returns the usage line, what the command does with examples, its flags."""
+  known, module = flags.FLAGS, sys.modules[main.__module__]
+  # absl knows the flags of a script by its path.
+  owner = sys.argv[0] if main.__module__ == "__main__" else main.__module__
   required = [
     f"--{flag.name}={flag.name.upper()}"
-    for flag in known.get_key_flags_for_module(sys.argv[0])
+    for flag in known.get_key_flags_for_module(owner)
     if any("other than None" in v.message for v in flag.validators)
   ]
-  name = pathlib.Path(sys.argv[0]).name
-  usage = ["usage: python", f"tools/{name}", *required, "[--FLAG=VALUE ...]"]
-  text = known.get_help() if full else known.main_module_help()
-  about = (sys.modules["__main__"].__doc__ or "").strip()
-  return "\n\n".join([" ".join([*usage, arguments]).strip(), about, text])
+  called = f"python tools/{pathlib.Path(sys.argv[0]).name}"
+  if sys.argv[0].startswith(f"{PROGRAM} "):
+    called = sys.argv[0]
+  usage = " ".join(["usage:", called, *required, "[--FLAG=VALUE ...]"])
+  text = known.get_help() if full else known.module_help(owner)
+  text = text.replace(f"{owner}:", f"{called}:", 1)
+  about = as_called((module.__doc__ or "").strip())
+  return "\n\n".join([f"{usage} {arguments}".strip(), about, text])

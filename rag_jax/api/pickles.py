@@ -1,8 +1,9 @@
 """Weights that are there as a pickle alone, as safetensors.
 
 In: a checkpoint, a directory or a name of the hub. Out: one that rag_jax reads.
-The library itself never reads a pickle. Here torch does, with its loader of
-weights alone (weights_only=True), which builds tensors and refuses the rest.
+Nothing else in the library reads a pickle, or imports torch. Here torch does,
+with its loader of weights alone (weights_only=True), which builds tensors and
+refuses the rest.
 """
 
 import os

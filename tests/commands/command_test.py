@@ -1,4 +1,4 @@
-"""How every tool begins and ends: --help, what is printed, what went wrong."""
+"""How each command begins and ends: help, what is printed, what went wrong."""
 
 import ast
 import os
@@ -16,12 +16,13 @@ TOOLS = sorted(
   for path in (ROOT / "tools").glob("*.py")
   if '__name__ == "__main__"' in path.read_text()
 )
+COMMANDS = ROOT / "rag_jax" / "commands"
 TOOL = '''"""Does a thing.
 
   python tools/thing.py --input=FILE
 """
 from absl import flags
-import command
+from rag_jax.commands import command
 INPUT = flags.DEFINE_string("input", None, "What is read.")
 flags.mark_flag_as_required("input")
 def main(argv):
@@ -35,6 +36,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
 def test_every_tool_runs_by_command_and_has_an_example(path):
   text = path.read_text()
+  if (COMMANDS / path.name).exists():  # what rag-jax runs too
+    assert f"from rag_jax.commands.{path.stem} import run\n" in text
+    text = (COMMANDS / path.name).read_text()
   example = f"  python tools/{path.name}"
   assert example in (ast.get_docstring(ast.parse(text), clean=False) or "")
   assert "command.run(" in text
@@ -50,7 +54,7 @@ def run(tmp_path_factory):
   def run_thing(*arguments):
     return subprocess.run(
       [sys.executable, path, *arguments],
-      env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
       capture_output=True,
       encoding="utf-8",
       check=False,
@@ -100,7 +104,7 @@ ASKS = '''"""Asks.
 
   python tools/asks.py QUESTION
 """
-import command
+from rag_jax.commands import command
 def main(argv):
   for question in command.questions(argv[1:]):
     print(ascii(question))
@@ -124,7 +128,7 @@ def test_a_question_that_is_not_utf8_is_named_by_its_place(
   (tmp_path / "asks.py").write_text(ASKS)
   done = subprocess.run(
     [os.fsencode(sys.executable), tmp_path / "asks.py", *arguments],
-    env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
     input=given,
     capture_output=True,
     check=False,
@@ -144,7 +148,7 @@ import resource
 import sys
 import threading
 
-import command
+from rag_jax.commands import command
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
@@ -179,7 +183,7 @@ def test_freed_memory_is_kept_when_asked():
   def faults(how):
     done = subprocess.run(
       [sys.executable, "-c", _STEPS, how],
-      env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
       capture_output=True,
       encoding="utf-8",
       check=True,

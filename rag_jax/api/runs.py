@@ -1,0 +1,168 @@
+"""A run from its config to its results, and results of what was trained.
+
+In: a config and a workdir; or a model and questions. Out: metrics; the workdir
+of a run then holds what `RagPipeline.load` opens.
+
+This is the one place that knows data, training, decoding and evaluation.
+"""
+
+from collections.abc import Mapping, Sequence
+import os
+import pathlib
+from typing import Any
+
+from absl import logging
+from etils import epath
+import jax
+
+from rag_jax.api.arguments import check_type
+from rag_jax.api.arguments import path_of
+from rag_jax.config import Config
+from rag_jax.config_rules import validate
+from rag_jax.data.experiment import open_experiment
+from rag_jax.data.initial import load_initial
+from rag_jax.data.questions import SPLITS
+from rag_jax.data.questions import Question
+from rag_jax.data.questions import load_questions
+from rag_jax.data.questions import read_questions
+from rag_jax.decoding.answerer import Answerer
+from rag_jax.evaluation.evaluate import Evaluator
+from rag_jax.evaluation.evaluate import choose
+from rag_jax.evaluation.finish import finish
+from rag_jax.serving.pipeline import RagPipeline
+from rag_jax.training import loop
+from rag_jax.training.banner import banner
+from rag_jax.training.workdir import open_workdir
+
+_WORKDIR = "a folder for what the run writes, for instance 'runs/first'"
+_MODEL = (
+  "a RagPipeline, or the workdir of a run that has ended, for instance"
+  " 'runs/quickstart'"
+)
+_QUESTIONS = (
+  "a file of questions with answers, a folder with a file per split, or a list"
+  " of rag_jax.Question"
+)
+
+
+def train(
+  config: Config,
+  workdir: epath.PathLike,
+  *,
+  resume_from: int | None = None,
+  overridden: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """Trains, or continues, the run in `workdir`; measures and saves the model.
+
+  A run that was interrupted continues from its newest checkpoint that is whole,
+  and ends with the same parameters. Of a run that has ended, the model is only
+  measured again. In a process on each host of a pod, call
+  `jax.distributed.initialize()` before, and give all the same arguments.
+
+  Args:
+    config: of the experiment, a `Config`. It is not changed.
+    workdir: the folder that gets checkpoints, metrics.jsonl, TensorBoard files,
+      and at the end model, index, results.json and learning_curves.png.
+    resume_from: step of a checkpoint to go back to, with other learning rates
+      and the like. Later checkpoints are set aside.
+    overridden: what `config` was before somebody changed it, by names like
+      "optimizer.peak_lr". Other settings then count as defaults that a
+      checkpoint named in `init_from` can replace. None: all that is set was
+      chosen for these checkpoints.
+
+  Returns:
+    What results.json holds: "test/exact_match", "test/token_f1" and others, by
+    name.
+
+  Raises:
+    StoppedEarlyError: SIGTERM or Ctrl-C asked to stop; everything is saved.
+    FloatingPointError: the loss is not finite any more.
+    FileNotFoundError: a file that the config names is not there.
+    ValueError: a setting is not possible; a file cannot be used; the workdir is
+      in use or of another experiment; or the index finds too little.
+    TypeError: `config` is no `Config`.
+  """
+  path = path_of("workdir", workdir, _WORKDIR)
+  if resume_from is not None:
+    check_type("resume_from", resume_from, int, "the step of a checkpoint")
+  config, initial = load_initial(validate(config), overridden)
+  with open_workdir(
+    path, config, process_index=jax.process_index(), resume_from=resume_from
+  ) as run:
+    questions = {
+      split: load_questions(config.data.questions, split) for split in SPLITS
+    }
+    experiment = open_experiment(
+      config,
+      tokenizer_path=run.tokenizer,
+      tokens_path=run.tokens,
+      initial=initial,
+    )
+    logging.info("%s", banner(experiment, run.path, questions))
+    evaluator = Evaluator(experiment, Answerer(experiment))
+    validation = choose(
+      questions["validation"], config.eval.num_validation, config.seed
+    )
+    clock = loop.train(
+      experiment,
+      questions["train"],
+      run,
+      evaluator.validator(validation),
+      resume_from,
+    )
+    test = choose(questions["test"], config.eval.num_test, config.seed)
+    return finish(experiment, run, test, evaluator, clock, validation)
+
+
+def evaluate(
+  model: RagPipeline | epath.PathLike,
+  questions: epath.PathLike | Sequence[Question] = "",
+  *,
+  split: str = "test",
+) -> dict[str, float]:
+  """Returns how well a model answers questions whose answers are known.
+
+  Args:
+    model: a `RagPipeline`, or the workdir of a run that has ended.
+    questions: a file in a format that training reads; a folder with a file per
+      split, or another value of the setting data.questions; or `Question`s. "":
+      those of the model's config.
+    split: of them: "train", "validation" or "test". The names of the metrics
+      begin with it.
+
+  Returns:
+    By name, each from 0 to 1: "test/exact_match" with its 95 % interval
+    ("test/exact_match_low", "test/exact_match_high"), "test/token_f1",
+    "test/answer_recall_at_5" and, of the index against exact search,
+    "test/index_recall_at_5"; exact match and recall also for each relation. And
+    the numbers "test/num_questions" and "test/questions_per_second".
+
+  Raises:
+    FileNotFoundError: something named is not there.
+    ValueError: it cannot be used, there are no questions, or the index finds
+      less than the setting index.min_recall.
+    TypeError: an argument is of another type.
+  """
+  if split not in SPLITS:
+    raise ValueError(f"split={split!r}; expected one of {list(SPLITS)}.")
+  if not isinstance(model, RagPipeline):
+    model = RagPipeline.load(path_of("model", model, _MODEL))
+  evaluator = Evaluator(model.experiment, model.answerer)
+  asked = _questions(questions or model.experiment.config.data.questions, split)
+  return evaluator.evaluate(model.params, model.index, asked, split)
+
+
+def _questions(
+  questions: epath.PathLike | Sequence[Question], split: str
+) -> Sequence[Question]:
+  """Returns the questions that are given, or those of a file or folder."""
+  if isinstance(questions, (str, os.PathLike)):
+    source = os.fspath(questions)
+    if pathlib.Path(source).expanduser().is_file():
+      return read_questions(source)
+    return load_questions(source, split)
+  check_type("questions", questions, (list, tuple), _QUESTIONS)
+  for number, question in enumerate(questions):
+    name = f"questions[{number}]"
+    check_type(name, question, Question, "a rag_jax.Question")
+  return questions

@@ -1,0 +1,15 @@
+"""What `rag-jax` runs: a module per command, with its flags and its `main`."""
+
+import os
+
+# Before libraries are imported: what TensorFlow and XLA say of their start is
+# for nobody who uses a command.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+PROGRAM = "rag-jax"
+
+# In the order in which they are listed. The module of "build-index" is
+# build_index.py, and tools/build_index.py runs the same `main`.
+COMMANDS = (
+  "train", "ask", "build-index", "search", "update-index", "convert-hf",
+)  # fmt: skip

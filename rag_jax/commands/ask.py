@@ -1,0 +1,172 @@
+r"""Asks a trained model, and shows what it read.
+
+  python tools/ask.py --workdir=runs/quickstart "What is the capital of France?"
+  python tools/ask.py --model=hf:facebook/rag-token-nq --corpus=documents/ \
+      "What is the capital of France?"
+
+--workdir is a run that has ended; --model a RAG checkpoint, a directory in the
+layout of transformers or as tools/convert_hf.py writes it, or a name of the
+hub. --corpus is a folder or file of documents or passages, which are embedded
+at each start, or what tools/build_index.py wrote, whose embeddings are kept.
+A model answers as transformers does, by its own generation_config.json.
+
+Several questions are several arguments. With `-`, questions are read from
+standard input, one a line; with no question, at a prompt. --json prints one
+JSON object an answer. --corpus=edited.jsonl answers from other passages without
+training again. Writes nothing but the programs that it compiled, into the
+user's cache directory (~/.cache/rag_jax); with --model, also a model whose
+weights are a pickle alone.
+"""
+
+from collections.abc import Iterator
+import os
+import pathlib
+import sys
+import time
+
+from absl import flags
+from absl import logging
+
+from rag_jax.api import pickles
+from rag_jax.commands import command
+from rag_jax.decoding.rag import MODES
+from rag_jax.serving.corpora import is_search_directory
+from rag_jax.serving.explanation import SURE
+from rag_jax.serving.explanation import explain
+from rag_jax.serving.explanation import to_json
+from rag_jax.serving.open_model import default_passage_encoder
+from rag_jax.serving.pipeline import RagPipeline
+from rag_jax.training.workdir import keep_compiled
+from rag_jax.weights.hub import HUB_PREFIX
+from rag_jax.weights.saved import is_workdir
+
+_WORKDIR = flags.DEFINE_string("workdir", "", "Of a finished training run.")
+_SURE = flags.DEFINE_float(
+  "sure", SURE, "Answers of a lower probability are called unsure.", 0.0, 1.0
+)
+_MODEL = flags.DEFINE_string(
+  "model", "", "A RAG checkpoint instead: a directory, or hf:ORG/NAME."
+)
+_CORPUS = flags.DEFINE_string(
+  "corpus", "", "What to answer from; '': the passages of the run."
+)
+_PASSAGE_ENCODER = flags.DEFINE_string(
+  "passage_encoder", "", "Checkpoint that embeds the corpus for --model, where"
+  " it holds none; '' for facebook/rag-*: their DPR encoder.",
+)  # fmt: skip
+_N_DOCS = flags.DEFINE_integer(
+  "n_docs", 0, "Passages to read for a question; 0: as many as in training."
+)
+_NUM_BEAMS = flags.DEFINE_integer(
+  "num_beams", 0, "Of the search, 1 is greedy; 0: as the model says."
+)
+_MODE = flags.DEFINE_enum(
+  "mode", "", ["", *MODES], "How to decode; '': as the model was trained."
+)
+_HF_PARITY = flags.DEFINE_bool(
+  "hf_parity", True, "With --model, answer as transformers does where it has a"
+  " defect; --no... ranks by the likelihood of the answers.",
+)  # fmt: skip
+_CACHE_DIR = flags.DEFINE_string(
+  "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a line.")
+
+
+def _prompt() -> Iterator[str]:
+  """Yields what a person types, until an empty line or the end."""
+  print("Ask a question; an empty line ends.", file=sys.stderr)
+  while True:
+    print("> ", end="", file=sys.stderr, flush=True)  # not among the answers
+    try:
+      question = input()
+    except (EOFError, KeyboardInterrupt):
+      return
+    if not question.strip():
+      return
+    yield question
+
+
+def _questions(arguments: list[str]) -> Iterator[str]:
+  if arguments:
+    yield from command.questions(arguments)
+  else:
+    yield from _prompt()
+
+
+def _open() -> RagPipeline:
+  """Returns what is asked, a run or a checkpoint.
+
+  Raises:
+    ValueError: none of the two is named, both are, or the corpus is missing.
+  """
+  workdir, model = _WORKDIR.value or "", _MODEL.value or ""
+  if bool(workdir) == bool(model):
+    raise ValueError(
+      f"--workdir={workdir!r} and --model={model!r}: expected one of them, a"
+      " run that has ended or a RAG checkpoint. For instance"
+      " --workdir=runs/quickstart, or --model=hf:facebook/rag-token-nq"
+      " --corpus=documents/."
+    )
+  if model and not model.startswith(HUB_PREFIX) and is_workdir(model):
+    workdir, model = model, ""
+  beams, mode = _NUM_BEAMS.value or 0, _MODE.value or ""
+  if beams < 0:
+    raise ValueError(
+      f"--num_beams={beams}; expected 1 or more, or 0 for as many as the model"
+      " says."
+    )
+  generation = {"num_beams": beams} if beams else {}
+  if workdir:
+    keep_compiled(_CACHE_DIR.value or "")
+    return RagPipeline.load(
+      workdir, corpus=_CORPUS.value, mode=mode, generation=generation
+    )
+  corpus, passages_of = _CORPUS.value or "", _PASSAGE_ENCODER.value or ""
+  if not corpus:
+    raise ValueError(
+      f"--model={model} has no passages of its own; expected --corpus: a folder"
+      " or file to answer from, or what tools/build_index.py wrote."
+    )
+  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+  cache = cache.expanduser() / "rag_jax"
+  keep_compiled(_CACHE_DIR.value or "")
+  model = pickles.converted(os.path.expanduser(model), cache / "converted")
+  if not (passages_of or is_search_directory(corpus)):
+    passages_of = default_passage_encoder(model)
+  if passages_of:
+    passages_of = pickles.converted(
+      os.path.expanduser(passages_of), cache / "converted"
+    )
+  return RagPipeline.from_checkpoint(
+    model,
+    corpus,
+    passage_encoder=passages_of,
+    mode=mode,
+    generation=generation,
+    hf_parity=_HF_PARITY.value,
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  if not flags.FLAGS["verbosity"].present:
+    # Answers alone; --verbosity=0 also says how long each took.
+    logging.set_verbosity(logging.WARNING)
+  pipeline = _open()
+  for number, question in enumerate(_questions(argv[1:])):
+    start = time.perf_counter()
+    answer = pipeline.answer(question, n_docs=_N_DOCS.value)[0]
+    logging.info("Answered in %.3f s.", time.perf_counter() - start)
+    if _JSON.value:
+      print(to_json(answer, _SURE.value, pipeline.least_score), flush=True)
+      continue
+    print(f"{'' if not number else chr(10)}{question}")
+    print(
+      explain(answer, _SURE.value, pipeline.least_score), end="", flush=True
+    )
+
+
+def run() -> None:
+  """Runs `main`."""
+  command.run(main, arguments="[QUESTION ... | -]")

@@ -1,0 +1,167 @@
+r"""Makes a folder or file of text searchable.
+
+  python tools/build_index.py --corpus=documents/ \
+      --encoder=hf:sentence-transformers/all-MiniLM-L6-v2 --output=runs/index
+  python tools/search.py --index=runs/index "what does the contract say?"
+
+--corpus is a folder of .txt, .md and .html files (and .rst, .ipynb, .pdf and
+.docx, with `pip install 'rag-jax[documents]'`), a .jsonl, .json, .tsv or
+.csv file (also BEIR's, SQuAD's, DPR's), or a name such as tfds:beir/nfcorpus.
+--encoder is a directory or a name of the hub: DPR, BERT or
+sentence-transformers.
+A passage is as much of a section as the encoder reads; --split changes that.
+
+An interrupted build goes on where it was when the same command is given again.
+At the end stands the certificate: what the index was measured to find.
+"""
+
+import dataclasses
+
+from absl import flags
+from absl import logging
+from etils import epath
+
+from rag_jax.api.search_directory import SearchDirectory
+from rag_jax.api.search_directory import word_settings
+from rag_jax.commands import command
+from rag_jax.corpus.document import FieldNames
+from rag_jax.corpus.records import read_texts
+from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.splitting import SplitConfig
+from rag_jax.retrieval.embeddings import STORAGE
+from rag_jax.search.build import BuildConfig
+from rag_jax.training.workdir import keep_compiled
+
+_SPLIT, _FIELDS, _BUILD = SplitConfig(), FieldNames(), BuildConfig()
+
+_CORPUS = flags.DEFINE_string("corpus", None, "What to search in.")
+_ENCODER = flags.DEFINE_string("encoder", None, "Of passages, and questions.")
+_QUESTION_ENCODER = flags.DEFINE_string(
+  "question_encoder", "", "Of questions alone, for DPR; '': --encoder."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "The directory to write.")
+_QUESTIONS = flags.DEFINE_string(
+  "questions", "", "File of questions, one a line, to certify the index with."
+)
+_METHOD = flags.DEFINE_enum(
+  "split", "fit", ["fit", "words", "sentences", "none"],
+  "Documents into passages: of sections, sentences and lines, as many as the"
+  " encoder reads; of a number of words; of whole sentences; not.",
+)  # fmt: skip
+_SIZE = flags.DEFINE_integer(
+  "split_size", None, "Of a passage. By default as --split=fit says, else 100."
+)
+_UNIT = flags.DEFINE_enum(
+  "split_unit", None, ["words", "tokens"],
+  "Of --split_size. By default tokens with --split=fit, else words.",
+)  # fmt: skip
+_OVERLAP = flags.DEFINE_integer(
+  "split_overlap", _SPLIT.overlap,
+  "Of passages, in whole sentences, with --split=fit or sentences.",
+)  # fmt: skip
+_DROP_ENCODED = flags.DEFINE_bool(
+  "drop_encoded", None,
+  "Leave out base64 and the like, and count it. By default with --split=fit.",
+)  # fmt: skip
+_ON_BAD_RECORD = flags.DEFINE_enum(
+  "on_bad_record", "fail", list(BadRecords.ACTIONS),
+  "Stop at a record that cannot be used, or count it and go on.",
+)  # fmt: skip
+_DUPLICATES = flags.DEFINE_bool(
+  "drop_duplicate_texts", True, "--no... where ids are judged, as BEIR's."
+)
+_ID, _TITLE, _TEXT = (
+  flags.DEFINE_string(f"{name}_field", getattr(_FIELDS, name), "In JSON.")
+  for name in ("id", "title", "text")
+)
+_LENGTH = flags.DEFINE_integer(
+  "passage_length", 0, "Tokens that are embedded; 0: as the encoder says."
+)
+_BATCH = flags.DEFINE_integer(
+  "batch_size", _BUILD.embed_batch_size, "Passages embedded at a time."
+)
+_STORAGE = flags.DEFINE_enum(
+  "storage", "float32", list(STORAGE), "Of the embeddings."
+)
+_KIND = flags.DEFINE_enum(
+  "kind", "auto", ["auto", "exact", "scann"], "auto: ScaNN if it is installed."
+)
+_PER_SHARD = flags.DEFINE_integer(
+  "passages_per_shard", 0, "At most so many in a searcher; 0: one of all."
+)
+_TARGET_RECALL = flags.DEFINE_float(
+  "target_recall",
+  0.0,
+  "Of index_recall@10 that ScaNN is tuned to; 0: it is not.",
+)
+_BM25 = flags.DEFINE_bool("bm25", True, "Index the words too.")
+_FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
+_words = command.define_word_flags()
+_CACHE_DIR = flags.DEFINE_string(
+  "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
+)
+_WAIT = flags.DEFINE_bool(
+  "wait", False, "For another process that writes there, not stop."
+)
+flags.mark_flags_as_required(["corpus", "encoder", "output"])
+
+
+def _split() -> SplitConfig:
+  """Returns how documents are split, where flags are left to --split."""
+  fits = _METHOD.value == "fit"
+  unit = _UNIT.value or ("tokens" if fits else "words")
+  size = _SIZE.value
+  if size is None:
+    size = 0 if fits and unit == "tokens" else _SPLIT.size
+  drops = fits if _DROP_ENCODED.value is None else _DROP_ENCODED.value
+  return dataclasses.replace(
+    _SPLIT,
+    method=_METHOD.value,
+    size=size,
+    unit=unit,
+    overlap=_OVERLAP.value,
+    drop_encoded=drops,
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  output = epath.Path(_OUTPUT.value or "").expanduser()
+  keep_compiled(_CACHE_DIR.value or "")
+  config = BuildConfig(
+    split=_split(),
+    fields=FieldNames(
+      id=_ID.value or "", title=_TITLE.value or "", text=_TEXT.value or ""
+    ),
+    on_bad_record=_ON_BAD_RECORD.value,
+    drop_duplicate_texts=_DUPLICATES.value,
+    passage_length=_LENGTH.value,
+    embed_batch_size=_BATCH.value,
+    storage=_STORAGE.value,
+    target_recall=_TARGET_RECALL.value,
+    bm25=_BM25.value,
+    words=word_settings(**_words()),
+  )
+  config.index.kind = _KIND.value
+  config.index.passages_per_shard = _PER_SHARD.value
+  directory = SearchDirectory.build(
+    _CORPUS.value or "",
+    _ENCODER.value or "",
+    output,
+    config,
+    question_encoder=_QUESTION_ENCODER.value or "",
+    questions=read_texts(_QUESTIONS.value) if _QUESTIONS.value else [],
+    wait=_WAIT.value,
+  )
+  certificate = directory.certificate
+  if _FIT_HYBRID.value and not (certificate and certificate.modes):
+    directory.fit_hybrid(_FIT_HYBRID.value)
+  assert directory.certificate is not None
+  print(directory.certificate.table())
+  print(f"{len(directory.passages)} passages can be searched in {output}.")
+
+
+def run() -> None:
+  """Runs `main`."""
+  logging.set_verbosity(logging.INFO)
+  command.run(main)

@@ -1,0 +1,89 @@
+r"""Trains retriever and generator together, and measures them.
+
+  python tools/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Every setting can be given here: --config.train.num_steps=200. They are all in
+rag_jax/config.py. The workdir gets checkpoints, metrics.jsonl, TensorBoard
+files, and at the end model, index, results.json and learning_curves.png. The
+same command again goes on from the last checkpoint; Ctrl-C saves one first.
+"""
+
+import os
+import sys
+from typing import Any
+
+from absl import flags
+import jax
+from ml_collections import config_flags
+
+from rag_jax import config_json
+from rag_jax.api.runs import train
+from rag_jax.artifacts import instead_of
+from rag_jax.commands import command
+from rag_jax.evaluation.report import table
+from rag_jax.training.interrupt import StoppedEarlyError
+from rag_jax.training.workdir import keep_compiled
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written.")
+_CACHE_DIR = flags.DEFINE_string(
+  "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
+)
+flags.DEFINE_bool("debug", False, "Show where an error came from.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "On every host of a pod: join the others first."
+)
+_RESUME_FROM = flags.DEFINE_integer(
+  "resume_from", None, "Step of a checkpoint to go back to, with other learning"
+  " rates and the like. Later checkpoints are set aside.",
+)  # fmt: skip
+_MIN_INDEX_RECALL = flags.DEFINE_float(
+  "min_index_recall", None, "Refuse to train or evaluate with an index that"
+  " finds less, from 0 to 1; the same as --config.index.min_recall.",
+)  # fmt: skip
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  if _DISTRIBUTED.value:
+    jax.distributed.initialize()
+  filename = config_flags.get_config_filename(flags.FLAGS["config"])
+  if not os.path.isfile(filename):
+    raise FileNotFoundError(
+      f"There is no config file {filename}. Expected a Python file with a"
+      " function get_config, like configs/quickstart.py."
+      f" {instead_of(filename)} Correct --config."
+    )
+  if _MIN_INDEX_RECALL.value is not None:
+    _CONFIG.value.index.min_recall = _MIN_INDEX_RECALL.value
+  keep_compiled(_CACHE_DIR.value or "")
+  results = train(
+    _CONFIG.value,
+    _WORKDIR.value or "",
+    resume_from=_RESUME_FROM.value,
+    overridden=_overridden(),
+  )
+  print(table(results))
+  ask = command.as_called("python tools/ask.py")
+  print(f"Ask it: {ask} --workdir={_WORKDIR.value}")
+
+
+def _overridden() -> dict[str, Any]:
+  """Returns what the config file said where the command line says it anew."""
+  names = config_flags.get_override_values(flags.FLAGS["config"])
+  return {name: flags.FLAGS[f"config.{name}"].default for name in names}
+
+
+def run() -> None:
+  """Runs `main`; a run that was asked to stop says how to go on."""
+  command.keep_freed_memory()
+  try:
+    command.run(
+      main,
+      check=config_json.check_overrides,
+      interrupted="Stopped. Run the same command again to go on.",
+    )
+  except StoppedEarlyError as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(128 + stopped.signum)

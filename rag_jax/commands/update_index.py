@@ -1,0 +1,86 @@
+r"""Updates documents in what tools/build_index.py made.
+
+  python tools/update_index.py --index=runs/index --upsert=documents/
+  python tools/update_index.py --index=runs/index --delete=old.md,notes/b.txt
+  python tools/update_index.py --index=runs/index --compact
+
+A document of --upsert replaces the one with its id: in a folder, its path in
+the folder, so give the folder that was built. What did not change is not
+embedded again, and documents that are not in --upsert stay. Who searches
+meanwhile sees what was there before; an update that is killed changes nothing.
+
+Texts that were deleted or replaced are not found any more, but stay in the
+files until --compact writes them anew.
+"""
+
+from absl import flags
+from absl import logging
+from etils import epath
+
+from rag_jax.commands import command
+from rag_jax.corpus.records import read_texts
+from rag_jax.corpus.report import BadRecords
+from rag_jax.evaluation.search_modes import fit_search_modes
+from rag_jax.search.compact import compact_search_directory
+from rag_jax.search.update import update_search_directory
+
+_INDEX = flags.DEFINE_string("index", None, "The directory to update.")
+_UPSERT = flags.DEFINE_string("upsert", "", "Documents, as of --corpus.")
+_DELETE = flags.DEFINE_string(
+  "delete", "", "Ids: a file of them, one a line, or some between commas."
+)
+_ENCODER = flags.DEFINE_string("encoder", "", "Of passages, for DPR alone.")
+_QUESTIONS = flags.DEFINE_string(
+  "questions", "", "File of questions, one a line, to certify the index with."
+)
+_ON_BAD_RECORD = flags.DEFINE_enum(
+  "on_bad_record", "", ["", *BadRecords.ACTIONS], "'': as it was built."
+)
+_COMPACT = flags.DEFINE_bool(
+  "compact",
+  False,
+  "Write everything anew, without what was deleted or replaced.",
+)
+_FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
+_WAIT = flags.DEFINE_bool(
+  "wait", False, "For another process that writes there, not stop."
+)
+flags.mark_flag_as_required("index")
+
+
+def _ids(file_or_list: str) -> list[str]:
+  """Returns the ids that --delete names."""
+  if file_or_list and epath.Path(file_or_list).expanduser().is_file():
+    return read_texts(file_or_list)
+  return [id for id in file_or_list.split(",") if id]
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  path = _INDEX.value or ""
+  questions = read_texts(_QUESTIONS.value) if _QUESTIONS.value else []
+  if (
+    _UPSERT.value or _DELETE.value or not (_COMPACT.value or _FIT_HYBRID.value)
+  ):
+    report = update_search_directory(
+      path,
+      upsert=_UPSERT.value or "",
+      delete=_ids(_DELETE.value or ""),
+      encoder=_ENCODER.value or "",
+      on_bad_record=_ON_BAD_RECORD.value or "",
+      questions=questions,
+      wait=_WAIT.value,
+    )
+    print(command.as_called(report.text()))
+  if _FIT_HYBRID.value:
+    modes = fit_search_modes(path, _FIT_HYBRID.value, wait=_WAIT.value)
+    print("\n".join(f"{name}: {value}" for name, value in modes.rows()))
+  if _COMPACT.value:
+    num = compact_search_directory(path, questions=questions, wait=_WAIT.value)
+    print(f"{num:,} passages are left; of what was deleted nothing is.")
+
+
+def run() -> None:
+  """Runs `main`."""
+  logging.set_verbosity(logging.INFO)
+  command.run(main)
