@@ -53,7 +53,7 @@ DOCUMENTS = {
 }
 
 # Parses each command line as its tool does, in a fork: flags are global, and
-# the imports are slow. Prints the names of the flags, and why a line is refused.
+# the imports are slow. Prints the flags of the tool and why a line is refused.
 PARSE = """
 import json, os, runpy, sys
 from absl import flags
@@ -181,7 +181,7 @@ def test_tools_accept_the_flags_of_every_command(parsed):
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
 def test_every_flag_that_a_page_names_exists(parsed, path):
-  known = {flag for tool in parsed[1] for flag in tool["names"]}
+  known = {flag for tool in parsed[1] for flag in tool["names"]} | {"help"}
   for span in spans(path):
     for flag in re.findall(r"(?:^| )--([a-z]\w*)", span):
       if not span.startswith(("ruff", "pytest")):
