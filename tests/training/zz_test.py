@@ -125,7 +125,7 @@ def test_the_model_and_the_answers_are_the_same(runs):
   )
   assert set(one) == set(two)
   for name in one:
-    print("DIFF", name, np.abs(one[name]-two[name]).max())
+    print("DIFF", name, np.abs(one[name] - two[name]).max())
   results = [json.loads((run / "results.json").read_text()) for run in runs]
   for name in ("test/num_questions", "test/index_recall_at_5"):
     assert results[0][name] == results[1][name]
