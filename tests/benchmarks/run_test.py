@@ -160,7 +160,7 @@ def test_embeddings_that_cannot_be_used_are_named(tmp_path):
   np.save(good, np.ones((3, 4), np.float32))
   bad = tmp_path / "bad.npy"
   for array, message in (
-    (np.ones((3, 5), np.float32), "4 numbers a passage, .*5 a question"),
+    (np.ones((3, 5), np.float32), "4 numbers per passage, .*5 per question"),
     (np.ones(3, np.float32), r"bad\.npy holds float32 of shape \(3,\)"),
     (np.ones((3, 4), np.int64), r"bad\.npy holds int64"),
     (np.ones((0, 4), np.float32), "at least one row"),

@@ -54,7 +54,7 @@ def test_a_signal_stops_the_run_where_it_arrives(where, attempts):
   assert stopped.signum == signal.SIGTERM
   assert str(stopped) == (
     f"Stopped by SIGTERM and saved at step {name_of(STOPS[where])}. Run the"
-    " same command again to go on from there."
+    " same command again to continue from there."
   )
 
 
