@@ -1,4 +1,4 @@
-"""A small run whose model has learned to read, for tests that need right answers.
+"""A small run whose model can read, for tests that need right answers.
 
 It is trained on the passages of world_facts about the capital and the continent
 of a country, and on the questions about these. Tests ask it for the capitals of

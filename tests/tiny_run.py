@@ -1,8 +1,8 @@
 """A tiny experiment on disk, and functions to run it in this process.
 
-A run has 4 warm-up steps and 12 steps. Nearly all of its time is compilation, so
-it compiles without optimizing and caches the programs: runs that differ only in
-where they stop, validate and save share them.
+A run has 4 warm-up steps and 12 steps. Nearly all of its time is compilation,
+so it compiles without optimizing and caches the programs: runs that differ only
+in where they stop, validate and save share them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
