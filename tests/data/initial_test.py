@@ -534,7 +534,7 @@ def test_one_part_of_a_run_is_enough_and_another_may_win(
 
 def test_where_one_tower_would_be_lost_it_is_refused(tiny, finished):
   path, _, _ = finished(encoder__tied=False)
-  with pytest.raises(ValueError, match=r"two towers, but encoder\.tied"):
+  with pytest.raises(ValueError, match=r"passage encoder, but encoder\.tied"):
     load_initial(tiny.config(encoder__init_from=path))
 
 
