@@ -380,7 +380,7 @@ def test_parameters_that_ran_away_are_not_saved(value, message, tmp_path):
   if not message:
     check.check_state(state, stage, 2)
     return
-  with pytest.raises(FloatingPointError, match=message + r".*begins anew\."):
+  with pytest.raises(FloatingPointError, match=message + r".*starts afresh\."):
     check.check_state(state, stage, 2)
 
 
