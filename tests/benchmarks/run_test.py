@@ -120,7 +120,7 @@ def test_the_passage_that_is_the_question_is_left_out_if_asked_for(
   assert metrics["MRR@10"].mean == pytest.approx((P - 0.5) / P)
   # All that are left were found.
   assert metrics[f"gold_recall@{P}"].mean == 1
-  assert any(f"for {P - 1} of {P} questions" in n for n in without.notes)
+  assert any(f"results of {P - 1} of {P} questions" in n for n in without.notes)
   assert without.rows[0].index_recalls == with_own.rows[0].index_recalls
 
 

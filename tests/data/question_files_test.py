@@ -114,7 +114,10 @@ def test_a_table_may_name_its_columns(write):
     ("who?\t[__import__('os').getcwd()]\n", "which is not a list"),
     ("who?\t['Ann'\n", "which is not a list"),
     ("who?\t" + "[" * 9_000 + "\n", "which is not a list"),
-    ("who?\t" + "[" * 200 + "'a'" + "]" * 200 + "\n", "is not a list|is one of"),
+    (
+      "who?\t" + "[" * 200 + "'a'" + "]" * 200 + "\n",
+      "is not a list|is one of",
+    ),
     ("who?\t[None]\n", "None is one of the answers"),
     ("who?\t['']\n", "'' is one of the answers"),
     ("who?\n", "1 columns"),
