@@ -52,23 +52,20 @@ c.data.questions = str(root)
 c.data.n_docs = 2  # K, the passages that the generator reads per question
 c.data.question_length = 32  # tokens, like the lengths below
 c.data.passage_length = 60
-c.data.context_length = 80
+c.data.context_length = c.generator.max_positions = 80
 c.data.target_length = 16
 c.data.substitute_answers = 0.5
 c.tokenizer.vocab_size = 600
-c.encoder.embed_dim = c.encoder.projection_dim = 64
-c.encoder.num_heads = 2
+c.encoder.embed_dim = c.encoder.projection_dim = c.generator.embed_dim = 64
 c.encoder.normalize = True
 c.encoder.score_scale = 10.0
 c.encoder.learn_score_scale = True
 c.generator.num_layers = 1
-c.generator.embed_dim = 64
-c.generator.num_heads = 2
+c.encoder.num_heads = c.generator.num_heads = 2
 c.generator.mlp_dim = 128
 c.generator.norm = "pre"
 c.generator.embedding_norm = False
 c.generator.position_offset = 0
-c.generator.max_positions = 80
 c.generator.position_init = "sinusoid"
 c.generator.relative_buckets = 32
 c.generator.init = "copy"

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from rag_jax.models.generator import Generator
 from rag_jax.models.stack import DecoderCache
 
-_GROUP = 8  # documents that one unrolled sum has
+_GROUP = 8  # documents per unrolled sum
 
 Details = tuple[Float[Array, "B W K V"], Float[Array, "B W K"]]
 
