@@ -6,12 +6,12 @@ In: doc_scores [B, K], whose softmax is the prior p(z|x), and target_logits
 [B, K, T, V], whose softmax is p(y_t | x, z, y_<t). Out: -log p(y|x) [B], in
 nats. Everything is computed in float32.
 
-Where [B, K, T, V] is too large to exist, the log-probabilities [B, K, T] of the
-target come from `models/vocabulary.py`, and `marginal_token_nll` and
-`marginal_sequence_nll` begin there.
+If [B, K, T, V] does not fit into memory, `models/vocabulary.py` computes the
+log-probabilities [B, K, T] of the target, and `marginal_token_nll` and
+`marginal_sequence_nll` start from these.
 
-These are the paper's. Hugging Face's differ in corner cases and in their label
-smoothing: losses_hf.py.
+These are the losses of the paper. Hugging Face's differ in corner cases and in
+label smoothing: see losses_hf.py.
 
 Source: Lewis et al. 2020, https://arxiv.org/abs/2005.11401, section 2.1.
 """
@@ -42,7 +42,7 @@ def mean_log_probs(
 
 
 def doc_log_prior(doc_scores: Float[Array, "B K"]) -> Float[Array, "B K"]:
-  """Returns log p(z|x): the documents retrieved are all there are."""
+  """Returns log p(z|x), normalised over the K retrieved documents."""
   return jax.nn.log_softmax(doc_scores.astype(jnp.float32), axis=-1)
 
 
@@ -65,10 +65,10 @@ def _smoothing(
   mean: Float[Array, "B K T"],
   target_mask: Bool[Array, "B T"],
 ) -> Float[Array, "B"]:
-  """Returns what smoothing adds to the nll, for a label smoothing of 1.
+  """Returns what label smoothing of 1 adds to the nll.
 
-  The posterior is a weight here, not a thing to learn: without the
-  stop_gradient, documents would be preferred for making the generator unsure.
+  The posterior is a constant weight. Without the stop_gradient, the retriever
+  would learn to prefer documents that make the generator unsure.
   """
   added = jax.lax.stop_gradient(posterior) * (log_probs - mean)
   return jnp.sum(added, axis=(1, 2), where=target_mask[:, None, :])
@@ -81,14 +81,14 @@ def marginal_token_nll(
   label_smoothing: float = 0.0,
   mean: Float[Array, "B K T"] | None = None,
 ) -> Float[Array, "B"]:
-  """Returns `rag_token_nll` of log-probabilities.
+  """Returns `rag_token_nll`, computed from log-probabilities.
 
   Args:
-    doc_scores: as there.
-    log_probs: log p(y_t | x, z, y_<t), as `token_log_probs` gives them.
-    target_mask: as there.
-    label_smoothing: as there.
-    mean: what `mean_log_probs` gives; needed for label smoothing alone.
+    doc_scores: as in `rag_token_nll`.
+    log_probs: log p(y_t | x, z, y_<t), from `token_log_probs`.
+    target_mask: as in `rag_token_nll`.
+    label_smoothing: as in `rag_token_nll`.
+    mean: from `mean_log_probs`; needed only for label smoothing.
   """
   joint = doc_log_prior(doc_scores)[:, :, None] + log_probs  # B K T
   marginal = jax.nn.logsumexp(joint, axis=1)  # B T
@@ -107,7 +107,7 @@ def marginal_sequence_nll(
   label_smoothing: float = 0.0,
   mean: Float[Array, "B K T"] | None = None,
 ) -> Float[Array, "B"]:
-  """Returns `rag_sequence_nll` of log-probabilities.
+  """Returns `rag_sequence_nll`, computed from log-probabilities.
 
   Arguments as in `marginal_token_nll`.
   """
@@ -133,14 +133,15 @@ def rag_token_nll(
 
   RAG-Token: p(y|x) = prod_t sum_z p(z|x) p(y_t | x, z, y_<t)
 
-  Label smoothing e teaches the generator, given a document, a target that gives
-  the token 1 - e and all V tokens together e (Szegedy et al. 2015,
-  https://arxiv.org/abs/1512.00567, section 7), as much as the document is
-  responsible for the token. The responsibility, p(z | x, y_t), is that of the
-  likelihood itself, so what the retriever learns stays posterior minus prior.
-  With one document this is the standard smoothed cross-entropy. Three numbers a
-  position are enough for it, the token's logit, the mean logit and the
-  logsumexp; smoothing the mixture instead, as Hugging Face does, takes the
+  Label smoothing e replaces the target of the generator by a distribution that
+  gives 1 - e to the token and e to all V tokens together (Szegedy et al. 2015,
+  https://arxiv.org/abs/1512.00567, section 7). The loss of each document is
+  weighted by its responsibility for the token, p(z | x, y_t), which is that of
+  the unsmoothed likelihood: the gradient of doc_scores remains posterior minus
+  prior. With one document this is the standard smoothed cross-entropy.
+
+  It needs only three numbers per position: the token's logit, the mean logit
+  and the logsumexp. Hugging Face smooths the mixture instead, which needs the
   log-probabilities of all tokens under all documents, [B, K, T, V].
 
   Args:
@@ -171,8 +172,9 @@ def rag_sequence_nll(
 
   RAG-Sequence: p(y|x) = sum_z p(z|x) prod_t p(y_t | x, z, y_<t)
 
-  The prior is added once a sequence, whatever its length. Arguments, units and
-  smoothing as in `rag_token_nll`; a document is responsible for the whole.
+  The prior is added once per sequence, whatever its length. Arguments, units
+  and smoothing as in `rag_token_nll`, but a document is responsible for the
+  whole target.
   """
   log_probs = token_log_probs(target_logits, target_tokens)
   mean = mean_log_probs(target_logits) if label_smoothing else None
@@ -195,15 +197,15 @@ def doc_posterior(
   log_probs: Float[Array, "B K T"],
   target_mask: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B K"], Float[Array, "B K T"]]:
-  """Returns p(z|x,y): of the whole target, and of each of its tokens.
+  """Returns the posterior given the whole target, and given each token.
 
-  Bayes' rule with the prior p(z|x). For the whole, one document explains all
-  tokens (RAG-Sequence); for a token, the likelihood is that token's alone
+  By Bayes' rule with the prior p(z|x). In p(z|x,y) one document explains all
+  tokens (RAG-Sequence); in p(z|x,y_t) the likelihood is that of the token alone
   (RAG-Token). Both sum to 1 over the documents.
 
   Args:
     doc_scores: inner products of question and document.
-    log_probs: log p(y_t | x, z, y_<t), as `token_log_probs` gives them.
+    log_probs: log p(y_t | x, z, y_<t), from `token_log_probs`.
     target_mask: True on real tokens.
   """
   prior = doc_log_prior(doc_scores)
@@ -218,9 +220,9 @@ def in_batch_contrastive_nll(
   question_embeddings: Float[Array, "B R"],
   passage_embeddings: Float[Array, "B R"],
 ) -> Float[Array, "B"]:
-  """Returns -log p(own passage | question), the batch being all passages.
+  """Returns -log p(own passage | question) among the passages of the batch.
 
-  Question i belongs to passage i, the other passages are its negatives.
+  Question i belongs to passage i; the other passages are its negatives.
   Source: Karpukhin et al. 2020, https://arxiv.org/abs/2004.04906, section 3.2;
   with cloze questions, Lee et al. 2019, https://arxiv.org/abs/1906.00300.
   """

@@ -1,25 +1,25 @@
-"""Hugging Face's losses of RAG, defects included, to compare and to reproduce.
+"""Hugging Face's RAG losses, defects included, to compare and to reproduce.
 
 `get_nll` of `RagTokenForGeneration` and `RagSequenceForGeneration`, as of
-transformers 5. In and out as in losses.py, whose functions are the defaults.
+transformers 5. Inputs and outputs as in losses.py, which has the defaults.
 
-How its arguments relate to ours. `labels` begin with a token that the decoder
-only reads, and are shifted LEFT inside: the logits of position i score label
-i + 1, those of the last score nothing, and padding is told by its id. So behind
-the start token, `labels` are our target_tokens; `shift_left` makes them.
-RAG-Token reads the labels for this, RAG-Sequence what the decoder reads: the
-same unless a caller gives both.
+How its arguments relate to ours: `labels` begin with a token that the decoder
+only reads, and are shifted LEFT inside. The logits of position i score label
+i + 1, those of the last position score nothing, and padding is recognised by
+its id. So `labels` without the start token are our target_tokens; `shift_left`
+makes them. RAG-Token shifts the labels, and RAG-Sequence the decoder's input:
+these are the same unless a caller passes both.
 
 Where it differs from losses.py:
 
 - RAG-Sequence adds the prior to the second predicted token, because BART's
-  first is <s>. Where that is padding, the mask erases the prior with it: an
-  answer of one token is scored as if all documents were equally likely, and
-  teaches the retriever nothing. Ours adds it once to each document.
-- RAG-Sequence leaves <s> out of the score only if the targets of the whole
-  batch begin with it: a question's loss depends on its neighbours.
-- Label smoothing of RAG-Sequence: see `hf_rag_sequence_nll`. That of RAG-Token
-  is the standard one, of the mixture; it needs [B, T, V], ours does not.
+  first is <s>. If the second token is padding, the mask removes the prior too:
+  an answer of one token is scored as if all documents were equally likely, and
+  gives the retriever no gradient. Ours adds the prior once per document.
+- RAG-Sequence leaves <s> out of the score only if all targets of the batch
+  begin with it: a question's loss depends on the other questions.
+- Label smoothing of RAG-Sequence: see `hf_rag_sequence_nll`. RAG-Token smooths
+  the mixture, as is standard; this needs [B, T, V], ours does not.
 """
 
 import jax
@@ -35,9 +35,9 @@ def shift_left(
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
   """Returns target_tokens and target_mask of Hugging Face's `labels`.
 
-  They go with the logits of a decoder that reads `labels` themselves; the last
-  position is padding. If the labels have no start token, as T5's when they are
-  given without decoder_input_ids, their first token is read and never scored.
+  They belong to the logits of a decoder that reads `labels`; the last position
+  is padding. If the labels have no start token, as T5's without
+  decoder_input_ids, their first token is read and never scored.
   """
   tokens = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=pad_id)
   return tokens, tokens != pad_id
@@ -71,12 +71,12 @@ def hf_rag_token_nll(
     target_logits: of every position whose token is scored.
     target_tokens: the tokens to predict.
     target_mask: where they are not padding.
-    label_smoothing: share of the target that all tokens have: the mixture's
-      cross-entropy against it. 0 gives `rag_token_nll`.
+    label_smoothing: share of the target distribution that is spread over all
+      tokens. 0 gives `rag_token_nll`.
     reduce_loss: sum over the questions; never a mean.
 
   Returns:
-    One value a question, or their sum.
+    One value per question, in nats, or their sum.
   """
   log_probs = marginalize(doc_scores, target_logits)  # B T V
   indices = target_tokens[..., None]
@@ -100,11 +100,12 @@ def hf_rag_sequence_nll(
 ) -> Float[Array, "*B"]:
   """Returns the loss of `RagSequenceForGeneration`.
 
-  Its label smoothing sums the log-probability of all tokens over all positions,
-  adds the prior V times, and then takes the logsumexp over the documents of
-  this sum, as if it were a likelihood: of numbers in the hundred thousands the
-  largest alone remains, so that the flattest document gets all the gradient.
-  It changes which of two targets is the better one, too.
+  Its label smoothing sums the log-probabilities of all tokens over all
+  positions, adds the prior V times, and takes the logsumexp of this sum over
+  the documents, as if it were a likelihood. The sums are in the hundred
+  thousands, so only the largest counts, and the document with the flattest
+  predictions gets all the gradient. This can also change which of two targets
+  has the lower loss.
 
   Args:
     doc_scores: as in `rag_token_nll`, and so the next three.
@@ -119,16 +120,16 @@ def hf_rag_sequence_nll(
       T5, which has none.
 
   Returns:
-    One value a question, or their sum.
+    One value per question, in nats, or their sum.
   """
   target_logits = target_logits.astype(jnp.float32)
   size = target_logits.shape[-1]
   log_norm = jax.nn.logsumexp(target_logits, axis=-1)  # B K T
   indices = target_tokens[:, None, :, None]
   chosen = jnp.take_along_axis(target_logits, indices, axis=-1)[..., 0]
-  # The sum over the vocabulary without log-probabilities of its size.
+  # The sum of log-probabilities over the vocabulary, without computing them.
   all_tokens = jnp.sum(target_logits, axis=-1) - size * log_norm
-  # The prior, at the second position alone: with T = 1 there is none.
+  # The prior is at the second position; with T = 1 there is none.
   second = jnp.arange(target_tokens.shape[1]) == 1
   prior = jnp.where(second, doc_log_prior(doc_scores)[:, :, None], 0.0)
   mask = target_mask[:, None, :]

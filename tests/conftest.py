@@ -1,7 +1,7 @@
-"""Runs that several test files share: of a tiny experiment, and a learned one.
+"""Runs that several test files share: a tiny one, and one that has learned.
 
-What they are stands in tiny_run.py and learned_run.py, which are read when a
-test asks for them: most tests need not wait for all of rag_jax to be imported.
+They are defined in tiny_run.py and learned_run.py, which are imported when a
+test asks for them, so that other tests do not wait for all of rag_jax.
 """
 
 import importlib.util

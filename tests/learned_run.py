@@ -1,8 +1,8 @@
-"""A small run that has really learned to read, for what only such one shows.
+"""A small run whose model can read, for tests that need right answers.
 
-It is trained on the passages of world_facts that tell the capital and the
-continent of a country, with its questions about these, and is asked for the
-capitals of countries that no training question is about.
+It is trained on the passages of world_facts about the capital and the continent
+of a country, and on the questions about these. Tests ask it for the capitals of
+countries that no training question is about.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def make_config(root: pathlib.Path, seed: int = 0) -> Config:
   c.data.context_length = 80
   c.data.target_length = 16
   c.data.substitute_answers = 0.5
-  # Few: a name that was never seen is spelled with pieces that were.
+  # Small, so that unseen names consist of pieces that training has seen.
   c.tokenizer.vocab_size = 600
   c.encoder.embed_dim = 64
   c.encoder.num_heads = 2

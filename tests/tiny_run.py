@@ -1,8 +1,8 @@
-"""One tiny experiment on disk, and what it takes to run it in this process.
+"""A tiny experiment on disk, and functions to run it in this process.
 
-A run takes 4 warm-up steps and 12 steps. Nearly all of its time is compilation,
-so it compiles without optimizing and keeps what was compiled: runs that differ
-in where they stop, validate and save share their programs.
+A run has 4 warm-up steps and 12 steps. Nearly all of its time is compilation,
+so it compiles without optimizing and caches the programs: runs that differ only
+in where they stop, validate and save share them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -158,8 +158,8 @@ class Tiny:
     Args:
       path: the workdir.
       config: of the run.
-      validate: in place of answering the validation questions; by default
-        nothing is answered, and every validation finds 0.
+      validate: replaces the validation; by default no question is answered, and
+        every metric is 0.
       measure: whether to answer questions, for validation and at the end.
       stop_at: stage and step at which a SIGTERM arrives.
       resume_from: as --resume_from.

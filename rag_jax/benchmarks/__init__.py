@@ -1,1 +1,1 @@
-"""How fast, how much memory, against whom. Used by tools/benchmark_* alone."""
+"""Benchmarks of speed and memory, used only by tools/benchmark_*."""

@@ -1,9 +1,8 @@
-"""FAISS's indexes, to be measured beside ours. Where it is installed.
+"""FAISS's indexes, to compare with ours where FAISS is installed.
 
 In: passage embeddings. Out: indexes of FAISS (Douze et al. 2024,
-arXiv:2401.08281), each with what its search can be asked to spend. The one
-module that imports `faiss`, and only when it is used. They search with as many
-threads as there are CPUs.
+arXiv:2401.08281), each with its search settings. This is the only module that
+imports `faiss`, and only when it is used. Searches use one thread per CPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,10 +21,10 @@ from rag_jax.retrieval.cost import num_cpus
 from rag_jax.retrieval.recall import index_recall_at_k
 from rag_jax.retrieval.recall import mean_recall
 
-_LEAST_PASSAGES = 256  # fewer cannot be clustered into anything
-_PROBES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8)  # of the lists
+_LEAST_PASSAGES = 256  # fewer are not worth clustering
+_PROBES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8)  # shares of the lists
 _EF = (16, 32, 64, 128, 256)  # candidates that HNSW keeps
-_DEPTHS = (4, 8, 16)  # candidates scored again, times k
+_DEPTHS = (4, 8, 16)  # candidates that are rescored, times k
 
 
 def faiss_problem() -> str:
@@ -40,21 +39,22 @@ def faiss_problem() -> str:
 
 
 def _module() -> Any:
-  """Returns the package, whose names no type checker knows."""
+  """Returns the package `faiss`, which has no type annotations."""
   return importlib.import_module("faiss")
 
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class FaissIndex:
-  """One of FAISS's indexes, built.
+  """An index of FAISS.
 
   Attributes:
     family: its kind.
     name: how it was built.
-    effort_name: what `efforts` are.
-    efforts: what a search can spend, rising; (0,): there is no choice.
-    most: the largest effort that means anything.
-    depths: candidates scored again, times k; (0,): none are.
+    effort_name: FAISS's name of the search parameter that `efforts` are values
+      of, such as nprobe.
+    efforts: values to search with, rising; (0,) if there is no such parameter.
+    most: the largest useful effort.
+    depths: candidates that are rescored, times k; (0,) if none are.
     memory_bytes: of what FAISS would save.
   """
 
@@ -87,10 +87,10 @@ class FaissIndex:
     target_recall: float,
     depth: int,
   ) -> int:
-    """Returns the least effort whose index_recall is surely enough, or 0.
+    """Returns the least effort that reaches the target recall; 0 if none does.
 
-    The low end of its interval counts, as in the tuner of ScaNN. 0 if no effort
-    is enough. Halves the range, as if more effort never found less.
+    The low end of the recall's interval has to reach it, as in the tuner of
+    ScaNN. A binary search, which assumes that recall rises with effort.
     """
     k = exact_ids.shape[1]
 
@@ -102,7 +102,7 @@ class FaissIndex:
     return least_effort(enough, self.most)
 
   def describe(self, effort: int, depth: int) -> str:
-    """Returns the settings of a search."""
+    """Returns the settings of a search, as text."""
     parts = [self.name] if self.name else []
     parts += [f"{self.effort_name} {effort}"] if effort else []
     parts += [f"reorder {depth} x k"] if depth else []
@@ -123,9 +123,10 @@ class FaissIndex:
 
 
 def least_effort(enough: Callable[[int], bool], most: int) -> int:
-  """Returns about the least effort from 1 to `most` that is enough, or 0.
+  """Returns nearly the least effort from 1 to `most` that is enough, or 0.
 
-  At most a sixteenth above it, if more effort never is less; 0: none is enough.
+  It is at most a sixteenth above the least, if more effort is never worse. 0
+  means that no effort is enough.
   """
   good = 1
   while not enough(good):
@@ -142,9 +143,9 @@ def least_effort(enough: Callable[[int], bool], most: int) -> int:
 def build_faiss(embeddings: Float[np.ndarray, "P R"]) -> Iterator[FaissIndex]:
   """Yields FAISS's indexes over passage embeddings, row = passage id.
 
-  Flat; IVF; IVF with product quantisation to 4 bits a two dimensions, as ScaNN
-  has, in "fast scan", and the best scored again in float32; HNSW. Few passages
-  have the flat one alone.
+  Flat; IVF; IVF with product quantisation ("fast scan"), with 4 bits per two
+  dimensions as in ScaNN, and rescoring in float32; HNSW. For fewer than 256
+  passages only the flat index.
   """
   faiss = _module()
   faiss.omp_set_num_threads(num_cpus())
@@ -152,10 +153,10 @@ def build_faiss(embeddings: Float[np.ndarray, "P R"]) -> Iterator[FaissIndex]:
   rows = len(embeddings)
   yield _build("FAISS flat", "", "Flat", embeddings)
   if rows < _LEAST_PASSAGES:
-    logging.info("%d passages: FAISS has the flat index alone.", rows)
+    logging.info("%d passages: of FAISS, only the flat index.", rows)
     return
   lists = [math.isqrt(rows), 4 * math.isqrt(rows)]
-  lists = [n for n in lists if 16 * n <= rows]  # FAISS wants 39 a list
+  lists = [n for n in lists if 16 * n <= rows]  # FAISS recommends 39 per list
   for n in lists:
     yield _build("FAISS IVF", f"{n} lists", f"IVF{n},Flat", embeddings, n)
     yield build_ivf_pq(embeddings, n)
@@ -165,7 +166,7 @@ def build_faiss(embeddings: Float[np.ndarray, "P R"]) -> Iterator[FaissIndex]:
 def build_ivf_pq(
   embeddings: Float[np.ndarray, "P R"], num_lists: int
 ) -> FaissIndex:
-  """Returns IVF with codes of 4 bits a two dimensions, scored again."""
+  """Returns IVF with codes of 4 bits per two dimensions, and rescoring."""
   dim = embeddings.shape[1]
   blocks = dim // 2 if dim % 2 == 0 else dim
   name = f"{num_lists} lists, PQ{blocks}x4fs"
@@ -208,7 +209,7 @@ def _build(
 
 
 def _size(inner: Any) -> int:
-  """Returns how many bytes FAISS would save, without keeping them."""
+  """Returns the size of the index as FAISS would save it, in bytes."""
   size = 0
 
   def count(data: bytes) -> None:

@@ -1,8 +1,8 @@
-"""What an index costs as the corpus grows: building, memory, latency.
+"""Measures the cost of an index as the corpus grows: building, memory, latency.
 
 In: files of embeddings of several sizes, embeddings of questions. Out: for each
-size and kind of index what building it took and how fast it answers. Each is
-built in a process of its own, so that its peak of memory is its own.
+size and kind of index, the cost of building it and the speed of its search.
+Each is built in a separate process, to measure its own peak memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,37 +35,37 @@ from rag_jax.retrieval.recall import index_recall_at_k
 from rag_jax.retrieval.recall import mean_recall
 from rag_jax.retrieval.sharded import ShardedIndex
 
-K = 10  # passages a question
+K = 10  # passages per question
 BATCHES = (1, 256)  # questions at a time
-_REORDER = (80, 160, 320, 640)  # candidates that ScaNN scores again
-_SEED = 0  # of which questions tune
+_REORDER = (80, 160, 320, 640)  # candidates that ScaNN rescores
+_SEED = 0  # of the choice of tuning questions
 
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class GrowthSettings:
   """How the indexes of each size are built and measured."""
 
-  target_recall: float = 0.99  # index_recall@10 that each search is set to
-  max_questions: int = 500  # to measure with, and as many to set the search
+  target_recall: float = 0.99  # index_recall@10 that each search is tuned to
+  max_questions: int = 500  # to measure with, and as many again to tune with
   passages_per_shard: int = 100_000  # of the index in shards
-  speed_secs: float = 2.0  # that each batch size is timed
+  speed_secs: float = 2.0  # of timing, per batch size
 
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class Grown:
-  """One kind of index at one size.
+  """The measurements of one kind of index at one size.
 
   Attributes:
     system: its kind.
-    settings: in words.
+    settings: as text.
     num_passages: P.
-    embeddings_bytes: of the file that it is built of.
-    build_secs: of building.
-    peak_bytes: most memory while it was built, mapped files included, less
-      what the process had before; None where the system does not say.
-    memory_bytes: that it says it searches in.
-    recall: index_recall@10 on questions that set nothing.
-    speeds: questions a second by how many are asked at a time.
+    embeddings_bytes: size of the file that it is built from.
+    build_secs: time to build it.
+    peak_bytes: peak memory of the process during the build, including mapped
+      files, less its memory before; None where the system does not report it.
+    memory_bytes: memory that a search uses, as the index reports it.
+    recall: index_recall@10 on questions that were not used for tuning.
+    speeds: batch size -> questions per second.
   """
 
   system: str
@@ -81,7 +81,7 @@ class Grown:
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class Growth:
-  """All sizes, and what they were measured with."""
+  """The measurements of all sizes, and their inputs."""
 
   inputs: list[str]  # files
   embedding_dim: int
@@ -94,10 +94,10 @@ class Growth:
 
 @dataclasses.dataclass(slots=True, frozen=True)
 class _Work:
-  """What a process that builds an index gets."""
+  """The inputs of a process that builds an index."""
 
   path: str  # of the embeddings
-  questions: np.ndarray  # [B, R], the first half sets the search
+  questions: np.ndarray  # [B, R], the first half tunes the search
   truth: Int[np.ndarray, "B K"]
   settings: GrowthSettings
 
@@ -109,18 +109,19 @@ def benchmark_growth(
 ) -> Growth:
   """Builds and measures indexes of each file, smallest first.
 
-  Exact search of the file itself, ScaNN, ScaNN in shards where there is more
-  than one, and FAISS's IVF-PQ where it is installed. Each searches as little as
-  reaches the target on half of the questions; the other half is measured.
+  These are exact search of the file itself, ScaNN, ScaNN in shards if there is
+  more than one, and FAISS's IVF-PQ if it is installed. Each search is tuned to
+  the least effort that reaches the target on half of the questions; the other
+  half is measured.
 
   Args:
     embeddings: .npy files in float32, [P, R], which stay on the disk.
-    question_embeddings: .npy of questions.
-    settings: how.
+    question_embeddings: .npy of questions, [B, R].
+    settings: how to build and measure.
 
   Raises:
     FileNotFoundError: one of the files is not there.
-    ValueError: one of them cannot be used, or two are of one size.
+    ValueError: one of them cannot be used, or two have the same size.
   """
   load = os.getloadavg()[0]
   questions = open_embeddings(question_embeddings)
@@ -140,7 +141,7 @@ def benchmark_growth(
     for measure in kinds:
       if measure is _shards and num_passages <= settings.passages_per_shard:
         continue
-      # Spawned: a fork would have the memory of this process, and its locks.
+      # Spawned: a fork would inherit the memory of this process, and its locks.
       with multiprocessing.get_context("spawn").Pool(1) as pool:
         rows.append(pool.apply(measure, (work,)))
       logging.info("%s", rows[-1])
@@ -183,7 +184,7 @@ def _check(
 
 
 def _kinds(notes: list[str]) -> list[Callable[[_Work], Grown]]:
-  """Returns what can be measured here."""
+  """Returns the functions that measure each kind of index available here."""
   kinds: list[Callable[[_Work], Grown]] = [_exact]
   if problem := scann.import_problem():
     notes.append(f"ScaNN is left out: {problem}.")
@@ -237,7 +238,7 @@ def _shards(work: _Work) -> Grown:
       encoder_fingerprint="",
       passages_fingerprint="",
     )
-    cost = meter.cost()  # of one shard after the other
+    cost = meter.cost()  # the shards are built one after the other
     index = load_index(folder)
     assert isinstance(index, ShardedIndex)
     return _measure_scann(work, "ScaNN, shards", index.shards, cost)
@@ -267,16 +268,16 @@ class _Faiss:
 
   @property
   def memory_bytes(self) -> int:
-    """As it says itself."""
+    """Size of the index, as FAISS reports it."""
     return self.built.memory_bytes
 
   def search(self, questions: np.ndarray, k: int) -> tuple[np.ndarray, None]:
-    """Returns ids, and no scores."""
+    """Returns ids, and an empty array of scores."""
     return self.built.search(questions, k, self.lists, self.depth), None
 
 
 def _config(shape: tuple[int, ...]) -> IndexConfig:
-  """Returns how ScaNN is built: of half of the components, and with a tree."""
+  """Returns ScaNN's settings: half of the principal components, and a tree."""
   return IndexConfig(
     kind="scann",
     scann_tree_passages=0,
@@ -315,15 +316,15 @@ def _least(
   most: int,
   depths: Sequence[int],
 ) -> tuple[int, int]:
-  """Returns the effort and depth of the fastest search that is surely enough.
+  """Returns effort and depth of the fastest search that reaches the target.
 
-  If none is, those that find most.
+  If none does, those with the highest recall.
 
   Args:
-    work: its first half of questions decides.
-    index: of an effort and a depth.
+    work: the first half of its questions is used.
+    index: returns the index for an effort and a depth.
     most: the largest effort.
-    depths: of candidates that are scored again.
+    depths: numbers of candidates that are rescored.
   """
   half, target = len(work.questions) // 2, work.settings.target_recall
   questions, truth = work.questions[:half], work.truth[:half]
@@ -353,7 +354,7 @@ def _measure(
   index: Any,
   cost: BuildCost,
 ) -> Grown:
-  """Returns what a search finds and how fast, on questions that set nothing."""
+  """Returns recall and speed on the questions that were not used for tuning."""
   half = len(work.questions) // 2
   questions, truth = work.questions[half:], work.truth[half:]
   found, _ = index.search(questions, K)

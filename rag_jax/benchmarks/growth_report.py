@@ -1,4 +1,4 @@
-"""What an index costs as the corpus grows, as files for people.
+"""Reports the cost of an index as the corpus grows.
 
 In: a `Growth`. Out: a table, a picture, JSON.
 """
@@ -20,13 +20,13 @@ from rag_jax.benchmarks.growth import Grown
 from rag_jax.benchmarks.growth import Growth
 from rag_jax.benchmarks.growth import K
 
-# Of Okabe and Ito: told apart by colour-blind people, and in print.
+# Colours of Okabe and Ito, for colour-blind people and for print.
 _COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00")
 _MARKERS = ("o", "s", "D", "^")
 
 
 def growth_table(growth: Growth) -> str:
-  """Returns all that was measured as Markdown."""
+  """Returns all measurements as Markdown."""
   head = ["passages", "system", "settings", f"index_recall@{K} (95% interval)"]
   head += ["ms, 1 at a time", f"questions/s, {BATCHES[1]} at a time"]
   head += ["build (s)", "peak of the build", "searched in (MB)"]
@@ -56,18 +56,18 @@ def growth_table(growth: Growth) -> str:
   notes = "".join(f"\n- {note}" for note in growth.notes)
   return (
     f"Embeddings of {growth.embedding_dim} numbers from"
-    f" {', '.join(growth.inputs)}; each search is set to index_recall@{K} of"
+    f" {', '.join(growth.inputs)}; each search is tuned to index_recall@{K} of"
     f" {growth.target_recall:g} (low end of its interval) on half of the"
     f" questions, {growth.num_questions:,} others are measured.\n\n{table}\n"
-    "Peak: most memory of the process during the build, mapped files included,"
-    " less what it had before; x: times the size of the embeddings.\n"
+    "Peak: peak memory of the process during the build, mapped files included,"
+    " less its memory before; x: times the size of the embeddings.\n"
     f"{machine['cpu']}, {machine['num_cpus']} CPUs; load {load}."
     f" {packages}.\n{notes}"
   )
 
 
 def growth_figure(growth: Growth) -> bytes:
-  """Returns build time, memory and latency against the passages, as a PNG."""
+  """Returns a PNG of build time, memory and latency by number of passages."""
   layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)  # inches
   figure = Figure(figsize=(11, 7), dpi=120, layout=layout)
   canvas = FigureCanvasAgg(figure)  # no pyplot: it keeps figures
@@ -93,7 +93,7 @@ def growth_figure(growth: Growth) -> bytes:
   peak.axhline(1.5, color="#6B6B6B", linewidth=0.8, linestyle="--")
   build.legend(frameon=False)
   figure.suptitle(
-    f"{growth.embedding_dim} numbers an embedding, index_recall@{K} set to"
+    f"{growth.embedding_dim} numbers per embedding, index_recall@{K} tuned to"
     f" {growth.target_recall:g}, {growth.machine['num_cpus']} CPUs"
   )
   png = io.BytesIO()

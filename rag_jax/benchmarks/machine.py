@@ -1,6 +1,6 @@
-"""What measured numbers depend on: the CPU, the versions, who else computes.
+"""Describes the machine of a benchmark: CPU, package versions, load.
 
-In: the load before the run. Out: what JSON can hold.
+In: the load before the run. Out: plain values for JSON.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def describe_machine(
   """Returns CPU, number of CPUs of this process, load, versions.
 
   Args:
-    load_before: processes that wanted a CPU, in the minute before the run.
-    packages: whose versions count; what is not installed is left out.
+    load_before: load average of the minute before the run.
+    packages: to report the versions of; those not installed are left out.
   """
   cpu, info = platform.processor(), pathlib.Path("/proc/cpuinfo")
   if info.exists():

@@ -1,7 +1,7 @@
-"""Systems of retrieval, measured side by side on the same questions.
+"""Measures several retrieval systems on the same questions.
 
-In: `System`s, and what is known of the questions. Out: of each its recalls, how
-high it ranks what is of use, and questions a second.
+In: `System`s, and the known answers and passages of the questions. Out: recall,
+ranking metrics and questions per second of each system.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,18 +24,18 @@ from rag_jax.retrieval.recall import mean_recall
 
 INDEX_DEPTHS = (1, 10, 100)  # of index_recall
 BATCHES = (1, 256)  # questions searched for at a time, when timed
-SPEED_K = 10  # passages a question, when timed
+SPEED_K = 10  # passages per question, when timed
 _BLOCK = 256  # questions searched for at a time, when not
 
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class Measured:
-  """What was measured of one system.
+  """The measurements of one system.
 
   Attributes:
     index_recalls: against exact search; () for a search of words.
     metrics: by name, such as "answer_recall@5"; {} without known answers.
-    speeds: questions a second of each round, by questions at a time.
+    speeds: batch size -> questions per second of each round.
   """
 
   family: str
@@ -51,7 +51,7 @@ class Measured:
     return next((r for r in self.index_recalls if r.k == k), None)
 
   def speed(self, batch_size: int) -> float:
-    """Returns questions a second, the median of all rounds."""
+    """Returns questions per second, the median of all rounds."""
     return float(np.median(self.speeds[batch_size]))
 
 
@@ -64,19 +64,20 @@ def measure(
   rounds: int = 3,
   speed_secs: float = 0.3,
 ) -> list[Measured]:
-  """Returns what was measured of each system, in their order.
+  """Returns the measurements of each system, in their order.
 
-  Each system is timed once a round, and the next round goes through them the
-  other way round: what else the machine does then hits all alike.
+  Each system is timed once per round, and every other round reverses the order:
+  other load of the machine then affects all systems alike.
 
   Args:
     systems: all of the same passages and questions.
-    exact_ids: what exact search finds, for as many as the deepest index_recall
-      or all passages.
-    known: of the questions; None: index_recall and speed are all.
-    notes: gets how often a question itself was among what was found.
+    exact_ids: results of exact search, down to the depth of the deepest
+      index_recall, or all passages.
+    known: answers and passages of the questions; None measures only
+      index_recall and speed.
+    notes: receives a line on how often a question itself was found.
     rounds: of timing.
-    speed_secs: for which each system is timed in a round, at each batch size.
+    speed_secs: of timing per system, round and batch size.
 
   Raises:
     ValueError: there is nothing to measure, or a number is out of range.
@@ -97,14 +98,14 @@ def measure(
     if system.by_embeddings:
       recalls = _index_recalls(system, rows, exact_ids, deep)
     if judge and known and len(known.own):
-      # One more, for the one that goes.
+      # One more, since the question's own passage is removed.
       more = _search(system, rows, min(most + 1, known.num_passages))
       judged, dropped = without_own(more, known.own, most)
       metrics = judge(judged)
       if notes is not None:
         notes.append(
           f"{system.family} {system.settings}: a question's own passage was"
-          f" left out of what was found for {dropped:,} of {num_questions:,}"
+          f" removed from the results of {dropped:,} of {num_questions:,}"
           " questions."
         )
     elif judge:

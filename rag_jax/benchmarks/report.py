@@ -1,7 +1,7 @@
-"""What a benchmark of retrieval leaves: tables, JSON, a picture and one page.
+"""Reports a retrieval benchmark: tables, JSON, a picture and an HTML page.
 
-In: what was measured. Out: Markdown to print; results.json, recall_speed.png
-and report.html in a directory. The page holds all it shows: it can be sent.
+In: the measurements. Out: Markdown to print; results.json, recall_speed.png and
+report.html in a directory. The page is self-contained.
 """
 
 import base64
@@ -30,14 +30,14 @@ from rag_jax.retrieval.recall import Recall
 RESULTS, PICTURE, PAGE = "results.json", "recall_speed.png", "report.html"
 FORMAT = 1  # of results.json; raise when a field changes its meaning
 
-# Of Okabe and Ito, but for the last: told apart by colour-blind people.
+# Colours of Okabe and Ito, except the last two, for colour-blind people.
 _COLOURS = (
   "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
   "#8C6D31", "#6B6B6B",
 )  # fmt: skip
 _MARKERS = "osD^vP*Xh"
 _TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)
-_NEAR_ONE = 5e-4  # so far beyond 1 the scale of recall would be endless
+_NEAR_ONE = 5e-4  # the scale of recall would be infinite this far above 1
 # Whatever is put into it is escaped.
 _PAGE = jinja2.Environment(autoescape=True).from_string("""\
 <!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
@@ -63,12 +63,12 @@ td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}img{max-width:100%}
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class Benchmark:
-  """All that one run measured, and what it depends on.
+  """All measurements of one run, and their conditions.
 
   Attributes:
-    inputs: what was measured, by name.
-    num_tuning: questions that the tuned systems had, and no other.
-    notes: what was left out, and what was tuned.
+    inputs: name -> file or directory that was measured.
+    num_tuning: questions used only to tune systems.
+    notes: on systems that were left out or tuned.
     machine: see machine.py.
   """
 
@@ -89,10 +89,10 @@ class Benchmark:
 
   @classmethod
   def from_json(cls, text: str, origin: str = RESULTS) -> "Benchmark":
-    """Returns what `to_json` wrote.
+    """Returns the benchmark that `to_json` wrote.
 
     Raises:
-      ValueError: it is not JSON, or no benchmark; names `origin`.
+      ValueError: it is not JSON, or not a benchmark; names `origin`.
     """
     try:
       content = json.loads(text)
@@ -104,13 +104,13 @@ class Benchmark:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
       raise ValueError(
         f"{origin} holds no benchmark of retrieval that this version of rag_jax"
-        f" can read ({type(error).__name__}: {error}); expected what"
-        " tools/benchmark_retrieval.py wrote. It was edited, cut off, or is of"
-        " another version: measure again."
+        f" can read ({type(error).__name__}: {error}); expected a file that"
+        " tools/benchmark_retrieval.py wrote. It was edited, cut off, or comes"
+        " from another version: measure again."
       ) from error
 
   def summary(self) -> str:
-    """Returns in a few lines what was measured, and where."""
+    """Returns inputs and machine, in a few lines."""
     inputs = ", ".join(f"{name} {value}" for name, value in self.inputs.items())
     tuned = f"; {self.num_tuning:,} others to tune" if self.num_tuning else ""
     load = " to ".join(f"{value:.1f}" for value in self.machine["load"])
@@ -123,7 +123,7 @@ class Benchmark:
       f"{self.machine['cpu']}, {self.machine['num_cpus']} CPUs, all used by"
       f" each system; load of the machine {load} from start to end (this run's"
       f" own included). {versions}.\n\n"
-      f"questions/s: median of {self.rounds} rounds, {SPEED_K} passages a"
+      f"questions/s: median of {self.rounds} rounds, {SPEED_K} passages per"
       " question, without embedding the question. build: without embedding the"
       " passages."
     )
@@ -133,19 +133,19 @@ class Benchmark:
     return _markdown(_speed_cells(self))
 
   def question_table(self) -> str:
-    """Returns how questions are answered as Markdown; "" if not known."""
+    """Returns answer and ranking metrics as Markdown; "" if there are none."""
     cells = _question_cells(self)
     return _markdown(cells) if cells else ""
 
   def markdown(self) -> str:
-    """Returns all of it."""
+    """Returns summary, notes and tables as Markdown."""
     notes = "".join(f"- {note}\n" for note in self.notes)
     parts = [self.summary(), self.speed_table(), self.question_table(), notes]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def pareto(rows: Sequence[Measured], k: int, batch_size: int) -> list[Measured]:
-  """Returns those that none beats both in recall and in speed, fastest first.
+  """Returns the Pareto front of recall and speed, fastest system first.
 
   Systems without an index_recall@k are left out.
   """
@@ -241,7 +241,7 @@ def _draw_speed(
       elinewidth=0.8,
       zorder=2,
     )
-    # Through the best of the family: its builds are of several sizes.
+    # A line through the family's best: its builds differ in size.
     best = pareto(members, k, batch)
     axes.plot(
       [_mean_recall(row, k) for row in best],
@@ -267,12 +267,12 @@ def _draw_memory(
       linestyle="none",
     )
   axes.set_ylim(bottom=0)
-  axes.set_ylabel("bytes a passage")
+  axes.set_ylabel("bytes per passage")
   _finish(axes, rows, k, "Memory")
 
 
 def _finish(axes: Axes, rows: Sequence[Measured], k: int, title: str) -> None:
-  """Spreads the recalls near 1, where indexes differ."""
+  """Stretches the axis near a recall of 1, where indexes differ."""
   axes.set_xscale(
     "function",
     functions=(
@@ -313,7 +313,7 @@ def _speed_cells(benchmark: Benchmark) -> list[list[str]]:
   head = ["system", "settings"]
   head += [f"index_recall@{k} (95% interval)" for k in depths]
   head += [f"questions/s, {size} at a time" for size in BATCHES]
-  cells = [[*head, "bytes a passage", "build (s)"]]
+  cells = [[*head, "bytes per passage", "build (s)"]]
   for row in benchmark.rows:
     recalls = [row.recall(k) for k in depths]
     cells.append(

@@ -1,6 +1,6 @@
-"""From what is on the disk to a benchmark of retrieval.
+"""Runs a retrieval benchmark on a search directory or on embeddings.
 
-In: a directory of tools/build_index.py with questions, or embeddings alone.
+In: a directory of tools/build_index.py with questions, or only embeddings.
 Out: the `Benchmark`. Nothing is written.
 """
 
@@ -37,23 +37,23 @@ from rag_jax.evaluation.regex_answers import check_patterns
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.search.directory import SearchDirectory
 
-_SEED = 0  # of which questions tune, and which are measured
+_SEED = 0  # of the split into tuning and measured questions
 
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class BenchmarkSettings:
-  """What is measured, and for how long."""
+  """The systems to measure, and how long."""
 
   systems: tuple[str, ...]  # of systems.SYSTEMS
-  max_questions: int = 1000  # to measure with, and as many to tune with
-  target_recall: float = 0.99  # index_recall@10 that is tuned for
-  tune_secs: float = 120.0  # that the tuner of ScaNN may take
+  max_questions: int = 1000  # to measure with, and as many again to tune with
+  target_recall: float = 0.99  # index_recall@10 that systems are tuned to
+  tune_secs: float = 120.0  # time limit of ScaNN's tuner
   rounds: int = 3  # of timing
-  speed_secs: float = 0.3  # for each system, batch size and round
-  # Leave out the passage whose id is the question's, where questions are
-  # themselves documents, as in BEIR's ArguAna and Quora.
+  speed_secs: float = 0.3  # of timing, per system, batch size and round
+  # Remove the passage with the question's own id from the results, if questions
+  # are themselves documents, as in BEIR's ArguAna and Quora.
   drop_own_id: bool = False
-  answers: str = "multilingual"  # how they are looked for; of VARIANTS
+  answers: str = "multilingual"  # how they are found in text; of VARIANTS
 
 
 def benchmark_directory(
@@ -63,13 +63,13 @@ def benchmark_directory(
 ) -> Benchmark:
   """Measures on a directory that tools/build_index.py made.
 
-  Where a system has to be tuned, half of the questions tune and the other half
-  is measured.
+  If a system needs tuning, half of the questions are used for it, and the other
+  half is measured.
 
   Args:
     index: the directory.
-    questions: what `read_judged_questions` reads.
-    settings: what is measured.
+    questions: a file or folder, as `read_judged_questions` reads them.
+    settings: of the benchmark.
 
   Raises:
     FileNotFoundError: one of them is not there.
@@ -130,7 +130,7 @@ def benchmark_embeddings(
   Args:
     embeddings: .npy of the passages, [P, R].
     question_embeddings: .npy of questions, [B, R].
-    settings: what is measured.
+    settings: of the benchmark.
 
   Raises:
     FileNotFoundError: one of them is not there.
@@ -141,8 +141,8 @@ def benchmark_embeddings(
   questions = load_embeddings(question_embeddings)
   if passages.shape[1] != questions.shape[1]:
     raise ValueError(
-      f"{embeddings} has {passages.shape[1]} numbers a passage,"
-      f" {question_embeddings} {questions.shape[1]} a question. Expected the"
+      f"{embeddings} has {passages.shape[1]} numbers per passage,"
+      f" {question_embeddings} {questions.shape[1]} per question. Expected the"
       " same. Take both from one encoder."
     )
   measured, tuning = _split(len(questions), settings)
@@ -169,7 +169,7 @@ def load_embeddings(path: epath.PathLike) -> Float[np.ndarray, "P R"]:
 
 
 def open_embeddings(path: epath.PathLike) -> Float[np.ndarray, "P R"]:
-  """Returns the embeddings of a .npy file: mapped, not read, if in float32.
+  """Returns the embeddings of a .npy file, memory-mapped if in float32.
 
   Raises:
     FileNotFoundError: it is not there.

@@ -1,6 +1,6 @@
-"""What can answer a question, made ready to be measured side by side.
+"""Builds the retrieval systems that a benchmark compares.
 
-In: passage embeddings, words of passages if there are any, and questions. Out:
+In: passage embeddings, a BM25 index if there is one, and questions. Out:
 `System`s that return passages for the number of a question.
 """
 
@@ -48,14 +48,14 @@ _Search = Callable[[Int[np.ndarray, "B"], int], Int[np.ndarray, "B K"]]
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class System:
-  """One thing that is measured.
+  """A retrieval system to measure.
 
   Attributes:
-    family: a line of the picture.
-    settings: in words.
-    search: numbers of questions, k -> passages [B, K], best first, -1 where
+    family: one line of the picture.
+    settings: as text.
+    search: (numbers of questions, k) -> passages [B, K], best first, -1 where
       none was found.
-    by_embeddings: what it finds is to be what exact search finds.
+    by_embeddings: whether its results are compared with exact search.
   """
 
   family: str
@@ -68,10 +68,10 @@ class System:
 
 @dataclasses.dataclass(slots=True, frozen=True)
 class Sample:
-  """Questions as systems take them.
+  """Questions as embeddings, and as texts if there are any.
 
   Attributes:
-    texts: () where embeddings are all there is.
+    texts: () if there are only embeddings.
   """
 
   embeddings: Float[np.ndarray, "B R"]
@@ -80,16 +80,16 @@ class Sample:
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class Workload:
-  """What every system is measured on.
+  """The passages and questions that every system is measured on.
 
   Attributes:
     embeddings: of the passages, row = passage id; in memory.
-    measured: questions that nothing is tuned on.
-    tuning: other questions, for the tuned systems alone; may be empty.
-    relevant: of a tuning question's number and passages: which are of use.
-    index: as it was built, if one was given.
+    measured: questions that no system is tuned on.
+    tuning: other questions, to tune systems with; may be empty.
+    relevant: (number of a tuning question, passages) -> which are relevant.
+    index: of the search directory, if one was given.
     bm25: of the same passages.
-    bm25_bytes: what it takes.
+    bm25_bytes: its size.
   """
 
   embeddings: Float[np.ndarray, "P R"]
@@ -102,7 +102,7 @@ class Workload:
 
 
 def needs_tuning(names: Collection[str]) -> bool:
-  """Returns whether one of the systems has to have questions of its own."""
+  """Returns whether one of the systems needs tuning questions."""
   return bool(set(names) & set(_TUNING))
 
 
@@ -115,15 +115,15 @@ def build_systems(
   k: int,
   notes: list[str],
 ) -> list[System]:
-  """Builds what is to be measured.
+  """Builds the systems to measure.
 
   Args:
     names: of SYSTEMS.
-    workload: what all get.
-    target_recall: index_recall_at_k that "tuned" aims at, and FAISS with it.
-    tune_secs: that the tuner may take.
-    k: passages a question that the tuner tunes for.
-    notes: gets a line for everything that is left out, and for what was tuned.
+    workload: the same for all systems.
+    target_recall: index_recall_at_k that "tuned" and FAISS are tuned to.
+    tune_secs: time limit of the tuner.
+    k: passages per question that the tuner tunes for.
+    notes: receives a line for each system that is left out or tuned.
 
   Raises:
     ValueError: one of `names` is no system, none can be measured, or there are
@@ -185,7 +185,7 @@ class _Builder:
     self._workload, self._notes = workload, notes
     self._target, self._tune_secs = target_recall, tune_secs
     self._k = min(k, len(workload.embeddings))
-    # Of the passages that the words are of, or a hybrid would refuse it.
+    # With the fingerprint of BM25's passages, or a hybrid would refuse it.
     of = workload.bm25.passages_fingerprint if workload.bm25 else ""
     self._exact = ExactIndex(
       workload.embeddings, encoder_fingerprint="", passages_fingerprint=of
@@ -228,7 +228,7 @@ class _Builder:
       target_recall=self._target,
       k=self._k,
       config=IndexConfig(kind="scann"),
-      # The questions that are measured say what the choice is worth.
+      # The measured questions show how good the choice is.
       settings=TunerSettings(budget_secs=self._tune_secs, held_out=0.1),
     )
     verdict = "reached" if result.reached else "NOT reached"
@@ -360,7 +360,7 @@ def _secs(index: Index) -> float | None:
 
 
 def _settings(index: Index) -> str:
-  """Returns an index's settings in words."""
+  """Returns an index's settings as text."""
   settings = index.settings
   if index.kind != "scann":
     return ", ".join(f"{name} {value}" for name, value in settings.items())

@@ -1,6 +1,6 @@
-"""Where the time of compiled programs goes, by the operation that asked for it.
+"""Attributes the time of compiled programs to the JAX operations behind it.
 
-In: a trace of jax.profiler, and the programs that XLA wrote down. Out: a table.
+In: a trace of jax.profiler, and XLA's dumps of the programs. Out: a table.
 """
 
 import collections
@@ -19,13 +19,13 @@ _NAMED = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]+)"', re.M)
 
 
 def dump_programs(folder: pathlib.Path) -> None:
-  """Lets XLA write into `folder` what it compiles. Call before any array."""
+  """Makes XLA dump its programs into `folder`. Call before any array exists."""
   flags = f"--xla_dump_to={folder}/hlo --xla_dump_hlo_as_text"
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
 def profile(function: Callable[[], Any], folder: pathlib.Path) -> str:
-  """Returns the costs of calling `function`, compiled before, as a table."""
+  """Returns the costs of calling the compiled `function`, as a table."""
   with jax.profiler.trace(str(folder)):
     function()
   names = _op_names(folder / "hlo")
@@ -53,9 +53,9 @@ def profile(function: Callable[[], Any], folder: pathlib.Path) -> str:
 
 
 def _op_names(folder: pathlib.Path) -> dict[tuple[str, str], str]:
-  """Returns (program, instruction) -> its name, layers and steps as one.
+  """Returns (program, instruction) -> name, the same for all layers and steps.
 
-  Programs of one name that differ in their shapes are not told apart.
+  Programs of the same name with different shapes are not distinguished.
   """
   names = {}
   for path in sorted(folder.glob("*after_optimizations.txt")):
@@ -66,7 +66,7 @@ def _op_names(folder: pathlib.Path) -> dict[tuple[str, str], str]:
 
 
 def _own_times(events: list[Any]) -> list[tuple[Any, float]]:
-  """Returns events and their microseconds without those of events inside."""
+  """Returns events with their own microseconds, without nested events."""
   events = sorted(events, key=lambda e: (e["tid"], e["ts"], -e["dur"]))
   own = [event["dur"] for event in events]
   open_events: list[int] = []

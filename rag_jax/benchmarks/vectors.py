@@ -1,4 +1,4 @@
-"""Many vectors of a few real embeddings, to measure indexes of any size with.
+"""Makes many vectors from a few real embeddings, to test indexes of any size.
 
 In: a corpus. Out: its texts, long and short; and mixtures of embeddings.
 """
@@ -15,7 +15,7 @@ _BLOCK = 65_536  # mixed at a time
 
 
 def long_and_short_texts(documents: Iterable[Document]) -> Iterator[str]:
-  """Yields the text of each document, and, if it has several, its sentences."""
+  """Yields each document's text, and its sentences if it has several."""
   for document in documents:
     yield document.text
     spans = list(sentence_spans(document.text))
@@ -30,14 +30,14 @@ def mix_embeddings(
 
   A mixture is w a + (1 - w) b, divided by its length: a and b are two different
   real vectors of length 1 that are drawn at random, w is drawn from
-  Beta(beta, beta). Below 1 most weights are near 0 or 1, so that most mixtures
-  have one real vector that they are near to, as texts on one subject have.
+  Beta(beta, beta). With beta below 1 most weights are near 0 or 1, so that most
+  mixtures are close to one real vector, like texts about the same subject.
 
   Args:
     real: at least two.
     num: of the result (P).
     beta: above 0.
-    seed: the same gives the same.
+    seed: equal seeds give equal results.
 
   Raises:
     ValueError: a number is out of range, or a real vector is 0.
@@ -60,7 +60,7 @@ def mix_embeddings(
     other = (one + rng.integers(1, len(real), size=size)) % len(real)
     weights = rng.beta(beta, beta, size=(size, 1)).astype(np.float32)
     rows = weights * real[one] + (1 - weights) * real[other]
-    # Two that are opposite could cancel out.
+    # Opposite vectors could cancel out.
     length = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
     mixed[start : start + size] = rows / length
   return mixed

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 class RagBatch:
   """Questions, their documents and their answers, as tokens.
 
-  The retriever's fields are None for closed book. Exactly one of `doc_tokens`
-  (the passage encoder trains) and `doc_embeddings` (it is frozen) is given
-  otherwise; `bm25_scores` where words are searched too (index.hybrid).
+  The retriever's fields are None for a closed-book model. Otherwise exactly one
+  of `doc_tokens` (the passage encoder trains) and `doc_embeddings` (it is
+  frozen) is given, and `bm25_scores` with index.hybrid.
   """
 
   context_tokens: Int[Any, "B K C"]

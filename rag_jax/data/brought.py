@@ -1,16 +1,17 @@
-"""Which settings a checkpoint brings, and which of them somebody chose.
+"""Merges the settings of a checkpoint with those that the user chose.
 
 In: a config, and which of its settings the command line gave. Out: the config
-in which each setting is what was chosen, or else what a checkpoint says.
+in which each setting has the value that was chosen, or else the checkpoint's.
 
-Who chooses. A config file that names a checkpoint is written for it: what it
-sets holds, and so does what the command line sets. If only the command line
-names the checkpoint, the file was written for a model from scratch; then the
-command line alone chooses, and a warning lists what the file had set otherwise.
-What nobody sets is never a choice; assigning a default is one.
+Who chooses: a config file that names a checkpoint is written for it, so its
+settings hold, and so do those of the command line. If only the command line
+names the checkpoint, the file was written for a model from scratch. Then only
+the command line chooses, and a warning lists the settings of the file that the
+checkpoint replaced. A setting that is not set anywhere is not a choice;
+assigning the default value is one.
 
-The shape of a model is never a choice beside a checkpoint: a contradiction on
-the command line is refused, one in a file is warned of.
+The shape of a model cannot be chosen beside a checkpoint: a contradiction on
+the command line is an error, and one in a file a warning.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from rag_jax.config import Config
 SAFE_LR = 3e-5  # of the RAG paper, for weights that were trained before
 _HIGH_LR = 10 * SAFE_LR
 
-# 0 leaves these to be found out, so that it contradicts nothing.
+# 0 means that these are derived, so it contradicts no checkpoint.
 _OPEN = (
   "vocab_size", "max_positions", "num_decoder_layers", "num_decoder_heads",
   "head_dim", "decoder_mlp_dim",
@@ -31,18 +32,19 @@ _OPEN = (
 
 
 class Brought:
-  """Fills a config in, setting by setting, and tells at the end."""
+  """Fills in a config, setting by setting, and logs the changes at the end."""
 
   def __init__(self, config: Config, overridden: Mapping[str, Any]):
-    """Begins with what was set.
+    """Starts from the settings of the config file and the command line.
 
     Args:
       config: changed in place.
       overridden: the settings that the command line gave, by dotted name, with
-        what the config file had said.
+        their values in the config file.
     """
     self._config, self._overridden = config, overridden
-    # Parts whose checkpoint the file does not name, nor that of the whole.
+    # Parts that the file describes from scratch: it names no checkpoint of the
+    # part or of the whole model.
     by_file = {
       name: overridden.get(name, self._get(name))
       for name in ("init_from", "encoder.init_from", "generator.init_from")
@@ -86,9 +88,13 @@ class Brought:
     return False
 
   def bring(self, part: str, name: str, value: Any, warning: str = "") -> None:
-    """Sets `name` to what the checkpoint of `part` says, if it is no choice.
+    """Sets `name` to the checkpoint's value, unless the user chose one.
 
-    With a warning, a choice that differs is told.
+    Args:
+      part: whose checkpoint, "encoder" or "generator".
+      name: dotted, of the setting.
+      value: the checkpoint's.
+      warning: why another value may be wrong; "" logs nothing if it differs.
     """
     if not self.chosen(part, name):
       self._put(name, value)
@@ -96,9 +102,9 @@ class Brought:
       self._kept.append(f"{name}={self._get(name)!r}, not {value!r}: {warning}")
 
   def bring_lr(self, part: str, name: str) -> None:
-    """Sets a learning rate to one that leaves trained weights whole."""
+    """Sets a learning rate to one that suits weights trained before."""
     warning = "" if self._get(name) <= _HIGH_LR else (
-      "such steps undo what the weights were trained to"
+      "steps of this size destroy what the weights have learned"
     )  # fmt: skip
     self.bring(part, name, SAFE_LR, warning)
 
@@ -120,25 +126,25 @@ class Brought:
     """Logs what was replaced and kept.
 
     Raises:
-      ValueError: the command line contradicts what cannot be otherwise.
+      ValueError: the command line contradicts the shape of a checkpoint.
     """
     if self._refused:
       raise ValueError(
         "The command line contradicts the checkpoints that it starts from:\n  "
         + "\n  ".join(self._refused)
-        + "\nExpected the shape that their weights have. Leave these settings"
-        " away, or take other checkpoints."
+        + "\nExpected the shape that their weights have. Omit these settings,"
+        " or use other checkpoints."
       )
     if self._replaced:
       logging.warning(
         "The checkpoints have settings of their own, which replace those of the"
-        " config file:\n  %s\nSettings on the command line, and those of a file"
-        " that names the checkpoints, are kept if a checkpoint can have them."
-        " configs/hf_finetune.py is such a file.",
+        " config file:\n  %s\nSettings on the command line, and settings of a"
+        " file that names the checkpoints, are kept where the checkpoint allows"
+        " another value. configs/hf_finetune.py is such a file.",
         "\n  ".join(self._replaced),
       )
     if self._kept:
       logging.warning(
-        "These settings may not be meant beside the checkpoints:\n  %s",
+        "These settings may not suit the checkpoints:\n  %s",
         "\n  ".join(self._kept),
       )

@@ -2,8 +2,8 @@
 
 Inverse cloze (Lee et al. 2019, https://arxiv.org/abs/1906.00300, section 5) and
 span infilling (Lewis et al. 2019, https://arxiv.org/abs/1910.13461, section 2)
-in one: a span of a passage is masked; the window around the mask stands for
-the question, the passage for the document, the span for the answer.
+in one: a span of a passage is masked. The window around the mask serves as the
+question, the passage as the document, and the span as the answer.
 
 In: passage tokens, a seed and a step. Out: a `RagBatch` with K = 1.
 """
@@ -34,8 +34,8 @@ class ClozeBatches:
     if config.warmup.batch_size > len(passages):
       raise ValueError(
         f"warmup.batch_size={config.warmup.batch_size} is more than there are"
-        f" passages ({len(passages)}), and the warm-up takes each at most once"
-        " a batch. Lower it, or leave the warm-up out: warmup.num_steps=0."
+        f" passages ({len(passages)}), and the warm-up uses each at most once"
+        " per batch. Lower it, or skip the warm-up: warmup.num_steps=0."
       )
     self._tokenizer = tokenizer
     self._end = tokenizer.eos_id
@@ -48,7 +48,7 @@ class ClozeBatches:
   def _mask_span(
     self, rng: np.random.Generator, row: int
   ) -> tuple[list[int], list[int], list[int]]:
-    """Returns what stands before and after a span of one passage, and it."""
+    """Returns the tokens before a span, those after it, and the span."""
     settings = self._config.warmup
     length = int(self._passages.lengths[row])
     ids = self._passages.tokens[row, :length].tolist()
@@ -66,7 +66,7 @@ class ClozeBatches:
     size = min(max(stop - start, 1), settings.span_max_tokens)
     ids = ids[:-1]  # the end token is not asked for
     before, after = ids[:start], ids[start + size :]
-    # As many tokens as there are, up to the window, on either side.
+    # Fill the window from both sides, as far as there are tokens.
     width = min(settings.window_tokens, len(before) + len(after))
     fewest = max(width - len(after), 0)
     left = int(rng.integers(fewest, min(width, len(before)) + 1))
@@ -77,7 +77,7 @@ class ClozeBatches:
     )
 
   def batch(self, step: int) -> RagBatch:
-    """Returns what this process reads of the batch of warm-up step `step`."""
+    """Returns this process's part of the batch of warm-up step `step`."""
     config = self._config
     rng = np.random.default_rng((config.seed, step))
     # Without replacement: a passage twice would be its own negative.
@@ -87,7 +87,7 @@ class ClozeBatches:
     befores, afters, spans = zip(
       *(self._mask_span(rng, int(r)) for r in rows), strict=True
     )
-    # Every process draws the whole batch, so that together they have it once.
+    # Every process draws the whole batch and keeps its own rows.
     rows = rows[self._share]
     befores, afters, spans = (
       [parts[i] for i in self._share] for parts in (befores, afters, spans)

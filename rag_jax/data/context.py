@@ -1,24 +1,24 @@
 """Questions and documents to the tokens that retriever and generator read.
 
-In: questions, numbers of passages. Out: padded arrays with masks. Where it
-says <s>, rows of a tokenizer without a start token begin with what follows.
+In: questions, numbers of passages. Out: padded arrays with masks. A tokenizer
+without a start token leaves out the <s> below.
 
     question  <s> question </s>                     the retriever's tokenizer
     passage   <s> title </s> text </s>              the retriever's
     target    answer </s>                           the generator's
-              (behind the token that answers are forced to begin with, if any:
-              BART's <s>)
+              (after the token that answers are forced to begin with, if there
+              is one: BART's <s>)
     context   <s> question </s> title </s> text </s>        the generator's
 
-That is the context of data.context_style="question_first": the question is as
-it was asked, and never cut for a passage. "rag" is what `RagRetriever` of
-Hugging Face makes, for models that were trained on it: one string with the
-generator's own special tokens around it,
+That is the context of data.context_style="question_first": the question stands
+as it was asked, and is never cut to make room for a passage. "rag" is the
+format of Hugging Face's `RagRetriever`, for models that were trained on it: one
+string with the generator's own special tokens around it,
 
     prefix title title_sep text doc_sep question
 
-in which the question is what the retriever's tokenizer makes of its tokens
-(BERT's: lower case), and is the first to be cut. Whatever is cut is counted.
+Here the question is decoded from the retriever's tokens (BERT's are lower
+case), and is the first to be cut. Cut questions and contexts are counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,11 +44,11 @@ COUNTS: tuple[str, ...] = ("questions_cut", "contexts_cut", "targets_cut")
 def rag_context(
   title: str, text: str, question: str, config: DataConfig
 ) -> str:
-  """Returns the string of a document and a question, as Hugging Face's is.
+  """Returns the context of a document and a question as one string.
 
-  `RagRetriever.postprocess_docs`, transformers 5: one quote is taken from
-  either end of the title, and double spaces become single ones in one pass, so
-  that three become two.
+  As `RagRetriever.postprocess_docs` of transformers 5: one quote is removed
+  from either end of the title, and double spaces become single ones in one
+  pass, so that three become two.
   """
   title = title.removeprefix('"').removesuffix('"')
   parts = (
@@ -66,8 +66,8 @@ class ContextBuilder:
   """Builds padded token arrays of the lengths in the config.
 
   Attributes:
-    counts: how many questions, contexts and targets were cut so far, but for
-      those that `counting` counted.
+    counts: how many questions, contexts and targets were cut so far, except
+      those counted by `counting`.
   """
 
   def __init__(
@@ -78,15 +78,16 @@ class ContextBuilder:
     retriever_passages: TokenizedPassages | None = None,
     target_start: Sequence[int] = (),
   ):
-    """Keeps what the arrays are made of.
+    """Prepares to build arrays.
 
     Args:
       tokenizer: the generator's.
-      passages: tokenised with it. Contexts in the style "rag" are made of their
-        strings alone.
+      passages: tokenised with it. Contexts in the style "rag" use only their
+        strings.
       config: lengths and style.
-      retriever_passages: tokenised with the retriever's, if that is another.
-      target_start: what every target begins with, before the answer.
+      retriever_passages: tokenised with the retriever's tokenizer, if that is
+        another one.
+      target_start: tokens that every target begins with, before the answer.
     """
     self._target_start = target_start
     self._tokenizer = tokenizer
@@ -108,9 +109,9 @@ class ContextBuilder:
 
   @contextlib.contextmanager
   def counting(self) -> Iterator[dict[str, int]]:
-    """Yields counts of what this thread cuts until the end, apart from others.
+    """Yields separate counts of what this thread cuts inside the `with`.
 
-    So a batch that is made again, after a run was stopped, counts once.
+    Then a batch that is made again after a restart can be counted once.
     """
     before = self._count_here()
     self._apart.counts = counts = dict.fromkeys(COUNTS, 0)
@@ -129,7 +130,7 @@ class ContextBuilder:
 
   @property
   def one_tokenizer(self) -> bool:
-    """Whether retriever and generator have the same."""
+    """Whether retriever and generator have the same tokenizer."""
     return self._retriever is self._tokenizer
 
   def encode_questions(
@@ -144,17 +145,16 @@ class ContextBuilder:
   def retriever_ids(self, ids: Sequence[Ids]) -> list[Ids]:
     """Returns ids of the generator's tokenizer as ids of the retriever's.
 
-    By way of their text, if these are two: special tokens are lost.
+    Two different tokenizers convert through text, which loses special tokens.
     """
     if self.one_tokenizer:
       return list(ids)
     return self._retriever.encode([self._tokenizer.decode(row) for row in ids])
 
   def is_cut(self, question_ids: Ids, context_ids: Ids) -> bool:
-    """Returns whether a question is longer than one of its readers takes.
+    """Returns whether a question is too long for the retriever or generator.
 
-    In a context of style "rag" it may be cut too, by its document: see
-    `counts`.
+    In a context of style "rag" a long document can cut it too: see `counts`.
     """
     data = self._config
     room = data.question_length - 1 - (self._retriever.bos_id is not None)
@@ -182,7 +182,7 @@ class ContextBuilder:
     return tokens, mask
 
   def questions(self, question_ids: Sequence[Ids]) -> tuple[Tokens, Mask]:
-    """Returns what the question tower reads, [B, Q]."""
+    """Returns the question encoder's input, [B, Q], and its mask."""
     start, end = _start(self._retriever), [self._retriever.eos_id]
     rows = [[*start, *ids, *end] for ids in question_ids]
     return self._pad(
@@ -192,7 +192,7 @@ class ContextBuilder:
   def passages(
     self, rows: np.ndarray, changes: Sequence[Change] = ()
   ) -> tuple[Tokens, Mask]:
-    """Returns what the passage tower reads, for passage numbers, [..., L].
+    """Returns the passage encoder's input, [..., L], for passage numbers.
 
     Args:
       rows: passage numbers; [B, K] with `changes`.
@@ -220,7 +220,7 @@ class ContextBuilder:
     return tokens, np.arange(tokens.shape[-1]) < lengths
 
   def targets(self, answer_ids: Sequence[Ids]) -> tuple[Tokens, Mask]:
-    """Returns what the generator must write, [B, T]."""
+    """Returns the target tokens of answers, [B, T], and their mask."""
     start, end = self._target_start, self._tokenizer.eos_id
     rows = [[*start, *ids, end] for ids in answer_ids]
     return self._pad(
@@ -233,14 +233,14 @@ class ContextBuilder:
     rows: Int[np.ndarray, "B K"],
     changes: Sequence[Change] | None = None,
   ) -> tuple[Tokens, Mask]:
-    """Returns what the generator reads: [B, K, C].
+    """Returns the generator's input, [B, K, C], and its mask.
 
     Args:
-      question_ids: tokens of B questions, of the generator's tokenizer; in the
-        style "rag" of the retriever's. `encode_questions` gives the right ones.
-      rows: passage numbers; K = 0 gives one context a question that holds the
-        question alone.
-      changes: what is put in the place of what, in each question's documents.
+      question_ids: tokens of B questions, from the generator's tokenizer; in
+        the style "rag", from the retriever's. `encode_questions` returns them.
+      rows: passage numbers; K = 0 gives one context per question, which holds
+        only the question.
+      changes: replacements to make in each question's documents.
 
     Raises:
       ValueError: changes in the style "rag", whose documents are strings.
@@ -290,7 +290,7 @@ class ContextBuilder:
     mask: Bool[np.ndarray, "_ C"],
     start: int,
   ) -> None:
-    """Writes passages from `start` on into rows that are padded so far."""
+    """Writes passages into rows of padding, from column `start` on."""
     room = tokens.shape[1] - start
     body = self._passages.tokens[rows, :room]
     lengths = self._passages.lengths[rows]
@@ -304,7 +304,7 @@ class ContextBuilder:
   ) -> tuple[Tokens, Mask]:
     """Returns contexts in the style "rag", [B, K, C]."""
     data, retriever = self._config, self._retriever
-    # What the question tower sees of a question, back as text.
+    # The question as the question encoder reads it, decoded to text.
     longest = data.question_length - len(_start(retriever)) - 1
     questions = [retriever.decode_hf(ids[:longest]) for ids in question_ids]
     strings = []
@@ -324,5 +324,5 @@ class ContextBuilder:
 
 
 def _start(tokenizer: Tokenizer) -> Ids:
-  """Returns what rows begin with: the start token, if there is one."""
+  """Returns the tokens that rows begin with: the start token, if any."""
   return [] if tokenizer.bos_id is None else [tokenizer.bos_id]

@@ -1,7 +1,8 @@
-"""The parts of an experiment, opened from its config and checked to fit.
+"""Opens the parts of an experiment from its config, and checks that they fit.
 
 In: a config, and the tokenizer of the run if there is one. Out: passages,
-tokenizer, model and what connects them, for training, evaluation and serving.
+tokenizer, model and the objects that connect them, for training, evaluation and
+serving.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,14 +42,15 @@ from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import IndexBuilder
 from rag_jax.weights.generation_settings import target_start
 
-# More would take hours and memory, and the frequent pieces stay the same.
+# Passages to train a tokenizer on. More would take hours and much memory, and
+# find the same frequent pieces.
 _TOKENIZER_PASSAGES = 1 << 20
-_TOKENIZER_BLOCK = 1024  # of these in memory at once
+_TOKENIZER_BLOCK = 1024  # passages in memory at once
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Experiment:
-  """What a config describes, opened."""
+  """The opened parts of the experiment that a config describes."""
 
   config: Config
   passages: Passages
@@ -60,7 +62,7 @@ class Experiment:
   mesh: jax.sharding.Mesh
   embedder: Embedder
   index_builder: IndexBuilder
-  initial: Initial  # what the parameters start from, beside fresh ones
+  initial: Initial  # parameters of checkpoints; all others start at random
   bm25: Bm25Index | None = None  # of the passages' words, with index.hybrid
 
   @property
@@ -73,14 +75,14 @@ class Experiment:
 
   @property
   def identity(self) -> dict[str, str]:
-    """Identifies, by name, what a run cannot go on without."""
+    """Fingerprints, by name, of inputs that must not change during a run."""
     identity = {
       "passages": self.passages.fingerprint,
       "tokenizer": self.token_ids,
     }
     if self.bm25 is not None:
       settings = self.bm25.settings
-      # Rule 1 had no name in the runs that began with it.
+      # Runs that began with rule 1 do not name it.
       rule = f", rule {settings.word_rule}" if settings.word_rule > 1 else ""
       identity["BM25 settings"] = f"{settings!r}{rule}"
     return identity
@@ -96,7 +98,7 @@ class Experiment:
     return self.model.init(key, **inputs)["params"]
 
   def example_batch(self) -> RagBatch:
-    """Returns a batch of one question, for shapes."""
+    """Returns a batch of one question, from which shapes are derived."""
     data = self.config.data
     k = max(data.n_docs, 1)
 
@@ -105,8 +107,8 @@ class Experiment:
 
     context, context_mask = tokens(1, k, data.context_length)
     target, target_mask = tokens(1, data.target_length)
-    # The retriever's too for closed book: there, the retriever is part of the
-    # parameters and is not trained, so both have the same generator.
+    # With the retriever's arrays even for a closed-book model: it has untrained
+    # retriever parameters, so that its generator starts from the same values.
     question, question_mask = tokens(1, data.question_length)
     doc, doc_mask = tokens(1, k, data.passage_length)
     return RagBatch(
@@ -135,21 +137,22 @@ def open_experiment(
   """Opens what `config` names and builds what it describes.
 
   Args:
-    config: of the run; of `load_initial`, if it starts from checkpoints.
+    config: of the run; from `load_initial`, if it starts from checkpoints.
     tokenizer_path: where the run keeps its tokenizer. If there is none yet, it
-      is made as the config says and saved there. "" keeps it in memory.
-    tokens_path: where the tokens of a passage store are kept, unless in
-      data.token_cache. Without either, and those of other passages, are made
-      anew and in memory.
-    passages: instead of those that the config names.
+      is trained or loaded as the config says, and saved there. "" keeps it in
+      memory.
+    tokens_path: where the tokens of a passage store are kept, unless
+      data.token_cache is set. Without either, and for passages that are not in
+      a store, the tokens are computed now and kept in memory.
+    passages: used instead of those that the config names.
     devices: of the mesh; by default all.
     initial: checkpoints to start from.
-    reads_tokens: False tokenizes no passage: where there is an index already,
-      and data.context_style="rag" reads them as strings.
+    reads_tokens: False tokenizes no passage. Possible if there is an index
+      already, and data.context_style="rag" reads the passages as strings.
 
   Raises:
     ValueError: settings, devices, passages and tokenizer do not fit together.
-    FileNotFoundError: something named is missing.
+    FileNotFoundError: a file or directory that the config names is missing.
   """
   validate(config)
   devices = jax.devices() if devices is None else devices
@@ -159,7 +162,7 @@ def open_experiment(
   check_n_docs(config.data.n_docs, passages)
   initial = initial or Initial()
   opened = passages, tokenizer_path, initial
-  # One after another: the first may make what the others then open.
+  # One process first: it may write the tokenizers that the others then open.
   tokenizer, retriever_tokenizer = first_alone(
     "open the tokenizers", lambda: _open_tokenizers(config, *opened)
   )
@@ -221,7 +224,7 @@ def open_experiment(
 def _open_bm25(config: Config, passages: Passages) -> Bm25Index:
   """Returns the BM25 index that the config names, or builds it.
 
-  It is not saved with the run: it is a function of the passages.
+  It is not saved with the run, since it can be rebuilt from the passages.
   """
   if config.index.bm25_path:
     return Bm25Index.load(
@@ -248,14 +251,14 @@ def check_n_docs(n_docs: int, passages: Passages) -> None:
 def _tokenize(
   passages: Passages, tokenizer: Tokenizer, length: int, kept: epath.PathLike
 ) -> TokenizedPassages:
-  """Returns the tokens of `passages`: on the disk, if they are there too."""
+  """Returns the tokens of `passages`: on disk if the passages are on disk."""
   if kept and isinstance(passages, PassageStore):
     return keep_tokens(kept, passages, tokenizer, length)
   return TokenizedPassages(passages, tokenizer, length)
 
 
 def _texts(passages: Passages) -> Iterator[str]:
-  """Yields what a tokenizer is trained on: at most so many passages."""
+  """Yields the texts that a tokenizer is trained on."""
   step = -(-len(passages) // _TOKENIZER_PASSAGES)
   if step > 1:
     logging.info(
@@ -271,7 +274,7 @@ def _texts(passages: Passages) -> Iterator[str]:
 def _check_tables(
   config: Config, tokenizer: Tokenizer, retriever_tokenizer: Tokenizer
 ) -> None:
-  """Raises `ValueError` if a tokenizer has ids that no embedding is for."""
+  """Raises `ValueError` if a tokenizer has more ids than the embeddings."""
   for name, table, ids in (
     ("encoder", config.encoder.vocab_size, retriever_tokenizer.vocab_size),
     ("generator", config.generator.vocab_size, tokenizer.vocab_size),
@@ -285,30 +288,33 @@ def _check_tables(
 
 
 def _check_fresh(config: Config, path: epath.PathLike) -> None:
-  """Raises `FileNotFoundError` rather than train one for loaded weights."""
+  """Raises `FileNotFoundError` if weights are loaded without a tokenizer.
+
+  A tokenizer that is trained now would not fit them.
+  """
   for part in ("encoder", "generator"):
     where = getattr(config, part).init_from
     if where:
       raise FileNotFoundError(
         f"There is no tokenizer in {path or 'tokenizer.path'}, but"
         f" {part}.init_from={where!r} gave weights that were trained with one."
-        " Expected that tokenizer, as training saved it in the workdir; one"
-        " that is trained now would mean other text. Put its files back."
+        " Expected that tokenizer, as training saved it in the workdir; the ids"
+        " of a new tokenizer would mean other text. Put its files back."
       )
 
 
 def _warn_of_others(path: str, found: Sequence[str]) -> None:
-  """Warns if the tokenizer that was given is not that of a checkpoint."""
+  """Warns if tokenizer.path is another tokenizer than a checkpoint's."""
   given = load_tokenizer(path).fingerprint
   for name in found:
     try:
       same = load_tokenizer(name).fingerprint == given
     except (FileNotFoundError, ValueError):
-      continue  # which may be why another one is given
+      continue  # this may be why tokenizer.path is set
     if not same:
       logging.warning(
-        "tokenizer.path=%s is another tokenizer than that of the checkpoint %s:"
-        " its ids mean other rows of the embeddings, unless it was made of it.",
+        "tokenizer.path=%s is not the tokenizer of the checkpoint %s: its ids"
+        " mean other rows of the embeddings, unless it was derived from it.",
         *(path, name),
       )
 

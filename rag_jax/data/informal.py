@@ -1,8 +1,8 @@
 """Questions as people type them: "what's the capital of france".
 
-In: a question as it is written in a data set. Out: the same, at random in lower
-case, contracted, or without its question mark. A generator that has seen both
-forms in training answers both.
+In: a question as it is written in a data set. Out: the same question, at random
+in lower case, contracted, or without its question mark. A generator that has
+seen both forms in training can answer both.
 """
 
 import re
@@ -13,7 +13,7 @@ _CONTRACTED = re.compile(r"\b(what|where|who|how|when) is\b", re.IGNORECASE)
 
 
 def informal(question: str, rng: np.random.Generator) -> str:
-  """Returns `question` with each of three changes half of the time."""
+  """Returns `question` after three changes, each with probability 1/2."""
   lower, contract, unmarked = rng.random(3) < 0.5
   if contract:
     question = _CONTRACTED.sub(r"\1's", question)

@@ -1,8 +1,8 @@
-"""What a run starts from: checkpoints or another run, where the config says.
+"""Loads what a run starts from: checkpoints, or another run.
 
-In: a config with init_from, of the whole or of a part. Out: the config with
-the architecture that the checkpoints have and the settings that they bring,
-their parameters, and where their tokenizers lie.
+In: a config with init_from, of the whole model or of a part. Out: the config
+with the architecture and the settings of the checkpoints, their parameters, and
+the directories of their tokenizers.
 """
 
 from collections.abc import Mapping
@@ -30,18 +30,18 @@ from rag_jax.weights.saved import is_ours
 from rag_jax.weights.saved import is_workdir
 from rag_jax.weights.saved import read_saved
 
-# Tokens, where a checkpoint says nothing: DPR's passages, and what RAG was
-# fine-tuned with.
+# Lengths in tokens, if a checkpoint has none: of DPR's passages, and of RAG's
+# fine-tuning.
 _QUESTION, _PASSAGE, _CONTEXT, _TARGET = 128, 256, 300, 25
 
-# No part of the shape: they can be chosen.
+# Not part of the shape, so they can be chosen.
 _RATES = ("dropout", "attention_dropout", "activation_dropout")
 _POOLINGS = ("cls", "mean", "max", "pooler")  # that have no parameters
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Initial:
-  """What checkpoints give; all of it may be empty.
+  """Parameters and tokenizers of checkpoints; all of it may be empty.
 
   Attributes:
     params: by the parts of `RagModel`: "question_encoder", "passage_encoder",
@@ -63,12 +63,12 @@ def load_initial(
   Args:
     config: as a file and the command line made it.
     overridden: the settings that the command line gave, by dotted name, with
-      what the config file had said. Without it, all that is set counts as
-      chosen for these checkpoints: see brought.py.
+      their values in the config file. None: all settings count as chosen for
+      these checkpoints, see brought.py.
 
   Returns:
-    A config whose architecture is theirs, and which describes the model from
-    then on without them; and what they hold.
+    A config with the architecture of the checkpoints, which describes the model
+    completely; and the contents of the checkpoints.
 
   Raises:
     FileNotFoundError: a checkpoint is not there, or has no tokenizer.
@@ -99,17 +99,17 @@ def load_initial(
     params["generator"] = loaded.params
     tokenizer = loaded.tokenizer
   if not any(map(_is_fresh, (encoder.init_from, generator.init_from))):
-    # Nothing is left that a cold start could teach.
+    # Both parts are trained, so there is no cold start to warm up from.
     brought.bring("generator", "warmup.num_steps", 0)
   brought.finish()
-  # A position table that is too short shows now.
+  # Fails now if a position table is too short.
   return validate(config), Initial(params, tokenizer, retriever_tokenizer)
 
 
 def _is_fresh(where: str) -> bool:
-  """Returns whether a part has no weights that others trained.
+  """Returns whether a part has no weights from outside of rag_jax.
 
-  A run that goes on from another of ours is trained as its config file says.
+  A run that starts from another of our runs is trained as its config says.
   """
   return not where or is_workdir(where)
 
@@ -117,9 +117,9 @@ def _is_fresh(where: str) -> bool:
 def _check_tokenizer(
   config: Config, where: str, part: str, tokenizer: str
 ) -> None:
-  """Raises `FileNotFoundError` if no tokenizer belongs to loaded weights.
+  """Raises `FileNotFoundError` if loaded weights have no tokenizer.
 
-  Another one's ids would mean other rows of the table.
+  The ids of another tokenizer would mean other rows of the embeddings.
   """
   if tokenizer or config.tokenizer.path:
     return
@@ -136,7 +136,7 @@ def _check_tokenizer(
 
 
 def _passage_params(config: Config, question: LoadedEncoder) -> PyTree:
-  """Returns the parameters of the passage tower."""
+  """Returns the parameters of the passage encoder."""
   encoder = config.encoder
   where = encoder.passage_init_from or encoder.init_from
   passage = load_encoder(where, "passage")
@@ -147,9 +147,9 @@ def _passage_params(config: Config, question: LoadedEncoder) -> PyTree:
   ]
   if different:
     raise ValueError(
-      f"The towers of {encoder.init_from} and {where} differ in"
-      f" {', '.join(different)}. Expected two of one architecture; give"
-      " another encoder.passage_init_from."
+      f"The encoders {encoder.init_from} and {where} differ in"
+      f" {', '.join(different)}. Expected the same architecture; give another"
+      " encoder.passage_init_from."
     )
   return passage.params
 
@@ -157,7 +157,7 @@ def _passage_params(config: Config, question: LoadedEncoder) -> PyTree:
 def _bring_encoder(
   config: Config, brought: Brought, loaded: LoadedEncoder
 ) -> None:
-  """Sets what the checkpoint of the encoder decides, and what it brings."""
+  """Sets the architecture and the settings of the encoder's checkpoint."""
   encoder, data = config.encoder, config.data
   part, where = "encoder", config.encoder.init_from
   for name, value in loaded.fields.items():
@@ -176,7 +176,7 @@ def _bring_encoder(
       brought.demand(part, name, value)
   brought.bring(
     part, "encoder.score_scale", loaded.score_scale,
-    "its scores are multiplied so, and p(z|x) will differ",
+    "its scores are multiplied by that, so p(z|x) will differ",
   )  # fmt: skip
   if _is_fresh(where):
     return
@@ -191,7 +191,7 @@ def _bring_encoder(
   if loaded.max_tokens and data.passage_length > limit:
     brought.note(
       f"data.passage_length={data.passage_length}, not {limit}: it was trained"
-      " on inputs of at most so many tokens"
+      f" on inputs of at most {limit} tokens"
     )
   if encoder.normalize and encoder.score_scale == 1.0:
     brought.note(
@@ -209,12 +209,12 @@ def _bring_encoder(
     brought.note(
       f"encoder.tied=True: {where} is DPR's question encoder, and will embed"
       " passages as well; set encoder.tied=False and encoder.passage_init_from"
-      " to the encoder of passages"
+      " to the passage encoder"
     )
 
 
 def _can_pool(config: Config, brought: Brought, loaded: LoadedEncoder) -> bool:
-  """Returns whether another pooling was chosen that the weights can do."""
+  """Returns whether the user chose a pooling, and the weights support it."""
   pooling = config.encoder.pooling
   able = pooling in _POOLINGS and (pooling != "pooler" or config.encoder.pooler)
   return able and brought.chosen("encoder", "encoder.pooling")
@@ -223,9 +223,9 @@ def _can_pool(config: Config, brought: Brought, loaded: LoadedEncoder) -> bool:
 def _bring_generator(
   config: Config, brought: Brought, loaded: LoadedGenerator
 ) -> None:
-  """Sets what the checkpoint of the generator decides, and what it brings."""
+  """Sets the architecture and the settings of the generator's checkpoint."""
   part = "generator"
-  one_rate = loaded.fields["norm_kind"] == "rms"  # T5's holds in all places
+  one_rate = loaded.fields["norm_kind"] == "rms"  # T5 has a single dropout rate
   rate_chosen = brought.chosen(part, "generator.dropout")
   for name, value in loaded.fields.items():
     if name in _RATES:
@@ -243,7 +243,7 @@ def _bring_generator(
     return
   brought.bring_lr(part, "optimizer.peak_lr")
   brought.bring_lr(part, "warmup.peak_lr")
-  brought.bring(part, "data.substitute_answers", 0.0)  # it can read
+  brought.bring(part, "data.substitute_answers", 0.0)  # it can read already
   limit = config.generator.max_positions
   if config.generator.positions != "learned":
     limit = max(_CONTEXT, _TARGET)
@@ -261,7 +261,7 @@ def _bring_generator(
   typed, rest = typed_settings(loaded.generation)
   for name, value in typed.items():
     brought.bring(part, f"decoding.{name}", value)
-  if target_chosen:  # which is then the limit of answers too
+  if target_chosen:  # data.target_length then limits answers too
     rest = {k: v for k, v in rest.items()
             if k not in ("max_length", "max_new_tokens")}  # fmt: skip
   if rag is not None and not rag.do_deduplication:
@@ -273,7 +273,7 @@ def _bring_generator(
 def _bring_contexts(
   config: Config, brought: Brought, loaded: LoadedGenerator
 ) -> None:
-  """Sets how a RAG's contexts were written when it was trained."""
+  """Sets the format of the contexts that a RAG was trained on."""
   part, other = "generator", "it was trained on other contexts"
   rag = loaded.rag
   assert rag is not None
@@ -285,7 +285,7 @@ def _bring_contexts(
 
 
 def _start_both(config: Config) -> None:
-  """Lets the parts that name nothing start from `config.init_from`."""
+  """Sets init_from of parts that have none to `config.init_from`."""
   where, encoder = config.init_from, config.encoder
   if not where:
     return
@@ -312,12 +312,12 @@ def _start_both(config: Config) -> None:
 
 
 def _take_scores(config: Config, saved: SavedModel) -> None:
-  """Sets what documents are scored with to what a run has learned."""
+  """Sets the weights of hybrid scores to those that a run has learned."""
   if config.encoder.tied and "passage_encoder" in saved.params:
     raise ValueError(
-      f"encoder.init_from={config.encoder.init_from!r} holds two towers, but"
-      " encoder.tied=True would keep that of the questions alone; expected two"
-      " towers here as well. Set encoder.tied=False."
+      f"encoder.init_from={config.encoder.init_from!r} holds a question encoder"
+      " and a passage encoder, but encoder.tied=True would keep only the first;"
+      " expected both. Set encoder.tied=False."
     )
   if saved.hybrid and config.index.hybrid:
     config.index.hybrid_dense, config.index.hybrid_bm25 = saved.hybrid

@@ -1,8 +1,8 @@
 """Questions to training batches, one step ahead of the step that runs.
 
-In: questions, a step, the retriever's parameters and the index of that moment.
-Out: the `RagBatch` of that step. A pure function of these, so a run that is
-resumed sees the batches it would have seen.
+In: questions, a step, the retriever's parameters and the index at that step.
+Out: the `RagBatch` of that step. It is a pure function of these, so a resumed
+run sees the same batches as an uninterrupted one.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,11 +32,11 @@ _POLL_SECS = 0.002
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prepared:
-  """A batch, and what a checkpoint needs to make it again."""
+  """A batch, and the document ids with which a checkpoint can make it again."""
 
   batch: Any  # a RagBatch; a QuestionBatch, if the step searches
   doc_ids: Int[np.ndarray, "B K"]  # passage numbers; K = 0 without documents
-  cut: dict[str, int] = dataclasses.field(default_factory=dict)  # by what
+  cut: dict[str, int] = dataclasses.field(default_factory=dict)  # see COUNTS
 
 
 class QuestionBatches:
@@ -58,11 +58,11 @@ class QuestionBatches:
     n_docs: int,
     batch_size: int,  # questions, over all processes
     seed: int,
-    frozen_passages: bool,  # documents by their embedding in the index
+    frozen_passages: bool,  # use the documents' embeddings in the index
     substitute_answers: float = 0.0,  # share of the questions
     substitute_subjects: float = 0.0,
     informal_questions: float = 0.0,
-    bm25: Bm25Index | None = None,  # searched too, and scores the documents
+    bm25: Bm25Index | None = None,  # also searches and scores documents
     share: Sequence[int] | None = None,  # rows that this process loads
   ):
     if len(questions) < batch_size:
@@ -100,13 +100,13 @@ class QuestionBatches:
   def rows(self, step: int) -> Int[np.ndarray, "B"]:
     """Returns which questions this process reads at `step`."""
     rows = self._order[step]
-    assert rows is not None  # grain's sign for what a filter left out
+    assert rows is not None  # grain returns None for filtered-out rows
     return rows[self._share]
 
   def asked(
     self, step: int, rows: Int[np.ndarray, "B"]
   ) -> tuple[list[str], list[list[int]], list[list[int]]]:
-    """Returns the questions of `step`, and their ids for both readers."""
+    """Returns the questions of `step`, their retriever and generator ids."""
     texts = [self._texts[i] for i in rows]
     question_ids = [self._question_ids[i] for i in rows]
     context_ids = [self._context_ids[i] for i in rows]
@@ -122,7 +122,7 @@ class QuestionBatches:
     return texts, question_ids, context_ids
 
   def _phrased(self, step: int, row: int, question: str) -> str:
-    """Returns `question` as it is asked at `step`."""
+    """Returns `question`, or an informal form of it, as drawn for `step`."""
     if not self._informal:
       return question
     rng = np.random.default_rng((self._seed, step, row, 1))
@@ -140,10 +140,10 @@ class QuestionBatches:
 
     Args:
       step: of the main stage.
-      retriever_params: embed the questions for the search, and say what their
-        words count for.
-      index: what is searched; None is closed book.
-      doc_ids: what a search found before, instead of searching.
+      retriever_params: embed the questions, and weigh words against embeddings
+        in a hybrid search.
+      index: is searched; None for a closed-book model.
+      doc_ids: documents of an earlier search, to use instead of searching.
     """
     with self._context.counting() as cut:
       prepared = self._prepare(step, retriever_params, index, doc_ids)
@@ -235,7 +235,7 @@ class Ahead:
     while not self._pending.done():
       futures.wait([self._pending], timeout=_POLL_SECS)
       before, now = now, time.perf_counter()
-      # The step that runs hides the time until it is done.
+      # While a step runs, the devices do not wait.
       waited += now - before if device_is_idle() else 0.0
     prepared = self._pending.result()
     self._pending = None

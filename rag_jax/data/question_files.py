@@ -1,4 +1,4 @@
-"""Questions of files, in the formats of the field.
+"""Reads questions from files, in the formats of common data sets.
 
 In: .jsonl (ours, NQ-open, FlashRAG, KILT), .json (SQuAD, DPR, FiD, or a list of
 the objects of .jsonl), .csv or .tsv (DPR's qas). Out: each question with its
@@ -32,18 +32,18 @@ EXPECTED = (
   " question and list of answers with a tab between them"
 )
 
-# What a record may call its answers, in the order of looking.
+# Names of the field with the answers; the first one found is used.
 _ANSWERS = ("answers", "golden_answers", "answer")
 _TABLE_NAMES = ["question", "answers"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FoundQuestion:
-  """A question as a file has it."""
+  """A question as it stands in a file."""
 
   where: str  # file and line, or place, for messages
   question: str
-  answers: tuple[str, ...]  # accepted; () if none is known, or there is none
+  answers: tuple[str, ...]  # accepted; () if there is none, or none is known
   id: str = ""  # "" if the file gives none
   relation: str = ""  # what kind of fact is asked for; "" if not given
   gold: Mapping[str, int]  # id of a passage -> grade; {} if not known
@@ -53,18 +53,21 @@ class FoundQuestion:
 def read_question_file(path: epath.PathLike) -> Iterator[FoundQuestion]:
   """Yields the questions of a file, in its order.
 
-  Ids may be numbers, and so may answers: 1999 is "1999". Of SQuAD the gold
-  passage is the question's paragraph, under the id that the reader of a corpus
-  gives it; a question that SQuAD 2 calls impossible has neither answers nor a
-  gold passage. Of DPR it is `positive_ctxs`, of our .jsonl `gold`. FiD's
-  `target` is the first answer.
+  Ids and answers may be numbers: 1999 is read as "1999". FiD's `target` becomes
+  the first answer. The gold passages are
+
+  - SQuAD: the question's paragraph, under the id that the corpus reader gives
+    it. A question that SQuAD 2 calls impossible has neither answers nor a gold
+    passage;
+  - DPR: `positive_ctxs`;
+  - our .jsonl: `gold`.
 
   Args:
-    path: ends in one of `ENDS`, perhaps with .gz behind.
+    path: ends in one of `ENDS`, optionally followed by .gz.
 
   Raises:
     FileNotFoundError: there is no such file; names the nearest ones.
-    ValueError: names the line, or place, of what is no question.
+    ValueError: a record is not a question; names its line or place.
   """
   path = find_file(path, EXPECTED)
   name = path.name.lower().removesuffix(".gz")
@@ -76,9 +79,9 @@ def read_question_file(path: epath.PathLike) -> Iterator[FoundQuestion]:
     yield from _read_jsonl(path)
   else:
     raise ValueError(
-      f"{path} is no file of questions that can be read by the end of its name,"
-      f" {path.suffix!r}. Expected one of {list(ENDS)}, perhaps with .gz"
-      f" behind, and in it {EXPECTED}. Rename or convert it."
+      f"{path} ends in {path.suffix!r}, which is not a format of questions that"
+      f" can be read. Expected one of {list(ENDS)}, optionally followed by .gz,"
+      f" with {EXPECTED}. Rename or convert it."
     )
 
 
@@ -93,7 +96,7 @@ def _read_json(path: epath.Path) -> Iterator[FoundQuestion]:
   except ValueError as error:
     line = 1
     if isinstance(error, json.JSONDecodeError):
-      if error.msg == "Extra data":  # one object a line
+      if error.msg == "Extra data":  # one object per line
         yield from _read_jsonl(path)
         return
       line = error.lineno
@@ -120,10 +123,10 @@ def _read_json(path: epath.Path) -> Iterator[FoundQuestion]:
 
 
 def _read_table(path: epath.Path) -> Iterator[FoundQuestion]:
-  """Yields the questions of DPR's qas: no names, answers as Python writes them.
+  """Yields the questions of DPR's qas: no header, answers as a Python list.
 
-  With names in the first line (question, answers, perhaps id and relation) the
-  columns may have any order, and answers may be a JSON list.
+  With a header (question, answers, and optionally id and relation) the columns
+  may have any order, and answers may be a JSON list.
   """
   rows = Rows(path, sniff_delimiter(path), bad_records=BadRecords("fail"))
   names = _TABLE_NAMES
@@ -150,7 +153,7 @@ def _literal(text: str, what: str) -> list[Any]:
   """Returns the list that a cell holds, or its text as a list of one."""
   if not text.lstrip().startswith("["):
     return [text]
-  # Nothing is run: literals alone, and a list of them is not nested.
+  # Only literals are parsed, nothing is executed. A list of them is not nested.
   depth = text.count("[") + text.count("(") + text.count("{")
   try:
     if len(text) > 1 << 20 or depth > 10_000:
@@ -158,15 +161,15 @@ def _literal(text: str, what: str) -> list[Any]:
     value = ast.literal_eval(text.strip())
   except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
     raise ValueError(
-      f"{what} is {shorten(text)}, which is no list ({error}). Expected one as"
-      " Python or JSON writes it, such as ['Paris', 'Paris, France']. Correct"
-      " the line."
+      f"{what} is {shorten(text)}, which is not a list ({error}). Expected a"
+      " list in Python or JSON syntax, such as ['Paris', 'Paris, France']."
+      " Correct the line."
     ) from error
   return value
 
 
 def _of_record(record: Mapping[str, Any], where: str) -> FoundQuestion:
-  """Returns the question that one object is."""
+  """Returns the question of one JSON object."""
   kilt = "question" not in record and "input" in record
   question = "input" if kilt else "question"
   check_fields(

@@ -1,7 +1,7 @@
 """Questions, and the answers that count as right.
 
-In: "world_facts", a folder with one .jsonl file a split, or "tfds:NAME" and a
-split. Out: a tuple of `Question`, always in the same order.
+In: "world_facts", a folder with one .jsonl file per split, or "tfds:NAME"; and
+a split. Out: a tuple of `Question`, always in the same order.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,14 +25,14 @@ from rag_jax.disk import instead_of
 
 SPLITS = ("train", "validation", "test")
 
-# TFDS data sets that are read without TensorFlow: where their answers are.
-# Both have the splits train and validation alone.
+# TFDS data sets that are read without TensorFlow, and how to get their answers.
+# Both have only the splits train and validation.
 _TFDS_ANSWERS: dict[str, Callable[[Any], Iterable[str | bytes]]] = {
   "natural_questions_open": lambda example: example["answer"],
   "squad": lambda example: example["answers"]["text"],
 }
 
-# What others call a split.
+# Names of a split in other data sets.
 _CALLED = {
   "train": ("train",),
   "validation": ("validation", "dev", "valid", "val"),
@@ -47,7 +47,7 @@ _EXPECTED = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Question:
-  """A question and every string that a person accepts as its answer."""
+  """A question and all accepted answers."""
 
   question: str
   answers: tuple[str, ...]  # one or more
@@ -58,9 +58,9 @@ class Question:
 def read_questions(path: epath.PathLike) -> tuple[Question, ...]:
   """Returns the questions of a file.
 
-  In one of the formats of `question_files.read_question_file`. What SQuAD 2
-  calls impossible is left out, and counted in the log: nothing can be taught or
-  judged with it.
+  The file has one of the formats of `question_files.read_question_file`.
+  Questions that SQuAD 2 calls impossible are left out, and counted in the log:
+  they have no answer to train on or to compare with.
 
   Raises:
     FileNotFoundError: there is no such file; names the nearest ones.
@@ -84,7 +84,7 @@ def read_questions(path: epath.PathLike) -> tuple[Question, ...]:
     if first not in (None, found.where):
       raise ValueError(
         f"{found.where}: the id {found.id!r} is that of {first} too. Expected"
-        " one question an id. Rename or remove one of the two."
+        " one question per id. Rename or remove one of the two."
       )
     questions.append(
       Question(
@@ -147,7 +147,7 @@ def _split_file(source: str, split: str) -> epath.Path:
 
 
 def _files_of(split: str, names: Sequence[str]) -> list[str]:
-  """Returns the files of a split; one of our own name before all others."""
+  """Returns the files of a split; only SPLIT.jsonl, if there is one."""
   own = [n for n in (f"{split}.jsonl", f"{split}.jsonl.gz") if n in names]
   if own:
     return own[:1]
@@ -158,7 +158,7 @@ def _files_of(split: str, names: Sequence[str]) -> list[str]:
 
 
 def _check_tfds_name(name: str) -> None:
-  """Raises `ValueError` unless the data set is one that is known to work."""
+  """Raises `ValueError` unless the data set is a supported one."""
   if name in _TFDS_ANSWERS:
     return
   known = [TFDS + known for known in sorted(_TFDS_ANSWERS)]
@@ -197,9 +197,9 @@ def _read_tfds(name: str, split: str) -> list[Any]:
 def _load_tfds(name: str, split: str) -> tuple[Question, ...]:
   """Returns the questions of a TFDS data set without a public test split.
 
-  As in the literature, its validation split is what is tested on; the last
-  tenth of its train split is what is validated on. TFDS orders the rows by a
-  hash, so the tenth is a sample, and the same one everywhere.
+  As in the literature, its validation split serves as the test split, and the
+  last tenth of its train split as the validation split. TFDS orders the rows by
+  a hash, so this tenth is a random sample, and the same one everywhere.
   """
   _check_tfds_name(name)
   examples = _read_tfds(name, split)
@@ -213,7 +213,7 @@ def _load_tfds(name: str, split: str) -> tuple[Question, ...]:
     )
     if question.question.strip() and question.answers:
       questions.append(question)
-  # Not an error: nobody can correct a published data set.
+  # Not an error: a user cannot correct a published data set.
   if len(questions) < len(examples):
     logging.warning(
       "%s%s: left out %d of the %d %s questions: empty, or without an answer.",
@@ -232,11 +232,11 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
   """Returns the questions of one split.
 
   Args:
-    source: "world_facts", a folder with train.jsonl, validation.jsonl and
-      test.jsonl, or with one file for each split whose name ends like
-      train.json or nq-dev.csv, "tfds:natural_questions_open" or "tfds:squad".
-      The two of TFDS have no public test split: "test" is their validation
-      split, "validation" the last tenth of their train split, "train" the rest.
+    source: "world_facts"; a folder with train.jsonl, validation.jsonl and
+      test.jsonl, or with one file per split whose name ends like train.json or
+      nq-dev.csv; "tfds:natural_questions_open"; or "tfds:squad". The two of
+      TFDS have no public test split: "test" is their validation split,
+      "validation" the last tenth of their train split, "train" the rest.
     split: "train", "validation" or "test".
 
   Raises:

@@ -1,8 +1,8 @@
-"""Batches whose documents the step itself finds, and how it reads them.
+"""Batches without documents, for a train step that searches by itself.
 
-In: questions, by step; tokens of the passages that a search inside the step
-found. Out: what the step takes, and the contexts that the generator reads:
-those of context.py, joined on the devices.
+In: questions, by step; tokens of the passages that the search inside the step
+found. Out: the inputs of the step, and the generator's contexts. The contexts
+are those of context.py, but joined on the devices.
 """
 
 import typing
@@ -42,7 +42,7 @@ class StepBatches(QuestionBatches):
     index: Index | None,
     doc_ids: Int[np.ndarray, "B K"] | None,
   ) -> Prepared:
-    """Returns the batch of `step`, which is all that it depends on."""
+    """Returns the batch of `step`; the other arguments are not used."""
     del retriever_params, index, doc_ids
     rows = self.rows(step)
     nothing = np.zeros((len(rows), 0), np.int32)
@@ -73,8 +73,8 @@ def join_contexts(
 ) -> tuple[Int[Array, "B K C"], Bool[Array, "B K C"], Int[Array, ""]]:
   """Returns contexts, their mask, and how many were cut; call it inside a jit.
 
-  What `ContextBuilder.contexts` makes of the same questions and passages. The
-  masks are True on real tokens, which come first.
+  The result equals that of `ContextBuilder.contexts` for the same questions and
+  passages. The masks are True on real tokens, which come first.
   """
   length = head_tokens.shape[-1]
   start = jnp.sum(head_mask, axis=-1)[:, None, None]  # B 1 1
@@ -90,9 +90,9 @@ def join_contexts(
 def add_start(
   tokens: Int[Array, "*N L"], mask: Bool[Array, "*N L"], bos_id: int | None
 ) -> tuple[Int[Array, "*N M"], Bool[Array, "*N M"]]:
-  """Returns rows as the passage tower reads them: after the start token.
+  """Returns rows with the start token in front, for the passage encoder.
 
-  What `ContextBuilder.passages` does; without a start token, the rows.
+  As `ContextBuilder.passages`. Without a start token the rows stay as they are.
   """
   if bos_id is None:
     return tokens, mask

@@ -1,19 +1,22 @@
-"""Names changed in question and passages, so that only reading finds answers.
+"""Replaces names in questions and passages, so that the generator has to read.
 
-In: training questions with their answers, documents retrieved for them. Out:
-for some of the questions another answer, to be put in the place of the true one
-wherever the documents say it: another of its relation, or, every other time for
-a name, the title of any passage, since there are far more of them. Other facts
-that training asks of the same document are changed alike. And for some another
-subject: the title of a document that the question names becomes that of any
-other, in question and documents.
+In: training questions with their answers, and the documents retrieved for them.
+Out: the replacements to make.
 
-A generator that sees each entity many times learns its answers by heart and
-reads no more; one whose passages change has to read. Longpre et al. 2021,
+- For some questions, another answer replaces the true one wherever the
+  documents have it. It is another answer of the same relation. For names, every
+  other time it is the title of any passage, since there are far more titles.
+- Other facts of the same document that training questions ask for are replaced
+  in the same way.
+- For some questions, another subject: the title of a document that the question
+  names becomes the title of any other passage, in question and documents.
+
+A generator that sees each entity many times memorises the answers and stops
+reading; if the passages change, it has to read. Longpre et al. 2021,
 https://arxiv.org/abs/2109.05052, section 5. If the other facts stayed, it could
-learn those by heart, and answer with what it does not know. Names that stand
-for one another teach it that the question's words may be any. A retriever that
-learns to embed the passages reads the other subject too: it comes to find names
+memorise them, and answer with the one that it has not memorised. Changed
+subjects teach it that a question may name anything. A retriever that learns to
+embed passages reads the changed subjects too, so that it learns to find names
 that no training question asks for.
 """
 
@@ -36,7 +39,7 @@ Replacement = tuple[list[int], list[int]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Change:
-  """What is changed for one question."""
+  """The replacements for one question."""
 
   replacements: tuple[Replacement, ...] = ()  # in its documents
   answer_ids: list[int] | None = None  # None: as it is
@@ -51,7 +54,7 @@ _TITLES = 0.5  # share of the names that become a title
 
 
 class Substitution:
-  """Chooses what is changed, and into what: by (seed, step) alone."""
+  """Chooses the replacements; a function of (seed, step) alone."""
 
   def __init__(
     self,
@@ -63,12 +66,12 @@ class Substitution:
     subject_share: float = 0.0,
     seed: int,
   ):
-    """Gathers what an answer can become.
+    """Collects the possible replacements.
 
     Args:
       questions: of the training split.
-      answer_ids: tokens of the answer that is taught for each.
-      passages: in which answers are looked for.
+      answer_ids: tokens of each question's first answer, which is the target.
+      passages: are searched for answers.
       share: of the questions whose answer is changed, from 0 to 1.
       subject_share: of the questions whose subject is changed.
       seed: of the choice.
@@ -86,7 +89,7 @@ class Substitution:
     self._is_name = [
       not any(c.isdigit() for c in q.answers[0]) for q in questions
     ]
-    # Nothing is looked up if nothing is changed. Of all of Wikipedia a part.
+    # Nothing is looked up if nothing is changed. A large corpus: only a part.
     titles = ()
     if share or subject_share:
       titles = passages.titles(_MOST_PASSAGES)
@@ -105,7 +108,7 @@ class Substitution:
     rows: Int[np.ndarray, "B"],
     doc_ids: Int[np.ndarray, "B K"],
   ) -> list[Change]:
-    """Returns the change of each question; most that have no place have none.
+    """Returns the change of each question, which may be empty.
 
     Args:
       step: of the main stage.
@@ -129,7 +132,7 @@ class Substitution:
     return changes
 
   def _another(self, row: int, rng: np.random.Generator) -> list[int]:
-    """Returns what can stand in the place of the answer of `row`."""
+    """Returns the answers that can replace that of question `row`."""
     same = self._same[self._relations[row]]
     new = self._answer_ids[same[rng.integers(len(same))]]
     if self._titles:
@@ -141,9 +144,9 @@ class Substitution:
   def _other_facts(
     self, row: int, docs: Int[np.ndarray, "K"], rng: np.random.Generator
   ) -> list[Replacement]:
-    """Returns changes of what other questions ask of the same documents.
+    """Returns replacements of other questions' answers in the same documents.
 
-    Names that the question says too stay.
+    Names that occur in the question itself are kept.
     """
     if not self._about:
       return []
@@ -174,7 +177,7 @@ class Substitution:
     for doc in docs.tolist():
       title = self._passages.passages[doc].title
       if not title or title in question.answers[0]:
-        continue  # an answer would no longer be what the passage says
+        continue  # the answer would no longer stand in the passage
       named = re.compile(rf"(?<!\w){re.escape(title)}(?!\w)")
       if named.search(question.question):
         name = tokenizer.decode(new)
@@ -191,7 +194,7 @@ class Substitution:
 
 
 def _named(question: str, names: Set[str]) -> list[str]:
-  """Returns which of `names` stand in `question`, as whole words."""
+  """Returns which of `names` occur in `question`, as whole words."""
   words = [match.span() for match in re.finditer(r"\w+", question)]
   runs = (
     question[start:end]
@@ -204,10 +207,10 @@ def _named(question: str, names: Set[str]) -> list[str]:
 def places(
   passages: TokenizedPassages, row: int, ids: Sequence[int]
 ) -> list[tuple[int, int]]:
-  """Returns from where to where the words `ids` stand in passage `row`.
+  """Returns (start, end) of each occurrence of `ids` in passage `row`.
 
-  However they are written there: what is compared is the folded text of whole
-  words (corpus/folding.py).
+  The folded texts of whole words are compared (corpus/folding.py), so that case
+  and spelling variants match.
   """
   wanted = _folded(passages.tokenizer, tuple(ids)).replace(" ", "")
   starts, ends, words = _words(passages, row)
@@ -226,18 +229,18 @@ def places(
   return found
 
 
-@functools.lru_cache(maxsize=1 << 13)  # each is looked at for every question
+@functools.lru_cache(maxsize=1 << 13)  # a passage is searched repeatedly
 def _words(
   passages: TokenizedPassages, row: int
 ) -> tuple[list[int], list[int], list[str]]:
-  """Returns where the words of a passage start and end, and them, folded."""
+  """Returns start, end and folded text of each word of a passage, as lists."""
   tokenizer = passages.tokenizer
   length = int(passages.lengths[row])
   body = passages.tokens[row, :length].tolist()
   starts = np.flatnonzero(passages.begins_word[row, :length]).tolist()
   ends = [*starts[1:], length]
   words = [
-    # No answer goes on behind the end of a title.
+    # No answer extends beyond the end of a title.
     "\n" if body[start] == tokenizer.eos_id
     else _folded(tokenizer, tuple(body[start:end]))
     for start, end in zip(starts, ends, strict=True)
@@ -261,7 +264,8 @@ def substitute(
     for start, end in places(passages, row, old)
   ]
   before = len(body)
-  # From the end on; of two at one place the longer, and none inside another.
+  # Backwards, so that positions stay valid. Of overlapping occurrences only one
+  # is replaced: of two with the same start the longer.
   for start, size, new in sorted(found, key=lambda x: x[:2], reverse=True):
     if start + size <= before:
       body[start : start + size] = new

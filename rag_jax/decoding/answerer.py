@@ -1,7 +1,7 @@
 """Questions as text to answers as text, each with its documents.
 
-In: questions, parameters, an index. Out: an `Answer` a question: the text, its
-log-probability, and the documents with prior and posterior.
+In: questions, parameters, an index. Out: one `Answer` per question: the text,
+its log-probability, and the documents with prior and posterior.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,8 @@ from rag_jax.retrieval.retriever import find_docs
 from rag_jax.retrieval.retriever import padded_length
 from rag_jax.weights.generation_settings import settings_of
 
-# Tokens of a question up to which all are padded to one length: one program.
+# Questions of up to this many tokens are padded to one length, so that one
+# compiled program serves all of them.
 _ONE_LENGTH = 64
 
 
@@ -39,15 +40,15 @@ class AnswerDoc:
   # of it and the BM25 score.
   score: float
   prior: float  # p(z|x), over the documents read
-  # p(z|x,y), one document for the whole answer. Where the decoder read all of
-  # them at once ("fid"), there is none: it is the prior.
+  # p(z|x,y), if one document explains the whole answer. In mode "fid" the
+  # decoder reads all documents at once, and this is the prior.
   posterior: float
-  token_posteriors: tuple[float, ...]  # the same, for each token alone
+  token_posteriors: tuple[float, ...]  # p(z|x,y_t) of each token
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-  """What the model says to a question, and from where."""
+  """The model's answer to a question, with the passages that it read."""
 
   question: str
   text: str
@@ -55,8 +56,8 @@ class Answer:
   tokens: tuple[str, ...]  # of the answer; the last is the end token
   token_log_probs: tuple[float, ...]  # nats
   docs: tuple[AnswerDoc, ...]  # best prior first; empty for closed book
-  question_cut: bool  # longer than the encoder or generator takes
-  retrieved: tuple[int, ...]  # passage numbers, also those not read
+  question_cut: bool  # it was longer than the encoder or generator reads
+  retrieved: tuple[int, ...]  # passage numbers, including those not read
 
 
 class Answerer:
@@ -66,8 +67,9 @@ class Answerer:
     """Prepares to answer.
 
     Args:
-      experiment: whose passages are read.
-      decoder: None: as its config says.
+      experiment: its passages are read.
+      decoder: writes the answers; None means the decoder that the config of
+        the experiment describes.
     """
     self._tokenizer = experiment.tokenizer
     self._passages = experiment.passages
@@ -108,11 +110,11 @@ class Answerer:
     questions: Sequence[str],
     batch_size: int,
   ) -> Float[np.ndarray, "N"]:
-    """Returns what the best passage of each question scores.
+    """Returns the score of each question's best passage.
 
     Args:
       params: of the whole model.
-      index: what is searched.
+      index: is searched.
       questions: N, any number.
       batch_size: questions searched together.
     """
@@ -140,11 +142,11 @@ class Answerer:
 
     Args:
       params: of the whole model.
-      index: what is searched; None is closed book.
+      index: is searched; None for a closed-book model.
       questions: any number.
-      n_docs: documents read for each.
-      num_retrieved: passages searched for each, if more than `n_docs`: to
-        measure recall deeper than what is read.
+      n_docs: documents read per question.
+      num_retrieved: passages retrieved per question, if more than `n_docs`: to
+        measure recall at a greater depth than the model reads.
       batch_size: questions decoded together. Each value compiles once.
       on_text: called with the answer to the first question of a batch as far
         as it is written, after each token; not at all where a token is known
@@ -183,8 +185,8 @@ class Answerer:
     embeddings: Float[np.ndarray, "B R"],
     doc_ids: Int[np.ndarray, "B K"],
   ) -> Float[np.ndarray, "B K"]:
-    """Returns doc_scores as the model has them in training."""
-    # Scored again from the float32 embeddings: an index may be lossy.
+    """Returns doc_scores as the model computes them in training."""
+    # From the float32 embeddings: the scores of an index may be quantised.
     scores = np.einsum("BR,BKR->BK", embeddings, index.embeddings[doc_ids])
     weights = learned_weights(params)
     if weights is None:
@@ -256,7 +258,7 @@ class Answerer:
 
 
 def make_decoder(experiment: Experiment) -> RagDecoder:
-  """Returns what decodes as the config says."""
+  """Returns the decoder that the config of `experiment` describes."""
   config, tokenizer = experiment.config, experiment.tokenizer
   generator = experiment.model.generator
   settings = GenerationSettings.from_dict(
@@ -269,7 +271,7 @@ def make_decoder(experiment: Experiment) -> RagDecoder:
     "decoding.generation_config",
   )
   if tokenizer.eos_id not in settings.eos_token_id:
-    # What training ends its targets with.
+    # Training ends its targets with this token.
     ends = (*settings.eos_token_id, tokenizer.eos_id)
     settings = dataclasses.replace(settings, eos_token_id=ends)
   settings = dataclasses.replace(settings, num_return_sequences=1)
@@ -283,7 +285,7 @@ def make_decoder(experiment: Experiment) -> RagDecoder:
 class _Explained:
   prior: np.ndarray  # [B, K] p(z|x)
   posterior: np.ndarray  # [B, K] p(z | x, y)
-  token_posterior: np.ndarray  # [B, K, T] p(z | x, y_t), a token alone
+  token_posterior: np.ndarray  # [B, K, T] p(z | x, y_t), of each token alone
   token_log_probs: np.ndarray  # [B, T] log p(y_t | x, y_<t)
 
 
@@ -292,12 +294,15 @@ def _explain(
   given: Float[np.ndarray, "B k T"],
   mode: str,
 ) -> _Explained:
-  """Returns what each document had to do with an answer.
+  """Returns how much of an answer each document explains.
 
-  `given` is log p(y_t | x, z, y_<t), of one document if only one was read.
+  Computed by numpy: JAX would compile a program per shape, for a few hundred
+  numbers.
 
-  On the host: a few hundred numbers, for which a program of their own would
-  have to be compiled for each shape.
+  Args:
+    doc_scores: their softmax is the prior.
+    given: log p(y_t | x, z, y_<t); k = 1 if the decoder read one context.
+    mode: of the decoder.
   """
   log_prior = _log_softmax(doc_scores, axis=1)  # B K
   num_docs = log_prior.shape[1]
@@ -313,7 +318,7 @@ def _explain(
   so_far = log_prior[..., None] + np.cumsum(given, axis=2)  # B K T
   if mode == "rag_token":
     token_log_probs = np.logaddexp.reduce(joint, axis=1)
-  else:  # what is likely next, from the documents that explain what came before
+  else:  # log p(y_t|x,y_<t): documents weighted by how well they explain y_<t
     until = np.logaddexp.reduce(so_far, axis=1)
     token_log_probs = np.diff(until, axis=1, prepend=0.0)
   return _Explained(

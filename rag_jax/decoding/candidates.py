@@ -1,9 +1,9 @@
 """RAG-Sequence's candidates, scored under every document in one pass.
 
-In: sequences that the beams of some document wrote. Out: log-probabilities of
-their tokens under each document. Candidates that begin alike share what they
-share: the decoder reads each prefix once, as a node of a tree that looks at
-its ancestors.
+In: candidate sequences from the beams of all documents. Out: log-probabilities
+of their tokens under each document. Candidates with a common prefix share its
+computation: the decoder reads each prefix once, as a node of a tree that
+attends to its ancestors.
 """
 
 import typing
@@ -19,7 +19,7 @@ from rag_jax.models.generator import Generator
 from rag_jax.models.pointer import Copy
 from rag_jax.models.pointer import mix_targets
 
-_VOCAB_CHUNK = 8192  # logits of all nodes exist for so many tokens at a time
+_VOCAB_CHUNK = 8192  # tokens whose logits are in memory at one time
 
 
 # Unchecked, because JAX makes it of shapes and of numpy's arrays too.
@@ -28,19 +28,20 @@ _VOCAB_CHUNK = 8192  # logits of all nodes exist for so many tokens at a time
 class CandidateTree:
   """The different prefixes of a question's candidates, M nodes.
 
-  Node 0 is the start token alone. Nodes that fill up look at the start alone.
+  Node 0 is the start token. Padding nodes attend to node 0 alone.
   """
 
   tokens: Int[Array, "B M"]  # the last token of the prefix
   depths: Int[Array, "B M"]  # its position
   seen: Bool[Array, "B M M"]  # ancestors and itself
-  parents: Int[Array, "B C T"]  # what candidate c knows before t
+  parents: Int[Array, "B C T"]  # node of candidate c's prefix before token t
 
 
 def bucket(size: int, most: int) -> int:
-  """Returns `size` or little more, one of few numbers: each is compiled.
+  """Returns `size` rounded up to one of a few sizes, `most` at most.
 
-  They grow by a third or a half: 16, 24, 32, 48, 64, 96 and on.
+  The sizes are 16, 24, 32, 48, 64, 96 and so on. Few of them, because a program
+  is compiled per size.
   """
   power = 16
   while power < size:
@@ -99,8 +100,8 @@ def score_tree(
 ) -> tuple[Float[Array, "B C T K"], Float[Array, "B C T K"]]:
   """Returns log p(y_t | x, z, y_<t) and the sum of it over the vocabulary.
 
-  A method for `generator.apply`. What stands behind a candidate's end has some
-  value. The sum is what Hugging Face's label smoothing needs; it costs nothing.
+  A method for `generator.apply`. Values after the end of a candidate are
+  meaningless. Hugging Face's label smoothing needs the sum over the vocabulary.
   """
   states, copy = generator.tree_states(
     tree.tokens, tree.depths, tree.seen, memory, memory_mask, memory_tokens
@@ -161,7 +162,7 @@ def _chunked_norm(
   table: Float[Array, "V D"],
   bias: Float[Array, "V"],
 ) -> Float[Array, "B K M"]:
-  """Returns logsumexp of all logits, of which a chunk exists at a time."""
+  """Returns the logsumexp over the vocabulary, computed chunk by chunk."""
   norms = []
   for start in range(0, len(table), _VOCAB_CHUNK):
     part = table[start : start + _VOCAB_CHUNK].astype(states.dtype)

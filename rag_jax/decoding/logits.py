@@ -1,9 +1,9 @@
-"""What the settings do to the scores of the next token.
+"""Applies the generation settings to the scores of the next token.
 
-In: scores [B, W, V], logits or log-probabilities, and what each beam has
-written. Out: the same shape, in Hugging Face's order: repetition penalty,
-banned tokens, the trie, forced tokens; and for sampling, temperature, top_k
-and top_p. All of it can be traced inside a loop.
+In: scores [B, W, V], logits or log-probabilities, and the tokens that each beam
+has written. Out: scores of the same shape. The order is Hugging Face's:
+repetition penalty, banned tokens, the trie, forced tokens; and for sampling,
+temperature, top_k and top_p. All of it can be traced inside a loop.
 
 What Hugging Face sets to -inf is `finfo.min` here. Both lose against every
 other token, but finfo.min makes no NaN of a row where everything is banned.
@@ -31,24 +31,24 @@ def top_k(
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
   """Returns the k largest values and where they stand, largest first.
 
-  The same as `jax.lax.top_k`, ties included: the lowest index first. That
-  looks at each value one by one on a CPU; here the maxima of blocks say in
-  which k blocks the k largest are. An element outside of these has k maxima
-  before it, each larger, or as large with a lower index.
+  The result is that of `jax.lax.top_k`, ties included: the lowest index first.
+  On a CPU, `jax.lax.top_k` visits the values one by one. Here the maxima of
+  blocks tell which k blocks hold the k largest values: k maxima come before any
+  element of another block, each larger, or as large with a lower index.
   """
   b, n = x.shape
   num_blocks = n // _BLOCK
   if num_blocks < 4 * k:
     values, indices = jax.lax.top_k(x, k)
     return values, indices.astype(jnp.int32)
-  # Fused into the maxima, what `x` is computed from would not be vectorised.
+  # If XLA fused the computation of `x` into the maxima, it would not vectorise.
   x = jax.lax.optimization_barrier(x)
   cut = num_blocks * _BLOCK
   blocks = x[:, :cut].reshape(b, num_blocks, _BLOCK)
   best = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), k)[1], axis=-1)  # B k
   inside = jnp.take_along_axis(blocks, best[:, :, None], axis=1)
   at = best[:, :, None] * _BLOCK + jnp.arange(_BLOCK)
-  # What is left over behind the last whole block has the highest indices.
+  # The values after the last whole block have the highest indices.
   rest = jnp.broadcast_to(jnp.arange(cut, n), (b, n - cut))
   candidates = jnp.concatenate([inside.reshape(b, -1), x[:, cut:]], axis=1)
   at = jnp.concatenate([at.reshape(b, -1), rest], axis=1)
@@ -62,9 +62,10 @@ def top_k(
 class PrefixTrie:
   """The sequences that may be written, as arrays for a compiled loop.
 
-  Node 0 is the start. Node 1 is everything that left the trie or came to an
-  end: only the end token follows there. The edges that leave a node stand side
-  by side, their tokens ascending: node n has those from `first[n]` on.
+  Node 0 is the start. Node 1 stands for every sequence that has ended or left
+  the trie: only the end token may follow it. The edges of a node are stored
+  next to each other, in ascending order of their tokens: those of node n begin
+  at `first[n]`.
   """
 
   edge_tokens: Int[Array, "E"]
@@ -76,12 +77,11 @@ class PrefixTrie:
   def from_sequences(
     cls, sequences: Sequence[Sequence[int]], eos_token_id: int
   ) -> "PrefixTrie":
-    """Returns the trie of `sequences`, each of which may end where it ends.
+    """Returns the trie of `sequences`; the end token may follow each of them.
 
     Args:
-      sequences: token ids as they are generated: without the token that the
-        decoder starts with, but with a forced bos token. With or without the
-        end token.
+      sequences: token ids as they are generated: without the decoder's start
+        token, but with a forced bos token. The end token is optional.
       eos_token_id: the end token.
 
     Raises:
@@ -120,7 +120,7 @@ class PrefixTrie:
     )
 
   def allowed(self, prefix: Sequence[int]) -> list[int]:
-    """Returns the tokens that may follow `prefix`; for one look, not a loop."""
+    """Returns the tokens that may follow `prefix`. Slow; not for a loop."""
     first = np.asarray(self.first)
     tokens, nodes = np.asarray(self.edge_tokens), np.asarray(self.edge_nodes)
     node = 0
@@ -159,13 +159,18 @@ class PrefixTrie:
   ) -> Float[Array, "B W V"]:
     """Returns the scores of the tokens that may follow, and `MIN` elsewhere.
 
-    Where all of them are banned, by the minimum length for instance, they get
-    the score 0 as in Hugging Face: the trie wins. `together`: where those of
-    all beams of a question are.
+    If all of them are banned, for instance by the minimum length, they get the
+    score 0 as in Hugging Face: the trie wins.
+
+    Args:
+      scores: of the next token.
+      nodes: where each beam is in the trie.
+      together: the trie wins only if the allowed tokens of all beams of a
+        question are banned; False decides per beam.
     """
     if self.most_children <= 4 * _FEW:
       return self._constrain(scores, nodes, together, self.most_children)
-    # The start of a large trie has many children, what follows only few.
+    # The root of a large trie has many children, the other nodes only a few.
     most = jnp.max(self.first[nodes + 1] - self.first[nodes])
     return jax.lax.cond(
       most <= _FEW,
@@ -202,7 +207,7 @@ def _scatter(
   tokens: Int[Array, "B W n"],
   values: Float[Array, "B W n"] | float,
 ) -> Float[Array, "B W V"]:
-  """Returns `scores` with `values` at `tokens`, of which V is nowhere."""
+  """Returns `scores` with `values` at `tokens`; the token V is ignored."""
   b, w, _ = scores.shape
   rows = jnp.arange(b)[:, None, None], jnp.arange(w)[:, None]
   return scores.at[*rows, tokens].set(values, mode="drop")
@@ -214,10 +219,10 @@ def penalize_repetition(
   position: Int[Array, ""],
   penalty: float,
 ) -> Float[Array, "B W V"]:
-  """Returns the scores, those of tokens up to `position` made worse.
+  """Returns the scores, lowered for the tokens written up to `position`.
 
   Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1. As in
-  Hugging Face the token that the decoder starts with is one of them.
+  Hugging Face, the decoder's start token is penalised too.
   """
   seen = jnp.arange(written.shape[-1]) <= position
   tokens = jnp.where(seen, written, scores.shape[-1])
@@ -233,10 +238,10 @@ def repeated_ngrams(
   size: int,
   vocab_size: int,
 ) -> Int[Array, "B W n"]:
-  """Returns the tokens that would complete an n-gram that was written before.
+  """Returns the tokens that would repeat an n-gram of the sequence.
 
-  Where there is none, `vocab_size` stands. The last size - 1 tokens are
-  compared with each window of the sequence: nothing as large as V is made.
+  `vocab_size` stands for no token. The last size - 1 tokens are compared with
+  each window of the sequence, so that no array as large as V is needed.
   """
   num_windows = written.shape[-1] - size + 1
   if num_windows < 1:
@@ -259,7 +264,7 @@ def _bad_words(
   settings: GenerationSettings,
   vocab_size: int,
 ) -> list[Int[Array, "B W n"]]:
-  """Returns the tokens that would complete a bad word, as above."""
+  """Returns the tokens that would complete a bad word; V stands for none."""
   # The end token alone is never banned, as in Hugging Face.
   ends = {(token,) for token in settings.eos_token_id}
   words = [word for word in settings.bad_words_ids if word not in ends]
@@ -285,15 +290,15 @@ def process(
   trie: PrefixTrie | None = None,
   nodes: Int[Array, "B W"] | None = None,
 ) -> Float[Array, "B W V"]:
-  """Returns the scores as the settings want them, before sampling.
+  """Returns the scores after all settings but those of sampling.
 
   Args:
     scores: logits (greedy, sampling) or log-probabilities (beams).
-    written: the token that the decoder starts with, and what followed; behind
-      `position` anything.
+    written: the decoder's start token and the tokens after it. Values after
+      `position` are ignored.
     position: of the last token written; 0 is the start token.
     settings: static.
-    trie: what may be written.
+    trie: the sequences that may be written.
     nodes: where each beam is in the trie.
   """
   b, w, v = scores.shape
@@ -341,16 +346,16 @@ def _only(*tokens: int, vocab_size: int) -> Float[Array, "V"]:
 def warp(
   scores: Float[Array, "B W V"], settings: GenerationSettings
 ) -> tuple[Float[Array, "B W n"], Int[Array, "B W n"] | None]:
-  """Returns the scores to sample from, and of which tokens they are.
+  """Returns the scores to sample from, and the tokens that they belong to.
 
-  With top_k only so many are left, the largest first; without, all V, and the
-  tokens are None. What top_p leaves out has the score `MIN`.
+  With top_k, n = k scores are left, the largest first. Without it, all V are
+  left and the tokens are None. Tokens that top_p excludes have the score `MIN`.
 
-  Of tokens that share the k-th score Hugging Face keeps all, and here the
-  lowest ids are kept, as many as fit.
+  If several tokens share the k-th score, Hugging Face keeps all of them; this
+  keeps those with the lowest ids, k in all.
   """
   b, w, v = scores.shape
-  # Beams need a token to go on with when the ends are sampled.
+  # Beams need a token to continue with if all end tokens are sampled.
   ends = max(len(settings.eos_token_id), 1)
   least = 1 + ends if settings.num_beams > 1 else 1
   tokens = None
@@ -362,7 +367,8 @@ def warp(
     # A banned score stays finite: MIN / 0.5 would be -inf.
     scores = jnp.maximum(scores / settings.temperature, MIN)
   if settings.top_p < 1.0:
-    # From the smallest on, as Hugging Face sums: the last `least` stay.
+    # Summed from the smallest upwards, as in Hugging Face; the largest `least`
+    # are always kept.
     ascending = (
       jnp.sort(scores, axis=-1) if tokens is None else scores[..., ::-1]
     )

@@ -1,7 +1,7 @@
-"""A way to decode as compiled functions: encode, search, rank.
+"""The compiled functions of decoding: encode, search, rank.
 
-In: parameters and arrays. Out: arrays. What is static stands in a `Plan` or in
-settings, so decoders that are alike share what was compiled for one of them.
+In: parameters and arrays. Out: arrays. Static values are in a `Plan` or in the
+settings, so that decoders with equal ones share their compiled programs.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.losses import doc_log_prior
 from rag_jax.models.generator import Generator
 
-# Of a row of the search: B questions of K documents, or B*K of one.
+# Rows of the search: B questions with K documents, or B*K rows with one each.
 Memory = Float[Array, "B K S D"]
 Mask = Bool[Array, "B K S"]
 Tokens = Int[Array, "B K S"]
@@ -36,7 +36,7 @@ Tokens = Int[Array, "B K S"]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a compiled search is made for."""
+  """The static values that a search is compiled for."""
 
   generator: Generator
   settings: GenerationSettings
@@ -88,7 +88,7 @@ def encode(
   context_tokens: Int[Array, "B K C"],
   context_mask: Bool[Array, "B K C"],
 ) -> Float[Array, "B K C D"]:
-  """Returns what the decoder looks at, for each context."""
+  """Returns the encoder's output for each context."""
   b, k, c = context_tokens.shape
   memory = generator.apply(
     {"params": params},
@@ -149,7 +149,7 @@ def begin(
   return plan.start(search, params, memory, memory_mask, memory_tokens, key)
 
 
-# The state's arrays are used again: a cache is as large as the model's memory.
+# The state is donated: its cache is as large as the encoded contexts.
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
 def advance(
   plan: Plan,
@@ -159,7 +159,7 @@ def advance(
   state: SearchState,
   limit: int | Int[Array, ""],
 ) -> SearchState:
-  """Returns the state of `decode` when `limit` tokens are written."""
+  """Returns the state of `decode` after `limit` tokens."""
   search = plan.search(params, doc_log_prior(doc_scores), trie)
   return search.advance(state, limit)
 
@@ -195,7 +195,7 @@ def find_candidates(
   memory_tokens: Tokens,
   key: Any,
 ) -> Found:
-  """Searches with each document alone; R = K * W, the first one's first."""
+  """Searches with each document alone; R = K * W, in the documents' order."""
   b, k, s, d = memory.shape
   search = plan.search(params, None, trie)
   state = plan.start(
@@ -216,7 +216,7 @@ def rank_without_pass(
   doc_scores: Float[Array, "B K"],
   candidates: Found,
 ) -> Generated:
-  """Ranks candidates by what the beams that wrote them say."""
+  """Ranks candidates by the scores of the beams that wrote them."""
   return rank_fast(doc_log_prior(doc_scores), candidates, settings)
 
 

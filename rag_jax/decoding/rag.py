@@ -1,8 +1,8 @@
 """Decoding with documents: RAG-Token, RAG-Sequence, FiD, or one document.
 
 In: parameters, doc_scores [B, K] and contexts [B, K, C]. Out: `Generated`: for
-each question R sequences, log p(y|x), and what each document gave each token.
-Contexts are encoded once; candidates are scored from what was encoded.
+each question R sequences, log p(y|x), and the log-probability of each token
+given each document. Contexts are encoded once, and used for every candidate.
 
 Sources: RAG-Token and RAG-Sequence, Lewis et al. 2020,
 https://arxiv.org/abs/2005.11401, section 2.5; FiD, Izacard and Grave 2020,
@@ -29,9 +29,10 @@ from rag_jax.processes import to_host
 # "rag_token": each token may come from another document.
 # "rag_sequence": thorough; the candidates of each document's beams are scored
 #   under all documents.
-# "rag_sequence_fast": a document gives nothing to what its beams did not write.
-# "fid": the decoder looks at all documents at once.
-# "single": the document with the highest score alone.
+# "rag_sequence_fast": a document contributes only to the sequences that its own
+#   beams wrote.
+# "fid": the decoder attends to all documents at once.
+# "single": only the document with the highest score is read.
 MODES = ("rag_token", "rag_sequence", "rag_sequence_fast", "fid", "single")
 
 
@@ -49,9 +50,9 @@ class Prepared:
 class RagDecoder:
   """One way to decode, compiled once for each shape of its inputs.
 
-  Its `log_probs` are log p(y|x) with the end token, whatever the settings did
-  to the scores that were searched by. In mode "rag_sequence" they are exact,
-  in "rag_sequence_fast" a lower bound.
+  Its `log_probs` are log p(y|x) with the end token. Settings that change the
+  scores of the search do not change them. They are exact in mode
+  "rag_sequence", and a lower bound in "rag_sequence_fast".
   """
 
   def __init__(
@@ -66,21 +67,21 @@ class RagDecoder:
     """Prepares a decoder.
 
     Args:
-      generator: whose parameters are passed to each call.
+      generator: its parameters are passed to each call.
       settings: how to search. `decoder_start_token_id` defaults to the
         generator's; in the modes of RAG-Sequence `num_return_sequences` counts
         the ranked candidates, of which there are K * num_beams at most.
       mode: one of `MODES`.
-      trie: what may be written; None: anything.
-      hf_parity: reproduces Hugging Face's ranking of RAG-Sequence, and what it
-        writes behind the end of a beam if the padding is token 0.
+      trie: the sequences that may be written; None allows any.
+      hf_parity: reproduces Hugging Face's ranking of RAG-Sequence, and the end
+        tokens that it writes after the end of a beam if padding is token 0.
 
     Raises:
       ValueError: unknown mode, or settings that cannot work.
     """
     if mode not in MODES:
       raise ValueError(
-        f"mode={mode!r} is no way to decode, expected one of {list(MODES)}."
+        f"mode={mode!r} is not a decoding mode, expected one of {list(MODES)}."
         " Choose one."
       )
     if settings.decoder_start_token_id is None:
@@ -104,7 +105,7 @@ class RagDecoder:
     self.plan = Plan(
       generator, searched, mode == "rag_token", hf_parity is not None
     )
-    # What ranking depends on, so that it is compiled once for many searches.
+    # Only what ranking depends on, so that many searches share one program.
     self._ranking = GenerationSettings(
       num_return_sequences=settings.num_return_sequences,
       do_deduplication=settings.do_deduplication,
@@ -121,19 +122,19 @@ class RagDecoder:
     *,
     seed: int | None = None,
   ) -> Generated:
-    """Returns what is written for each question.
+    """Returns the sequences written for each question.
 
     Args:
-      params: of the whole model; the generator's stand under "generator".
-      doc_scores: inner products of question and document, best first: with
-        `settings.n_docs` only the first documents are read.
+      params: of the whole model; those of the generator are "generator".
+      doc_scores: inner products of question and document, best first:
+        `settings.n_docs` reads only the first documents.
       context_tokens: document and question as the generator reads them.
       context_mask: True on real tokens.
-      seed: of sampling; None: that of the settings.
+      seed: of sampling; None takes that of the settings.
 
     Raises:
-      ValueError: more documents are wanted than there are, or more sequences
-        than there will be candidates.
+      ValueError: `settings.n_docs` is above K, or num_return_sequences above
+        the number of candidates.
     """
     inputs = doc_scores, context_tokens, context_mask
     key = self.key(seed)
@@ -161,7 +162,7 @@ class RagDecoder:
     context_tokens: Int[Array | np.ndarray, "B K C"],
     context_mask: Bool[Array | np.ndarray, "B K C"],
   ) -> Prepared:
-    """Returns the documents that are read, encoded as the mode reads them."""
+    """Returns the documents that the mode reads, encoded."""
     params = params["generator"]
     num_docs = self._check_docs(context_tokens.shape[1])
     scores, tokens, mask = (
@@ -170,7 +171,7 @@ class RagDecoder:
     if self.mode == "single":
       scores, tokens, mask = compiled.best_doc(scores, tokens, mask)
     memory = compiled.encode(self.plan.generator, params, tokens, mask)
-    if self.mode == "fid":  # one document, as long as all of them
+    if self.mode == "fid":  # the contexts joined to a single long one
       b, _, _, d = memory.shape
       memory = memory.reshape(b, 1, -1, d)
       mask, tokens = mask.reshape(b, 1, -1), tokens.reshape(b, 1, -1)
@@ -178,7 +179,7 @@ class RagDecoder:
     return Prepared(params, scores, memory, mask, tokens)
 
   def _check_docs(self, num_retrieved: int) -> int:
-    """Returns how many documents are read, of those that were retrieved."""
+    """Returns how many of the retrieved documents are read."""
     self.plan.settings.validate(num_retrieved=num_retrieved)
     num_docs = self.settings.n_docs or num_retrieved
     most = num_docs * self.settings.num_beams
@@ -217,7 +218,7 @@ class RagDecoder:
       key,
     )
     written, lengths = to_host(found.tokens), to_host(found.lengths)
-    if parity:  # what stands behind the end may count
+    if parity:  # Hugging Face may count tokens after the end
       longest = lengths.max(axis=1, keepdims=True)
       lengths = np.broadcast_to(longest, lengths.shape)
     return compiled.score_and_rank(
@@ -235,6 +236,6 @@ class RagDecoder:
 
 
 def _first(x: Array | np.ndarray, num: int) -> Array:
-  """Returns the first documents; nothing is copied if these are all."""
+  """Returns the first `num` documents, without a copy if these are all."""
   x = jnp.asarray(x)
   return x if x.shape[1] == num else x[:, :num]

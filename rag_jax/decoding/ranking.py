@@ -1,6 +1,7 @@
 """RAG-Sequence's candidates, ranked by the likelihood of the whole sequence.
 
-In: what the beams of each document wrote. Out: `Generated`, the best first.
+In: the sequences that each document's beams wrote. Out: `Generated`, the best
+sequence first.
 
 Source: Lewis et al. 2020, https://arxiv.org/abs/2005.11401, section 2.5.
 """
@@ -23,14 +24,14 @@ from rag_jax.decoding.settings import GenerationSettings
 @typing.no_type_check
 @flax.struct.dataclass
 class Generated:
-  """What was written for each question: R sequences, the best first."""
+  """The sequences written for each question, R of them, the best first."""
 
   tokens: Int[Array, "B R T"]  # without the start token
-  lengths: Int[Array, "B R"]  # with the end token; 0: there are no more
+  lengths: Int[Array, "B R"]  # with the end token; 0: no such sequence
   log_probs: Float[Array, "B R"]  # log p(y|x), nats; see `RagDecoder`
-  scores: Float[Array, "B R"]  # what they are ranked by
+  scores: Float[Array, "B R"]  # the sequences are ranked by these
   doc_log_probs: Float[Array, "B K"]  # the prior, log p(z|x)
-  # log p(y_t | x, z, y_<t), 0 behind the end.
+  # log p(y_t | x, z, y_<t), 0 after the end.
   token_log_probs: Float[Array, "B R K T"]
 
   @property
@@ -44,32 +45,35 @@ class Generated:
 class HfParity:
   """Hugging Face's `RagSequenceForGeneration.generate`, its defects included.
 
-  As of transformers 5.23. Contexts are searched without a mask: their padding
-  is read. The prior is lost of a candidate of one token alone; candidates that
-  all start with the bos token are ranked without it; if the padding is token
-  0, shorter candidates are charged for end tokens behind their end. And what
-  the fields say.
+  As of transformers 5.23:
+
+  - the search reads the padding of contexts, since it has no mask;
+  - a candidate of a single token loses the prior;
+  - the bos token is not scored if all candidates start with it;
+  - if padding is token 0, shorter candidates are charged for end tokens after
+    their end;
+  - the two fields change the ranking.
   """
 
-  # `config.n_docs`: documents that candidates are ranked with, whatever
-  # `generate(n_docs=...)` was. None: the same.
+  # `config.n_docs`: how many documents rank the candidates, whatever
+  # `generate(n_docs=...)` says. None: as many as are read.
   n_docs: int | None = None
-  # `config.label_smoothing`, of training: it moves the ranking.
+  # `config.label_smoothing`, of training: it changes the ranking.
   label_smoothing: float = 0.0
 
 
 def rank_fast(
   prior: Float[Array, "B K"], candidates: Found, settings: GenerationSettings
 ) -> Generated:
-  """Returns the candidates ranked by what their own documents give them.
+  """Returns the candidates ranked by the documents whose beams wrote them.
 
-  A document gives nothing to a sequence that its beams did not write: -1e9 at
-  its first token. No second pass over the documents, and log p(y|x) is a lower
-  bound.
+  A document contributes nothing to a sequence that its beams did not write: the
+  log-probability of the first token is then -1e9. This needs no second pass
+  over the documents, and log p(y|x) is a lower bound.
 
   Args:
     prior: log p(z|x).
-    candidates: C = K * W, those of the first document first.
+    candidates: C = K * W, in the order of the documents.
     settings: of the search.
   """
   b, k = prior.shape
@@ -79,10 +83,10 @@ def rank_fast(
   if not settings.do_deduplication:
     first = alive
   evidence = candidates.evidence[..., 0]  # B C T
-  own = jnp.sum(evidence, axis=-1)  # behind the end: 0
+  own = jnp.sum(evidence, axis=-1)  # 0 after the end
   joint = jnp.repeat(prior, c // k, axis=1) + own  # B C
   scores = jax.nn.logsumexp(jnp.where(same, joint[:, None, :], MIN), axis=-1)
-  # Which beam of each document wrote the same, if one did.
+  # The beam of each document that wrote the same sequence, if there is one.
   wrote = same.reshape(b, c, k, c // k)
   given = jnp.einsum(
     "BCKW,BKWT->BCKT",
@@ -107,12 +111,12 @@ def rank_thorough(
 
   Args:
     prior: log p(z|x) of the documents that rank.
-    candidates: from whichever document.
+    candidates: from the beams of any document.
     given: log p(y_t | x, z, y_<t).
-    total: its sum over the vocabulary.
+    total: the sum of log p(v | x, z, y_<t) over the vocabulary.
     settings: of the search.
     vocab_size: V.
-    parity: ranks as Hugging Face does; None: by the likelihood.
+    parity: ranks as Hugging Face does; None ranks by the likelihood.
   """
   real = jnp.arange(given.shape[2]) < candidates.lengths[..., None]
   alive = candidates.lengths > 0
@@ -123,7 +127,7 @@ def rank_thorough(
   log_probs = jax.nn.logsumexp(prior[:, None] + each, axis=-1)
   scores = log_probs
   if parity is not None:
-    # Behind a question's longest candidate there is padding in any case.
+    # After the end of a question's longest candidate there is only padding.
     longest = jnp.max(candidates.lengths, axis=1)[:, None, None]
     behind = jnp.arange(given.shape[2]) >= longest
     candidates = dataclasses.replace(
@@ -151,7 +155,7 @@ def _best(
   given: Float[Array, "B C K T"],
   settings: GenerationSettings,
 ) -> Generated:
-  """Returns the best of the candidates that are counted."""
+  """Returns the best candidates, of those where `counted` is True."""
   scores, best = jax.lax.top_k(
     jnp.where(counted, scores, MIN), settings.num_return_sequences
   )
@@ -172,7 +176,10 @@ def _best(
 def first_of_equals(
   tokens: Int[Array, "B C T"], alive: Bool[Array, "B C"]
 ) -> tuple[Bool[Array, "B C C"], Bool[Array, "B C"]]:
-  """Returns which living candidates are the same, and the first of each."""
+  """Returns which pairs of candidates are equal, and the first of each group.
+
+  Only candidates that are `alive` count.
+  """
   same = jnp.all(tokens[:, :, None] == tokens[:, None, :], axis=-1)
   same &= alive[:, :, None] & alive[:, None, :]
   before = jnp.tril(same, -1)  # one with a lower number is the same
@@ -195,9 +202,9 @@ def hf_ranking(
 
   Args:
     prior: log p(z|x).
-    given: log p(y_t | x, z, y_<t), also behind the end, where end tokens stand.
-    total: its sum over the vocabulary.
-    candidates: what is ranked.
+    given: log p(y_t | x, z, y_<t), also of the end tokens after the end.
+    total: the sum of log p(v | x, z, y_<t) over the vocabulary.
+    candidates: are ranked.
     settings: of the search: pad and bos token.
     label_smoothing: epsilon of training.
     vocab_size: V.

@@ -1,4 +1,4 @@
-"""The generator as a search sees it: what may come next, given K documents.
+"""The generator as a search sees it: next-token scores, given K documents.
 
 In: `Generator.step`'s logits [B, W, K, V]. Out: scores [B, W, V], either the
 marginal over the documents, or the logits of the only one.
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from rag_jax.models.generator import Generator
 from rag_jax.models.stack import DecoderCache
 
-_GROUP = 8  # documents whose sum is written out
+_GROUP = 8  # documents per unrolled sum
 
 Details = tuple[Float[Array, "B W K V"], Float[Array, "B W K"]]
 
@@ -22,8 +22,8 @@ Details = tuple[Float[Array, "B W K V"], Float[Array, "B W K"]]
 def log_norm(logits: Float[Array, "*n V"]) -> Float[Array, "*n"]:
   """Returns logsumexp over the vocabulary.
 
-  The sum is a product with ones: XLA runs that on all cores of a CPU and a
-  sum over the last axis on one.
+  The sum is a matrix product with ones: on a CPU, XLA runs that on all cores,
+  and a sum over the last axis on a single core.
   """
   largest = jnp.max(logits, axis=-1)
   ones = jnp.ones(logits.shape[-1], logits.dtype)
@@ -35,14 +35,14 @@ def log_marginal(
 ) -> Float[Array, "B W V"]:
   """Returns log sum_k exp(log_weights_k + logits_k).
 
-  Written out over the documents, so that it becomes one pass over the logits;
-  `jax.nn.logsumexp` over an axis in the middle takes ten times as long.
+  Unrolled over the documents, so that it becomes one pass over the logits;
+  `jax.nn.logsumexp` over a middle axis takes ten times as long.
   """
   k = logits.shape[2]
   parts = [
     logits[:, :, i] + log_weights[:, :, i, None] for i in range(min(k, _GROUP))
   ]
-  if k > _GROUP:  # the others, as one more
+  if k > _GROUP:  # the sum of all further documents is one more term
     parts.append(
       log_marginal(logits[:, :, _GROUP:], log_weights[:, :, _GROUP:])
     )
@@ -51,11 +51,11 @@ def log_marginal(
 
 
 class DocScorer:
-  """A `search.Scorer` of K documents a question.
+  """A `search.Scorer` with K documents per question.
 
-  With `doc_log_probs`, log sum_k p(z_k|x) p(y_t | x, z_k, y_<t): RAG-Token,
-  Lewis et al. 2020, https://arxiv.org/abs/2005.11401, section 2.5. Without,
-  K = 1 and there is nothing to sum.
+  With `doc_log_probs` the scores are log sum_k p(z_k|x) p(y_t | x, z_k, y_<t):
+  RAG-Token, Lewis et al. 2020, https://arxiv.org/abs/2005.11401, section 2.5.
+  Without them K = 1, and there is nothing to sum.
   """
 
   def __init__(
@@ -71,9 +71,10 @@ class DocScorer:
     Args:
       generator: the model.
       params: of the generator.
-      doc_log_probs: the prior; None: one document.
-      normalize: log-probabilities of one document, as beams need them, rather
-        than its logits, as Hugging Face samples from and takes the best of.
+      doc_log_probs: the prior; None for one document.
+      normalize: with one document, return log-probabilities, as beam search
+        needs them. False returns logits, as Hugging Face uses them for greedy
+        search and sampling.
     """
     variables = {"params": params}
     self._apply: Callable[..., PyTree] = functools.partial(
@@ -88,7 +89,7 @@ class DocScorer:
     position: Int[Array, ""],
     cache: DecoderCache,
   ) -> tuple[Float[Array, "B W V"], Details, DecoderCache]:
-    """Returns the scores of what may follow `tokens`."""
+    """Returns the scores of the next token after `tokens`."""
     logits, cache = self._apply(tokens, position, cache, method="step")
     norm = log_norm(logits)  # B W K
     if self._prior is not None:
@@ -111,7 +112,7 @@ class DocScorer:
     beams: Int[Array, "B n"],
     tokens: Int[Array, "B n"],
   ) -> Float[Array, "B n K"]:
-    """Returns log p(token | document) behind each beam."""
+    """Returns log p(token | document) after each beam."""
     logits, norm = details
     b, _, k, _ = logits.shape
     rows = jnp.arange(b)[:, None]
@@ -126,6 +127,6 @@ def sequence_log_probs(
 ) -> Float[Array, "B R"]:
   """Returns log p(y|x) where each token may come from another document."""
   joint = doc_log_probs[:, None, None] + evidence
-  written = jnp.any(evidence != 0, axis=-1)  # behind the end all are 0
+  written = jnp.any(evidence != 0, axis=-1)  # all are 0 after the end
   marginal = jax.nn.logsumexp(joint, axis=-1)
   return jnp.sum(marginal, axis=-1, where=written)

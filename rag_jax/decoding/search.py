@@ -1,14 +1,14 @@
 """Greedy search, sampling, beam search and beam sampling, compiled.
 
-In: a `Scorer`, which says what may come next, and the settings. Out: `Found`:
-sequences, their scores, and what each document gave their tokens. One
-`lax.while_loop` writes for the whole batch and ends when every row has ended;
-no row's result depends on the others.
+In: a `Scorer`, which scores the next token, and the settings. Out: `Found`:
+sequences, their scores, and the log-probability of each token given each
+document. One `lax.while_loop` writes for the whole batch, and ends when every
+row has ended; no row's result depends on the others.
 
-The choices are those of transformers 5.23, `generation/utils.py`: `_sample`
-and `_beam_search`, constants and order of operations included. Where values
-tie it takes what `torch.topk` happens to return, which is no rule; here the
-lowest index wins.
+The algorithm is that of transformers 5.23, `generation/utils.py`: `_sample`
+and `_beam_search`, constants and order of operations included. Between equal
+values, transformers takes what `torch.topk` happens to return; here the lowest
+index wins.
 """
 
 import dataclasses
@@ -28,22 +28,23 @@ from rag_jax.decoding.logits import top_k
 from rag_jax.decoding.logits import warp
 from rag_jax.decoding.settings import GenerationSettings
 
-# Hugging Face's: of a beam or a sequence that is not there yet, and what is
-# added to the score of one that may not be chosen. Finite, so it adds up.
+# Hugging Face's score of a beam or a sequence that does not exist yet; it is
+# also added to the score of one that may not be chosen. Finite, so that sums
+# stay finite.
 ABSENT = -1e9
 
 
 @runtime_checkable
 class Scorer(Protocol):
-  """What may come next, according to a model. Arrays of B rows, W beams."""
+  """Scores the next token of B rows with W beams each."""
 
   def step(
     self, tokens: Int[Array, "B W"], position: Int[Array, ""], cache: PyTree
   ) -> tuple[Float[Array, "B W V"], PyTree, PyTree]:
-    """Returns scores after reading `tokens`, details for `explain`, the cache.
+    """Returns the scores after `tokens`, details for `explain`, the cache.
 
-    The scores are log-probabilities for beam search; for greedy search and
-    sampling also logits, to which Hugging Face applies the settings then.
+    For beam search the scores are log-probabilities. For greedy search and
+    sampling they may be logits, to which Hugging Face applies the settings.
     """
     ...
 
@@ -54,7 +55,7 @@ class Scorer(Protocol):
   def explain(
     self, details: PyTree, beams: Int[Array, "B n"], tokens: Int[Array, "B n"]
   ) -> Float[Array, "B n K"]:
-    """Returns log p(token | document) of `tokens` behind `beams`."""
+    """Returns log p(token | document) of `tokens` after `beams`."""
     ...
 
 
@@ -62,12 +63,12 @@ class Scorer(Protocol):
 @typing.no_type_check
 @flax.struct.dataclass
 class Found:
-  """What a search wrote, R sequences a row, the best first."""
+  """The sequences that a search wrote, R per row, the best first."""
 
   tokens: Int[Array, "B R T"]  # without the start token
-  lengths: Int[Array, "B R"]  # with the end token; 0: no sequence was found
+  lengths: Int[Array, "B R"]  # with the end token; 0: no such sequence
   scores: Float[Array, "B R"]  # of beams: sum of scores / length ** penalty
-  evidence: Float[Array, "B R T K"]  # log p(token | document), 0 behind the end
+  evidence: Float[Array, "B R T K"]  # log p(token | document), 0 after the end
 
 
 @typing.no_type_check
@@ -89,11 +90,11 @@ class Sequences:
 @typing.no_type_check
 @flax.struct.dataclass
 class SearchState:
-  """Everything the loop carries; what streaming keeps between its chunks."""
+  """Everything the loop carries, and streaming keeps between its chunks."""
 
   position: Int[Array, ""]  # of the last token written; 0 is the start token
   running: Sequences
-  ended: Sequences | None  # beams alone: the best that have ended
+  ended: Sequences | None  # the best that have ended; beam search only
   active: Bool[Array, "B"]  # rows that can still change
   nodes: Int[Array, "B W"] | None  # in the trie
   cache: Any
@@ -145,11 +146,11 @@ class Search:
     Args:
       settings: checked already.
       scorer: the model.
-      trie: what may be written; None: anything.
-      hf_parity: returns beams as Hugging Face does. It has end tokens behind
-        the end if the padding is token 0; and if there are fewer sequences
-        than beams, it fills up with some of them again, at scores of -1e9 and
-        divided by their length. Here their length is 0 then.
+      trie: the sequences that may be written; None allows any.
+      hf_parity: returns beams as Hugging Face does. There, end tokens follow
+        the end if padding is token 0. If there are fewer sequences than beams,
+        some are returned again, with a score of -1e9 divided by their length;
+        without `hf_parity` these have length 0.
     """
     self.settings = settings
     self.width = max(settings.num_beams, settings.num_return_sequences)
@@ -175,7 +176,7 @@ class Search:
     Args:
       cache: of `batch_size` rows and `width` beams.
       batch_size: B.
-      num_docs: K, as many numbers as `Scorer.explain` gives for a token.
+      num_docs: K, the documents in what `Scorer.explain` returns.
       key: of the random numbers that sampling needs.
     """
     start = jnp.asarray(self.settings.start_id)
@@ -185,7 +186,7 @@ class Search:
     empty = _empty(batch_size, self.width, num_docs, start, fill, self._steps)
     running, ended = empty, None
     if self._beams:
-      # Only the first beam counts at first: all of them are the same.
+      # Before the first token all beams are equal, so only one may continue.
       first = jnp.arange(self.width) == 0
       running = dataclasses.replace(
         empty, scores=jnp.where(first, empty.scores, ABSENT)
@@ -205,7 +206,7 @@ class Search:
   def advance(
     self, state: SearchState, limit: int | Int[Array, ""]
   ) -> SearchState:
-    """Returns the state when `limit` tokens are written, or all have ended."""
+    """Returns the state after `limit` tokens, or when all rows have ended."""
     return jax.lax.while_loop(
       lambda s: (
         (s.position < jnp.minimum(limit, self._steps)) & jnp.any(s.active)
@@ -215,7 +216,7 @@ class Search:
     )
 
   def finish(self, state: SearchState) -> Found:
-    """Returns what was found."""
+    """Returns the best sequences of the final state."""
     best = state.running if state.ended is None else state.ended
     returned = self.settings.num_return_sequences
     best = jax.tree.map(lambda x: x[:, :returned], best)
@@ -234,7 +235,7 @@ class Search:
     )
 
   def _scores(self, state: SearchState) -> tuple[Array, PyTree, PyTree]:
-    """Returns the scores as the settings want them, details and cache."""
+    """Returns the scores after the settings, details and cache."""
     written, position = state.running.written, state.position
     last = jax.lax.dynamic_index_in_dim(written, position, 2, keepdims=False)
     scores, details, cache = self._scorer.step(last, position, state.cache)
@@ -244,10 +245,10 @@ class Search:
     return scores, details, cache
 
   def _noise(self, state: SearchState, shape: tuple[int, ...]) -> Array:
-    """Returns Gumbel noise: the largest sums with it are a sample.
+    """Returns Gumbel noise: the argmax of scores plus noise is a sample.
 
-    The n largest are one without replacement, in the order in which they were
-    drawn: Kool et al. 2019, https://arxiv.org/abs/1903.06059.
+    The n largest sums are a sample without replacement, in the order in which
+    it was drawn: Kool et al. 2019, https://arxiv.org/abs/1903.06059.
     """
     return jax.random.gumbel(
       jax.random.fold_in(state.key, state.position), shape
@@ -304,9 +305,9 @@ class Search:
   def _continuations(
     self, state: SearchState, scores: Float[Array, "B W V"], num: int
   ) -> tuple[Float[Array, "B n"], Int[Array, "B n"], Int[Array, "B n"]]:
-    """Returns the best `num` ways to go on: score, beam and token.
+    """Returns the best `num` continuations: score, beam and token.
 
-    For sampling, so many that were drawn, in their order.
+    When sampling, `num` continuations that were drawn, in their order.
     """
     ids = None
     if self.settings.do_sample:
@@ -330,7 +331,7 @@ class Search:
     running, ended, position = state.running, state.ended, state.position
     assert ended is not None
     scores, details, cache = self._scores(state)
-    # More than W, so that W of them go on if others end.
+    # More than W, so that W are left to continue if others end.
     num = max(2, 1 + len(settings.eos_token_id)) * width
     values, beams, tokens = self._continuations(state, scores, num)
     evidence = self._scorer.explain(details, beams, tokens)  # B n K
@@ -343,14 +344,14 @@ class Search:
     )
     ends = self._is_end(tokens) | (position + 1 == self._steps)  # B n
 
-    # The best that have not ended go on.
+    # The best that have not ended continue.
     going = values + jnp.where(ends, ABSENT, 0.0)
     going, order = jax.lax.top_k(going, width)
     next_beams = jnp.take_along_axis(beams, order, axis=1)
     next_tokens = jnp.take_along_axis(tokens, order, axis=1)
     next_running = dataclasses.replace(grown.pick(order), scores=going)
 
-    # Those among the first W that have ended compete with earlier ones.
+    # Of the first W, those that end now compete with those that ended earlier.
     ends_now = ends & (jnp.arange(num) < width)
     penalties = jnp.asarray(self._penalties)
     final = values / penalties[position + 1]
@@ -362,8 +363,8 @@ class Search:
     )
     ended = merged.pick(jax.lax.top_k(merged.scores, width)[1])
 
-    # A row goes on while a running beam could get better than the worst that
-    # has ended, by a guess of how long it gets.
+    # A row is active while a running beam could still beat the worst sequence
+    # that has ended, for an assumed final length.
     never = settings.early_stopping == "never" and settings.length_penalty > 0
     length = self._steps if never else position + 1
     possible = going[:, :1] / penalties[length]

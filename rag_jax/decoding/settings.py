@@ -1,7 +1,7 @@
 """How text is generated: Hugging Face's settings, with its names and meaning.
 
 In: a `generation_config.json`, or keyword arguments. Out: `GenerationSettings`,
-which can be hashed, so that one compiled search belongs to each; and the file
+which are hashable, so that a search is compiled once for each; and the file
 again.
 """
 
@@ -23,25 +23,25 @@ GENERATION_CONFIG = "generation_config.json"
 
 _DEFAULT_NEW_TOKENS = 20  # if no length is given, as in Hugging Face
 
-# How BART's older files said that answers begin with the bos token.
+# BART's older files use this name to say that answers begin with the bos token.
 _OLD_BOS = "force_bos_token_to_be_generated"
 
 _SEVERAL = ("eos_token_id", "forced_eos_token_id")  # one id, or a list of them
 
 
-# Unchecked, because `validate` says what is wrong with a value that somebody
-# wrote into a file, and because one id may stand for a list.
+# Types are unchecked: `validate` has better messages for wrong values of a
+# file, and a single id may stand for a list.
 @typing.no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-  """One way to generate. None: not given.
+  """Generation settings; None means not given.
 
-  Lengths count as in Hugging Face: `max_length` and `min_length` with the
-  token that the decoder starts with, `max_new_tokens` and `min_new_tokens`,
-  which win, without it. The end token counts in all four.
+  Lengths count as in Hugging Face: `max_length` and `min_length` include the
+  decoder's start token. `max_new_tokens` and `min_new_tokens` do not, and win
+  over the other two. All four include the end token.
   """
 
-  max_length: int | None = None  # none of both: 20 new tokens
+  max_length: int | None = None  # if neither maximum is given: 20 new tokens
   max_new_tokens: int | None = None
   min_length: int = 0
   min_new_tokens: int | None = None
@@ -53,7 +53,7 @@ class GenerationSettings:
 
   do_sample: bool = False
   temperature: float = 1.0
-  top_k: int = 50  # of sampling alone; 0 turns it off
+  top_k: int = 50  # used in sampling only; 0 turns it off
   top_p: float = 1.0
   seed: int = 0
 
@@ -68,10 +68,10 @@ class GenerationSettings:
   eos_token_id: tuple[int, ...] = ()
   pad_token_id: int | None = None
 
-  n_docs: int | None = None  # documents read; None: all that were retrieved
+  n_docs: int | None = None  # documents read; None reads all retrieved ones
   do_deduplication: bool = True  # RAG-Sequence: each candidate counts once
 
-  # What else stood in the file, as JSON: kept, so that it is written again.
+  # Other entries of the file, as JSON, so that they are written again.
   extra: tuple[tuple[str, str], ...] = dataclasses.field(
     default=(), compare=False
   )
@@ -90,7 +90,7 @@ class GenerationSettings:
 
   @property
   def num_steps(self) -> int:
-    """The most tokens that are generated, the end token among them."""
+    """The most tokens that are generated, including the end token."""
     if self.max_new_tokens is not None:
       return self.max_new_tokens
     if self.max_length is not None:
@@ -106,7 +106,7 @@ class GenerationSettings:
 
   @property
   def start_id(self) -> int:
-    """What the decoder reads first; the bos token if nothing else is given."""
+    """The decoder's start token; the bos token if no other is given."""
     for start in (self.decoder_start_token_id, self.bos_token_id):
       if start is not None:
         return start
@@ -118,7 +118,7 @@ class GenerationSettings:
 
   @property
   def pad_id(self) -> int:
-    """What fills up a sequence behind its end."""
+    """The token that pads a sequence after its end."""
     if self.pad_token_id is not None:
       return self.pad_token_id
     return self.eos_token_id[0] if self.eos_token_id else 0
@@ -136,7 +136,7 @@ class GenerationSettings:
       vocab_size: V of the generator; 0: not known.
       max_positions: the longest target of a decoder with learned positions;
         0: any length.
-      num_retrieved: documents that are there for each question; 0: not known.
+      num_retrieved: documents retrieved per question; 0: not known.
 
     Raises:
       ValueError: settings that contradict each other or the model.
@@ -249,12 +249,12 @@ class GenerationSettings:
           f" {last if vocab_size else 'on'}."
         )
     if vocab_size and self.num_beams > 1:
-      # So many continuations are kept a beam: see search.py.
+      # Continuations kept per beam: see search.py.
       kept = max(2, 1 + len(self.eos_token_id))
       if kept > vocab_size:
         yield (
           f"eos_token_id has {len(self.eos_token_id)} ids, but the vocabulary"
-          f" has {vocab_size} alone. Beam search needs more tokens than ends."
+          f" has only {vocab_size}. Beam search needs more tokens than ends."
         )
 
   def _doc_problems(self, num_retrieved: int) -> Iterator[str]:
@@ -289,8 +289,8 @@ class GenerationSettings:
       raise ValueError(
         f"{origin} has settings that rag_jax does not support: "
         + ", ".join(active)
-        + ". Its search knows greedy, sampling, beam search and beam sampling."
-        " Take them out, or generate with transformers."
+        + ". Supported are greedy search, sampling, beam search and beam"
+        " sampling. Remove them, or generate with transformers."
       )
     passed_over = sorted(
       k for k, v in values.items() if v is not None
@@ -299,7 +299,7 @@ class GenerationSettings:
     )  # fmt: skip
     if passed_over:
       logging.warning(
-        "%s has settings that rag_jax does not know and passes over: %s.",
+        "%s has settings that rag_jax does not know and ignores: %s.",
         *(origin, ", ".join(passed_over)),
       )
     given = {k: v for k, v in values.items() if k in known and v is not None}
@@ -337,7 +337,7 @@ def read_generation_config(path: epath.PathLike) -> GenerationSettings:
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: it is no JSON object, or asks for what is not supported.
+    ValueError: it is not a JSON object, or a setting is not supported.
   """
   path = epath.Path(path)
   if path.is_dir():
@@ -365,7 +365,12 @@ def read_generation_config(path: epath.PathLike) -> GenerationSettings:
 def write_generation_config(
   settings: GenerationSettings, path: epath.PathLike
 ) -> None:
-  """Writes `settings` where `transformers` reads them."""
+  """Writes `settings` to `path`, as `transformers` reads them.
+
+  Args:
+    settings: are written.
+    path: the file, or a directory for a generation_config.json in it.
+  """
   path = epath.Path(path)
   if path.is_dir():
     path = path / GENERATION_CONFIG

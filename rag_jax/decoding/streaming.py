@@ -1,7 +1,7 @@
 """Tokens as they are decoded.
 
 In: a `RagDecoder` and a batch. Out: an iterator over the same tokens that the
-decoder returns when it is called, a step at a time.
+decoder returns when it is called, step by step.
 """
 
 from collections.abc import Generator
@@ -37,15 +37,15 @@ def stream(
   iterator ends. Its StopIteration carries what the decoder would have returned.
 
   Args:
-    decoder: of greedy search or sampling, in a mode that writes one sequence
+    decoder: does greedy search or sampling, in a mode that writes one sequence
       with all documents.
     params: of the whole model.
     doc_scores: as for the decoder.
     context_tokens: as for the decoder.
     context_mask: as for the decoder.
-    seed: of sampling; None: that of the settings.
-    chunk_steps: tokens that are decoded between two looks at them. More are
-      faster and come less smoothly.
+    seed: of sampling; None takes that of the settings.
+    chunk_steps: tokens decoded before the host reads them. Larger chunks are
+      faster, and the tokens arrive in larger groups.
 
   Raises:
     ValueError: the decoder cannot know a token before the sequence has ended.
@@ -54,7 +54,7 @@ def stream(
   if settings.num_beams > 1:
     raise ValueError(
       f"num_beams={settings.num_beams} cannot be streamed: which beam is the"
-      " best is known at the end alone. Expected num_beams=1, greedy or"
+      " best is known only at the end. Expected num_beams=1, greedy or"
       " do_sample=True; or call the decoder."
     )
   if decoder.mode not in _MODES:
@@ -66,7 +66,7 @@ def stream(
   if chunk_steps < 1:
     raise ValueError(
       f"chunk_steps={chunk_steps} decodes nothing, expected at least 1."
-      " Leave it out for a token at a time."
+      " Omit it for one token at a time."
     )
   batch = decoder.prepare(params, doc_scores, context_tokens, context_mask)
   state = compiled.begin(

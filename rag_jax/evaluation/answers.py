@@ -2,26 +2,26 @@
 
 In: strings. Out: numbers from 0 to 1, for one question.
 
-Two answers are equal if they are once normalised. How stands in one of three
-variants:
+Two answers are equal if their normalised texts are. There are three variants of
+normalisation:
 
-- "multilingual", the default: texts are folded (corpus/folding.py), and then
-  as SQuAD does it, but with the punctuation of all scripts, and with a word for
-  each character in scripts that write no spaces, as MLQA does it (Lewis et al.
-  2020, https://arxiv.org/abs/1910.07475). What is written in ASCII is
-  normalised as by SQuAD, but that 1/2, 10^2 and 1_2 do not become 12 and 102.
+- "multilingual", the default: texts are folded (corpus/folding.py) and then
+  normalised as for SQuAD, but with the punctuation of all scripts. In scripts
+  without spaces each character is a word, as in MLQA (Lewis et al. 2020,
+  https://arxiv.org/abs/1910.07475). ASCII text is normalised as for SQuAD,
+  except that 1/2, 10^2 and 1_2 do not become 12 and 102.
 - "squad": as published for SQuAD (Rajpurkar et al. 2016,
   https://arxiv.org/abs/1606.05250, section 6.1) and used by DPR and RAG: lower
-  case, and without the punctuation of ASCII, English articles and further
-  spaces. For numbers that are compared with those of papers.
-- "numbers": as "multilingual", but numbers are compared as such: "1,000" is
+  case, without ASCII punctuation, English articles and repeated spaces. Use it
+  for results that are compared with those of papers.
+- "numbers": as "multilingual", but numbers are compared by value: "1,000" is
   "1000" and "2.50" is "2.5", while "3.5" is not "35" and "-5" is not "5".
 
-With "regex" answers are regular expressions: see regex_answers.py.
+With "regex", answers are regular expressions: see regex_answers.py.
 
-In all others an answer of which nothing would be left keeps its articles, and
-punctuation if need be ("A", "The Who?", "%"), and an empty prediction equals
-no answer; the published script gives such pairs 1.0.
+In the three variants, an answer that would become empty keeps its articles, and
+its punctuation if need be ("A", "The Who?", "%"). An empty prediction equals no
+answer; the published script gives such pairs 1.0.
 """
 
 from collections import Counter
@@ -42,7 +42,7 @@ from rag_jax.evaluation.regex_answers import is_right
 _SETTINGS = {field.name: field for field in dataclasses.fields(EvalConfig)}
 VARIANTS: tuple[str, ...] = _SETTINGS["answers"].metadata["choices"]
 
-# As MLQA drops them; \b stands between a word and its neighbours.
+# As MLQA drops them.
 _ARTICLES = {
   "en": re.compile(r"\b(?:a|an|the)\b"),
   "es": re.compile(r"\b(?:un|una|unos|unas|el|la|los|las)\b"),
@@ -61,7 +61,7 @@ _PUNCTUATION = _ASCII_PUNCTUATION | dict.fromkeys(
 )
 # One half is not 12, nor is 10 squared 102.
 _FRACTION_OR_POWER = re.compile(r"(?<=[0-9])[/^_](?=[0-9])")
-# All but the points and signs that numbers need.
+# Separators between digits, except the points and signs of numbers.
 _BETWEEN_DIGITS = re.compile(r"(?<=[0-9])[^\w\s.](?=-?[0-9])")
 _NO_POINT_OR_SIGN = re.compile(
   r"\.(?![0-9])|(?<=[^0-9\s($-])\."
@@ -75,7 +75,7 @@ _OTHER_PUNCTUATION = {
 
 
 def check_variant(variant: str, language: str = "en") -> list[str]:
-  """Returns what is wrong with the two settings."""
+  """Returns messages on what is wrong with the two settings; [] if nothing."""
   problems = [
     check_choice("eval.answers", variant, VARIANTS),
     check_choice("eval.language", language, _ARTICLES),
@@ -87,13 +87,13 @@ def check_variant(variant: str, language: str = "en") -> list[str]:
 def normalize_answer(
   text: str, variant: str = "multilingual", language: str = "en"
 ) -> str:
-  """Returns `text` as answers are compared; "" if nothing of it can be seen.
+  """Returns the normalised `text`; "" if it has no visible character.
 
   Args:
     text: an answer.
-    variant: one of `VARIANTS`; what they do stands at the top of this file.
-    language: whose articles go, for instance "en"; "" for none. With "squad"
-      they are English.
+    variant: one of `VARIANTS`, which the docstring of this file describes.
+    language: its articles are removed, for instance "en"; "" removes none. With
+      "squad" they are always the English ones.
 
   Raises:
     ValueError: there is no such variant or language.
@@ -153,10 +153,10 @@ def token_f1(
   variant: str = "multilingual",
   language: str = "en",
 ) -> float:
-  """Returns the F1 of shared words with the answer where it is highest.
+  """Returns the F1 of the words shared with an answer, for the best answer.
 
   Words are those of the normalised strings, counted as often as they occur. An
-  empty prediction shares none.
+  empty prediction has an F1 of 0.
 
   Raises:
     TypeError: `answers` is one string, not a list of them.

@@ -1,4 +1,4 @@
-"""Questions to measured answers: validation while training, and the test.
+"""Answers questions and measures the answers: validation and test.
 
 In: parameters, an index, questions with accepted answers. Out: metrics.
 """
@@ -25,10 +25,10 @@ from rag_jax.retrieval.certificate import exact_search
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.recall import index_recall_at_k
 
-_REACHED = 0.995  # share of questions whose best passage has the least score
-_LEAST_QUESTIONS = 50  # to tell that share from
+_REACHED = 0.995  # share of questions whose best passage reaches least_score
+_LEAST_QUESTIONS = 50  # fewer are too few to estimate least_score
 
-_SPEED_SECS = 0.2  # for which searches are timed, at each batch size
+_SPEED_SECS = 0.2  # that searches are timed, per batch size
 
 
 class Evaluator:
@@ -41,10 +41,10 @@ class Evaluator:
   def least_score(
     self, params: PyTree, index: Index | None, questions: Sequence[Question]
   ) -> float | None:
-    """Returns the score that the best passage of 99.5 % of `questions` reaches.
+    """Returns the score that the best passage reaches for 99.5 % of them.
 
-    The best passage for a question that none answers scores less. None: closed
-    book, or too few questions to tell.
+    If no passage answers a question, its best passage usually scores less.
+    Returns None for a closed-book model, or with fewer than 50 questions.
     """
     if index is None or len(questions) < _LEAST_QUESTIONS:
       return None
@@ -59,10 +59,10 @@ class Evaluator:
   def records(
     self, params: PyTree, index: Index | None, questions: Sequence[Question]
   ) -> list[AnswerRecord]:
-    """Returns one record a question, in their order."""
+    """Returns one record per question, in their order."""
     config = self._experiment.config
     if config.eval.answers == REGEX:
-      for question in questions:  # before the expensive thing
+      for question in questions:  # fails before the expensive part
         check_patterns(question.answers, f"The question {question.question!r}")
     passages = self._experiment.passages
     answers = self._answerer.answer(
@@ -70,7 +70,7 @@ class Evaluator:
       index,
       [q.question for q in questions],
       n_docs=config.data.n_docs,
-      # Recall is measured at 5 also where fewer documents are read.
+      # Recall is measured at 5, even if fewer documents are read.
       num_retrieved=min(max(RECALL_K, config.data.n_docs), len(passages)),
       batch_size=config.eval.batch_size,
     )
@@ -129,7 +129,7 @@ class Evaluator:
   ) -> float:
     """Returns how much of the exact top 5 the index finds, from 0 to 1.
 
-    By embeddings alone, also where words are searched too.
+    Both search by embeddings only, even with index.hybrid.
     """
     k = min(RECALL_K, index.num_passages)
     texts = [q.question for q in questions]
@@ -168,7 +168,7 @@ class Evaluator:
 def choose(
   questions: Sequence[Question], number: int, seed: int
 ) -> Sequence[Question]:
-  """Returns `number` of the questions, the same for a seed; 0: all."""
+  """Returns `number` random questions, the same for a seed; 0: all of them."""
   if not number or number >= len(questions):
     return questions
   rows = np.random.default_rng(seed).choice(

@@ -1,4 +1,4 @@
-"""The end of a run: the best parameters, their index, the measured results.
+"""Ends a run: the best parameters, their index, the measured results.
 
 In: the checkpoints of a run that has trained. Out, in the workdir: `model`,
 `index`, `results.json` and `learning_curves.png`.
@@ -46,16 +46,17 @@ def finish(
   clock: Clock,
   validation: Sequence[Question] = (),
 ) -> dict[str, Any]:
-  """Writes what a finished run leaves, and returns its results.
+  """Writes model, index, results and curves; returns the results.
 
   Args:
     experiment: of the run.
     workdir: of the run, with its checkpoints.
     questions: of the test split.
-    evaluator: measures.
+    evaluator: measures the answers to them.
     clock: how long the run trained.
-    validation: questions that passages answer. How well these fit is kept with
-      the model, to tell later which questions no passage answers.
+    validation: questions that passages answer. The scores of their best
+      passages are kept with the model, to recognise later a question that no
+      passage answers.
 
   Raises:
     ValueError: no checkpoint is whole, or the index finds less than
@@ -70,7 +71,7 @@ def finish(
     {
       "step": step,
       "tokenizer": experiment.token_ids,
-      # What is served has to be what was trained.
+      # Serving checks that the config is the one of the training.
       "config": settings_of(config),
       "tokenizer_manifest": manifest_digest(workdir.tokenizer),
       "least_score": evaluator.least_score(params, index, validation),
@@ -95,7 +96,7 @@ def finish(
     "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
     "num_passages": len(experiment.passages),
     "n_docs": config.data.n_docs,
-    # In training, by all processes and over all attempts, and in the test.
+    # In training, of all processes and attempts, and in the test.
     "cut": {name: clock.cut[name] + number for name, number in cut.items()}
     | {"passages_cut": experiment.tokenized.num_cut},
   }
@@ -129,7 +130,7 @@ def _best_params(
   )
   step = checkpoints.best_whole()
   assert step is not None, "a run that has trained has a checkpoint"
-  # Without a step of the main stage it may be the last one of the warm-up.
+  # If the main stage has no steps, this may be the last one of the warm-up.
   stage = TRAIN
   if not config.train.num_steps:
     stage = checkpoints.read_extra(step)["stage"]
@@ -141,7 +142,7 @@ def _best_params(
       abstract, index=abstract_index(experiment, params)
     )
   state, _ = checkpoints.restore(abstract, step)
-  logging.info("The best checkpoint is that of step %d.", step)
+  logging.info("The best checkpoint is the one of step %d.", step)
   return state.params, step
 
 

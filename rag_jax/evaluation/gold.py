@@ -1,9 +1,9 @@
-"""How high retrieval ranks the passages that people judged.
+"""Retrieval metrics against passages with graded relevance judgements.
 
-In: ids of retrieved passages, best first, and the grades that judges gave. Out:
-one number from 0 to 1 for every question. All are those of trec_eval
-(https://github.com/usnistgov/trec_eval): a passage without a grade counts as
-one of no use, and so does a grade below 1.
+In: ids of retrieved passages, best first, and the grades of the judges. Out:
+one number from 0 to 1 per question. All metrics are those of trec_eval
+(https://github.com/usnistgov/trec_eval): a passage without a grade, or with a
+grade below 1, is not relevant.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +15,8 @@ import numpy as np
 
 Id = int | str  # a row of the passages, or the id of one
 Ranked = Sequence[Sequence[Id]] | Int[np.ndarray, "B K"]
-# Of each question: passage -> grade. `Any` stands for `Id`: a mapping from
-# strings is no mapping from strings and numbers.
+# Per question: passage -> grade. `Any` instead of `Id`: to a type checker, a
+# mapping from strings is not a mapping from strings or numbers.
 Qrels = Sequence[Mapping[Any, int]]
 
 _CUT = 10  # of MRR and nDCG
@@ -25,16 +25,16 @@ _CUT = 10  # of MRR and nDCG
 def recall_at_k(
   ranked_ids: Ranked, qrels: Qrels, k: int
 ) -> Float[np.ndarray, "B"]:
-  """Returns which part of the passages of use is among the first `k`.
+  """Returns the share of the relevant passages among the first `k`.
 
-  trec_eval's `recall_k`. 0 for a question without a passage of use: leave such
-  questions out of a mean.
+  trec_eval's `recall_k`. 0 for a question without a relevant passage: exclude
+  such questions from a mean.
 
   Args:
     ranked_ids: best first; -1 where nothing was found. A question may have
       fewer than `k`.
     qrels: grades by id, of the same type as those in `ranked_ids`.
-    k: how many passages are looked at.
+    k: how many passages count.
 
   Raises:
     ValueError: `k` is below 1, the two have different lengths, a passage is
@@ -54,7 +54,7 @@ def recall_at_k(
 
 
 def mrr_at_10(ranked_ids: Ranked, qrels: Qrels) -> Float[np.ndarray, "B"]:
-  """Returns 1 / rank of the first passage of use, 0 if it is not in the top 10.
+  """Returns 1 / rank of the first relevant passage, 0 if beyond rank 10.
 
   trec_eval's `recip_rank` of runs that end at rank 10. Arguments and errors as
   in `recall_at_k`.
@@ -70,8 +70,8 @@ def ndcg_at_10(ranked_ids: Ranked, qrels: Qrels) -> Float[np.ndarray, "B"]:
   """Returns the discounted gain of the top 10 over that of the best ranking.
 
   trec_eval's `ndcg_cut_10` (Jarvelin and Kekalainen 2002): the gain is the
-  grade itself, divided by log2(1 + rank). 0 for a question without a passage of
-  use. Arguments and errors as in `recall_at_k`.
+  grade itself, divided by log2(1 + rank). 0 for a question without a relevant
+  passage. Arguments and errors as in `recall_at_k`.
   """
   values = []
   for grades, judged in _graded(ranked_ids, qrels):
@@ -81,11 +81,11 @@ def ndcg_at_10(ranked_ids: Ranked, qrels: Qrels) -> Float[np.ndarray, "B"]:
 
 
 def trec_eval_order(scores: Mapping[str, float]) -> list[str]:
-  """Returns ids as trec_eval ranks them, whatever rank a run says.
+  """Returns ids as trec_eval ranks them; it ignores the ranks of a run.
 
-  By score in float32, the largest first, and of equal scores the id that is
-  later in the alphabet. Our own searches put the smaller row first: use this
-  to compare with a run that others measured.
+  By score in float32, the largest first; of equal scores, the id that is later
+  in the alphabet first. Our own searches put the smaller row first: use this
+  function to compare with results that trec_eval computed.
   """
   return sorted(
     scores, key=lambda id_: (np.float32(scores[id_]), id_), reverse=True
@@ -103,11 +103,11 @@ def _discounted_gain(grades: Sequence[int]) -> float:
 def _graded(
   ranked_ids: Ranked, qrels: Qrels
 ) -> Iterator[tuple[list[int], Mapping[Any, int]]]:
-  """Yields the grades of what was found, best first, and all grades."""
+  """Yields the grades of the found passages, best first, and all grades."""
   if len(ranked_ids) != len(qrels):
     raise ValueError(
       f"ranked_ids has {len(ranked_ids)} questions, qrels has {len(qrels)};"
-      " expected one of each a question, in the same order."
+      " expected one of each per question, in the same order."
     )
   for number, (row, judged) in enumerate(zip(ranked_ids, qrels, strict=True)):
     ids = [id_ if isinstance(id_, str) else int(id_) for id_ in row]
@@ -131,5 +131,5 @@ def _check_ids(
     raise ValueError(
       f"For question {number} the ranked ids are like {found[:2]}, those of"
       f" qrels like {list(judged)[:2]}; expected all to be strings, or all to"
-      " be rows of the passages. Convert one of the two."
+      " be row numbers of passages. Convert one of the two."
     )

@@ -1,8 +1,8 @@
-"""Questions whose passages or answers are known, to measure retrieval with.
+"""Questions with known passages or answers, to measure retrieval with.
 
-In: a BEIR folder, or a file of questions; and what a search found for each.
-Out: questions with the answers and the graded passages that each has, the rows
-of these passages, and how well the search did.
+In: a BEIR folder, or a file of questions; and the results of a search. Out:
+questions with their answers and graded passages, the rows of these passages,
+and the metrics of the search.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ _QRELS = "qrels"
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class JudgedQuestion:
-  """A question, and what is known to answer it."""
+  """A question, with the answers and passages that are known for it."""
 
   id: str
   question: str
@@ -49,17 +49,17 @@ class JudgedQuestion:
 def read_judged_questions(path: epath.PathLike) -> list[JudgedQuestion]:
   """Returns the questions of a file or folder, in its order.
 
-  - A BEIR folder: those of queries.jsonl that qrels/test.tsv judges, or the one
-    qrels/*.tsv that there is. Give a qrels/*.tsv itself to choose.
-  - Any other file that `question_files.read_question_file` reads. The passage
-    of SQuAD's questions is their paragraph, of DPR's those of `positive_ctxs`,
-    of others `gold`, a list of ids of passages or an object of their grades.
+  - A BEIR folder: the questions of queries.jsonl that qrels/test.tsv judges, or
+    the only qrels/*.tsv. Pass a qrels/*.tsv itself to choose another.
+  - Any file that `question_files.read_question_file` reads. Its gold passages
+    are the paragraph of a SQuAD question, `positive_ctxs` of DPR, or `gold`: a
+    list of passage ids, or an object of passage ids and grades.
 
   All may be gzip-compressed, with names that end in .gz.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: names the file and line, or place, of what cannot be used.
+    ValueError: a record cannot be used; names its file and line, or place.
   """
   path = epath.Path(path).expanduser()
   if path.is_dir():
@@ -93,8 +93,8 @@ def gold_rows(
 
   Args:
     questions: with ids of passages.
-    passages: the corpus, read once; row = its place.
-    twins: passages that have the text of one of these under another id.
+    passages: the corpus, read once; row = position.
+    twins: ids of passages with the same text as one of these.
   """
   wanted = {id_ for question in questions for id_ in question.gold}
   rows: dict[str, int] = {}
@@ -112,14 +112,14 @@ def gold_rows(
   for question in questions:
     grades: dict[int, int] = {}
     for id_, grade in question.gold.items():
-      # Of ids with one text, the highest grade counts.
+      # Several ids may have the same text: the highest grade counts.
       grades[rows[id_]] = max(grade, grades.get(rows[id_], grade))
     graded.append(grades)
   return graded, len(missing)
 
 
 def _is_qrels(path: epath.Path) -> bool:
-  """Returns whether a .tsv lies where BEIR has its judgements."""
+  """Returns whether a .tsv is in the place of BEIR's judgements."""
   queries = path.parent.parent / _QUERIES
   beir = queries.exists() or queries.with_name(f"{_QUERIES}.gz").exists()
   return beir or path.parent.name == _QRELS
@@ -176,9 +176,9 @@ def _read_qrels(
     if len(fields) != 3 or not fields[2].strip().lstrip("-").isdecimal():
       raise ValueError(
         f"{path}:{line}: {shorten(text)} is no judgement. Expected three fields"
-        " with tabs between them: the id of a question, the id of a passage, a"
-        " whole number as grade. Correct the line; if it is the last one, the"
-        " file may be cut off: copy it again."
+        " separated by tabs: the id of a question, the id of a passage, a whole"
+        " number as grade. Correct the line; if it is the last one, the file"
+        " may be cut off: copy it again."
       )
     question, passage, grade = fields[0], fields[1], int(fields[2])
     judged = graded.setdefault(question, {})
@@ -225,7 +225,7 @@ def _check_ids(questions: Sequence[JudgedQuestion], path: epath.Path) -> None:
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class Mean:
-  """Of one number a question, with its 95% interval."""
+  """The mean of one number per question, with its 95% interval."""
 
   mean: float
   low: float
@@ -238,16 +238,16 @@ class Mean:
 
 @dataclasses.dataclass(slots=True, frozen=True)
 class Known:
-  """What is known of the questions that are measured.
+  """Known answers and passages of the questions that are measured.
 
   Attributes:
-    answers: of each; () where they are not known.
-    gold: row of a passage -> grade, of each; {} where it is not known.
-    text_of: of a passage, by its row: title and text.
-    own: of each, the row of the passage that is the question itself and is
-      left out of what was found for it, or -1; () leaves nothing out.
+    answers: per question; () where they are not known.
+    gold: per question, row of a passage -> grade; {} where it is not known.
+    text_of: returns title and text of a passage, given its row.
+    own: per question, the row of the passage that is the question itself and is
+      removed from its results, or -1; () removes nothing.
     num_passages: of the corpus.
-    variant: how answers are looked for; see `retrieval.contains_answer`.
+    variant: how answers are found in text; see `retrieval.contains_answer`.
   """
 
   answers: Sequence[Sequence[str]]
@@ -258,9 +258,9 @@ class Known:
   variant: str = "multilingual"
 
   def relevant(self, number: int, rows: Sequence[int]) -> list[bool]:
-    """Returns which passages are of use for a question.
+    """Returns which passages are relevant to a question.
 
-    Those with a grade above 0; if none are known, those with an answer.
+    These have a grade above 0; if none is known, they contain an answer.
     """
     grades = self.gold[number]
     if any(grade > 0 for grade in grades.values()):
@@ -272,9 +272,9 @@ class Known:
 
 
 class QuestionMetrics:
-  """Judges rankings of the same questions, one system after the other.
+  """Computes the metrics of several systems on the same questions.
 
-  Whether a passage holds an answer of a question is found out once.
+  Whether a passage holds an answer of a question is computed once.
   """
 
   def __init__(self, known: Known):
@@ -310,7 +310,7 @@ class QuestionMetrics:
     return {name: _mean(numbers) for name, numbers in values.items()}
 
   def _first(self, number: int, rows: Int[np.ndarray, "K"]) -> float:
-    """Returns the place of the first passage with an answer, from 0."""
+    """Returns the rank of the first passage with an answer, from 0."""
     for place, row in enumerate(rows.tolist()):
       if row >= 0 and self._holds(number, row):
         return float(place)
@@ -328,12 +328,12 @@ class QuestionMetrics:
 def without_own(
   ids: Int[np.ndarray, "B K"], own: Sequence[int], most: int
 ) -> tuple[Int[np.ndarray, "B k"], int]:
-  """Returns the first `most` ids but `own`, and of how many rows one went.
+  """Returns the first `most` ids without `own`, and how many rows had theirs.
 
   Args:
     ids: best first, -1 where nothing was found.
-    own: the id that is left out of each row, or -1 to keep all.
-    most: ids that are returned of each row, if there are as many.
+    own: per row, the id to remove, or -1 to keep all.
+    most: the most ids to return per row.
   """
   wanted = np.asarray(own)[:, None]
   is_own = (ids == wanted) & (wanted >= 0)

@@ -1,4 +1,4 @@
-"""The learning curves of a run as a picture.
+"""Draws the learning curves of a run.
 
 In: the metrics.jsonl that a `MetricWriter` wrote. Out: a PNG.
 """
@@ -19,7 +19,7 @@ from rag_jax import artifacts
 from rag_jax import disk
 from rag_jax.training.metrics import read_metrics
 
-# Of Okabe and Ito: told apart by colour-blind people, and in print.
+# Colours of Okabe and Ito, for colour-blind people and for print.
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _GREY = "#6B6B6B"
 _MANY_POINTS = 40  # more than this are drawn without markers
@@ -36,22 +36,22 @@ def learning_curves(
 ) -> None:
   """Draws loss, validation metrics, entropy and staleness against the step.
 
-  A panel says "not measured" where the run has no such metric. Steps of the
-  warm-up count up to 0, where training begins.
+  A panel says "not measured" if the run has no such metric. Warm-up steps have
+  negative numbers; training begins at 0.
 
   Raises:
     FileNotFoundError: there is no `metrics_path`.
-    ValueError: one of its lines is no record of metrics.
+    ValueError: one of its lines is not a record of metrics.
   """
   records = read_metrics(metrics_path)
   warmup = [r for r in records if r["stage"] == "warmup"]
   train = [r for r in records if r["stage"] == "train"]
 
-  # No pyplot: it keeps figures and a backend for the whole process.
+  # Without pyplot, which keeps figures and a backend for the whole process.
   layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)  # inches
   figure = Figure(figsize=(11, 7), dpi=120, layout=layout)
   canvas = FigureCanvasAgg(figure)
-  # Not as formulas: a title may be a path with a dollar sign.
+  # parse_math=False: a title may be a path with a dollar sign.
   figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
   (loss, validation), (entropy, staleness) = figure.subplots(2, 2)
   _draw_loss(loss, warmup, train)
@@ -75,7 +75,7 @@ def _draw_loss(
   after = _curve(train, "train/loss")
   drawn = _draw(axes, before, _ORANGE, "warm-up, span infilling")
   drawn |= _draw(axes, after, _BLUE, "training, marginal")
-  _finish(axes, "Loss", "nats a token", drawn)
+  _finish(axes, "Loss", "nats per token", drawn)
   if before[0]:
     axes.axvline(0, color=_GREY, linewidth=0.8, linestyle=":")
     axes.set_xlabel("step (warm-up before 0)")
@@ -116,7 +116,7 @@ def _draw_staleness(axes: Axes, train: Sequence[Mapping[str, Any]]) -> None:
 def _curve(records: Sequence[Mapping[str, Any]], name: str) -> _Curve:
   """Returns the steps at which `name` was measured, and its values."""
   measured = [r for r in records if name in r]
-  # Null stands for what was not finite: a gap in the line.
+  # Null stands for a number that was not finite, and leaves a gap in the line.
   values = [math.nan if r[name] is None else float(r[name]) for r in measured]
   return [r["step"] for r in measured], values
 
@@ -165,11 +165,11 @@ def _finish(axes: Axes, title: str, ylabel: str, drawn: bool) -> None:
   )
   axes.grid(color="#DDDDDD", linewidth=0.8)
   axes.set_axisbelow(True)
-  # From 0, in either direction: a slope then looks as steep as it is.
+  # Both axes include 0, so that slopes are not exaggerated.
   first = axes.dataLim.xmin  # infinite if no value is finite
   axes.set_xlim(left=1.02 * min(first, 0.0) if math.isfinite(first) else 0.0)
   axes.set_ylim(bottom=0.0)  # nothing that is drawn can be below
-  # Beside the title, where it covers no line.
+  # Next to the title, where the legend covers no line.
   axes.legend(
     loc="lower right",
     bbox_to_anchor=(1.0, 1.0),
@@ -182,7 +182,7 @@ def _finish(axes: Axes, title: str, ylabel: str, drawn: bool) -> None:
 
 
 def _write_bytes(path: epath.Path, data: bytes) -> None:
-  """Writes all of a file or nothing."""
+  """Writes a file atomically."""
   path.parent.mkdir(parents=True, exist_ok=True)
   if not artifacts.is_local(path):  # an object appears when it is complete
     path.write_bytes(data)

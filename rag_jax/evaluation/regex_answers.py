@@ -1,12 +1,12 @@
-r"""Answers that are regular expressions, as those of CuratedTREC.
+r"""Answers that are regular expressions, as in CuratedTREC.
 
-In: a text and patterns. Out: whether one of them matches. They come out of
-files that anybody may have written: each has a limit of time and memory.
+In: a text and patterns. Out: whether one of them matches. Patterns come from
+untrusted files, so that time and memory of each are limited.
 
 Source: DrQA (Chen et al. 2017, https://arxiv.org/abs/1704.00051), whose rules
 DPR and RAG use: a passage holds an answer if a pattern occurs in it, and a
-prediction is right if a pattern matches its beginning; upper and lower case are
-the same, and ^ and $ are those of lines.
+prediction is right if a pattern matches its beginning. Case is ignored, and ^
+and $ match at line ends.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ import regex
 REGEX = "regex"  # among the variants of answers.py
 
 MAX_CHARS = 10_000  # of a pattern
-MAX_COUNT = 10_000  # the product of its {n}, which are written out in memory
+MAX_COUNT = 10_000  # the product of its {n}, which are expanded in memory
 TIMEOUT_SECS = 1.0  # for one pattern and one text
 
 _FLAGS = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
@@ -33,7 +33,7 @@ def _compile(pattern: str) -> regex.Pattern[str]:
   """Returns the compiled pattern.
 
   Raises:
-    ValueError: it is none, or could take much memory.
+    ValueError: it is not valid, or could need too much memory.
   """
   shown = repr(pattern[:100])
   remedy = (
@@ -46,8 +46,8 @@ def _compile(pattern: str) -> regex.Pattern[str]:
     raise ValueError(
       f"The answer {shown} has {len(pattern)} characters, and its counts like"
       f" {{3}} multiply to {size}. Expected a regular expression of at most"
-      f" {MAX_CHARS} characters and counts up to {MAX_COUNT}, since it is"
-      f" written out in memory. {remedy}"
+      f" {MAX_CHARS} characters and counts up to {MAX_COUNT}, since counts are"
+      f" expanded in memory. {remedy}"
     )
   if _CALLS_ITSELF.search(pattern):
     raise ValueError(
@@ -68,7 +68,7 @@ def check_patterns(answers: Iterable[str], where: str) -> None:
 
   Args:
     answers: of one question.
-    where: what is asked, for the message.
+    where: the question, for the message.
   """
   for pattern in answers:
     try:
@@ -85,7 +85,7 @@ def occurs(text: str, patterns: Sequence[str]) -> bool:
 def is_right(prediction: str, patterns: Sequence[str]) -> bool:
   """Returns whether a pattern matches the beginning of a prediction.
 
-  Outer spaces do not count, and an empty prediction is never right.
+  Surrounding spaces are ignored, and an empty prediction is never right.
   """
   prediction = prediction.strip()
   return bool(prediction) and any(
@@ -93,7 +93,7 @@ def is_right(prediction: str, patterns: Sequence[str]) -> bool:
   )
 
 
-_too_slow: set[str] = set()  # patterns that are not tried any more
+_too_slow: set[str] = set()  # patterns that timed out and are not tried again
 
 
 def _matches(pattern: str, text: str, *, anywhere: bool) -> bool:
@@ -112,5 +112,5 @@ def _matches(pattern: str, text: str, *, anywhere: bool) -> bool:
       *(pattern, TIMEOUT_SECS),
     )
     return False
-  # An expression that matches nothing at all, like "x*", says nothing.
+  # A match of the empty string, like that of "x*", does not count.
   return found is not None and bool(found.group())

@@ -1,8 +1,8 @@
-"""From answered questions to results.json and the table that a person reads.
+"""Summarises answered questions as results.json and as a table.
 
-In: one `AnswerRecord` a question. Out: named numbers with an interval, as a
-table of 80 columns and as WORKDIR/results.json, which is written last: a run
-that has it has ended.
+In: one `AnswerRecord` per question. Out: named numbers with an interval, as a
+table of 80 columns and as WORKDIR/results.json. This file is written last: a
+run that has it has ended.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,11 +31,11 @@ _RELATION_WIDTH = 34
 
 @dataclasses.dataclass(slots=True, kw_only=True, frozen=True)
 class AnswerRecord:
-  """One question, what was answered, and what was retrieved for it."""
+  """One question, its predicted answer, and its retrieved passages."""
 
   question: str
-  answers: tuple[str, ...]  # those accepted
-  relation: str = ""  # what is asked for, such as "capital"; "" if not known
+  answers: tuple[str, ...]  # accepted answers
+  relation: str = ""  # kind of fact, such as "capital"; "" if not known
   prediction: str
   log_prob: float  # of the prediction, in nats
   retrieved_ids: tuple[int | str, ...] = ()  # passages, best first; () if none
@@ -52,16 +52,16 @@ def summarise(
 ) -> dict[str, float]:
   """Returns the mean metrics of `records`, all from 0 to 1, by name.
 
-  exact_match with its 95% interval (`exact_match_low`, `exact_match_high`),
-  token_f1, num_questions, and answer_recall_at_5 unless nothing was retrieved
-  for any question (closed book). All but token_f1 and the interval also for
-  each relation, as `PREFIX/exact_match/RELATION`.
+  These are exact_match with its 95% interval (`exact_match_low`,
+  `exact_match_high`), token_f1, num_questions, and answer_recall_at_5 unless
+  nothing was retrieved (closed book). All except token_f1 and the interval are
+  also given per relation, as `PREFIX/exact_match/RELATION`.
 
   Args:
-    records: one a question.
+    records: one per question.
     prefix: of the names; the split, for instance "test".
     variant: how answers are compared; see answers.py.
-    language: whose articles do not count.
+    language: its articles are ignored in comparisons.
 
   Raises:
     ValueError: there are no records.
@@ -105,10 +105,9 @@ def table(results: Mapping[str, Any], prefix: str = "test") -> str:
   """Returns `results` as text of at most 80 columns.
 
   Args:
-    results: what `summarise` returned with the same `prefix`. Of the run, as
-      far as they are there: `PREFIX/index_recall_at_5`, `index/certificate`,
-      `train/seconds`, `train/questions_per_second`, `train/peak_memory_bytes`
-      and `seed`.
+    results: from `summarise` with the same `prefix`. Optional entries about the
+      run: `PREFIX/index_recall_at_5`, `index/certificate`, `train/seconds`,
+      `train/questions_per_second`, `train/peak_memory_bytes` and `seed`.
     prefix: of the names that are shown.
   """
   recall = f"{prefix}/answer_recall_at_{RECALL_K}"
@@ -146,9 +145,9 @@ def table(results: Mapping[str, Any], prefix: str = "test") -> str:
 
 
 def write_results(workdir: epath.PathLike, results: Mapping[str, Any]) -> None:
-  """Writes `results` as WORKDIR/results.json, sorted by name, all or nothing.
+  """Writes `results` to WORKDIR/results.json atomically, sorted by name.
 
-  With a digest of them, so that `read_results` notices any change.
+  The file has a digest, with which `read_results` detects any change.
 
   Raises:
     ValueError: a number is not finite, which JSON cannot hold.
@@ -160,15 +159,14 @@ def write_results(workdir: epath.PathLike, results: Mapping[str, Any]) -> None:
 
 
 def read_results(path: epath.PathLike) -> dict[str, Any]:
-  """Returns what `write_results` wrote.
+  """Returns the results that `write_results` wrote.
 
   Args:
     path: the file, or the workdir that holds it.
 
   Raises:
-    FileNotFoundError: it is not there: the run has not ended.
-    ValueError: it is no JSON object, or not as it was written: cut off or
-      edited. Or it is a link.
+    FileNotFoundError: there is no such file: the run has not ended.
+    ValueError: it is not a JSON object, was cut off or edited, or is a link.
   """
   path = epath.Path(path)
   path = path / RESULTS_FILE if path.is_dir() else path
@@ -228,11 +226,11 @@ def _certificate_lines(content: Mapping[str, Any]) -> Iterator[str]:
   for size, speed in sorted(certificate.queries_per_second.items()):
     yield f"  questions/s     {speed:,.0f}, {size} at a time"
   each = certificate.memory_bytes / certificate.num_passages
-  yield f"  memory          {each:,.0f} bytes a passage"
+  yield f"  memory          {each:,.0f} bytes per passage"
 
 
 def _plain(name: str, value: Any) -> Any:
-  """Returns `value` as JSON has it, scalars of arrays as numbers."""
+  """Returns `value` as plain JSON types, arrays without axes as numbers."""
   if isinstance(value, Mapping):
     return {str(k): _plain(f"{name}.{k}", v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):

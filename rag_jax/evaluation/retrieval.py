@@ -1,9 +1,9 @@
-"""How often retrieval finds what it should.
+"""Answer recall: how often the retrieved passages contain an answer.
 
-In: texts of retrieved passages, best first. Out: one number from 0 to 1 for
-every question. There are two recalls, never called just "recall": this one, of
-an answer among the passages, and that of rag_jax/retrieval/recall.py, of the
-exact search among what an index found.
+In: texts of retrieved passages, best first. Out: one number from 0 to 1 per
+question. There are two recalls, never called just "recall": the answer recall
+of this file, and the index recall of rag_jax/retrieval/recall.py, which is the
+share of the exact search's results that an index finds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,18 +29,20 @@ def contains_answer(
   The rule of DPR (Karpukhin et al. 2020, https://arxiv.org/abs/2004.04906,
   section 4): the tokens of the answer follow one another in the passage. A
   token is a run of letters, digits and marks, or one other character that is
-  neither space nor control; case does not count, articles, punctuation and
-  accents do.
+  neither space nor control. Case is ignored; articles, punctuation and accents
+  are not.
 
   Args:
-    passage_text: what is searched.
-    answers: that are looked for.
-    variant: with "multilingual" both are folded (corpus/folding.py), and in
-      scripts without spaces each character is a token, so that an answer is
-      found inside a sentence; "numbers": a number with its sign and decimals
-      is one token, without separators between its digits; "squad": DPR's rule
-      as published, where an answer inside a run is missed; "regex": answers
-      are regular expressions (regex_answers.py).
+    passage_text: is searched.
+    answers: are looked for.
+    variant: how both are split into tokens.
+      "multilingual": after folding (corpus/folding.py); in scripts without
+      spaces each character is a token, so that answers inside a sentence are
+      found.
+      "numbers": the same, but a number with its sign and decimals is one token,
+      without separators between its digits.
+      "squad": DPR's rule as published, which misses answers inside a run.
+      "regex": answers are regular expressions (regex_answers.py).
 
   Raises:
     TypeError: `answers` is one string, not a list of them.
@@ -57,7 +59,7 @@ def contains_answer(
     return occurs(passage_text, answers)
   passage = _joined(passage_text, variant)
   wanted = (_joined(answer, variant) for answer in answers)
-  # An answer without a token occurs in nothing, rather than everywhere.
+  # An answer without a token occurs nowhere, not everywhere.
   return any(len(answer) > 1 and answer in passage for answer in wanted)
 
 
@@ -79,7 +81,7 @@ def answer_recall_at_k(
   if len(retrieved_texts) != len(answers):
     raise ValueError(
       f"retrieved_texts has {len(retrieved_texts)} questions, answers has"
-      f" {len(answers)}; expected one list of each a question, in the same"
+      f" {len(answers)}; expected one list of each per question, in the same"
       " order."
     )
   found = [
@@ -94,7 +96,7 @@ def _check_k(k: int) -> None:
     raise ValueError(f"k={k} passages; expected at least 1.")
 
 
-@functools.lru_cache(maxsize=65536)  # as many as there are in most scripts
+@functools.lru_cache(maxsize=65536)  # enough for the characters of most scripts
 def _kind(char: str) -> str:
   """Returns "word" for letters, digits, marks; "" for space and control."""
   category = unicodedata.category(char)[0]
@@ -102,7 +104,7 @@ def _kind(char: str) -> str:
 
 
 def _tokens(text: str) -> Iterator[str]:
-  # Decomposed, so that "e-acute" is the same written in either way.
+  # Decomposed, so that both encodings of "e-acute" are equal.
   for kind, run in itertools.groupby(unicodedata.normalize("NFD", text), _kind):
     if kind == "word":
       yield "".join(run).lower()
@@ -112,10 +114,10 @@ def _tokens(text: str) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _joined(text: str, variant: str) -> str:
-  """Returns the tokens, a space before and after each.
+  """Returns the tokens as one string, with a space before and after each.
 
-  No token holds a space, so one of these occurs in another exactly where its
-  tokens do, and the search is the one of `str`.
+  No token holds a space, so a substring search of `str` finds exactly the
+  places where the tokens occur in sequence.
   """
   if variant == "squad":
     tokens = _tokens(text)

@@ -1,8 +1,8 @@
-"""Which way of searching a directory is best, on questions of one's own.
+"""Measures the search modes of a directory, on the user's own questions.
 
 In: a search directory, and questions whose passages or answers are known. Out:
-how well embeddings, words and both find them, and the weights of both, which
-are kept with the index as a part of its certificate.
+how well a search by embeddings, by words and by both finds them; and the
+weights for both, which are kept with the index as a part of its certificate.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from rag_jax.retrieval.hybrid import label_log_likelihoods
 from rag_jax.search.directory import SearchDirectory
 from rag_jax.search.update import keep_modes
 
-_DEPTH = 10  # passages that are looked at
+_DEPTH = 10  # passages per question that are judged
 _LEAST_QUESTIONS = 20
 
 
@@ -36,18 +36,18 @@ def fit_search_modes(
 ) -> SearchModes:
   """Fits the weights of hybrid search, and keeps them with the index.
 
-  Each half of the questions is searched with weights that were fitted to the
-  other; what is kept is fitted to all.
+  The metrics are cross-validated: each half of the questions is searched with
+  weights fitted to the other half. The weights that are kept are fitted to all.
 
   Args:
     path: the search directory; it gets a new version.
-    questions: what `read_judged_questions` reads.
-    wait: for another process that writes there.
+    questions: a file or folder, as `read_judged_questions` reads them.
+    wait: for another process that writes to the directory.
 
   Raises:
-    FileNotFoundError: one of them is not there.
-    ValueError: words are not indexed, fewer than 20 questions have a passage of
-      use among those that are found, or somebody else writes there.
+    FileNotFoundError: directory or questions do not exist.
+    ValueError: words are not indexed, for fewer than 20 questions a relevant
+      passage is found, or another process writes to the directory.
     OSError: the disk is full.
   """
   directory = SearchDirectory(path)
@@ -59,15 +59,15 @@ def fit_search_modes(
 def measure_modes(
   directory: SearchDirectory, questions: epath.PathLike
 ) -> SearchModes:
-  """Returns how well each mode finds, and the weights of both.
+  """Returns the metrics of each mode, and the weights of hybrid search.
 
   Arguments and errors as in `fit_search_modes`.
   """
   version = directory.version
   if version.bm25 is None:
     raise ValueError(
-      f"{directory.path} was built without words, so that there is nothing to"
-      " weigh embeddings against; expected both. Build it again with --bm25."
+      f"{directory.path} was built without words, so there is nothing to weigh"
+      " embeddings against; expected both. Build it again with --bm25."
     )
   asked = read_judged_questions(questions)
   texts = [question.question for question in asked]
@@ -89,11 +89,12 @@ def measure_modes(
   if judged.sum() < _LEAST_QUESTIONS:
     raise ValueError(
       f"Of {len(asked)} questions in {os.fspath(questions)}, {judged.sum()}"
-      " have a passage of use among those that are found; expected at least"
+      " have a relevant passage among those that are found; expected at least"
       f" {_LEAST_QUESTIONS}, with 'gold' ids of passages or 'answers' in them."
       " Give more questions, or those of this corpus."
     )
-  # Whose passages are not found teach nothing, but count in the metrics.
+  # A question whose passages are not found does not help the fit, but counts in
+  # the metrics.
   judgeable = np.array(
     [
       bool(q.answers) or any(grade > 0 for grade in grades.values())

@@ -1,7 +1,6 @@
-"""What is answered from: a search directory, documents, or passages.
+"""Opens the corpus to answer from: a search directory, documents, or passages.
 
-In: the name of a corpus. Out: its passages, and the embeddings that are there
-already.
+In: the name of a corpus. Out: its passages.
 """
 
 import pathlib
@@ -34,22 +33,22 @@ def open_corpus(corpus: epath.PathLike) -> Passages:
   """Returns the passages of `corpus`.
 
   Args:
-    corpus: what the setting data.passages can be: those passages, as they
-      are. Or a search directory, as its last update left it. Or documents:
-      a folder or file that `corpus.documents.read_documents` reads, split into
+    corpus: passages, named as in the setting data.passages; or a search
+      directory, whose newest version is opened; or documents, a folder or file
+      that `corpus.documents.read_documents` reads, which are split into
       passages of 100 words.
 
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: a record cannot be used, with its file and line; or there are
-      none.
+      no records.
   """
   if is_search_directory(corpus):
     return SearchDirectory(corpus).passages
   if is_passages(str(corpus)):
     return load_passages(str(corpus))
   bad_records = BadRecords("fail")
-  # Texts that are there twice are one passage.
+  # Equal texts become one passage.
   passages = list(
     read_passages(str(corpus), SplitConfig(), bad_records=bad_records)
   )

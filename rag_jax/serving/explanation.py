@@ -1,4 +1,4 @@
-"""An answer as a person or a program reads it.
+"""Formats an answer, for a person or for a program.
 
 In: an `Answer`. Out: text of at most 80 columns, or JSON.
 """
@@ -14,10 +14,10 @@ from rag_jax.terminal import json_line
 from rag_jax.terminal import one_line
 
 _WIDTH = 80  # columns
-_INDENT = 18  # of what stands under "passage"
-_TEXT_LINES = 3  # shown of a passage
-# Answers of a lower probability are called unsure. The quickstart's answers to
-# made-up names are nearly all below it, its right answers nearly all above.
+_INDENT = 18  # of the lines below "passage"
+_TEXT_LINES = 3  # lines of a passage's text that are shown
+# Answers with a lower probability are called unsure. Nearly all answers of the
+# quickstart to made-up names are below it, and nearly all right ones above.
 SURE = 0.7
 _MARK = " [...]"
 
@@ -25,12 +25,13 @@ _MARK = " [...]"
 def explain(
   answer: Answer, sure: float = SURE, least_score: float = -math.inf
 ) -> str:
-  """Returns the answer, then the passages that it was read from.
+  """Returns the answer and the passages that were read for it, as text.
 
-  It says whether the model is sure: see `is_sure`.
+  It says so if the model is not sure: see `is_sure`.
 
-  `p(z|x)` is the prior: how much the retriever trusted the passage before the
-  answer; `p(z|x,y)` the posterior: how well the passage explains it.
+  `p(z|x)` is the prior: how much the retriever trusted a passage before an
+  answer was written. `p(z|x,y)` is the posterior: how much of the answer the
+  passage explains.
   """
   probability = math.exp(answer.log_prob)
   text = one_line(answer.text) or "(no answer)"
@@ -40,8 +41,8 @@ def explain(
     why = f"p is below {sure:g}"
     if probability >= sure:
       why = (
-        f"the best passage scores {_best(answer):.2f}, and that of 99.5 % of"
-        f" the validation questions {least_score:.2f} or more"
+        f"the best passage scores {_best(answer):.2f}; for 99.5 % of the"
+        f" validation questions it scores {least_score:.2f} or more"
       )
     lines += _wrap(
       f"The model is not sure: {why}. Perhaps no passage answers the question.",
@@ -73,10 +74,10 @@ def is_sure(
 
   Args:
     answer: with the documents that were read for it.
-    sure: what its probability has to be, at least.
-    least_score: what the score of its best document has to be, at least. The
-      generator can be sure of what it copies from a passage about another
-      thing: of Atlantic County, if asked about Atlantis.
+    sure: the least probability of a sure answer.
+    least_score: the least score of its best document. The generator alone can
+      be sure of an answer that it copies from a passage about something else:
+      about Atlantic County, if asked about Atlantis.
   """
   return math.exp(answer.log_prob) >= sure and _best(answer) >= least_score
 

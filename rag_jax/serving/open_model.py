@@ -1,8 +1,8 @@
-"""A RAG checkpoint opened to be asked, without a training run.
+"""Opens a RAG checkpoint to answer questions, without a training run.
 
 In: a RAG directory in the layout of transformers or as tools/convert_hf.py
-wrote it, and a corpus. Out: the parts of a `RagPipeline`: its settings are the
-checkpoint's, its contexts those of `RagRetriever`.
+wrote it, and a corpus. Out: the parts of a `RagPipeline`. Settings come from
+the checkpoint, and contexts are formatted as by `RagRetriever`.
 """
 
 from collections.abc import Mapping
@@ -38,18 +38,18 @@ from rag_jax.weights.loaded import LoadedEncoder
 from rag_jax.weights.loaded import LoadedRag
 from rag_jax.weights.saved import origin_of
 
-# What embedded the passages that facebook/rag-* were trained with.
+# Embedded the passages that facebook/rag-* were trained with.
 _OF_FACEBOOK = "hf:facebook/dpr-ctx_encoder-multiset-base"
 _FACEBOOK = re.compile(r"hf:facebook/rag-(token|sequence)-")
 
-_LONGEST = 512  # tokens of a question or passage, where there is no table
+_LONGEST = 512  # tokens of a question or passage, without a position table
 _DEFAULT_MAX_LENGTH = 20  # of RAG-Token in transformers, if none is given
 _BATCH = 32  # passages embedded at a time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OpenModel:
-  """What answers questions."""
+  """The parts of a pipeline that answers questions."""
 
   experiment: Experiment
   params: PyTree
@@ -60,8 +60,8 @@ class OpenModel:
 def default_passage_encoder(model: str) -> str:
   """Returns the checkpoint that embeds passages for `model`; "": its own.
 
-  facebook/rag-* hold none: their index was made of passages that another
-  checkpoint had embedded.
+  facebook/rag-* have no passage encoder: another checkpoint embedded the
+  passages of their index.
   """
   return _OF_FACEBOOK if _FACEBOOK.match(origin_of(model)) else ""
 
@@ -81,17 +81,17 @@ def open_model(
     model: a directory or "hf:ORG/NAME": of transformers, or of ours.
     corpus: a search directory, whose embeddings are searched; or what
       `open_corpus` reads, which is embedded now.
-    passage_encoder: a checkpoint, of what embeds or embedded the passages; "":
-      the model's own.
+    passage_encoder: the checkpoint that embeds or embedded the passages; "":
+      the model's own encoder.
     mode: one of `decoding.rag.MODES`; "": as the checkpoint was trained.
-    generation: settings by the names of generation_config.json that win over
+    generation: settings by the names of generation_config.json; they override
       the checkpoint's.
-    hf_parity: rank and write as transformers does, where that has a defect;
-      False: by the likelihood.
+    hf_parity: reproduce the defects of transformers in ranking and writing;
+      False ranks by the likelihood.
 
   Raises:
-    FileNotFoundError: something named is missing.
-    ValueError: something cannot be read, or does not fit.
+    FileNotFoundError: a file or directory named here is missing.
+    ValueError: a file cannot be read, or the parts do not fit together.
   """
   model = os.fspath(model)
   rag = load_rag(model)
@@ -106,7 +106,7 @@ def open_model(
     passages = open_corpus(corpus)
     if passages_of is None:
       raise ValueError(
-        f"{model} holds no encoder of passages, and {corpus} no embeddings;"
+        f"{model} holds no passage encoder, and {corpus} holds no embeddings;"
         " expected one of them. Name the encoder that the model was trained"
         f" with, for instance --passage_encoder={_OF_FACEBOOK}, or give a"
         " search directory (tools/build_index.py) as the corpus."
@@ -152,16 +152,16 @@ def _check_tokenizers(model: str, rag: LoadedRag) -> None:
     if not loaded.tokenizer:
       raise FileNotFoundError(
         f"There is no {part} in {model}; expected the folder that a RAG"
-        " checkpoint has for each of its two tokenizers. Copy it there from"
-        " where the weights came from; transformers.RagTokenizer writes both"
-        " with save_pretrained(DIR)."
+        " checkpoint has for each of its two tokenizers. Copy it from the"
+        " source of the weights; transformers.RagTokenizer writes both with"
+        " save_pretrained(DIR)."
       )
 
 
 def _generation(
   model: str, rag: LoadedRag, mode: str, given: Mapping[str, Any]
 ) -> GenerationSettings:
-  """Returns how the checkpoint writes, but for what is given."""
+  """Returns the checkpoint's generation settings, overridden by `given`."""
   values = dict(rag.generator.generation)
   if "max_new_tokens" in given:
     values.pop("max_length", None)
@@ -183,7 +183,7 @@ def _generation(
     if token >= 0 and values.get(name) is None:
       values[name] = token
   values.setdefault("do_deduplication", rag.settings.do_deduplication)
-  # One answer is shown, and how many documents are read is the question's.
+  # One answer is shown, and each call says how many documents to read.
   values |= {"num_return_sequences": 1, "n_docs": None}
   return GenerationSettings.from_dict(values, f"{model} (how it generates)")
 
@@ -191,10 +191,10 @@ def _generation(
 def _passage_encoder(
   model: str, rag: LoadedRag, named: str
 ) -> LoadedEncoder | None:
-  """Returns what embeds passages.
+  """Returns the passage encoder; None if there is none.
 
   Raises:
-    ValueError: it has another architecture than the encoder of questions.
+    ValueError: its architecture is not that of the question encoder.
   """
   if not named:
     return rag.passage_encoder
@@ -202,7 +202,8 @@ def _passage_encoder(
   if found.kind != "dpr_context":
     raise ValueError(
       f"--passage_encoder={named} is a {found.kind} encoder; expected a DPR"
-      f" encoder of passages, as {model} has one of questions. Give another."
+      f" passage encoder, since {model} has a DPR question encoder. Give"
+      " another."
     )
   different = [
     f"{name}={value!r} and {found.fields[name]!r}"
@@ -211,8 +212,8 @@ def _passage_encoder(
   ]
   if different:
     raise ValueError(
-      f"The encoders of questions in {model} and of passages in {named} differ"
-      f" in {', '.join(different)}. Expected two of one architecture; give"
+      f"The question encoder of {model} and the passage encoder {named} differ"
+      f" in {', '.join(different)}. Expected the same architecture; give"
       " another --passage_encoder."
     )
   return found
@@ -228,7 +229,7 @@ def _searched(
   """
   directory = SearchDirectory(corpus)
   remedy = (
-    "Build it with the encoder of passages that belongs to the model: python"
+    "Build it with the passage encoder that belongs to the model: python"
     " tools/build_index.py --encoder=PASSAGES --question_encoder=MODEL."
   )
   kind, width = directory.encoder.kind, directory.index.embedding_dim
@@ -246,7 +247,7 @@ def _searched(
     if ours != theirs:
       raise ValueError(
         f"The passages in {corpus} were embedded with other weights"
-        f" (fingerprint {theirs[:12]}) than the model's encoder of passages has"
+        f" (fingerprint {theirs[:12]}) than the model's passage encoder has"
         f" ({ours[:12]}); the scores would mean nothing. {remedy}"
       )
   version = directory.version
@@ -297,6 +298,6 @@ def _config(
   small = len(passages) <= config.index.scann_tree_passages
   config.index.kind = "exact" if small else "auto"
   config.index.embed_batch_size = _BATCH
-  # One device answers, whatever there is.
+  # One device answers, however many there are.
   config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
   return config

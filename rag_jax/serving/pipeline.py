@@ -1,4 +1,4 @@
-"""A finished run, or a RAG checkpoint, as something to ask.
+"""Answers questions with a finished run or a RAG checkpoint.
 
 In: the workdir of a run or a checkpoint with a corpus, and questions. Out:
 answers, each with its documents.
@@ -49,8 +49,8 @@ class RagPipeline:
     params: of the model.
     index: over the embeddings of the passages; None: closed book.
     answerer: what retrieves, reads and writes.
-    least_score: what the best passage of 99.5 % of the validation questions
-      scores at least; -inf: not known. See `explanation.is_sure`.
+    least_score: the score that the best passage reaches for 99.5 % of the
+      validation questions; -inf: not known. See `explanation.is_sure`.
   """
 
   def __init__(
@@ -76,14 +76,14 @@ class RagPipeline:
     mode: str = "",
     generation: Mapping[str, Any] | None = None,
   ) -> "RagPipeline":
-    """Opens what a run wrote.
+    """Opens the model and the index of a finished run.
 
     Args:
       workdir: of a run that has ended.
-      corpus: what `open_corpus` reads, to answer from instead of the passages
-        of the run; they are embedded now, by the trained retriever.
+      corpus: other passages to answer from, as `open_corpus` reads them; the
+        trained retriever embeds them now. "": the passages of the run.
       mode: one of `decoding.rag.MODES`; "": as in training.
-      generation: settings by the names of generation_config.json that win over
+      generation: settings by the names of generation_config.json; they override
         those of the run.
 
     Raises:
@@ -104,18 +104,18 @@ class RagPipeline:
     if corpus and not config.data.n_docs:
       raise ValueError(
         f"The corpus {corpus} was given, but the model in {run.path} was"
-        " trained closed book (data.n_docs=0) and reads no passages. Leave the"
-        " corpus away, or train with data.n_docs=1 or more."
+        " trained closed book (data.n_docs=0) and reads no passages. Omit the"
+        " corpus, or train with data.n_docs=1 or more."
       )
     if corpus:
-      config.index.bm25_path = ""  # which is of the passages of the run
+      config.index.bm25_path = ""  # it belongs to the passages of the run
     config.decoding.mode = mode or config.decoding.mode
-    # One device answers, whatever mesh the model was trained on.
+    # One device answers, on whatever mesh the model was trained.
     config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
     passages = open_corpus(str(corpus) or config.data.passages)
     if len(passages) < config.data.n_docs:
       logging.warning(
-        "%s has %d passages, fewer than the %d documents that were read in"
+        "%s has %d passages, fewer than the %d documents per question in"
         " training; all are read for each question.",
         *(passages.origin, len(passages), config.data.n_docs),
       )
@@ -147,7 +147,7 @@ class RagPipeline:
         encoder_fingerprint=fingerprint(retriever),
         passages_fingerprint=passages.fingerprint,
       )
-    least_score = -math.inf  # of an older run, or one with few such questions
+    least_score = -math.inf  # older runs have none, nor runs of few questions
     if content.get("least_score") is not None:
       content.check(least_score=float)
       least_score = content["least_score"]
@@ -187,20 +187,20 @@ class RagPipeline:
     n_docs: int = 0,
     on_text: Callable[[str], None] | None = None,
   ) -> list[Answer]:
-    """Returns an answer a question.
+    """Returns one answer per question.
 
     Args:
-      questions: one as text, or several.
-      n_docs: documents to read for each; 0: as many as in training. Each new
-        number compiles once.
-      on_text: called with each answer as far as it is written, after each
-        token, in greedy search and sampling by RAG-Token or FiD. Other ways to
-        decode know the answer at its end alone, and do not call it.
+      questions: one string, or several.
+      n_docs: documents to read per question; 0: as many as in training. Each
+        new number compiles once.
+      on_text: called with the text of each answer so far, after each token, in
+        greedy search and sampling by RAG-Token or FiD. It is not called by
+        other ways to decode, which know the answer only at its end.
 
     Raises:
-      ValueError: a question is empty or holds what no tokenizer can take, or
-        there are fewer passages than `n_docs`.
-      TypeError: a question is no text.
+      ValueError: a question is empty or cannot be tokenised, or there are fewer
+        passages than `n_docs`.
+      TypeError: a question is not a string.
     """
     several = isinstance(questions, Sequence) and not isinstance(questions, str)
     questions = list(questions) if several else [questions]
@@ -213,7 +213,7 @@ class RagPipeline:
     if n_docs and self.index is None:
       raise ValueError(
         f"n_docs={n_docs}, but this model was trained closed book"
-        " (data.n_docs=0) and reads no documents. Leave n_docs away."
+        " (data.n_docs=0) and reads no documents. Omit n_docs."
       )
     n_docs = n_docs or self.experiment.config.data.n_docs
     check_n_docs(n_docs, self.experiment.passages)
@@ -229,7 +229,7 @@ class RagPipeline:
 def _decoder(
   experiment: Experiment, generation: Mapping[str, Any]
 ) -> RagDecoder:
-  """Returns what decodes as the config says, but for what is given."""
+  """Returns the decoder of the config, with `generation` overriding it."""
   decoder = make_decoder(experiment)
   if not generation:
     return decoder
@@ -243,11 +243,11 @@ def _decoder(
 
 
 def _check_tokenizer(run: Workdir, digest: str) -> None:
-  """Raises if the tokenizer is not there, or not as it was in training.
+  """Raises if the tokenizer is missing, or not the one of the training.
 
   Args:
     run: of the model.
-    digest: of the manifest of its tokenizer; "": nobody knows.
+    digest: of the manifest of its tokenizer; "": not known.
   """
   # Otherwise another one would be trained, and written into the workdir.
   if not (run.tokenizer / "tokenizer.json").exists():
@@ -258,9 +258,9 @@ def _check_tokenizer(run: Workdir, digest: str) -> None:
     )
   if digest and manifest_digest(run.tokenizer) != digest:
     raise ValueError(
-      f"The tokenizer in {run.tokenizer} has no manifest, or another than when"
-      f" the model in {run.model} was trained; expected the same files. Put the"
-      " old files back, or train again."
+      f"The tokenizer in {run.tokenizer} has no manifest, or not the one that"
+      f" it had when the model in {run.model} was trained; expected the same"
+      " files. Put the old files back, or train again."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run is, in a few lines: the beginning of its log.
+"""Summarises a run in a few lines, for the beginning of its log.
 
 In: an experiment, its questions and its folder. Out: text.
 """
@@ -21,12 +21,12 @@ def banner(
   workdir: epath.PathLike,
   questions: Mapping[str, Sequence[Question]],
 ) -> str:
-  """Returns what is learned of what and where, and what was set.
+  """Returns parameters, data, stages, devices and changed settings, as text.
 
   Args:
     experiment: of the run.
-    workdir: its folder, whose config.json has all settings.
-    questions: of each split.
+    workdir: of the run; its config.json has all settings.
+    questions: of each split, by its name.
   """
   config = experiment.config
   shapes = jax.eval_shape(experiment.init, jax.random.key(0))
@@ -58,13 +58,13 @@ def banner(
     f"  questions   {asked}",
     f"  stages      {', then '.join(steps)} questions",
     f"  devices     {experiment.mesh.devices.size} ({kind}); {mesh}",
-    f"  set here    {len(changed)} settings are not as by default:",
+    f"  set here    {len(changed)} settings differ from the defaults:",
     *changed,
   ])  # fmt: skip
 
 
 def _short(count: int) -> str:
-  """Returns a number of parameters with its unit."""
+  """Returns a number of parameters, such as "1.28 M"."""
   for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
     if count >= size:
       return f"{count / size:.3g} {unit}"

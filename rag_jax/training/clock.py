@@ -1,7 +1,7 @@
-"""What a run used and met, over all its attempts and processes.
+"""Counts time and cut inputs of a run, over all its attempts and processes.
 
-In: what each step took and cut. Out: sums, which a checkpoint keeps, so that a
-run that was stopped counts as one that was not.
+In: the time of each step, and how many inputs it cut. Out: sums, which a
+checkpoint keeps, so that a resumed run counts like an uninterrupted one.
 """
 
 from collections.abc import Mapping
@@ -17,42 +17,48 @@ from rag_jax.processes import sum_counts
 
 @dataclasses.dataclass(slots=True)
 class Clock:
-  """What a run used and met, over all attempts.
+  """Time and cut inputs of a run, over all attempts.
 
-  Seconds do not count compilation.
+  Compilation is not counted.
   """
 
   train_secs: float = 0.0  # both stages, with validation and checkpoints
   question_secs: float = 0.0  # of the main stage, without validation
-  # What was cut in batches, of all processes, up to the last checkpoint.
+  # How many inputs of batches were cut, by all processes, up to the last
+  # checkpoint.
   cut: dict[str, int] = dataclasses.field(
     default_factory=lambda: dict.fromkeys(COUNTS, 0)
   )
 
 
 class CutCounter:
-  """Counts what was cut in the batches that steps have taken."""
+  """Counts the cut inputs in the batches that steps have used."""
 
   def __init__(self, before: Mapping[str, int] | None = None):
-    """Goes on from `before`, which all processes counted together."""
+    """Starts from `before`, the total of all processes."""
     self._counts = dict.fromkeys(COUNTS, 0)
     if jax.process_index() == 0:
       self._counts |= before or {}
-    # Of all processes; on the devices, so that no step is waited for.
+    # Of all processes. On the devices, so that the host waits for no step.
     self._in_step: Array | int = 0
 
   def add(self, cut: Mapping[str, int]) -> None:
-    """Adds what this process cut while it made its part of a batch."""
+    """Adds the inputs that this process cut in its part of a batch."""
     for name, number in cut.items():
       self._counts[name] += number
 
   def add_contexts(self, share: Float[Array, ""], num_contexts: int) -> None:
-    """Adds the share of all contexts that a step cut itself."""
+    """Adds contexts that were cut inside a step.
+
+    Args:
+      share: of the contexts, from 0 to 1.
+      num_contexts: of the step, over all processes.
+    """
     cut = jnp.rint(share * num_contexts).astype(jnp.int32)
     self._in_step = self._in_step + cut
 
   def total(self) -> dict[str, int]:
-    """Returns the counts of all processes, each of which calls it."""
+    """Returns the counts of all processes; each of them has to call it."""
     counts = sum_counts(self._counts)
     counts["contexts_cut"] += int(self._in_step)
     return counts

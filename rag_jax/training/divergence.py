@@ -1,7 +1,7 @@
-"""Whether a run still learns, or its numbers have run away.
+"""Detects that a run has diverged.
 
-In: the metrics of an update, the state that is about to be saved. Out: nothing,
-or an error that says how the run can go on.
+In: the metrics of an update, or the state that is about to be saved. Out:
+nothing, or an error that says how to continue the run.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import Stage
 from rag_jax.training.state import TrainState
 
-_SANE = 1e6  # no parameter of a model that learns is larger
+_SANE = 1e6  # parameters of a model that still learns are smaller
 
 
 class DivergenceCheck:
-  """Raises `FloatingPointError` where no step could follow."""
+  """Raises `FloatingPointError` if a run has diverged."""
 
   def __init__(self, checkpoints: Checkpointer, mesh: jax.sharding.Mesh):
     self._checkpoints = checkpoints
@@ -43,8 +43,8 @@ class DivergenceCheck:
   def check_state(self, state: TrainState, stage: Stage, step: int) -> None:
     """Raises if a number in the state is not finite, or a parameter is huge.
 
-    The loss that an update returns is that of the parameters before it, so it
-    says nothing about those that are saved.
+    The loss of an update belongs to the parameters before it, so it says
+    nothing about the parameters that are saved.
     """
     trees = {"parameters": state.params, "optimizer": state.opt_state}
     found = jax.device_get(self._largest(trees))
@@ -64,7 +64,7 @@ class DivergenceCheck:
     rates = "optimizer.peak_lr or optimizer.retriever_lr"
     if stage.name != TRAIN:
       rates = "warmup.peak_lr or warmup.retriever_lr"
-    remedy = "run the command again: nothing was saved, so it begins anew."
+    remedy = "run the command again: nothing was saved, so it starts afresh."
     if steps:
       remedy = (
         "go back to a checkpoint from before the loss rose:"

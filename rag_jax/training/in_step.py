@@ -1,8 +1,8 @@
-"""An update that searches its documents itself, and keeps their index fresh.
+"""An update that searches inside the compiled step and refreshes the index.
 
 In: questions; the index in the memory of the devices, with the passages as
-tokens. Out: the new state, with some of the passages embedded again by it. One
-program: no passage, embedding or score of a search goes through the host.
+tokens. Out: the new state, whose parameters have embedded some passages again.
+This is one program: no passage, embedding or score goes through the host.
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ from rag_jax.training.step import update
 @typing.no_type_check
 @flax.struct.dataclass
 class StepIndex:
-  """What a step searches and reads.
+  """The index that a step searches, with the passages as tokens.
 
-  The retriever's tokens lie in `arrays`; the generator's are None where they
-  are the same, or where a checkpoint left out all tokens.
+  The retriever's tokens are in `arrays`. The generator's are None if they are
+  the same, or in a checkpoint, which leaves out all tokens.
   """
 
   arrays: device.DeviceArrays
@@ -51,7 +51,7 @@ class StepIndex:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class InStep:
-  """The search of a step, and what it embeds again."""
+  """The search inside a step, and the refresh of its index."""
 
   model: RagModel
   n_docs: int
@@ -68,11 +68,11 @@ class InStep:
     optimizer: optax.GradientTransformation,
     stage: str,
   ) -> tuple[TrainState, Metrics]:
-    """Applies one gradient update, as `step.update`, on documents of its own.
+    """Applies one gradient update, as `step.update`, after its own search.
 
-    The documents are those of the parameters before the update. The passages
-    whose turn it is are embedded by those after it: the next search asks with
-    these, and to the step before they would be one step old already.
+    The search uses the parameters before the update. The passages whose turn it
+    is are embedded with the parameters after it, since the next search embeds
+    its questions with these.
     """
     index = state.index
     assert index is not None
@@ -100,9 +100,9 @@ class InStep:
   def documents(
     self, params: PyTree, index: StepIndex, batch: QuestionBatch
   ) -> tuple[RagBatch, Int[Array, "B K"], Int[Array, ""]]:
-    """Returns the batch with its documents, their ids, contexts cut.
+    """Returns the batch with its documents, their ids, and the contexts cut.
 
-    No gradient flows through the search; the scores are thrown away.
+    No gradient flows through the search, and its scores are not used.
     """
     embeddings: Any = self.model.apply(
       {"params": jax.lax.stop_gradient(params)},
@@ -138,7 +138,7 @@ class InStep:
   def refresh(
     self, arrays: device.DeviceArrays, state: TrainState
   ) -> device.DeviceArrays:
-    """Returns `arrays` with the rows of a step embedded by `state`."""
+    """Returns `arrays`, with the rows due at this step embedded by `state`."""
     rows = device_refresh.due_rows(arrays, state.step, self.refresh_rows)
     tokens, mask = device_refresh.own_passages(arrays, rows)
     embeddings: Any = self.model.apply(
@@ -150,7 +150,7 @@ class InStep:
 
 
 def open_in_step(experiment: Experiment) -> InStep | None:
-  """Returns the search that the config puts into the step; None: outside."""
+  """Returns the search inside the step, or None if the config has none."""
   config = experiment.config
   if not config.index.refresh_rows:
     return None
@@ -168,14 +168,14 @@ def place_index(
   layout: TrainState,
   snapshots: RetrieverSnapshots,
 ) -> tuple[TrainState, TrainState]:
-  """Returns a state whose step searches, and the sharding of each array.
+  """Returns the state with an index to search, and the sharding of each array.
 
   Args:
     experiment: of the run.
-    state: with the index of a checkpoint, or without: then every passage is
+    state: with the index of a checkpoint, or without one; then every passage is
       embedded.
     layout: sharding of each array, without the index.
-    snapshots: copies the parameters that embed.
+    snapshots: copies the retriever's parameters.
   """
   index = state.index
   if index is None:
@@ -209,7 +209,7 @@ def _with_tokens(experiment: Experiment, index: StepIndex) -> StepIndex:
 
 
 def without_tokens(state: TrainState) -> TrainState:
-  """Returns what a checkpoint keeps: tokens are made again from passages."""
+  """Returns the state without tokens, which can be made again from passages."""
   if state.index is None:
     return state
   arrays = dataclasses.replace(state.index.arrays, tokens=None, lengths=None)
@@ -217,7 +217,7 @@ def without_tokens(state: TrainState) -> TrainState:
 
 
 def abstract_index(experiment: Experiment, params: PyTree) -> StepIndex | None:
-  """Returns what a checkpoint of the main stage keeps of the index, if any.
+  """Returns the index of a main-stage checkpoint, or None if it has none.
 
   As `jax.ShapeDtypeStruct`s, for `Checkpointer.restore`.
   """
@@ -237,7 +237,7 @@ def abstract_index(experiment: Experiment, params: PyTree) -> StepIndex | None:
 def searched(
   experiment: Experiment, state: TrainState, index: Index | None
 ) -> Index | None:
-  """Returns what a search between two steps uses: `index`, or the state's."""
+  """Returns the index to search between two steps: the state's, or `index`."""
   if state.index is None:
     return index
   return device_index.RefreshedIndex(
@@ -250,13 +250,13 @@ def searched(
 def _split(
   tokens: tuple[Int[Array, "B K L"], Bool[Array, "B K L"]],
 ) -> tuple[Int[Array, "B K L"], Bool[Array, "B K L"]]:
-  """Returns tokens and mask, which every device has, split as a batch is."""
+  """Returns replicated tokens and their mask, sharded like a batch."""
   ids, mask = tokens
   axes = ("batch", "docs", "length")
   return constrain(ids, *axes), constrain(mask, *axes)
 
 
 def _share_of_distinct(ids: Int[Array, "B K"]) -> jax.Array:
-  """Returns how many of the documents are different ones, from 0 to 1."""
+  """Returns the number of distinct documents over that of all, from 0 to 1."""
   ids = jnp.sort(ids.reshape(-1))
   return (1 + jnp.sum(ids[1:] != ids[:-1])) / ids.size

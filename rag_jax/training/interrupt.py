@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop at the next step, on every host."""
+"""Turns Ctrl-C and SIGTERM into a stop at the next step, on every host."""
 
 import signal
 import types
@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-# In the metrics of an update, which takes it round: a program of its own would
-# keep the devices waiting.
+# Name of a metric: an update sends the signal to all processes in its metrics.
+# A separate program would keep the devices waiting.
 SIGNAL = "signal"
 
 
@@ -20,7 +20,7 @@ class StoppedEarlyError(Exception):
   def __init__(self, signum: int, step: int):
     super().__init__(
       f"Stopped by {signal.Signals(signum).name} and saved at step {step}. Run"
-      " the same command again to go on from there."
+      " the same command again to continue from there."
     )
     self.signum = signum
 
@@ -29,12 +29,12 @@ class StopRequest:
   """Context in which the first signal is noted and the second one acts.
 
   Attributes:
-    signum: of the signal that came to this process; 0: none.
+    signum: of the signal that this process received; 0: none.
   """
 
   def __init__(self):
     self.signum = 0
-    self._heard: list[jax.Array] = []  # by the last two updates
+    self._heard: list[jax.Array] = []  # from the last two updates
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> "StopRequest":
@@ -43,7 +43,7 @@ class StopRequest:
     return self
 
   def to_send(self, mesh: jax.sharding.Mesh) -> tuple[jax.Array, ...]:
-    """Returns what the next update takes round; nothing in one process."""
+    """Returns the signal as an input of the next update; () in one process."""
     if jax.process_count() == 1:
       return ()
     return (
@@ -55,16 +55,16 @@ class StopRequest:
     )
 
   def receive(self, metrics: dict[str, Any]) -> None:
-    """Takes what an update took round out of its metrics."""
+    """Removes the signal from the metrics of an update, and keeps it."""
     if SIGNAL in metrics:
       self._heard = [*self._heard[-1:], metrics.pop(SIGNAL)]
 
   def agreed(self) -> int:
-    """Returns the signal upon which all processes stop here; 0: none.
+    """Returns the signal on which all processes stop now; 0: none.
 
-    Every process calls it after each step, and gets the same answer. Of several
-    processes, what came during a step is heard two steps later: what the last
-    update took round is not awaited, as that would keep the devices waiting.
+    Every process calls it after each step, and gets the same answer. With
+    several processes, a signal takes effect two steps after it came: waiting
+    for the metrics of the last update would keep the devices waiting.
     """
     if jax.process_count() == 1:
       return self.signum
@@ -72,7 +72,7 @@ class StopRequest:
 
   def _note(self, signum: int, frame: types.FrameType | None) -> None:
     self.signum = signum
-    # Whoever asks twice does not want to wait for the save.
+    # A second signal means that the user does not want to wait for the save.
     self._restore()
 
   def _restore(self) -> None:

@@ -1,10 +1,10 @@
-"""The run: warm-up, then the marginal likelihood, with all that surrounds them.
+"""The training loop: warm-up, then the main stage on the marginal likelihood.
 
 In: an experiment, its questions, its workdir and a function that validates.
 Out: checkpoints, metrics and index versions in the workdir.
 
-What is done at a step depends on the step alone, so a run that was stopped and
-resumed ends with the same parameters as one that was not.
+The loop's actions at a step depend only on the step, so a resumed run ends with
+the same parameters as an uninterrupted one.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,19 +70,20 @@ def train(
   validate: Validate,
   resume_from: int | None = None,
 ) -> Clock:
-  """Runs what is left of the run in `workdir`.
+  """Trains in `workdir` from its newest whole checkpoint to the last step.
 
   Args:
-    experiment: what is trained.
+    experiment: its model is trained.
     questions: of the training split.
     workdir: of the run.
     validate: measures parameters.
-    resume_from: a checkpoint to go back to, with a config that learns in
-      another way. Later ones are set aside, unless they were made with it.
+    resume_from: step of a checkpoint to go back to, usually with a config that
+      learns differently. Later checkpoints are set aside, unless they were made
+      with this config after going back.
 
   Raises:
     StoppedEarlyError: a signal asked to stop; everything is saved.
-    FloatingPointError: the loss is not finite any more.
+    FloatingPointError: the run diverged.
     ValueError: the checkpoints in the workdir do not belong to this run.
   """
   stages = make_stages(experiment, questions)
@@ -150,7 +151,7 @@ class _Run:
   def all_stages(
     self, stages: list[Stage], resume_from: int | None = None
   ) -> None:
-    """Runs every stage, from the last checkpoint on or from another."""
+    """Runs every stage, from the newest checkpoint or from `resume_from`."""
     if resume_from is not None:
       self._go_back(resume_from)
     latest = self._checkpoints.newest_whole(self._open_indexes)
@@ -180,7 +181,7 @@ class _Run:
     if self._config.index.path and not self._experiment.closed_book:
       self._adopt_index(params)
     names = [stage.name for stage in stages]
-    # Stages before that of the checkpoint are over.
+    # Skip the stages before the checkpoint's.
     for stage in stages[names.index(extra["stage"]) if extra else 0 :]:
       resumed = extra if extra.get("stage") == stage.name else {}
       params = self._stage(stage, params, layout, resumed, latest)
@@ -247,7 +248,7 @@ class _Run:
     return self._steps(stage, compiled, state, step, first)
 
   def _save_unchanged(self, stage: Stage, state: TrainState) -> None:
-    """Validates and saves what a main stage without steps begins with."""
+    """Validates and saves the state of a main stage without steps."""
     index = in_step.searched(self._experiment, state, self._versions.index)
     values = self._validate(state.params, index)
     self._writer.write(0, stage.name, values)
@@ -257,7 +258,7 @@ class _Run:
     self._save(stage, 0, state, Ahead(), versions, values, None)
 
   def _adopt_index(self, params: PyTree) -> None:
-    """Opens the index of the config, whose passage tower never trains."""
+    """Opens index.path; the passage encoder does not train then."""
     self._versions.adopt(
       load_index(
         self._config.index.path,
@@ -267,9 +268,9 @@ class _Run:
     )
 
   def _go_back(self, step: int) -> None:
-    """Sets aside the checkpoints after `step`, but for those of this command.
+    """Sets aside the checkpoints after `step`, except those of this command.
 
-    A job that is started again with the same flags goes on where it was.
+    A job that is started again with the same flags continues where it stopped.
     """
     last = self._checkpoints.latest_step() or 0
     extra = self._checkpoints.peek_extra(last) if last > step else {}
@@ -283,7 +284,7 @@ class _Run:
     if from_first(same):
       logging.info(
         "The checkpoint of step %d was made after --resume_from=%d with this"
-        " config: the run goes on from there.",
+        " config: the run continues from there.",
         *(last, step),
       )
       return
@@ -291,13 +292,13 @@ class _Run:
     self._went_back_to = [step]
 
   def _open_indexes(self, step: int, extra: dict[str, Any]) -> str:
-    """Opens what a checkpoint searches; returns what is wrong with it, or "".
+    """Opens the indexes of a checkpoint; returns an error message, or "".
 
     Raises:
-      ValueError: the checkpoint of `step` is of other inputs than the run's.
+      ValueError: the checkpoint of `step` had other inputs than the run.
     """
     if not extra:
-      return "What it says of the run cannot be read."
+      return "Its record of the run cannot be read."
     check_identity(extra["identity"], self._identity, step)
     if extra["index_versions"]:
       try:
@@ -318,7 +319,7 @@ class _Run:
   def _own_rows(
     self, doc_ids: Sequence[Sequence[int]], stage: Stage
   ) -> Int[np.ndarray, "B K"] | None:
-    """Returns this process's documents, of those that a checkpoint holds."""
+    """Returns this process's rows of the documents in a checkpoint."""
     if len(doc_ids) == stage.batch_size:
       rows = process_rows(self._experiment.mesh, stage.batch_size)
       return np.asarray(doc_ids, np.int32)[rows]
@@ -362,7 +363,7 @@ class _Run:
           versions.swap_if_due(step)
         index = versions.index if versions else None
         last = step + 1 == stage.num_steps
-        # After the last step too: the run may be made longer.
+        # After the last step too, since a later command may extend the run.
         more = not last or main
         # Before the update, which donates the parameters it is given.
         outside = more and not stage.in_step
@@ -421,7 +422,7 @@ class _Run:
         stopping = self._stop.agreed()
         due |= self._is_best(values) or bool(stopping)
         if due:
-          # Or the good checkpoints could all give way to such as cannot train.
+          # Otherwise diverged checkpoints could replace all good ones.
           self._divergence.check_metrics(metrics, stage, step)
           loss = float(metrics[f"{stage.name}/loss"])
           self._save(stage, step, state, ahead, versions, values, loss)
@@ -438,7 +439,7 @@ class _Run:
   def _is_best(self, values: dict[str, float]) -> bool:
     if _BEST not in values:
       return False
-    # From memory: on a shared disk, hosts could see different checkpoints.
+    # From memory, since hosts may see different checkpoints on a shared disk.
     return self._best is None or values[_BEST] > self._best
 
   def _save(
@@ -451,9 +452,9 @@ class _Run:
     values: dict[str, float],
     loss: float | None,
   ) -> None:
-    """Saves all that the run needs to go on as if it had not stopped."""
-    # Both wait for what threads still do: what follows goes over all hosts, and
-    # nothing else may, until it is done.
+    """Saves all that the run needs to continue as if it had not stopped."""
+    # Both wait for threads: what follows communicates between hosts, and
+    # nothing else may communicate at the same time.
     pending = ahead.peek()
     index_versions = versions.save() if versions else []
     self._divergence.check_state(state, stage, step)
@@ -462,8 +463,8 @@ class _Run:
       rows = process_rows(self._experiment.mesh, stage.batch_size)
       doc_ids = join_rows(pending.doc_ids, rows, stage.batch_size).tolist()
     self.clock.cut = self._cut.total()
-    # What follows is the same in every process, or that of the first, whose
-    # clock and index files count.
+    # The same in every process, except for clock and index files, where those
+    # of the first process count.
     extra = {
       "stage": stage.name,
       "stage_step": step,
@@ -498,5 +499,5 @@ class _Run:
 
 
 def _is_due(step: int, every: int, last: bool) -> bool:
-  """Whether something done `every` so many steps, and at the end, is due."""
+  """Returns whether an action of every `every` steps, and the last, is due."""
   return last or (every > 0 and step % every == 0)

@@ -1,8 +1,8 @@
-"""What a run measures while it trains, on disk and on one line of the log.
+"""Writes the metrics of a training run, to disk and as a progress line.
 
 In: named numbers at a step of a stage. Out: WORKDIR/metrics.jsonl, one JSON
-object a line, each with a digest of it and of the lines before; the same for
-TensorBoard below WORKDIR/tensorboard; the text of the progress line.
+object per line, with a digest of this line and the lines before; the same for
+TensorBoard in WORKDIR/tensorboard; the text of the progress line.
 """
 
 from collections import deque
@@ -26,12 +26,12 @@ from rag_jax import disk
 METRICS_FILE = "metrics.jsonl"
 STAGES = ("warmup", "train")  # in the order in which a run passes them
 
-_DIGEST = "digest"  # of a line and all before it: none can be lost unseen
+_DIGEST = "digest"  # of a line and all before it, so that none can be lost
 _DIGEST_CHARS = 16  # 64 bits: against damage, not against a forger
 _RESERVED = ("step", "stage", "time_secs", _DIGEST)
 _REMEDY = (
-  "Restore the file from a copy, or cut it off before that line, which loses"
-  " what was measured since; no checkpoint depends on it."
+  "Restore the file from a copy, or delete it from that line on, which loses"
+  " the metrics since then; no checkpoint depends on it."
 )
 # In a bucket each write uploads the whole file, and more than one a second to
 # the same object is refused.
@@ -42,9 +42,9 @@ _TENSORBOARD_SECS = 30
 class MetricWriter:
   """Appends to metrics.jsonl and TensorBoard; does nothing if not `enabled`.
 
-  What an earlier attempt of the run wrote is kept: call `truncate_after` with
-  the step that is resumed from, before the first `write`. A kill loses no line,
-  but in a bucket those of the last seconds.
+  Lines of an earlier attempt of the run are kept: call `truncate_after` with
+  the step to resume from, before the first `write`. A killed run loses no line,
+  except in a bucket, where it loses those of the last seconds.
   """
 
   def __init__(
@@ -57,7 +57,7 @@ class MetricWriter:
     """Opens the files, and removes a last line that was cut off.
 
     Raises:
-      ValueError: metrics.jsonl has a line that is no record of metrics.
+      ValueError: metrics.jsonl has a line that is not a record of metrics.
     """
     self._enabled = enabled
     self._workdir = epath.Path(workdir)
@@ -76,10 +76,10 @@ class MetricWriter:
       self._rewrite(records)
 
   def truncate_after(self, stage: str, step: int) -> None:
-    """Forgets what was written after `step` of `stage`.
+    """Removes all lines after `step` of `stage`.
 
-    A run that resumes there measures it again. Step 0 forgets all of the stage,
-    so `truncate_after("warmup", 0)` starts afresh.
+    A run that resumes there measures them again. Step 0 removes the whole
+    stage, so `truncate_after("warmup", 0)` starts afresh.
     """
     _check_stage(stage)
     if not self._enabled:
@@ -89,8 +89,8 @@ class MetricWriter:
     kept = []
     if step > 0 and not self._path.exists():
       logging.warning(
-        "There is no %s of the steps before %d, which were trained: it was"
-        " removed. What is measured from here on is written.",
+        "There is no %s of the steps before %d: it was removed. Metrics from"
+        " here on are written.",
         *(self._path, step),
       )
     for record in read_metrics(self._path) if self._path.exists() else []:
@@ -109,11 +109,11 @@ class MetricWriter:
     """Appends `metrics`, measured after `step` updates of `stage`.
 
     The line also holds `time_secs`, the time since the run began, without the
-    time between its attempts. What is not finite is null in the file: JSON has
-    no word for it.
+    time between its attempts. Numbers that are not finite become null, since
+    JSON cannot hold them.
 
     Raises:
-      ValueError: the stage is unknown, or a metric is no scalar or has the
+      ValueError: the stage is unknown, or a metric is not a scalar or has the
         name of another field.
     """
     _check_stage(stage)
@@ -131,7 +131,7 @@ class MetricWriter:
         tensorboard.add_scalar(name, value, global_step=step)
 
   def sync(self) -> None:
-    """Waits until the disk has what was written.
+    """Waits until all lines are on the disk.
 
     Call it before a checkpoint is saved: a power cut must not leave a
     checkpoint of steps that were never measured.
@@ -140,7 +140,7 @@ class MetricWriter:
       os.fsync(self._file.fileno())
 
   def close(self) -> None:
-    """Writes what is still in memory. Nothing can be written afterwards."""
+    """Writes lines that are still in memory; no `write` may follow."""
     if self._file is not None:
       self._file.close()
     elif self._enabled:
@@ -198,13 +198,13 @@ class MetricWriter:
     self._uploaded_at = self._clock()
 
   def _tensorboard(self, stage: str) -> Any:
-    """Returns the `SummaryWriter` of a stage, None if there can be none."""
+    """Returns the `SummaryWriter` of a stage; None if it cannot be opened."""
     if stage not in self._tensorboards:
-      # Here, since processes that write nothing need no TensorBoard.
+      # Imported here, since processes that write nothing do not need it.
       from tensorboardX import SummaryWriter
 
-      # One run of TensorBoard a stage: each counts its steps from 0, and
-      # forgetting the steps of one must not touch the other.
+      # One TensorBoard run per stage: each counts its steps from 0, and purging
+      # the steps of one must not affect the other.
       try:
         self._tensorboards[stage] = SummaryWriter(
           logdir=os.fspath(self._workdir / "tensorboard" / stage),
@@ -226,12 +226,12 @@ class MetricWriter:
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
   """Returns the lines of a metrics.jsonl, oldest first, without their digests.
 
-  A last line without its end is what a kill leaves behind, and is left out.
+  An incomplete last line, as a killed run leaves it, is ignored.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: another line is no record of metrics, or not as it was written,
-      or one before it is missing; names file and line. Or it is a link.
+    ValueError: another line is not a record of metrics, was changed, or one
+      before it is missing; names file and line. Or the file is a link.
   """
   path = epath.Path(path)
   if not path.exists() and not os.path.islink(path):
@@ -267,8 +267,8 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     records.append(record)
   if not with_digests:
     logging.warning(
-      "The lines of %s have no digests: an older version wrote them. Nobody can"
-      " tell whether they are as they were written.",
+      "The lines of %s have no digests: an older version wrote them. Changes to"
+      " them cannot be detected.",
       path,
     )
   return records
@@ -282,14 +282,14 @@ def _chained(last: str, record: Mapping[str, Any]) -> str:
 
 
 class Progress:
-  """The speed of a stage and the time it still needs, in one line."""
+  """The speed of a stage and its remaining time, in one line."""
 
   def __init__(
     self,
     batch_size: int,  # questions of a step; passages in the warm-up
     *,
     first_step: int = 0,  # updates already done
-    window: int = 10,  # speed is that since so many lines ago
+    window: int = 10,  # speed is averaged over this many lines
     clock: Callable[[], float] = time.monotonic,  # in seconds
   ):
     self._batch_size = batch_size
@@ -338,9 +338,9 @@ class Progress:
       step: updates done of the stage.
       num_steps: updates that the stage has.
       stage: "warmup" or "train".
-      metrics: what is known of the loss, the entropy of the documents and, at
-        a validation, its results. Those are shown until the next one; "-"
-        stands for what was not measured.
+      metrics: the loss, the entropy of the documents and, after a validation,
+        its results, which are shown until the next one. "-" stands for metrics
+        that are missing.
 
     Raises:
       ValueError: the stage is unknown.
@@ -365,7 +365,7 @@ class Progress:
 
 
 def peak_memory_bytes() -> int:
-  """Returns the most memory of the host that this process ever had."""
+  """Returns the peak host memory of this process, in bytes."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   # In bytes on macOS, in KiB on Linux.
   return peak if sys.platform == "darwin" else peak * 1024
@@ -410,7 +410,7 @@ def _short(value: SupportsFloat | None, digits: int) -> str:
     return "-"
   value = float(value)
   texts = [f"{value:.{d}f}" for d in range(digits, -1, -1)]
-  # At most six characters, as precise as fits into them.
+  # As many digits as fit into six characters.
   return next((t for t in texts if len(t) <= 6), f"{value:.0e}")
 
 

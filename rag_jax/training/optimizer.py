@@ -1,6 +1,6 @@
-"""AdamW with one learning rate for the retriever and one for the generator.
+"""AdamW with separate learning rates for retriever and generator.
 
-And one for the two weights of the scores of a hybrid retriever.
+The two weights of a hybrid retriever's scores have a third one.
 """
 
 from collections.abc import Hashable, Sequence
@@ -62,7 +62,7 @@ def parameter_labels(params: PyTree, freeze: Sequence[str]) -> PyTree:
 
 
 def _decays(params: PyTree) -> PyTree:
-  """Returns whether weight decay falls on each parameter."""
+  """Returns whether weight decay applies to each parameter."""
   # By name as well: the biases of attention are two-dimensional, [N, H].
   return jax.tree_util.tree_map_with_path(
     lambda path, x: x.ndim > 1 and "bias" not in path[-1].key, params
@@ -81,14 +81,14 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Returns AdamW for `params` over `num_steps` steps.
 
-  The gradient is clipped by its global norm over what trains. Weight decay
-  falls on matrices alone, never on biases, norms and scales.
+  The gradient is clipped by its global norm over the trained parameters. Weight
+  decay applies only to matrices, never to biases, norms and scales.
 
   Args:
     config: learning rates, schedule and AdamW's numbers.
     params: the parameters, or their shapes.
     num_steps: of the whole stage.
-    freeze: path prefixes that stay as they are.
+    freeze: path prefixes of parameters that do not train.
   """
   labels = parameter_labels(params, freeze)
   frozen = jax.tree.map(lambda label: label == "frozen", labels)
@@ -108,7 +108,7 @@ def make_optimizer(
     "retriever": adamw(config.retriever_lr),
     "frozen": optax.set_to_zero(),
   }
-  # Only where it is needed: each part has a place in the checkpoints.
+  # Only if it is needed, since every part is saved in the checkpoints.
   if hybrid.PARAMS in jax.tree.leaves(labels):
     parts[hybrid.PARAMS] = adamw(config.hybrid_lr)
   clip = (

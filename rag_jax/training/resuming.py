@@ -1,7 +1,7 @@
-"""Whether a run can go on from a checkpoint.
+"""Checks that a run can continue from a checkpoint.
 
-In: what the checkpoint says of itself, and the run. Out: nothing, or an error
-that says what has changed.
+In: the checkpoint's record of its inputs, and the run. Out: nothing, or an
+error that says what has changed.
 """
 
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from rag_jax.training.stages import Stage
 def check_identity(
   saved: Mapping[str, str], ours: Mapping[str, str], step: int
 ) -> None:
-  """Raises `ValueError` if the checkpoint of `step` is of other inputs."""
+  """Raises `ValueError` if the checkpoint of `step` had other inputs."""
   changed = [name for name, value in ours.items() if saved[name] != value]
   if changed:
-    # What a word is has changed since some runs began.
+    # The rule that splits words has changed since some runs began.
     rule = " set index.word_rule=1," if "BM25 settings" in changed else ""
     raise ValueError(
       f"The checkpoint of step {step} was made with other"
@@ -30,6 +30,6 @@ def check_end(stage: Stage, step: int) -> None:
     raise ValueError(
       f"The checkpoint of step {step} is beyond the end of the run:"
       f" train.num_steps={stage.num_steps}, after {stage.first_step} of the"
-      " warm-up. Expected a run that goes on. Set train.num_steps to"
+      " warm-up. Expected a run with steps left. Set train.num_steps to"
       f" {step - stage.first_step} or more, or start in another --workdir."
     )

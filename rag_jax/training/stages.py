@@ -1,4 +1,4 @@
-"""The stages of a run: what each minimises, on which batches, and how.
+"""The stages of a run, each with its loss, batches and optimizer.
 
 In: an experiment and its questions. Out: the warm-up, if the config asks for
 it, and the main stage.
@@ -40,7 +40,7 @@ class Stage:
   name: str
   num_steps: int
   batch_size: int
-  first_step: int  # of the run; steps of the stage count from 0
+  first_step: int  # counted over the run; steps of a stage count from 0
   loss_fn: LossFn
   # (step, retriever's params, index, document ids) -> batch of that step
   prepare: Callable[..., Prepared]
@@ -63,9 +63,9 @@ def stage_optimizer(
       schedule="constant",
     )
   if not num_steps:
-    return optax.set_to_zero()  # nothing learns, and no moments are needed
+    return optax.set_to_zero()  # nothing trains, and no moments are needed
   freeze = settings.freeze + _constants(config, params)
-  # Passages keep the embeddings of their index, once there is one.
+  # Once there is an index, passages keep its embeddings.
   has_index = name == TRAIN or bool(config.index.path)
   if has_index and not config.encoder.train_passage_encoder:
     freeze += ("passage_encoder",)
@@ -73,7 +73,7 @@ def stage_optimizer(
 
 
 def _constants(config: Config, params: PyTree) -> tuple[str, ...]:
-  """Returns the paths of what the config says that never learns."""
+  """Returns the paths of parameters that the config keeps fixed."""
   held = params.get("generator", {})
   return tuple(
     f"generator/{name}"
@@ -124,7 +124,7 @@ def make_stages(
     experiment.context,
     experiment.embedder,
     n_docs=config.data.n_docs,
-    # Without a step, no number of questions is too small.
+    # Without a step, any number of questions is enough.
     batch_size=config.train.batch_size if config.train.num_steps else 1,
     seed=config.seed,
     frozen_passages=not config.encoder.train_passage_encoder,

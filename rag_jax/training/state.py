@@ -1,4 +1,4 @@
-"""What changes from one step to the next, laid out over the mesh."""
+"""The training state: what changes from step to step, sharded over the mesh."""
 
 from collections.abc import Callable, Mapping
 import typing
@@ -20,12 +20,13 @@ from rag_jax.models.partitioning import shardings
 @typing.no_type_check
 @flax.struct.dataclass
 class TrainState:
-  """All that changes from one step to the next, and all that is saved.
+  """All that changes from one step to the next.
 
-  But for the tokens in the index, which are made again.
+  A checkpoint saves all of it, except the tokens in the index, which can be
+  made again.
   """
 
-  step: Int[Array, ""]  # of the stage: updates made
+  step: Int[Array, ""]  # updates made in the stage
   params: PyTree
   opt_state: optax.OptState
   index: Any = None  # an in_step.StepIndex, if the step itself searches
@@ -37,17 +38,19 @@ def init_params(
   mesh: jax.sharding.Mesh,
   given: Mapping[str, PyTree] | None = None,
 ) -> tuple[PyTree, PyTree]:
-  """Returns the first parameters, each born where it lives, and shardings.
+  """Returns the initial parameters and their shardings.
+
+  Each parameter is created on the devices that hold it.
 
   Args:
     init: key -> boxed params, as `model.init(key, ...)["params"]` gives them.
     key: random key.
     mesh: devices.
-    given: parts of the params that are not fresh, on the host: every process
-      has them whole.
+    given: parts of the params to use instead of random ones. They are on the
+      host, and every process has all of them.
 
   Raises:
-    ValueError: a part that is given has other arrays than the model.
+    ValueError: the arrays of a given part do not fit the model.
   """
   given = given or {}
   boxed = jax.eval_shape(init, key)
@@ -55,7 +58,7 @@ def init_params(
   for name, part in given.items():
     _check_part(name, part, shapes[name])
   fresh = {name: tree for name, tree in layout.items() if name not in given}
-  # What is given is not computed: only what is returned is.
+  # XLA computes only what is returned, so given parts cost nothing.
   params = jax.jit(
     lambda k: {name: nn.meta.unbox(init(k))[name] for name in fresh},
     out_shardings=fresh,
@@ -87,7 +90,7 @@ def _check_part(name: str, part: PyTree, shapes: PyTree) -> None:
 
 
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-  # Works over several processes too; each takes its own part.
+  # With several processes, each takes its own part.
   return jax.make_array_from_callback(
     array.shape, sharding, lambda index: np.asarray(array[index])
   )
@@ -100,8 +103,7 @@ def make_state(
   mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, TrainState]:
   """Returns the state before the first step, and the sharding of each array."""
-  # Adam's moments lie beside the parameters they belong to; counters are
-  # replicated.
+  # Adam's moments are sharded like their parameters; counters are replicated.
   abstract = jax.eval_shape(optimizer.init, params)
   opt_layout = optax.tree.map_params(
     optimizer,

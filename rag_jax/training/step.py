@@ -32,7 +32,7 @@ def _apply(
   *args: Any,
   **kwargs: Any,
 ) -> Any:
-  """Returns what `model` makes of its inputs, with dropout."""
+  """Returns the outputs of `model`, with dropout."""
   return model.apply(
     {"params": params},
     *args,
@@ -52,7 +52,7 @@ def marginal_loss(
   label_smoothing: float = 0.0,
   vocab_chunk: int = 0,
 ) -> tuple[Float[Array, ""], Metrics]:
-  """Returns -log p(y|x) a target token, in nats, and what to log.
+  """Returns -log p(y|x) per target token, in nats, and the metrics to log.
 
   `nll_fn` is one of `losses.MARGINAL_NLL_FNS`.
   """
@@ -71,7 +71,7 @@ def marginal_loss(
     label_smoothing,
     out.mean,
   )  # B
-  return _a_token(nll, out.doc_scores, batch, params)
+  return _per_token(nll, out.doc_scores, batch, params)
 
 
 def hf_loss(
@@ -83,9 +83,9 @@ def hf_loss(
   nll_fn: Callable[..., Float[Array, "*B"]],
   label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
-  """Returns Hugging Face's loss a target token, in nats, and what to log.
+  """Returns Hugging Face's loss per target token, in nats, and metrics to log.
 
-  `nll_fn` is one of `losses_hf.HF_NLL_FNS`, whose defects it has.
+  `nll_fn` is one of `losses_hf.HF_NLL_FNS`, with their defects.
   """
   out = _apply(model, params, dropout_key, **batch.inputs())
   nll = nll_fn(
@@ -95,16 +95,16 @@ def hf_loss(
     batch.target_mask,
     label_smoothing,
   )  # B
-  return _a_token(nll, out.doc_scores, batch, params)
+  return _per_token(nll, out.doc_scores, batch, params)
 
 
-def _a_token(
+def _per_token(
   nll: Float[Array, "B"],
   doc_scores: Float[Array, "B K"],
   batch: RagBatch,
   params: PyTree,
 ) -> tuple[Float[Array, ""], Metrics]:
-  """Returns the loss a target token, and what to log."""
+  """Returns the loss per target token, in nats, and the metrics to log."""
   loss = jnp.sum(nll) / jnp.sum(batch.target_mask)
   metrics = {"train/loss": loss}
   if batch.question_tokens is not None:
@@ -128,11 +128,11 @@ def cloze_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
   """Returns the warm-up's loss: span infilling and in-batch contrast.
 
-  Span infilling is in nats a target token, the contrast in nats a question.
+  Span infilling is in nats per target token, the contrast in nats per question.
   """
   closed_book = batch.question_tokens is None
   question_key, doc_key, generator_key = jax.random.split(dropout_key, 3)
-  # Infilling alone: with one document its score does not matter, so the
+  # Infilling only: the score of a single document has no effect, so the
   # retriever learns from the contrast below.
   inputs = batch.inputs() | dict.fromkeys(
     ("question_tokens", "question_mask", "doc_tokens", "doc_mask")
@@ -202,8 +202,8 @@ def compile_update(
 ) -> Any:
   """Returns `update_fn`, jitted over the mesh; its state is donated.
 
-  With `signals` it has one more argument, a number for each device, the
-  largest of which is in the metrics: see `interrupt.StopRequest`.
+  With `signals` it has one more argument, a number per device. The metrics hold
+  the largest of them: see `interrupt.StopRequest`.
   """
   each_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 

@@ -120,7 +120,7 @@ def test_the_passage_that_is_the_question_is_left_out_if_asked_for(
   assert metrics["MRR@10"].mean == pytest.approx((P - 0.5) / P)
   # All that are left were found.
   assert metrics[f"gold_recall@{P}"].mean == 1
-  assert any(f"for {P - 1} of {P} questions" in n for n in without.notes)
+  assert any(f"results of {P - 1} of {P} questions" in n for n in without.notes)
   assert without.rows[0].index_recalls == with_own.rows[0].index_recalls
 
 
@@ -160,7 +160,7 @@ def test_embeddings_that_cannot_be_used_are_named(tmp_path):
   np.save(good, np.ones((3, 4), np.float32))
   bad = tmp_path / "bad.npy"
   for array, message in (
-    (np.ones((3, 5), np.float32), "4 numbers a passage, .*5 a question"),
+    (np.ones((3, 5), np.float32), "4 numbers per passage, .*5 per question"),
     (np.ones(3, np.float32), r"bad\.npy holds float32 of shape \(3,\)"),
     (np.ones((3, 4), np.int64), r"bad\.npy holds int64"),
     (np.ones((0, 4), np.float32), "at least one row"),

@@ -228,8 +228,8 @@ def test_fewer_passages_than_the_batch_are_refused(build):
     ValueError,
     match=(
       r"warmup.batch_size=8 is more than there are passages \(3\), and the"
-      " warm-up takes each at most once a batch. Lower it, or leave the warm-up"
-      " out: warmup.num_steps=0."
+      " warm-up uses each at most once per batch. Lower it, or skip the"
+      " warm-up: warmup.num_steps=0."
     ),
   ):
     build(passages=PASSAGES[:3], batch_size=8)

@@ -210,7 +210,7 @@ def test_what_the_command_line_sets_is_kept_beside_checkpoints(config, caplog):
   resolved, _ = load_initial(config, overridden)
   assert {name: get(resolved, name) for name in kept} == kept
   assert "encoder.score_scale=2.0, not 1.0: its scores are" in caplog.text
-  assert "optimizer.peak_lr=0.001, not 3e-05: such steps undo" in caplog.text
+  assert "optimizer.peak_lr=0.001, not 3e-05: steps of this" in caplog.text
   assert resolved.data.question_length == 30
   # The length of answers that was chosen is that of the checkpoint no more.
   assert "max_length" not in resolved.decoding.generation_config
@@ -303,7 +303,7 @@ def test_a_tokenizer_that_is_given_serves_weights_without_one(
   experiment = open_experiment(resolved, initial=initial)
   expected = load_tokenizer(config.tokenizer.path).fingerprint
   assert experiment.tokenizer.fingerprint == expected
-  assert "is another tokenizer" not in caplog.text
+  assert "is not the tokenizer" not in caplog.text
 
 
 def test_another_tokenizer_than_the_checkpoint_s_is_warned_of(
@@ -313,7 +313,7 @@ def test_another_tokenizer_than_the_checkpoint_s_is_warned_of(
   config.tokenizer.path = str(root / "encoder_tokenizer")
   resolved, initial = load_initial(config)
   open_experiment(resolved, initial=initial)
-  assert caplog.text.count("is another tokenizer than that of the check") == 1
+  assert caplog.text.count("is not the tokenizer of the check") == 1
   assert str(root / "generator") in caplog.text
 
 
@@ -534,7 +534,7 @@ def test_one_part_of_a_run_is_enough_and_another_may_win(
 
 def test_where_one_tower_would_be_lost_it_is_refused(tiny, finished):
   path, _, _ = finished(encoder__tied=False)
-  with pytest.raises(ValueError, match=r"two towers, but encoder\.tied"):
+  with pytest.raises(ValueError, match=r"passage encoder, but encoder\.tied"):
     load_initial(tiny.config(encoder__init_from=path))
 
 

@@ -111,10 +111,13 @@ def test_a_table_may_name_its_columns(write):
   ("line", "message"),
   [
     ("who?\t__import__('os').system('x')\n", None),  # text, and is not run
-    ("who?\t[__import__('os').getcwd()]\n", "which is no list"),
-    ("who?\t['Ann'\n", "which is no list"),
-    ("who?\t" + "[" * 9_000 + "\n", "which is no list"),
-    ("who?\t" + "[" * 200 + "'a'" + "]" * 200 + "\n", "is no list|is one of"),
+    ("who?\t[__import__('os').getcwd()]\n", "which is not a list"),
+    ("who?\t['Ann'\n", "which is not a list"),
+    ("who?\t" + "[" * 9_000 + "\n", "which is not a list"),
+    (
+      "who?\t" + "[" * 200 + "'a'" + "]" * 200 + "\n",
+      "is not a list|is one of",
+    ),
     ("who?\t[None]\n", "None is one of the answers"),
     ("who?\t['']\n", "'' is one of the answers"),
     ("who?\n", "1 columns"),

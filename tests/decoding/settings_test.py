@@ -117,7 +117,7 @@ def test_the_old_spelling_of_a_forced_bos_token_counts():
   ],
 )
 def test_what_is_not_supported_is_refused_by_name_if_it_is_active(name, value):
-  with pytest.raises(ValueError, match=rf"f\.json has .*{name}=.*Take them"):
+  with pytest.raises(ValueError, match=rf"f\.json has .*{name}=.*Remove"):
     GenerationSettings.from_dict({name: value}, "f.json")
 
 
@@ -191,7 +191,7 @@ def test_all_problems_come_in_one_message():
 def test_more_ends_than_tokens_cannot_be_searched_by_beams():
   settings = GenerationSettings(num_beams=2, eos_token_id=(0, 1))
   settings.validate(vocab_size=3)
-  with pytest.raises(ValueError, match=r"eos_token_id has 2 ids.*2 alone"):
+  with pytest.raises(ValueError, match=r"eos_token_id has 2 ids.*only 2"):
     settings.validate(vocab_size=2)
 
 

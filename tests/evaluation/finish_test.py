@@ -224,7 +224,7 @@ def test_the_next_best_stands_in_for_a_damaged_checkpoint(
   finish_again(tiny, peaked, tmp_path / "run")
   assert "The checkpoint of step 10 cannot be used: " in caplog.text
   assert f"{name} in {manifest.parent} was damaged" in caplog.text
-  assert "The best checkpoint is that of step 10." not in caplog.text
+  assert "The best checkpoint is the one of step 10." not in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -190,7 +190,7 @@ def test_jsonl_has_gold_as_a_list_or_with_grades(tmp_path):
       '{"id": "a", "question": "Who?", "answers": []}\n' * 2,
       "question id 'a' twice",
     ),
-    ("q.txt", "Who?", r"q\.txt is no file of questions"),
+    ("q.txt", "Who?", r"q\.txt ends in .*not a format of questions"),
   ],
 )
 def test_what_cannot_be_used_is_named(tmp_path, name, content, message):

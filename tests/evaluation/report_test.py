@@ -146,7 +146,7 @@ def test_the_table_shows_every_number_in_80_columns():
   assert ["index", "scann,", "certified", "on", "500", "questions"] in rows
   assert "  recall@10       0.993   95% interval 0.990 to 0.995\n" in text
   assert "  questions/s     11,234, 256 at a time\n" in text
-  assert "  memory          2,080 bytes a passage\n" in text
+  assert "  memory          2,080 bytes per passage\n" in text
   assert ["questions/s", "1,412"] in rows
   assert ["peak", "memory", "1.50", "GiB"] in rows
   assert ["seed", "17"] in rows

@@ -1,7 +1,7 @@
-"""What can happen to the files of a directory, one thing at a time.
+"""Damages the files of a directory in all possible ways, one at a time.
 
-Deterministic for a seed: a failure names the seed, and the damage, that show it
-again.
+Deterministic for a seed: a failure names the seed and the damage to reproduce
+it.
 """
 
 from collections.abc import Callable, Iterator

@@ -193,7 +193,7 @@ def test_a_field_that_nobody_knows_is_told(tmp_path, caplog):
     " training, rag_jax does not",
   ]
   GenerationSettings.from_dict({"eos_token_id": 2, "new_penalty": 2.0})
-  assert "does not know and passes over: new_penalty." in caplog.text
+  assert "does not know and ignores: new_penalty." in caplog.text
 
 
 def test_older_settings_that_are_not_supported_are_refused(tmp_path):

@@ -59,8 +59,8 @@ def test_an_answer_from_a_passage_that_fits_badly_is_said_to_be_unsure(least):
   shown = " ".join(explain(answer, 0.7, least).split())
   assert shown.startswith(f"Paris (p = 0.78{', not sure' * (least > 14.25)}) ")
   assert (
-    "not sure: the best passage scores 14.25, and that of 99.5 % of the"
-    " validation questions 14.26 or more. Perhaps" in shown
+    "not sure: the best passage scores 14.25; for 99.5 % of the"
+    " validation questions it scores 14.26 or more. Perhaps" in shown
   ) == (least > 14.25)
   assert json.loads(to_json(answer, 0.7, least))["sure"] is (least <= 14.25)
   # Closed book, there is none that could fit badly.

@@ -209,6 +209,6 @@ def test_closed_book_answers_without_documents(run, change_config):
   assert "closed book" in explain(answer)
   with pytest.raises(
     ValueError,
-    match=r"n_docs=3, but this model was trained closed book .* Leave n_docs",
+    match=r"n_docs=3, but this model was trained closed book .* Omit n_docs",
   ):
     closed.answer(FRANCE, n_docs=3)

@@ -21,7 +21,7 @@ def test_a_closed_book_model_refuses_a_corpus(learned, run, change_config):
   with pytest.raises(
     ValueError,
     match=r"passages\.jsonl was given, but the model in .*run was trained"
-    r" closed book .*Leave the corpus away",
+    r" closed book .*Omit the corpus",
   ):
     RagPipeline.load(run, corpus=learned.passages)
 
@@ -153,7 +153,7 @@ def test_another_tokenizer_is_refused(run, manifest):
     write_manifest(run / "tokenizer", kind="tokenizer", format=1, content={})
   with pytest.raises(
     ValueError,
-    match=r"The tokenizer in .*/tokenizer has no manifest, or another than"
+    match=r"The tokenizer in .*/tokenizer has no manifest, or not"
     r".*/model was trained; .*Put the old files back",
   ):
     RagPipeline.load(run)

@@ -70,7 +70,7 @@ def test_sigterm_saves_and_says_how_to_go_on(killed):
   assert "Traceback" not in stopped.stderr
   assert re.search(
     r"\nStopped by SIGTERM and saved at step \d+\. Run the same command again"
-    r" to go on from there\.\n$",
+    r" to continue from there\.\n$",
     stopped.stderr,
   )
   assert not stopped.stdout

@@ -87,7 +87,7 @@ WRONG = {
   ),
   ("warmup.batch_size=64",): (
     r"ValueError: warmup\.batch_size=64 is more than there are passages \(40\)"
-    r".*Lower it, or leave the warm-up out: warmup\.num_steps=0\."
+    r".*Lower it, or skip the warm-up: warmup\.num_steps=0\."
   ),
   ("train.batch_size=64",): (
     r"ValueError: train\.batch_size=64 is larger than the training split \(40"

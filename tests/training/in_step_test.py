@@ -187,7 +187,7 @@ def training():
 def test_a_step_is_a_search_an_update_and_an_embedding_by_hand(training):
   index = training.first.copy()
   embedded_at = np.zeros(P, int)
-  # A copy, for the step is given its state for good.
+  # A copy, because the state is donated to the step.
   state = jax.tree.map(jnp.copy, training.state)
   alone = jax.tree.map(jnp.copy, training.state.replace(index=None))
   plain = jax.jit(

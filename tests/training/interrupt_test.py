@@ -63,5 +63,5 @@ def test_the_error_names_signal_and_step_and_says_how_to_go_on(signum):
   assert error.signum == signum
   assert str(error) == (
     f"Stopped by {signum.name} and saved at step 7. Run the same command again"
-    " to go on from there."
+    " to continue from there."
   )

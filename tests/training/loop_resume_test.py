@@ -54,7 +54,7 @@ def test_a_signal_stops_the_run_where_it_arrives(where, attempts):
   assert stopped.signum == signal.SIGTERM
   assert str(stopped) == (
     f"Stopped by SIGTERM and saved at step {name_of(STOPS[where])}. Run the"
-    " same command again to go on from there."
+    " same command again to continue from there."
   )
 
 
@@ -380,7 +380,7 @@ def test_parameters_that_ran_away_are_not_saved(value, message, tmp_path):
   if not message:
     check.check_state(state, stage, 2)
     return
-  with pytest.raises(FloatingPointError, match=message + r".*begins anew\."):
+  with pytest.raises(FloatingPointError, match=message + r".*starts afresh\."):
     check.check_state(state, stage, 2)
 
 

@@ -258,7 +258,9 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path, line):
   path = tmp_path / "metrics.jsonl"
   good = '{"step": 1, "stage": "train", "time_secs": 0.0}\n'
   path.write_text(good + line + "\n" + good)
-  message = r"metrics\.jsonl, line 2: .* is no record .* cut it off before"
+  message = (
+    r"metrics\.jsonl, line 2: .* is no record .* delete it from that line"
+  )
   with pytest.raises(ValueError, match=message):
     read_metrics(path)
   with pytest.raises(ValueError, match=message):

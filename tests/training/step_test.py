@@ -310,7 +310,7 @@ class Training:
     return jax.tree.map(jnp.asarray, self.batch.inputs())
 
   def _new(self):
-    # Copies, because the update is given its state for good.
+    # Copies, because the state is donated to the update.
     params = jax.tree.map(jnp.copy, self._params)
     return make_state(params, self._layout, self._optimizer, self._mesh)
 
