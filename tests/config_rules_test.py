@@ -254,9 +254,9 @@ def test_all_contradictions_are_in_one_message():
   )
   problems = refused(config)
   assert [p.split()[0].partition("=")[0] for p in problems] == [
+    "optimizer.b1",
     "encoder.embed_dim",
     "generator.embed_dim",
-    "optimizer.b1",
     "tokenizer.vocab_size",
   ]
 

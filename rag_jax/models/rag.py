@@ -4,7 +4,6 @@ In: the arrays of a batch, by name. Out: doc_scores [B, K] and target_logits
 [B, K, T, V], which losses.py turns into -log p(y|x).
 """
 
-import dataclasses
 import typing
 
 from flax import linen as nn
@@ -202,7 +201,7 @@ class RagModel(nn.Module):
       generator.output_table(),
       generator.output_bias(),
       targets,
-      vocab_chunk or generator.vocab_size,
+      vocab_chunk or generator.config.vocab_size,
     )
     if copy is not None:  # config_rules refuses label smoothing: `mean`
       log_probs = mix_targets(copy, log_probs, targets)
@@ -323,17 +322,6 @@ def build_model(
   )
 
 
-_OF_BOTH_TOWERS = (
-  "init_from", "passage_init_from", "tied", "train_passage_encoder",
-  "score_scale", "learn_score_scale", "vocab_size", "max_positions",
-)  # fmt: skip
-
-
-_NOT_OF_THE_MODULE = (
-  "init", "init_from", "vocab_size", "decoder_start_id", "fixed"
-)  # fmt: skip
-
-
 def build_encoder(
   config: EncoderConfig,
   *,
@@ -343,13 +331,10 @@ def build_encoder(
 ) -> RetrieverEncoder:
   """Returns one tower; the arguments fill in sizes of 0."""
   return RetrieverEncoder(
-    **{
-      field.name: getattr(config, field.name)
-      for field in dataclasses.fields(config)
-      if field.name not in _OF_BOTH_TOWERS
-    },
-    vocab_size=config.vocab_size or vocab_size,
-    max_positions=config.max_positions or max_positions,
+    config.frozen(
+      vocab_size=config.vocab_size or vocab_size,
+      max_positions=config.max_positions or max_positions,
+    ),
     dtype=dtype,
   )
 
@@ -362,19 +347,11 @@ def build_generator(
   dtype: DTypeLike,
 ) -> Generator:
   """Returns the generator alone; arguments as in `build_model`."""
-  same = {
-    field.name: getattr(config, field.name)
-    for field in dataclasses.fields(config)
-    if field.name not in _NOT_OF_THE_MODULE
-  }
+  start = config.decoder_start_id
   return Generator(
-    **same,
-    vocab_size=config.vocab_size or vocab_size,
-    decoder_start_id=(
-      decoder_start_id
-      if config.decoder_start_id < 0
-      else config.decoder_start_id
+    config.frozen(
+      vocab_size=config.vocab_size or vocab_size,
+      decoder_start_id=decoder_start_id if start < 0 else start,
     ),
-    copy_init=config.init == "copy",
     dtype=dtype,
   )

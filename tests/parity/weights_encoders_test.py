@@ -99,7 +99,7 @@ def torch_outputs(model):
 
 @functools.cache
 def compiled(fields):
-  module = RetrieverEncoder(**dict(fields), dtype=jnp.float32)
+  module = RetrieverEncoder(EncoderConfig(**dict(fields)), dtype=jnp.float32)
   return jax.jit(module.apply)
 
 

@@ -154,7 +154,9 @@ def our_outputs(loaded):
   question, context, target, docs = inputs()
   encoder = loaded.question_encoder
   module = RagModel(
-    question_encoder=RetrieverEncoder(**encoder.fields, dtype=jnp.float32),
+    question_encoder=RetrieverEncoder(
+      EncoderConfig(**encoder.fields), dtype=jnp.float32
+    ),
     passage_encoder=None,
     generator=build_generator(
       GeneratorConfig(**loaded.generator.fields),

@@ -5,7 +5,6 @@ whose tied output is not scaled is a T5: both are re-expressions, not the same
 tensors, so torch's numbers are compared with ours.
 """
 
-import dataclasses
 import functools
 
 from flax import linen as nn
@@ -61,18 +60,7 @@ def bag(pooling, projection_dim):
     projection_dim=projection_dim,
     normalize=True,
   )
-  module = RetrieverEncoder(
-    vocab_size=V,
-    num_layers=0,
-    embed_dim=D,
-    num_heads=e.num_heads,
-    mlp_dim=e.mlp_dim,
-    max_positions=12,
-    pooling=pooling,
-    projection_dim=projection_dim,
-    normalize=True,
-    dtype=jnp.float32,
-  )
+  module = RetrieverEncoder(e.frozen(vocab_size=V), dtype=jnp.float32)
   tokens = jnp.zeros((1, 2), jnp.int32)
   return e, module, random_params(module, tokens, tokens == 0)
 
@@ -170,11 +158,8 @@ def generator():
     scale_attention=False,
     logits_bias=False,
   )
-  fields = dataclasses.asdict(g)
-  for name in ("init_from", "init", "dropout", "fixed"):
-    del fields[name]
-  fields |= {"vocab_size": V, "decoder_start_id": EOS}
-  return g, Generator(**fields, dtype=jnp.float32)
+  module = g.frozen(vocab_size=V, decoder_start_id=EOS, dropout=0.0)
+  return g, Generator(module, dtype=jnp.float32)
 
 
 class Keywords:
