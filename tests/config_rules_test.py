@@ -15,6 +15,7 @@ from rag_jax import config_json
 from rag_jax.config import Config
 from rag_jax.config_rules import fields
 from rag_jax.config_rules import validate
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.rag import build_model
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -448,7 +449,8 @@ def test_the_model_of_every_config_takes_its_batches(make_config):
   model = build_model(config, vocab_size=v, decoder_start_id=2)
 
   def forward(key, arrays):
-    out, _ = model.init_with_output(key, **arrays)
+    batch = RagBatch(target_mask=None, **arrays)
+    out, _ = model.init_with_output(key, batch)
     return out.doc_scores, out.target_logits
 
   doc_scores, target_logits = jax.eval_shape(forward, jax.random.key(0), inputs)

@@ -5,7 +5,6 @@ tools/convert_hf.py wrote. Out: a `SavedModel`, whose parts are those of a
 checkpoint of transformers: a run starts from either, and either is asked.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import os
 import pathlib
@@ -22,6 +21,7 @@ from rag_jax.config_json import read_config
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights.config_values import SpecialIds
+from rag_jax.weights.encoder_configs import ENCODER_FIELDS
 from rag_jax.weights.generation_settings import exported_settings
 from rag_jax.weights.generation_settings import settings_of
 from rag_jax.weights.generator_configs import explicit
@@ -43,13 +43,6 @@ Where = str | os.PathLike[str]
 _RETRIEVER = "retriever"  # folder in a run's tokenizer, where there are two
 _TOKENIZER = "tokenizer"  # of a model directory that is one encoder
 _REMEDY = "Convert the checkpoint again: python tools/convert_hf.py."
-
-# Settings that are of a training or of two towers, not of the architecture.
-_NOT_OF_AN_ENCODER = (
-  "init_from", "passage_init_from", "tied", "train_passage_encoder",
-  "score_scale", "learn_score_scale",
-)  # fmt: skip
-_NOT_OF_A_GENERATOR = ("init_from", "init")
 
 
 @dataclasses.dataclass(slots=True)
@@ -100,7 +93,7 @@ class SavedModel:
     kind = self.kind
     if not kind.startswith(("dpr", "bert", "sentence")):  # a part of a model
       kind = {"question": "dpr_question", "passage": "dpr_context"}[role]
-    fields = _architecture(encoder, _NOT_OF_AN_ENCODER)
+    fields = {name: getattr(encoder, name) for name in ENCODER_FIELDS}
     for name, table in (
       ("vocab_size", "token_embedding"),
       ("max_positions", "position_embedding"),
@@ -133,8 +126,8 @@ class SavedModel:
     if self.generator is None:
       raise self._lacks("a generator")
     params = self.params["generator"]
-    fields = _architecture(self.generator, _NOT_OF_A_GENERATOR)
-    fields |= explicit(self.generator)
+    fields = explicit(self.generator)
+    fields["position_init"] = self.generator.position_init
     rows = len(params["token_embedding"]["embedding"])
     fields["vocab_size"] = fields["vocab_size"] or rows
     if fields["decoder_start_id"] < 0:  # the end token of its own tokenizer
@@ -309,13 +302,6 @@ def _read_directory(path: pathlib.Path) -> SavedModel:
     max_tokens=content.get("max_tokens", 0),
     content_from=content.get("from", ""),
   )
-
-
-def _architecture(
-  config: EncoderConfig | GeneratorConfig, without: Sequence[str]
-) -> dict[str, Any]:
-  names = [field.name for field in dataclasses.fields(config)]
-  return {name: getattr(config, name) for name in names if name not in without}
 
 
 def _on_host(params: PyTree) -> PyTree:

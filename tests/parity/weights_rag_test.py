@@ -20,6 +20,7 @@ import transformers
 
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.rag import RagModel
 from rag_jax.models.rag import build_generator
@@ -171,12 +172,15 @@ def our_outputs(loaded):
 
   outputs = jax.jit(module.apply)(
     {"params": loaded.params},
-    context_tokens=ids(context),
-    context_mask=jnp.ones(context.shape, bool),
-    target_tokens=ids(target),
-    question_tokens=ids(question),
-    question_mask=jnp.ones(question.shape, bool),
-    doc_embeddings=jnp.asarray(docs),
+    RagBatch(
+      context_tokens=ids(context),
+      context_mask=jnp.ones(context.shape, bool),
+      target_tokens=ids(target),
+      target_mask=None,
+      question_tokens=ids(question),
+      question_mask=jnp.ones(question.shape, bool),
+      doc_embeddings=jnp.asarray(docs),
+    ),
   )
   return outputs.doc_scores, outputs.target_logits
 
