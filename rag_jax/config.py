@@ -25,12 +25,12 @@ def choice(default: str, *others: str) -> Any:
 
 
 def number(default: int | float, **limits: Any) -> Any:
-  """Returns a field whose number is limited; other numbers are at least 0.
+  """Returns a field whose number has limits; without any it is at least 0.
 
   Args:
     default: of the field.
-    **limits: `least` and `most` are allowed, `above` and `below` are not.
-      `why` is the message for what lies outside, in place of the limit.
+    **limits: `least` and `most` are themselves allowed, `above` and `below` are
+      not. `why` is the message about a number outside of these limits.
   """
   return dataclasses.field(default=default, metadata=limits)
 
@@ -219,8 +219,8 @@ class TransformerConfig(_Settings):
 class GeneratorConfig(TransformerConfig):
   """The encoder-decoder that writes the answer. Defaults are BART's choices.
 
-  With `init_from`, what describes the architecture is read from the checkpoint:
-  all but `init_from` and `init`.
+  With `init_from`, all that describes the architecture is read from the
+  checkpoint. `init` and `position_init` are of a fresh one.
   """
 
   # Weights to start from: a directory or "hf:ORG/NAME" of a BART, T5 or RAG

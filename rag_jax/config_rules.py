@@ -18,7 +18,7 @@ from rag_jax.config import Config
 from rag_jax.config import IndexConfig
 
 _MAX_INT = 2**31 - 1  # more than any size
-_OF_A_NUMBER = {
+_LIMITS = {
   "least": (operator.ge, "must be at least"),
   "above": (operator.gt, "must be above"),
   "most": (operator.le, "must be at most"),
@@ -80,10 +80,11 @@ def range_problem(name: str, field: dataclasses.Field, value: Any) -> str:
   """Returns what is wrong with the size of a number, or ""."""
   if field.type not in (int, float):
     return ""
-  for limit, (holds, what) in _OF_A_NUMBER.items():
-    bound = field.metadata.get(limit, 0 if limit == "least" else None)
-    if bound is not None and not holds(value, bound):
-      return f"{name}={value} {field.metadata.get('why', f'{what} {bound}.')}"
+  limits = {"least": 0, **field.metadata}
+  for limit, (holds, what) in _LIMITS.items():
+    if limit in limits and not holds(value, limits[limit]):
+      why = field.metadata.get("why") if limit in field.metadata else None
+      return f"{name}={value} {why or f'{what} {limits[limit]}.'}"
   return ""
 
 

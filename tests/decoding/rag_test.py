@@ -293,9 +293,7 @@ def test_contexts_are_encoded_once_and_candidates_scored_from_that(monkeypatch):
   rest = {name: part for name, part in whole.items() if name != "encoder"}
   memory = encode(MODEL, whole, tokens, mask)
   decoder = RagDecoder(MODEL, BEAMS, "rag_sequence")
-  found = plan.find_candidates(
-    decoder.plan, rest, None, memory, decoder.key()
-  )
+  found = plan.find_candidates(decoder.plan, rest, None, memory, decoder.key())
   tree = build_tree(np.asarray(found.tokens), np.asarray(found.lengths), EOS)
   ranked = plan.score_and_rank(
     plan.Ranking(MODEL, BEAMS), rest, scores, memory, found, tree

@@ -17,6 +17,7 @@ import transformers
 
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.generator import Generator
 from rag_jax.models.rag import RagModel
@@ -162,17 +163,6 @@ def generator():
   return g, Generator(module, dtype=jnp.float32)
 
 
-class Keywords:
-  """A module whose `init` takes its inputs as one dictionary."""
-
-  def __init__(self, module):
-    self._module = module
-
-  def init(self, key, inputs):
-    """Returns what the module's returns."""
-    return self._module.init(key, **inputs)
-
-
 def test_a_rag_trained_here_gives_the_same_numbers_in_torch(tmp_path):
   """Scores with a learned scale, and logits."""
   e, encoder, _ = bag("learned", 7)
@@ -189,21 +179,22 @@ def test_a_rag_trained_here_gives_the_same_numbers_in_torch(tmp_path):
   context = rng.integers(3, V, (b, k, 10))
   target = rng.integers(3, V, (b, 4))
   docs = rng.normal(size=(b, k, 7)).astype(np.float32)
-  ours = {
-    "context_tokens": jnp.asarray(context, jnp.int32),
-    "context_mask": jnp.ones(context.shape, bool),
-    "target_tokens": jnp.asarray(target, jnp.int32),
-    "question_tokens": jnp.asarray(questions, jnp.int32),
-    "question_mask": jnp.asarray(mask),
-    "doc_embeddings": jnp.asarray(docs),
-  }
+  ours = RagBatch(
+    context_tokens=jnp.asarray(context, jnp.int32),
+    context_mask=jnp.ones(context.shape, bool),
+    target_tokens=jnp.asarray(target, jnp.int32),
+    target_mask=jnp.ones(target.shape, bool),
+    question_tokens=jnp.asarray(questions, jnp.int32),
+    question_mask=jnp.asarray(mask),
+    doc_embeddings=jnp.asarray(docs),
+  )
   passages = {
     "doc_tokens": jnp.zeros((b, k, 2), jnp.int32),
     "doc_mask": jnp.ones((b, k, 2), bool),
   }
-  params = random_params(Keywords(module), ours | passages)
+  params = random_params(module, ours.replace(**passages))
   params["log_score_scale"] = jnp.float32(1.3)
-  outputs = jax.jit(module.apply)({"params": params}, **ours)
+  outputs = jax.jit(module.apply)({"params": params}, ours)
 
   tokenizer = TokenizerFiles(ids=IDS)
   export_rag(
