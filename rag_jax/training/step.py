@@ -1,6 +1,7 @@
 """One update: batch -> loss -> gradients -> new state."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -134,8 +135,12 @@ def cloze_loss(
   question_key, doc_key, generator_key = jax.random.split(dropout_key, 3)
   # Infilling alone: with one document its score does not matter, so the
   # retriever learns from the contrast below.
-  alone = batch.replace(
-    question_tokens=None, question_mask=None, doc_tokens=None, doc_mask=None
+  alone = dataclasses.replace(
+    batch,
+    question_tokens=None,
+    question_mask=None,
+    doc_tokens=None,
+    doc_mask=None,
   )
   out = _apply(model, params, generator_key, alone, method="target_log_probs")
   nll = marginal_token_nll(out.doc_scores, out.log_probs, batch.target_mask)
