@@ -52,13 +52,13 @@ class SavedModel:
   origin: str
   params: PyTree
   kind: str  # of convert.KINDS: what it came as, or was trained as
-  encoder: EncoderConfig | None
-  passage_encoder: EncoderConfig | None  # None: as `encoder`
-  generator: GeneratorConfig | None
-  settings: RagSettings
-  question_tokenizer: TokenizerFiles
-  generator_tokenizer: TokenizerFiles
-  generation: dict[str, Any]
+  encoder: EncoderConfig | None = None
+  passage_encoder: EncoderConfig | None = None  # None: as `encoder`
+  generator: GeneratorConfig | None = None
+  settings: RagSettings = dataclasses.field(default_factory=RagSettings)
+  question_tokenizer: TokenizerFiles = TokenizerFiles()
+  generator_tokenizer: TokenizerFiles = TokenizerFiles()
+  generation: dict[str, Any] = dataclasses.field(default_factory=dict)
   max_tokens: int = 0
   context_style: str = "rag"  # what the generator was trained to read
   content_from: str = ""  # the checkpoint that it was converted from

@@ -31,6 +31,7 @@ from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_generator
 from rag_jax.weights.load import load_rag
 from rag_jax.weights.loaded import RagSettings
+from rag_jax.weights.saved import SavedModel
 
 pytestmark = pytest.mark.parity
 
@@ -189,22 +190,22 @@ def export(loaded, path, tied=False, **changes):
   passage = loaded.passage_encoder
   export_rag(
     path,
-    dataclasses.replace(
-      EncoderConfig(tied=tied), **loaded.question_encoder.fields
+    SavedModel(
+      origin="",
+      params=loaded.params,
+      kind="rag_token",
+      encoder=EncoderConfig(tied=tied, **loaded.question_encoder.fields),
+      passage_encoder=passage and EncoderConfig(**passage.fields),
+      generator=GeneratorConfig(**loaded.generator.fields),
+      settings=dataclasses.replace(loaded.settings, **changes),
+      question_tokenizer=TokenizerFiles(
+        loaded.question_encoder.tokenizer, loaded.question_encoder.special_ids
+      ),
+      generator_tokenizer=TokenizerFiles(
+        loaded.generator.tokenizer, loaded.generator.special_ids
+      ),
+      generation=loaded.generator.generation,
     ),
-    dataclasses.replace(GeneratorConfig(), **loaded.generator.fields),
-    loaded.params,
-    settings=dataclasses.replace(loaded.settings, **changes),
-    question_tokenizer=TokenizerFiles(
-      loaded.question_encoder.tokenizer, loaded.question_encoder.special_ids
-    ),
-    generator_tokenizer=TokenizerFiles(
-      loaded.generator.tokenizer, loaded.generator.special_ids
-    ),
-    passage_encoder=None
-    if passage is None
-    else dataclasses.replace(EncoderConfig(), **passage.fields),
-    generation=loaded.generator.generation,
   )
 
 

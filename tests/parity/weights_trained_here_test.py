@@ -5,6 +5,7 @@ whose tied output is not scaled is a T5: both are re-expressions, not the same
 tensors, so torch's numbers are compared with ours.
 """
 
+import dataclasses
 import functools
 
 from flax import linen as nn
@@ -26,6 +27,7 @@ from rag_jax.weights.export import TokenizerFiles
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_rag
 from rag_jax.weights.loaded import RagSettings
+from rag_jax.weights.saved import SavedModel
 
 pytestmark = pytest.mark.parity
 
@@ -100,11 +102,10 @@ def test_a_bag_of_words_is_a_dpr_encoder_of_one_layer(
   e, _, params = bag(pooling, projection_dim)
   export_encoder(
     tmp_path,
-    e,
+    dataclasses.replace(e, score_scale=float(scale)),
     params,
     kind="dpr_question",
     tokenizer=TokenizerFiles(ids=IDS),
-    score_scale=float(scale),
   )
   model, info = transformers.DPRQuestionEncoder.from_pretrained(
     tmp_path, output_loading_info=True
@@ -199,12 +200,16 @@ def test_a_rag_trained_here_gives_the_same_numbers_in_torch(tmp_path):
   tokenizer = TokenizerFiles(ids=IDS)
   export_rag(
     tmp_path,
-    e,
-    g,
-    params,
-    settings=RagSettings(n_docs=k),
-    question_tokenizer=tokenizer,
-    generator_tokenizer=tokenizer,
+    SavedModel(
+      origin="",
+      params=params,
+      kind="rag_token",
+      encoder=e,
+      generator=g,
+      settings=RagSettings(n_docs=k),
+      question_tokenizer=tokenizer,
+      generator_tokenizer=tokenizer,
+    ),
   )
   model, info = transformers.RagTokenForGeneration.from_pretrained(
     tmp_path, output_loading_info=True
