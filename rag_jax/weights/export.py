@@ -47,6 +47,7 @@ from rag_jax.weights.saved import SavedModel
 from rag_jax.weights.tensors import MAX_SHARD_BYTES
 from rag_jax.weights.tensors import write_tensors
 from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
+from rag_jax.weights.tokenizer_files import NO_TOKENIZER
 from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
 from rag_jax.weights.tokenizer_files import TokenizerFiles
 from rag_jax.weights.tokenizer_files import check_tokenizer
@@ -63,9 +64,6 @@ _RAG_NAMES = {
   "token": "RagTokenForGeneration",
   "sequence": "RagSequenceForGeneration",
 }
-
-
-NO_TOKENIZER = TokenizerFiles()
 
 
 def export_encoder(

@@ -35,6 +35,7 @@ from rag_jax.weights.model_files import load_model
 from rag_jax.weights.model_files import read_content
 from rag_jax.weights.report import Report
 from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
+from rag_jax.weights.tokenizer_files import NO_TOKENIZER
 from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
 from rag_jax.weights.tokenizer_files import TokenizerFiles
 
@@ -56,8 +57,8 @@ class SavedModel:
   passage_encoder: EncoderConfig | None = None  # None: as `encoder`
   generator: GeneratorConfig | None = None
   settings: RagSettings = dataclasses.field(default_factory=RagSettings)
-  question_tokenizer: TokenizerFiles = TokenizerFiles()
-  generator_tokenizer: TokenizerFiles = TokenizerFiles()
+  question_tokenizer: TokenizerFiles = NO_TOKENIZER
+  generator_tokenizer: TokenizerFiles = NO_TOKENIZER
   generation: dict[str, Any] = dataclasses.field(default_factory=dict)
   max_tokens: int = 0
   context_style: str = "rag"  # what the generator was trained to read

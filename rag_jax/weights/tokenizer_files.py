@@ -35,6 +35,9 @@ class TokenizerFiles:
   max_tokens: int = 0  # of an input, for sentence-transformers; 0: not said
 
 
+NO_TOKENIZER = TokenizerFiles()
+
+
 def find_tokenizer(
   directory: CheckpointDirectory, *folders: str
 ) -> CheckpointDirectory | None:
