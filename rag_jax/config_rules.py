@@ -1,7 +1,8 @@
 """Which settings are possible, alone and together.
 
 In: a `Config`, as a file in configs/ and the command line made it. Out: the
-same, or every problem in one message.
+same, or every problem in one message. config.py says what one field takes; the
+rules between fields are here.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -9,33 +10,20 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import typing
 from typing import Any
 
 from rag_jax.config import Config
 from rag_jax.config import IndexConfig
 
-# Numbers that must be positive, by the last part of their name; the others may
-# be 0, which mostly turns a thing off.
-_AT_LEAST_ONE = frozenset({
-  "embed_dim", "num_heads", "mlp_dim", "question_length", "passage_length",
-  "context_length", "target_length", "batch_size", "log_steps",
-  "keep_checkpoints", "max_positions", "refresh_steps", "embed_batch_size",
-  "fsdp", "tensor", "span_max_words", "span_max_tokens", "window_tokens",
-  "scann_reorder", "relative_max_distance", "num_beams",
-  "scann_dims_per_block", "size", "max_word_chars",
-})  # fmt: skip
-
 _MAX_INT = 2**31 - 1  # more than any size
-_MAX_SEED = 2**63 - 1  # what a random key takes
-
-_LEAST = {"generator.decoder_start_id": -1, "encoder.max_positions": 0}
-
-
-# Of the training questions, that are changed.
-_SHARES = (
-  "substitute_answers", "substitute_subjects", "informal_questions",
-)  # fmt: skip
+_LIMITS = {
+  "least": (operator.ge, "must be at least"),
+  "above": (operator.gt, "must be above"),
+  "most": (operator.le, "must be at most"),
+  "below": (operator.lt, "must be below"),
+}
 
 
 def fields(
@@ -74,25 +62,30 @@ def type_problem(name: str, field: dataclasses.Field, value: Any) -> str:
   }[field.type]
   good = isinstance(value, accepted)
   good &= field.type is bool or not isinstance(value, bool)
-  return "" if good else f"{name}={value!r} is not {expected}."
+  if not good:
+    return f"{name}={value!r} is not {expected}."
+  # Compared before it is shown: Python refuses to write thousands of digits.
+  most = max(field.metadata.get("most", 0), _MAX_INT)
+  if isinstance(value, int) and abs(value) > most:
+    return (
+      f"{name} is a number of {value.bit_length()} bits, which must be at most"
+      f" {most}."
+    )
+  if isinstance(value, float) and not math.isfinite(value):
+    return f"{name}={value} is not a finite number."
+  return ""
 
 
 def range_problem(name: str, field: dataclasses.Field, value: Any) -> str:
   """Returns what is wrong with the size of a number, or ""."""
   if field.type not in (int, float):
     return ""
-  # Compared before it is shown: Python refuses to write thousands of digits.
-  most = _MAX_SEED if name == "seed" else _MAX_INT
-  if isinstance(value, int) and abs(value) > most:
-    return (
-      f"{name} is a number of {value.bit_length()} bits, which must be at most"
-      f" {most}."
-    )
-  if not math.isfinite(value):
-    return f"{name}={value} is not a finite number."
-  least = 1 if name.rpartition(".")[2] in _AT_LEAST_ONE else 0
-  least = _LEAST.get(name, least)
-  return "" if value >= least else f"{name}={value} must be at least {least}."
+  limits = {"least": 0, **field.metadata}
+  for limit, (holds, what) in _LIMITS.items():
+    if limit in limits and not holds(value, limits[limit]):
+      why = field.metadata.get("why") if limit in field.metadata else None
+      return f"{name}={value} {why or f'{what} {limits[limit]}.'}"
+  return ""
 
 
 def replace_fields(config: Any, values: Mapping[str, Any], name: str) -> Any:
@@ -125,7 +118,7 @@ def replace_fields(config: Any, values: Mapping[str, Any], name: str) -> Any:
 def _encoder_problems(c: Config) -> Iterator[str]:
   """Yields what no retriever can be."""
   e = c.encoder
-  if e.embed_dim % e.num_heads:
+  if e.num_heads and e.embed_dim % e.num_heads:
     yield (
       f"encoder.embed_dim={e.embed_dim} must be a multiple of"
       f" encoder.num_heads={e.num_heads}."
@@ -193,13 +186,6 @@ def _generator_problems(c: Config) -> Iterator[str]:
 
 def _index_problems(i: IndexConfig) -> Iterator[str]:
   """Yields what no index can be."""
-  if i.min_recall > 1.0:
-    yield f"index.min_recall={i.min_recall} must be at most 1."
-  if i.scann_anisotropic_threshold >= 1.0:
-    yield (
-      f"index.scann_anisotropic_threshold={i.scann_anisotropic_threshold} must"
-      " be below 1; 0.0 turns it off."
-    )
   if 0.0 < i.scann_soar_overretrieve <= 1.0:
     # ScaNN 1.4.2 builds it with 1.0, and cannot open what it then saves.
     yield (
@@ -216,11 +202,6 @@ def _index_problems(i: IndexConfig) -> Iterator[str]:
       f"index.passages_per_shard={i.passages_per_shard} is for an index on the"
       " host; index.kind='device' is spread over all devices. Set it to 0."
     )
-  if not 0 < i.device_recall_target <= 1:
-    yield (
-      f"index.device_recall_target={i.device_recall_target} must be above 0 and"
-      " at most 1, which is exact."
-    )
 
 
 def _hybrid_problems(c: Config) -> Iterator[str]:
@@ -230,11 +211,6 @@ def _hybrid_problems(c: Config) -> Iterator[str]:
     yield (
       f"index.bm25_path={i.bm25_path!r} is for index.hybrid=True. Set that, or"
       " index.bm25_path=''."
-    )
-  if i.word_rule not in (1, 2):
-    yield (
-      f"index.word_rule={i.word_rule} is no rule for what a word is; expected"
-      " 2, or 1, that of older runs."
     )
   if not i.hybrid:
     return
@@ -295,18 +271,12 @@ def _cross_problems(c: Config) -> Iterator[str]:
   """Yields the settings that contradict one another."""
   yield from _encoder_problems(c)
   yield from _generator_problems(c)
-  for name, part in (("encoder", c.encoder), ("generator", c.generator)):
-    for rate in ("dropout", "attention_dropout", "activation_dropout"):
-      if getattr(part, rate, 0.0) >= 1.0:
-        yield f"{name}.{rate}={getattr(part, rate)} must be below 1."
   if c.label_smoothing and c.generator.pointer:
     yield (
       f"label_smoothing={c.label_smoothing} smooths a softmax over the"
       " vocabulary, but generator.pointer=True mixes copies in. Set"
       " label_smoothing=0.0 or generator.pointer=False."
     )
-  if c.label_smoothing >= 1.0:
-    yield f"label_smoothing={c.label_smoothing} must be below 1."
   if c.hf_loss and c.generator.pointer:
     yield (
       "hf_loss=True is of models that Hugging Face has, and it has none with"
@@ -329,30 +299,12 @@ def _cross_problems(c: Config) -> Iterator[str]:
       " data.context_style='rag' would lose: its contexts are strings. Set one"
       " of them to 0 or 'question_first'."
     )
-  for name in ("b1", "b2"):
-    if getattr(c.optimizer, name) >= 1.0:
-      yield f"optimizer.{name}={getattr(c.optimizer, name)} must be below 1."
-  for name in _SHARES:
-    if getattr(c.data, name) > 1.0:
-      yield f"data.{name}={getattr(c.data, name)} must be at most 1."
-  for name in _SHARES[:2]:
+  for name in ("substitute_answers", "substitute_subjects"):
     if c.data.context_style == "rag" and getattr(c.data, name):
       yield (
         f"data.{name}={getattr(c.data, name)} needs"
         " data.context_style='question_first'."
       )
-  if c.data.passage_length < 4:
-    yield (
-      f"data.passage_length={c.data.passage_length} leaves no room for a"
-      " passage between its special tokens; use at least 4."
-    )
-  if not c.encoder.score_scale:
-    yield "encoder.score_scale=0.0 makes every document score 0; use 1.0."
-  if c.data.context_length < 8:
-    yield (
-      f"data.context_length={c.data.context_length} leaves no room for a"
-      " question and a passage; use at least 8."
-    )
   if c.warmup.num_steps and (
     c.warmup.span_max_tokens + 1 > c.data.target_length
   ):
@@ -431,12 +383,14 @@ def validate(config: Any) -> Config:
     for name, section in sections.items()
     if type(getattr(config, name)) is not section
   ]
-  for name, field, value in fields(config) if not problems else ():
-    problem = type_problem(name, field, value)
-    problems.append(problem or range_problem(name, field, value))
+  comparable = not problems
+  for setting in fields(config) if comparable else ():
+    problem = type_problem(*setting)
+    comparable &= not problem
+    problems.append(problem or range_problem(*setting))
+  # Rules between settings compare numbers: only once each is one.
+  problems += _cross_problems(config) if comparable else ()
   problems = [p for p in problems if p]
-  # Rules between settings read numbers: only once each is one.
-  problems += list(_cross_problems(config)) if not problems else []
   if problems:
     raise ValueError("The config is not valid:\n  " + "\n  ".join(problems))
   return config

@@ -95,8 +95,7 @@ def hf_rag_sequence_nll(
   target_mask: Bool[Array, "B T"],
   label_smoothing: float = 0.0,
   reduce_loss: bool = False,
-  exclude_bos_score: bool = False,
-  bos_id: int | None = None,
+  excluded_bos: int | None = None,
 ) -> Float[Array, "*B"]:
   """Returns the loss of `RagSequenceForGeneration`.
 
@@ -114,10 +113,10 @@ def hf_rag_sequence_nll(
     target_mask: where they are not padding.
     label_smoothing: weight of the smoothing term.
     reduce_loss: sum over the questions; never a mean.
-    exclude_bos_score: do not score the first token, if it is `bos_id` in every
-      row of the batch. The smoothing term keeps it.
-    bos_id: the RAG config's, or the generator's if that is None or 0; None for
-      T5, which has none.
+    excluded_bos: with `exclude_bos_score`, the begin token: the RAG config's,
+      or the generator's if that is None or 0. The first token is not scored if
+      it is this one in every row of the batch; the smoothing term keeps it.
+      None scores all, as for T5, which has no begin token.
 
   Returns:
     One value per question, in nats, or their sum.
@@ -134,9 +133,9 @@ def hf_rag_sequence_nll(
   prior = jnp.where(second, doc_log_prior(doc_scores)[:, :, None], 0.0)
   mask = target_mask[:, None, :]
   scored = mask
-  if exclude_bos_score and bos_id is not None:
+  if excluded_bos is not None:
     first = jnp.arange(target_tokens.shape[1]) == 0
-    scored = mask & ~(first & jnp.all(target_tokens[:, 0] == bos_id))
+    scored = mask & ~(first & jnp.all(target_tokens[:, 0] == excluded_bos))
   joint = jnp.sum(chosen - log_norm + prior, axis=-1, where=scored)
   flat = jnp.sum(all_tokens + size * prior, axis=-1, where=mask)
   return _combine(

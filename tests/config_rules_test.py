@@ -15,6 +15,7 @@ from rag_jax import config_json
 from rag_jax.config import Config
 from rag_jax.config_rules import fields
 from rag_jax.config_rules import validate
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.rag import build_model
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -75,6 +76,11 @@ NAN, INF = float("nan"), float("inf")
       1.0,
       " must be below 1; 0.0 turns it off.",
     ),
+    ("index.scann_anisotropic_threshold", -0.1, " must be at least 0."),
+    ("encoder.score_scale", -1.0, " must be at least 0."),
+    ("generator.decoder_start_id", -2, " must be at least -1."),
+    ("optimizer.b1", 1.0, " must be below 1."),
+    ("data.informal_questions", 1.5, " must be at most 1."),
     ("generator.norm", 7, " is not one of ['post', 'pre']."),
     ("encoder.attention_dropout", 1.0, " must be below 1."),
     ("generator.activation_dropout", 1.0, " must be below 1."),
@@ -254,9 +260,9 @@ def test_all_contradictions_are_in_one_message():
   )
   problems = refused(config)
   assert [p.split()[0].partition("=")[0] for p in problems] == [
+    "optimizer.b1",
     "encoder.embed_dim",
     "generator.embed_dim",
-    "optimizer.b1",
     "tokenizer.vocab_size",
   ]
 
@@ -448,7 +454,8 @@ def test_the_model_of_every_config_takes_its_batches(make_config):
   model = build_model(config, vocab_size=v, decoder_start_id=2)
 
   def forward(key, arrays):
-    out, _ = model.init_with_output(key, **arrays)
+    batch = RagBatch(target_mask=None, **arrays)
+    out, _ = model.init_with_output(key, batch)
     return out.doc_scores, out.target_logits
 
   doc_scores, target_logits = jax.eval_shape(forward, jax.random.key(0), inputs)

@@ -160,7 +160,7 @@ def test_theirs_loses_the_prior_of_a_single_token_and_ours_does_not():
 
 def test_the_first_token_is_left_out_only_if_all_rows_begin_with_it():
   case = make((4, 3, 2), starts_with=BOS)
-  settings = {"exclude_bos_score": True, "bos_id": BOS}
+  settings = {"excluded_bos": BOS}
   without = run(hf_rag_sequence_nll, case, **settings)
   np.testing.assert_allclose(
     without, sequence_by_hand(case, exclude_bos_score=True), rtol=1e-5
@@ -176,14 +176,14 @@ def test_the_first_token_is_left_out_only_if_all_rows_begin_with_it():
 def test_a_tokenizer_without_a_start_token_leaves_nothing_out():
   case = make((4, 3, 2), starts_with=BOS)
   np.testing.assert_array_equal(
-    run(hf_rag_sequence_nll, case, exclude_bos_score=True, bos_id=None),
+    run(hf_rag_sequence_nll, case, excluded_bos=None),
     run(hf_rag_sequence_nll, case),
   )
 
 
 def test_the_smoothing_term_keeps_the_token_that_is_left_out():
   case = make((4, 3, 2), starts_with=BOS)
-  settings = {"exclude_bos_score": True, "bos_id": BOS, "label_smoothing": 0.5}
+  settings = {"excluded_bos": BOS, "label_smoothing": 0.5}
   np.testing.assert_allclose(
     run(hf_rag_sequence_nll, case, **settings),
     sequence_by_hand(case, 0.5, exclude_bos_score=True),

@@ -23,10 +23,10 @@ from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.config import MeshConfig
 from rag_jax.config import OptimizerConfig
-from rag_jax.data.batches import RagBatch
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.losses import MARGINAL_NLL_FNS
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.encoders import OneTower
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.partitioning import make_mesh

@@ -11,6 +11,8 @@ import itertools
 from typing import Protocol, runtime_checkable
 
 from rag_jax import config_rules
+from rag_jax.config import choice
+from rag_jax.config import number
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.encoded_data import data_spans
 from rag_jax.corpus.encoded_data import left_over
@@ -48,18 +50,15 @@ class SplitConfig:
   # whole lines; the headings above are the title, which counts too. "words":
   # `size` words each, disjoint, as DPR's. "sentences": as many whole sentences
   # as fit. "none": each document is one passage.
-  method: str = dataclasses.field(
-    default="words", metadata={"choices": ("fit", "words", "sentences", "none")}
-  )
+  method: str = choice("words", "fit", "sentences", "none")
   # Of a passage, at most. With "fit" in tokens: of all that the encoder reads
   # of it, with the title and special tokens; and 0 means: as the encoder says.
-  size: int = 100
-  unit: str = dataclasses.field(
-    default="words", metadata={"choices": ("words", "tokens")}
-  )
+  size: int = number(100, least=1)
+  unit: str = choice("words", "tokens")
   # Of the passage before, whole sentences that are repeated; at most, in units.
   overlap: int = 0
-  max_word_chars: int = 100  # a run without white space counts as several words
+  # A longer run without white space counts as several words.
+  max_word_chars: int = number(100, least=1)
   # Longer passages lose their end, which is counted; 0: none does.
   max_chars: int = 0
   drop_encoded: bool = False  # leave out base64 and the like; it is counted
@@ -163,8 +162,8 @@ class Splitter:
     if len(first) > 1:
       self._report.split += 1
       self._report.note("split", document.where)
-    for number, (title, text) in enumerate(itertools.chain(first, pieces)):
-      name = f"{document.id}#{number}" if len(first) > 1 else document.id
+    for i, (title, text) in enumerate(itertools.chain(first, pieces)):
+      name = f"{document.id}#{i}" if len(first) > 1 else document.id
       text = self._cut(text, document.where)
       yield Passage(name, title, text, document.metadata)
 

@@ -15,8 +15,8 @@ import numpy as np
 from rag_jax.config import Config
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
-from rag_jax.data.batches import RagBatch
 from rag_jax.data.context import ContextBuilder
+from rag_jax.models.batch import RagBatch
 
 
 class ClozeBatches:

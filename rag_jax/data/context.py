@@ -66,6 +66,8 @@ class ContextBuilder:
   """Builds padded token arrays of the lengths in the config.
 
   Attributes:
+    tokenizer: the generator's.
+    tokenized: the passages, tokenised with it.
     counts: how many questions, contexts and targets were cut so far, except
       those counted by `counting`.
   """
@@ -90,8 +92,8 @@ class ContextBuilder:
       target_start: tokens that every target begins with, before the answer.
     """
     self._target_start = target_start
-    self._tokenizer = tokenizer
-    self._passages = passages
+    self.tokenizer = tokenizer
+    self.tokenized = passages
     self._config = config
     if retriever_passages is None:
       retriever_passages = passages
@@ -131,7 +133,7 @@ class ContextBuilder:
   @property
   def one_tokenizer(self) -> bool:
     """Whether retriever and generator have the same tokenizer."""
-    return self._retriever is self._tokenizer
+    return self._retriever is self.tokenizer
 
   def encode_questions(
     self, questions: Sequence[str]
@@ -140,7 +142,7 @@ class ContextBuilder:
     ids = self._retriever.encode(questions)
     if self.one_tokenizer or self._as_strings:
       return ids, ids
-    return ids, self._tokenizer.encode(questions)
+    return ids, self.tokenizer.encode(questions)
 
   def retriever_ids(self, ids: Sequence[Ids]) -> list[Ids]:
     """Returns ids of the generator's tokenizer as ids of the retriever's.
@@ -149,7 +151,7 @@ class ContextBuilder:
     """
     if self.one_tokenizer:
       return list(ids)
-    return self._retriever.encode([self._tokenizer.decode(row) for row in ids])
+    return self._retriever.encode([self.tokenizer.decode(row) for row in ids])
 
   def is_cut(self, question_ids: Ids, context_ids: Ids) -> bool:
     """Returns whether a question is too long for the retriever or generator.
@@ -160,7 +162,7 @@ class ContextBuilder:
     room = data.question_length - 1 - (self._retriever.bos_id is not None)
     if len(question_ids) > room or self._as_strings:
       return len(question_ids) > room
-    room = data.context_length - 1 - (self._tokenizer.bos_id is not None)
+    room = data.context_length - 1 - (self.tokenizer.bos_id is not None)
     return len(context_ids) > room
 
   def _pad(
@@ -221,10 +223,10 @@ class ContextBuilder:
 
   def targets(self, answer_ids: Sequence[Ids]) -> tuple[Tokens, Mask]:
     """Returns the target tokens of answers, [B, T], and their mask."""
-    start, end = self._target_start, self._tokenizer.eos_id
+    start, end = self._target_start, self.tokenizer.eos_id
     rows = [[*start, *ids, end] for ids in answer_ids]
     return self._pad(
-      rows, self._config.target_length, "targets_cut", self._tokenizer
+      rows, self._config.target_length, "targets_cut", self.tokenizer
     )
 
   def contexts(
@@ -255,7 +257,7 @@ class ContextBuilder:
         )
       return self._string_contexts(question_ids, rows)
     length = self._config.context_length
-    tokenizer = self._tokenizer
+    tokenizer = self.tokenizer
     start = _start(tokenizer)
     longest = length - len(start) - 1
     n_docs = max(rows.shape[1], 1)
@@ -275,7 +277,7 @@ class ContextBuilder:
         self._put(rows[b], tokens[b], mask[b], len(head))
         continue
       for k, row in enumerate(rows[b].tolist()):
-        body = substitute(self._passages, row, change)
+        body = substitute(self.tokenized, row, change)
         if len(body) > room:
           self._count_here()["contexts_cut"] += 1
           body = body[:room]
@@ -292,8 +294,8 @@ class ContextBuilder:
   ) -> None:
     """Writes passages into rows of padding, from column `start` on."""
     room = tokens.shape[1] - start
-    body = self._passages.tokens[rows, :room]
-    lengths = self._passages.lengths[rows]
+    body = self.tokenized.tokens[rows, :room]
+    lengths = self.tokenized.lengths[rows]
     where = slice(len(rows)), slice(start, start + body.shape[1])
     tokens[where] = body  # padded alike
     mask[where] = np.arange(body.shape[1]) < lengths[:, None]
@@ -310,14 +312,14 @@ class ContextBuilder:
     strings = []
     for question, docs in zip(questions, rows.tolist(), strict=True):
       for row in docs:
-        doc = self._passages.passages[row]
+        doc = self.tokenized.passages[row]
         strings.append(rag_context(doc.title, doc.text, question, data))
       if not docs:
         strings.append((data.context_prefix + question).replace("  ", " "))
-    ids, num_cut = self._tokenizer.encode_inputs(strings, data.context_length)
+    ids, num_cut = self.tokenizer.encode_inputs(strings, data.context_length)
     self._count_here()["contexts_cut"] += num_cut
     tokens, mask = self._pad(
-      ids, data.context_length, "contexts_cut", self._tokenizer
+      ids, data.context_length, "contexts_cut", self.tokenizer
     )
     shape = (len(questions), max(rows.shape[1], 1), data.context_length)
     return tokens.reshape(shape), mask.reshape(shape)

@@ -27,10 +27,10 @@ from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
-from rag_jax.data.batches import RagBatch
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.initial import Initial
 from rag_jax.data.questions import load_questions
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.partitioning import check_devices
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.rag import RagModel
@@ -94,8 +94,8 @@ class Experiment:
 
   def init(self, key: jax.Array) -> PyTree:
     """Returns fresh parameters, boxed with their logical axes."""
-    inputs = jax.tree.map(jax.numpy.asarray, self.example_batch().inputs())
-    return self.model.init(key, **inputs)["params"]
+    batch = jax.tree.map(jax.numpy.asarray, self.example_batch())
+    return self.model.init(key, batch)["params"]
 
   def example_batch(self) -> RagBatch:
     """Returns a batch of one question, from which shapes are derived."""

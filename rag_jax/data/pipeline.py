@@ -15,13 +15,12 @@ import grain
 from jaxtyping import Int, PyTree
 import numpy as np
 
-from rag_jax.corpus.tokenized import TokenizedPassages
-from rag_jax.corpus.tokenizer import Tokenizer
-from rag_jax.data.batches import RagBatch
+from rag_jax.config import Config
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.informal import informal
 from rag_jax.data.questions import Question
 from rag_jax.data.substitution import Substitution
+from rag_jax.models.batch import RagBatch
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import Embedder
@@ -50,21 +49,15 @@ class QuestionBatches:
   def __init__(
     self,
     questions: Sequence[Question],
-    tokenizer: Tokenizer,
-    passages: TokenizedPassages,
     context: ContextBuilder,
     embedder: Embedder,
+    config: Config,
     *,
-    n_docs: int,
-    batch_size: int,  # questions, over all processes
-    seed: int,
-    frozen_passages: bool,  # use the documents' embeddings in the index
-    substitute_answers: float = 0.0,  # share of the questions
-    substitute_subjects: float = 0.0,
-    informal_questions: float = 0.0,
     bm25: Bm25Index | None = None,  # also searches and scores documents
     share: Sequence[int] | None = None,  # rows that this process loads
   ):
+    # Without a step, no number of questions is too small.
+    batch_size = config.train.batch_size if config.train.num_steps else 1
     if len(questions) < batch_size:
       raise ValueError(
         f"train.batch_size={batch_size} is larger than the training split"
@@ -75,26 +68,29 @@ class QuestionBatches:
       self._texts
     )
     # Every accepted answer is right; the first is the one to learn.
-    self._answer_ids = tokenizer.encode([q.answers[0] for q in questions])
+    self._answer_ids = context.tokenizer.encode(
+      [q.answers[0] for q in questions]
+    )
     self._context = context
-    self._informal, self._seed = informal_questions, seed
+    self._informal, self._seed = config.data.informal_questions, config.seed
     self._embedder = embedder
     self._bm25 = bm25
-    self._n_docs = n_docs
-    self._frozen_passages = frozen_passages
+    self._n_docs = config.data.n_docs
+    # Documents are then given by their embedding in the index.
+    self._frozen_passages = not config.encoder.train_passage_encoder
     # Scores that are known of a passage are those of its own words.
-    self._renames = not frozen_passages and bm25 is None
+    self._renames = not self._frozen_passages and bm25 is None
     everything = range(batch_size)
     self._share = np.array(everything if share is None else share)
     self._substitution = Substitution(
       questions,
       self._answer_ids,
-      passages,
-      share=substitute_answers,
-      subject_share=substitute_subjects,
-      seed=seed,
+      context.tokenized,
+      share=config.data.substitute_answers,
+      subject_share=config.data.substitute_subjects,
+      seed=config.seed,
     )
-    order = grain.MapDataset.range(len(questions)).seed(seed).shuffle()
+    order = grain.MapDataset.range(len(questions)).seed(config.seed).shuffle()
     self._order = order.repeat().batch(batch_size)
 
   def rows(self, step: int) -> Int[np.ndarray, "B"]:

@@ -6,8 +6,10 @@ settings, so that decoders with equal ones share their compiled programs.
 
 import dataclasses
 import functools
+import typing
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -28,10 +30,25 @@ from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.losses import doc_log_prior
 from rag_jax.models.generator import Generator
 
-# Rows of the search: B questions with K documents, or B*K rows with one each.
-Memory = Float[Array, "B K S D"]
-Mask = Bool[Array, "B K S"]
-Tokens = Int[Array, "B K S"]
+
+# Unchecked, because JAX makes it of shapes too.
+@typing.no_type_check
+@flax.struct.dataclass
+class Memory:
+  """What the decoder looks at: B questions of K documents, or B*K of one."""
+
+  states: Float[Array, "B K S D"]  # of the encoder
+  mask: Bool[Array, "B K S"]  # True on real tokens
+  tokens: Int[Array, "B K S"]  # what was encoded
+
+  def reshape(self, b: int, k: int) -> "Memory":
+    """Returns the same for `b` questions of `k` documents."""
+    d = self.states.shape[-1]
+    return Memory(
+      self.states.reshape(b, k, -1, d),
+      self.mask.reshape(b, k, -1),
+      self.tokens.reshape(b, k, -1),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,21 +80,19 @@ class Plan:
     search: Search,
     params: PyTree,
     memory: Memory,
-    memory_mask: Mask,
-    memory_tokens: Tokens,
     key: Any,
   ) -> SearchState:
     """Returns the state before the first token, inside a traced function."""
     cache = self.generator.apply(
       {"params": params},
-      memory,
-      memory_mask,
-      memory_tokens,
+      memory.states,
+      memory.mask,
+      memory.tokens,
       search.width,
       self.settings.num_steps,
       method="init_cache",
     )
-    b, k = memory.shape[:2]
+    b, k = memory.tokens.shape[:2]
     return search.start(cache, b, k, key)
 
 
@@ -87,16 +102,17 @@ def encode(
   params: PyTree,
   context_tokens: Int[Array, "B K C"],
   context_mask: Bool[Array, "B K C"],
-) -> Float[Array, "B K C D"]:
+) -> Memory:
   """Returns the encoder's output for each context."""
   b, k, c = context_tokens.shape
-  memory = generator.apply(
+  states = generator.apply(
     {"params": params},
     context_tokens.reshape(b * k, c),
     context_mask.reshape(b * k, c),
     method="encode",
   )
-  return jnp.asarray(memory).reshape(b, k, c, -1)
+  states = jnp.asarray(states).reshape(b, k, c, -1)
+  return Memory(states, context_mask, context_tokens)
 
 
 @jax.jit
@@ -122,14 +138,12 @@ def decode(
   trie: PrefixTrie | None,
   doc_scores: Float[Array, "B K"],
   memory: Memory,
-  memory_mask: Mask,
-  memory_tokens: Tokens,
   key: Any,
 ) -> Generated:
   """Searches with all documents of a question together."""
   prior = doc_log_prior(doc_scores)
   search = plan.search(params, prior, trie)
-  state = plan.start(search, params, memory, memory_mask, memory_tokens, key)
+  state = plan.start(search, params, memory, key)
   state = search.advance(state, plan.settings.num_steps)
   return summarize(search.finish(state), prior)
 
@@ -139,14 +153,12 @@ def begin(
   plan: Plan,
   params: PyTree,
   memory: Memory,
-  memory_mask: Mask,
-  memory_tokens: Tokens,
   key: Any,
   trie: PrefixTrie | None,
 ) -> SearchState:
   """Returns the state of `decode` before the first token."""
   search = plan.search(params, None, trie)
-  return plan.start(search, params, memory, memory_mask, memory_tokens, key)
+  return plan.start(search, params, memory, key)
 
 
 # The state is donated: its cache is as large as the encoded contexts.
@@ -191,21 +203,12 @@ def find_candidates(
   params: PyTree,
   trie: PrefixTrie | None,
   memory: Memory,
-  memory_mask: Mask,
-  memory_tokens: Tokens,
   key: Any,
 ) -> Found:
   """Searches with each document alone; R = K * W, in the documents' order."""
-  b, k, s, d = memory.shape
+  b, k, _ = memory.tokens.shape
   search = plan.search(params, None, trie)
-  state = plan.start(
-    search,
-    params,
-    memory.reshape(b * k, 1, s, d),
-    memory_mask.reshape(b * k, 1, s),
-    memory_tokens.reshape(b * k, 1, s),
-    key,
-  )
+  state = plan.start(search, params, memory.reshape(b * k, 1), key)
   found = search.finish(search.advance(state, plan.settings.num_steps))
   return jax.tree.map(lambda x: x.reshape(b, -1, *x.shape[2:]), found)
 
@@ -220,27 +223,33 @@ def rank_without_pass(
   return rank_fast(doc_log_prior(doc_scores), candidates, settings)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+  """What a compiled ranking is made for."""
+
+  generator: Generator
+  settings: GenerationSettings
+  parity: HfParity | None = None
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def score_and_rank(
-  generator: Generator,
-  settings: GenerationSettings,
-  parity: HfParity | None,
+  ranking: Ranking,
   params: PyTree,
   doc_scores: Float[Array, "B K"],
   memory: Memory,
-  memory_mask: Mask,
-  memory_tokens: Tokens,
   candidates: Found,
   tree: CandidateTree,
 ) -> Generated:
   """Scores every candidate under every document, and ranks them."""
+  generator = ranking.generator
   scored: Any = generator.apply(
     {"params": params},
     tree,
     candidates.tokens,
-    memory,
-    memory_mask,
-    memory_tokens,
+    memory.states,
+    memory.mask,
+    memory.tokens,
     method=score_tree,
   )
   return rank_thorough(
@@ -248,7 +257,7 @@ def score_and_rank(
     candidates,
     scored[0],
     scored[1],
-    settings,
-    generator.vocab_size,
-    parity,
+    ranking.settings,
+    generator.config.vocab_size,
+    ranking.parity,
   )

@@ -19,7 +19,9 @@ import numpy as np
 from rag_jax.decoding import plan as compiled
 from rag_jax.decoding.candidates import build_tree
 from rag_jax.decoding.logits import PrefixTrie
+from rag_jax.decoding.plan import Memory
 from rag_jax.decoding.plan import Plan
+from rag_jax.decoding.plan import Ranking
 from rag_jax.decoding.ranking import Generated
 from rag_jax.decoding.ranking import HfParity
 from rag_jax.decoding.settings import GenerationSettings
@@ -42,9 +44,7 @@ class Prepared:
 
   params: PyTree  # of the generator
   doc_scores: Float[Array, "B K"]
-  memory: Float[Array, "B K S D"]
-  memory_mask: Bool[Array, "B K S"]
-  memory_tokens: Int[Array, "B K S"]
+  memory: Memory
 
 
 class RagDecoder:
@@ -85,7 +85,7 @@ class RagDecoder:
         " Choose one."
       )
     if settings.decoder_start_token_id is None:
-      start = generator.decoder_start_id
+      start = generator.config.decoder_start_id
       settings = dataclasses.replace(settings, decoder_start_token_id=start)
     self.mode = mode
     self.settings = settings
@@ -97,21 +97,23 @@ class RagDecoder:
       searched = dataclasses.replace(
         searched, num_return_sequences=settings.num_beams
       )
-    learned = generator.positions == "learned"
+    sizes = generator.config
+    learned = sizes.positions == "learned"
     searched.validate(
-      vocab_size=generator.vocab_size,
-      max_positions=generator.max_positions if learned else 0,
+      vocab_size=sizes.vocab_size,
+      max_positions=sizes.max_positions if learned else 0,
     )
     self.plan = Plan(
       generator, searched, mode == "rag_token", hf_parity is not None
     )
     # Only what ranking depends on, so that many searches share one program.
-    self._ranking = GenerationSettings(
+    ranked = GenerationSettings(
       num_return_sequences=settings.num_return_sequences,
       do_deduplication=settings.do_deduplication,
       pad_token_id=settings.pad_id,
       bos_token_id=settings.bos_token_id,
     )
+    self._ranking = Ranking(generator, ranked, hf_parity)
 
   def __call__(
     self,
@@ -141,14 +143,14 @@ class RagDecoder:
     if self.mode == "rag_sequence":
       return self._thorough(params, inputs, key)
     batch = self.prepare(params, *inputs)
-    rows = batch.memory, batch.memory_mask, batch.memory_tokens, key
     if self.mode == "rag_sequence_fast":
       found = compiled.find_candidates(
-        self.plan, batch.params, self.trie, *rows
+        self.plan, batch.params, self.trie, batch.memory, key
       )
-      return compiled.rank_without_pass(self._ranking, batch.doc_scores, found)
+      ranked = self._ranking.settings
+      return compiled.rank_without_pass(ranked, batch.doc_scores, found)
     return compiled.decode(
-      self.plan, batch.params, self.trie, batch.doc_scores, *rows
+      self.plan, batch.params, self.trie, batch.doc_scores, batch.memory, key
     )
 
   def key(self, seed: int | None = None) -> Array:
@@ -172,11 +174,9 @@ class RagDecoder:
       scores, tokens, mask = compiled.best_doc(scores, tokens, mask)
     memory = compiled.encode(self.plan.generator, params, tokens, mask)
     if self.mode == "fid":  # the contexts joined to a single long one
-      b, _, _, d = memory.shape
-      memory = memory.reshape(b, 1, -1, d)
-      mask, tokens = mask.reshape(b, 1, -1), tokens.reshape(b, 1, -1)
-      scores = jnp.zeros((b, 1))
-    return Prepared(params, scores, memory, mask, tokens)
+      b = len(tokens)
+      memory, scores = memory.reshape(b, 1), jnp.zeros((b, 1))
+    return Prepared(params, scores, memory)
 
   def _check_docs(self, num_retrieved: int) -> int:
     """Returns how many of the retrieved documents are read."""
@@ -204,32 +204,23 @@ class RagDecoder:
     ranked = (parity and parity.n_docs) or num_docs
     scores, tokens, mask = (_first(x, max(num_docs, ranked)) for x in inputs)
     memory = compiled.encode(generator, params, tokens, mask)
-    searched, searched_mask = memory, mask
+    searched = memory
     if parity:
-      searched_mask = jnp.ones_like(mask)
-      searched = compiled.encode(generator, params, tokens, searched_mask)
+      everything = jnp.ones_like(mask)
+      searched = compiled.encode(generator, params, tokens, everything)
+    searched = jax.tree.map(lambda x: _first(x, num_docs), searched)
     found = compiled.find_candidates(
-      self.plan,
-      params,
-      self.trie,
-      _first(searched, num_docs),
-      _first(searched_mask, num_docs),
-      _first(tokens, num_docs),
-      key,
+      self.plan, params, self.trie, searched, key
     )
     written, lengths = to_host(found.tokens), to_host(found.lengths)
     if parity:  # Hugging Face may count tokens after the end
       longest = lengths.max(axis=1, keepdims=True)
       lengths = np.broadcast_to(longest, lengths.shape)
     return compiled.score_and_rank(
-      generator,
       self._ranking,
-      parity,
       params,
       _first(scores, ranked),
-      _first(memory, ranked),
-      _first(mask, ranked),
-      _first(tokens, ranked),
+      jax.tree.map(lambda x: _first(x, ranked), memory),
       found,
       build_tree(written, lengths, self.settings.start_id),
     )

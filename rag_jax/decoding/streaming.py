@@ -73,8 +73,6 @@ def stream(
     decoder.plan,
     batch.params,
     batch.memory,
-    batch.memory_mask,
-    batch.memory_tokens,
     decoder.key(seed),
     decoder.trie,
   )

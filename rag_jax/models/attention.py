@@ -13,6 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
+from rag_jax.config import TransformerConfig
+from rag_jax.models.partitioning import INIT_STD
 from rag_jax.models.partitioning import named
 
 # The axis names "B T S D N H" are those of DESIGN: here B may stand for B*K.
@@ -120,70 +122,59 @@ class Attention(nn.Module):
   `relative_bias` [buckets, N] if it has relative positions of its own.
   """
 
-  num_heads: int
-  head_dim: int
-  embed_dim: int  # D of the output
-  use_bias: bool = True  # of the four kernels
-  scale_logits: bool = True  # divide by sqrt(H); T5 does not
-  relative_buckets: int = 0  # of its own relative positions; 0 = none
-  relative_max_distance: int = 128
+  config: TransformerConfig
   start: str = "normal"  # or "previous", "previous again", "copy": see above
-  kernel_std: float = 0.02  # of a fresh kernel; BERT's and BART's
-  out_init_scale: float = 1.0  # times kernel_std, of the `out` kernel
-  dropout: float = 0.0  # of what each key weighs
+  out_init_scale: float = 1.0  # times INIT_STD, of the `out` kernel
   dtype: DTypeLike = jnp.bfloat16  # of activations and matmuls
-  param_dtype: DTypeLike = jnp.float32  # of what the optimizer sees
 
   def setup(self):
+    c = self.config
     dense = functools.partial(
-      nn.DenseGeneral,
-      use_bias=self.use_bias,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+      nn.DenseGeneral, use_bias=c.use_bias, dtype=self.dtype
     )
-    heads = functools.partial(dense, features=(self.num_heads, self.head_dim))
-    self.drop = nn.Dropout(self.dropout)
+    heads = functools.partial(dense, features=(c.num_heads, c.head_size))
+    self.drop = nn.Dropout(c.attention_dropout)
     inits = self._inits()
     axes = ("embed", "heads", "head_dim")
     self.query = heads(kernel_init=named(inits["query"], *axes))
     self.key = heads(kernel_init=named(inits["key"], *axes))
     self.value = heads(kernel_init=named(inits["value"], *axes))
     self.out = dense(
-      features=self.embed_dim,
+      features=c.embed_dim,
       axis=(-2, -1),
       kernel_init=named(inits["out"], *axes[1:], "embed"),
     )
-    if self.relative_buckets:
+    if c.relative_buckets:
       self.relative_bias = self.param(
         "relative_bias",
         named(inits["bias"], "position", "heads"),
-        (self.relative_buckets, self.num_heads),
-        self.param_dtype,
+        (c.relative_buckets, c.num_heads),
       )
 
   def _inits(self) -> dict[str, Any]:
     """Returns the initializer of each kernel."""
-    normal = nn.initializers.normal(self.kernel_std)
+    dim = self.config.embed_dim
+    normal = nn.initializers.normal(INIT_STD)
     inits: dict[str, Any] = dict.fromkeys(("query", "key", "value"), normal)
-    inits["out"] = nn.initializers.normal(self.kernel_std * self.out_init_scale)
+    inits["out"] = nn.initializers.normal(INIT_STD * self.out_init_scale)
     inits["bias"] = nn.initializers.zeros
     # Logits that are not divided by sqrt(H) start as if they were.
-    root = 1.0 if self.scale_logits else self.head_dim**-0.5
+    c = self.config
+    root = 1.0 if c.scale_attention else c.head_size**-0.5
     if self.start == "normal":
-      inits["query"] = nn.initializers.normal(self.kernel_std * root)
+      inits["query"] = nn.initializers.normal(INIT_STD * root)
     elif self.start in ("previous", "previous again"):
       # Rolled: what stands before goes where the token itself is not. The norm
       # made it sqrt(D) long; it is added with the length of a token.
-      dim = self.embed_dim
       roll = dim // 2 if self.start == "previous" else dim // 4
-      inits["query"] = nn.initializers.normal(self.kernel_std * root)
+      inits["query"] = nn.initializers.normal(INIT_STD * root)
       inits["value"] = identity_init
       inits["out"] = rolled_identity(dim**-0.5, roll)
       inits["bias"] = previous_bias_init
     else:
       # `key` undoes the roll of "previous".
       inits["query"] = rolled_identity(root * _COPY_LOGIT**0.5, 0)
-      inits["key"] = rolled_identity(_COPY_LOGIT**0.5, -(self.embed_dim // 2))
+      inits["key"] = rolled_identity(_COPY_LOGIT**0.5, -(dim // 2))
       inits["value"] = inits["out"] = identity_init
     return inits
 
@@ -206,21 +197,22 @@ class Attention(nn.Module):
     Where nothing may be looked at, as in a row that is padding alone, it is
     zero, as in transformers; T5 has the mean of all that is masked there.
     """
+    c = self.config
     query = self.query(x)  # B T N H
-    if self.scale_logits:
-      query *= self.head_dim**-0.5
+    if c.scale_attention:
+      query *= c.head_size**-0.5
     # Softmax in float32: bfloat16 keeps 8 bits of mantissa.
     attn_logits = jnp.einsum(
       "BTNH,BNHS->BNTS", query, key, preferred_element_type=jnp.float32
     )
     if bias is not None:
       attn_logits += bias
-    if self.relative_buckets:
+    if c.relative_buckets:
       offset = jnp.arange(key.shape[-1]) - jnp.arange(x.shape[1])[:, None]
       attn_logits += relative_bias(
         self.relative_bias,
         offset[None],
-        self.relative_max_distance,
+        c.relative_max_distance,
         bidirectional=True,
       )
     attn_logits = jnp.where(
@@ -229,7 +221,7 @@ class Attention(nn.Module):
     attn_probs = jax.nn.softmax(attn_logits, axis=-1).astype(self.dtype)
     attn_probs = self.drop(attn_probs, deterministic=deterministic)
     mixed = jnp.einsum("BNTS,BNSH->BTNH", attn_probs, value)
-    if self.scale_logits:  # T5 keeps the mean
+    if c.scale_attention:  # T5 keeps the mean
       mixed = jnp.where(jnp.any(mask, axis=-1)[..., None, None], mixed, 0.0)
     return self.out(mixed)
 

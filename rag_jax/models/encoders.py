@@ -1,5 +1,6 @@
 """The retriever's tower: tokens of a question or passage to one embedding."""
 
+import dataclasses
 import functools
 
 from flax import linen as nn
@@ -8,13 +9,24 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from rag_jax.config import EncoderConfig
+from rag_jax.config import TransformerConfig
 from rag_jax.models.attention import identity_init
 from rag_jax.models.layers import TransformerLayer
 from rag_jax.models.layers import check_positions
+from rag_jax.models.partitioning import INIT_STD
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 from rag_jax.models.partitioning import named
 from rag_jax.models.partitioning import split_table
+
+
+def layer_config(config: EncoderConfig) -> TransformerConfig:
+  """Returns a layer of the tower: BART's where the tower has no choice."""
+  names = {field.name for field in dataclasses.fields(TransformerConfig)}
+  names &= {field.name for field in dataclasses.fields(config)}
+  layer = TransformerConfig(**{name: getattr(config, name) for name in names})
+  return layer.frozen()
 
 
 class RetrieverEncoder(nn.Module):
@@ -27,31 +39,14 @@ class RetrieverEncoder(nn.Module):
   before a projection's bias; where the first state is the embedding ("cls",
   "pooler"), it is that of the first padding token alone, as in DPR.
 
-  Fields as in `config.EncoderConfig`.
-
   Params: `token_embedding` [V, D]; with layers `position_embedding`,
   `token_type_embedding` if there are types, `embedding_norm`, `layer_0` and on;
   `pooler` kernel [D, D] if there is one; `pooling` kernel [D, 1] if pooling is
   learned; `projection` kernel [D, R] if projection_dim is not 0.
   """
 
-  vocab_size: int
-  num_layers: int
-  embed_dim: int
-  num_heads: int
-  mlp_dim: int
-  max_positions: int
-  activation: str = "gelu"
-  norm_eps: float = 1e-12  # BERT's
-  num_token_types: int = 0  # BERT's segments; every token gets the first
-  pooler: bool = False  # its parameters exist, also where they are not used
-  pooling: str = "cls"  # "cls", "mean", "max", "pooler" or "learned"
-  projection_dim: int = 0  # R; 0 = no projection, R = D
-  normalize: bool = False  # divide by the L2 norm
-  dropout: float = 0.0
-  attention_dropout: float = 0.0
+  config: EncoderConfig  # with its `vocab_size` and `max_positions`
   dtype: DTypeLike = jnp.bfloat16
-  param_dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(
@@ -61,69 +56,57 @@ class RetrieverEncoder(nn.Module):
     deterministic: bool = True,
   ) -> Float[Array, "N R"]:
     """Returns one float32 embedding a row."""
-    embed = functools.partial(
-      nn.Embed, features=self.embed_dim, param_dtype=self.param_dtype
-    )
-    # With layers BERT's std of 0.02, which the norm undoes; without, unit
-    # vectors on average, so that pooled embeddings do not start near zero.
-    std = 0.02 if self.num_layers else self.embed_dim**-0.5
+    c = self.config
+    embed = functools.partial(nn.Embed, features=c.embed_dim)
+    # With layers BERT's, which the norm undoes; without, unit vectors on
+    # average, so that pooled embeddings do not start near zero.
+    std = INIT_STD if c.num_layers else c.embed_dim**-0.5
     table = embed(
-      self.vocab_size,
+      c.vocab_size,
       embedding_init=named(nn.initializers.normal(std), "vocab", "embed"),
       name="token_embedding",
     ).embedding
     table = jnp.asarray(table)  # parameters may be those of a file
     x = jnp.take(split_table(table), tokens, axis=0)
     x = x.astype(self.dtype)  # N L D
-    if self.num_layers:
-      check_positions(
-        tokens.shape[1], self.max_positions, "Questions or passages"
-      )
+    if c.num_layers:
+      check_positions(tokens.shape[1], c.max_positions, "Questions or passages")
       x += embed(
-        self.max_positions,
+        c.max_positions,
         embedding_init=dense_init("position", "embed"),
         name="position_embedding",
       )(jnp.arange(tokens.shape[1])).astype(self.dtype)
-      if self.num_token_types:
+      if c.num_token_types:
         x += embed(
-          self.num_token_types,
+          c.num_token_types,
           embedding_init=dense_init("position", "embed"),
           name="token_type_embedding",
         )(jnp.zeros_like(tokens)).astype(self.dtype)
       x = nn.LayerNorm(
-        epsilon=self.norm_eps,
+        epsilon=c.norm_eps,
         dtype=self.dtype,
-        param_dtype=self.param_dtype,
         name="embedding_norm",
       )(x)
-    x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+    x = nn.Dropout(c.dropout)(x, deterministic=deterministic)
     x = constrain(x, "batch", "length", "embed")
-    for i in range(self.num_layers):
+    layer = layer_config(c)
+    for i in range(c.num_layers):
       x = TransformerLayer(
-        embed_dim=self.embed_dim,
-        num_heads=self.num_heads,
-        head_dim=self.embed_dim // self.num_heads,
-        mlp_dim=self.mlp_dim,
-        activation=self.activation,
-        norm_eps=self.norm_eps,
-        dropout=self.dropout,
-        attention_dropout=self.attention_dropout,
+        layer,
         dtype=self.dtype,
-        param_dtype=self.param_dtype,
         name=f"layer_{i}",
       )(x, mask[:, None, :], deterministic=deterministic)
     pooled = self._pool(x.astype(jnp.float32), mask)  # N D
-    if self.projection_dim:
-      square = self.projection_dim == self.embed_dim
+    if c.projection_dim:
+      square = c.projection_dim == c.embed_dim
       # The identity: a fresh projection changes nothing until it is trained.
-      init = identity_init if square else nn.initializers.normal(0.02)
+      init = identity_init if square else nn.initializers.normal(INIT_STD)
       pooled = nn.Dense(
-        self.projection_dim,
+        c.projection_dim,
         kernel_init=named(init, "embed", "retrieval"),
-        param_dtype=self.param_dtype,
         name="projection",
       )(pooled)
-    if self.normalize:
+    if c.normalize:
       # The bound is inside the root, whose gradient at zero is infinite.
       norm_squared = jnp.sum(pooled**2, axis=-1, keepdims=True)
       pooled = pooled / jnp.sqrt(jnp.maximum(norm_squared, 1e-12))
@@ -132,29 +115,28 @@ class RetrieverEncoder(nn.Module):
   def _pool(
     self, x: Float[Array, "N L D"], mask: Bool[Array, "N L"]
   ) -> Float[Array, "N D"]:
-    if self.pooler:
+    c = self.config
+    if c.pooler:
       # Always made: checkpoints of BERT hold it, whatever is pooled.
       pooler = nn.Dense(
-        self.embed_dim,
+        c.embed_dim,
         kernel_init=dense_init("embed", "retrieval"),
-        param_dtype=self.param_dtype,
         name="pooler",
       )(x[:, 0])
-      if self.pooling == "pooler":
+      if c.pooling == "pooler":
         return jnp.tanh(pooler)
-    if self.pooling == "cls":
+    if c.pooling == "cls":
       return x[:, 0]
     real = jnp.any(mask, axis=1, keepdims=True)  # N 1
-    if self.pooling == "max":
+    if c.pooling == "max":
       least = jnp.finfo(x.dtype).min
       pooled = jnp.max(jnp.where(mask[..., None], x, least), axis=1)
       return jnp.where(real, pooled, 0.0)
     weight_logits = jnp.zeros(mask.shape)
-    if self.pooling == "learned":
+    if c.pooling == "learned":
       weight_logits = nn.Dense(
         1,
         kernel_init=named(nn.initializers.zeros, "embed", "retrieval"),
-        param_dtype=self.param_dtype,
         name="pooling",
       )(x)[..., 0]
     weight_logits = jnp.where(

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from rag_jax.config import GeneratorConfig
 from rag_jax.models.layers import check_positions
+from rag_jax.models.partitioning import INIT_STD
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 from rag_jax.models.partitioning import named
@@ -34,139 +36,64 @@ from rag_jax.models.stack import Stack
 class Generator(nn.Module):
   """A bidirectional encoder and a causal decoder with shared embeddings.
 
-  Fields as in `config.GeneratorConfig`.
-
   Params: `token_embedding` [V, D], shared by encoder, decoder and, if tied, the
   output; `lm_head` [V, D] otherwise; `encoder` and `decoder`;
   `final_logits_bias` [V], which BART holds at zero; `pointer`, if it copies.
   """
 
-  vocab_size: int
-  num_layers: int
-  embed_dim: int
-  num_heads: int
-  mlp_dim: int
-  max_positions: int
-  decoder_start_id: int  # what the decoder reads before the first token
-  num_decoder_layers: int = 0
-  num_decoder_heads: int = 0
-  head_dim: int = 0
-  decoder_mlp_dim: int = 0
-  activation: str = "gelu"
-  gated: bool = False
-  norm: str = "post"
-  norm_kind: str = "layer"
-  norm_eps: float = 1e-5
-  use_bias: bool = True
-  embedding_norm: bool = True
-  scale_embedding: bool = False
-  positions: str = "learned"
-  position_offset: int = 2
-  position_init: str = "normal"
-  relative_buckets: int = 0
-  relative_max_distance: int = 128
-  relative_shared: bool = False
-  scale_attention: bool = True
-  tied_output: bool = True
-  scale_output: bool = False
-  logits_bias: bool = True
-  pointer: bool = False
-  copy_init: bool = False  # attention starts by copying
-  dropout: float = 0.0
-  attention_dropout: float = 0.0
-  activation_dropout: float = 0.0
+  config: GeneratorConfig  # with its `vocab_size` and `decoder_start_id`
   dtype: DTypeLike = jnp.bfloat16
-  param_dtype: DTypeLike = jnp.float32
 
   def setup(self):
-    std = self.embed_dim**-0.5 if self.copy_init else 0.02
-    self.token_embedding = nn.Embed(
-      self.vocab_size,
-      self.embed_dim,
-      embedding_init=named(nn.initializers.normal(std), "vocab", "embed"),
-      param_dtype=self.param_dtype,
+    c = self.config
+    std = c.embed_dim**-0.5 if c.init == "copy" else INIT_STD
+    table = functools.partial(nn.Embed, c.vocab_size, c.embed_dim)
+    self.token_embedding = table(
+      embedding_init=named(nn.initializers.normal(std), "vocab", "embed")
     )
-    stack = functools.partial(
-      Stack,
-      embed_dim=self.embed_dim,
-      max_positions=self.max_positions if self.positions == "learned" else 0,
-      position_offset=self.position_offset,
-      position_init=self.position_init,
-      activation=self.activation,
-      gated=self.gated,
-      norm=self.norm,
-      norm_kind=self.norm_kind,
-      norm_eps=self.norm_eps,
-      use_bias=self.use_bias,
-      embedding_norm=self.embedding_norm,
-      relative_buckets=self.relative_buckets,
-      relative_max_distance=self.relative_max_distance,
-      relative_shared=self.relative_shared,
-      scale_attention=self.scale_attention,
-      copy_init=self.copy_init,
-      dropout=self.dropout,
-      attention_dropout=self.attention_dropout,
-      activation_dropout=self.activation_dropout,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
+    self.encoder = Stack(c, cross=False, dtype=self.dtype)
+    decoder = c.frozen(
+      num_layers=c.num_decoder_layers or c.num_layers,
+      num_heads=c.num_decoder_heads or c.num_heads,
+      mlp_dim=c.decoder_mlp_dim or c.mlp_dim,
     )
-    decoder_heads = self.num_decoder_heads or self.num_heads
-    self.encoder = stack(
-      num_layers=self.num_layers,
-      num_heads=self.num_heads,
-      head_dim=self.head_dim or self.embed_dim // self.num_heads,
-      mlp_dim=self.mlp_dim,
-      cross=False,
-    )
-    self.decoder = stack(
-      num_layers=self.num_decoder_layers or self.num_layers,
-      num_heads=decoder_heads,
-      head_dim=self.head_dim or self.embed_dim // decoder_heads,
-      mlp_dim=self.decoder_mlp_dim or self.mlp_dim,
-      cross=True,
-    )
-    if not self.tied_output:
-      self.lm_head = nn.Embed(
-        self.vocab_size,
-        self.embed_dim,
-        embedding_init=dense_init("vocab", "embed"),
-        param_dtype=self.param_dtype,
-      )
-    if self.logits_bias:
+    self.decoder = Stack(decoder, cross=True, dtype=self.dtype)
+    if not c.tied_output:
+      self.lm_head = table(embedding_init=dense_init("vocab", "embed"))
+    if c.logits_bias:
       self.final_logits_bias = self.param(
         "final_logits_bias",
         named(nn.initializers.zeros, "vocab"),
-        (self.vocab_size,),
-        self.param_dtype,
+        (c.vocab_size,),
       )
-
-    if self.pointer:
-      self.copier = Pointer(
-        self.embed_dim, dtype=self.dtype, param_dtype=self.param_dtype
-      )
+    if c.pointer:
+      self.copier = Pointer(c.embed_dim, dtype=self.dtype)
 
   def _check_positions(self, length: int, what: str) -> None:
-    learned = self.positions == "learned"
-    check_positions(length, self.max_positions if learned else 0, what)
+    c = self.config
+    learned = c.positions == "learned"
+    check_positions(length, c.max_positions if learned else 0, what)
 
   def _embed(self, tokens: Int[Array, "N T"]) -> Float[Array, "N T D"]:
     table = split_table(self.token_embedding.embedding)
     x = jnp.take(table, tokens, axis=0).astype(self.dtype)
-    return x * self.embed_dim**0.5 if self.scale_embedding else x
+    c = self.config
+    return x * c.embed_dim**0.5 if c.scale_embedding else x
 
   def output_table(self) -> Float[Array, "V D"]:
     """Returns the vectors whose inner products with the states are logits."""
-    tied = self.tied_output
+    tied = self.config.tied_output
     table = (self.token_embedding if tied else self.lm_head).embedding
     return split_table(table)
 
   def output_states(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
     """Returns the states that `output_table` is compared with."""
-    return x * self.embed_dim**-0.5 if self.scale_output else x
+    c = self.config
+    return x * c.embed_dim**-0.5 if c.scale_output else x
 
   def output_bias(self) -> Float[Array, "V"] | None:
     """Returns what is added to the logits, if anything is."""
-    return self.final_logits_bias if self.logits_bias else None
+    return self.final_logits_bias if self.config.logits_bias else None
 
   def logits(
     self, x: Float[Array, "N T D"], copy: Copy | None = None
@@ -229,7 +156,7 @@ class Generator(nn.Module):
       context_mask[:, None, :],
       deterministic=deterministic,
     )
-    if not self.pointer:
+    if not self.config.pointer:
       return states, None
     source = self.copier.source(context_tokens, context_mask, memory)
     return states, self.copier(states, inputs, source)
@@ -238,7 +165,7 @@ class Generator(nn.Module):
     """Returns what the decoder reads to predict the target."""
     return jnp.pad(
       target_tokens[:, :-1], ((0, 0), (1, 0)),
-      constant_values=self.decoder_start_id,
+      constant_values=self.config.decoder_start_id,
     )  # fmt: skip
 
   def __call__(
@@ -275,7 +202,7 @@ class Generator(nn.Module):
       num_steps: T, as many tokens can be decoded.
     """
     cache = self.decoder.init_cache(memory, memory_mask, num_beams, num_steps)
-    if not self.pointer:
+    if not self.config.pointer:
       return cache
     b, k, s, d = memory.shape
     source = self.copier.source(
@@ -296,7 +223,7 @@ class Generator(nn.Module):
     b, w = tokens.shape
     before, copy = cache.pointer, None
     x, cache = self.decoder.step(self._embed(tokens), position, cache)
-    if self.pointer:
+    if self.config.pointer:
       assert before is not None
       k = len(x) // b
       read = jnp.repeat(tokens, k, axis=0)
@@ -335,7 +262,7 @@ class Generator(nn.Module):
     states = self.decoder(
       self._embed(tokens), seen, depths, memory, mask[:, None]
     )
-    if not self.pointer:
+    if not self.config.pointer:
       return states, None
     source = self.copier.source(memory_tokens.reshape(b * k, s), mask, memory)
     return states, self.copier.tree(states, tokens, depths, seen, source)

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from rag_jax.config import TransformerConfig
 from rag_jax.models.attention import Attention
+from rag_jax.models.partitioning import INIT_STD
 from rag_jax.models.partitioning import dense_init
 
 # The axis names "B T S D N H" are those of DESIGN: here B may stand for B*K.
@@ -49,12 +51,13 @@ def check_positions(length: int, max_positions: int, what: str) -> None:
 Norm = nn.LayerNorm | nn.RMSNorm
 
 
-def make_norm(kind: str, **kwargs: Any) -> Norm:
+def make_norm(config: TransformerConfig, **kwargs: Any) -> Norm:
   """Returns a layer norm, or the one without mean and bias that T5 has.
 
   Both compute in float32 and hand on `dtype`.
   """
-  return {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[kind](**kwargs)
+  kind = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[config.norm_kind]
+  return kind(epsilon=config.norm_eps, **kwargs)
 
 
 class Mlp(nn.Module):
@@ -64,39 +67,28 @@ class Mlp(nn.Module):
   multiplies `up` (Shazeer 2020, https://arxiv.org/abs/2002.05202).
   """
 
-  mlp_dim: int
-  activation: str  # a key of ACTIVATIONS
-  gated: bool = False
-  use_bias: bool = True
-  kernel_std: float = 0.02
+  config: TransformerConfig
   out_init_scale: float = 1.0
-  dropout: float = 0.0  # between the layers
   dtype: DTypeLike = jnp.bfloat16
-  param_dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "B T D"], deterministic: bool = True
   ) -> Float[Array, "B T D"]:
-    dense = functools.partial(
-      nn.Dense,
-      use_bias=self.use_bias,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )
+    c = self.config
+    dense = functools.partial(nn.Dense, use_bias=c.use_bias, dtype=self.dtype)
     wide = functools.partial(
-      dense,
-      self.mlp_dim,
-      kernel_init=dense_init("embed", "mlp", std=self.kernel_std),
+      dense, c.mlp_dim, kernel_init=dense_init("embed", "mlp")
     )
-    act = ACTIVATIONS[self.activation]
+    act = ACTIVATIONS[c.activation]
     hidden = wide(name="up")(x)  # B T F
-    hidden = act(wide(name="gate")(x)) * hidden if self.gated else act(hidden)
-    hidden = nn.Dropout(self.dropout)(hidden, deterministic=deterministic)
+    hidden = act(wide(name="gate")(x)) * hidden if c.gated else act(hidden)
+    drop = nn.Dropout(c.activation_dropout)
+    hidden = drop(hidden, deterministic=deterministic)
     return dense(
       x.shape[-1],
       kernel_init=dense_init(
-        "mlp", "embed", std=self.kernel_std * self.out_init_scale
+        "mlp", "embed", std=INIT_STD * self.out_init_scale
       ),
       name="down",
     )(hidden)
@@ -122,86 +114,41 @@ class LayerCache:
 class TransformerLayer(nn.Module):
   """Self-attention, cross-attention in a decoder, and an MLP.
 
-  Each is a residual block; `norm` says whether its norm comes after the sum
-  ("post": BERT, BART) or before the block ("pre": T5).
+  Each is a residual block; `config.norm` says whether its norm comes after the
+  sum ("post": BERT, BART) or before the block ("pre": T5).
   """
 
-  embed_dim: int
-  num_heads: int
-  head_dim: int
-  mlp_dim: int
-  activation: str = "gelu"
-  gated: bool = False
-  norm: str = "post"
-  norm_kind: str = "layer"  # or "rms"
-  norm_eps: float = 1e-5
-  use_bias: bool = True
-  scale_attention: bool = True
+  config: TransformerConfig  # whose relative positions are of self-attention
   cross: bool = False  # a decoder layer
-  relative_buckets: int = 0  # of self-attention, its own
-  relative_max_distance: int = 128
   self_start: str = "normal"  # of self-attention; see Attention
   cross_start: str = "normal"
-  kernel_std: float = 0.02
   out_init_scale: float = 1.0  # of what self-attention and MLP add
-  dropout: float = 0.0
-  attention_dropout: float = 0.0
-  activation_dropout: float = 0.0
   dtype: DTypeLike = jnp.bfloat16
-  param_dtype: DTypeLike = jnp.float32
 
   def setup(self):
-    attention = functools.partial(
-      Attention,
-      num_heads=self.num_heads,
-      head_dim=self.head_dim,
-      embed_dim=self.embed_dim,
-      use_bias=self.use_bias,
-      scale_logits=self.scale_attention,
-      dropout=self.attention_dropout,
-      kernel_std=self.kernel_std,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )
-    norm = functools.partial(
-      make_norm,
-      self.norm_kind,
-      epsilon=self.norm_eps,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )
-    self.self_attention = attention(
-      relative_buckets=self.relative_buckets,
-      relative_max_distance=self.relative_max_distance,
-      start=self.self_start,
-      out_init_scale=self.out_init_scale,
+    c = self.config
+    norm = functools.partial(make_norm, c, dtype=self.dtype)
+    self.self_attention = Attention(
+      c, self.self_start, self.out_init_scale, dtype=self.dtype
     )
     self.self_attention_norm = norm()
     if self.cross:
-      self.cross_attention = attention(start=self.cross_start)
+      self.cross_attention = Attention(
+        c.frozen(relative_buckets=0), self.cross_start, dtype=self.dtype
+      )
       self.cross_attention_norm = norm()
-    self.mlp = Mlp(
-      mlp_dim=self.mlp_dim,
-      activation=self.activation,
-      gated=self.gated,
-      use_bias=self.use_bias,
-      kernel_std=self.kernel_std,
-      out_init_scale=self.out_init_scale,
-      dropout=self.activation_dropout,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )
+    self.mlp = Mlp(c, self.out_init_scale, dtype=self.dtype)
     self.mlp_norm = norm()
-    self.drop = nn.Dropout(self.dropout)
+    self.drop = nn.Dropout(c.dropout)
 
   def _before(self, x: Array, norm: Norm) -> Array:
-    return norm(x) if self.norm == "pre" else x
+    return norm(x) if self.config.norm == "pre" else x
 
   def _after(
     self, x: Array, update: Array, norm: Norm, deterministic: bool
   ) -> Array:
     x = x + self.drop(update, deterministic=deterministic)
-    return norm(x) if self.norm == "post" else x
+    return norm(x) if self.config.norm == "post" else x
 
   def __call__(
     self,
@@ -235,10 +182,10 @@ class TransformerLayer(nn.Module):
   ) -> LayerCache:
     """Returns the cache before the first of `num_steps` tokens."""
     cross_key, cross_value = self.cross_attention.keys_values(memory)
-    rows, places = (len(memory), self.num_heads), num_steps * num_beams
+    rows, places = (len(memory), self.config.num_heads), num_steps * num_beams
     return LayerCache(
-      jnp.zeros((*rows, self.head_dim, places), self.dtype),
-      jnp.zeros((*rows, places, self.head_dim), self.dtype),
+      jnp.zeros((*rows, self.config.head_size, places), self.dtype),
+      jnp.zeros((*rows, places, self.config.head_size), self.dtype),
       cross_key,
       cross_value,
     )

@@ -130,10 +130,13 @@ def named(
   return nn.with_logical_partitioning(init, axes)
 
 
+INIT_STD = 0.02  # of fresh kernels and tables, BERT's and BART's
+
+
 def dense_init(
-  *axes: LogicalAxis, std: float = 0.02
+  *axes: LogicalAxis, std: float = INIT_STD
 ) -> nn.initializers.Initializer:
-  """Returns a normal initializer, BERT's and BART's, its dimensions named."""
+  """Returns a normal initializer whose dimensions are named."""
   return named(nn.initializers.normal(std), *axes)
 
 

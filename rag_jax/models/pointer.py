@@ -144,7 +144,6 @@ class Pointer(nn.Module):
 
   embed_dim: int
   dtype: DTypeLike = jnp.bfloat16
-  param_dtype: DTypeLike = jnp.float32
 
   def setup(self):
     def dense(features: int, bias: bool, init: nn.initializers.Initializer):
@@ -153,7 +152,6 @@ class Pointer(nn.Module):
         use_bias=bias,
         kernel_init=init,
         dtype=self.dtype,
-        param_dtype=self.param_dtype,
       )
 
     square = dense_init("embed", "head_dim", std=self.embed_dim**-0.5)
@@ -165,9 +163,8 @@ class Pointer(nn.Module):
     self.mode = nn.Dense(
       2,
       kernel_init=square,
-      bias_init=lambda *_: jnp.array([0.0, _GOES_ON], self.param_dtype),
+      bias_init=lambda *_: jnp.array([0.0, _GOES_ON]),
       dtype=jnp.float32,
-      param_dtype=self.param_dtype,
     )
 
   def source(

@@ -1,10 +1,9 @@
 """Retriever and generator as one model: p(z|x) and p(y|x,z) from tokens.
 
-In: the arrays of a batch, by name. Out: doc_scores [B, K] and target_logits
+In: a batch. Out: doc_scores [B, K] and target_logits
 [B, K, T, V], which losses.py turns into -log p(y|x).
 """
 
-import dataclasses
 import typing
 
 from flax import linen as nn
@@ -17,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.generator import Generator
 from rag_jax.models.hybrid import HybridScores
@@ -115,94 +115,41 @@ class RagModel(nn.Module):
     tower = self.question_encoder if tower is None else tower
     return tower(passage_tokens, passage_mask, deterministic)
 
-  def __call__(
-    self,
-    context_tokens: Int[Array, "B K C"],
-    context_mask: Bool[Array, "B K C"],
-    target_tokens: Int[Array, "B T"],
-    question_tokens: Int[Array, "B Q"] | None = None,
-    question_mask: Bool[Array, "B Q"] | None = None,
-    doc_tokens: Int[Array, "B K L"] | None = None,
-    doc_mask: Bool[Array, "B K L"] | None = None,
-    doc_embeddings: Float[Array, "B K R"] | None = None,
-    bm25_scores: Float[Array, "B K"] | None = None,
-    deterministic: bool = True,
-  ) -> RagOutput:
+  def __call__(self, batch: RagBatch, deterministic: bool = True) -> RagOutput:
     """Returns the scores of K documents and the logits given each.
 
     Args:
-      context_tokens: question and passage as the generator reads them.
-      context_mask: True on real tokens.
-      target_tokens: the answer, ending in the end token, then padding.
-      question_tokens: for the question tower; None is closed book: one context
-        that holds the question alone, whose score is 0.
-      question_mask: True on real tokens.
-      doc_tokens: embedded with gradient, if given.
-      doc_mask: True on real tokens.
-      doc_embeddings: taken as they are, if `doc_tokens` is not given.
-      bm25_scores: of the documents; for a model with `hybrid`, and only for it.
+      batch: `doc_tokens` are embedded with gradient, `doc_embeddings` are taken
+        as they are. For closed book there is one context, which holds the
+        question alone; its score is 0.
       deterministic: no dropout.
     """
-    b, k, _ = context_tokens.shape
-    doc_scores = self.doc_scores(
-      (b, k),
-      question_tokens,
-      question_mask,
-      doc_tokens,
-      doc_mask,
-      doc_embeddings,
-      bm25_scores,
-      deterministic,
-    )
-    states, copy = self._states(
-      context_tokens, context_mask, target_tokens, deterministic
-    )
-    target_logits = self.generator.logits(states, copy)  # B*K T V
+    b, k, _ = batch.context_tokens.shape
+    doc_scores = self.doc_scores(batch, deterministic)
+    target_logits = self.generator.logits(*self._states(batch, deterministic))
     return RagOutput(
       doc_scores, target_logits.reshape(b, k, *target_logits.shape[1:])
     )
 
   def target_log_probs(
-    self,
-    context_tokens: Int[Array, "B K C"],
-    context_mask: Bool[Array, "B K C"],
-    target_tokens: Int[Array, "B T"],
-    question_tokens: Int[Array, "B Q"] | None = None,
-    question_mask: Bool[Array, "B Q"] | None = None,
-    doc_tokens: Int[Array, "B K L"] | None = None,
-    doc_mask: Bool[Array, "B K L"] | None = None,
-    doc_embeddings: Float[Array, "B K R"] | None = None,
-    bm25_scores: Float[Array, "B K"] | None = None,
-    deterministic: bool = True,
-    vocab_chunk: int = 0,
+    self, batch: RagBatch, deterministic: bool = True, vocab_chunk: int = 0
   ) -> RagLogProbs:
     """Returns what `__call__` does, of the target tokens alone.
 
     What training needs: of the logits [B, K, T, V], those of `vocab_chunk`
     tokens exist at a time (0: of all), forward and backward.
     """
-    b, k, _ = context_tokens.shape
-    doc_scores = self.doc_scores(
-      (b, k),
-      question_tokens,
-      question_mask,
-      doc_tokens,
-      doc_mask,
-      doc_embeddings,
-      bm25_scores,
-      deterministic,
-    )
-    states, copy = self._states(
-      context_tokens, context_mask, target_tokens, deterministic
-    )
+    b, k, _ = batch.context_tokens.shape
+    doc_scores = self.doc_scores(batch, deterministic)
+    states, copy = self._states(batch, deterministic)
     generator = self.generator
-    targets = jnp.repeat(target_tokens, k, axis=0)
+    targets = jnp.repeat(batch.target_tokens, k, axis=0)
     log_probs, mean = chunked_log_probs(
       generator.output_states(states),
       generator.output_table(),
       generator.output_bias(),
       targets,
-      vocab_chunk or generator.vocab_size,
+      vocab_chunk or generator.config.vocab_size,
     )
     if copy is not None:  # config_rules refuses label smoothing: `mean`
       log_probs = mix_targets(copy, log_probs, targets)
@@ -211,50 +158,42 @@ class RagModel(nn.Module):
     )
 
   def _states(
-    self,
-    context_tokens: Int[Array, "B K C"],
-    context_mask: Bool[Array, "B K C"],
-    target_tokens: Int[Array, "B T"],
-    deterministic: bool,
+    self, batch: RagBatch, deterministic: bool
   ) -> tuple[Float[Array, "BK T D"], Copy | None]:
-    b, k, c = context_tokens.shape
+    b, k, c = batch.context_tokens.shape
     return self.generator.states(
-      context_tokens.reshape(b * k, c),
-      context_mask.reshape(b * k, c),
-      jnp.repeat(target_tokens, k, axis=0),
+      batch.context_tokens.reshape(b * k, c),
+      batch.context_mask.reshape(b * k, c),
+      jnp.repeat(batch.target_tokens, k, axis=0),
       deterministic,
     )
 
   def doc_scores(
-    self,
-    shape: tuple[int, int],
-    question_tokens: Int[Array, "B Q"] | None,
-    question_mask: Bool[Array, "B Q"] | None,
-    doc_tokens: Int[Array, "B K L"] | None,
-    doc_mask: Bool[Array, "B K L"] | None,
-    doc_embeddings: Float[Array, "B K R"] | None,
-    bm25_scores: Float[Array, "B K"] | None,
-    deterministic: bool,
+    self, batch: RagBatch, deterministic: bool
   ) -> Float[Array, "B K"]:
-    """Returns doc_scores of `shape`; arguments as in `__call__`."""
-    if question_tokens is None:
+    """Returns the scores of the documents; 0 for closed book."""
+    shape = batch.context_tokens.shape[:2]
+    if batch.question_tokens is None:
       return jnp.zeros(shape, jnp.float32)
-    assert question_mask is not None
-    if doc_tokens is not None:
-      assert doc_mask is not None
-      rows = (-1, doc_tokens.shape[-1])
+    assert batch.question_mask is not None
+    doc_embeddings = batch.doc_embeddings
+    if batch.doc_tokens is not None:
+      assert batch.doc_mask is not None
+      rows = (-1, batch.doc_tokens.shape[-1])
       doc_embeddings = self.embed_passages(
-        doc_tokens.reshape(rows), doc_mask.reshape(rows), deterministic
+        batch.doc_tokens.reshape(rows),
+        batch.doc_mask.reshape(rows),
+        deterministic,
       ).reshape(*shape, -1)
     assert doc_embeddings is not None
     question_embedding = self.embed_questions(
-      question_tokens, question_mask, deterministic
+      batch.question_tokens, batch.question_mask, deterministic
     )
     scores = score_docs(question_embedding, doc_embeddings)
     if self.hybrid is None:
       return scores
-    assert bm25_scores is not None
-    return self.hybrid(scores, bm25_scores)
+    assert batch.bm25_scores is not None
+    return self.hybrid(scores, batch.bm25_scores)
 
   def encode(
     self,
@@ -323,17 +262,6 @@ def build_model(
   )
 
 
-_OF_BOTH_TOWERS = (
-  "init_from", "passage_init_from", "tied", "train_passage_encoder",
-  "score_scale", "learn_score_scale", "vocab_size", "max_positions",
-)  # fmt: skip
-
-
-_NOT_OF_THE_MODULE = (
-  "init", "init_from", "vocab_size", "decoder_start_id", "fixed"
-)  # fmt: skip
-
-
 def build_encoder(
   config: EncoderConfig,
   *,
@@ -343,13 +271,10 @@ def build_encoder(
 ) -> RetrieverEncoder:
   """Returns one tower; the arguments fill in sizes of 0."""
   return RetrieverEncoder(
-    **{
-      field.name: getattr(config, field.name)
-      for field in dataclasses.fields(config)
-      if field.name not in _OF_BOTH_TOWERS
-    },
-    vocab_size=config.vocab_size or vocab_size,
-    max_positions=config.max_positions or max_positions,
+    config.frozen(
+      vocab_size=config.vocab_size or vocab_size,
+      max_positions=config.max_positions or max_positions,
+    ),
     dtype=dtype,
   )
 
@@ -362,19 +287,11 @@ def build_generator(
   dtype: DTypeLike,
 ) -> Generator:
   """Returns the generator alone; arguments as in `build_model`."""
-  same = {
-    field.name: getattr(config, field.name)
-    for field in dataclasses.fields(config)
-    if field.name not in _NOT_OF_THE_MODULE
-  }
+  start = config.decoder_start_id
   return Generator(
-    **same,
-    vocab_size=config.vocab_size or vocab_size,
-    decoder_start_id=(
-      decoder_start_id
-      if config.decoder_start_id < 0
-      else config.decoder_start_id
+    config.frozen(
+      vocab_size=config.vocab_size or vocab_size,
+      decoder_start_id=decoder_start_id if start < 0 else start,
     ),
-    copy_init=config.init == "copy",
     dtype=dtype,
   )

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
+from rag_jax.config import GeneratorConfig
 from rag_jax.models.attention import Bias
 from rag_jax.models.attention import previous_bias_init
 from rag_jax.models.attention import relative_bias
@@ -61,111 +62,65 @@ def sinusoid_init(
 
 
 class Stack(nn.Module):
-  """Positions, layers and norms. Fields as in `Generator`.
+  """Positions, layers and norms: `config.num_layers` of them.
 
   Params: `position_embedding` [positions, D] if they are learned;
   `relative_bias` [buckets, N] if layers share one; `embedding_norm`; `layer_0`
   and on; `final_norm` if norms come before the blocks.
   """
 
-  num_layers: int
-  embed_dim: int
-  num_heads: int
-  head_dim: int
-  mlp_dim: int
-  max_positions: int  # 0: no absolute positions
-  position_offset: int
-  position_init: str
-  activation: str
-  gated: bool
-  norm: str
-  norm_kind: str
-  norm_eps: float
-  use_bias: bool
-  embedding_norm: bool
-  relative_buckets: int
-  relative_max_distance: int
-  relative_shared: bool
-  scale_attention: bool
-  cross: bool
-  copy_init: bool
-  dropout: float
-  attention_dropout: float
-  activation_dropout: float
+  config: GeneratorConfig
+  cross: bool  # a decoder
   dtype: DTypeLike
-  param_dtype: DTypeLike
 
   def setup(self):
-    if self.max_positions:
+    c = self.config
+    if c.positions == "learned":
       init = {
         "normal": dense_init("position", "embed"),
         "sinusoid": named(sinusoid_init, "position", "embed"),
-      }[self.position_init]
+      }[c.position_init]
       self.position_embedding = nn.Embed(
-        self.max_positions + self.position_offset,
-        self.embed_dim,
-        embedding_init=init,
-        param_dtype=self.param_dtype,
+        c.max_positions + c.position_offset, c.embed_dim, embedding_init=init
       )
-    if self.relative_shared:
-      init = previous_bias_init if self.copy_init else nn.initializers.zeros
+    if c.relative_shared:
+      init = previous_bias_init if c.init == "copy" else nn.initializers.zeros
       self.relative_bias = self.param(
         "relative_bias",
         named(init, "position", "heads"),
-        (self.relative_buckets, self.num_heads),
-        self.param_dtype,
+        (c.relative_buckets, c.num_heads),
       )
-    norm = functools.partial(
-      make_norm,
-      self.norm_kind,
-      epsilon=self.norm_eps,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )
-    if self.embedding_norm:
+    norm = functools.partial(make_norm, c, dtype=self.dtype)
+    if c.embedding_norm:
       self.embedding_layer_norm = norm(name="embedding_norm")
-    if self.norm == "pre":
+    if c.norm == "pre":
       self.final_norm = norm()
-    own_bias = not self.relative_shared and not self.cross
+    # Layers have tables of their own only in an encoder that shares none.
+    own_bias = not c.relative_shared and not self.cross
+    layer_config = c if own_bias else c.frozen(relative_buckets=0)
     self_starts, cross_start = self._starts()
     self.layers = [
       TransformerLayer(
-        embed_dim=self.embed_dim,
-        num_heads=self.num_heads,
-        head_dim=self.head_dim,
-        mlp_dim=self.mlp_dim,
-        activation=self.activation,
-        gated=self.gated,
-        norm=self.norm,
-        norm_kind=self.norm_kind,
-        norm_eps=self.norm_eps,
-        use_bias=self.use_bias,
-        scale_attention=self.scale_attention,
+        layer_config,
         cross=self.cross,
-        relative_buckets=self.relative_buckets if own_bias else 0,
-        relative_max_distance=self.relative_max_distance,
         self_start=self_starts.get(i, "normal"),
         # The last layer copies, what the first has put beside each token.
-        cross_start=cross_start if i == self.num_layers - 1 else "normal",
+        cross_start=cross_start if i == c.num_layers - 1 else "normal",
         # A copying start: what the other blocks add is small beside it.
-        out_init_scale=0.2 if self.copy_init else 1.0,
-        dropout=self.dropout,
-        attention_dropout=self.attention_dropout,
-        activation_dropout=self.activation_dropout,
+        out_init_scale=0.2 if c.init == "copy" else 1.0,
         dtype=self.dtype,
-        param_dtype=self.param_dtype,
         name=f"layer_{i}",
       )
-      for i in range(self.num_layers)
+      for i in range(c.num_layers)
     ]
-    self.drop = nn.Dropout(self.dropout)
+    self.drop = nn.Dropout(c.dropout)
 
   def _starts(self) -> tuple[dict[int, str], str]:
     """Returns how layers' self-attention and the last cross-attention start."""
-    if not self.copy_init:
+    if self.config.init != "copy":
       return {}, "normal"
     # A shared table lets all layers look at what stands before.
-    again = self.relative_shared and self.num_layers > 1
+    again = self.config.relative_shared and self.config.num_layers > 1
     if self.cross:
       return {0: "previous again"} if again else {}, "copy"
     starts = {0: "previous"}
@@ -178,10 +133,10 @@ class Stack(nn.Module):
     deterministic: bool,
   ) -> Float[Array, "N T D"]:
     """Returns what enters the first layer: `x` at its positions."""
-    if self.max_positions:
-      embedded = self.position_embedding(positions + self.position_offset)
-      x += embedded.astype(self.dtype)
-    if self.embedding_norm:
+    if self.config.positions == "learned":
+      rows = positions + self.config.position_offset
+      x += self.position_embedding(rows).astype(self.dtype)
+    if self.config.embedding_norm:
       x = self.embedding_layer_norm(x)
     return self.drop(x, deterministic=deterministic)
 
@@ -189,9 +144,11 @@ class Stack(nn.Module):
     self, x: Float[Array, "N T D"], deterministic: bool = True
   ) -> Float[Array, "N T D"]:
     """Returns what the last layer's output is read as."""
-    if self.norm == "pre":
+    if self.config.norm == "pre":
       x = self.final_norm(x)
-    if self.norm_kind == "rms":  # T5 drops here too, mBART and Pegasus do not
+    if (
+      self.config.norm_kind == "rms"
+    ):  # T5 drops here too, mBART and Pegasus do not
       x = self.drop(x, deterministic=deterministic)
     return x
 
@@ -201,13 +158,13 @@ class Stack(nn.Module):
     key_positions: Int[Array, "*#N S"],
   ) -> Bias | None:
     """Returns the shared relative bias, if there is one."""
-    if not self.relative_shared:
+    if not self.config.relative_shared:
       return None
     offset = key_positions[..., None, :] - query_positions[..., :, None]
     return relative_bias(
       self.relative_bias,
       offset if offset.ndim == 3 else offset[None],
-      self.relative_max_distance,
+      self.config.relative_max_distance,
       bidirectional=not self.cross,
     )
 

@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 import optax
 
 from rag_jax.corpus.tokenized import TokenizedPassages
-from rag_jax.data.batches import RagBatch
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.step_batches import QuestionBatch
 from rag_jax.data.step_batches import add_start
 from rag_jax.data.step_batches import join_contexts
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.rag import RagModel
 from rag_jax.retrieval import device

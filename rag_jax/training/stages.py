@@ -119,18 +119,9 @@ def make_stages(
   share = process_rows(experiment.mesh, config.train.batch_size).tolist()
   batches = (StepBatches if in_step else QuestionBatches)(
     questions,
-    experiment.tokenizer,
-    experiment.tokenized,
     experiment.context,
     experiment.embedder,
-    n_docs=config.data.n_docs,
-    # Without a step, any number of questions is enough.
-    batch_size=config.train.batch_size if config.train.num_steps else 1,
-    seed=config.seed,
-    frozen_passages=not config.encoder.train_passage_encoder,
-    substitute_answers=config.data.substitute_answers,
-    substitute_subjects=config.data.substitute_subjects,
-    informal_questions=config.data.informal_questions,
+    config,
     bm25=experiment.bm25,
     share=share if config.train.num_steps else [0],
   )
@@ -155,7 +146,7 @@ def _main_loss(experiment: Experiment) -> LossFn:
     nll_fn = HF_NLL_FNS[config.loss]
     if config.exclude_bos_score:
       nll_fn = functools.partial(
-        nll_fn, exclude_bos_score=True, bos_id=experiment.tokenizer.bos_id
+        nll_fn, excluded_bos=experiment.tokenizer.bos_id
       )
     return functools.partial(
       hf_loss,

@@ -1,6 +1,7 @@
 """One update: batch -> loss -> gradients -> new state."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree
 import optax
 
-from rag_jax.data.batches import RagBatch
 from rag_jax.losses import doc_log_prior
 from rag_jax.losses import in_batch_contrastive_nll
 from rag_jax.losses import marginal_token_nll
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import replicated
@@ -60,7 +61,7 @@ def marginal_loss(
     model,
     params,
     dropout_key,
-    **batch.inputs(),
+    batch,
     vocab_chunk=vocab_chunk,
     method="target_log_probs",
   )
@@ -87,7 +88,7 @@ def hf_loss(
 
   `nll_fn` is one of `losses_hf.HF_NLL_FNS`, with their defects.
   """
-  out = _apply(model, params, dropout_key, **batch.inputs())
+  out = _apply(model, params, dropout_key, batch)
   nll = nll_fn(
     out.doc_scores,
     out.target_logits,
@@ -134,12 +135,14 @@ def cloze_loss(
   question_key, doc_key, generator_key = jax.random.split(dropout_key, 3)
   # Infilling only: the score of a single document has no effect, so the
   # retriever learns from the contrast below.
-  inputs = batch.inputs() | dict.fromkeys(
-    ("question_tokens", "question_mask", "doc_tokens", "doc_mask")
+  alone = dataclasses.replace(
+    batch,
+    question_tokens=None,
+    question_mask=None,
+    doc_tokens=None,
+    doc_mask=None,
   )
-  out = _apply(
-    model, params, generator_key, **inputs, method="target_log_probs"
-  )
+  out = _apply(model, params, generator_key, alone, method="target_log_probs")
   nll = marginal_token_nll(out.doc_scores, out.log_probs, batch.target_mask)
   loss = jnp.sum(nll) / jnp.sum(batch.target_mask)
   metrics = {"warmup/loss": loss}

@@ -145,31 +145,26 @@ def export_model(
     passages = kind == "dpr_context"
     question = model.params["question_encoder"]
     params = model.params.get("passage_encoder", question)
+    fields = (passages and model.passage_encoder) or model.encoder
     export_encoder(
       output,
-      (passages and model.passage_encoder) or model.encoder,
+      dataclasses.replace(
+        fields, score_scale=1.0 if passages else model.score_scale
+      ),
       params if passages else question,
       kind=kind,
-      tokenizer=model.question_tokenizer,
-      score_scale=1.0 if passages else model.score_scale,
-      max_tokens=model.max_tokens,
+      tokenizer=dataclasses.replace(
+        model.question_tokenizer, max_tokens=model.max_tokens
+      ),
       max_shard_bytes=max_shard_bytes,
       card=card,
     )
     return load_encoder(output, "passage" if passages else "question").report
-  assert model.generator is not None
+  settings: Any = {"kind": kind.removeprefix("rag_")}
+  settings = dataclasses.replace(model.settings, **settings)
   export_rag(
     output,
-    model.encoder,
-    model.generator,
-    model.params,
-    settings=dataclasses.replace(
-      model.settings, kind=kind.removeprefix("rag_")
-    ),
-    question_tokenizer=model.question_tokenizer,
-    generator_tokenizer=model.generator_tokenizer,
-    passage_encoder=model.passage_encoder,
-    generation=model.generation,
+    dataclasses.replace(model, settings=settings),
     max_shard_bytes=max_shard_bytes,
     card=card,
   )

@@ -4,6 +4,7 @@ In: `ConfigValues`. Out: an `EncoderConfig` of the architecture alone; and back.
 What is not given has the default of `BertConfig` and `DPRConfig`.
 """
 
+import dataclasses
 from typing import Any
 
 from rag_jax.config import EncoderConfig
@@ -14,12 +15,16 @@ from rag_jax.weights.config_values import unsupported
 
 ENCODER_TYPES = ("bert", "dpr")
 
-# The fields that a checkpoint decides.
-ENCODER_FIELDS = (
-  "vocab_size", "max_positions", "num_layers", "embed_dim", "num_heads",
-  "mlp_dim", "activation", "norm_eps", "num_token_types", "pooler", "pooling",
-  "normalize", "projection_dim", "dropout", "attention_dropout",
+# Settings of a training or of two towers. A checkpoint decides all others.
+_NOT_OF_A_CHECKPOINT = (
+  "init_from", "passage_init_from", "tied", "train_passage_encoder",
+  "score_scale", "learn_score_scale",
 )  # fmt: skip
+ENCODER_FIELDS = tuple(
+  field.name
+  for field in dataclasses.fields(EncoderConfig)
+  if field.name not in _NOT_OF_A_CHECKPOINT
+)
 
 
 def read_encoder_config(

@@ -38,16 +38,16 @@ from rag_jax.weights.generator_configs import generator_config
 from rag_jax.weights.generator_configs import generator_type
 from rag_jax.weights.generator_tensors import generator_architecture
 from rag_jax.weights.load import PASSAGE_ENCODER
-from rag_jax.weights.loaded import RagSettings
 from rag_jax.weights.mapping import Arrays
 from rag_jax.weights.mapping import put
 from rag_jax.weights.pooling_modules import MODULES
 from rag_jax.weights.pooling_modules import check_modules
 from rag_jax.weights.pooling_modules import write_modules
-from rag_jax.weights.saved import score_scale
+from rag_jax.weights.saved import SavedModel
 from rag_jax.weights.tensors import MAX_SHARD_BYTES
 from rag_jax.weights.tensors import write_tensors
 from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
+from rag_jax.weights.tokenizer_files import NO_TOKENIZER
 from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
 from rag_jax.weights.tokenizer_files import TokenizerFiles
 from rag_jax.weights.tokenizer_files import check_tokenizer
@@ -66,9 +66,6 @@ _RAG_NAMES = {
 }
 
 
-NO_TOKENIZER = TokenizerFiles()
-
-
 def export_encoder(
   path: Path,
   fields: EncoderConfig,
@@ -76,8 +73,6 @@ def export_encoder(
   *,
   kind: EncoderKind,
   tokenizer: TokenizerFiles = NO_TOKENIZER,
-  score_scale: float = 1.0,
-  max_tokens: int = 0,
   max_shard_bytes: int = MAX_SHARD_BYTES,
   card: str = "",
 ) -> None:
@@ -88,12 +83,11 @@ def export_encoder(
 
   Args:
     path: directory to write; what an earlier export left there is replaced.
-    fields: of the encoder.
+    fields: of the encoder. Its `score_scale` multiplies the embeddings, and
+      goes into DPR's projection.
     params: of `RetrieverEncoder`.
     kind: what loads it.
     tokenizer: copied along.
-    score_scale: multiplies the embeddings; goes into DPR's projection.
-    max_tokens: of an input, for sentence-transformers.
     max_shard_bytes: of one file.
     card: the text of README.md; "": none is written.
 
@@ -102,13 +96,13 @@ def export_encoder(
       tokenizer do not fit the fields.
   """
   config, tensors, fields = _encoder(
-    fields, params, kind, tokenizer.ids, score_scale, fields.max_positions
+    fields, params, kind, tokenizer.ids, fields.score_scale
   )
   path = _start(path)
   write_tensors(path, tensors, max_shard_bytes)
   _add_tokenizer(path, tokenizer, fields.vocab_size, "encoder")
   if kind == "sentence_transformers":
-    write_modules(path, fields, max_tokens)
+    write_modules(path, fields, tokenizer.max_tokens)
   _finish(path, config, card)
 
 
@@ -149,15 +143,8 @@ def export_generator(
 
 def export_rag(
   path: Path,
-  encoder: EncoderConfig,
-  generator: GeneratorConfig,
-  params: PyTree,
+  model: SavedModel,
   *,
-  settings: RagSettings,
-  question_tokenizer: TokenizerFiles = NO_TOKENIZER,
-  generator_tokenizer: TokenizerFiles = NO_TOKENIZER,
-  passage_encoder: EncoderConfig | None = None,
-  generation: Mapping[str, Any] | None = None,
   max_shard_bytes: int = MAX_SHARD_BYTES,
   card: str = "",
 ) -> None:
@@ -170,14 +157,8 @@ def export_rag(
 
   Args:
     path: directory to write; what an earlier export left there is replaced.
-    encoder: fields of the retriever.
-    generator: fields of the generator.
-    params: of `RagModel`.
-    settings: kind, and what else its config.json says.
-    question_tokenizer: copied along.
-    generator_tokenizer: copied along.
-    passage_encoder: fields, where they are not those of the question encoder.
-    generation: settings for generation_config.json.
+    model: with an encoder and a generator. Its `settings` say which kind of RAG
+      it becomes.
     max_shard_bytes: of one file.
     card: the text of README.md; "": none is written.
 
@@ -185,6 +166,10 @@ def export_rag(
     ValueError: no such model computes these, or the parameters or a tokenizer
       do not fit the fields.
   """
+  encoder, generator = model.encoder, model.generator
+  assert encoder is not None
+  assert generator is not None
+  params, settings = model.params, model.settings
   weights = learned_weights(params)
   if weights is not None:
     raise ValueError(
@@ -194,18 +179,15 @@ def export_rag(
       " was trained with index.hybrid=False. Train one, or export the parts:"
       " kind 'generator' and kind 'dpr_question'."
     )
-  scale = score_scale(encoder, params)
-  positions = encoder.max_positions
   question_config, question, encoder_fields = _encoder(
     encoder,
     params["question_encoder"],
     "dpr_question",
-    question_tokenizer.ids,
-    scale,
-    positions,
+    model.question_tokenizer.ids,
+    model.score_scale,
   )
   generator_json, generated, generator = _generator(
-    generator, params["generator"], generator_tokenizer.ids
+    generator, params["generator"], model.generator_tokenizer.ids
   )
   path = _start(path)
   # Of an earlier export, whose passages another encoder embedded.
@@ -216,22 +198,25 @@ def export_rag(
   if tower is not None:
     export_encoder(
       path / PASSAGE_ENCODER,
-      passage_encoder or encoder,
+      dataclasses.replace(model.passage_encoder or encoder, score_scale=1.0),
       tower,
       kind="dpr_context",
-      tokenizer=question_tokenizer,
+      tokenizer=model.question_tokenizer,
       max_shard_bytes=max_shard_bytes,
     )
   tensors = {f"rag.question_encoder.{k}": x for k, x in question.items()}
   tensors |= {f"rag.generator.{k}": x for k, x in generated.items()}
   write_tensors(path, tensors, max_shard_bytes)
   for folder, tokenizer, part in (
-    (QUESTION_TOKENIZER, question_tokenizer, encoder_fields),
-    (GENERATOR_TOKENIZER, generator_tokenizer, generator),
+    (QUESTION_TOKENIZER, model.question_tokenizer, encoder_fields),
+    (GENERATOR_TOKENIZER, model.generator_tokenizer, generator),
   ):
     _add_tokenizer(path, tokenizer, part.vocab_size, "embedding table", folder)
   write_generation(
-    path, generation or {}, generator_tokenizer.ids, generator.decoder_start_id
+    path,
+    model.generation,
+    model.generator_tokenizer.ids,
+    generator.decoder_start_id,
   )
   said = dataclasses.asdict(settings)
   kind, prefix = said.pop("kind"), said.pop("prefix")
@@ -255,7 +240,6 @@ def _encoder(
   kind: EncoderKind,
   ids: SpecialIds,
   scale: float,
-  max_positions: int,
 ) -> tuple[dict[str, Any], Arrays, EncoderConfig]:
   """Returns config.json, the tensors and the fields that they have."""
   if e.num_layers == 0 and kind in _DPR_ROLES:
@@ -263,7 +247,7 @@ def _encoder(
       e,
       params,
       first_id=ids.bos,
-      max_positions=max_positions or 512,  # its rows are zero
+      max_positions=e.max_positions or 512,  # its rows are zero
       scale=scale,
     )
   elif scale != 1.0:

@@ -4,6 +4,7 @@ In: `ConfigValues`. Out: a `GeneratorConfig` of the architecture alone; and
 back. What is not given has the default of its class in transformers.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 from rag_jax.config import GeneratorConfig
@@ -13,17 +14,13 @@ from rag_jax.weights.config_values import unsupported
 
 LmHead = Literal["absent", "copy", "own"]  # copy: of the embedding table
 
-# The fields that a checkpoint decides.
-GENERATOR_FIELDS = (
-  "vocab_size", "num_layers", "num_decoder_layers", "embed_dim", "num_heads",
-  "num_decoder_heads", "head_dim", "mlp_dim", "decoder_mlp_dim", "activation",
-  "gated", "norm", "norm_kind", "norm_eps", "use_bias", "embedding_norm",
-  "scale_embedding", "positions", "position_offset", "max_positions",
-  "relative_buckets", "relative_max_distance", "relative_shared",
-  "scale_attention", "tied_output", "scale_output", "logits_bias",
-  "decoder_start_id", "dropout", "attention_dropout", "activation_dropout",
-  "fixed", "pointer",
-)  # fmt: skip
+# How a fresh generator starts. A checkpoint decides all other fields.
+_NOT_OF_A_CHECKPOINT = ("init_from", "init", "position_init")
+GENERATOR_FIELDS = tuple(
+  field.name
+  for field in dataclasses.fields(GeneratorConfig)
+  if field.name not in _NOT_OF_A_CHECKPOINT
+)
 
 _SINUSOIDS = ("encoder/position_embedding", "decoder/position_embedding")
 

@@ -5,7 +5,6 @@ tools/convert_hf.py wrote. Out: a `SavedModel`, whose parts are those of a
 checkpoint of transformers: a run starts from either, and either is asked.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import os
 import pathlib
@@ -22,6 +21,7 @@ from rag_jax.config_json import read_config
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights.config_values import SpecialIds
+from rag_jax.weights.encoder_configs import ENCODER_FIELDS
 from rag_jax.weights.generation_settings import exported_settings
 from rag_jax.weights.generation_settings import settings_of
 from rag_jax.weights.generator_configs import explicit
@@ -35,6 +35,7 @@ from rag_jax.weights.model_files import load_model
 from rag_jax.weights.model_files import read_content
 from rag_jax.weights.report import Report
 from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
+from rag_jax.weights.tokenizer_files import NO_TOKENIZER
 from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
 from rag_jax.weights.tokenizer_files import TokenizerFiles
 
@@ -44,13 +45,6 @@ _RETRIEVER = "retriever"  # folder in a run's tokenizer, where there are two
 _TOKENIZER = "tokenizer"  # of a model directory that is one encoder
 _REMEDY = "Convert the checkpoint again: python tools/convert_hf.py."
 
-# Settings that are of a training or of two towers, not of the architecture.
-_NOT_OF_AN_ENCODER = (
-  "init_from", "passage_init_from", "tied", "train_passage_encoder",
-  "score_scale", "learn_score_scale",
-)  # fmt: skip
-_NOT_OF_A_GENERATOR = ("init_from", "init")
-
 
 @dataclasses.dataclass(slots=True)
 class SavedModel:
@@ -59,13 +53,13 @@ class SavedModel:
   origin: str
   params: PyTree
   kind: str  # of convert.KINDS: what it came as, or was trained as
-  encoder: EncoderConfig | None
-  passage_encoder: EncoderConfig | None  # None: as `encoder`
-  generator: GeneratorConfig | None
-  settings: RagSettings
-  question_tokenizer: TokenizerFiles
-  generator_tokenizer: TokenizerFiles
-  generation: dict[str, Any]
+  encoder: EncoderConfig | None = None
+  passage_encoder: EncoderConfig | None = None  # None: as `encoder`
+  generator: GeneratorConfig | None = None
+  settings: RagSettings = dataclasses.field(default_factory=RagSettings)
+  question_tokenizer: TokenizerFiles = NO_TOKENIZER
+  generator_tokenizer: TokenizerFiles = NO_TOKENIZER
+  generation: dict[str, Any] = dataclasses.field(default_factory=dict)
   max_tokens: int = 0
   context_style: str = "rag"  # what the generator was trained to read
   content_from: str = ""  # the checkpoint that it was converted from
@@ -100,7 +94,7 @@ class SavedModel:
     kind = self.kind
     if not kind.startswith(("dpr", "bert", "sentence")):  # a part of a model
       kind = {"question": "dpr_question", "passage": "dpr_context"}[role]
-    fields = _architecture(encoder, _NOT_OF_AN_ENCODER)
+    fields = {name: getattr(encoder, name) for name in ENCODER_FIELDS}
     for name, table in (
       ("vocab_size", "token_embedding"),
       ("max_positions", "position_embedding"),
@@ -133,8 +127,8 @@ class SavedModel:
     if self.generator is None:
       raise self._lacks("a generator")
     params = self.params["generator"]
-    fields = _architecture(self.generator, _NOT_OF_A_GENERATOR)
-    fields |= explicit(self.generator)
+    fields = explicit(self.generator)
+    fields["position_init"] = self.generator.position_init
     rows = len(params["token_embedding"]["embedding"])
     fields["vocab_size"] = fields["vocab_size"] or rows
     if fields["decoder_start_id"] < 0:  # the end token of its own tokenizer
@@ -309,13 +303,6 @@ def _read_directory(path: pathlib.Path) -> SavedModel:
     max_tokens=content.get("max_tokens", 0),
     content_from=content.get("from", ""),
   )
-
-
-def _architecture(
-  config: EncoderConfig | GeneratorConfig, without: Sequence[str]
-) -> dict[str, Any]:
-  names = [field.name for field in dataclasses.fields(config)]
-  return {name: getattr(config, name) for name in names if name not in without}
 
 
 def _on_host(params: PyTree) -> PyTree:

@@ -28,10 +28,14 @@ _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-  """A saved tokenizer and what its special ids are."""
+  """A saved tokenizer, its special ids, and how much is read of a text."""
 
   path: str = ""  # its directory; "": none is copied
   ids: SpecialIds = dataclasses.field(default_factory=SpecialIds)
+  max_tokens: int = 0  # of an input, for sentence-transformers; 0: not said
+
+
+NO_TOKENIZER = TokenizerFiles()
 
 
 def find_tokenizer(

@@ -31,7 +31,7 @@ def shapes(experiment):
 def test_the_parts_fit_together(experiment, tiny):
   assert len(experiment.passages) == len(experiment.tokenized) == 40
   assert experiment.config == tiny.config()
-  assert experiment.model.generator.vocab_size == (
+  assert experiment.model.generator.config.vocab_size == (
     experiment.tokenizer.vocab_size
   )
   assert experiment.tokenizer.vocab_size <= 600

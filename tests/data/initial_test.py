@@ -28,6 +28,7 @@ from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_rag
 from rag_jax.weights.loaded import RagSettings
 from rag_jax.weights.model_files import save_model
+from rag_jax.weights.saved import SavedModel
 
 
 @pytest.fixture(scope="module")
@@ -367,26 +368,32 @@ def test_a_rag_brings_what_it_was_trained_with(
   ids = SpecialIds(pad=1, bos=0, eos=2)
   export_rag(
     tmp_path / "rag",
-    dataclasses.replace(ENCODER, tied=False),
-    GENERATOR,
-    {
-      "question_encoder": made["question"],
-      "passage_encoder": made["passage"],
-      "generator": made["generator"],
-    },
-    settings=RagSettings(
-      kind="sequence",
-      n_docs=3,
-      max_combined_length=45,
-      title_sep=" | ",
-      doc_sep=" || ",
-      prefix="read: ",
-      do_deduplication=False,
-      exclude_bos_score=True,
-      label_smoothing=0.1,
+    SavedModel(
+      origin="",
+      params={
+        "question_encoder": made["question"],
+        "passage_encoder": made["passage"],
+        "generator": made["generator"],
+      },
+      kind="rag_sequence",
+      encoder=dataclasses.replace(ENCODER, tied=False),
+      generator=GENERATOR,
+      settings=RagSettings(
+        kind="sequence",
+        n_docs=3,
+        max_combined_length=45,
+        title_sep=" | ",
+        doc_sep=" || ",
+        prefix="read: ",
+        do_deduplication=False,
+        exclude_bos_score=True,
+        label_smoothing=0.1,
+      ),
+      question_tokenizer=TokenizerFiles(str(root / "encoder_tokenizer"), ids),
+      generator_tokenizer=TokenizerFiles(
+        str(root / "generator_tokenizer"), ids
+      ),
     ),
-    question_tokenizer=TokenizerFiles(str(root / "encoder_tokenizer"), ids),
-    generator_tokenizer=TokenizerFiles(str(root / "generator_tokenizer"), ids),
   )
   config.encoder.init_from = config.generator.init_from = str(tmp_path / "rag")
   overridden = {"encoder.init_from": "", "generator.init_from": ""}

@@ -1,5 +1,6 @@
 """Batches are a function of the step, whoever reads them and how fast."""
 
+import dataclasses
 import re
 import threading
 import types
@@ -8,18 +9,19 @@ import jax
 import numpy as np
 import pytest
 
+from rag_jax.config import Config
 from rag_jax.config import DataConfig
 from rag_jax.corpus.passages import load_passages
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data import pipeline
-from rag_jax.data.batches import RagBatch
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.pipeline import Ahead
 from rag_jax.data.pipeline import Prepared
 from rag_jax.data.pipeline import QuestionBatches
 from rag_jax.data.questions import Question
 from rag_jax.data.questions import load_questions
+from rag_jax.models.batch import RagBatch
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.retriever import Embedder
@@ -74,16 +76,23 @@ class Maker:
     self.context = ContextBuilder(self.tokenizer, self.tokenized, CONFIG)
     self.embedder = OneHotEmbedder()
 
-  def __call__(self, **settings):
-    """Returns the batches of `QUESTIONS`, but for `settings`."""
+  def __call__(
+    self,
+    questions=QUESTIONS,
+    *,
+    seed=0,
+    batch_size=B,
+    informal_questions=0.0,
+    frozen_passages=False,
+    **settings,
+  ):
+    """Returns the batches of `questions`."""
+    config = Config(seed=seed, data=dataclasses.replace(CONFIG))
+    config.data.informal_questions = informal_questions
+    config.train.batch_size = batch_size
+    config.encoder.train_passage_encoder = not frozen_passages
     return QuestionBatches(
-      settings.pop("questions", QUESTIONS),
-      self.tokenizer,
-      self.tokenized,
-      self.context,
-      self.embedder,
-      n_docs=K,
-      **{"batch_size": B, "seed": 0, "frozen_passages": False} | settings,
+      questions, self.context, self.embedder, config, **settings
     )
 
 

@@ -12,6 +12,7 @@ from rag_jax.config import Config
 from rag_jax.data.experiment import open_experiment
 from rag_jax.decoding.answerer import Answerer
 from rag_jax.losses import rag_token_nll
+from rag_jax.models.batch import RagBatch
 from rag_jax.retrieval.exact import ExactIndex
 
 NAMES = ("Oslo", "Lima", "Rome", "Bern", "Cairo", "Quito", "Hanoi")
@@ -110,12 +111,10 @@ def nll_in_training(experiment, params, answer):
 
   @jax.jit
   def nll(params, target, inputs):
-    out = experiment.model.apply(
-      {"params": params}, target_tokens=target, **inputs
-    )
-    return rag_token_nll(
-      out.doc_scores, out.target_logits, target, jnp.ones(target.shape, bool)
-    )
+    mask = jnp.ones(target.shape, bool)
+    batch = RagBatch(target_tokens=target, target_mask=mask, **inputs)
+    out = experiment.model.apply({"params": params}, batch)
+    return rag_token_nll(out.doc_scores, out.target_logits, target, mask)
 
   return float(nll(params, target, inputs)[0])
 

@@ -293,12 +293,10 @@ def test_contexts_are_encoded_once_and_candidates_scored_from_that(monkeypatch):
   rest = {name: part for name, part in whole.items() if name != "encoder"}
   memory = encode(MODEL, whole, tokens, mask)
   decoder = RagDecoder(MODEL, BEAMS, "rag_sequence")
-  found = plan.find_candidates(
-    decoder.plan, rest, None, memory, mask, tokens, decoder.key()
-  )
+  found = plan.find_candidates(decoder.plan, rest, None, memory, decoder.key())
   tree = build_tree(np.asarray(found.tokens), np.asarray(found.lengths), EOS)
   ranked = plan.score_and_rank(
-    MODEL, BEAMS, None, rest, scores, memory, mask, tokens, found, tree
+    plan.Ranking(MODEL, BEAMS), rest, scores, memory, found, tree
   )
   np.testing.assert_array_equal(ranked.tokens, decode("rag_sequence").tokens)
 

@@ -56,7 +56,8 @@ def write_encoder(
     fields,
     params,
     kind=kind,
-    tokenizer=TokenizerFiles(str(path.parent / f"{path.name} tokenizer"), ids),
-    max_tokens=POSITIONS,
+    tokenizer=TokenizerFiles(
+      str(path.parent / f"{path.name} tokenizer"), ids, max_tokens=POSITIONS
+    ),
   )
   return path

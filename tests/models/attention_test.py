@@ -13,6 +13,7 @@ from linen import random_params
 import numpy as np
 import pytest
 
+from rag_jax.config import TransformerConfig
 from rag_jax.models import attention as attention_lib
 from rag_jax.models.attention import Attention
 
@@ -20,7 +21,9 @@ B, T, S, N, H = 2, 3, 4, 2, 3
 D = N * H
 
 
-ATTENTION = Attention(N, H, D, dtype=jnp.float32)
+CONFIG = TransformerConfig(embed_dim=D, num_heads=N)
+RELATIVE = CONFIG.frozen(relative_buckets=8)
+ATTENTION = Attention(CONFIG, dtype=jnp.float32)
 X, MEMORY = normal(B, T, D), normal(B, S, D, seed=1)
 MASK = np.array(
   [[[1, 1, 0, 1], [0, 1, 0, 0], [1, 1, 1, 1]], [[0, 0, 1, 1]] * 3], bool
@@ -70,7 +73,7 @@ def test_a_position_that_may_look_at_nothing_is_finite(attention):
 
 
 def test_attention_in_bfloat16_is_close_and_keeps_float32_parameters():
-  low = Attention(N, H, D, dtype=jnp.bfloat16)
+  low = Attention(CONFIG, dtype=jnp.bfloat16)
   params = fresh_params(low, X, MEMORY, MASK)
   assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
   x, memory = 30 * X, 30 * MEMORY
@@ -114,7 +117,7 @@ def test_relative_buckets_are_those_of_t5(num_buckets, max_distance):
 
 
 def test_relative_positions_add_a_bias_for_each_offset_and_head():
-  attention = Attention(N, H, D, relative_buckets=8, dtype=jnp.float32)
+  attention = Attention(RELATIVE, dtype=jnp.float32)
   params = random_params(attention, X, X, np.ones((B, 1, T), bool))
   for name in ("query", "key"):  # no content: the bias alone decides
     params[name] = jax.tree.map(np.zeros_like, params[name])
@@ -140,7 +143,7 @@ def test_relative_positions_add_a_bias_for_each_offset_and_head():
 
 
 def test_copying_attention_returns_what_it_looks_at():
-  copying = Attention(N, H, D, start="copy", dtype=jnp.float32)
+  copying = Attention(CONFIG, start="copy", dtype=jnp.float32)
   params = fresh_params(copying, X, MEMORY, MASK)
   looks_at = np.array([[3, 0, 2], [1, 1, 0]])
   one = np.arange(S) == looks_at[:, :, None]  # B T S
@@ -153,7 +156,8 @@ def test_copying_attention_looks_where_the_rolled_half_is_what_it_asks_for():
   """Of `memory` rolled by D / 2, it prefers what is like the question."""
   heads, width = 2, 16
   dim = heads * width
-  copying = Attention(heads, width, dim, start="copy", dtype=jnp.float32)
+  config = TransformerConfig(embed_dim=dim, num_heads=heads)
+  copying = Attention(config, start="copy", dtype=jnp.float32)
   signs = np.sign(normal(1, S, dim))
   memory = np.roll(signs, dim // 2, axis=-1)
   x = signs[:, [2, 0, 3]]
@@ -165,9 +169,7 @@ def test_copying_attention_looks_where_the_rolled_half_is_what_it_asks_for():
 
 
 def test_previous_attention_adds_the_token_before_rolled_by_half():
-  previous = Attention(
-    N, H, D, start="previous", relative_buckets=8, dtype=jnp.float32
-  )
+  previous = Attention(RELATIVE, start="previous", dtype=jnp.float32)
   mask = np.ones((B, 1, T), bool)
   result = apply(previous, fresh_params(previous, X, X, mask), X, X, mask)
   # exp(6) against 1 for each other position: all but 0.5 % of the weight.

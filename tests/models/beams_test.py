@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rag_jax.config import GeneratorConfig
 from rag_jax.models.generator import Generator
 
 B, W, K, C, T, V, D, START = 2, 3, 2, 5, 4, 13, 8, 2
@@ -39,7 +40,7 @@ class Model:
   """A generator, random parameters, and its methods compiled."""
 
   def __init__(self, **fields):
-    self.generator = Generator(
+    config = GeneratorConfig(
       vocab_size=V,
       num_layers=2,
       embed_dim=D,
@@ -47,9 +48,9 @@ class Model:
       mlp_dim=12,
       max_positions=8,
       decoder_start_id=START,
-      dtype=jnp.float32,
       **fields,
     )
+    self.generator = Generator(config, dtype=jnp.float32)
     tokens = CONTEXT[:, 0]
     shapes = jax.eval_shape(
       self.generator.init, jax.random.key(0), tokens, tokens > 0, tokens

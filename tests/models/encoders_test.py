@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rag_jax.config import EncoderConfig
+from rag_jax.config import TransformerConfig
 from rag_jax.models import layers
 from rag_jax.models.encoders import RetrieverEncoder
 
@@ -18,18 +20,22 @@ TOKENS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [5, 0, 0, 0, 0]], np.int32)
 MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], bool)
 
 
+def make_encoder(dtype=jnp.float32, **fields):
+  sizes = {
+    "vocab_size": V,
+    "embed_dim": D,
+    "num_heads": 2,
+    "mlp_dim": 12,
+    "max_positions": L,
+    "pooling": "mean",
+  }
+  return RetrieverEncoder(EncoderConfig(**(sizes | fields)), dtype=dtype)
+
+
 @functools.cache
 def tower(**fields):
   """A compiled tower: (parameters none of which is 0 or 1, embed)."""
-  defaults = {"num_layers": 0, "pooling": "mean", "dtype": jnp.float32}
-  encoder = RetrieverEncoder(
-    vocab_size=V,
-    embed_dim=D,
-    num_heads=2,
-    mlp_dim=12,
-    max_positions=L,
-    **(defaults | fields),
-  )
+  encoder = make_encoder(**fields)
   variables = jax.eval_shape(encoder.init, jax.random.key(0), TOKENS, MASK)
   rng = np.random.default_rng(0)
   params = jax.tree.map(
@@ -126,9 +132,10 @@ def test_with_layers_it_is_bert():
   x = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-12)
   norm = params["embedding_norm"]
   x = x * norm["scale"] + norm["bias"]
-  layer = layers.TransformerLayer(
-    8, 2, 4, 12, norm_eps=1e-12, dtype=jnp.float32
+  config = TransformerConfig(
+    embed_dim=D, num_heads=2, mlp_dim=12, norm_eps=1e-12
   )
+  layer = layers.TransformerLayer(config, dtype=jnp.float32)
   expected = jax.jit(layer.apply)(
     {"params": params["layer_0"]}, x, MASK[:, None]
   )[:, 0]
@@ -218,9 +225,7 @@ def test_embeddings_are_float32_and_close_when_computed_in_bfloat16():
 
 
 def test_dropout_changes_with_its_key_alone():
-  encoder = RetrieverEncoder(
-    V, 0, D, 2, 12, L, pooling="mean", dropout=0.5, dtype=jnp.float32
-  )
+  encoder = make_encoder(dropout=0.5)
   params, _, _ = tower()
 
   @jax.jit
@@ -235,7 +240,14 @@ def test_dropout_changes_with_its_key_alone():
 
 def test_a_tower_of_the_size_of_bert_base_has_its_parameters():
   """109,482,240 with the pooler (768 * 769) and token types (2 * 768)."""
-  encoder = RetrieverEncoder(30_522, 12, 768, 12, 3072, 512)
+  encoder = make_encoder(
+    vocab_size=30_522,
+    num_layers=12,
+    embed_dim=768,
+    num_heads=12,
+    mlp_dim=3072,
+    max_positions=512,
+  )
   variables = jax.eval_shape(
     encoder.init, jax.random.key(0), TOKENS[:1], MASK[:1]
   )

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rag_jax.config import GeneratorConfig
+from rag_jax.config import TransformerConfig
 from rag_jax.models import layers
 from rag_jax.models.generator import Generator
 from rag_jax.models.stack import sinusoid_init
@@ -55,16 +57,16 @@ BY_HAND = pytest.mark.parametrize("fields", [BART, OTHER], ids=["bart", "pre"])
 
 
 def make_generator(**fields):
-  defaults = {"position_offset": 2, "dtype": jnp.float32}
-  return Generator(
-    vocab_size=V,
-    embed_dim=D,
-    num_heads=2,
-    mlp_dim=12,
-    max_positions=6,
-    decoder_start_id=START,
-    **(defaults | fields),
-  )
+  dtype = fields.pop("dtype", jnp.float32)
+  sizes = {
+    "vocab_size": V,
+    "embed_dim": D,
+    "num_heads": 2,
+    "mlp_dim": 12,
+    "max_positions": 6,
+    "decoder_start_id": START,
+  }
+  return Generator(GeneratorConfig(**(sizes | fields)), dtype=dtype)
 
 
 def shapes(generator):
@@ -144,17 +146,15 @@ def stack_by_hand(params, x, mask, fields, *memory):
   x = x + table[offset : offset + x.shape[1]]
   if fields.get("embedding_norm", True):
     x = norm_by_hand(params["embedding_norm"], x)
-  layer = layers.TransformerLayer(
-    D,
-    2,
-    4,
-    12,
+  config = TransformerConfig(
+    embed_dim=D,
+    num_heads=2,
+    mlp_dim=12,
     relative_buckets=0 if memory else fields.get("relative_buckets", 0),
     activation=fields.get("activation", "gelu"),
     norm=fields.get("norm", "post"),
-    cross=bool(memory),
-    dtype=jnp.float32,
   )
+  layer = layers.TransformerLayer(config, cross=bool(memory), dtype=jnp.float32)
   run = jax.jit(layer.apply)
   for i in range(fields["num_layers"]):
     x = np.asarray(run({"params": params[f"layer_{i}"]}, x, mask, *memory))
@@ -251,7 +251,14 @@ def test_post_norm_has_no_final_norm_and_no_norm_of_embeddings_unless_asked():
 def test_a_generator_of_the_size_of_bart_base_has_its_parameters():
   """139,420,416 of facebook/bart-base, and the bias that BART holds at 0."""
   d, f, v = 768, 3072, 50_265
-  generator = Generator(v, 6, d, 12, f, 1024, decoder_start_id=2)
+  generator = make_generator(
+    vocab_size=v,
+    num_layers=6,
+    embed_dim=d,
+    num_heads=12,
+    mlp_dim=f,
+    max_positions=1024,
+  )
   norm, attention = 2 * d, 4 * (d * d + d)
   mlp = d * f + f + f * d + d
   positions_and_norm = (1024 + 2) * d + norm
@@ -285,19 +292,17 @@ def test_sinusoids_are_those_of_the_paper_with_rows_of_unit_norm():
 def test_a_copying_generator_starts_by_quoting_its_context():
   """After each token of the context it writes the one that followed there."""
   size, length = 50, 12
-  generator = Generator(
+  generator = make_generator(
     vocab_size=size,
     num_layers=1,
     embed_dim=128,
     num_heads=4,
     mlp_dim=32,
     max_positions=16,
-    decoder_start_id=START,
     norm="pre",
     embedding_norm=False,
     relative_buckets=8,
-    copy_init=True,
-    dtype=jnp.float32,
+    init="copy",
   )
   rng = np.random.default_rng(3)
   context = np.stack([rng.permutation(size)[:length] for _ in range(8)])

@@ -12,8 +12,8 @@ from rag_jax import losses
 from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
-from rag_jax.data.batches import RagBatch
 from rag_jax.losses_hf import HF_NLL_FNS
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.models.rag import build_model
 from rag_jax.training import step as step_lib
@@ -59,7 +59,7 @@ MODEL, BATCH = make_model(), jax.tree.map(jnp.asarray, make_batch())
 @pytest.fixture(scope="module")
 def params():
   shapes = jax.eval_shape(
-    lambda key: nn.meta.unbox(MODEL.init(key, **BATCH.inputs()))["params"],
+    lambda key: nn.meta.unbox(MODEL.init(key, BATCH))["params"],
     jax.random.key(0),
   )
   rng = np.random.default_rng(1)
@@ -77,9 +77,10 @@ def params():
 def parts(params):
   """Returns inner products and log p(y_t | x, z, y_<t), of the model."""
   alone = {k: v for k, v in params.items() if k != "hybrid"}
-  inputs = BATCH.inputs() | {"bm25_scores": None}
   out = make_model(hybrid=False).apply(
-    {"params": alone}, **inputs, method="target_log_probs"
+    {"params": alone},
+    BATCH.replace(bm25_scores=None),
+    method="target_log_probs",
   )
   return out.doc_scores, out.log_probs
 
@@ -160,7 +161,7 @@ def test_the_loss_of_hugging_face_trains_the_weights_too(params):
 
 def test_the_weights_start_as_the_config_says_and_are_whole_everywhere():
   boxed = jax.eval_shape(
-    lambda key: MODEL.init(key, **BATCH.inputs())["params"], jax.random.key(0)
+    lambda key: MODEL.init(key, BATCH)["params"], jax.random.key(0)
   )
   specs = nn.get_partition_spec(boxed)["hybrid"]
   assert set(specs) == {"log_dense", "log_bm25"}
@@ -168,7 +169,7 @@ def test_the_weights_start_as_the_config_says_and_are_whole_everywhere():
 
   @jax.jit
   def start(key):
-    return nn.meta.unbox(MODEL.init(key, **BATCH.inputs()))["params"]["hybrid"]
+    return nn.meta.unbox(MODEL.init(key, BATCH))["params"]["hybrid"]
 
   weights = learned_weights({"hybrid": start(jax.random.key(0))})
   np.testing.assert_allclose(weights, [A_START, B_START], rtol=1e-6)
@@ -176,9 +177,9 @@ def test_the_weights_start_as_the_config_says_and_are_whole_everywhere():
 
 def test_a_model_of_embeddings_alone_has_no_weights():
   model = make_model(hybrid=False)
-  inputs = BATCH.replace(bm25_scores=None).inputs()
+  batch = BATCH.replace(bm25_scores=None)
   shapes = jax.eval_shape(
-    lambda key: model.init(key, **inputs)["params"], jax.random.key(0)
+    lambda key: model.init(key, batch)["params"], jax.random.key(0)
   )
   assert set(shapes) == {"question_encoder", "generator"}
   assert learned_weights(shapes) is None
@@ -186,12 +187,13 @@ def test_a_model_of_embeddings_alone_has_no_weights():
 
 def test_bm25_scores_alone_order_documents_where_embeddings_are_alike(params):
   same = jnp.ones((B, K, D))
-  inputs = BATCH.inputs() | {"doc_tokens": None, "doc_mask": None}
 
   @jax.jit
   def scores(embeddings):
-    inputs["doc_embeddings"] = embeddings
-    return MODEL.apply({"params": params}, **inputs).doc_scores
+    batch = BATCH.replace(
+      doc_tokens=None, doc_mask=None, doc_embeddings=embeddings
+    )
+    return MODEL.apply({"params": params}, batch).doc_scores
 
   got = jnp.asarray(scores(same))
   np.testing.assert_allclose(

@@ -12,6 +12,7 @@ from linen import random_params
 import numpy as np
 import pytest
 
+from rag_jax.config import TransformerConfig
 from rag_jax.models import layers
 
 B, T, S, N, H, F = 2, 3, 4, 2, 3, 5
@@ -39,24 +40,31 @@ X, MEMORY = normal(B, T, D), normal(B, S, D, seed=1)
 MEMORY_MASK = np.array([[[1, 1, 0, 1]], [[0, 0, 1, 1]]], bool)
 
 
-@pytest.mark.parametrize(("std", "scale"), [(0.02, 1.0), (0.1, 0.2)])
-def test_fresh_kernels_have_the_size_that_is_asked_for(std, scale):
+def make_config(**fields):
+  sizes = {"embed_dim": D, "num_heads": N, "mlp_dim": F}
+  return TransformerConfig(**(sizes | fields))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.2])
+def test_fresh_kernels_have_the_size_that_is_asked_for(scale):
   x, memory = np.zeros((1, 2, 64), np.float32), np.ones((1, 2, 64), np.float32)
   mask = np.ones((1, 1, 2), bool)
   layer = layers.TransformerLayer(
-    64, 4, 16, 64, cross=True, kernel_std=std, out_init_scale=scale
+    make_config(embed_dim=64, num_heads=4, mlp_dim=64),
+    cross=True,
+    out_init_scale=scale,
   )
   params = fresh_params(layer, x, mask, memory, mask)
   attention, mlp = params["self_attention"], params["mlp"]
   for part in (attention["out"], mlp["down"]):
-    np.testing.assert_allclose(part["kernel"].std(), std * scale, rtol=0.05)
+    np.testing.assert_allclose(part["kernel"].std(), 0.02 * scale, rtol=0.05)
   for part in (attention["query"], attention["value"], mlp["up"]):
-    np.testing.assert_allclose(part["kernel"].std(), std, rtol=0.05)
+    np.testing.assert_allclose(part["kernel"].std(), 0.02, rtol=0.05)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_mlp_is_two_products_with_an_exact_activation_between(activation):
-  mlp = layers.Mlp(F, activation, dtype=jnp.float32)
+  mlp = layers.Mlp(make_config(activation=activation), dtype=jnp.float32)
   params = random_params(mlp, X)
   # The tanh approximation of gelu is off by 5e-4 and more.
   np.testing.assert_allclose(
@@ -91,7 +99,7 @@ def layer_by_hand(params, x, mask, norm, cross):
 @pytest.mark.parametrize("cross", [False, True])
 def test_a_layer_is_residual_blocks_with_norms_where_they_belong(norm, cross):
   layer = layers.TransformerLayer(
-    D, N, H, F, norm=norm, cross=cross, dtype=jnp.float32
+    make_config(norm=norm), cross=cross, dtype=jnp.float32
   )
   mask = np.tril(np.ones((B, T, T), bool))
   args = (X, mask, *((MEMORY, MEMORY_MASK) if cross else ()))
@@ -104,7 +112,7 @@ def test_a_layer_is_residual_blocks_with_norms_where_they_belong(norm, cross):
 
 
 def test_dropout_is_a_function_of_its_key():
-  layer = layers.TransformerLayer(D, N, H, F, dropout=0.5, dtype=jnp.float32)
+  layer = layers.TransformerLayer(make_config(dropout=0.5), dtype=jnp.float32)
   mask = np.ones((B, 1, T), bool)
   params = random_params(layer, X, mask)
 

@@ -16,6 +16,7 @@ import pytest
 from rag_jax.config import Config
 from rag_jax.config import MeshConfig
 from rag_jax.models import partitioning
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.rag import build_model
 
 RULES = dict(partitioning.AXIS_RULES)
@@ -46,13 +47,18 @@ def boxed(request):
   model = build_model(config, vocab_size=600, decoder_start_id=2)
   tokens = jnp.zeros((1, 2, 4), jnp.int32)  # as contexts and as documents
   question = tokens[:, 0]
+  batch = RagBatch(
+    context_tokens=tokens,
+    context_mask=tokens == 0,
+    target_tokens=question,
+    target_mask=question == 0,
+    question_tokens=question,
+    question_mask=question == 0,
+    doc_tokens=tokens,
+    doc_mask=tokens == 0,
+  )
   return jax.eval_shape(
-    lambda key: model.init(
-      key,
-      *(tokens, tokens == 0, question),
-      *(question, question == 0, tokens, tokens == 0),
-    )["params"],
-    jax.random.key(0),
+    lambda key: model.init(key, batch)["params"], jax.random.key(0)
   )
 
 

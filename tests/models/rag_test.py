@@ -15,6 +15,7 @@ from rag_jax.losses import rag_sequence_nll
 from rag_jax.losses import rag_token_nll
 from rag_jax.losses import token_log_probs
 from rag_jax.models import rag
+from rag_jax.models.batch import RagBatch
 
 B, K, C, T, Q, L, V, D = 2, 3, 5, 4, 3, 4, 13, 8
 
@@ -55,9 +56,13 @@ def make_batch():
   }
 
 
+def as_batch(arrays):
+  return RagBatch(target_mask=None, **arrays)
+
+
 def random_params(model, batch):
   def init(key, batch):
-    return nn.meta.unbox(model.init(key, **batch))["params"]
+    return nn.meta.unbox(model.init(key, as_batch(batch)))["params"]
 
   rng = np.random.default_rng(1)
   return jax.tree.map(
@@ -73,7 +78,7 @@ TARGET_MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
 
 @jax.jit
 def forward(params, batch):
-  return MODEL.apply({"params": params}, **batch)
+  return MODEL.apply({"params": params}, as_batch(batch))
 
 
 @jax.jit
@@ -92,7 +97,7 @@ def gradients(params, batch):
   """Returns the gradient of RAG-Token's loss."""
 
   def loss(params):
-    out = MODEL.apply({"params": params}, **batch)
+    out = MODEL.apply({"params": params}, as_batch(batch))
     return rag_token_nll(
       out.doc_scores,
       out.target_logits,
@@ -108,7 +113,7 @@ def score_gradients(params, batch):
   """Returns the gradient of doc_scores, all that towers do to the loss."""
 
   def total(params):
-    return MODEL.apply({"params": params}, **batch).doc_scores.sum()
+    return MODEL.apply({"params": params}, as_batch(batch)).doc_scores.sum()
 
   return jax.grad(total)(params)
 
@@ -256,7 +261,7 @@ def test_a_learned_score_scale_starts_at_the_setting_and_stays_positive():
 
   @jax.jit
   def init(key, batch):
-    params = nn.meta.unbox(model.init(key, **batch))["params"]
+    params = nn.meta.unbox(model.init(key, as_batch(batch)))["params"]
     return params["log_score_scale"]
 
   log_scale = init(jax.random.key(0), BATCH)

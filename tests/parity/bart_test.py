@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from rag_jax.config import GeneratorConfig
 from rag_jax.losses import token_log_probs
 from rag_jax.models.generator import Generator
 
@@ -138,7 +139,7 @@ class Bart:
     randomize(self.torch)
     # A buffer, which BART keeps at zero: here it differs, and has a gradient.
     self.torch.final_logits_bias.requires_grad_(True)
-    self.generator = Generator(
+    config = GeneratorConfig(
       vocab_size=V,
       num_layers=LAYERS,
       embed_dim=D,
@@ -147,8 +148,8 @@ class Bart:
       max_positions=POSITIONS,
       decoder_start_id=EOS,
       scale_embedding=scale,
-      dtype=jnp.float32,
     )
+    self.generator = Generator(config, dtype=jnp.float32)
     self.params = to_params(self._numpy(lambda x: x.detach()))
 
   def _tensors(self):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from rag_jax.config import EncoderConfig
 from rag_jax.models.encoders import RetrieverEncoder
 
 pytestmark = pytest.mark.parity
@@ -108,7 +109,7 @@ def bert():
 
 
 def encoder(pooling):
-  return RetrieverEncoder(
+  config = EncoderConfig(
     vocab_size=V,
     num_layers=LAYERS,
     embed_dim=D,
@@ -116,8 +117,8 @@ def encoder(pooling):
     mlp_dim=F,
     max_positions=POSITIONS,
     pooling=pooling,
-    dtype=jnp.float32,
   )
+  return RetrieverEncoder(config, dtype=jnp.float32)
 
 
 def inputs():

@@ -33,7 +33,7 @@ from rag_jax.weights.generator_configs import with_default_ids
 from rag_jax.weights.generator_tensors import generator_architecture
 from rag_jax.weights.load import checkpoint_kind
 from rag_jax.weights.load import load_rag
-from rag_jax.weights.loaded import RagSettings
+from rag_jax.weights.saved import SavedModel
 
 pytestmark = pytest.mark.parity
 
@@ -115,13 +115,18 @@ def test_every_field_of_a_model_is_used_or_refused_or_listed(
 def test_every_field_of_rag_is_used_or_listed(tmp_path):
   export_rag(
     tmp_path,
-    dataclasses.replace(ENCODER, tied=False),
-    GENERATOR,
-    {
-      "question_encoder": random_params(dpr(ENCODER, "question"), 0),
-      "generator": random_params(generator_architecture(GENERATOR, "bart"), 1),
-    },
-    settings=RagSettings(),
+    SavedModel(
+      origin="",
+      params={
+        "question_encoder": random_params(dpr(ENCODER, "question"), 0),
+        "generator": random_params(
+          generator_architecture(GENERATOR, "bart"), 1
+        ),
+      },
+      kind="rag_token",
+      encoder=dataclasses.replace(ENCODER, tied=False),
+      generator=GENERATOR,
+    ),
   )
   (tmp_path / "generation_config.json").unlink()
   (tmp_path / "manifest.json").unlink()

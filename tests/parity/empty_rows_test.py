@@ -152,7 +152,7 @@ def test_an_empty_document_is_read_as_by_transformers(name, tmp_path):
 def test_an_empty_row_is_no_evidence_where_states_are_pooled(
   pooling, normalize
 ):
-  encoder = RetrieverEncoder(
+  config = EncoderConfig(
     vocab_size=V,
     num_layers=1,
     embed_dim=8,
@@ -161,8 +161,8 @@ def test_an_empty_row_is_no_evidence_where_states_are_pooled(
     max_positions=9,
     pooling=pooling,
     normalize=normalize,
-    dtype=np.dtype("float32"),
   )
+  encoder = RetrieverEncoder(config, dtype=np.dtype("float32"))
   tokens, mask = map(jnp.asarray, rows(0))
   got, _ = encoder.init_with_output(jax.random.key(0), tokens, mask)
   assert np.all(np.isfinite(got))

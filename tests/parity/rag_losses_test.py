@@ -120,7 +120,8 @@ def hf_nll(kind, settings):
   settings["label_smoothing"] = settings.pop("epsilon")
   if kind == "token":
     return functools.partial(hf_rag_token_nll, **settings)
-  return functools.partial(hf_rag_sequence_nll, **settings, bos_id=BOS)
+  bos = BOS if settings.pop("exclude_bos_score") else None
+  return functools.partial(hf_rag_sequence_nll, **settings, excluded_bos=bos)
 
 
 # Together, so that a shape is compiled once.

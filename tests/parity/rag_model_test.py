@@ -25,6 +25,7 @@ from rag_jax.losses import rag_sequence_nll
 from rag_jax.losses_hf import hf_rag_sequence_nll
 from rag_jax.losses_hf import hf_rag_token_nll
 from rag_jax.losses_hf import shift_left
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.rag import RagModel
 from rag_jax.models.rag import build_encoder
 from rag_jax.models.rag import build_generator
@@ -251,7 +252,8 @@ def nlls(name, *args):
     if kind == "token":
       rows.append(hf_rag_token_nll(*args, **rest))
     else:
-      rows.append(hf_rag_sequence_nll(*args, **rest, bos_id=BOS[name]))
+      bos = BOS[name] if rest.pop("exclude_bos_score") else None
+      rows.append(hf_rag_sequence_nll(*args, **rest, excluded_bos=bos))
   return jnp.stack(rows)
 
 
@@ -275,7 +277,8 @@ def test_embedding_scores_logits_marginal_and_losses_are_those_of_pytorch(
 
   @jax.jit
   def forward(params, data, mask):
-    out = rag.model.apply({"params": params}, **data)
+    batch = RagBatch(target_mask=None, **data)
+    out = rag.model.apply({"params": params}, batch)
     scored = (out.doc_scores, out.target_logits)
     embedding = rag.model.apply(
       {"params": params},
@@ -314,7 +317,8 @@ def test_gradients_reach_both_towers_and_the_generator_as_in_pytorch(
   data = inputs(name, num_docs) | {"target_tokens": target}
 
   def total(params, chosen, data, mask):
-    out = rag.model.apply({"params": params}, **data)
+    batch = RagBatch(target_mask=None, **data)
+    out = rag.model.apply({"params": params}, batch)
     scored = (out.doc_scores, out.target_logits)
     ours = nlls(name, *scored, data["target_tokens"], mask)
     return jnp.sum(chosen @ ours), ours
@@ -375,7 +379,8 @@ def test_labels_of_t5_alone_are_read_as_they_are_and_the_first_goes_unscored(
 
   @jax.jit
   def run(params, data, mask):
-    out = rag.model.apply({"params": params}, **data)
+    batch = RagBatch(target_mask=None, **data)
+    out = rag.model.apply({"params": params}, batch)
     logits = rag.model.apply({"params": params}, data, method=read_labels)
     labels = data["target_tokens"]
     theirs = (logits, *shift_left(labels, PAD["t5"]))

@@ -99,7 +99,7 @@ def torch_outputs(model):
 
 @functools.cache
 def compiled(fields):
-  module = RetrieverEncoder(**dict(fields), dtype=jnp.float32)
+  module = RetrieverEncoder(EncoderConfig(**dict(fields)), dtype=jnp.float32)
   return jax.jit(module.apply)
 
 
@@ -214,7 +214,7 @@ def test_a_sentence_transformers_directory_pools_as_it_says(
     fields,
     loaded.params,
     kind="sentence_transformers",
-    max_tokens=10,
+    tokenizer=TokenizerFiles(max_tokens=10),
   )
   again = load_encoder(tmp_path / "ours")
   assert (again.fields, again.max_tokens) == (loaded.fields, 10)
@@ -248,10 +248,8 @@ def test_an_encoder_without_pooler_and_token_types_loads_as_bert(
 @pytest.mark.parametrize("kind", ["dpr_question"])
 def test_a_score_scale_goes_into_the_projection(kind, saved, tmp_path):
   loaded = load_encoder(saved)
-  fields = dataclasses.replace(EncoderConfig(), **loaded.fields)
-  export_encoder(
-    tmp_path / "ours", fields, loaded.params, kind=kind, score_scale=2.5
-  )
+  fields = EncoderConfig(score_scale=2.5, **loaded.fields)
+  export_encoder(tmp_path / "ours", fields, loaded.params, kind=kind)
   model = loads(transformers.DPRQuestionEncoder, tmp_path / "ours")
   want = 2.5 * torch_outputs(reference(kind)).pooler_output
   assert_close(torch_outputs(model).pooler_output.numpy(), want)
@@ -260,10 +258,8 @@ def test_a_score_scale_goes_into_the_projection(kind, saved, tmp_path):
 @pytest.mark.parametrize("kind", ["dpr_context"])
 def test_a_score_scale_without_projection_makes_one(kind, saved, tmp_path):
   loaded = load_encoder(saved)
-  fields = dataclasses.replace(EncoderConfig(), **loaded.fields)
-  export_encoder(
-    tmp_path / "ours", fields, loaded.params, kind=kind, score_scale=0.5
-  )
+  fields = EncoderConfig(score_scale=0.5, **loaded.fields)
+  export_encoder(tmp_path / "ours", fields, loaded.params, kind=kind)
   model = loads(transformers.DPRContextEncoder, tmp_path / "ours")
   want = 0.5 * torch_outputs(reference(kind)).pooler_output
   assert_close(torch_outputs(model).pooler_output.numpy(), want)
@@ -310,7 +306,7 @@ def test_the_real_minilm_goes_in_and_out_bit_for_bit(tmp_path):
   assert (fields.pooling, fields.normalize, loaded.max_tokens) == (
     "mean", True, 256,
   )  # fmt: skip
-  ids = TokenizerFiles(loaded.tokenizer, loaded.special_ids)
+  ids = TokenizerFiles(loaded.tokenizer, loaded.special_ids, loaded.max_tokens)
   path = tmp_path / "ours"
   export_encoder(
     path,
@@ -318,7 +314,6 @@ def test_the_real_minilm_goes_in_and_out_bit_for_bit(tmp_path):
     loaded.params,
     kind="sentence_transformers",
     tokenizer=ids,
-    max_tokens=loaded.max_tokens,
   )
   a, b = (
     safetensors.numpy.load_file(d / "model.safetensors") for d in (source, path)

@@ -20,6 +20,7 @@ import transformers
 
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.rag import RagModel
 from rag_jax.models.rag import build_generator
@@ -30,6 +31,7 @@ from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_generator
 from rag_jax.weights.load import load_rag
 from rag_jax.weights.loaded import RagSettings
+from rag_jax.weights.saved import SavedModel
 
 pytestmark = pytest.mark.parity
 
@@ -154,7 +156,9 @@ def our_outputs(loaded):
   question, context, target, docs = inputs()
   encoder = loaded.question_encoder
   module = RagModel(
-    question_encoder=RetrieverEncoder(**encoder.fields, dtype=jnp.float32),
+    question_encoder=RetrieverEncoder(
+      EncoderConfig(**encoder.fields), dtype=jnp.float32
+    ),
     passage_encoder=None,
     generator=build_generator(
       GeneratorConfig(**loaded.generator.fields),
@@ -169,12 +173,15 @@ def our_outputs(loaded):
 
   outputs = jax.jit(module.apply)(
     {"params": loaded.params},
-    context_tokens=ids(context),
-    context_mask=jnp.ones(context.shape, bool),
-    target_tokens=ids(target),
-    question_tokens=ids(question),
-    question_mask=jnp.ones(question.shape, bool),
-    doc_embeddings=jnp.asarray(docs),
+    RagBatch(
+      context_tokens=ids(context),
+      context_mask=jnp.ones(context.shape, bool),
+      target_tokens=ids(target),
+      target_mask=None,
+      question_tokens=ids(question),
+      question_mask=jnp.ones(question.shape, bool),
+      doc_embeddings=jnp.asarray(docs),
+    ),
   )
   return outputs.doc_scores, outputs.target_logits
 
@@ -183,22 +190,22 @@ def export(loaded, path, tied=False, **changes):
   passage = loaded.passage_encoder
   export_rag(
     path,
-    dataclasses.replace(
-      EncoderConfig(tied=tied), **loaded.question_encoder.fields
+    SavedModel(
+      origin="",
+      params=loaded.params,
+      kind="rag_token",
+      encoder=EncoderConfig(tied=tied, **loaded.question_encoder.fields),
+      passage_encoder=passage and EncoderConfig(**passage.fields),
+      generator=GeneratorConfig(**loaded.generator.fields),
+      settings=dataclasses.replace(loaded.settings, **changes),
+      question_tokenizer=TokenizerFiles(
+        loaded.question_encoder.tokenizer, loaded.question_encoder.special_ids
+      ),
+      generator_tokenizer=TokenizerFiles(
+        loaded.generator.tokenizer, loaded.generator.special_ids
+      ),
+      generation=loaded.generator.generation,
     ),
-    dataclasses.replace(GeneratorConfig(), **loaded.generator.fields),
-    loaded.params,
-    settings=dataclasses.replace(loaded.settings, **changes),
-    question_tokenizer=TokenizerFiles(
-      loaded.question_encoder.tokenizer, loaded.question_encoder.special_ids
-    ),
-    generator_tokenizer=TokenizerFiles(
-      loaded.generator.tokenizer, loaded.generator.special_ids
-    ),
-    passage_encoder=None
-    if passage is None
-    else dataclasses.replace(EncoderConfig(), **passage.fields),
-    generation=loaded.generator.generation,
   )
 
 

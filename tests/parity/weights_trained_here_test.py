@@ -18,6 +18,7 @@ import transformers
 
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.generator import Generator
 from rag_jax.models.rag import RagModel
@@ -26,6 +27,7 @@ from rag_jax.weights.export import TokenizerFiles
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_rag
 from rag_jax.weights.loaded import RagSettings
+from rag_jax.weights.saved import SavedModel
 
 pytestmark = pytest.mark.parity
 
@@ -61,18 +63,7 @@ def bag(pooling, projection_dim):
     projection_dim=projection_dim,
     normalize=True,
   )
-  module = RetrieverEncoder(
-    vocab_size=V,
-    num_layers=0,
-    embed_dim=D,
-    num_heads=e.num_heads,
-    mlp_dim=e.mlp_dim,
-    max_positions=12,
-    pooling=pooling,
-    projection_dim=projection_dim,
-    normalize=True,
-    dtype=jnp.float32,
-  )
+  module = RetrieverEncoder(e.frozen(vocab_size=V), dtype=jnp.float32)
   tokens = jnp.zeros((1, 2), jnp.int32)
   return e, module, random_params(module, tokens, tokens == 0)
 
@@ -111,11 +102,10 @@ def test_a_bag_of_words_is_a_dpr_encoder_of_one_layer(
   e, _, params = bag(pooling, projection_dim)
   export_encoder(
     tmp_path,
-    e,
+    dataclasses.replace(e, score_scale=float(scale)),
     params,
     kind="dpr_question",
     tokenizer=TokenizerFiles(ids=IDS),
-    score_scale=float(scale),
   )
   model, info = transformers.DPRQuestionEncoder.from_pretrained(
     tmp_path, output_loading_info=True
@@ -170,22 +160,8 @@ def generator():
     scale_attention=False,
     logits_bias=False,
   )
-  fields = dataclasses.asdict(g)
-  for name in ("init_from", "init", "dropout", "fixed"):
-    del fields[name]
-  fields |= {"vocab_size": V, "decoder_start_id": EOS}
-  return g, Generator(**fields, dtype=jnp.float32)
-
-
-class Keywords:
-  """A module whose `init` takes its inputs as one dictionary."""
-
-  def __init__(self, module):
-    self._module = module
-
-  def init(self, key, inputs):
-    """Returns what the module's returns."""
-    return self._module.init(key, **inputs)
+  module = g.frozen(vocab_size=V, decoder_start_id=EOS, dropout=0.0)
+  return g, Generator(module, dtype=jnp.float32)
 
 
 def test_a_rag_trained_here_gives_the_same_numbers_in_torch(tmp_path):
@@ -204,31 +180,36 @@ def test_a_rag_trained_here_gives_the_same_numbers_in_torch(tmp_path):
   context = rng.integers(3, V, (b, k, 10))
   target = rng.integers(3, V, (b, 4))
   docs = rng.normal(size=(b, k, 7)).astype(np.float32)
-  ours = {
-    "context_tokens": jnp.asarray(context, jnp.int32),
-    "context_mask": jnp.ones(context.shape, bool),
-    "target_tokens": jnp.asarray(target, jnp.int32),
-    "question_tokens": jnp.asarray(questions, jnp.int32),
-    "question_mask": jnp.asarray(mask),
-    "doc_embeddings": jnp.asarray(docs),
-  }
+  ours = RagBatch(
+    context_tokens=jnp.asarray(context, jnp.int32),
+    context_mask=jnp.ones(context.shape, bool),
+    target_tokens=jnp.asarray(target, jnp.int32),
+    target_mask=jnp.ones(target.shape, bool),
+    question_tokens=jnp.asarray(questions, jnp.int32),
+    question_mask=jnp.asarray(mask),
+    doc_embeddings=jnp.asarray(docs),
+  )
   passages = {
     "doc_tokens": jnp.zeros((b, k, 2), jnp.int32),
     "doc_mask": jnp.ones((b, k, 2), bool),
   }
-  params = random_params(Keywords(module), ours | passages)
+  params = random_params(module, ours.replace(**passages))
   params["log_score_scale"] = jnp.float32(1.3)
-  outputs = jax.jit(module.apply)({"params": params}, **ours)
+  outputs = jax.jit(module.apply)({"params": params}, ours)
 
   tokenizer = TokenizerFiles(ids=IDS)
   export_rag(
     tmp_path,
-    e,
-    g,
-    params,
-    settings=RagSettings(n_docs=k),
-    question_tokenizer=tokenizer,
-    generator_tokenizer=tokenizer,
+    SavedModel(
+      origin="",
+      params=params,
+      kind="rag_token",
+      encoder=e,
+      generator=g,
+      settings=RagSettings(n_docs=k),
+      question_tokenizer=tokenizer,
+      generator_tokenizer=tokenizer,
+    ),
   )
   model, info = transformers.RagTokenForGeneration.from_pretrained(
     tmp_path, output_loading_info=True

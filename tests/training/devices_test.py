@@ -21,8 +21,8 @@ from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.config import MeshConfig
 from rag_jax.config import OptimizerConfig
-from rag_jax.data.batches import RagBatch
 from rag_jax.models import partitioning
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.rag import build_model
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.state import init_params
@@ -99,9 +99,9 @@ def train(name):
     jax.devices()[: data * fsdp * tensor],
   )
   model, batch = make_model(), make_batch()
-  inputs = jax.tree.map(jnp.asarray, batch.inputs())
+  arrays = jax.tree.map(jnp.asarray, batch)
   params, layout = init_params(
-    lambda key: model.init(key, **inputs)["params"], jax.random.key(0), mesh
+    lambda key: model.init(key, arrays)["params"], jax.random.key(0), mesh
   )
   born = flat(params)
   # Fresh kernels are so small that hardly any gradient passes them.

@@ -20,9 +20,9 @@ from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.config import MeshConfig
 from rag_jax.config import OptimizerConfig
-from rag_jax.data.batches import RagBatch
 from rag_jax.data.step_batches import QuestionBatch
 from rag_jax.models import partitioning
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.rag import build_model
 from rag_jax.retrieval.device import place_arrays
 from rag_jax.retrieval.device import place_tokens
@@ -129,11 +129,10 @@ class Training:
     )
     self.questions = make_questions()
     example = jax.tree.map(
-      jnp.asarray,
-      batch_by_hand(self.questions, np.zeros((B, K), int)).inputs(),
+      jnp.asarray, batch_by_hand(self.questions, np.zeros((B, K), int))
     )
     params, layout = init_params(
-      lambda key: MODEL.init(key, **example)["params"],
+      lambda key: MODEL.init(key, example)["params"],
       jax.random.key(0),
       self.mesh,
     )

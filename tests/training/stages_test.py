@@ -140,7 +140,7 @@ def test_the_loss_of_hugging_face_is_a_choice(tiny):
   params = nn.meta.unbox(experiment.init(jax.random.key(0)))
   loss_fn = make_stages(experiment, tiny.split("train"))[-1].loss_fn
   loss, _ = jax.jit(loss_fn)(params, batch, jax.random.key(0))
-  out = jax.jit(experiment.model.apply)({"params": params}, **batch.inputs())
+  out = jax.jit(experiment.model.apply)({"params": params}, batch)
   nll = hf_rag_sequence_nll(
     out.doc_scores,
     out.target_logits,
@@ -256,6 +256,6 @@ def test_hf_loss_leaves_the_begin_token_out_if_it_shall(tiny, exclude):
   got = nll_fn(*arrays, 0.1)
   for other in (True, False):
     expected = hf_rag_sequence_nll(
-      *arrays, 0.1, exclude_bos_score=other, bos_id=bos
+      *arrays, 0.1, excluded_bos=bos if other else None
     )
     assert np.allclose(got, expected) == (other == exclude)

@@ -15,8 +15,8 @@ from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.config import MeshConfig
 from rag_jax.config import OptimizerConfig
-from rag_jax.data.batches import RagBatch
 from rag_jax.models import partitioning
+from rag_jax.models.batch import RagBatch
 from rag_jax.models.rag import build_model
 from rag_jax.training import step as step_lib
 from rag_jax.training.optimizer import make_optimizer
@@ -139,10 +139,10 @@ MODEL = make_model(dropout=0.0)
 
 @pytest.fixture(scope="module")
 def params():
-  def init(key, inputs):
-    return nn.meta.unbox(MODEL.init(key, **inputs))["params"]
+  def init(key, batch):
+    return nn.meta.unbox(MODEL.init(key, batch))["params"]
 
-  shapes = jax.eval_shape(init, jax.random.key(0), make_batch().inputs())
+  shapes = jax.eval_shape(init, jax.random.key(0), make_batch())
   rng = np.random.default_rng(1)
   return jax.tree.map(
     lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), shapes
@@ -160,7 +160,7 @@ def test_the_marginal_loss_is_nats_a_target_token(params):
 
   @jax.jit
   def run(params, batch):
-    out = MODEL.apply({"params": params}, **batch.inputs())
+    out = MODEL.apply({"params": params}, batch)
     results = {}
     for name, nll_fn in losses.NLL_FNS.items():
       nll = nll_per_question(out, batch, nll_fn)
@@ -203,7 +203,7 @@ def test_the_warm_up_adds_infilling_and_contrast(params):
   @jax.jit
   def run(params, batch):
     variables = {"params": params}
-    out = MODEL.apply(variables, **closed_book(batch).inputs())
+    out = MODEL.apply(variables, closed_book(batch))
     infilling = nll_per_question(out, batch, losses.rag_token_nll)
     contrast = losses.in_batch_contrastive_nll(
       MODEL.apply(
@@ -285,7 +285,7 @@ class Training:
     model, self.batch = make_model(dropout=0.1), make_batch()
     self._mesh = partitioning.make_mesh(MeshConfig(data=1))
     self._params, self._layout = init_params(
-      lambda key: model.init(key, **self._inputs())["params"],
+      lambda key: model.init(key, self._arrays())["params"],
       jax.random.key(0),
       self._mesh,
     )
@@ -306,8 +306,8 @@ class Training:
       "train",
     )
 
-  def _inputs(self):
-    return jax.tree.map(jnp.asarray, self.batch.inputs())
+  def _arrays(self):
+    return jax.tree.map(jnp.asarray, self.batch)
 
   def _new(self):
     # Copies, because the state is donated to the update.

@@ -50,17 +50,7 @@ def test_one_layer_of_bert_computes_the_bag_of_words():
   fields, bert = to_bert(E, params, first_id=BOS, max_positions=9, scale=10.0)
   assert (fields.num_layers, fields.num_heads) == (1, 1)
   assert fields.embed_dim == 2 * D + 2
-  module = RetrieverEncoder(
-    **{
-      name: getattr(fields, name)
-      for name in (
-        "vocab_size", "num_layers", "embed_dim", "num_heads", "mlp_dim",
-        "max_positions", "activation", "norm_eps", "pooling",
-        "projection_dim",
-      )
-    },
-    dtype=jnp.float32,
-  )  # fmt: skip
+  module = RetrieverEncoder(fields, dtype=jnp.float32)
   rng = np.random.default_rng(1)
   lengths = np.array([9, 1, 4])
   mask = np.arange(9) < lengths[:, None]

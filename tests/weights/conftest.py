@@ -19,6 +19,7 @@ from rag_jax.weights.export import export_rag
 from rag_jax.weights.generator_configs import generator_type
 from rag_jax.weights.generator_tensors import generator_architecture
 from rag_jax.weights.loaded import RagSettings
+from rag_jax.weights.saved import SavedModel
 
 IDS = SpecialIds(pad=1, bos=0, eos=2)
 V = 23
@@ -148,15 +149,19 @@ class Checkpoints:
     path = self.root / name
     export_rag(
       path,
-      dataclasses.replace(ENCODER, tied=tied),
-      generator,
-      {
-        "question_encoder": self.encoder_params(),
-        "generator": self.generator_params(generator),
-      },
-      settings=RagSettings(**settings),
-      question_tokenizer=self.tokenizer,
-      generator_tokenizer=self.tokenizer,
+      SavedModel(
+        origin="",
+        params={
+          "question_encoder": self.encoder_params(),
+          "generator": self.generator_params(generator),
+        },
+        kind="rag_token",
+        encoder=dataclasses.replace(ENCODER, tied=tied),
+        generator=generator,
+        settings=RagSettings(**settings),
+        question_tokenizer=self.tokenizer,
+        generator_tokenizer=self.tokenizer,
+      ),
     )
     return path
 

@@ -187,5 +187,8 @@ def test_a_scale_has_no_place_in_bert(checkpoints, tmp_path):
     ValueError, match=r"no place for a score scale of 2\.5; e"
   ):
     export_encoder(
-      tmp_path / "out", fields, params, kind="bert", score_scale=2.5
+      tmp_path / "out",
+      dataclasses.replace(fields, score_scale=2.5),
+      params,
+      kind="bert",
     )

@@ -13,6 +13,9 @@ from jaxtyping import Bool, Float, Int
 class RagBatch:
   """Questions, their documents and their answers, as tokens.
 
+  A context is the question and one document as the generator reads them. A
+  target is the answer, then the end token. Masks are True on real tokens.
+
   The retriever's fields are None for a closed-book model. Otherwise exactly one
   of `doc_tokens` (the passage encoder trains) and `doc_embeddings` (it is
   frozen) is given, and `bm25_scores` with index.hybrid.
@@ -28,17 +31,3 @@ class RagBatch:
   doc_mask: Bool[Any, "B K L"] | None = None
   doc_embeddings: Float[Any, "B K R"] | None = None
   bm25_scores: Float[Any, "B K"] | None = None
-
-  def inputs(self) -> dict[str, Any]:
-    """Returns the arrays that `RagModel.__call__` names."""
-    return {
-      "context_tokens": self.context_tokens,
-      "context_mask": self.context_mask,
-      "target_tokens": self.target_tokens,
-      "question_tokens": self.question_tokens,
-      "question_mask": self.question_mask,
-      "doc_tokens": self.doc_tokens,
-      "doc_mask": self.doc_mask,
-      "doc_embeddings": self.doc_embeddings,
-      "bm25_scores": self.bm25_scores,
-    }
