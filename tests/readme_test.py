@@ -57,7 +57,8 @@ DOCUMENTS = {
 PARSE = """
 import json, os, runpy, sys
 from absl import flags
-import command, rag_jax.benchmarks.run, rag_jax.serving.pipeline
+import rag_jax.benchmarks.run, rag_jax.commands.command
+import rag_jax.serving.pipeline
 for argv in json.load(sys.stdin):
   if not os.fork():
     sys.argv, error = argv, ""
@@ -175,7 +176,8 @@ def parsed():
 
 
 def test_tools_accept_the_flags_of_every_command(parsed):
-  refused = [line for line in parsed[0] if line["error"]]
+  # A tool that is only named has no arguments, which some require.
+  refused = [line for line in parsed[0] if line["argv"][1:] and line["error"]]
   assert not refused, [(line["argv"], line["error"]) for line in refused]
 
 

@@ -14,18 +14,10 @@ import math
 import pathlib
 import tempfile
 
-from rag_jax.config import Config
+import rag_jax
 from rag_jax.corpus.passages import BUNDLED
-from rag_jax.data.experiment import open_experiment
-from rag_jax.data.questions import load_questions
-from rag_jax.decoding.answerer import Answerer
-from rag_jax.evaluation.evaluate import Evaluator
-from rag_jax.evaluation.finish import finish
 from rag_jax.evaluation.report import table
 from rag_jax.serving.explanation import explain
-from rag_jax.serving.pipeline import RagPipeline
-from rag_jax.training.loop import train
-from rag_jax.training.workdir import open_workdir
 
 # %% 1. Passages and questions are JSON lines. These are the bundled ones about
 # capitals and continents. Nothing links a question to the passage that answers
@@ -46,7 +38,7 @@ for name, field, ends in [
 # a bag of words, and the generator has one layer, whose attention starts by
 # copying. In half of the contexts another answer replaces the true one, so that
 # the model has to read: memorising does not help.
-c = Config()
+c = rag_jax.Config()
 c.data.passages = str(root / "passages.jsonl")
 c.data.questions = str(root)
 c.data.n_docs = 2  # K, the passages that the generator reads per question
@@ -85,25 +77,14 @@ c.train.validate_steps = c.train.checkpoint_steps = 0  # only at the end
 # gradients flow into retriever and generator. The run ends with the model, the
 # index and the metrics of the test questions in its workdir.
 print("\nTraining, about half a minute.")
-with open_workdir(root / "run", c) as workdir:
-  experiment = open_experiment(c, tokenizer_path=workdir.tokenizer)
-  evaluator = Evaluator(experiment, Answerer(experiment))
-  validation = load_questions(c.data.questions, "validation")
-  clock = train(
-    experiment,
-    load_questions(c.data.questions, "train"),
-    workdir,
-    evaluator.validator(validation),
-  )
-  test = load_questions(c.data.questions, "test")
-  results = finish(experiment, workdir, test, evaluator, clock)
+results = rag_jax.train(c, root / "run")
 print(table(results))
 
 # %% 4. Ask about a country that no training question named. The prior p(z|x) is
 # the retriever's trust in a passage before anything is written. The posterior
 # p(z|x,y) also weighs how likely the passage makes the answer.
 question = "What is the capital of France?"
-pipeline = RagPipeline.load(root / "run")
+pipeline = rag_jax.RagPipeline.load(root / "run")
 (answer,) = pipeline.answer(question)
 print(f"\n{question}\n{explain(answer)}")
 
@@ -121,6 +102,6 @@ for doc in answer.docs:
 text = (root / "passages.jsonl").read_text()
 edited = root / "edited.jsonl"
 edited.write_text(text.replace("capital is Paris", "capital is Marseille"))
-pipeline = RagPipeline.load(root / "run", corpus=edited)
+pipeline = rag_jax.RagPipeline.load(root / "run", corpus=edited)
 print(f"After the edit: {question}\n{explain(pipeline.answer(question)[0])}")
 print(f"The run is in {root}.")

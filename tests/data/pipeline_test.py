@@ -83,12 +83,14 @@ class Maker:
     seed=0,
     batch_size=B,
     informal_questions=0.0,
+    substitute_subjects=0.0,
     frozen_passages=False,
     **settings,
   ):
     """Returns the batches of `questions`."""
     config = Config(seed=seed, data=dataclasses.replace(CONFIG))
     config.data.informal_questions = informal_questions
+    config.data.substitute_subjects = substitute_subjects
     config.train.batch_size = batch_size
     config.encoder.train_passage_encoder = not frozen_passages
     return QuestionBatches(
