@@ -4,7 +4,7 @@ In: the path of a file or folder (local or gs://), a bundled corpus, or the
 name of a TFDS data set. Out: its documents, one after the other.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
@@ -85,10 +85,11 @@ def read_documents(
   fields: FieldNames = DEFAULT_FIELDS,
   bad_records: BadRecords,
 ) -> Iterator[Document]:
-  """Yields the documents of a corpus, in its order.
+  """Returns an iterator over the documents of a corpus, in its order.
 
-  Nothing is kept: memory does not grow with the corpus, but for a .json file,
-  which is read whole. Counts stand in `bad_records.report` at the end.
+  Whether it is there, and has a reader, is known at once. Nothing is kept:
+  memory does not grow with the corpus, but for a .json file, which is read
+  whole. Counts stand in `bad_records.report` at the end.
 
   Args:
     path: "world_facts", "tfds:NAME", or a local or gs:// path. A .jsonl file
@@ -108,7 +109,13 @@ def read_documents(
     ValueError: there is no reader for it; or a record cannot be used, and
       `bad_records` says "fail": names the file and line.
   """
-  for document in _open(str(path), fields, bad_records):
+  return _usable(_open(str(path), fields, bad_records), bad_records)
+
+
+def _usable(
+  documents: Iterable[Document], bad_records: BadRecords
+) -> Iterator[Document]:
+  for document in documents:
     problem = _problem(document)
     if problem:
       bad_records.refuse(*problem)

@@ -179,6 +179,15 @@ def conversion(raw: bytes) -> str:
   )
 
 
+def _is_wide(raw: bytes) -> bool:
+  """Returns whether a file that begins with `raw` is UTF-16 without a mark."""
+  return (
+    b"\0" in raw[:512]
+    and not bom_encoding(raw)
+    and likely_encoding(raw).startswith("UTF-16")
+  )
+
+
 def _damaged(place: str, error: Exception) -> ValueError:
   """Returns the error for gzip data that cannot be read on from `place`."""
   return ValueError(
@@ -250,6 +259,15 @@ def read_lines(
             if zipped:
               _check_ratio(raw_file, offset)
           continue
+        if line == 1 and _is_wide(raw):
+          bad.refuse(
+            "undecodable",
+            ValueError(
+              f"{name}:1: every other byte is NUL. Expected UTF-8 text."
+              f" {conversion(raw)}"
+            ),
+          )
+          return  # none of its lines is one
         try:
           text = _decode(raw, f"{name}:{line}", start)
         except ValueError as error:

@@ -138,8 +138,12 @@ def _check_row(
 
 def _first_row(path: epath.PathLike, delimiter: str) -> tuple[str, list[str]]:
   """Returns where the first row is, and its columns; ("", []) if none is."""
-  rows = Rows(path, delimiter, bad_records=BadRecords("skip"))
+  skipping = BadRecords("skip")
+  rows = Rows(path, delimiter, bad_records=skipping)
   row = next(iter(rows), None)
+  if row and any(skipping.report.dropped.values()):
+    # The names stood before it, in a line that cannot be read: says which.
+    next(iter(Rows(path, delimiter, bad_records=BadRecords())))
   return (rows.where, row) if row else ("", [])
 
 

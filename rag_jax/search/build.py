@@ -22,6 +22,7 @@ from rag_jax.building import building
 from rag_jax.config import IndexConfig
 from rag_jax.corpus.document import DEFAULT_FIELDS
 from rag_jax.corpus.document import FieldNames
+from rag_jax.corpus.documents import read_documents
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.prepare import read_passages
 from rag_jax.corpus.report import BadRecords
@@ -129,9 +130,12 @@ def build_search_directory(
   check_tuning(config.index, config.target_recall, len(questions))
   output = epath.Path(output).expanduser()
   first = jax.process_index() == 0
+  # What is not there is said before a directory is made.
+  inputs = _open_inputs(corpus, encoder, question_encoder, config)
+  if not (output / PASSAGES / artifacts.MANIFEST).exists():
+    read_documents(corpus, fields=config.fields, bad_records=BadRecords())
   lock = building(output, kind=KIND, own=_is_own, wait=wait)
   with lock if first else contextlib.nullcontext():
-    inputs = _open_inputs(corpus, encoder, question_encoder, config)
     if (output / artifacts.MANIFEST).exists():
       return _reopen(output, inputs.plan)
     if first:

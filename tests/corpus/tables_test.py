@@ -252,3 +252,25 @@ def test_an_empty_table_has_no_rows_and_a_damaged_one_says_so(
   path = write("x" * 200, name)
   refused(path, ":1: the line has more than 100 bytes")
   assert read(path, "skip")[2].dropped["undecodable"] == 1
+
+
+@pytest.mark.parametrize("end", ["tsv", "csv", "jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_file_of_utf16_is_called_that(tmp_path, end, encoding, mark):
+  line = {"tsv": "id\ttext\n1\tone\n", "csv": "id,text\n1,one\n"}
+  text = mark + line.get(end, '{"id": "1", "text": "one"}\n')
+  path = tmp_path / f"corpus.{end}"
+  path.write_bytes(text.encode(encoding))
+  with pytest.raises(ValueError, match=r":1: .*It looks like UTF-16.*iconv"):
+    list(read_documents(path, bad_records=BadRecords()))
+
+
+@pytest.mark.parametrize("action", ["fail", "skip"])
+def test_names_of_columns_that_cannot_be_read_are_never_skipped(
+  tmp_path, action
+):
+  path = tmp_path / "corpus.tsv"
+  path.write_bytes("id\ttext\ttítulo\n1\tone\tT\n".encode("latin-1"))
+  with pytest.raises(ValueError, match=r"corpus.tsv:1: byte 0xed .*iconv"):
+    list(read_documents(path, bad_records=BadRecords(action)))

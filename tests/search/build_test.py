@@ -398,3 +398,13 @@ def test_two_processes_build_what_one_does(
   best = built.search(["the bees"], 1, mode="bm25")[0][0].passage.id
   assert all(f"found {best}" in text for text in printed)
   assert files_of(tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize("missing", ["corpus", "encoder"])
+def test_what_is_not_there_is_said_before_anything_is_made(
+  corpus, encoder, tmp_path, missing
+):
+  paths = {"corpus": corpus, "encoder": encoder} | {missing: tmp_path / "no"}
+  with pytest.raises((FileNotFoundError, ValueError), match="no"):
+    build(paths["corpus"], paths["encoder"], tmp_path / "index")
+  assert not (tmp_path / "index").exists()
