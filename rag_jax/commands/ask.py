@@ -36,6 +36,7 @@ from rag_jax.serving.explanation import explain
 from rag_jax.serving.explanation import to_json
 from rag_jax.serving.open_model import default_passage_encoder
 from rag_jax.serving.pipeline import RagPipeline
+from rag_jax.terminal import one_line
 from rag_jax.training.workdir import keep_compiled
 from rag_jax.weights.hub import HUB_PREFIX
 from rag_jax.weights.saved import is_workdir
@@ -71,6 +72,11 @@ _CACHE_DIR = flags.DEFINE_string(
   "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a line.")
+_STREAM = flags.DEFINE_bool(
+  "stream", None, "Show an answer on stderr while it is written; not in beam"
+  " search or RAG-Sequence. By default if stderr is a terminal.",
+)  # fmt: skip
+_SHOWN_CHARS = 39  # of what is written so far; a character takes two columns
 
 
 def _prompt() -> Iterator[str]:
@@ -92,6 +98,12 @@ def _questions(arguments: list[str]) -> Iterator[str]:
     yield from command.questions(arguments)
   else:
     yield from _prompt()
+
+
+def _show(text: str) -> None:
+  """Writes an answer so far over what was shown of it, beside the output."""
+  shown = one_line(text)[-_SHOWN_CHARS:]
+  print(f"\r{shown}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _open() -> RagPipeline:
@@ -154,9 +166,13 @@ def main(argv: list[str]) -> None:
     # Answers alone; --verbosity=0 also says how long each took.
     logging.set_verbosity(logging.WARNING)
   pipeline = _open()
+  streams = sys.stderr.isatty() if _STREAM.value is None else _STREAM.value
+  on_text = _show if streams and not _JSON.value else None
   for number, question in enumerate(_questions(argv[1:])):
     start = time.perf_counter()
-    answer = pipeline.answer(question, n_docs=_N_DOCS.value)[0]
+    (answer,) = pipeline.answer(question, n_docs=_N_DOCS.value, on_text=on_text)
+    if on_text:
+      _show("")
     logging.info("Answered in %.3f s.", time.perf_counter() - start)
     if _JSON.value:
       print(to_json(answer, _SURE.value, pipeline.least_score), flush=True)

@@ -1,6 +1,7 @@
 """tools/ask.py as a person or a script runs it."""
 
 import json
+import re
 
 from processes import run_tool
 import pytest
@@ -88,6 +89,18 @@ def test_the_prompt_ends_at_the_end_and_is_not_among_the_answers(learned):
   process = ask(learned.workdir, "--json", "--verbosity=0", stdin=PERU)
   assert answered(process) == [(PERU, "Lima")]
   assert "Answered in " in process.stderr  # seconds
+
+
+def test_an_answer_is_shown_while_it_is_written(learned):
+  process = ask(learned.workdir, "--stream", FRANCE)
+  assert process.returncode == 0, process.stderr
+  texts = re.findall(r"([^\n]*)\x1b\[K", process.stderr)
+  assert len(texts) > 2
+  assert texts[-2:] == ["Paris", ""]
+  assert all("Paris".startswith(text) for text in texts)
+  whole = ask(learned.workdir, FRANCE)
+  assert process.stdout == whole.stdout
+  assert whole.stderr == ""  # nobody looks at a pipe
 
 
 def test_another_corpus_is_answered_from_without_training(learned, tmp_path):
