@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rag_jax.config import Config
 from rag_jax.config import DataConfig
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.tokenized import TokenizedPassages
@@ -95,19 +96,11 @@ class Fixed(Embedder):
 
 
 def test_questions_and_answers_are_those_of_a_batch_with_documents(tokenizer):
-  passages, host = builder(tokenizer, n_docs=0)
+  _, host = builder(tokenizer, n_docs=0)
+  config = Config(seed=3)
+  config.train.batch_size = 2
   made = [
-    kind(
-      QUESTIONS,
-      tokenizer,
-      passages,
-      host,
-      Fixed(),
-      n_docs=2,
-      batch_size=2,
-      seed=3,
-      frozen_passages=False,
-    )
+    kind(QUESTIONS, host, Fixed(), config)
     for kind in (QuestionBatches, StepBatches)
   ]
   for step in range(4):

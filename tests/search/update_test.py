@@ -382,7 +382,7 @@ def test_weights_need_questions_that_are_of_this_corpus(copy, tmp_path):
     tmp_path / "q.jsonl",
     "answers",
   )
-  with pytest.raises(ValueError, match=r"Of 25 questions .* 0 have a pass"):
+  with pytest.raises(ValueError, match=r"Of 25 questions .* 0 have a relevant"):
     fit_search_modes(copy, few)
   assert SearchDirectory(copy).version.name == ""
   assert SearchDirectory(copy).search([QUESTION], 3, mode="best") == (

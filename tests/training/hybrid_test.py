@@ -87,11 +87,11 @@ def test_a_run_does_not_go_on_with_words_counted_otherwise(tiny, config, run):
 def test_an_answer_has_the_prior_of_both_scores(run, pipeline):
   question = run.tiny.split("test")[0].question
   (answer,) = pipeline.answer(question)
-  experiment, params = pipeline._experiment, pipeline._params
+  experiment, params = pipeline.experiment, pipeline.params
   weights = learned_weights(params)
-  embeddings = pipeline._answerer.embed(params, [question])
+  embeddings = pipeline.answerer.embed(params, [question])
   rows = np.array([int(doc.id) for doc in answer.docs])
-  dense = pipeline._index.embeddings[rows] @ embeddings[0]
+  dense = pipeline.index.embeddings[rows] @ embeddings[0]
   words = experiment.bm25.score([question], rows[None])[0]
   assert words.max() > 0
   scores = float(weights.dense) * dense + float(weights.bm25) * words
@@ -103,7 +103,7 @@ def test_an_answer_has_the_prior_of_both_scores(run, pipeline):
     [doc.prior for doc in answer.docs], prior, rtol=1e-5
   )
   # These are the best of all passages, by a loop over them.
-  everything = pipeline._index.embeddings[:] @ embeddings[0]
+  everything = pipeline.index.embeddings[:] @ embeddings[0]
   every = np.arange(len(everything))
   fused = (
     float(weights.dense) * everything
@@ -119,17 +119,17 @@ def test_other_passages_are_searched_by_their_own_words(run, tmp_path):
   title = json.loads(lines[3])["title"]
   other = RagPipeline.load(run.path, corpus=corpus)
   (answer,) = other.answer(f"Tell: What is the capital of {title}?")
-  bm25 = other._experiment.bm25
+  bm25 = other.experiment.bm25
   assert bm25.num_passages == 6
   assert np.argmax(bm25.score([title], np.arange(6)[None])) == 3
   assert set(answer.retrieved) <= set(range(6))
 
 
 def test_the_weights_do_not_make_an_index_foreign(run, pipeline):
-  params = {k: v for k, v in pipeline._params.items() if k != "generator"}
+  params = {k: v for k, v in pipeline.params.items() if k != "generator"}
   alone = {k: v for k, v in params.items() if k != "hybrid"}
   assert fingerprint(params) == fingerprint(alone)
-  assert pipeline._index.encoder_fingerprint == fingerprint(alone)
+  assert pipeline.index.encoder_fingerprint == fingerprint(alone)
 
 
 @pytest.mark.parametrize("kind", ["rag_token", "rag_sequence"])
