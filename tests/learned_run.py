@@ -11,7 +11,7 @@ import pathlib
 from typing import Any
 
 from rag_jax.config import Config
-from rag_jax.corpus.passages import BUNDLED
+from rag_jax.corpus.documents import BUNDLED
 from rag_jax.data.experiment import open_experiment
 from rag_jax.data.questions import SPLITS
 from rag_jax.data.questions import Question

@@ -16,7 +16,7 @@ from absl import flags
 import command
 import gazetteer
 
-from rag_jax.corpus.passages import BUNDLED
+from rag_jax.corpus.documents import BUNDLED
 
 _OUTPUT = flags.DEFINE_string(
   "output",
