@@ -154,6 +154,14 @@ def filtered_few(texts, n_docs=2):
   )
 
 
+@pytest.mark.parametrize(
+  "text", ["=x", "lang", "year>=", "year!=1999", "year==1999", ""]
+)
+def test_a_condition_with_another_sign_is_refused(text):
+  with pytest.raises(ValueError, match=f"filter '{text}' is not understood"):
+    parse_conditions([text])
+
+
 def test_fewer_passages_than_asked_for_are_fewer():
   ids, scores = filtered_few(["lang=en"])
   assert ids.tolist() == [[0, -1]] * 2
