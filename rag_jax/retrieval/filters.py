@@ -59,11 +59,11 @@ def parse_conditions(texts: Iterable[str]) -> Conditions:
 
   Args:
     texts: a name, one of = >= <= > < and a value each. The value may be empty
-      or hold more of these, but not begin with "="; nothing is trimmed.
+      or hold more of these; nothing is trimmed.
 
   Raises:
-    ValueError: one has no such sign but another (!= or ==), or nothing before
-      it, or a range of nothing.
+    ValueError: one has no such sign, or !=, or nothing before it, or a range of
+      nothing.
     TypeError: `texts` is one string.
   """
   if isinstance(texts, str):
@@ -74,9 +74,9 @@ def parse_conditions(texts: Iterable[str]) -> Conditions:
   conditions = []
   for text in texts:
     match = _CONDITION.fullmatch(text)
-    # Not a name "year!" or a value "=1999", which nobody means.
-    other = match and (match[1].endswith("!") or match[3].startswith("="))
-    if not match or other or (match[2] != "=" and not match[3]):
+    # "year!=1999" is meant as another sign, not as the name "year!".
+    named = match and not match[1].endswith("!")
+    if not match or not named or (match[2] != "=" and not match[3]):
       raise ValueError(
         f"The filter {text!r} is not understood. Expected NAME=VALUE, such as"
         " lang=en, or a range such as 'year>=1999' (with >=, <=, > or <, in"

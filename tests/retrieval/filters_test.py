@@ -155,7 +155,7 @@ def filtered_few(texts, n_docs=2):
 
 
 @pytest.mark.parametrize(
-  "text", ["=x", "lang", "year>=", "year!=1999", "year==1999", ""]
+  "text", ["=x", "lang", "year>=", "year!=1999", "!=x", ""]
 )
 def test_a_condition_with_another_sign_is_refused(text):
   with pytest.raises(ValueError, match=f"filter '{text}' is not understood"):
