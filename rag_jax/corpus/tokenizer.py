@@ -423,12 +423,21 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
         folder, local_files_only=True, trust_remote_code=False
       )
   except Exception as error:  # transformers raises bare Exception, and others
-    raise ValueError(
-      f"The tokenizer in {path} cannot be read ({error}). Its files were cut"
-      " off or edited, or it brings code of its own, which is never run; copy"
-      " them again."
-    ) from error
-  return Tokenizer(backend)
+    raise _unreadable(path, error) from error
+  try:
+    return Tokenizer(backend)
+  except ValueError:
+    raise
+  except Exception as error:  # of special tokens that lead round in circles
+    raise _unreadable(path, error) from error
+
+
+def _unreadable(path: epath.Path, error: Exception) -> ValueError:
+  return ValueError(
+    f"The tokenizer in {path} cannot be read ({error}). Its files were cut off"
+    " or edited, or it brings code of its own, which is never run; copy them"
+    " again."
+  )
 
 
 @contextlib.contextmanager

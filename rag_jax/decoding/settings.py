@@ -8,7 +8,7 @@ again.
 from collections.abc import Iterator, Mapping
 import dataclasses
 import json
-import math
+import sys
 import typing
 from typing import Any
 
@@ -170,7 +170,8 @@ class GenerationSettings:
           yield f"{field.name}={value!r} is not True or False."
       elif field.type is float:
         number = _is_int(value) or isinstance(value, float)
-        if not number or not math.isfinite(value):
+        # Compared, since a whole number may be too large for a float.
+        if not number or not abs(value) <= sys.float_info.max:
           yield f"{field.name}={value!r} is not a finite number."
       elif field.type is int or kind == "int | None":
         if not _is_int(value) and (field.type is int or value is not None):

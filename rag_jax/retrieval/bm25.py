@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import difflib
 import json
-import math
 import os
 import tempfile
 from typing import Any
@@ -24,6 +23,7 @@ from rag_jax import artifacts
 from rag_jax.building import building
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.records import read_texts
+from rag_jax.corpus.records import shorten
 from rag_jax.corpus.words import RULES
 from rag_jax.corpus.words import WordTokenizer
 from rag_jax.json_input import read_settings
@@ -39,6 +39,7 @@ FORMAT = 2
 REMEDY = "Build the BM25 index again from the passages."
 
 _VOCABULARY = "vocabulary.json"
+_MAX_K1 = 1000  # far beyond any use
 _CONTENT = {
   "num_passages": int,
   "passages_fingerprint": str,
@@ -404,10 +405,10 @@ def check_settings(settings: Bm25Settings) -> Bm25Settings:
     TypeError: `stop_words` is one string.
   """
   settings.word_tokenizer()
-  if not (settings.k1 >= 0 and math.isfinite(settings.k1)):
+  if not 0 <= settings.k1 <= _MAX_K1:
     raise ValueError(
-      f"k1={settings.k1} is no number from 0 on. Expected for instance 0.9 or"
-      " 1.2; 0 counts a word once, however often it occurs."
+      f"k1={shorten(settings.k1)} is not from 0 to {_MAX_K1:,}. Expected for"
+      " instance 0.9 or 1.2; 0 counts a word once, however often it occurs."
     )
   if not 0 <= settings.b <= 1:
     raise ValueError(

@@ -6,6 +6,7 @@ tokenizer; and a copy.
 
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 from rag_jax import disk
@@ -99,10 +100,14 @@ def _largest_ids(directory: CheckpointDirectory) -> dict[str, int]:
     content = directory.json("tokenizer.json")
     model = content.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    added = content.get("added_tokens") or []
+    added = content.get("added_tokens")
     ids["tokenizer.json"] = [
       *_vocab_ids(vocab),
-      *(token.get("id", 0) for token in added if isinstance(token, dict)),
+      *(
+        token.get("id", 0)
+        for token in (added if isinstance(added, list) else [])
+        if isinstance(token, dict)
+      ),
     ]
   else:
     if directory.has("vocab.txt"):
@@ -113,7 +118,9 @@ def _largest_ids(directory: CheckpointDirectory) -> dict[str, int]:
       ids[name] = _vocab_ids(directory.json(name, default={}))
   config = directory.json("tokenizer_config.json", default={})
   if isinstance(added := config.get("added_tokens_decoder"), dict):
-    ids["tokenizer_config.json"] = [int(key) for key in added if key.isdigit()]
+    ids["tokenizer_config.json"] = [
+      int(key) for key in added if re.fullmatch("[0-9]{1,18}", key)
+    ]
   known = {
     name: [i for i in numbers if isinstance(i, int)]
     for name, numbers in ids.items()
@@ -122,9 +129,11 @@ def _largest_ids(directory: CheckpointDirectory) -> dict[str, int]:
 
 
 def _vocab_ids(vocab: Any) -> list[int]:
+  """Returns ids of a vocabulary; [] if it is none, which loading it says."""
   if isinstance(vocab, dict):  # token -> id
     return list(vocab.values())
-  return [len(vocab) - 1] if vocab else []  # [token, score], in order
+  # [token, score], in order
+  return [len(vocab) - 1] if isinstance(vocab, list) and vocab else []
 
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:

@@ -336,6 +336,19 @@ def test_a_file_that_was_cut_off_is_refused(tokenizer, name, tmp_path):
     load_tokenizer(tmp_path)
 
 
+def test_an_unknown_token_that_is_no_token_is_a_clear_error(
+  tokenizer, tmp_path
+):
+  tokenizer.save(tmp_path)
+  file = tmp_path / "tokenizer_config.json"
+  config = json.loads(file.read_text()) | {"unk_token": ""}
+  del config["mask_token"]  # for which the unknown token stands
+  file.write_text(json.dumps(config))
+  # transformers looks for the id of the unknown token without an end.
+  with pytest.raises(ValueError, match=r"cannot be read \(maximum recursion"):
+    load_tokenizer(tmp_path)
+
+
 def test_code_that_comes_with_a_tokenizer_is_not_run(
   tokenizer, tmp_path, monkeypatch
 ):

@@ -157,6 +157,7 @@ def test_what_is_not_supported_but_turned_off_is_no_problem():
     ({"no_repeat_ngram_size": -2}, "no_repeat_ngram_size=-2 must be at least"),
     ({"top_p": 1.5}, "top_p=1.5 must lie between 0 and 1"),
     ({"length_penalty": float("nan")}, "length_penalty=nan is not a finite"),
+    ({"length_penalty": 10**400}, "length_penalty=10+ is not a finite"),
     ({"early_stopping": "always"}, "early_stopping='always' is not True"),
     ({"early_stopping": 1}, "early_stopping=1 is not True, False or 'never'"),
     ({"num_beams": 2.0}, "num_beams=2.0 is not a whole number"),

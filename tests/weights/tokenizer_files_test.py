@@ -27,6 +27,29 @@ def test_a_tokenizer_beyond_the_table_is_refused(checkpoints):
     load_encoder(path)
 
 
+@pytest.mark.parametrize(
+  ("name", "changed"),
+  [
+    ("tokenizer.json", {"model": {"vocab": 0.5}}),
+    ("tokenizer.json", {"model": {"vocab": True}}),
+    ("tokenizer.json", {"added_tokens": 1.5}),
+    ("tokenizer.json", {"added_tokens": {"id": 99}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"²": {}}}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {}}}),
+  ],
+)
+def test_what_is_no_list_of_ids_has_none(checkpoints, name, changed):
+  path = checkpoints.dpr()
+  (path / "manifest.json").unlink()
+  file = path / name
+  content = json.loads(file.read_text()) if file.exists() else {}
+  file.write_text(json.dumps(content | changed))
+  # That it cannot be used is said by what opens it.
+  assert load_encoder(path).tokenizer == str(path)
+  with pytest.raises(ValueError, match=r"The tokenizer in .* cannot be read"):
+    load_tokenizer(path)
+
+
 def test_a_table_that_is_padded_is_fine(checkpoints):
   path = checkpoints.dpr()
   (path / "manifest.json").unlink()
