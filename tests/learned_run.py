@@ -12,7 +12,7 @@ from typing import Any
 
 from rag_jax.api.runs import train
 from rag_jax.config import Config
-from rag_jax.corpus.passages import BUNDLED
+from rag_jax.corpus.documents import BUNDLED
 from rag_jax.data.questions import SPLITS
 
 

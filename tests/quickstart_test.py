@@ -9,7 +9,7 @@ import json
 from processes import run_tool
 import pytest
 
-from rag_jax.corpus.passages import BUNDLED
+from rag_jax.corpus.documents import BUNDLED
 
 FRANCE = (
   "What is the capital of France?",

@@ -44,7 +44,7 @@ from rag_jax.evaluation.judged_questions import read_judged_questions
 from rag_jax.evaluation.report import read_results
 from rag_jax.evaluation.report import write_results
 from rag_jax.retrieval.bm25 import Bm25Index
-from rag_jax.retrieval.certificate import certify
+from rag_jax.retrieval.certify import certify
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.index import load_index
 from rag_jax.weights.config_values import SpecialIds

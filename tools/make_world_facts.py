@@ -15,7 +15,7 @@ from absl import flags
 import gazetteer
 
 from rag_jax.commands import command
-from rag_jax.corpus.passages import BUNDLED
+from rag_jax.corpus.documents import BUNDLED
 
 _OUTPUT = flags.DEFINE_string(
   "output",

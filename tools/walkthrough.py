@@ -15,7 +15,7 @@ import pathlib
 import tempfile
 
 import rag_jax
-from rag_jax.corpus.passages import BUNDLED
+from rag_jax.corpus.documents import BUNDLED
 from rag_jax.evaluation.report import table
 from rag_jax.serving.explanation import explain
 

@@ -17,9 +17,9 @@ from absl import logging
 from jaxtyping import Float, Int
 import numpy as np
 
-from rag_jax.retrieval.cost import num_cpus
 from rag_jax.retrieval.recall import index_recall_at_k
 from rag_jax.retrieval.recall import mean_recall
+from rag_jax.retrieval.resources import num_cpus
 
 _LEAST_PASSAGES = 256  # fewer are not worth clustering
 _PROBES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8)  # shares of the lists

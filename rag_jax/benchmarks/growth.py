@@ -23,9 +23,6 @@ from rag_jax.benchmarks.machine import describe_machine
 from rag_jax.benchmarks.run import open_embeddings
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import scann
-from rag_jax.retrieval.cost import BuildCost
-from rag_jax.retrieval.cost import BuildMeter
-from rag_jax.retrieval.cost import queries_per_second
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.index import build_index_directory
@@ -33,6 +30,9 @@ from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.recall import Recall
 from rag_jax.retrieval.recall import index_recall_at_k
 from rag_jax.retrieval.recall import mean_recall
+from rag_jax.retrieval.resources import BuildCost
+from rag_jax.retrieval.resources import BuildMeter
+from rag_jax.retrieval.resources import queries_per_second
 from rag_jax.retrieval.sharded import ShardedIndex
 
 K = 10  # passages per question

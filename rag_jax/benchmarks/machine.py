@@ -11,7 +11,7 @@ import platform
 import re
 from typing import Any
 
-from rag_jax.retrieval.cost import num_cpus
+from rag_jax.retrieval.resources import num_cpus
 
 _PACKAGES = ("numpy", "jax", "scann", "faiss-cpu", "bm25s")
 

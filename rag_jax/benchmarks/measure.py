@@ -17,10 +17,10 @@ from rag_jax.evaluation.judged_questions import Known
 from rag_jax.evaluation.judged_questions import Mean
 from rag_jax.evaluation.judged_questions import QuestionMetrics
 from rag_jax.evaluation.judged_questions import without_own
-from rag_jax.retrieval.cost import queries_per_second
 from rag_jax.retrieval.recall import Recall
 from rag_jax.retrieval.recall import index_recall_at_k
 from rag_jax.retrieval.recall import mean_recall
+from rag_jax.retrieval.resources import queries_per_second
 
 INDEX_DEPTHS = (1, 10, 100)  # of index_recall
 BATCHES = (1, 256)  # questions searched for at a time, when timed

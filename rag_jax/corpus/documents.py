@@ -17,13 +17,16 @@ from rag_jax.corpus.folders import read_folder
 from rag_jax.corpus.folders import read_text_file
 from rag_jax.corpus.json_files import read_json
 from rag_jax.corpus.json_files import read_jsonl_documents
-from rag_jax.corpus.passages import BUNDLED
 from rag_jax.corpus.records import find_file
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.tables import ENDS as TABLE_ENDS
 from rag_jax.corpus.tables import read_table
 from rag_jax.corpus.tfds_documents import TFDS
 from rag_jax.corpus.tfds_documents import read_tfds_documents
+
+# Corpora that come with the library: passages.jsonl and the questions about
+# them, train.jsonl, validation.jsonl and test.jsonl.
+BUNDLED = {"world_facts": epath.Path(__file__).parent / "world_facts"}
 
 _BEIR = ("corpus.jsonl", "corpus.jsonl.gz")
 

@@ -1,34 +1,24 @@
-"""The passages that are searched, read from a file into memory.
+"""What a passage is, and what every sequence of passages can do.
 
-In: the name of a bundled corpus, a file that documents.py reads, or a passage
-store. Out: `Passages`, whose row numbers are those of the index.
+In: passages. Out: `Passages`, whose row numbers are those of the index: in
+memory (`PassageList`), in files (store.py) or of an updated search directory.
 """
 
+import abc
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
-import difflib
 import functools
 import json
+import operator
 import os
 from typing import SupportsIndex, overload
 
-from etils import epath
+from jaxtyping import Int
+import numpy as np
 
 from rag_jax.artifacts import fingerprint_lines
-from rag_jax.corpus.records import find_file
-from rag_jax.corpus.report import BadRecords
-from rag_jax.disk import instead_of
 
-# Corpora that come with the library: passages.jsonl and the questions about
-# them, train.jsonl, validation.jsonl and test.jsonl.
-BUNDLED = {"world_facts": epath.Path(__file__).parent / "world_facts"}
-
-_ENDS = (".jsonl", ".json", ".tsv", ".csv")
-_EXPECTED = (
-  f"one of the bundled corpora {sorted(BUNDLED)}, or a file whose name ends in"
-  f" one of {list(_ENDS)}, perhaps with .gz behind, or the directory of a"
-  " passage store"
-)
+_ITER_ROWS = 1024  # read at once by a loop over all passages
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,11 +64,83 @@ def fingerprint_passages(passages: Iterable[Passage]) -> str:
 
 
 class Passages(Sequence[Passage]):
-  """Passages in memory, in the order of the index.
+  """Passages in the order of the index, wherever they are kept.
 
   Attributes:
     origin: where they were read, for messages.
   """
+
+  origin: str
+
+  @abc.abstractmethod
+  def _read(self, rows: Sequence[int]) -> Iterable[Passage]:
+    """Returns the passages of `rows`, each from 0 to len(self) - 1."""
+
+  @abc.abstractmethod
+  def row_of(self, id: str) -> int | None:
+    """Returns the row of the passage with this id; None if there is none."""
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Hex digits that change with any part of any passage, and their order."""
+    return fingerprint_passages(self)
+
+  @overload
+  def __getitem__(self, index: SupportsIndex) -> Passage: ...
+
+  @overload
+  def __getitem__(self, index: slice) -> tuple[Passage, ...]: ...
+
+  def __getitem__(
+    self, index: SupportsIndex | slice
+  ) -> Passage | tuple[Passage, ...]:
+    if isinstance(index, slice):
+      return tuple(self._read(range(len(self))[index]))
+    (passage,) = self.get([index])
+    return passage
+
+  def get(
+    self, rows: Sequence[SupportsIndex] | Int[np.ndarray, "N"]
+  ) -> tuple[Passage, ...]:
+    """Returns the passages of `rows`, in their order."""
+    return tuple(self._read([self._row(row) for row in rows]))
+
+  def _row(self, index: SupportsIndex) -> int:
+    """Returns the row that an index means, which may count from the end."""
+    row = operator.index(index)
+    if not -len(self) <= row < len(self):
+      raise IndexError(
+        f"There is no passage {row} in {self.origin}. Expected a row from 0 to"
+        f" {len(self) - 1}. Is the index of other passages?"
+      )
+    return row % len(self)
+
+  def __iter__(self) -> Iterator[Passage]:
+    for start in range(0, len(self), _ITER_ROWS):
+      yield from self[start : start + _ITER_ROWS]
+
+  def __repr__(self) -> str:
+    return f"{type(self).__name__}({len(self)} from {self.origin})"
+
+  def by_id(self, id: str) -> Passage:
+    """Returns the passage with this id.
+
+    Raises:
+      ValueError: there is none.
+    """
+    row = self.row_of(id)
+    if row is None:
+      some = [p.id for p in self[:3]]
+      raise ValueError(
+        f"No passage of {self.origin} has the id {id!r}. Expected one of its"
+        f" {len(self)} ids, which look like {some}. Was the id taken from"
+        " another corpus?"
+      )
+    return self[row]
+
+
+class PassageList(Passages):
+  """Passages in memory."""
 
   def __init__(self, passages: Iterable[Passage], origin: str):
     """Keeps `passages`.
@@ -101,133 +163,12 @@ class Passages(Sequence[Passage]):
   def __len__(self) -> int:
     return len(self._passages)
 
-  @overload
-  def __getitem__(self, index: SupportsIndex) -> Passage: ...
-
-  @overload
-  def __getitem__(self, index: slice) -> tuple[Passage, ...]: ...
-
-  def __getitem__(
-    self, index: SupportsIndex | slice
-  ) -> Passage | tuple[Passage, ...]:
-    return self._passages[index]
-
   def __iter__(self) -> Iterator[Passage]:
     return iter(self._passages)
 
-  def __repr__(self) -> str:
-    return f"{type(self).__name__}({len(self)} from {self.origin})"
-
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """Hex digits that change with any part of any passage, and their order."""
-    return fingerprint_passages(self)
-
-  def by_id(self, id: str) -> Passage:
-    """Returns the passage with this id.
-
-    Raises:
-      ValueError: there is none.
-    """
-    row = self.row_of(id)
-    if row is None:
-      some = [p.id for p in self[:3]]
-      raise ValueError(
-        f"No passage of {self.origin} has the id {id!r}. Expected one of its"
-        f" {len(self)} ids, which look like {some}. Was the id taken from"
-        " another corpus?"
-      )
-    return self[row]
+  def _read(self, rows: Sequence[int]) -> Iterable[Passage]:
+    return [self._passages[row] for row in rows]
 
   def row_of(self, id: str) -> int | None:
     """Returns the row of the passage with this id; None if there is none."""
     return self._rows.get(id)
-
-
-def _find(name_or_path: str) -> epath.Path:
-  """Returns the file to read.
-
-  Raises:
-    ValueError: a bundled corpus was meant, and there is none of that name.
-  """
-  if name_or_path in BUNDLED:
-    return BUNDLED[name_or_path] / "passages.jsonl"
-  # Neither a path nor a file name: a bundled corpus was meant.
-  is_name = "/" not in name_or_path and "." not in name_or_path
-  if is_name and not (name_or_path and epath.Path(name_or_path).exists()):
-    close = difflib.get_close_matches(name_or_path, BUNDLED, n=1)
-    if close:
-      hint = f"Did you mean {close[0]!r}?"
-    else:
-      there = f"{instead_of(name_or_path)} " if name_or_path else ""
-      hint = f"{there}Correct the name."
-    raise ValueError(
-      f"There are no passages {name_or_path!r}. Expected {_EXPECTED}. {hint}"
-    )
-  path = find_file(name_or_path, _EXPECTED)
-  if not path.name.lower().removesuffix(".gz").endswith(_ENDS):
-    raise ValueError(
-      f"The passages {name_or_path} cannot be read by the end of their name,"
-      f" {path.suffix!r}. Expected {_EXPECTED}. Convert or rename the file."
-    )
-  return path
-
-
-def is_passages(name_or_path: str) -> bool:
-  """Returns whether `load_passages` is meant, and not a reader of documents.
-
-  What does not exist is, so that its message names what is near.
-  """
-  from rag_jax.corpus import store
-
-  if name_or_path.startswith("tfds:"):
-    return False
-  path = epath.Path(name_or_path).expanduser()
-  if name_or_path in BUNDLED or not (name_or_path and path.exists()):
-    return True
-  if path.is_dir():
-    return store.is_store(path)
-  return path.name.lower().removesuffix(".gz").endswith(_ENDS)
-
-
-def load_passages(name_or_path: str) -> Passages:
-  """Returns the passages of a bundled corpus, of a file or of a store.
-
-  Each document of a file is one passage. Its metadata is left out: whoever
-  reads into memory does not filter.
-
-  Args:
-    name_or_path: "world_facts"; or a .jsonl, .json, .tsv or .csv file, perhaps
-      with .gz behind, as `documents.read_documents` reads it, into memory; or
-      the directory of a `PassageStore`, opened.
-
-  Raises:
-    FileNotFoundError: there is no such file; names the nearest ones.
-    ValueError: there is no such corpus, or a record cannot be used (with its
-      line), or two have the same id (with both lines), or there are none.
-  """
-  # Imported here: both are made of the passages above.
-  from rag_jax.corpus import documents
-  from rag_jax.corpus import store
-
-  folder = epath.Path(name_or_path).expanduser()
-  is_folder = bool(name_or_path) and folder.is_dir()
-  if name_or_path not in BUNDLED and is_folder and store.is_store(folder):
-    return store.open_store(folder)
-  path = _find(name_or_path)
-  passages: list[Passage] = []
-  places: dict[str, str] = {}
-  for document in documents.read_documents(path, bad_records=BadRecords()):
-    first = places.setdefault(document.id, document.where)
-    if first != document.where:
-      raise ValueError(
-        f"{document.where}: the id {document.id!r} is that of {first} too."
-        " Expected one passage an id. Rename or remove one of the two."
-      )
-    passages.append(Passage(document.id, document.title, document.text))
-  if not passages:
-    raise ValueError(
-      f"{path} holds no passages. Expected at least one. Is it the right file,"
-      " and was it copied completely?"
-    )
-  return Passages(passages, origin=name_or_path)

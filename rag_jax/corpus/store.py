@@ -5,21 +5,16 @@ shards with one JSON record a passage, a table from ids to rows, and a manifest;
 and `PassageStore`, which does what `Passages` does. A directory can be moved.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import contextlib
-import functools
-import itertools
 import json
-import operator
 import os
 import re
 import time
-from typing import Any, SupportsIndex, overload
+from typing import Any
 
 from absl import logging
 from etils import epath
-from jaxtyping import Int
-import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.building import building
@@ -40,7 +35,6 @@ _CONTENT = {
   "fingerprint": str,
   "config": dict,
 }
-_ITER_ROWS = 1024  # read at once by a loop over all passages
 
 
 def _is_own(name: str) -> bool:
@@ -195,7 +189,7 @@ def write_store(
       raise ValueError(
         f"{directory} holds a complete store, or something else with a"
         f" {artifacts.MANIFEST}, which is not written over. Expected an empty"
-        " directory. Open it with open_store, remove it, or choose another."
+        " directory. Open it with PassageStore, remove it, or choose another."
       )
     _remove_own(directory)
     writer = _Writer(directory, passages_per_shard)
@@ -288,7 +282,7 @@ class PassageStore(Passages):
       )
     self.origin = os.fspath(directory)
     self.config: dict[str, Any] = content["config"]
-    self._fingerprint: str = content["fingerprint"]
+    self.fingerprint = content["fingerprint"]
     self._num_passages: int = content["num_passages"]
     self._shards = shards_lib.Shards(
       directory, self._num_passages, content["passages_per_shard"]
@@ -299,49 +293,12 @@ class PassageStore(Passages):
   def __len__(self) -> int:
     return self._num_passages
 
-  @overload
-  def __getitem__(self, index: SupportsIndex) -> Passage: ...
-
-  @overload
-  def __getitem__(self, index: slice) -> tuple[Passage, ...]: ...
-
-  def __getitem__(
-    self, index: SupportsIndex | slice
-  ) -> Passage | tuple[Passage, ...]:
-    if isinstance(index, slice):
-      return tuple(self._shards.read(range(self._num_passages)[index]))
-    (passage,) = self._shards.read([self._row(index)])
-    return passage
-
-  def _row(self, index: SupportsIndex) -> int:
-    """Returns the row that an index means, which may count from the end."""
-    row = operator.index(index)
-    if not -self._num_passages <= row < self._num_passages:
-      raise IndexError(
-        f"There is no passage {row} in {self.origin}. Expected a row from 0 to"
-        f" {self._num_passages - 1}. Is the index of other passages?"
-      )
-    return row % self._num_passages
-
-  def get(
-    self, rows: Sequence[SupportsIndex] | Int[np.ndarray, "N"]
-  ) -> tuple[Passage, ...]:
-    """Returns the passages of `rows`, in their order."""
-    return tuple(self._shards.read([self._row(row) for row in rows]))
+  def _read(self, rows: Sequence[int]) -> Iterable[Passage]:
+    return self._shards.read(rows)
 
   def open_all(self) -> None:
     """Opens all files, so that they can be read after they were removed."""
     self._shards.open_all()
-
-  def __iter__(self) -> Iterator[Passage]:
-    starts = range(0, self._num_passages, _ITER_ROWS)
-    blocks = (self[start : start + _ITER_ROWS] for start in starts)
-    return itertools.chain.from_iterable(blocks)
-
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """That of `Passages` of the same passages, taken while writing."""
-    return self._fingerprint
 
   def row_of(self, id: str) -> int | None:
     """Returns the row of the passage with this id; None if there is none."""
@@ -349,8 +306,3 @@ class PassageStore(Passages):
       if self[row].id == id:
         return row
     return None
-
-
-def open_store(directory: epath.PathLike) -> PassageStore:
-  """Returns the store in `directory`; raises as `PassageStore` does."""
-  return PassageStore(directory)

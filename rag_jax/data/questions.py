@@ -13,7 +13,7 @@ from typing import Any, cast
 from absl import logging
 from etils import epath
 
-from rag_jax.corpus.passages import BUNDLED
+from rag_jax.corpus.documents import BUNDLED
 from rag_jax.corpus.records import shorten
 from rag_jax.corpus.tfds_rows import TFDS
 from rag_jax.corpus.tfds_rows import open_tfds

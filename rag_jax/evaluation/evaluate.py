@@ -20,8 +20,8 @@ from rag_jax.evaluation.report import AnswerRecord
 from rag_jax.evaluation.report import summarise
 from rag_jax.evaluation.retrieval import answer_recall_at_k
 from rag_jax.retrieval.certificate import Certificate
-from rag_jax.retrieval.certificate import certify
-from rag_jax.retrieval.certificate import exact_search
+from rag_jax.retrieval.certify import certify
+from rag_jax.retrieval.certify import exact_search
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.recall import index_recall_at_k
 

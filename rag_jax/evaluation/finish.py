@@ -21,7 +21,7 @@ from rag_jax.evaluation.plots import learning_curves
 from rag_jax.evaluation.report import CERTIFICATE
 from rag_jax.evaluation.report import write_results
 from rag_jax.models.hybrid import learned_weights
-from rag_jax.retrieval.certificate import check_min_recall
+from rag_jax.retrieval.certify import check_min_recall
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import RetrieverSnapshots

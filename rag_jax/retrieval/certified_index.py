@@ -17,13 +17,13 @@ from rag_jax import artifacts
 from rag_jax.config import IndexConfig
 from rag_jax.corpus.report import Coverage
 from rag_jax.retrieval.certificate import SearchModes
-from rag_jax.retrieval.certificate import certify
-from rag_jax.retrieval.cost import BuildMeter
+from rag_jax.retrieval.certify import certify
 from rag_jax.retrieval.embeddings import open_embeddings
 from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.index import build_index_directory
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.index import resolve_kind
+from rag_jax.retrieval.resources import BuildMeter
 from rag_jax.retrieval.tuner import tune
 
 _LEAST_QUESTIONS = 20  # to tune an index with
@@ -61,17 +61,32 @@ def check_tuning(
     )
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CertificateSettings:
+  """How an index is certified, and what else its certificate says.
+
+  Attributes:
+    sample: embeddings of questions; None: passages certify the index.
+    target_recall: that ScaNN is tuned to on half of the sample; 0: it is not.
+    speed_secs: how long each batch size is timed.
+    coverage: how much of the passages was embedded.
+    modes: of search, as they were measured before.
+  """
+
+  sample: Float[np.ndarray, "B R"] | None
+  target_recall: float
+  speed_secs: float
+  coverage: Coverage | None = None
+  modes: SearchModes | None = None
+
+
 def build_certified_index(
   path: epath.Path,
   config: IndexConfig,
-  sample: Float[np.ndarray, "B R"] | None,
+  settings: CertificateSettings,
   *,
-  target_recall: float,
-  speed_secs: float,
   encoder_fingerprint: str,
   passages_fingerprint: str,
-  coverage: Coverage | None = None,
-  modes: SearchModes | None = None,
 ) -> None:
   """Builds and certifies the index, unless it is there already.
 
@@ -81,18 +96,14 @@ def build_certified_index(
   Args:
     path: of the directory that holds the embeddings.
     config: how passages are searched.
-    sample: embeddings of questions; None: passages certify the index.
-    target_recall: that ScaNN is tuned to on half of the sample; 0: it is not.
-    speed_secs: that each batch size is timed for the certificate.
+    settings: of the certificate.
     encoder_fingerprint: of the weights that embedded the passages.
     passages_fingerprint: of the passages.
-    coverage: how much of the passages was embedded, for the certificate.
-    modes: of search, as they were measured before, for the certificate.
 
   Raises:
     ValueError: as `index.build_index` and `tuner.tune`.
   """
-  index = None
+  index, sample = None, settings.sample
   if (path / artifacts.MANIFEST).exists():
     index = load_index(path)
     # One in shards is complete before it is certified.
@@ -109,22 +120,22 @@ def build_certified_index(
     cost = meter.cost()
     index = load_index(path)
     index.build_cost = cost
-  elif index is None and target_recall:
+  elif index is None and settings.target_recall:
     assert sample is not None, "check_tuning was called"
     tuned = tune(
       embeddings[:],
       sample[::2],
-      target_recall=target_recall,
+      target_recall=settings.target_recall,
       k=min(10, len(embeddings)),
       config=config,
-      **prints,
     )
     logging.info("What was tried:\n%s", tuned.table())
     index, sample = tuned.index, sample[1::2]
+    index.info = dataclasses.replace(index.info, **prints)
   elif index is None:
     index = build_index(embeddings, config, **prints)
-  certificate = certify(index, sample, speed_secs=speed_secs)
+  certificate = certify(index, sample, speed_secs=settings.speed_secs)
   index.certificate = dataclasses.replace(
-    certificate, coverage=coverage, modes=modes
+    certificate, coverage=settings.coverage, modes=settings.modes
   )
   index.save(path)

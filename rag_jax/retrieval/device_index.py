@@ -4,6 +4,7 @@ In: passage embeddings. Out: for each question the passages that the devices
 found, and a directory that holds the embeddings.
 """
 
+import dataclasses
 from typing import Any
 
 from etils import epath
@@ -13,11 +14,15 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 import numpy as np
 
-from rag_jax import artifacts
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import device
-from rag_jax.retrieval import exact
-from rag_jax.retrieval.embeddings import save_embeddings
+from rag_jax.retrieval.embeddings import Rows
+from rag_jax.retrieval.exact import ExactIndex
+from rag_jax.retrieval.exact import rank
+from rag_jax.retrieval.index_core import REMEDY
+from rag_jax.retrieval.index_core import Index
+from rag_jax.retrieval.index_core import IndexInfo
+from rag_jax.retrieval.index_core import check_search
 
 _BLOCK_QUESTIONS = 256  # searched for at a time
 _SETTINGS = ("storage", "recall_target", "chunk_passages")
@@ -32,7 +37,7 @@ def settings_of(config: IndexConfig) -> dict[str, Any]:
   return {s: getattr(config, f"device_{s}") for s in _SETTINGS}
 
 
-class DeviceIndex:
+class DeviceIndex(Index):
   """`device.DeviceArrays` as an index that the host searches. Row = passage id.
 
   The passages that the devices find are ranked by their exact scores, so a
@@ -42,7 +47,7 @@ class DeviceIndex:
 
   def __init__(
     self,
-    inner: exact.ExactIndex,
+    inner: ExactIndex,
     settings: dict[str, Any],
     mesh: Mesh | None = None,
   ):
@@ -54,39 +59,14 @@ class DeviceIndex:
       mesh: over which devices; None: one of this process. Over several, do
         not search in a thread while another program runs on them.
     """
-    self.kind = "device"
-    self.embeddings = inner.embeddings
-    self.num_passages = inner.num_passages
-    self.embedding_dim = inner.embedding_dim
-    self.encoder_fingerprint = inner.encoder_fingerprint
-    self.passages_fingerprint = inner.passages_fingerprint
-    self.settings = settings
     self.arrays = device.place_arrays(
       inner.embeddings[:], mesh or _one_device(), **settings
     )
-    on_devices = sum(x.nbytes for x in jax.tree.leaves(self.arrays))
-    self.memory_bytes = inner.memory_bytes + on_devices
-    self.certificate: Any = None  # see certificate.py
-    self.build_cost: Any = None
-    self._exact = inner
-
-  @classmethod
-  def build(
-    cls,
-    embeddings: Float[np.ndarray, "P R"],
-    config: IndexConfig,
-    *,
-    encoder_fingerprint: str,
-    passages_fingerprint: str,
-    mesh: Mesh | None = None,
-  ) -> "DeviceIndex":
-    """Returns an index of embeddings in float32, which are kept."""
-    inner = exact.ExactIndex(
-      embeddings,
-      encoder_fingerprint=encoder_fingerprint,
-      passages_fingerprint=passages_fingerprint,
+    super().__init__(
+      dataclasses.replace(inner.info, kind="device", settings=settings),
+      inner.embeddings,
+      inner.memory_bytes + _num_bytes(self.arrays),
     )
-    return cls(inner, settings_of(config), mesh)
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
@@ -96,7 +76,7 @@ class DeviceIndex:
     Arguments, results and errors as in `ExactIndex.search`; the scores are
     exact, whatever the devices hold.
     """
-    questions = exact.check_search(self, question_embeddings, n_docs)
+    questions = check_search(self.info, question_embeddings, n_docs)
     ids = np.zeros((len(questions), n_docs), np.int32)
     for start in range(0, len(questions), _BLOCK_QUESTIONS):
       block = questions[start : start + _BLOCK_QUESTIONS]
@@ -105,33 +85,27 @@ class DeviceIndex:
       filled[: len(block)] = block
       found, _ = _search(self.arrays, np.float32(filled), n_docs=n_docs)
       ids[start : start + len(block)] = np.asarray(found)[: len(block)]
-    return exact.rank(questions, self.embeddings, ids)
-
-  def save(self, path: epath.PathLike) -> None:
-    """Writes the index to directory `path`, its manifest last."""
-    path = artifacts.start_directory(path)
-    save_embeddings(path, self.embeddings)
-    exact.write_index_manifest(self, path, self.settings)
+    return rank(questions, self.embeddings, ids)
 
   @classmethod
   def load(
     cls,
     path: epath.PathLike,
-    content: dict[str, Any],
+    info: IndexInfo,
     mesh: Mesh | None = None,
   ) -> "DeviceIndex":
     """Opens what `save` wrote, and copies it to the devices.
 
     Args:
       path: the directory.
-      content: of its manifest, once that was checked (`index.load_index`).
+      info: of its manifest, once that was checked (`index.load_index`).
       mesh: over which devices, not those that it was saved from; None: one
         of this process.
 
     Raises:
       ValueError: the files do not fit together.
     """
-    settings = content["settings"]
+    settings = info.settings
     if (
       set(settings) != set(_SETTINGS)
       or settings["storage"] not in device.STORAGES
@@ -139,9 +113,9 @@ class DeviceIndex:
       raise ValueError(
         f"{path} says that it is an index of kind 'device', but its settings"
         f" {settings} are not {', '.join(_SETTINGS)}, with a storage of"
-        f" {sorted(device.STORAGES)}. {exact.REMEDY}"
+        f" {sorted(device.STORAGES)}. {REMEDY}"
       )
-    return cls(exact.ExactIndex.load(path, content), settings, mesh)
+    return cls(ExactIndex.load(path, info), settings, mesh)
 
 
 class RefreshedIndex(DeviceIndex):
@@ -160,19 +134,20 @@ class RefreshedIndex(DeviceIndex):
     passages_fingerprint: str,
   ):
     """Keeps the arrays; nothing is copied."""
-    self.kind = "device"
     self.arrays = arrays
-    self.embeddings = DeviceRows(arrays)
-    self.num_passages, self.embedding_dim = self.embeddings.shape
-    self.encoder_fingerprint = ""
-    self.passages_fingerprint = passages_fingerprint
-    self.settings = settings
-    self.memory_bytes = sum(x.nbytes for x in jax.tree.leaves(arrays))
-    self.certificate: Any = None
-    self.build_cost: Any = None
+    embeddings = DeviceRows(arrays)
+    info = IndexInfo(
+      kind="device",
+      num_passages=arrays.num_passages,
+      embedding_dim=embeddings.shape[1],
+      encoder_fingerprint="",
+      passages_fingerprint=passages_fingerprint,
+      settings=settings,
+    )
+    Index.__init__(self, info, embeddings, _num_bytes(arrays))
 
 
-class DeviceRows:
+class DeviceRows(Rows):
   """The embeddings of `DeviceArrays`, of which the host copies what it reads.
 
   In float32, rounded as they are stored.
@@ -180,24 +155,20 @@ class DeviceRows:
 
   def __init__(self, arrays: device.DeviceArrays):
     self._arrays = arrays
-    self.dtype = np.dtype(np.float32)
-    self.shape = (arrays.num_passages, arrays.embeddings.shape[1])
-    self.ndim = 2
-    self.nbytes = 4 * self.shape[0] * self.shape[1]
+    shape = arrays.num_passages, arrays.embeddings.shape[1]
+    super().__init__(shape, 4 * shape[0] * shape[1])
 
-  def __len__(self) -> int:
-    return self.shape[0]
-
-  def __getitem__(self, rows: Any) -> np.ndarray:
-    """Returns the rows that a slice or an array of numbers names."""
-    if isinstance(rows, slice):
-      rows = np.arange(*rows.indices(len(self)))
-    rows = np.asarray(rows, np.int32)
+  def _take(self, numbers: Int[np.ndarray, "*N"]) -> np.ndarray:
     # Filled up to a power of two: few shapes to compile programs for.
-    filled = np.zeros((1, 1 << max(rows.size - 1, 0).bit_length()), np.int32)
-    filled[0, : rows.size] = rows.reshape(-1)
-    found = np.asarray(_gather(self._arrays, filled))[0, : rows.size]
-    return found.reshape(*rows.shape, self.shape[1])
+    size = numbers.size
+    filled = np.zeros((1, 1 << max(size - 1, 0).bit_length()), np.int32)
+    filled[0, :size] = numbers.reshape(-1)
+    found = np.asarray(_gather(self._arrays, filled))[0, :size]
+    return found.reshape(*numbers.shape, self.shape[1])
+
+
+def _num_bytes(arrays: device.DeviceArrays) -> int:
+  return sum(x.nbytes for x in jax.tree.leaves(arrays))
 
 
 def _one_device() -> Mesh:

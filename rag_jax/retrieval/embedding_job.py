@@ -21,12 +21,13 @@ from rag_jax import artifacts
 from rag_jax.disk import UnwritableError
 from rag_jax.processes import wait_for_all
 from rag_jax.progress import Progress
-from rag_jax.retrieval import exact
 from rag_jax.retrieval.embeddings import EmbeddingFile
 from rag_jax.retrieval.embeddings import StoredEmbeddings
 from rag_jax.retrieval.embeddings import bytes_of
 from rag_jax.retrieval.embeddings import check_storage
 from rag_jax.retrieval.embeddings import open_embeddings
+from rag_jax.retrieval.index_core import bad_rows
+from rag_jax.retrieval.index_core import name_rows
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import PassageTokens
 
@@ -240,9 +241,9 @@ def _is_done(
 
 
 def _check_numbers(embeddings: np.ndarray, rows: range) -> None:
-  bad = exact.bad_rows(embeddings)
+  bad = bad_rows(embeddings)
   if len(bad):
-    named = exact.name_rows(bad + rows.start)
+    named = name_rows(bad + rows.start)
     raise ValueError(
       f"The embeddings of {len(bad)} of {len(rows)} passages hold NaN,"
       f" infinity or huge numbers: passages {named}. Expected finite numbers."

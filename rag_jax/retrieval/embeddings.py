@@ -1,13 +1,15 @@
-"""Passage embeddings in files: float32, bfloat16, or int8 with a scale a row.
+"""Passage embeddings as `Rows`, which need not fit in memory.
 
-In: embeddings, block by block, in any order. Out: an array of them that stays
-on the disk and reads as float32.
+In: embeddings, block by block, in any order, or arrays. Out: files of float32,
+bfloat16, or int8 with a scale per row; and what reads only the rows asked for,
+in float32: of files, of several arrays, or of some rows of others.
 
 bfloat16 keeps 8 bits of each number, int8 one of 255 steps between minus and
 plus the largest number of its row. What they cost in recall is measured with
 the index, not assumed.
 """
 
+from collections.abc import Callable, Sequence
 import errno
 import json
 import os
@@ -76,15 +78,105 @@ def unpack(
   return stored
 
 
-class StoredEmbeddings:
-  """Embeddings [P, R] in files; what is asked for is read, as float32.
+class Rows:
+  """Embeddings [P, R] that are read when they are asked for.
 
-  Indexed like an array by a slice or by whole numbers of any shape; the rows
-  of float32 files are not copied for a slice.
+  Indexed like an array: by a slice, or by whole numbers of any shape. Reading
+  all of them, by `np.asarray`, needs memory for all.
+
+  Attributes:
+    shape: [P, R].
+    nbytes: that they take where they are kept.
+    dtype: of what is read.
   """
 
-  dtype = np.dtype(np.float32)
   ndim = 2
+
+  def __init__(
+    self, shape: tuple[int, ...], nbytes: int, dtype: Any = np.float32
+  ):
+    self.shape, self.nbytes, self.dtype = shape, nbytes, np.dtype(dtype)
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __array__(
+    self, dtype: Any = None, copy: bool | None = None
+  ) -> np.ndarray:
+    return np.array(self[:], dtype, copy=copy)
+
+  def __getitem__(self, rows: Any) -> np.ndarray:
+    if isinstance(rows, slice):
+      start, stop, step = rows.indices(len(self))
+      if step == 1:
+        return self._slice(start, max(start, stop))
+      return self._take(np.arange(start, stop, step))
+    return self._take(_row_numbers(rows, len(self)))
+
+  def _slice(self, start: int, stop: int) -> np.ndarray:
+    """Returns rows that follow each other; a view where that is possible."""
+    return self._take(np.arange(start, stop))
+
+  def _take(self, numbers: Int[np.ndarray, "*N"]) -> np.ndarray:
+    """Returns the rows of these numbers, each from 0 to P - 1."""
+    raise NotImplementedError
+
+
+class JoinedRows(Rows):
+  """Arrays [n_i, R] of one type, one below the other."""
+
+  def __init__(self, blocks: Sequence[Any]):
+    self._blocks = list(blocks)
+    # Number of the first row of each block, and of all rows.
+    self._starts = np.cumsum([0, *(len(b) for b in self._blocks)])
+    super().__init__(
+      (int(self._starts[-1]), self._blocks[0].shape[1]),
+      sum(block.nbytes for block in self._blocks),
+      self._blocks[0].dtype,
+    )
+
+  def _slice(self, start: int, stop: int) -> np.ndarray:
+    found = [
+      block[max(start - first, 0) : max(stop - first, 0)]
+      for first, block in zip(self._starts, self._blocks, strict=False)
+      if first < stop and start < first + len(block)
+    ]
+    if len(found) == 1:
+      return found[0]
+    return np.concatenate([self._blocks[0][:0], *found])
+
+  def _take(self, numbers: Int[np.ndarray, "*N"]) -> np.ndarray:
+    flat = numbers.reshape(-1)
+    found = np.empty((len(flat), self.shape[1]), self.dtype)
+    owner = np.searchsorted(self._starts, flat, side="right") - 1
+    for i in np.unique(owner):
+      mine = owner == i
+      found[mine] = self._blocks[i][flat[mine] - self._starts[i]]
+    return found.reshape(*numbers.shape, self.shape[1])
+
+
+class SelectedRows(Rows):
+  """Some rows of an array, or of other `Rows`, renumbered from 0 on."""
+
+  def __init__(
+    self,
+    rows: Any,
+    num_rows: int,
+    select: Callable[[np.ndarray], np.ndarray],
+  ):
+    """Takes the rows, how many are selected, and numbers -> their rows."""
+    self._rows, self._select = rows, select
+    super().__init__((num_rows, rows.shape[1]), rows.nbytes, rows.dtype)
+
+  def _take(self, numbers: Int[np.ndarray, "*N"]) -> np.ndarray:
+    return self._rows[self._select(numbers)]
+
+
+class StoredEmbeddings(Rows):
+  """Embeddings in files, which are read as float32.
+
+  The rows of float32 files are not copied for a slice.
+  """
 
   def __init__(
     self,
@@ -101,16 +193,11 @@ class StoredEmbeddings:
       directory: whose files they are, or in whose files; "": in none.
       part: first and last + 1 of the rows of these files; None: all.
     """
-    self._stored = stored
+    self._stored, self._scales = stored, scales
     self.directory = directory
     self.rows = part
-    self._scales = scales
-    self.shape = stored.shape
-    names = {np.dtype(v): k for k, v in _DTYPES.items()}
-    self.storage = names[stored.dtype]
-
-  def __len__(self) -> int:
-    return self.shape[0]
+    size = sum(array.nbytes for array in self.arrays.values())
+    super().__init__(stored.shape, size)
 
   def part(self, start: int, stop: int) -> "StoredEmbeddings":
     """Returns rows of these embeddings, in the same files."""
@@ -122,17 +209,17 @@ class StoredEmbeddings:
       (first + start, first + stop),
     )
 
-  def __getitem__(
-    self, rows: slice | int | Int[np.ndarray, "*N"]
-  ) -> Float[np.ndarray, "*N R"]:
-    scales = self._scales
-    if scales is not None:
-      scales = np.asarray(scales[rows])
-    return unpack(self._stored[rows], scales)
+  def _slice(self, start: int, stop: int) -> np.ndarray:
+    return self._read(slice(start, stop))
 
-  def __array__(self, dtype: Any = None, copy: bool | None = None):
-    """Returns all of them, in memory."""
-    return np.array(self[:], dtype or np.float32, copy=copy)
+  def _take(self, numbers: Int[np.ndarray, "*N"]) -> np.ndarray:
+    return self._read(numbers)
+
+  def _read(self, rows: Any) -> np.ndarray:
+    scales = self._scales
+    return unpack(
+      self._stored[rows], None if scales is None else np.asarray(scales[rows])
+    )
 
   @property
   def arrays(self) -> dict[str, np.ndarray]:
@@ -140,10 +227,26 @@ class StoredEmbeddings:
     arrays = {EMBEDDINGS: self._stored}
     return arrays if self._scales is None else arrays | {SCALES: self._scales}
 
-  @property
-  def nbytes(self) -> int:
-    """Bytes of the numbers in the files."""
-    return sum(array.nbytes for array in self.arrays.values())
+
+def _row_numbers(rows: Any, num_rows: int) -> np.ndarray:
+  """Returns numbers of rows, which may count from the end, as from the start.
+
+  Raises:
+    IndexError: there is no such row, or they are no whole numbers.
+  """
+  rows = np.asarray(rows)
+  if rows.dtype == bool or not np.issubdtype(rows.dtype, np.integer):
+    raise IndexError(
+      f"Rows were asked for by {rows.dtype}; expected whole numbers or a slice."
+      " Use np.flatnonzero for a mask."
+    )
+  if rows.size and not -num_rows <= rows.min() <= rows.max() < num_rows:
+    raise IndexError(
+      f"Row {rows.max() if rows.max() >= num_rows else rows.min()} was asked"
+      f" for; expected less than the {num_rows} rows that there are. Do the ids"
+      " belong to this index?"
+    )
+  return np.where(rows < 0, rows + num_rows, rows)
 
 
 def open_embeddings(directory: epath.PathLike) -> StoredEmbeddings:

@@ -5,7 +5,6 @@ inner product, and a directory that holds the embeddings. The host side alone:
 numpy, no accelerator.
 """
 
-import dataclasses
 from typing import Any
 
 from etils import epath
@@ -14,23 +13,19 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.retrieval.embeddings import open_embeddings
-from rag_jax.retrieval.embeddings import save_embeddings
-
-ARTIFACT = "index"  # the kind in the manifest, of every kind of index
-FORMAT = 1  # raise when the files below change meaning
-REMEDY = (
-  "Build the index again, or set index.path='' to build it from the passages."
-)
+from rag_jax.retrieval.index_core import REMEDY
+from rag_jax.retrieval.index_core import Index
+from rag_jax.retrieval.index_core import IndexInfo
+from rag_jax.retrieval.index_core import check_search
 
 _BLOCK_PASSAGES = 65_536  # scored at a time, for _BLOCK_QUESTIONS questions
 _BLOCK_QUESTIONS = 64
 _SPARE = 256  # passages scored again beside the n_docs best, at most
-_LARGEST = 1e15  # larger numbers could overflow float32 in an inner product
 
 _Best = tuple[np.ndarray, np.ndarray]  # ids and scores of one question
 
 
-class ExactIndex:
+class ExactIndex(Index):
   """Maximum-inner-product search by matrix products. Row = passage id.
 
   A score is the inner product in float64, rounded to float32. It does not
@@ -40,23 +35,21 @@ class ExactIndex:
 
   def __init__(
     self,
-    # In float32, also in files (StoredEmbeddings) or several (JoinedRows);
-    # kept, not copied.
-    embeddings: Float[Any, "P R"],
+    embeddings: Float[Any, "P R"],  # in float32, an array or `Rows`
     *,
     encoder_fingerprint: str,
     passages_fingerprint: str,
   ):
-    self.kind = "exact"
-    self.embeddings = embeddings
-    self.num_passages, self.embedding_dim = embeddings.shape
-    self.encoder_fingerprint = encoder_fingerprint  # which weights made them
-    self.passages_fingerprint = passages_fingerprint
-    self.settings: dict[str, Any] = {}
+    num_passages, embedding_dim = embeddings.shape
+    info = IndexInfo(
+      kind="exact",
+      num_passages=num_passages,
+      embedding_dim=embedding_dim,
+      encoder_fingerprint=encoder_fingerprint,
+      passages_fingerprint=passages_fingerprint,
+    )
     # Memory-mapped once loaded: then the system keeps as much as it can.
-    self.memory_bytes = embeddings.nbytes
-    self.certificate: Any = None  # see certificate.py
-    self.build_cost: Any = None
+    super().__init__(info, embeddings, embeddings.nbytes)
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
@@ -75,7 +68,7 @@ class ExactIndex:
       ValueError: there are fewer passages than `n_docs`, or the embeddings
         have another dimension, NaN or infinity.
     """
-    questions = check_search(self, question_embeddings, n_docs)
+    questions = check_search(self.info, question_embeddings, n_docs)
     empty = np.zeros(0, np.int32), np.zeros(0, np.float32)
     best = [empty for _ in questions]
     # Passages outside: they may lie on a disk, to be read once.
@@ -88,25 +81,19 @@ class ExactIndex:
         )
     return stack_rows(best, n_docs)
 
-  def save(self, path: epath.PathLike) -> None:
-    """Writes the index to directory `path`, its manifest last."""
-    path = artifacts.start_directory(path)
-    save_embeddings(path, self.embeddings)
-    write_index_manifest(self, path, self.settings)
-
   @classmethod
-  def load(cls, path: epath.PathLike, content: dict[str, Any]) -> "ExactIndex":
+  def load(cls, path: epath.PathLike, info: IndexInfo) -> "ExactIndex":
     """Opens what `save` wrote; the embeddings stay on the disk until used.
 
     Args:
       path: the directory.
-      content: of its manifest, once that was checked (`index.load_index`).
+      info: of its manifest, once that was checked (`index.load_index`).
 
     Raises:
       ValueError: the embeddings are not those that the manifest describes.
     """
     embeddings = open_embeddings(path)
-    expected = (content["num_passages"], content["embedding_dim"])
+    expected = (info.num_passages, info.embedding_dim)
     if embeddings.shape != expected:
       raise ValueError(
         f"The embeddings in {path} have shape {embeddings.shape},"
@@ -115,8 +102,8 @@ class ExactIndex:
       )
     return cls(
       embeddings,
-      encoder_fingerprint=content["encoder_fingerprint"],
-      passages_fingerprint=content["passages_fingerprint"],
+      encoder_fingerprint=info.encoder_fingerprint,
+      passages_fingerprint=info.passages_fingerprint,
     )
 
 
@@ -156,74 +143,6 @@ def fill_rows(
   for row, (found, values) in enumerate(best):
     ids[row, : len(found)], scores[row, : len(found)] = found, values
   return ids, scores
-
-
-def bad_rows(embeddings: Float[Any, "P R"]) -> np.ndarray:
-  """Returns the numbers of the rows [P, R] that hold what cannot be scored."""
-  bad = [
-    # Written so that NaN, which compares as False, is bad as well.
-    ~np.all(np.abs(embeddings[i : i + _BLOCK_PASSAGES]) <= _LARGEST, axis=1)
-    for i in range(0, len(embeddings), _BLOCK_PASSAGES)
-  ]
-  return np.flatnonzero(np.concatenate(bad)) if bad else np.zeros(0, np.int64)
-
-
-def check_search(index: Any, questions: np.ndarray, n_docs: int) -> np.ndarray:
-  """Returns `questions` in float32 if `index` can be searched for them.
-
-  Raises:
-    ValueError: as `ExactIndex.search`.
-  """
-  if questions.ndim != 2 or questions.shape[1] != index.embedding_dim:
-    raise ValueError(
-      f"The question embeddings have shape {questions.shape}, but the index"
-      f" holds {index.embedding_dim}-dimensional embeddings: expected"
-      f" (questions, {index.embedding_dim}). Search with the question encoder"
-      " that belongs to the index, or build the index again."
-    )
-  if not 1 <= n_docs <= index.num_passages:
-    raise ValueError(
-      f"data.n_docs={n_docs} passages a question were asked for; expected 1 to"
-      f" {index.num_passages}, the passages in the index. Change data.n_docs or"
-      " index more passages."
-    )
-  bad = bad_rows(questions)
-  if len(bad):
-    raise ValueError(
-      f"The embeddings of {len(bad)} of {len(questions)} questions hold NaN,"
-      f" infinity or numbers above {_LARGEST:g}: rows {name_rows(bad)}."
-      " Expected finite numbers. Check the question encoder: its training may"
-      " have diverged; go back to an earlier checkpoint."
-    )
-  return np.ascontiguousarray(questions, np.float32)
-
-
-def name_rows(rows: np.ndarray) -> str:
-  """Returns the first few row numbers, for a message."""
-  return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-
-
-def write_index_manifest(
-  index: Any, path: epath.Path, settings: dict[str, Any]
-) -> None:
-  """Writes the manifest of a finished index of any kind.
-
-  Its certificate, if it has one, goes into it, with the size of the files.
-  """
-  content: dict[str, Any] = {
-    "kind": index.kind,
-    "num_passages": index.num_passages,
-    "embedding_dim": index.embedding_dim,
-    "encoder_fingerprint": index.encoder_fingerprint,
-    "passages_fingerprint": index.passages_fingerprint,
-    "settings": settings,
-  }
-  if index.certificate is not None:
-    index.certificate = dataclasses.replace(
-      index.certificate, disk_bytes=artifacts.directory_bytes(path)
-    )
-    content["certificate"] = index.certificate.to_content()
-  artifacts.write_manifest(path, kind=ARTIFACT, format=FORMAT, content=content)
 
 
 def _merge_block(

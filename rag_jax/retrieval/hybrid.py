@@ -22,7 +22,8 @@ from rag_jax.models.hybrid import HybridWeights
 from rag_jax.models.hybrid import hybrid_scores
 from rag_jax.retrieval import exact
 from rag_jax.retrieval.bm25 import Bm25Index
-from rag_jax.retrieval.index import Index
+from rag_jax.retrieval.index_core import Index
+from rag_jax.retrieval.index_core import name_rows
 
 _Arrays = jax.Array | np.ndarray
 _LOWEST = np.finfo(np.float32).min
@@ -382,7 +383,7 @@ def _check_fit(arrays: tuple[np.ndarray, ...], mask: np.ndarray) -> None:
     raise ValueError(
       f"Weights cannot be fitted: {len(empty)} questions have no passage, and"
       f" {len(bad)} have scores or log-likelihoods that are NaN or infinite:"
-      f" rows {exact.name_rows(np.union1d(empty, bad))}. Expected finite"
+      f" rows {name_rows(np.union1d(empty, bad))}. Expected finite"
       " numbers; of a likelihood of 0, the lowest float32. Leave these"
       " questions out."
     )

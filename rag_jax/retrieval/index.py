@@ -1,16 +1,16 @@
-"""The one protocol of every search index, and how to build or open one.
+"""How an index of any kind is built or opened.
 
 In: passage embeddings, or a directory. Out: an `Index` to search on the host.
 """
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Shaped
 import numpy as np
 
 from rag_jax import artifacts
@@ -20,58 +20,21 @@ from rag_jax.retrieval import device_index
 from rag_jax.retrieval import exact
 from rag_jax.retrieval import scann
 from rag_jax.retrieval import sharded
-from rag_jax.retrieval.certificate import Certificate
-from rag_jax.retrieval.cost import BuildCost
-from rag_jax.retrieval.cost import BuildMeter
 from rag_jax.retrieval.embeddings import PART
+from rag_jax.retrieval.index_core import ARTIFACT
+from rag_jax.retrieval.index_core import FORMAT
+from rag_jax.retrieval.index_core import REMEDY
+from rag_jax.retrieval.index_core import Index
+from rag_jax.retrieval.index_core import IndexInfo
+from rag_jax.retrieval.index_core import bad_rows
+from rag_jax.retrieval.index_core import name_rows
+from rag_jax.retrieval.resources import BuildMeter
 
 _KINDS = {
   "exact": exact.ExactIndex,
   "scann": scann.ScannIndex,
   "device": device_index.DeviceIndex,
 }
-_SHARDED = "sharded"  # several of these kinds; index.passages_per_shard asks
-# What the manifest says of every index.
-_CONTENT = {
-  "kind": str,
-  "num_passages": int,
-  "embedding_dim": int,
-  "encoder_fingerprint": str,
-  "passages_fingerprint": str,
-  "settings": dict,
-}
-
-
-@runtime_checkable
-class Index(Protocol):
-  """Passage embeddings to be searched. Passage ids are 0 to num_passages - 1.
-
-  The scores order the passages and are then thrown away: the model scores them
-  again with gradient.
-  """
-
-  kind: str
-  num_passages: int  # P
-  embedding_dim: int  # R
-  encoder_fingerprint: str  # of the weights that embedded the passages
-  passages_fingerprint: str
-  # In float32, for scoring again: an array, StoredEmbeddings in files, or
-  # rows.JoinedRows of several.
-  embeddings: Float[Any, "P R"]
-  settings: dict[str, Any]  # of its kind
-  memory_bytes: int  # that searching it takes
-  certificate: Certificate | None  # what `certify` measured; `save` keeps it
-  build_cost: BuildCost | None  # None once loaded
-
-  def search(
-    self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
-  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-    """Returns ids [B, K] int32 and scores, best first, ties by smaller id."""
-    ...
-
-  def save(self, path: epath.PathLike) -> None:
-    """Writes the index to directory `path`, its manifest last."""
-    ...
 
 
 def resolve_kind(kind: str) -> str:
@@ -214,46 +177,37 @@ def load_index(
       format, or it was built by other weights or of other passages.
   """
   content = artifacts.read_manifest(
-    path, kind=exact.ARTIFACT, format=exact.FORMAT, remedy=exact.REMEDY
+    path, kind=ARTIFACT, format=FORMAT, remedy=REMEDY
   )
-  bad = [k for k, t in _CONTENT.items() if not isinstance(content.get(k), t)]
-  kinds = [*_KINDS, _SHARDED]
-  if bad or content["kind"] not in kinds:
-    raise ValueError(
-      f"{path}/{artifacts.MANIFEST} describes no index that this version of"
-      f" rag_jax can read: {', '.join(bad) or 'kind'} missing or wrong;"
-      f" expected {', '.join(_CONTENT)} and a kind of {kinds}."
-      f" {exact.REMEDY}"
-    )
-  if content["kind"] != _SHARDED and (epath.Path(path) / PART).exists():
+  manifest = f"{path}/{artifacts.MANIFEST}"
+  kinds = [*_KINDS, sharded.KIND]  # or several; index.passages_per_shard asks
+  info = IndexInfo.from_content(content, manifest, kinds)
+  if info.kind != sharded.KIND and (epath.Path(path) / PART).exists():
     raise ValueError(
       f"{path} is a part of an index, whose embeddings are the files of another"
       " directory. Expected a whole one. Open the index two folders above."
     )
-  if encoder_fingerprint not in ("", content["encoder_fingerprint"]):
+  if encoder_fingerprint not in ("", info.encoder_fingerprint):
     raise ValueError(
       f"The index at {path} was built by other weights: its passage encoder has"
       f" the fingerprint {content['encoder_fingerprint']!r}, the one in use has"
       f" {encoder_fingerprint!r}. Use the weights that built it, or rebuild."
-      f" {exact.REMEDY}"
+      f" {REMEDY}"
     )
-  if passages_fingerprint not in ("", content["passages_fingerprint"]):
+  if passages_fingerprint not in ("", info.passages_fingerprint):
     raise ValueError(
       f"The index at {path} was built of other passages: theirs is the"
       f" fingerprint {content['passages_fingerprint']!r}, data.passages has"
       f" {passages_fingerprint!r}. Set data.passages to those that it was built"
-      f" of, or rebuild. {exact.REMEDY}"
+      f" of, or rebuild. {REMEDY}"
     )
-  if content["kind"] == _SHARDED:
-    index = sharded.ShardedIndex.load(path, content, _KINDS)
-  elif content["kind"] == "device":
-    index = device_index.DeviceIndex.load(path, content, mesh)
+  if info.kind == sharded.KIND:
+    index = sharded.ShardedIndex.load(path, info, _KINDS)
+  elif info.kind == "device":
+    index = device_index.DeviceIndex.load(path, info, mesh)
   else:
-    index = _KINDS[content["kind"]].load(path, content)
-  if "certificate" in content:  # indexes of before have none
-    index.certificate = Certificate.from_content(
-      content["certificate"], f"{path}/{artifacts.MANIFEST}"
-    )
+    index = _KINDS[info.kind].load(path, info)
+  index.certificate = info.certificate
   return index
 
 
@@ -265,17 +219,21 @@ def _builder(
   mesh: Mesh | None = None,
 ) -> Callable[[Any], Index]:
   """Returns embeddings in float32 -> index of a kind."""
-  fingerprints = {
-    "encoder_fingerprint": encoder_fingerprint,
-    "passages_fingerprint": passages_fingerprint,
-  }
-  if kind == "scann":
-    return lambda rows: scann.ScannIndex.build(rows, config, **fingerprints)
-  if kind == "device":
-    return lambda rows: device_index.DeviceIndex.build(
-      rows, config, **fingerprints, mesh=mesh
+
+  def build(rows: Any) -> Index:
+    inner = exact.ExactIndex(
+      rows,
+      encoder_fingerprint=encoder_fingerprint,
+      passages_fingerprint=passages_fingerprint,
     )
-  return lambda rows: exact.ExactIndex(rows, **fingerprints)
+    if kind == "scann":
+      return scann.ScannIndex.build(inner, config)
+    if kind == "device":
+      settings = device_index.settings_of(config)
+      return device_index.DeviceIndex(inner, settings, mesh)
+    return inner
+
+  return build
 
 
 def _check_embeddings(embeddings: Any) -> None:
@@ -291,11 +249,11 @@ def _check_embeddings(embeddings: Any) -> None:
       "There are no passages to index: the embeddings have shape"
       f" {embeddings.shape}. Expected at least one; is data.passages empty?"
     )
-  bad = exact.bad_rows(embeddings)
+  bad = bad_rows(embeddings)
   if len(bad):
     raise ValueError(
       f"The embeddings of {len(bad)} of {len(embeddings)} passages hold NaN,"
-      f" infinity or huge numbers: rows {exact.name_rows(bad)}. Expected finite"
+      f" infinity or huge numbers: rows {name_rows(bad)}. Expected finite"
       " numbers. Check the passage encoder: its training may have diverged; go"
       " back to an earlier checkpoint."
     )

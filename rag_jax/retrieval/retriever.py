@@ -20,7 +20,7 @@ from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import replicated
 from rag_jax.processes import to_host
 from rag_jax.retrieval.bm25 import Bm25Index
-from rag_jax.retrieval.certificate import check_min_recall
+from rag_jax.retrieval.certify import check_min_recall
 from rag_jax.retrieval.hybrid import HybridRetriever
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import build_index

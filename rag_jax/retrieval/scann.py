@@ -6,6 +6,7 @@ that imports `scann`, and only when it is used.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import math
 import os
@@ -23,8 +24,11 @@ from rag_jax import artifacts
 from rag_jax import disk
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import exact
-from rag_jax.retrieval.cost import num_cpus
-from rag_jax.retrieval.embeddings import save_embeddings
+from rag_jax.retrieval.index_core import REMEDY
+from rag_jax.retrieval.index_core import Index
+from rag_jax.retrieval.index_core import IndexInfo
+from rag_jax.retrieval.index_core import check_search
+from rag_jax.retrieval.resources import num_cpus
 
 _ARTIFACTS = "scann"  # the folder that ScaNN writes, inside the index
 _CONFIG, _LIST = "scann_config.pb", "scann_assets.pbtxt"  # in it
@@ -60,7 +64,7 @@ def import_problem() -> str:
   return ""
 
 
-class ScannIndex:
+class ScannIndex(Index):
   """Maximum-inner-product search by ScaNN. Row = passage id.
 
   Below `index.scann_tree_passages` ScaNN scores every passage; from there on it
@@ -72,49 +76,33 @@ class ScannIndex:
   def __init__(
     self, inner: exact.ExactIndex, searcher: Any, settings: dict[str, Any]
   ):
-    self.kind = "scann"
-    self.embeddings = inner.embeddings
-    self.num_passages = inner.num_passages
-    self.embedding_dim = inner.embedding_dim
-    self.encoder_fingerprint = inner.encoder_fingerprint
-    self.passages_fingerprint = inner.passages_fingerprint
-    self.settings = settings  # all 0: every passage is scored
-    self.memory_bytes = inner.memory_bytes + _searcher_bytes(inner, settings)
-    self.certificate: Any = None  # see certificate.py
-    self.build_cost: Any = None
+    """Keeps what was built; if all settings are 0, it scores every passage."""
+    super().__init__(
+      dataclasses.replace(inner.info, kind="scann", settings=settings),
+      inner.embeddings,
+      inner.memory_bytes + _searcher_bytes(inner, settings),
+    )
     self._exact = inner
     self._searcher = searcher
 
   @classmethod
-  def build(
-    cls,
-    embeddings: Float[Any, "P R"],
-    config: IndexConfig,
-    *,
-    encoder_fingerprint: str,
-    passages_fingerprint: str,
-  ) -> "ScannIndex":
-    """Trains ScaNN on passage embeddings, which are kept.
+  def build(cls, inner: exact.ExactIndex, config: IndexConfig) -> "ScannIndex":
+    """Trains ScaNN on the embeddings of `inner`, which are kept.
 
     Raises:
       ValueError: ScaNN is not installed, or `index.scann_pca_dims` is more
         than the embeddings have.
     """
     module = _module()
-    if config.scann_pca_dims > embeddings.shape[1]:
+    if config.scann_pca_dims > inner.embedding_dim:
       raise ValueError(
         f"index.scann_pca_dims={config.scann_pca_dims} principal components of"
-        f" embeddings of {embeddings.shape[1]} dimensions; expected at most as"
+        f" embeddings of {inner.embedding_dim} dimensions; expected at most as"
         " many. Lower it, for instance to half; 0 takes all dimensions."
       )
-    settings = _settings(len(embeddings), config)
-    builder = module.builder(embeddings[:], 10, "dot_product")
+    settings = _settings(inner.num_passages, config)
+    builder = module.builder(inner.embeddings[:], 10, "dot_product")
     builder = _configure(builder.set_n_training_threads(num_cpus()), settings)
-    inner = exact.ExactIndex(
-      embeddings,
-      encoder_fingerprint=encoder_fingerprint,
-      passages_fingerprint=passages_fingerprint,
-    )
     # Never `docids`: ScaNN saves them as a pickle.
     return cls(inner, builder.build(), settings)
 
@@ -126,7 +114,7 @@ class ScannIndex:
     Arguments, results and errors as in `ExactIndex.search`, but of the passages
     that ScaNN found. The ids of a row differ.
     """
-    questions = exact.check_search(self, question_embeddings, n_docs)
+    questions = check_search(self.info, question_embeddings, n_docs)
     if not len(questions):
       return exact.stack_rows([], n_docs)
     reorder = max(self.settings["reorder"], n_docs)
@@ -192,10 +180,8 @@ class ScannIndex:
     other.build_cost = self.build_cost
     return other
 
-  def save(self, path: epath.PathLike) -> None:
-    """Writes the index to directory `path`, its manifest last."""
-    path = artifacts.start_directory(path)
-    save_embeddings(path, self.embeddings)
+  def _save_files(self, path: epath.Path) -> None:
+    super()._save_files(path)
     folder = path / _ARTIFACTS
     # ScaNN writes to a local disk alone, and over what it may be reading.
     parent = path if artifacts.is_local(path) else None
@@ -214,28 +200,27 @@ class ScannIndex:
         os.replace(temp, folder)
       else:
         _copy_files(temp, folder)
-    exact.write_index_manifest(self, path, self.settings)
 
   @classmethod
-  def load(cls, path: epath.PathLike, content: dict[str, Any]) -> "ScannIndex":
+  def load(cls, path: epath.PathLike, info: IndexInfo) -> "ScannIndex":
     """Opens what `save` wrote.
 
     Args:
       path: the directory.
-      content: of its manifest, once that was checked (`index.load_index`).
+      info: of its manifest, once that was checked (`index.load_index`).
 
     Raises:
       ValueError: ScaNN is not installed, or the files do not fit together.
     """
     module = _module()
-    inner = exact.ExactIndex.load(path, content)
+    inner = exact.ExactIndex.load(path, info)
     folder = epath.Path(path) / _ARTIFACTS
-    settings = content["settings"]
+    settings = info.settings
     if not folder.exists() or not set(_SETTINGS) <= set(settings):
       raise ValueError(
         f"{path} says that it is an index of kind 'scann', but there is no"
         f" {_ARTIFACTS}/ in it or its settings {settings} are not"
-        f" {', '.join(_SETTINGS)}. {exact.REMEDY}"
+        f" {', '.join(_SETTINGS)}. {REMEDY}"
       )
     with _temporary_folder(None) as temp:
       _show_verified(folder, temp)
@@ -245,7 +230,7 @@ class ScannIndex:
     if searcher.size() != inner.num_passages:
       raise ValueError(
         f"{path}/{_ARTIFACTS} holds {searcher.size()} passages, the embeddings"
-        f" {inner.num_passages}; the directory mixes two builds. {exact.REMEDY}"
+        f" {inner.num_passages}; the directory mixes two builds. {REMEDY}"
       )
     first = _FIRST if settings["num_leaves"] else dict.fromkeys(_FIRST, 0)
     return cls(inner, searcher, first | settings)
@@ -375,7 +360,7 @@ def _show_verified(source: epath.Path, target: epath.Path) -> None:
       f"{source / _LIST} is not what ScaNN wrote there: it holds {rest[:80]!r},"
       f" and names files that are not beside it: {missing}. Expected the names"
       " of files in the same folder. Whoever wrote this could read any file of"
-      f" this machine. {exact.REMEDY}"
+      f" this machine. {REMEDY}"
     )
   local = artifacts.is_local(source)
   for name in names:

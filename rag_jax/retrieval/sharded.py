@@ -18,17 +18,24 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax import artifacts
-from rag_jax.retrieval import exact
+from rag_jax.retrieval.certificate import Certificate
+from rag_jax.retrieval.embeddings import JoinedRows
 from rag_jax.retrieval.embeddings import is_in
-from rag_jax.retrieval.rows import JoinedRows
+from rag_jax.retrieval.index_core import ARTIFACT
+from rag_jax.retrieval.index_core import FORMAT
+from rag_jax.retrieval.index_core import REMEDY
+from rag_jax.retrieval.index_core import Index
+from rag_jax.retrieval.index_core import IndexInfo
+from rag_jax.retrieval.index_core import check_search
 
+KIND = "sharded"  # several of another kind
 _FOLDER = "shards"
 _INPUTS = "inputs.json"  # in a shard: what it was built of
 
 BuildShard = Callable[[Any], Any]  # float32 embeddings -> Index
 
 
-class ShardedIndex:
+class ShardedIndex(Index):
   """Host indexes, each of the rows that follow those of the one before it.
 
   For exact search the result is that of a single index, bit for bit: a score
@@ -36,16 +43,17 @@ class ShardedIndex:
   """
 
   def __init__(self, shards: Sequence[Any]):
-    self.kind = "sharded"
     self.shards = list(shards)
-    self.embeddings = JoinedRows([s.embeddings for s in shards])
-    self.num_passages, self.embedding_dim = self.embeddings.shape
-    self.encoder_fingerprint = shards[0].encoder_fingerprint
-    self.passages_fingerprint = shards[0].passages_fingerprint
-    self.settings = {"shards": len(shards), **shards[0].settings}
-    self.memory_bytes = sum(s.memory_bytes for s in shards)
-    self.certificate: Any = None  # see certificate.py
-    self.build_cost: Any = None
+    embeddings = JoinedRows([shard.embeddings for shard in shards])
+    first = shards[0].info
+    info = dataclasses.replace(
+      first,
+      kind=KIND,
+      num_passages=len(embeddings),
+      settings={"shards": len(shards), **first.settings},
+      certificate=None,
+    )
+    super().__init__(info, embeddings, sum(s.memory_bytes for s in shards))
     # NumPy and ScaNN let go of Python's lock while they multiply.
     workers = min(len(self.shards), os.cpu_count() or 1)
     self._threads = futures.ThreadPoolExecutor(workers, "shard")
@@ -68,9 +76,11 @@ class ShardedIndex:
 
     Arguments, results and errors as in `ExactIndex.search`, over all shards.
     """
-    questions = exact.check_search(self, question_embeddings, n_docs)
+    questions = check_search(self.info, question_embeddings, n_docs)
     found = self._threads.map(
-      lambda shard: shard.search(questions, min(n_docs, shard.num_passages)),
+      lambda shard: shard.search(
+        questions, min(n_docs, shard.info.num_passages)
+      ),
       self.shards,
     )
     ids, scores, offset = [], [], 0
@@ -79,7 +89,7 @@ class ShardedIndex:
     ):
       ids.append(shard_ids + np.int32(offset))
       scores.append(shard_scores)
-      offset += shard.num_passages
+      offset += shard.info.num_passages
     return merge(np.concatenate(ids, 1), np.concatenate(scores, 1), n_docs)
 
   def save(self, path: epath.PathLike) -> None:
@@ -88,43 +98,49 @@ class ShardedIndex:
     for i, shard in enumerate(self.shards):
       (_folder(path, i) / _INPUTS).unlink(missing_ok=True)
       shard.save(_folder(path, i))
-    _finish(path, len(self.shards), self.certificate)
+    self.certificate = _finish(path, len(self.shards), self.certificate)
 
   @classmethod
   def load(
     cls,
     path: epath.PathLike,
-    content: dict[str, Any],
+    info: IndexInfo,
     kinds: Mapping[str, Any],
   ) -> "ShardedIndex":
     """Opens what `save` or `build_directory` wrote.
 
     Args:
       path: the directory.
-      content: of its manifest, once that was checked (`index.load_index`):
+      info: of its manifest, once that was checked (`index.load_index`):
         together with every file of every shard.
       kinds: the classes of the shards.
 
     Raises:
       ValueError: the shards do not fit together.
     """
-    contents = content["settings"].get("shards")
+    path = epath.Path(path)
+    contents = info.settings.get("shards")
     if (
       not isinstance(contents, list)
       or not contents
+      or not all(isinstance(c, Mapping) for c in contents)
       or any(c.get("kind") not in kinds for c in contents)
-      or sum(c["num_passages"] for c in contents) != content["num_passages"]
+      or sum(c["num_passages"] for c in contents) != info.num_passages
     ):
       raise ValueError(
         f"{path} says that it is an index of kind 'sharded', but its shards"
         f" {contents} are not of kinds {sorted(kinds)} with"
-        f" {content['num_passages']} passages together. {exact.REMEDY}"
+        f" {info.num_passages} passages together. {REMEDY}"
       )
-    path = epath.Path(path)
+    folders = [_folder(path, i) for i in range(len(contents))]
+    infos = [
+      IndexInfo.from_content(content, os.fspath(folder), kinds)
+      for folder, content in zip(folders, contents, strict=True)
+    ]
     return cls(
       [
-        kinds[c["kind"]].load(_folder(path, i), c)
-        for i, c in enumerate(contents)
+        kinds[info.kind].load(folder, info)
+        for folder, info in zip(folders, infos, strict=True)
       ]
     )
 
@@ -219,9 +235,7 @@ def _float32(rows: Any) -> Any:
 def _is_finished(folder: epath.Path, wanted: str) -> bool:
   """Returns whether a shard is whole and was built of `wanted`."""
   try:
-    artifacts.read_manifest(
-      folder, kind=exact.ARTIFACT, format=exact.FORMAT, remedy=exact.REMEDY
-    )
+    artifacts.read_manifest(folder, kind=ARTIFACT, format=FORMAT, remedy=REMEDY)
   except (FileNotFoundError, ValueError) as e:
     if folder.exists():
       logging.info("%s is built again: %s", folder, e)
@@ -233,8 +247,13 @@ def _is_finished(folder: epath.Path, wanted: str) -> bool:
   return same
 
 
-def _finish(path: epath.Path, num_shards: int, certificate: Any = None) -> None:
-  """Removes the shards of a larger index, and writes the manifest of all."""
+def _finish(
+  path: epath.Path, num_shards: int, certificate: Certificate | None = None
+) -> Certificate | None:
+  """Removes the shards of a larger index, and writes the manifest of all.
+
+  Returns the certificate that stands in it.
+  """
   folders = [_folder(path, i) for i in range(num_shards)]
   names = {folder.name for folder in folders}
   for old in (path / _FOLDER).iterdir():
@@ -244,19 +263,16 @@ def _finish(path: epath.Path, num_shards: int, certificate: Any = None) -> None:
     json.loads((folder / artifacts.MANIFEST).read_text())["content"]
     for folder in folders
   ]
-  same = ("embedding_dim", "encoder_fingerprint", "passages_fingerprint")
-  content = {name: contents[0][name] for name in same} | {
-    "kind": "sharded",
-    "num_passages": sum(c["num_passages"] for c in contents),
-    "settings": {"shards": contents},
-  }
-  if certificate is not None:
-    content["certificate"] = dataclasses.replace(
-      certificate, disk_bytes=artifacts.directory_bytes(path)
-    ).to_content()
-  artifacts.write_manifest(
-    path, kind=exact.ARTIFACT, format=exact.FORMAT, content=content
+  info = IndexInfo(
+    kind=KIND,
+    num_passages=sum(c["num_passages"] for c in contents),
+    embedding_dim=contents[0]["embedding_dim"],
+    encoder_fingerprint=contents[0]["encoder_fingerprint"],
+    passages_fingerprint=contents[0]["passages_fingerprint"],
+    settings={"shards": contents},
+    certificate=certificate,
   )
+  return info.write(path).certificate
 
 
 def _folder(path: epath.Path, shard: int) -> epath.Path:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import math
 import time
+from typing import Any
 
 from absl import logging
 from jaxtyping import Float, Int, Shaped
@@ -16,25 +17,27 @@ import numpy as np
 
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import scann
-from rag_jax.retrieval.certificate import exact_search
-from rag_jax.retrieval.cost import queries_per_second
+from rag_jax.retrieval.certify import exact_search
 from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.recall import Recall
 from rag_jax.retrieval.recall import index_recall_at_k
 from rag_jax.retrieval.recall import mean_recall
-from rag_jax.retrieval.trials import Trial
-from rag_jax.retrieval.trials import TunerResult
-from rag_jax.retrieval.trials import config_of
-from rag_jax.retrieval.trials import rank
+from rag_jax.retrieval.resources import num_cpus
+from rag_jax.retrieval.resources import queries_per_second
 
 _REORDER_FACTORS = (32, 16, 8, 4, 2, 1)  # candidates scored again, times k
 _BISECT_TO = 0.1  # leaves to search are found this exactly, of their number
 _FINALISTS = 3  # of each build, timed again beside the best so far
+_COLUMNS = (
+  "num_leaves", "leaves_to_search", "reorder", "reorder_dtype",
+  "pca_dims", "dims_per_block", "anisotropic_threshold", "soar_lambda",
+  "soar_overretrieve",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class TunerSettings:
-  """How long and how carefully is searched for the settings."""
+  """How long the tuner searches for settings, and what it tries."""
 
   # No build is begun that would end later, if it took as long as the last. The
   # first is always made, and the search of all passages where nothing reaches
@@ -55,6 +58,99 @@ class TunerSettings:
   anisotropic_thresholds: tuple[float, ...] = (0.0, 0.1, 0.2)
 
 
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Trial:
+  """One setting, and what was measured of it."""
+
+  settings: dict[str, Any]  # as in `ScannIndex.settings`
+  recall: Recall  # on the questions that are tuned on
+  checked: Recall | None = None  # on a few others, if it was fast enough
+  queries_per_second: float  # the best of all times that it was timed
+  memory_bytes: int
+  build_secs: float  # of the build that it shares with others
+
+  def reaches(self, target_recall: float) -> bool:
+    """Returns whether its recall is surely not below the target.
+
+    The low end of the interval counts, and the mean on other questions: of
+    many settings near the target, the fastest by their mean alone are those
+    that were lucky with these questions.
+    """
+    if self.checked is not None and self.checked.mean < target_recall:
+      return False
+    return self.recall.mean == 1.0 or self.recall.low >= target_recall
+
+
+@dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
+class TunerResult:
+  """What was chosen, what it finds, and what else was tried."""
+
+  target_recall: float
+  k: int
+  batch_size: int
+  trials: tuple[Trial, ...]
+  chosen: Trial  # the fastest that reaches the target; if none, the best recall
+  held_out: Recall  # of the chosen one, on questions that nothing was tuned on
+  num_tuning: int  # questions that decided
+  index: scann.ScannIndex  # the chosen one, built
+  config: IndexConfig  # that builds it
+  held_out_questions: np.ndarray  # [B, R], to certify the index with
+
+  @property
+  def reached(self) -> bool:
+    """Whether the target was reached, also on the held-out questions."""
+    good = self.chosen.reaches(self.target_recall)
+    return good and self.held_out.mean >= self.target_recall
+
+  @property
+  def frontier(self) -> tuple[Trial, ...]:
+    """The trials that none beats both in recall and in speed, fastest first.
+
+    And the chosen one.
+    """
+    best, frontier = -1.0, []
+    for trial in sorted(
+      self.trials, key=lambda t: (-t.queries_per_second, -t.recall.mean)
+    ):
+      if trial.recall.mean > best or trial is self.chosen:
+        frontier.append(trial)
+        best = max(best, trial.recall.mean)
+    return tuple(frontier)
+
+  def table(self) -> str:
+    """Returns the frontier and the choice as Markdown."""
+    names = [name.replace("_", " ") for name in _COLUMNS]
+    head = [
+      f"index_recall@{self.k} (95% interval)",
+      "questions/s",
+      "bytes a passage",
+      *names,
+      f"reaches {self.target_recall:g}",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for trial in self.frontier:
+      each = trial.memory_bytes / self.index.num_passages
+      reaches = "yes" if trial.reaches(self.target_recall) else "no"
+      if trial.checked is not None and reaches == "no":
+        reaches += f": {trial.checked.mean:.4f} when checked"
+      cells = [
+        str(trial.recall),
+        f"{trial.queries_per_second:,.0f}",
+        f"{each:,.0f}",
+        *(f"{trial.settings[name] or '-'}" for name in _COLUMNS),
+        reaches + (", chosen" if trial is self.chosen else ""),
+      ]
+      lines.append(f"| {' | '.join(cells)} |")
+    verdict = "reached" if self.reached else "NOT reached"
+    return (
+      "\n".join(lines)
+      + f"\n\n{len(self.trials)} settings were tried on {self.num_tuning:,}"
+      f" questions, {self.batch_size} at a time, {num_cpus()} CPUs. The chosen"
+      f" one on {len(self.held_out_questions):,} others: index_recall@{self.k}"
+      f" {self.held_out}; {self.target_recall:g} is {verdict}.\n"
+    )
+
+
 def tune(
   embeddings: Shaped[np.ndarray, "..."],
   sample_questions: Float[np.ndarray, "B R"],
@@ -63,15 +159,13 @@ def tune(
   k: int,
   config: IndexConfig,
   settings: TunerSettings | None = None,
-  encoder_fingerprint: str = "",
-  passages_fingerprint: str = "",
 ) -> TunerResult:
   """Finds the fastest ScaNN settings whose index_recall_at_k is enough.
 
   Starts with the settings of `config` and changes one after the other, keeping
   what is faster: principal components, leaves, SOAR, the type and the codes of
   what is scored. Some questions decide, the others say what the choice is
-  worth (`TunerSettings.held_out`).
+  worth (`TunerSettings.held_out`). The index of the result has no fingerprints.
 
   Args:
     embeddings: [P, R], row = passage id; kept, not copied.
@@ -80,8 +174,6 @@ def tune(
     k: passages that are read for a question.
     config: what the search starts from.
     settings: of this search.
-    encoder_fingerprint: of the weights that embedded the passages.
-    passages_fingerprint: of the passages.
 
   Raises:
     ValueError: ScaNN is not installed, there are fewer than three questions,
@@ -101,10 +193,7 @@ def tune(
 
   def build(chosen: IndexConfig) -> scann.ScannIndex:
     index = build_index(
-      embeddings,
-      chosen,
-      encoder_fingerprint=encoder_fingerprint,
-      passages_fingerprint=passages_fingerprint,
+      embeddings, chosen, encoder_fingerprint="", passages_fingerprint=""
     )
     assert isinstance(index, scann.ScannIndex)
     return index
@@ -127,37 +216,6 @@ def tune(
   ):
     search.sweep(build(every))
   return search.result(config)
-
-
-def retune(
-  index: scann.ScannIndex,
-  sample_questions: Float[np.ndarray, "B R"],
-  *,
-  target_recall: float,
-  k: int,
-  settings: TunerSettings | None = None,
-) -> TunerResult:
-  """Finds the fastest search of `index` that finds enough; nothing is built.
-
-  Arguments and errors as in `tune`. The `index` of the result shares all that
-  is large with the one given. If no search reaches the target, the result is
-  the one that finds most, and says so (`reached`).
-  """
-  if (
-    not isinstance(index, scann.ScannIndex) or not index.settings["num_leaves"]
-  ):
-    raise ValueError(
-      f"An index of kind {index.kind!r} with the settings {index.settings} was"
-      " to be tuned again; expected kind 'scann' with num_leaves above 0, since"
-      " only a search of leaves can look into fewer. Build one with"
-      " index.scann_tree_passages=0, or leave this one as it is."
-    )
-  _check(target_recall, k, index.num_passages, len(sample_questions))
-  search = _Search(
-    index, sample_questions, target_recall, k, settings or TunerSettings()
-  )
-  search.sweep(index)
-  return search.result(IndexConfig())
 
 
 class _Search:
@@ -243,7 +301,7 @@ class _Search:
       held_out=self._recall(index, questions, truth),
       num_tuning=self._num_tuning,
       index=index,
-      config=config_of(index, config),
+      config=_config_of(index, config),
       held_out_questions=questions,
     )
 
@@ -280,7 +338,7 @@ class _Search:
     """
 
     def key(entry: tuple[Trial, scann.ScannIndex]) -> tuple[bool, float]:
-      return rank(entry[0], self._target)
+      return _rank(entry[0], self._target)
 
     entries = sorted(tried, key=key, reverse=True)
     passed = 0
@@ -387,3 +445,23 @@ def _check(
       f"k={k} passages a question; expected 1 to {num_passages}, the passages"
       " that there are. Change k."
     )
+
+
+def _rank(trial: Trial, target_recall: float) -> tuple[bool, float]:
+  """Returns what is larger for the better of two trials."""
+  reaches = trial.reaches(target_recall)
+  return reaches, trial.queries_per_second if reaches else trial.recall.mean
+
+
+def _config_of(index: scann.ScannIndex, config: IndexConfig) -> IndexConfig:
+  """Returns `config` with the settings of `index`."""
+  changes: dict[str, Any] = {
+    f"scann_{name}": index.settings[name] for name in _COLUMNS
+  }
+  tree = min(config.scann_tree_passages, index.num_passages)
+  if not index.settings["num_leaves"]:
+    changes = {}
+    tree = max(config.scann_tree_passages, index.num_passages + 1)
+  return dataclasses.replace(
+    config, kind="scann", scann_tree_passages=tree, **changes
+  )

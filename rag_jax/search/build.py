@@ -24,7 +24,7 @@ from rag_jax.corpus.document import DEFAULT_FIELDS
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.documents import read_documents
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.prepare import read_passages
+from rag_jax.corpus.reading import read_passages
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.report import CorpusReport
 from rag_jax.corpus.report import Coverage
@@ -39,6 +39,7 @@ from rag_jax.processes import wait_for_all
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings
 from rag_jax.retrieval.bm25 import check_settings
+from rag_jax.retrieval.certified_index import CertificateSettings
 from rag_jax.retrieval.certified_index import build_certified_index
 from rag_jax.retrieval.certified_index import check_tuning
 from rag_jax.retrieval.embedding_job import EmbeddingJob
@@ -417,10 +418,12 @@ def _build_index(
   build_certified_index(
     path,
     config.index,
-    sample,
-    target_recall=config.target_recall,
-    speed_secs=config.speed_secs,
+    CertificateSettings(
+      sample=sample,
+      target_recall=config.target_recall,
+      speed_secs=config.speed_secs,
+      coverage=coverage,
+    ),
     encoder_fingerprint=inputs.encoder.fingerprint,
     passages_fingerprint=store.fingerprint,
-    coverage=coverage,
   )

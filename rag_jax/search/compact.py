@@ -19,6 +19,7 @@ from rag_jax.config import IndexConfig
 from rag_jax.corpus.store import write_store
 from rag_jax.corpus.twins import write_twins
 from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.certified_index import CertificateSettings
 from rag_jax.retrieval.certified_index import build_certified_index
 from rag_jax.retrieval.embeddings import EmbeddingFile
 from rag_jax.search import versions
@@ -137,13 +138,15 @@ def _write(
   build_certified_index(
     index,
     _index_config(directory, tuned=bool(plan["target_recall"])),
-    sample,
-    target_recall=tune,
-    speed_secs=speed_secs,
+    CertificateSettings(
+      sample=sample,
+      target_recall=tune,
+      speed_secs=speed_secs,
+      coverage=certificate.coverage if certificate else None,
+      modes=certificate.modes if certificate else None,
+    ),
     encoder_fingerprint=now.index.encoder_fingerprint,
     passages_fingerprint=store.fingerprint,
-    coverage=certificate.coverage if certificate else None,
-    modes=certificate.modes if certificate else None,
   )
   if now.bm25 is not None:
     logging.info("Indexing the words of %d passages.", len(store))

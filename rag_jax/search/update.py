@@ -22,17 +22,17 @@ from rag_jax.building import lock
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.prepare import read_parts
+from rag_jax.corpus.reading import read_parts
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.report import Coverage
 from rag_jax.corpus.report import raise_empty
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.twins import write_twins
-from rag_jax.retrieval import exact
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.certificate import SearchModes
-from rag_jax.retrieval.certificate import certify
+from rag_jax.retrieval.certify import certify
+from rag_jax.retrieval.index_core import bad_rows
 from rag_jax.search import versions
 from rag_jax.search.changes import Changes
 from rag_jax.search.changes import UpdateReport
@@ -364,7 +364,7 @@ def _embed(
       np.arange(len(some)),
     )
     logging.info("Embedded %d of %d passages.", start + len(some), len(todo))
-  bad = exact.bad_rows(embeddings)
+  bad = bad_rows(embeddings)
   if len(bad):
     ids = [changes.added[row].id for row in bad[:5]]
     raise ValueError(

@@ -5,28 +5,30 @@ that came since. Out: an `Index` of what is left, numbered from 0 without gaps,
 as `search.updated_passages` numbers the texts.
 """
 
+import dataclasses
 from typing import Any
 
 from etils import epath
 from jaxtyping import Float, Int
 import numpy as np
 
-from rag_jax.retrieval import exact
 from rag_jax.retrieval import sharded
+from rag_jax.retrieval.embeddings import JoinedRows
+from rag_jax.retrieval.embeddings import SelectedRows
 from rag_jax.retrieval.exact import ExactIndex
-from rag_jax.retrieval.rows import JoinedRows
-from rag_jax.retrieval.rows import SelectedRows
+from rag_jax.retrieval.index_core import Index
+from rag_jax.retrieval.index_core import check_search
 from rag_jax.search.updated_passages import Gaps
 
 _SPARE = 16  # passages of the base asked for beside those that are needed
 
 
-class UpdatedIndex:
+class UpdatedIndex(Index):
   """Searched like the index that it began as, and exactly among what came."""
 
   def __init__(
     self,
-    base: Any,  # Index
+    base: Index,
     gone: Int[np.ndarray, "G"],
     added: Float[np.ndarray, "D R"],
     *,
@@ -43,26 +45,28 @@ class UpdatedIndex:
     self._gaps = Gaps(gone)
     self._is_gone = np.zeros(base.num_passages, bool)
     self._is_gone[gone] = True
-    self.kind = "updated"
     self.base, self.added = base, added
-    self.encoder_fingerprint = base.encoder_fingerprint
-    self.passages_fingerprint = passages_fingerprint
-    self._exact_added = self._exact(added) if len(added) else None
-    self.num_passages = base.num_passages - len(gone) + len(added)
-    self.embedding_dim = base.embedding_dim
-    self.embeddings = SelectedRows(
-      JoinedRows([base.embeddings, added]), self.num_passages, self._gaps.rows
+    num_passages = base.num_passages - len(gone) + len(added)
+    info = dataclasses.replace(
+      base.info,
+      kind="updated",
+      num_passages=num_passages,
+      passages_fingerprint=passages_fingerprint,
+      settings={
+        "base": base.kind,
+        "gone": len(gone),
+        "added": len(added),
+        **base.settings,
+      },
+      certificate=None,
     )
-    self.settings: dict[str, Any] = {
-      "base": base.kind,
-      "gone": len(gone),
-      "added": len(added),
-      **base.settings,
-    }
+    embeddings = SelectedRows(
+      JoinedRows([base.embeddings, added]), num_passages, self._gaps.rows
+    )
     # A mark for each passage of the base says whether it is gone.
-    self.memory_bytes = base.memory_bytes + added.nbytes + base.num_passages
-    self.certificate: Any = None  # see certificate.py
-    self.build_cost: Any = None
+    size = base.memory_bytes + added.nbytes + base.num_passages
+    super().__init__(info, embeddings, size)
+    self._exact_added = self._exact(added) if len(added) else None
 
   @property
   def changed_share(self) -> float:
@@ -80,7 +84,7 @@ class UpdatedIndex:
 
     Arguments, results and errors as in `ExactIndex.search`.
     """
-    questions = exact.check_search(self, question_embeddings, n_docs)
+    questions = check_search(self.info, question_embeddings, n_docs)
     rows, scores = self._search_base(questions, n_docs)
     if self._exact_added is not None:
       new_rows, new_scores = self._exact_added.search(

@@ -4,20 +4,14 @@ In: two stores, and which rows of the first are gone. Out: what is left as one,
 numbered from 0 without gaps, like a store that was written of it.
 """
 
-from collections.abc import Iterator, Sequence
-import functools
-import operator
-from typing import SupportsIndex, overload
+from collections.abc import Iterable, Sequence
 
 from jaxtyping import Int
 import numpy as np
 
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
-from rag_jax.corpus.passages import fingerprint_passages
 from rag_jax.corpus.store import PassageStore
-
-_ITER_ROWS = 1024  # read at once by a loop over all passages
 
 
 class Gaps:
@@ -76,60 +70,21 @@ class UpdatedPassages(Passages):
     self.origin = base.origin
     self.base, self.added = base, added
     self.gaps = Gaps(gone)
-    self._known_fingerprint = fingerprint
+    if fingerprint:
+      self.fingerprint = fingerprint
     self._num_passages = len(base) - len(gone) + len(added or ())
 
   def __len__(self) -> int:
     return self._num_passages
 
-  @overload
-  def __getitem__(self, index: SupportsIndex) -> Passage: ...
-
-  @overload
-  def __getitem__(self, index: slice) -> tuple[Passage, ...]: ...
-
-  def __getitem__(
-    self, index: SupportsIndex | slice
-  ) -> Passage | tuple[Passage, ...]:
-    if isinstance(index, slice):
-      return self.get(range(len(self))[index])
-    (passage,) = self.get([index])
-    return passage
-
-  def get(
-    self, rows: Sequence[SupportsIndex] | Int[np.ndarray, "N"]
-  ) -> tuple[Passage, ...]:
-    """Returns the passages of `rows`, in their order."""
-    numbers = np.array([self._number(row) for row in rows], np.int64)
-    found = self.gaps.rows(numbers)
+  def _read(self, rows: Sequence[int]) -> Iterable[Passage]:
+    found = self.gaps.rows(np.asarray(rows, np.int64))
     in_base = found < len(self.base)
     first = iter(self.base.get(found[in_base]))
     second = iter(())
     if self.added is not None:
       second = iter(self.added.get(found[~in_base] - len(self.base)))
     return tuple(next(first) if old else next(second) for old in in_base)
-
-  def _number(self, index: SupportsIndex) -> int:
-    """Returns what an index means, which may count from the end."""
-    number = operator.index(index)
-    if not -len(self) <= number < len(self):
-      raise IndexError(
-        f"There is no passage {number} in {self.origin} as it was updated."
-        f" Expected a row from 0 to {len(self) - 1}. Is the index of other"
-        " passages?"
-      )
-    return number % len(self)
-
-  def __iter__(self) -> Iterator[Passage]:
-    for start in range(0, len(self), _ITER_ROWS):
-      yield from self[start : start + _ITER_ROWS]
-
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """That of `Passages` of the same passages."""
-    if self._known_fingerprint:
-      return self._known_fingerprint
-    return fingerprint_passages(self)
 
   def row_of(self, id: str) -> int | None:
     """Returns the number of the passage with this id; None if there is none."""

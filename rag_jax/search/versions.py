@@ -371,8 +371,10 @@ def draft(
 
 def finish(path: epath.Path, made: Draft) -> None:
   """Writes the manifest of a version, with its certificate."""
+  certificate = made.index.certificate
+  assert certificate is not None, "whoever drafts a version certifies it"
   certificate = dataclasses.replace(
-    made.index.certificate,
+    certificate,
     disk_bytes=artifacts.directory_bytes(path / INDEX)
     + made.index.added.nbytes,
   )

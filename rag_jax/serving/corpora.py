@@ -9,10 +9,11 @@ from absl import logging
 from etils import epath
 
 from rag_jax import artifacts
+from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.passages import Passages
-from rag_jax.corpus.passages import is_passages
-from rag_jax.corpus.passages import load_passages
-from rag_jax.corpus.prepare import read_passages
+from rag_jax.corpus.reading import is_passages
+from rag_jax.corpus.reading import load_passages
+from rag_jax.corpus.reading import read_passages
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.search.directory import ENCODER
@@ -55,4 +56,4 @@ def open_corpus(corpus: epath.PathLike) -> Passages:
   logging.info(
     "%d passages of %s:\n%s", len(passages), corpus, bad_records.report
   )
-  return Passages(passages, origin=str(corpus))
+  return PassageList(passages, origin=str(corpus))

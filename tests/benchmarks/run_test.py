@@ -11,7 +11,7 @@ from rag_jax.benchmarks.run import BenchmarkSettings
 from rag_jax.benchmarks.run import benchmark_directory
 from rag_jax.benchmarks.run import benchmark_embeddings
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.passages import PassageList
 from rag_jax.evaluation.judged_questions import without_own
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.exact import ExactIndex
@@ -44,7 +44,7 @@ def directory(tmp_path, monkeypatch):
     version=types.SimpleNamespace(
       bm25_path=tmp_path / "index" / "bm25", twins=None
     ),
-    passages=Passages(passages, "there"),
+    passages=PassageList(passages, "there"),
     index=ExactIndex(vectors, encoder_fingerprint="", passages_fingerprint="f"),
     bm25=words,
     embed_questions=embed,

@@ -9,7 +9,7 @@ import pytest
 from rag_jax.corpus.documents import Document
 from rag_jax.corpus.documents import FieldNames
 from rag_jax.corpus.documents import read_documents
-from rag_jax.corpus.passages import load_passages
+from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.report import BadRecords
 
 ROWS = (

@@ -8,7 +8,7 @@ import pytest
 
 from rag_jax.corpus.encoded_data import data_spans
 from rag_jax.corpus.encoded_data import left_over
-from rag_jax.corpus.passages import load_passages
+from rag_jax.corpus.reading import load_passages
 
 DATA = random.Random(0).randbytes(3_000)
 B64 = base64.b64encode(DATA).decode()

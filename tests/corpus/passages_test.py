@@ -9,8 +9,8 @@ import pytest
 
 from rag_jax.artifacts import fingerprint_lines
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.passages import Passages
-from rag_jax.corpus.passages import load_passages
+from rag_jax.corpus.passages import PassageList
+from rag_jax.corpus.reading import load_passages
 
 PASSAGES = (
   Passage("a", "Aaron", 'Aaron ( or ; "Ahärôn") is a prophet.'),
@@ -86,20 +86,20 @@ def test_the_bundled_corpus_is_there_and_every_id_leads_to_its_passage():
 
 
 def test_passages_are_a_sequence():
-  passages = Passages(PASSAGES, origin="here")
+  passages = PassageList(PASSAGES, origin="here")
   assert len(passages) == 3
   assert passages[1] == passages[np.int32(1)] == passages[-2] == PASSAGES[1]
   assert passages[1:] == PASSAGES[1:]
   assert PASSAGES[2] in passages
   assert list(reversed(passages)) == list(reversed(PASSAGES))
-  assert repr(passages) == "Passages(3 from here)"
+  assert repr(passages) == "PassageList(3 from here)"
   with pytest.raises(IndexError):
     _ = passages[3]
 
 
 def test_the_fingerprint_depends_on_the_passages_and_not_on_their_origin():
-  first = Passages(PASSAGES, origin="here").fingerprint
-  assert Passages(list(PASSAGES), origin="there").fingerprint == first
+  first = PassageList(PASSAGES, origin="here").fingerprint
+  assert PassageList(list(PASSAGES), origin="there").fingerprint == first
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_the_fingerprint_depends_on_the_passages_and_not_on_their_origin():
   ],
 )
 def test_any_change_of_the_passages_changes_the_fingerprint(changed):
-  first = Passages(PASSAGES, origin="here").fingerprint
-  assert Passages(changed, origin="here").fingerprint != first
+  first = PassageList(PASSAGES, origin="here").fingerprint
+  assert PassageList(changed, origin="here").fingerprint != first
 
 
 def test_an_unknown_id_is_refused_with_what_ids_look_like():
-  passages = Passages(PASSAGES, origin="here")
+  passages = PassageList(PASSAGES, origin="here")
   with pytest.raises(
     ValueError, match=r"No passage of here has the id 'q'.*3 "
   ):
@@ -129,7 +129,7 @@ def test_an_unknown_id_is_refused_with_what_ids_look_like():
 
 def test_the_same_id_twice_is_refused_in_memory_too():
   with pytest.raises(ValueError, match=r"3 passages of here have the id 'a'"):
-    Passages((*PASSAGES[:2], PASSAGES[0]), origin="here")
+    PassageList((*PASSAGES[:2], PASSAGES[0]), origin="here")
 
 
 def test_the_same_id_twice_is_refused_with_both_lines(write):
@@ -247,7 +247,7 @@ def test_a_file_of_another_kind_is_refused(write, name):
 
 def test_metadata_changes_the_fingerprint_only_where_there_is_some():
   def fingerprint(*passages):
-    return Passages(passages, origin="here").fingerprint
+    return PassageList(passages, origin="here").fingerprint
 
   plain = Passage("a", "T", "x")
   lang = (("lang", "en"),)

@@ -10,7 +10,7 @@ from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import Heading
 from rag_jax.corpus.markdown_text import read_markdown
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.passages import load_passages
+from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.report import CorpusReport
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.splitting import split

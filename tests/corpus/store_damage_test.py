@@ -10,9 +10,8 @@ from disks import full_disk
 import pytest
 
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.passages import load_passages
+from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.store import PassageStore
-from rag_jax.corpus.store import open_store
 from rag_jax.corpus.store import write_store
 
 P = 25
@@ -34,7 +33,7 @@ def directory(tmp_path):
 def refused(directory, match, error=ValueError):
   """Opening the store says what is wrong, and what to do."""
   with pytest.raises(error, match=match) as info:
-    open_store(directory)
+    PassageStore(directory)
   assert "write it again" in str(info.value)
 
 
@@ -110,7 +109,7 @@ def test_a_bucket_is_refused_for_writing_and_for_reading():
   with pytest.raises(ValueError, match=r"gs://b/s, a bucket.*Build it on a"):
     write_store("gs://b/s", passages())
   with pytest.raises(ValueError, match=r"gs://b/s.*from a bucket.*Copy it"):
-    open_store("gs://b/s")
+    PassageStore("gs://b/s")
 
 
 def test_no_passages_are_no_store(tmp_path):
@@ -134,10 +133,10 @@ def test_settings_are_checked_before_anything_is_written(tmp_path):
 
 
 def test_a_complete_store_is_not_written_over(directory):
-  before = open_store(directory)[:]
+  before = PassageStore(directory)[:]
   with pytest.raises(ValueError, match=r"holds a complete store.*choose ano"):
     write_store(directory, passages(3))
-  assert open_store(directory)[:] == before
+  assert PassageStore(directory)[:] == before
 
 
 def test_a_directory_with_files_of_others_is_left_alone(tmp_path):
@@ -158,7 +157,7 @@ def test_of_two_writers_one_is_refused_and_the_other_finishes(tmp_path):
 
   store = write_store(tmp_path / "s", first(), passages_per_shard=10)
   assert list(store) == expected
-  assert list(open_store(tmp_path / "s")) == expected
+  assert list(PassageStore(tmp_path / "s")) == expected
 
 
 # One file of texts, or so many ids that their file is the largest.
@@ -210,5 +209,5 @@ def test_a_writer_that_was_killed_is_noticed_and_can_begin_again(tmp_path):
   expected = list(passages(5))
   assert list(write_store(tmp_path / "s", expected)) == expected
   # What the first left behind is gone, the second shard for instance.
-  assert list(open_store(tmp_path / "s")) == expected
+  assert list(PassageStore(tmp_path / "s")) == expected
   assert not (tmp_path / "s" / SHARD).exists()

@@ -10,13 +10,12 @@ import pytest
 
 from rag_jax import artifacts
 from rag_jax.corpus import id_table
-from rag_jax.corpus import store as store_lib
+from rag_jax.corpus import passages as passages_lib
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.passages import Passages
-from rag_jax.corpus.passages import load_passages
+from rag_jax.corpus.passages import PassageList
+from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.store import is_store
-from rag_jax.corpus.store import open_store
 from rag_jax.corpus.store import write_store
 
 P = 53  # with 10 a shard: five full ones and one of three
@@ -34,7 +33,7 @@ def some(n):
   return (Passage(f"id-{i}", f"Title {i}", f"{i} " * 200) for i in range(n))
 
 
-PASSAGES = Passages(map(passage, range(P)), "memory")
+PASSAGES = PassageList(map(passage, range(P)), "memory")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def store(directory):
-  return open_store(directory)
+  return PassageStore(directory)
 
 
 def test_every_row_is_that_of_the_passages_in_memory(store):
@@ -86,10 +85,10 @@ def test_the_fingerprint_is_that_of_the_passages_in_memory(store):
 
 
 def test_metadata_changes_the_fingerprint_and_none_leaves_it():
-  plain = Passages([Passage("a", "t", "x")], "memory")
-  empty = Passages([Passage("a", "t", "x", ())], "memory")
-  tagged = Passages([Passage("a", "t", "x", (("k", "v"),))], "memory")
-  other = Passages([Passage("a", "t", "x", (("k", "w"),))], "memory")
+  plain = PassageList([Passage("a", "t", "x")], "memory")
+  empty = PassageList([Passage("a", "t", "x", ())], "memory")
+  tagged = PassageList([Passage("a", "t", "x", (("k", "v"),))], "memory")
+  other = PassageList([Passage("a", "t", "x", (("k", "w"),))], "memory")
   assert plain.fingerprint == empty.fingerprint
   assert len({p.fingerprint for p in (plain, tagged, other)}) == 3
 
@@ -118,7 +117,7 @@ def test_a_row_that_does_not_exist_is_an_index_error(store, row):
 
 
 def test_threads_may_share_a_store(directory):
-  store = open_store(directory)  # with no shard opened
+  store = PassageStore(directory)  # with no shard opened
 
   def read(seed):
     rng = random.Random(seed)
@@ -135,7 +134,7 @@ def test_a_store_that_was_moved_opens(directory, tmp_path):
   PassageStore(directory)
   write_store(tmp_path / "here", PASSAGES, passages_per_shard=10)
   moved = (tmp_path / "here").rename(tmp_path / "there")
-  assert list(open_store(moved)) == list(PASSAGES)
+  assert list(PassageStore(moved)) == list(PASSAGES)
 
 
 def test_a_store_says_what_made_it_and_where_it_is(store, directory):
@@ -225,14 +224,14 @@ def test_memory_does_not_grow_with_the_passages(tmp_path, monkeypatch):
   monkeypatch.setattr(id_table, "_BLOCK_ROWS", 256)
   monkeypatch.setattr(id_table, "_PART_ROWS", 256)
   monkeypatch.setattr(artifacts, "_READ_BYTES", 1 << 16)
-  monkeypatch.setattr(store_lib, "_ITER_ROWS", 256)
+  monkeypatch.setattr(passages_lib, "_ITER_ROWS", 256)
   n, limit = 3000, 600_000
   # What is measured can fail: all of them at once are more.
   assert peak_bytes(lambda: list(some(n))) > 5 * limit
   path = tmp_path / "s"
   writing = peak_bytes(lambda: write_store(path, some(n)))
   assert writing < limit
-  store = open_store(path)
+  store = PassageStore(path)
   assert peak_bytes(lambda: sum(1 for _ in store)) < limit
   assert peak_bytes(lambda: store[:]) > 5 * limit
 

@@ -97,7 +97,7 @@ def test_what_is_complete_is_opened_without_writing(
 PROCESS = """
 import os, signal, sys, time
 from rag_jax.corpus import token_store
-from rag_jax.corpus.store import open_store
+from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.tokenizer import load_tokenizer
 
 token_store._BLOCK_ROWS = token_store._PROGRESS_ROWS = 20
@@ -111,7 +111,7 @@ def slow(block, *args):
   return tokenize(block, *args)
 token_store.tokenize_rows = slow
 token_store.keep_tokens(
-  folder, open_store(store), load_tokenizer(tokenizer), 16
+  folder, PassageStore(store), load_tokenizer(tokenizer), 16
 )
 """
 

@@ -17,7 +17,7 @@ from rag_jax.config import DataConfig
 from rag_jax.corpus import token_store
 from rag_jax.corpus import tokenized as tokenized_lib
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.store import write_store
 from rag_jax.corpus.token_store import open_tokens
 from rag_jax.corpus.token_store import write_tokens
@@ -37,7 +37,7 @@ def make(n):
     yield Passage(f"id-{i}", title, WORDS[: 3 + 5 * (i % 10)] + f" {i}.")
 
 
-PASSAGES = Passages(make(60), "memory")
+PASSAGES = PassageList(make(60), "memory")
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_what_is_no_complete_token_store_is_refused(tokenizer, tmp_path):
     write_tokens(tmp_path / "store", *args)
 
 
-class Interrupted(Passages):
+class Interrupted(PassageList):
   """Passages of which a row cannot be read, until it can."""
 
   last = 0
@@ -272,7 +272,7 @@ KILLED = """
 import os, signal, sys
 from rag_jax.corpus import token_store
 from rag_jax.corpus import tokenized as tokenized_lib
-from rag_jax.corpus.store import open_store
+from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.tokenizer import load_tokenizer
 
 token_store._BLOCK_ROWS, token_store._PROGRESS_ROWS = 7, 14
@@ -286,7 +286,7 @@ def killed(block, *args):
 
 token_store.tokenize_rows = killed
 token_store.write_tokens(
-  directory, open_store(store), load_tokenizer(tokenizer), int(sys.argv[4])
+  directory, PassageStore(store), load_tokenizer(tokenizer), int(sys.argv[4])
 )
 """
 

@@ -17,7 +17,7 @@ from tokenizers import models
 from tokenizers import pre_tokenizers
 import transformers
 
-from rag_jax.corpus.passages import load_passages
+from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
@@ -227,7 +227,7 @@ def test_another_tokenizer_has_another_fingerprint(tokenizer):
 
 TRAIN = f"""
 import sys
-from rag_jax.corpus.passages import load_passages
+from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.tokenizer import train_tokenizer
 
 texts = [f"{{p.title}} {{p.text}}" for p in load_passages("world_facts")[:500]]

@@ -9,7 +9,7 @@ import pytest
 
 from rag_jax.config import Config
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.passages import load_passages
+from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data.cloze import ClozeBatches

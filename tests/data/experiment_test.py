@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.data.experiment import check_n_docs
 from rag_jax.data.experiment import open_experiment
@@ -118,7 +118,7 @@ def test_other_passages_can_be_read_than_the_config_names(
 ):
   experiment.tokenizer.save(tmp_path)
   first = dataclasses.replace(experiment.passages[0], text="Other.")
-  passages = Passages([first, *experiment.passages[1:3]], origin="mine")
+  passages = PassageList([first, *experiment.passages[1:3]], origin="mine")
   opened = open_experiment(
     tiny.config(), tokenizer_path=tmp_path, passages=passages
   )

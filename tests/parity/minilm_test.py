@@ -22,7 +22,7 @@ import transformers
 from rag_jax.config import DataConfig
 from rag_jax.config import EncoderConfig
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.data.context import ContextBuilder
@@ -89,7 +89,7 @@ def rows(language):
   Each with its special tokens, cut to 256.
   """
   paragraphs, questions = xquad(language)
-  passages = Passages(
+  passages = PassageList(
     (Passage(str(i), "", text) for i, text in enumerate(paragraphs)), language
   )
   tokenizer = load_tokenizer(folder())

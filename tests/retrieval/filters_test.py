@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.passages import PassageList
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.filters import Condition
@@ -129,7 +129,7 @@ def test_a_search_that_finds_no_more_is_not_asked_for_more():
   assert found.shape == (2, 4)
 
 
-FEW = Passages(
+FEW = PassageList(
   [
     Passage("a", "", "text", (("lang", "en"),)),
     Passage("b", "", "text", (("lang", "de"), ("lang", "fr"))),

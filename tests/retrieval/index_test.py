@@ -10,7 +10,7 @@ import pytest
 
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
-from rag_jax.retrieval import exact
+from rag_jax.retrieval import index_core
 from rag_jax.retrieval.embeddings import EMBEDDINGS
 from rag_jax.retrieval.embeddings import EmbeddingFile
 from rag_jax.retrieval.embeddings import StoredEmbeddings
@@ -217,7 +217,7 @@ def test_an_interrupted_build_is_refused(saved, monkeypatch):
   def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(exact, "write_index_manifest", interrupt)
+  monkeypatch.setattr(index_core.IndexInfo, "write", interrupt)
   with pytest.raises(KeyboardInterrupt):
     build().save(saved)  # over an index that was complete
   with pytest.raises(
@@ -274,7 +274,7 @@ def edit(path, **content):
 
 
 def test_a_newer_format_is_refused(saved, monkeypatch):
-  monkeypatch.setattr(exact, "FORMAT", exact.FORMAT + 1)
+  monkeypatch.setattr(index_core, "FORMAT", index_core.FORMAT + 1)
   build().save(saved)
   monkeypatch.undo()
   with pytest.raises(ValueError, match=r"format 2; .*up to 1. Upgrade rag_jax"):

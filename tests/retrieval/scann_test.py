@@ -15,6 +15,7 @@ from rag_jax.retrieval.embeddings import save_embeddings
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.index import build_index_directory
 from rag_jax.retrieval.index import load_index
+from rag_jax.retrieval.index_core import IndexInfo
 from rag_jax.retrieval.scann import ScannIndex
 
 FINGERPRINTS = {"encoder_fingerprint": "e", "passages_fingerprint": "p"}
@@ -35,9 +36,13 @@ def clusters(num_passages, dim, seed=0):
 
 
 def build(embeddings, **config):
-  return ScannIndex.build(
-    embeddings, IndexConfig(kind="scann", **config), **FINGERPRINTS
-  )
+  inner = ExactIndex(embeddings, **FINGERPRINTS)
+  return ScannIndex.build(inner, IndexConfig(kind="scann", **config))
+
+
+def info_of(path):
+  content = json.loads((path / "manifest.json").read_text())["content"]
+  return IndexInfo.from_content(content, "", ["scann"])
 
 
 def exact_search(embeddings, questions, n_docs):
@@ -383,11 +388,11 @@ def test_a_list_of_files_that_names_others_is_refused(tmp_path, name):
     (tmp_path / "scann" / path).write_text("x")
   listed = tmp_path / "scann/scann_assets.pbtxt"
   listed.write_text(listed.read_text().replace("dataset.npy", name))
-  content = json.loads((tmp_path / "manifest.json").read_text())["content"]
+  info = info_of(tmp_path)
   with pytest.raises(
     ValueError, match=r"scann_assets\.pbtxt is not what ScaNN wrote there"
   ):
-    ScannIndex.load(tmp_path, content)
+    ScannIndex.load(tmp_path, info)
 
 
 @pytest.mark.parametrize(
@@ -398,12 +403,12 @@ def test_what_else_stands_in_the_list_is_refused(tmp_path, text):
   listed = tmp_path / "scann/scann_assets.pbtxt"
   data = listed.read_bytes() + text.encode("utf-8", "surrogateescape")
   listed.write_bytes(data)
-  content = json.loads((tmp_path / "manifest.json").read_text())["content"]
+  info = info_of(tmp_path)
   if not text:
-    assert ScannIndex.load(tmp_path, content).num_passages == 50
+    assert ScannIndex.load(tmp_path, info).num_passages == 50
     return
   with pytest.raises(ValueError, match=r"is not what ScaNN wrote there"):
-    ScannIndex.load(tmp_path, content)
+    ScannIndex.load(tmp_path, info)
 
 
 def test_a_part_of_an_index_is_not_opened_alone(tmp_path):

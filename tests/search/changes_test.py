@@ -8,7 +8,7 @@ import pytest
 
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.report import CorpusReport
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.splitting import Splitter
@@ -33,7 +33,7 @@ def passages(documents):
 
 def changes(before, upserts, deletes=(), drop=False, report=None):
   return find_changes(
-    Passages(passages(before), "here"),
+    PassageList(passages(before), "here"),
     parts(upserts),
     deletes,
     drop_duplicate_texts=drop,
@@ -122,7 +122,7 @@ def test_with_twins_there_is_afterwards_what_all_documents_give():
       rest = [d for d in documents if d not in upserts]
       deletes = rng.sample(rest, rng.randint(0, len(rest)))
       made = find_changes(
-        Passages(shown, "here"),
+        PassageList(shown, "here"),
         parts(upserts),
         deletes,
         drop_duplicate_texts=True,
@@ -143,7 +143,7 @@ def test_with_twins_there_is_afterwards_what_all_documents_give():
       shown += made.added
       numbers, came = made.twins
       all_twins = [*twins.each(numbers), *came]
-      twins = Twins(made.twin_rows, Passages(all_twins, "here"))
+      twins = Twins(made.twin_rows, PassageList(all_twins, "here"))
       # Each text is shown once, and every passage is there under its id.
       texts = [p.text for p in shown]
       assert len({*texts}) == len(texts)

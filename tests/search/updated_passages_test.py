@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.store import write_store
 from rag_jax.search.updated_passages import Gaps
 from rag_jax.search.updated_passages import UpdatedPassages
@@ -43,7 +43,7 @@ def test_it_reads_like_passages_that_were_written_so(base, added, gone, more):
   rows = {p.id: i for i, p in enumerate(expected)}
   for id_ in [p.id for p in passages(0, 14)]:
     assert updated.row_of(id_) == rows.get(id_)
-  assert updated.fingerprint == Passages(expected, "").fingerprint
+  assert updated.fingerprint == PassageList(expected, "").fingerprint
 
 
 def test_a_row_that_is_not_there_is_an_error(base, added):

@@ -7,7 +7,7 @@ import gazetteer
 import gazetteer_text
 import pytest
 
-from rag_jax.corpus.passages import BUNDLED
+from rag_jax.corpus.documents import BUNDLED
 
 FILES = BUNDLED["world_facts"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rag_jax.config import MeshConfig
-from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.passages import PassageList
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.training.checkpoint import Checkpointer
 from rag_jax.training.divergence import DivergenceCheck
@@ -241,7 +241,7 @@ def resume(run, questions, experiment=None):
 
 def test_passages_that_changed_since_are_refused(copy, tiny):
   passages = copy.experiment.passages
-  changed = Passages(
+  changed = PassageList(
     [dataclasses.replace(passages[0], text="Other."), *passages[1:]],
     origin="changed",
   )

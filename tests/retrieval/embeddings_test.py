@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rag_jax.retrieval.rows import JoinedRows
+from rag_jax.retrieval.embeddings import JoinedRows
 
 BLOCKS = [
   np.arange(n * 3, dtype=np.float32).reshape(n, 3) + 100 * n

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from rag_jax.retrieval import cost
+from rag_jax.retrieval import resources
 
 
 class Clock:
@@ -26,9 +26,9 @@ class Clock:
 @pytest.fixture
 def speed(monkeypatch):
   def measure(clock, num_questions, batch_size, secs):
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(resources.time, "perf_counter", lambda: clock.now)
     questions = np.arange(num_questions, dtype=np.float32)[:, None]
-    return cost.queries_per_second(clock, questions, 5, batch_size, secs)
+    return resources.queries_per_second(clock, questions, 5, batch_size, secs)
 
   return measure
 
@@ -57,7 +57,7 @@ def test_one_search_that_takes_all_the_time_is_not_repeated(speed):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_the_memory_of_a_build_is_at_least_what_it_held():
-  meter = cost.BuildMeter()
+  meter = resources.BuildMeter()
   held = np.ones(2**25)  # 256 MiB
   del held
   found = meter.cost()
@@ -72,11 +72,11 @@ def test_where_the_system_does_not_say_no_memory_is_claimed(monkeypatch):
     raise FileNotFoundError
 
   monkeypatch.setattr("builtins.open", missing)
-  assert cost.BuildMeter().cost().peak_bytes is None
+  assert resources.BuildMeter().cost().peak_bytes is None
 
 
 def test_cpus_are_those_that_the_process_may_use(monkeypatch):
   monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
-  assert cost.num_cpus() == 2
+  assert resources.num_cpus() == 2
   monkeypatch.delattr(os, "sched_getaffinity")
-  assert cost.num_cpus() == (os.cpu_count() or 1)
+  assert resources.num_cpus() == (os.cpu_count() or 1)

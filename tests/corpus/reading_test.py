@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rag_jax.corpus.prepare import read_passages
+from rag_jax.corpus.reading import read_passages
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
 
@@ -145,7 +145,7 @@ def test_what_comes_in_goes_out_or_is_counted(write, tmp_path):
 # ru_maxrss of `resource` begins with that of the process that started it.)
 _MEASURE = """
 import sys
-from rag_jax.corpus.prepare import read_passages
+from rag_jax.corpus.reading import read_passages
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
 path, hold, settings = sys.argv[1], sys.argv[2] == "hold", SplitConfig()

@@ -1,26 +1,42 @@
-"""A corpus to passages: read, without duplicates, split, counted.
+"""A corpus to passages: read as they are, or split, counted, each text once.
 
-In: the path or name of a corpus, and how to split it. Out: its passages, one
-after the other; memory does not grow with their number.
+In: the path or name of a corpus. Out: its passages: `load_passages` returns all
+of them, `read_passages` splits documents and yields one after the other, so
+that memory does not grow with their number.
 """
 
 from collections.abc import Callable, Iterator
 import contextlib
+import difflib
 
 from etils import epath
 
 from rag_jax.corpus.document import DEFAULT_FIELDS
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import FieldNames
+from rag_jax.corpus.documents import BUNDLED
 from rag_jax.corpus.documents import read_documents
 from rag_jax.corpus.duplicates import Seen
 from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.passages import PassageList
+from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.passages import own_title
+from rag_jax.corpus.records import find_file
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.report import raise_empty
 from rag_jax.corpus.splitting import Encoder
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.splitting import Splitter
+from rag_jax.corpus.store import PassageStore
+from rag_jax.corpus.store import is_store
+from rag_jax.disk import instead_of
+
+_ENDS = (".jsonl", ".json", ".tsv", ".csv")
+_EXPECTED = (
+  f"one of the bundled corpora {sorted(BUNDLED)}, or a file whose name ends in"
+  f" one of {list(_ENDS)}, perhaps with .gz behind, or the directory of a"
+  " passage store"
+)
 
 
 def read_passages(
@@ -126,3 +142,86 @@ def read_parts(
         # "a#1" may be part of "a", or a document of that name.
         if passage.id == document.id or is_new(passage.id, document.where):
           yield document, passage
+
+
+def _find(name_or_path: str) -> epath.Path:
+  """Returns the file to read.
+
+  Raises:
+    ValueError: a bundled corpus was meant, and there is none of that name.
+  """
+  if name_or_path in BUNDLED:
+    return BUNDLED[name_or_path] / "passages.jsonl"
+  # Neither a path nor a file name: a bundled corpus was meant.
+  is_name = "/" not in name_or_path and "." not in name_or_path
+  if is_name and not (name_or_path and epath.Path(name_or_path).exists()):
+    close = difflib.get_close_matches(name_or_path, BUNDLED, n=1)
+    if close:
+      hint = f"Did you mean {close[0]!r}?"
+    else:
+      there = f"{instead_of(name_or_path)} " if name_or_path else ""
+      hint = f"{there}Correct the name."
+    raise ValueError(
+      f"There are no passages {name_or_path!r}. Expected {_EXPECTED}. {hint}"
+    )
+  path = find_file(name_or_path, _EXPECTED)
+  if not path.name.lower().removesuffix(".gz").endswith(_ENDS):
+    raise ValueError(
+      f"The passages {name_or_path} cannot be read by the end of their name,"
+      f" {path.suffix!r}. Expected {_EXPECTED}. Convert or rename the file."
+    )
+  return path
+
+
+def is_passages(name_or_path: str) -> bool:
+  """Returns whether `load_passages` is meant, and not a reader of documents.
+
+  What does not exist is, so that its message names what is near.
+  """
+  if name_or_path.startswith("tfds:"):
+    return False
+  path = epath.Path(name_or_path).expanduser()
+  if name_or_path in BUNDLED or not (name_or_path and path.exists()):
+    return True
+  if path.is_dir():
+    return is_store(path)
+  return path.name.lower().removesuffix(".gz").endswith(_ENDS)
+
+
+def load_passages(name_or_path: str) -> Passages:
+  """Returns the passages of a bundled corpus, of a file or of a store.
+
+  Each document of a file is one passage. Its metadata is left out: whoever
+  reads into memory does not filter.
+
+  Args:
+    name_or_path: "world_facts"; or a .jsonl, .json, .tsv or .csv file, perhaps
+      with .gz behind, as `read_documents` reads it, into memory; or
+      the directory of a `PassageStore`, opened.
+
+  Raises:
+    FileNotFoundError: there is no such file; names the nearest ones.
+    ValueError: there is no such corpus, or a record cannot be used (with its
+      line), or two have the same id (with both lines), or there are none.
+  """
+  folder = epath.Path(name_or_path).expanduser()
+  is_folder = bool(name_or_path) and folder.is_dir()
+  if name_or_path not in BUNDLED and is_folder and is_store(folder):
+    return PassageStore(folder)
+  path = _find(name_or_path)
+  passages: list[Passage] = []
+  places: dict[str, str] = {}
+  for document in read_documents(path, bad_records=BadRecords()):
+    first = places.setdefault(document.id, document.where)
+    if first != document.where:
+      raise ValueError(
+        f"{document.where}: the id {document.id!r} is that of {first} too."
+        " Expected one passage an id. Rename or remove one of the two."
+      )
+    passages.append(Passage(document.id, document.title, document.text))
+  if not passages:
+    raise ValueError(
+      f"{path} holds no passages. Expected at least one. Is it the right file,"
+      " and was it copied completely?"
+    )
+  return PassageList(passages, origin=name_or_path)

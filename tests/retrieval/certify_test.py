@@ -8,8 +8,8 @@ import pytest
 
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval.certificate import Certificate
-from rag_jax.retrieval.certificate import certify
-from rag_jax.retrieval.certificate import check_min_recall
+from rag_jax.retrieval.certify import certify
+from rag_jax.retrieval.certify import check_min_recall
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.index import load_index
