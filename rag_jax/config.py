@@ -7,7 +7,7 @@ reads and writes a config as JSON.
 
 A setting whose comment has "[checkpoint]" is what the checkpoints of
 `encoder.init_from` and `generator.init_from` say, unless somebody sets it; the
-default given here is that of a fresh model. data/initial.py has the rules.
+default given here is that of a fresh model. weights/init_from.py has the rules.
 """
 
 # No `from __future__ import annotations` here: ml_collections reads the field

@@ -30,10 +30,10 @@ from rag_jax.decoding.answerer import Answerer
 from rag_jax.evaluation.evaluate import Evaluator
 from rag_jax.training import loop
 from rag_jax.training.checkpoint import Checkpointer
-from rag_jax.training.in_step import abstract_index
 from rag_jax.training.interrupt import StoppedEarlyError
 from rag_jax.training.metrics import MetricWriter
 from rag_jax.training.metrics import read_metrics
+from rag_jax.training.search_in_step import abstract_index
 from rag_jax.training.stages import stage_optimizer
 from rag_jax.training.state import abstract_state
 from rag_jax.training.state import init_params

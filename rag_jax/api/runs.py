@@ -20,7 +20,6 @@ from rag_jax.api.arguments import path_of
 from rag_jax.config import Config
 from rag_jax.config_rules import validate
 from rag_jax.data.experiment import open_experiment
-from rag_jax.data.initial import load_initial
 from rag_jax.data.questions import SPLITS
 from rag_jax.data.questions import Question
 from rag_jax.data.questions import load_questions
@@ -28,11 +27,12 @@ from rag_jax.data.questions import read_questions
 from rag_jax.decoding.answerer import Answerer
 from rag_jax.evaluation.evaluate import Evaluator
 from rag_jax.evaluation.evaluate import choose
-from rag_jax.evaluation.finish import finish
+from rag_jax.evaluation.results import finish
 from rag_jax.serving.pipeline import RagPipeline
 from rag_jax.training import loop
 from rag_jax.training.banner import banner
 from rag_jax.training.workdir import open_workdir
+from rag_jax.weights.init_from import load_initial
 
 _WORKDIR = "a folder for what the run writes, for instance 'runs/first'"
 _MODEL = (

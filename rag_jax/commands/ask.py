@@ -30,11 +30,11 @@ from absl import logging
 from rag_jax.api import pickles
 from rag_jax.commands import command
 from rag_jax.decoding.rag import MODES
-from rag_jax.serving.corpora import is_search_directory
 from rag_jax.serving.explanation import SURE
 from rag_jax.serving.explanation import explain
 from rag_jax.serving.explanation import to_json
 from rag_jax.serving.open_model import default_passage_encoder
+from rag_jax.serving.open_model import is_search_directory
 from rag_jax.serving.pipeline import RagPipeline
 from rag_jax.terminal import one_line
 from rag_jax.training.workdir import keep_compiled

@@ -21,8 +21,8 @@ from rag_jax.corpus.records import find_file
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.tables import ENDS as TABLE_ENDS
 from rag_jax.corpus.tables import read_table
-from rag_jax.corpus.tfds_documents import TFDS
-from rag_jax.corpus.tfds_documents import read_tfds_documents
+from rag_jax.corpus.tfds import TFDS
+from rag_jax.corpus.tfds import read_tfds_documents
 
 # Corpora that come with the library: passages.jsonl and the questions about
 # them, train.jsonl, validation.jsonl and test.jsonl.

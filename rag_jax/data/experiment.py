@@ -28,7 +28,6 @@ from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data.context import ContextBuilder
-from rag_jax.data.initial import Initial
 from rag_jax.data.questions import load_questions
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.partitioning import check_devices
@@ -41,6 +40,7 @@ from rag_jax.retrieval.bm25 import Bm25Settings
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import IndexBuilder
 from rag_jax.weights.generation_settings import target_start
+from rag_jax.weights.init_from import Initial
 
 # Passages to train a tokenizer on. More would take hours and much memory, and
 # find the same frequent pieces.

@@ -15,10 +15,10 @@ from etils import epath
 
 from rag_jax.corpus.documents import BUNDLED
 from rag_jax.corpus.records import shorten
-from rag_jax.corpus.tfds_rows import TFDS
-from rag_jax.corpus.tfds_rows import open_tfds
-from rag_jax.corpus.tfds_rows import tfds_errors
-from rag_jax.corpus.tfds_rows import tfds_text
+from rag_jax.corpus.tfds import TFDS
+from rag_jax.corpus.tfds import open_tfds
+from rag_jax.corpus.tfds import tfds_errors
+from rag_jax.corpus.tfds import tfds_text
 from rag_jax.data.question_files import ENDS as QUESTION_ENDS
 from rag_jax.data.question_files import read_question_file
 from rag_jax.disk import instead_of

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
 
-from rag_jax.decoding import plan as compiled
+from rag_jax.decoding import compiled
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.ranking import Generated
 

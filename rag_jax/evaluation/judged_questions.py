@@ -22,7 +22,7 @@ from rag_jax.corpus.records import shorten
 from rag_jax.corpus.twins import Twins
 from rag_jax.data.question_files import EXPECTED
 from rag_jax.data.question_files import read_question_file
-from rag_jax.evaluation import gold
+from rag_jax.evaluation import ranking_metrics
 from rag_jax.evaluation.retrieval import contains_answer
 from rag_jax.retrieval.intervals import mean_interval
 
@@ -304,9 +304,10 @@ class QuestionMetrics:
       ranked = ids[self._with_gold]
       grades = [self._known.gold[i] for i in self._with_gold]
       for k in depths:
-        values[f"gold_recall@{k}"] = gold.recall_at_k(ranked, grades, k)
-      values["MRR@10"] = gold.mrr_at_10(ranked, grades)
-      values["nDCG@10"] = gold.ndcg_at_10(ranked, grades)
+        recall = ranking_metrics.recall_at_k(ranked, grades, k)
+        values[f"gold_recall@{k}"] = recall
+      values["MRR@10"] = ranking_metrics.mrr_at_10(ranked, grades)
+      values["nDCG@10"] = ranking_metrics.ndcg_at_10(ranked, grades)
     return {name: _mean(numbers) for name, numbers in values.items()}
 
   def _first(self, number: int, rows: Int[np.ndarray, "K"]) -> float:

@@ -1,13 +1,15 @@
 """Opens a RAG checkpoint to answer questions, without a training run.
 
 In: a RAG directory in the layout of transformers or as tools/convert_hf.py
-wrote it, and a corpus. Out: the parts of a `RagPipeline`. Settings come from
-the checkpoint, and contexts are formatted as by `RagRetriever`.
+wrote it, and a corpus: a search directory, documents, or passages. Out: the
+parts of a `RagPipeline`. Settings come from the checkpoint, and contexts are
+formatted as by `RagRetriever`.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -16,27 +18,73 @@ from etils import epath
 import jax
 from jaxtyping import PyTree
 
+from rag_jax import artifacts
 from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.config import MeshConfig
+from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.passages import Passages
+from rag_jax.corpus.reading import is_passages
+from rag_jax.corpus.reading import load_passages
+from rag_jax.corpus.reading import read_passages
+from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.experiment import open_experiment
-from rag_jax.data.initial import Initial
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.ranking import HfParity
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import fingerprint
+from rag_jax.search.directory import ENCODER
 from rag_jax.search.directory import SearchDirectory
-from rag_jax.serving.corpora import is_search_directory
-from rag_jax.serving.corpora import open_corpus
+from rag_jax.search.versions import PASSAGES
+from rag_jax.weights.init_from import Initial
 from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_rag
 from rag_jax.weights.loaded import LoadedEncoder
 from rag_jax.weights.loaded import LoadedRag
 from rag_jax.weights.saved import origin_of
+
+
+def is_search_directory(corpus: epath.PathLike) -> bool:
+  """Returns whether `corpus` is what tools/build_index.py wrote."""
+  if not str(corpus) or not artifacts.is_local(corpus):
+    return False
+  path = pathlib.Path(corpus).expanduser()
+  parts = (path / PASSAGES, path / ENCODER)
+  return (path / artifacts.MANIFEST).exists() and all(p.is_dir() for p in parts)
+
+
+def open_corpus(corpus: epath.PathLike) -> Passages:
+  """Returns the passages of `corpus`.
+
+  Args:
+    corpus: passages, named as in the setting data.passages; or a search
+      directory, whose newest version is opened; or documents, a folder or file
+      that `corpus.documents.read_documents` reads, which are split into
+      passages of 100 words.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: a record cannot be used, with its file and line; or there are
+      no records.
+  """
+  if is_search_directory(corpus):
+    return SearchDirectory(corpus).passages
+  if is_passages(str(corpus)):
+    return load_passages(str(corpus))
+  bad_records = BadRecords("fail")
+  # Equal texts become one passage.
+  passages = list(
+    read_passages(str(corpus), SplitConfig(), bad_records=bad_records)
+  )
+  logging.info(
+    "%d passages of %s:\n%s", len(passages), corpus, bad_records.report
+  )
+  return PassageList(passages, origin=str(corpus))
+
 
 # Embedded the passages that facebook/rag-* were trained with.
 _OF_FACEBOOK = "hf:facebook/dpr-ctx_encoder-multiset-base"

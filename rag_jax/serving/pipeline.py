@@ -31,7 +31,7 @@ from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import fingerprint
-from rag_jax.serving.corpora import open_corpus
+from rag_jax.serving.open_model import open_corpus
 from rag_jax.serving.open_model import open_model
 from rag_jax.training.workdir import Workdir
 from rag_jax.weights.model_files import load_model

@@ -39,10 +39,10 @@ from rag_jax.json_input import read_settings
 from rag_jax.processes import first_alone
 from rag_jax.processes import from_first
 from rag_jax.processes import wait_for_all
-from rag_jax.training.checkpoint_content import arrays_of
-from rag_jax.training.checkpoint_content import check_extra
-from rag_jax.training.checkpoint_content import check_fit
-from rag_jax.training.checkpoint_content import check_state
+from rag_jax.training.checkpoint_checks import arrays_of
+from rag_jax.training.checkpoint_checks import check_extra
+from rag_jax.training.checkpoint_checks import check_fit
+from rag_jax.training.checkpoint_checks import check_state
 
 FORMAT = 1  # raise when the files or the manifest change their meaning
 

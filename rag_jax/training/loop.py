@@ -30,12 +30,14 @@ from rag_jax.processes import from_first
 from rag_jax.processes import join_rows
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
+from rag_jax.retrieval.index_versions import IndexVersions
 from rag_jax.retrieval.retriever import RetrieverSnapshots
 from rag_jax.retrieval.retriever import fingerprint
-from rag_jax.retrieval.versions import IndexVersions
-from rag_jax.training import in_step
+from rag_jax.training import search_in_step
 from rag_jax.training import step as step_lib
 from rag_jax.training.checkpoint import Checkpointer
+from rag_jax.training.checkpoint_checks import check_end
+from rag_jax.training.checkpoint_checks import check_identity
 from rag_jax.training.clock import Clock
 from rag_jax.training.clock import CutCounter
 from rag_jax.training.divergence import DivergenceCheck
@@ -43,8 +45,6 @@ from rag_jax.training.interrupt import StoppedEarlyError
 from rag_jax.training.interrupt import StopRequest
 from rag_jax.training.metrics import MetricWriter
 from rag_jax.training.metrics import Progress
-from rag_jax.training.resuming import check_end
-from rag_jax.training.resuming import check_identity
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import Stage
 from rag_jax.training.stages import make_stages
@@ -204,13 +204,13 @@ class _Run:
     if extra:
       abstract = abstract_state(state, state_layout)
       if stage.in_step:
-        kept = in_step.abstract_index(self._experiment, params)
+        kept = search_in_step.abstract_index(self._experiment, params)
         abstract = dataclasses.replace(abstract, index=kept)
       state, _ = self._checkpoints.restore(abstract, latest)
       doc_ids = self._own_rows(extra["doc_ids"], stage)
     step = int(state.step)
     if stage.in_step:
-      state, state_layout = in_step.place_index(
+      state, state_layout = search_in_step.place_index(
         self._experiment, state, state_layout, self._snapshots
       )
     elif main and not (
@@ -243,13 +243,15 @@ class _Run:
     ).compile()
     if main:  # compiles what validation needs, outside the clock
       self._validate(
-        state.params, in_step.searched(self._experiment, state, index)
+        state.params, search_in_step.searched(self._experiment, state, index)
       )
     return self._steps(stage, compiled, state, step, first)
 
   def _save_unchanged(self, stage: Stage, state: TrainState) -> None:
     """Validates and saves the state of a main stage without steps."""
-    index = in_step.searched(self._experiment, state, self._versions.index)
+    index = search_in_step.searched(
+      self._experiment, state, self._versions.index
+    )
     values = self._validate(state.params, index)
     self._writer.write(0, stage.name, values)
     if from_first(stage.first_step in self._checkpoints.steps()):
@@ -409,7 +411,7 @@ class _Run:
         if validate:
           began = time.perf_counter()
           with progress.paused():
-            searched = in_step.searched(self._experiment, state, index)
+            searched = search_in_step.searched(self._experiment, state, index)
             values |= self._validate(state.params, searched)
           paused += time.perf_counter() - began
         if log:
@@ -477,7 +479,7 @@ class _Run:
       "metrics": {k: v for k, v in values.items() if math.isfinite(v)},
     }
     self._writer.sync()
-    kept_state = in_step.without_tokens(state)
+    kept_state = search_in_step.without_tokens(state)
     metric = values.get(_BEST)
     name = stage.first_step + step
     if versions:

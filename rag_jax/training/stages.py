@@ -22,9 +22,9 @@ from rag_jax.data.step_batches import StepBatches
 from rag_jax.losses import MARGINAL_NLL_FNS
 from rag_jax.losses_hf import HF_NLL_FNS
 from rag_jax.models.partitioning import process_rows
-from rag_jax.training.in_step import InStep
-from rag_jax.training.in_step import open_in_step
 from rag_jax.training.optimizer import make_optimizer
+from rag_jax.training.search_in_step import InStep
+from rag_jax.training.search_in_step import open_in_step
 from rag_jax.training.step import LossFn
 from rag_jax.training.step import cloze_loss
 from rag_jax.training.step import hf_loss

@@ -29,7 +29,7 @@ class TrainState:
   step: Int[Array, ""]  # updates made in the stage
   params: PyTree
   opt_state: optax.OptState
-  index: Any = None  # an in_step.StepIndex, if the step itself searches
+  index: Any = None  # a search_in_step.StepIndex, if the step itself searches
 
 
 def init_params(

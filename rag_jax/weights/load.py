@@ -14,6 +14,9 @@ import functools
 import os
 from typing import Literal
 
+from rag_jax.weights.checkpoint_models import EncoderPart
+from rag_jax.weights.checkpoint_models import GeneratorPart
+from rag_jax.weights.checkpoint_models import Select
 from rag_jax.weights.config_fields import field_notes
 from rag_jax.weights.config_values import MAX_LENGTH
 from rag_jax.weights.config_values import ConfigValues
@@ -30,9 +33,6 @@ from rag_jax.weights.loaded import LoadedGenerator
 from rag_jax.weights.loaded import LoadedRag
 from rag_jax.weights.loaded import RagSettings
 from rag_jax.weights.mapping import check
-from rag_jax.weights.parts import EncoderPart
-from rag_jax.weights.parts import GeneratorPart
-from rag_jax.weights.parts import Select
 from rag_jax.weights.pooling_modules import MODULES
 from rag_jax.weights.pooling_modules import read_modules
 from rag_jax.weights.saved import is_ours

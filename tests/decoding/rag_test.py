@@ -27,7 +27,7 @@ from small_rag import apply
 from small_rag import inputs
 from small_rag import params
 
-from rag_jax.decoding import plan
+from rag_jax.decoding import compiled
 from rag_jax.decoding.candidates import build_tree
 from rag_jax.decoding.logits import PrefixTrie
 from rag_jax.decoding.rag import MODES
@@ -275,13 +275,13 @@ def test_fewer_documents_are_the_first(mode):
 
 def test_contexts_are_encoded_once_and_candidates_scored_from_that(monkeypatch):
   calls = []
-  encode = plan.encode
+  encode = compiled.encode
 
   def counted(*args):
     calls.append(args)
     return encode(*args)
 
-  monkeypatch.setattr(plan, "encode", counted)
+  monkeypatch.setattr(compiled, "encode", counted)
   for mode in MODES:
     calls.clear()
     decode(mode)
@@ -293,10 +293,12 @@ def test_contexts_are_encoded_once_and_candidates_scored_from_that(monkeypatch):
   rest = {name: part for name, part in whole.items() if name != "encoder"}
   memory = encode(MODEL, whole, tokens, mask)
   decoder = RagDecoder(MODEL, BEAMS, "rag_sequence")
-  found = plan.find_candidates(decoder.plan, rest, None, memory, decoder.key())
+  found = compiled.find_candidates(
+    decoder.plan, rest, None, memory, decoder.key()
+  )
   tree = build_tree(np.asarray(found.tokens), np.asarray(found.lengths), EOS)
-  ranked = plan.score_and_rank(
-    plan.Ranking(MODEL, BEAMS), rest, scores, memory, found, tree
+  ranked = compiled.score_and_rank(
+    compiled.Ranking(MODEL, BEAMS), rest, scores, memory, found, tree
   )
   np.testing.assert_array_equal(ranked.tokens, decode("rag_sequence").tokens)
 
@@ -304,12 +306,12 @@ def test_contexts_are_encoded_once_and_candidates_scored_from_that(monkeypatch):
 def test_one_shape_is_compiled_once_also_for_another_decoder():
   settings = dataclasses.replace(GREEDY, max_new_tokens=2)
   arrays = [x[:, :1] for x in inputs()]
-  before = plan.decode._cache_size()
+  before = compiled.decode._cache_size()
   for seed in (0, 1):
     other = dataclasses.replace(settings, seed=seed)
     decode("rag_token", other, arrays)
     decode("rag_token", other, [x[::-1] for x in arrays])
-  assert plan.decode._cache_size() == before + 1
+  assert compiled.decode._cache_size() == before + 1
 
 
 def test_a_trie_holds_for_every_mode():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rag_jax.config import GeneratorConfig
-from rag_jax.decoding import plan
+from rag_jax.decoding import compiled
 from rag_jax.decoding.logits import PrefixTrie
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.settings import GenerationSettings
@@ -95,13 +95,13 @@ def test_at_the_end_stands_what_the_decoder_returns(settings, mode):
 def test_it_decodes_no_further_than_it_is_asked(monkeypatch):
   """The first token comes before the second is computed."""
   limits = []
-  advance = plan.advance
+  advance = compiled.advance
 
   def counted(*args):
     limits.append(args[-1])
     return advance(*args)
 
-  monkeypatch.setattr(plan, "advance", counted)
+  monkeypatch.setattr(compiled, "advance", counted)
   settings = dataclasses.replace(GREEDY, min_new_tokens=3)
   iterator = stream(RagDecoder(MODEL, settings), *arguments())
   assert limits == []
@@ -114,10 +114,10 @@ def test_it_decodes_no_further_than_it_is_asked(monkeypatch):
 def test_steps_are_compiled_once():
   decoder = RagDecoder(MODEL, GREEDY)
   streamed(decoder)
-  before = plan.advance._cache_size()
+  before = compiled.advance._cache_size()
   streamed(decoder)
   streamed(decoder, chunk_steps=3)
-  assert plan.advance._cache_size() == before
+  assert compiled.advance._cache_size() == before
 
 
 def test_a_trie_holds_for_a_stream():

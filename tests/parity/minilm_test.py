@@ -26,7 +26,7 @@ from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.data.context import ContextBuilder
-from rag_jax.evaluation.gold import recall_at_k
+from rag_jax.evaluation.ranking_metrics import recall_at_k
 from rag_jax.evaluation.retrieval import answer_recall_at_k
 from rag_jax.models.rag import build_encoder
 from rag_jax.retrieval.bm25 import Bm25Index

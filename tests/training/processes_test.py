@@ -35,7 +35,7 @@ from rag_jax.data.experiment import open_experiment
 from rag_jax.data.questions import load_questions
 from rag_jax.decoding.answerer import Answerer
 from rag_jax.evaluation.evaluate import Evaluator
-from rag_jax.evaluation.finish import finish
+from rag_jax.evaluation.results import finish
 from rag_jax.training.loop import train
 from rag_jax.training.workdir import open_workdir
 

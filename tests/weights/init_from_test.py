@@ -17,7 +17,6 @@ from rag_jax.config_json import from_json
 from rag_jax.config_json import to_json
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.data.experiment import open_experiment
-from rag_jax.data.initial import load_initial
 from rag_jax.decoding.answerer import make_decoder
 from rag_jax.training.stages import stage_optimizer
 from rag_jax.training.state import init_params
@@ -26,6 +25,7 @@ from rag_jax.weights.convert import import_checkpoint
 from rag_jax.weights.export import TokenizerFiles
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_rag
+from rag_jax.weights.init_from import load_initial
 from rag_jax.weights.loaded import RagSettings
 from rag_jax.weights.model_files import save_model
 from rag_jax.weights.saved import SavedModel

@@ -1,7 +1,8 @@
-"""What a checkpoint can hold, and whether it is what a run expects.
+"""What a checkpoint can hold, and whether a run can continue from it.
 
-In: a state, the JSON beside it, the shapes and dtypes that a manifest names.
-Out: nothing, or an error that names what does not fit.
+In: a state, the JSON beside it, the shapes and dtypes that a manifest names,
+the record of the inputs of the run that saved it. Out: nothing, or an error
+that names what does not fit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 
 import jax
 from jaxtyping import PyTree
+
+from rag_jax.training.stages import Stage
 
 _NAMES_SHOWN = 10  # in a message about arrays that do not fit
 
@@ -98,3 +101,29 @@ def _shown(names: Sequence[str], separator: str = ", ") -> str:
   more = len(names) - _NAMES_SHOWN
   tail = [f"and {more} more"] if more > 0 else []
   return separator.join([*names[:_NAMES_SHOWN], *tail])
+
+
+def check_identity(
+  saved: Mapping[str, str], ours: Mapping[str, str], step: int
+) -> None:
+  """Raises `ValueError` if the checkpoint of `step` had other inputs."""
+  changed = [name for name, value in ours.items() if saved[name] != value]
+  if changed:
+    # The rule that splits words has changed since some runs began.
+    rule = " set index.word_rule=1," if "BM25 settings" in changed else ""
+    raise ValueError(
+      f"The checkpoint of step {step} was made with other"
+      f" {' and '.join(changed)}: what the config names has changed since."
+      f" Put the old files back,{rule} or start in another --workdir."
+    )
+
+
+def check_end(stage: Stage, step: int) -> None:
+  """Raises `ValueError` if `step` is beyond `stage`, the last of the run."""
+  if step > stage.first_step + stage.num_steps:
+    raise ValueError(
+      f"The checkpoint of step {step} is beyond the end of the run:"
+      f" train.num_steps={stage.num_steps}, after {stage.first_step} of the"
+      " warm-up. Expected a run with steps left. Set train.num_steps to"
+      f" {step - stage.first_step} or more, or start in another --workdir."
+    )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rag_jax.retrieval.exact import ExactIndex
+from rag_jax.retrieval.index_versions import IndexVersions
 from rag_jax.retrieval.retriever import IndexBuilder
-from rag_jax.retrieval.versions import IndexVersions
 
 REFRESH, SWAP = 6, 3
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from rag_jax.evaluation.gold import mrr_at_10
-from rag_jax.evaluation.gold import ndcg_at_10
-from rag_jax.evaluation.gold import recall_at_k
-from rag_jax.evaluation.gold import trec_eval_order
+from rag_jax.evaluation.ranking_metrics import mrr_at_10
+from rag_jax.evaluation.ranking_metrics import ndcg_at_10
+from rag_jax.evaluation.ranking_metrics import recall_at_k
+from rag_jax.evaluation.ranking_metrics import trec_eval_order
 
 ALL = pytest.mark.parametrize(
   "metric",

@@ -27,8 +27,8 @@ from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import RetrieverSnapshots
 from rag_jax.training.checkpoint import Checkpointer
 from rag_jax.training.clock import Clock
-from rag_jax.training.in_step import abstract_index
 from rag_jax.training.metrics import peak_memory_bytes
+from rag_jax.training.search_in_step import abstract_index
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import stage_optimizer
 from rag_jax.training.state import abstract_state

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from rag_jax.evaluation.evaluate import Evaluator
-from rag_jax.evaluation.finish import finish
 from rag_jax.evaluation.report import read_results
 from rag_jax.evaluation.report import table
+from rag_jax.evaluation.results import finish
 from rag_jax.retrieval.certificate import Certificate
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import fingerprint
