@@ -56,22 +56,37 @@ def building(
       " it on a disk, and copy it to the bucket when it is complete."
     )
   with disk.explaining(directory, f"The {kind}", _REMEDY):
-    directory.mkdir(parents=True, exist_ok=True)
-  with lock(directory, kind=kind, wait=wait):
-    foreign = [
-      name
-      for name in sorted(os.listdir(directory))
-      if name not in (_LOCK, MANIFEST) and not own(name)
-    ]
-    if foreign:
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
       raise ValueError(
-        f"{directory} holds other files than the {kind} that is to be built"
-        f" there: {foreign[:5]}{' ...' if len(foreign) > 5 else ''}. Expected"
-        " an empty directory, or what an interrupted build left. Choose"
-        " another directory, or move the files."
-      )
+        f"The {kind} cannot be built in {directory}: it, or a part of its path,"
+        f" is a file or can have no folders ({error}). Expected a folder, or a"
+        " place where one can be made. Choose another."
+      ) from error
+  _check_foreign(directory, kind, own)  # before the lock leaves its file there
+  with lock(directory, kind=kind, wait=wait):
+    _check_foreign(directory, kind, own)
     check_no_links(directory, "Remove it, or choose another directory.")
     yield directory
+
+
+def _check_foreign(
+  directory: epath.Path, kind: str, own: Callable[[str], bool]
+) -> None:
+  """Raises `ValueError` if there are files that the build does not write."""
+  foreign = [
+    name
+    for name in sorted(os.listdir(directory))
+    if name not in (_LOCK, MANIFEST) and not own(name)
+  ]
+  if foreign:
+    raise ValueError(
+      f"{directory} holds other files than the {kind} that is to be built"
+      f" there: {foreign[:5]}{' ...' if len(foreign) > 5 else ''}. Expected"
+      " an empty directory, or what an interrupted build left. Choose"
+      " another directory, or move the files."
+    )
 
 
 @contextlib.contextmanager

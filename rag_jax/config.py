@@ -161,7 +161,7 @@ class EncoderConfig(_Settings):
   passage_init_from: str = ""  # of the passage tower; "": as init_from
   vocab_size: int = 0  # rows of the embedding table; 0: the tokenizer's ids
   max_positions: int = 0  # rows of the position table; 0: the longest input
-  num_layers: int = 0  # 0: pooled token embeddings
+  num_layers: int = number(0, least=0, most=1000)  # 0: pooled embeddings
   embed_dim: int = number(128, least=1)  # D
   num_heads: int = number(4, least=1)
   mlp_dim: int = number(512, least=1)
@@ -228,8 +228,8 @@ class GeneratorConfig(TransformerConfig):
   # checkpoint. "" starts fresh.
   init_from: str = ""
   vocab_size: int = 0  # rows of the embedding table; 0: the tokenizer's ids
-  num_layers: int = 2  # in the encoder
-  num_decoder_layers: int = 0  # 0: as many
+  num_layers: int = number(2, least=0, most=1000)  # in the encoder
+  num_decoder_layers: int = number(0, least=0, most=1000)  # 0: as many
   num_decoder_heads: int = 0  # 0: as many
   decoder_mlp_dim: int = 0  # 0: as wide
   embedding_norm: bool = True  # BART's layernorm_embedding

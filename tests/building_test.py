@@ -41,6 +41,20 @@ def test_a_second_one_is_refused_until_the_first_ends(tmp_path):
     pass
 
 
+def test_a_refused_folder_of_others_is_left_as_it_was(tmp_path):
+  (tmp_path / "mine.txt").write_text("x")
+  with pytest.raises(ValueError, match=r"other files .*mine\.txt"):
+    build(tmp_path).__enter__()
+  assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "/proc/thing"])
+def test_where_no_folder_can_be_is_said(name, tmp_path):
+  (tmp_path / "file").write_text("x")
+  with pytest.raises(ValueError, match=r"thing cannot be built .*Choose ano"):
+    build(tmp_path / name).__enter__()
+
+
 def test_one_that_waits_builds_when_the_other_ends(tmp_path, caplog):
   order = []
 

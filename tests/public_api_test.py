@@ -198,6 +198,12 @@ _WRONG = {
   "rag_jax.load_config('empty.py')": (
     "ValueError: empty.py has no function get_config."
   ),
+  "rag_jax.load_config('cut.py')": (
+    "ValueError: cut.py:2: the config cannot be read (SyntaxError: "
+  ),
+  "rag_jax.load_config('misspelt.py')": (
+    "ValueError: misspelt.py:4: the config cannot be read (AttributeError: 'Tra"
+  ),
   "rag_jax.load_config('wrong.py')": (
     "TypeError: Expected a rag_jax.config.Config, got dict."
   ),
@@ -248,6 +254,11 @@ _WRONG = {
 
 def test_arguments_that_cannot_be_used_are_named(tmp_path):
   (tmp_path / "empty.py").write_text("")
+  (tmp_path / "cut.py").write_text("x = 1\ndef get_config(:\n")
+  (tmp_path / "misspelt.py").write_text(
+    "from rag_jax.config import Config\ndef get_config():\n"
+    "  c = Config()\n  c.train.num_stps = 3\n  return c\n"
+  )
   (tmp_path / "wrong.py").write_text("def get_config():\n  return {}\n")
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "a.txt").write_text("a")

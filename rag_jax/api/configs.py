@@ -2,6 +2,8 @@
 
 import os
 import runpy
+import traceback
+from typing import Any
 
 from etils import epath
 
@@ -41,12 +43,41 @@ def load_config(path: epath.PathLike) -> Config:
       f"There is no config {name}. Expected {_EXPECTED}. {instead_of(file)}"
       " Correct the path."
     )
-  if file.suffix != ".py":
-    return read_config(file)
-  get_config = runpy.run_path(os.fspath(file)).get("get_config")
-  if not callable(get_config):
-    raise ValueError(
-      f"{name} has no function get_config. Expected {_EXPECTED}. Add one that"
-      " returns a rag_jax.Config."
+  return (
+    validate(run_config(file)) if file.suffix == ".py" else read_config(file)
+  )
+
+
+def run_config(file: epath.PathLike, *arguments: str) -> Any:
+  """Returns what the function get_config of a Python file returns.
+
+  Args:
+    file: which is executed.
+    *arguments: of get_config, which the command line gives behind a colon.
+
+  Raises:
+    ValueError: the file has no get_config, or one of them raises an exception;
+      names the line.
+  """
+  name = os.fspath(file)
+  try:
+    get_config = runpy.run_path(name).get("get_config")
+    if callable(get_config):
+      return get_config(*arguments)
+  except Exception as error:
+    lines = [
+      frame.lineno
+      for frame in traceback.extract_tb(error.__traceback__)
+      if frame.filename == name
+    ]
+    line = (
+      error.lineno if isinstance(error, SyntaxError) else (lines or [1])[-1]
     )
-  return validate(get_config())
+    raise ValueError(
+      f"{name}:{line}: the config cannot be read ({type(error).__name__}:"
+      f" {error}). Expected {_EXPECTED}. Correct the file."
+    ) from error
+  raise ValueError(
+    f"{name} has no function get_config. Expected {_EXPECTED}. Add one that"
+    " returns a rag_jax.Config."
+  )

@@ -10,6 +10,7 @@ that no passage, id or question can control the terminal.
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import ctypes
+import os
 import pathlib
 import re
 import signal
@@ -35,7 +36,7 @@ _MENDABLE = (
 )  # fmt: skip
 
 
-_HELP = re.compile(r"--?(?:h|\?|help|helpshort|helpfull)(?:=true)?")
+_HELP = re.compile(r"--?(?:h|\?|help|helpshort|helpfull)(?:=\w+)?")
 
 # What messages and examples call the commands.
 _TOOL = re.compile(
@@ -151,6 +152,7 @@ def run(
         " --NAME=VALUE; --help lists them. Remove the rest."
       )
     main(argv)
+    sys.stdout.flush()
 
   try:
     given = sys.argv[1:]
@@ -160,6 +162,9 @@ def run(
       return
     check(given)
     app.run(checked)
+  except BrokenPipeError:  # of `| head`, which has read enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still buffered
+    sys.exit(128 + signal.SIGPIPE)
   except KeyboardInterrupt:
     if interrupted:
       print(interrupted, file=sys.stderr)

@@ -35,7 +35,7 @@ _N_DOCS = flags.DEFINE_integer(
 )
 _MODE = flags.DEFINE_enum("mode", "dense", list(MODES), "What is searched.")
 _FILTER = flags.DEFINE_multi_string(
-  "filter", [], "Of the metadata: NAME=VALUE, or a range: 'NAME>=VALUE'."
+  "filter", [], "Of the metadata: NAME=VALUE, or a range, as in 'NAME>=VALUE'"
 )
 _FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
 _words = command.define_word_flags()

@@ -9,6 +9,7 @@ same command again goes on from the last checkpoint; Ctrl-C saves one first.
 """
 
 import os
+import re
 import sys
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 from ml_collections import config_flags
 
 from rag_jax import config_json
+from rag_jax.api.configs import run_config
 from rag_jax.api.runs import train
 from rag_jax.artifacts import instead_of
 from rag_jax.commands import command
@@ -48,13 +50,6 @@ def main(argv: list[str]) -> None:
   """Runs the command."""
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
-  filename = config_flags.get_config_filename(flags.FLAGS["config"])
-  if not os.path.isfile(filename):
-    raise FileNotFoundError(
-      f"There is no config file {filename}. Expected a Python file with a"
-      " function get_config, like configs/quickstart.py."
-      f" {instead_of(filename)} Correct --config."
-    )
   if _MIN_INDEX_RECALL.value is not None:
     _CONFIG.value.index.min_recall = _MIN_INDEX_RECALL.value
   keep_compiled(_CACHE_DIR.value or "")
@@ -69,6 +64,24 @@ def main(argv: list[str]) -> None:
   print(f"Ask it: {ask} --workdir={_WORKDIR.value}")
 
 
+def _check(argv: list[str]) -> None:
+  """Raises an exception if the config file or a setting is not one.
+
+  Before absl reads them, whose own exceptions end in a stack trace.
+  """
+  config_json.check_overrides(argv)
+  given = re.findall(r"^--?config(?:=|\n)(.+)$", "\n".join(argv), re.MULTILINE)
+  for name in given:
+    filename, *argument = name.split(":", 1)
+    if not os.path.isfile(filename):
+      raise FileNotFoundError(
+        f"There is no config file {filename}. Expected a Python file with a"
+        " function get_config, like configs/quickstart.py."
+        f" {instead_of(filename)} Correct --config."
+      )
+    run_config(filename, *argument)
+
+
 def _overridden() -> dict[str, Any]:
   """Returns what the config file said where the command line says it anew."""
   names = config_flags.get_override_values(flags.FLAGS["config"])
@@ -81,7 +94,7 @@ def run() -> None:
   try:
     command.run(
       main,
-      check=config_json.check_overrides,
+      check=_check,
       interrupted="Stopped. Run the same command again to go on.",
     )
   except StoppedEarlyError as stopped:

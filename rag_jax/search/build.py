@@ -89,7 +89,7 @@ class BuildConfig:
   drop_duplicate_texts: bool = True  # False: where ids are judged, as BEIR's
   passage_length: int = 0  # tokens that are embedded; 0: as the encoder says
   embed_batch_size: int = 32  # passages
-  passages_per_embedding_shard: int = 16_384  # lost at most, if interrupted
+  passages_per_embedding_shard: int = 1024  # lost at most, if interrupted
   storage: str = "float32"  # of embeddings; or "bfloat16", "int8"
   index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
   # Of index_recall@10, which the ScaNN index is tuned to; 0: not tuned.

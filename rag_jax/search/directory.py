@@ -314,6 +314,14 @@ class SearchDirectory:
     modes = version.index.certificate and version.index.certificate.modes
     if mode == "best":
       mode = modes.best if modes else "dense"
+      if not modes:
+        logging.log_first_n(
+          logging.WARNING,
+          "Which mode is best was not measured in %s: searching by embeddings."
+          " tools/search.py --fit_hybrid measures it.",
+          1,
+          self.path,
+        )
     self._check(version, questions, mode)
     index, bm25 = version.index, version.bm25
     embeddings = np.zeros((len(questions), index.embedding_dim))

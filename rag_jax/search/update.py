@@ -90,7 +90,7 @@ def update_search_directory(
   if not upsert and not delete:
     raise ValueError(
       f"Nothing is to be put into {path}, and nothing to be deleted; expected"
-      " documents or ids. Give --upsert or --delete."
+      " documents or ids. Give --upsert, --delete or --compact."
     )
   # Before the lock, whose file would be made in any directory.
   read_content(path)

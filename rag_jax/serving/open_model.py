@@ -9,7 +9,6 @@ formatted as by `RagRetriever`.
 from collections.abc import Mapping
 import dataclasses
 import os
-import pathlib
 import re
 from typing import Any
 
@@ -39,6 +38,7 @@ from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import fingerprint
 from rag_jax.search.directory import ENCODER
 from rag_jax.search.directory import SearchDirectory
+from rag_jax.search.directory import root_of
 from rag_jax.search.versions import PASSAGES
 from rag_jax.weights.init_from import Initial
 from rag_jax.weights.load import load_encoder
@@ -52,8 +52,8 @@ def is_search_directory(corpus: epath.PathLike) -> bool:
   """Returns whether `corpus` is what tools/build_index.py wrote."""
   if not str(corpus) or not artifacts.is_local(corpus):
     return False
-  path = pathlib.Path(corpus).expanduser()
-  parts = (path / PASSAGES, path / ENCODER)
+  path = epath.Path(corpus).expanduser()
+  parts = (root_of(path) / PASSAGES, path / ENCODER)
   return (path / artifacts.MANIFEST).exists() and all(p.is_dir() for p in parts)
 
 

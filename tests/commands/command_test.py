@@ -64,7 +64,9 @@ def run(tmp_path_factory):
   return run_thing
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h", "--helpshort", "--helpfull"])
+@pytest.mark.parametrize(
+  "flag", ["--help", "-h", "--helpshort", "--helpfull", "--help=1"]
+)
 def test_help_is_no_error_and_begins_with_a_usage_line(run, flag):
   done = run(flag)
   assert (done.returncode, done.stderr) == (0, "")
@@ -91,6 +93,25 @@ def test_what_a_tool_prints_cannot_control_the_terminal(run):
   assert done.returncode == 1
   assert done.stdout == "shown ['--help']\n"
   assert done.stderr == "ValueError: x is bad.\n"
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
+  (tmp_path / "long.py").write_text(
+    "from rag_jax.commands import command\n"
+    "def main(argv):\n"
+    "  for number in range(100_000):\n"
+    "    print(number)\n"
+    "command.run(main)\n"
+  )
+  done = subprocess.run(
+    f"{sys.executable} {tmp_path}/long.py | head -1",
+    shell=True,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_a_missing_flag_is_named(run):

@@ -35,6 +35,14 @@ def one_line(record):
   return json.dumps(record) + "\n"
 
 
+def test_answers_may_be_missing_where_passages_of_use_are_known(write):
+  ours = one_line({"question": "Who?", "gold": ["p1"]})
+  dpr = one_line({"question": "Who?", "positive_ctxs": [{"passage_id": "p1"}]})
+  for text in (ours, dpr):
+    [found] = read(write(text, "q.jsonl"))
+    assert (found.answers, found.gold) == ((), {"p1": 1})
+
+
 @pytest.mark.parametrize(
   ("record", "answers"),
   [

@@ -192,6 +192,25 @@ def test_a_config_file_that_returns_something_else_is_refused(
   )
 
 
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("def get_config(:\n", r"other\.py:1: the config cannot be read \(Syntax"),
+    ("x = 1\n", r"other\.py has no function get_config\. Expected a Python"),
+    (
+      "def get_config():\n  return 1 / 0\n",
+      r"other\.py:2: the config cannot be read \(ZeroDivisionError: ",
+    ),
+  ],
+)
+def test_a_config_file_with_a_mistake_is_named_with_its_line(
+  text, message, command, tmp_path
+):
+  (tmp_path / "other.py").write_text(text)
+  result = command(config=tmp_path / "other.py")
+  assert_one_message(result, rf"ValueError: .*{message}")
+
+
 def test_a_value_of_another_type_is_refused(command):
   result = command("--config.train.num_steps=many")
   assert result.code == 1
