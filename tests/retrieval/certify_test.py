@@ -248,8 +248,8 @@ def test_the_table_shows_every_number(bad):
     "| measured on | 70 questions |",
     "| questions/s, 1 at a time | 1,234 (10 passages each, 2 CPUs) |",
     "| questions/s, 256 at a time | 98,765 (10 passages each, 2 CPUs) |",
-    "| memory | 3.0 MiB, 1,049 bytes a passage |",
-    "| disk | 293.0 KiB, 100 bytes a passage |",
+    "| memory | 3.0 MiB, 1,049 bytes per passage |",
+    "| disk | 293.0 KiB, 100 bytes per passage |",
     "| build | 12.3 s, without embedding |",
     "| memory of the build | at most 2.0 GiB more than before |",
   ]

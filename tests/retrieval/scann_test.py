@@ -420,7 +420,7 @@ def test_a_part_of_an_index_is_not_opened_alone(tmp_path):
   save_embeddings(epath.Path(path), embeddings)
   build_index_directory(path, open_embeddings(path), config, **FINGERPRINTS)
   load_index(path)
-  with pytest.raises(ValueError, match=r"is a part of an index.*Open the"):
+  with pytest.raises(ValueError, match=r"is one shard of an index.*Open the"):
     load_index(path / "shards/00000")
 
 
