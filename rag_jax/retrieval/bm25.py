@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import json
 import tempfile
-from typing import Any
 
 from etils import epath
 from jaxtyping import Float, Int
@@ -108,13 +107,15 @@ class Bm25Index:
     settings: Bm25Settings,
   ):
     """Called by `build` and `load`; call one of these instead."""
+    import bm25s
+
     self.num_passages = num_passages
     self.passages_fingerprint = passages_fingerprint
     self.settings = settings
     self._vocabulary = {word: row for row, word in enumerate(vocabulary)}
     self._arrays = arrays
     self._words = settings.word_tokenizer()
-    self._scorer = _bm25s(settings)
+    self._scorer = bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
     self._scorer.scores = {
       "indptr": arrays["starts"],
       "indices": arrays["passages"],
@@ -381,12 +382,6 @@ def _write_manifest(
     "stop_words": list(settings.stop_words),
   }
   artifacts.write_manifest(path, kind=ARTIFACT, format=FORMAT, content=content)
-
-
-def _bm25s(settings: Bm25Settings) -> Any:
-  import bm25s
-
-  return bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
 
 
 def check_settings(settings: Bm25Settings) -> Bm25Settings:

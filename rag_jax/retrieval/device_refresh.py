@@ -21,7 +21,7 @@ from rag_jax.retrieval.device import placed_tokens
 from rag_jax.retrieval.device import to_int8
 
 
-def num_turns(num_passages: int, num_rows: int) -> int:
+def refresh_period(num_passages: int, num_rows: int) -> int:
   """Returns after how many steps every row was embedded once."""
   return -(-num_passages // num_rows)
 
@@ -49,12 +49,12 @@ def due_rows(
       " expected at least 1. Set index.refresh_rows to 1 or more."
     )
   axes, total = arrays.mesh.axis_names, len(arrays.embedded_at)
-  turns = num_turns(arrays.num_passages, num_rows)
+  period = refresh_period(arrays.num_passages, num_rows)
 
   def of_device(embedded_at: jax.Array, step: jax.Array) -> jax.Array:
     size = len(embedded_at)
     first = jax.lax.axis_index(axes) * size  # id of the first row here
-    row = (step - first) % turns + turns * jnp.arange(-(-size // turns))
+    row = (step - first) % period + period * jnp.arange(-(-size // period))
     real = (row < size) & (first + row < arrays.num_passages)
     return jnp.where(real, first + row, total)
 

@@ -138,7 +138,7 @@ def embed_corpus(
   return open_embeddings(directory)
 
 
-def finish(directory: epath.PathLike) -> None:
+def remove_job_files(directory: epath.PathLike) -> None:
   """Removes the files that only an unfinished job needs."""
   directory = epath.Path(directory)
   (directory / _PLAN).unlink(missing_ok=True)

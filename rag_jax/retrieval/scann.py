@@ -95,7 +95,7 @@ class ScannIndex(Index):
       ValueError: ScaNN is not installed, or `index.scann_pca_dims` is more
         than the embeddings have.
     """
-    module = _module()
+    module = _import_module()
     if config.scann_pca_dims > inner.embedding_dim:
       raise ValueError(
         f"index.scann_pca_dims={config.scann_pca_dims} principal components of"
@@ -215,7 +215,7 @@ class ScannIndex(Index):
     Raises:
       ValueError: ScaNN is not installed, or the files do not fit together.
     """
-    module = _module()
+    module = _import_module()
     inner = exact.ExactIndex.load(path, info)
     folder = epath.Path(path) / _ARTIFACTS
     settings = info.settings
@@ -226,7 +226,7 @@ class ScannIndex(Index):
         f" {', '.join(_SETTINGS)}. {REMEDY}"
       )
     with _temporary_folder(None) as temp:
-      _show_verified(folder, temp)
+      _link_verified(folder, temp)
       searcher = module.load_searcher(
         os.fspath(temp), assets_backcompat_shim=False
       )
@@ -250,7 +250,7 @@ def check_import() -> None:
     )
 
 
-def _module() -> Any:
+def _import_module() -> Any:
   """Returns the Python module of ScaNN that does not need TensorFlow."""
   check_import()
   from scann import scann_ops_pybind
@@ -337,7 +337,7 @@ def _temporary_folder(parent: epath.Path | None):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _show_verified(source: epath.Path, target: epath.Path) -> None:
+def _link_verified(source: epath.Path, target: epath.Path) -> None:
   """Links the files that ScaNN's own list names into a private folder.
 
   ScaNN opens whatever file its list names, anywhere on the machine, and

@@ -282,9 +282,9 @@ class _Search:
       tried.append((trial, searched))
       return trial.reaches(self._target)
 
-    self._try_all(index, measure)
+    self._sweep_settings(index, measure)
     self.trials += [trial for trial, _ in tried]
-    self._contest(tried)
+    self._update_best(tried)
     assert self.best is not None, "each sweep tries something"
     secs = build_secs + time.perf_counter() - start
     logging.info(
@@ -313,7 +313,7 @@ class _Search:
       held_out_questions=questions,
     )
 
-  def _try_all(
+  def _sweep_settings(
     self, index: scann.ScannIndex, measure: Callable[[int, int], bool]
   ) -> None:
     """Finds the fewest leaves that reach the target, per reordering depth."""
@@ -338,7 +338,7 @@ class _Search:
           bad = middle
       fewest = good
 
-  def _contest(self, tried: list[tuple[Trial, scann.ScannIndex]]) -> None:
+  def _update_best(self, tried: list[tuple[Trial, scann.ScannIndex]]) -> None:
     """Sets `best` to the fastest trial that reaches the target.
 
     The best so far and the new trials are timed again in turn, because the
