@@ -246,7 +246,6 @@ class HybridRetriever:
         f"depth={depth} passages from each index; expected at least 1, for"
         " instance 100. Raise depth."
       )
-    self.num_passages = dense.num_passages
     self.fusion = fusion
     self.depth = depth
     self._dense = dense
@@ -318,8 +317,9 @@ class HybridRetriever:
         f" {len(questions)} questions; expected one per question, in the same"
         " order. Embed the same questions."
       )
-    check_n_docs(n_docs, self.num_passages, "n_docs")
-    depth = max(n_docs, min(self.depth, self.num_passages))
+    num_passages = self._dense.num_passages
+    check_n_docs(n_docs, num_passages, "n_docs")
+    depth = max(n_docs, min(self.depth, num_passages))
     by_embeddings, _ = self._dense.search(question_embeddings, depth)
     by_words, _ = self._bm25.search(questions, depth)
     return by_embeddings, by_words

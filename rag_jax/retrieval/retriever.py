@@ -211,7 +211,7 @@ def padded_length(length: int, longest: int) -> int:
   return min(-(-max(length, 1) // step) * step, longest)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class IndexBuilder:
   """Builds an index of all passages from a copy of the parameters.
 

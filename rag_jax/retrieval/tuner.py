@@ -208,9 +208,9 @@ def tune(
     nonlocal took
     used = time.perf_counter() - began
     if used + took > settings.budget_secs:
-      logging.log_first_n(
-        logging.INFO, "The tuner has used %.0f s of its budget.", 1, used
-      )
+      if took < math.inf:  # the first time
+        logging.info("The tuner ends: it has used %.0f s of its budget.", used)
+      took = math.inf
       return best
     changed = dataclasses.replace(best, **changes)
     if not changed.scann_soar_lambda:
