@@ -51,7 +51,7 @@ def check_tuning(
     raise ValueError(
       f"target_recall={target_recall} with index.passages_per_shard="
       f"{config.passages_per_shard}: an index in shards cannot be tuned;"
-      " expected only one of the two. Leave the other at 0."
+      " expected one of the two. Leave the other at 0."
     )
   if num_questions < _LEAST_QUESTIONS:
     raise ValueError(

@@ -95,7 +95,7 @@ class ScannIndex(Index):
       ValueError: ScaNN is not installed, or `index.scann_pca_dims` is more
         than the embeddings have.
     """
-    module = _import_module()
+    module = _module()
     if config.scann_pca_dims > inner.embedding_dim:
       raise ValueError(
         f"index.scann_pca_dims={config.scann_pca_dims} principal components of"
@@ -215,7 +215,7 @@ class ScannIndex(Index):
     Raises:
       ValueError: ScaNN is not installed, or the files do not fit together.
     """
-    module = _import_module()
+    module = _module()
     inner = exact.ExactIndex.load(path, info)
     folder = epath.Path(path) / _ARTIFACTS
     settings = info.settings
@@ -250,7 +250,7 @@ def check_import() -> None:
     )
 
 
-def _import_module() -> Any:
+def _module() -> Any:
   """Returns the Python module of ScaNN that does not need TensorFlow."""
   check_import()
   from scann import scann_ops_pybind
