@@ -226,7 +226,7 @@ class ScannIndex(Index):
         f" {', '.join(_SETTINGS)}. {REMEDY}"
       )
     with _temporary_folder(None) as temp:
-      _link_verified(folder, temp)
+      _show_verified(folder, temp)
       searcher = module.load_searcher(
         os.fspath(temp), assets_backcompat_shim=False
       )
@@ -337,7 +337,7 @@ def _temporary_folder(parent: epath.Path | None):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _link_verified(source: epath.Path, target: epath.Path) -> None:
+def _show_verified(source: epath.Path, target: epath.Path) -> None:
   """Links the files that ScaNN's own list names into a private folder.
 
   ScaNN opens whatever file its list names, anywhere on the machine, and
