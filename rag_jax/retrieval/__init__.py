@@ -1,1 +1,1 @@
-"""Passages to embeddings to index to documents."""
+"""Passages -> embeddings -> index -> documents."""

@@ -1,9 +1,10 @@
 """Search by words: BM25, the retriever that needs no training.
 
-In: the titles and texts of passages. Out: for each question the passages that
-share its rarest words, and a directory of arrays. The host side alone. The one
-module that imports `bm25s`, and only when it is used: that import starts JAX's
-devices (0.3.16), which is too early for `jax.distributed.initialize`.
+In: the titles and texts of passages. Out: per question the passages that share
+its rarest words, and a directory of arrays. It runs on the host. This is the
+only module that imports `bm25s`, and it does so only when an index needs it:
+the import starts the devices of JAX (bm25s 0.3.16), which is too early for
+`jax.distributed.initialize`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,15 +12,14 @@ import contextlib
 import dataclasses
 import difflib
 import json
-import os
 import tempfile
-from typing import Any
 
 from etils import epath
 from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax import disk
 from rag_jax.building import building
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.records import read_texts
@@ -28,12 +28,16 @@ from rag_jax.corpus.words import RULES
 from rag_jax.corpus.words import WordTokenizer
 from rag_jax.json_input import read_settings
 from rag_jax.retrieval import exact
+from rag_jax.retrieval.embeddings import save_array
+from rag_jax.retrieval.index_core import Found
+from rag_jax.retrieval.index_core import check_n_docs
+from rag_jax.retrieval.index_core import check_passages
 from rag_jax.retrieval.postings import ARRAYS
 from rag_jax.retrieval.postings import Postings
 from rag_jax.retrieval.postings import open_arrays
 
 ARTIFACT = "bm25"  # the kind in the manifest
-# Raise it when the files below change their meaning, or there is a new rule for
+# Raise it when the files below change meaning, or when there is a new rule for
 # what a word is. Format 1 has no `word_rule`.
 FORMAT = 2
 REMEDY = "Build the BM25 index again from the passages."
@@ -60,14 +64,14 @@ class Bm25Settings:
   """
 
   k1: float = 0.9  # 0: a word counts once, however often it occurs
-  b: float = 0.4  # 0: long passages are not marked down; 1: in full
-  stemmer: str = ""  # a language, such as "english"; "" = words as they are
-  stop_words: tuple[str, ...] = ()  # left out, in any case
-  # For what a word is, see `WordTokenizer`. Not shown: rule 1 had no name.
+  b: float = 0.4  # 0: no penalty for long passages; 1: the full penalty
+  stemmer: str = ""  # a language, such as "english"; "" for no stemming
+  stop_words: tuple[str, ...] = ()  # ignored, in upper or lower case
+  # `WordTokenizer` defines the rules. Not in repr: rule 1 had no name.
   word_rule: int = dataclasses.field(default=RULES[-1], repr=False)
 
   def word_tokenizer(self) -> WordTokenizer:
-    """Returns what cuts passages and questions into words.
+    """Returns the tokenizer that splits passages and questions into words.
 
     Raises:
       ValueError: there is no such stemmer or rule.
@@ -78,17 +82,19 @@ class Bm25Settings:
 class Bm25Index:
   """Okapi BM25 as Lucene computes it. Row = passage id.
 
-  The score of passage d for a question is the sum over the question's words w,
-  as often as each is there, of
+  The score of passage d for a question is the sum over all words w of the
+  question, repeated words included, of
 
     log(1 + (P - n_w + 0.5) / (n_w + 0.5))
       * f_wd / (f_wd + k1 * (1 - b + b * l_d / mean l))
 
-  f_wd: how often w is in d; n_w: in how many of the P passages it is; l_d: the
-  words of d. It is the variant "Lucene (accurate)" of Kamphuis et al. 2020
-  (https://cs.uwaterloo.ca/~jimmylin/publications/Kamphuis_etal_ECIR2020_preprint.pdf),
-  never below 0. All of a word's scores are computed when the index is built, to
-  the last bit as `bm25s` does (Lu 2024, arXiv:2407.03618), which adds them up.
+  f_wd: occurrences of w in d; n_w: the number of passages, of P, that contain
+  w; l_d: the number of words in d. This is the variant "Lucene (accurate)" of
+  Kamphuis et al. 2020
+  (https://cs.uwaterloo.ca/~jimmylin/publications/Kamphuis_etal_ECIR2020_preprint.pdf).
+  It is never below 0. The scores of all words are computed when the index is
+  built, bit for bit as `bm25s` does (Lu 2024, arXiv:2407.03618), and summed by
+  `bm25s` when it is searched.
   """
 
   def __init__(
@@ -100,22 +106,23 @@ class Bm25Index:
     passages_fingerprint: str,
     settings: Bm25Settings,
   ):
-    """Keeps what `build` or `load` made; call one of these instead."""
-    self.kind = "bm25"
+    """Called by `build` and `load`; call one of these instead."""
+    import bm25s
+
     self.num_passages = num_passages
     self.passages_fingerprint = passages_fingerprint
     self.settings = settings
     self._vocabulary = {word: row for row, word in enumerate(vocabulary)}
     self._arrays = arrays
     self._words = settings.word_tokenizer()
-    self._scorer = _bm25s(settings)
+    self._scorer = bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
     self._scorer.scores = {
       "indptr": arrays["starts"],
       "indices": arrays["passages"],
       "data": arrays["scores"],
       "num_docs": num_passages,
     }
-    self._scorer.nonoccurrence_array = None  # of other variants
+    self._scorer.nonoccurrence_array = None  # only other variants have one
 
   @classmethod
   def build(
@@ -125,15 +132,15 @@ class Bm25Index:
     passages_fingerprint: str,
     settings: Bm25Settings | None = None,
   ) -> "Bm25Index":
-    """Returns the index of `passages` in memory: 8 bytes a posting.
+    """Returns the index of `passages` in memory: 8 bytes per posting.
 
-    A posting is one of the different words of one of the passages. While it is
-    built, the index needs 20 bytes for each in the system's temporary folder.
+    A posting is a pair of a passage and one of its distinct words. The build
+    needs 20 bytes per posting in the temporary folder of the system.
 
     Args:
-      passages: row = passage id, read once. Title and text are searched alike.
-      passages_fingerprint: of the passages.
-      settings: those of `Bm25Settings` unless given.
+      passages: row = passage id, read once. Title and text count alike.
+      passages_fingerprint: identifies the passages.
+      settings: None for the defaults of `Bm25Settings`.
 
     Raises:
       ValueError: there are no passages, or a setting is out of its range.
@@ -164,77 +171,72 @@ class Bm25Index:
     """Builds the index in directory `path`, and opens it.
 
     The files are those of `build` and `save`, but the postings are never all
-    in memory: it holds the different words of the corpus, as a search does, 4
-    bytes a passage, and 0.3 GB whatever the size.
+    in memory. It takes the distinct words of the corpus (as a search does), 4
+    bytes per passage, and 0.3 GB for any number of passages.
 
     Args:
-      path: local. An older index is replaced; one that is open stays whole.
-      passages: as in `build`.
-      passages_fingerprint: of the passages.
-      settings: those of `Bm25Settings` unless given.
+      path: a local directory. An older index is replaced; a process that has it
+        open can go on reading it.
+      passages: as in `build`, like the next two.
+      passages_fingerprint: as in `build`.
+      settings: as in `build`.
 
     Raises:
-      ValueError: as `build`; or the directory holds something else, or somebody
-        writes there, or it is in a bucket.
+      ValueError: as `build`; or the directory holds other files, another
+        process is writing there, or it is in a bucket.
       OSError: the disk is full.
     """
     settings = check_settings(settings or Bm25Settings())
     with building(path, kind="BM25 index", own=_is_own) as directory:
       artifacts.start_directory(directory)
       vocabulary, num_passages = _write_arrays(directory, passages, settings)
-      made = vocabulary, num_passages, passages_fingerprint, settings
-      _finish(directory, *made)
+      _write_manifest(
+        directory, vocabulary, num_passages, passages_fingerprint, settings
+      )
     return cls.load(directory)
 
-  def search(
-    self, questions: Sequence[str], n_docs: int
-  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+  def search(self, questions: Sequence[str], n_docs: int) -> Found:
     """Finds the passages with the largest scores.
 
     Args:
-      questions: their texts.
-      n_docs: how many passages to return for each question (K).
+      questions: the texts of the questions.
+      n_docs: how many passages to return per question (K).
 
     Returns:
       Passage ids [B, K] int32 and scores [B, K] float32, best first; of equal
-      scores the smaller id. A passage without any word of the question is not
-      found: short rows are filled up with id -1 and the lowest float32.
+      scores the smaller id. Passages without any word of the question are not
+      returned: short rows are padded with id -1 and the lowest float32.
 
     Raises:
       ValueError: there are fewer passages than `n_docs`.
       TypeError: `questions` is one string.
     """
     _check_questions(questions)
-    if not 1 <= n_docs <= self.num_passages:
-      raise ValueError(
-        f"n_docs={n_docs} passages a question were asked for; expected 1 to"
-        f" {self.num_passages}, the passages in the BM25 index. Change n_docs"
-        " or index more passages."
-      )
+    check_n_docs(n_docs, self.num_passages, "n_docs")
     best = [_best(self._all_scores(text), n_docs) for text in questions]
-    return exact.fill_rows(best, n_docs)
+    return exact.stack_rows(best, n_docs)
 
   def score(
     self, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
   ) -> Float[np.ndarray, "B K"]:
-    """Returns the scores of given passages, the same as `search` has.
+    """Returns the scores that `search` would give to the passages `ids`.
 
     Raises:
-      ValueError: one of `ids` is no passage, or there is not one row of them
-        for each question.
+      ValueError: one of `ids` is no passage, or there is not one row per
+        question.
       TypeError: `questions` is one string.
     """
     _check_questions(questions)
     if len(ids) != len(questions):
       raise ValueError(
         f"ids has {len(ids)} rows for {len(questions)} questions; expected one"
-        " row of passages a question. Pass those of the same questions."
+        " row of passages per question. Pass the ids of the same questions."
       )
     if ids.size and not 0 <= ids.min() <= ids.max() < self.num_passages:
       raise ValueError(
         f"ids has passages from {ids.min()} to {ids.max()}; expected 0 to"
-        f" {self.num_passages - 1}, those of the BM25 index. Leave out the"
-        " places where nothing was found."
+        f" {self.num_passages - 1}, those of the BM25 index. Remove the ids -1,"
+        " where nothing was found."
       )
     scores = [
       self._scores_of(text, row)
@@ -245,17 +247,15 @@ class Bm25Index:
   def save(self, path: epath.PathLike) -> None:
     """Writes the index to directory `path`, its manifest last."""
     path = artifacts.start_directory(path)
-    for name, array_ in self._arrays.items():
-      # An index that was opened from `path` reads the old file: it has to stay
-      # whole until the new one is.
-      file = path / f"{name}.npy"
-      temp = artifacts.temp_path(file) if artifacts.is_local(path) else file
-      with temp.open("wb") as f:
-        np.save(f, array_, allow_pickle=False)
-      if temp != file:
-        os.replace(temp, file)
-    made = self.num_passages, self.passages_fingerprint, self.settings
-    _finish(path, list(self._vocabulary), *made)
+    for name, array in self._arrays.items():
+      save_array(path / f"{name}.npy", array)
+    _write_manifest(
+      path,
+      list(self._vocabulary),
+      self.num_passages,
+      self.passages_fingerprint,
+      self.settings,
+    )
 
   @classmethod
   def load(
@@ -265,23 +265,23 @@ class Bm25Index:
 
     Args:
       path: the directory, wherever it was moved to.
-      passages_fingerprint: of the passages that ids stand for; "" = any.
+      passages_fingerprint: of the passages that ids stand for; "" for any.
 
     Raises:
-      FileNotFoundError: nothing was built there, or the build was cut off.
-      ValueError: its files are missing, cut off or changed, it is of a newer
+      FileNotFoundError: nothing was built there, or the build was interrupted.
+      ValueError: files are missing, cut off or changed, the index has a newer
         format, or was built of other passages.
     """
     path = epath.Path(path)
     content = artifacts.read_manifest(
       path, kind=ARTIFACT, format=FORMAT, remedy=REMEDY
     )
-    content.setdefault("word_rule", 1)  # of format 1
+    content.setdefault("word_rule", 1)  # format 1 has none
     bad = [k for k, t in _CONTENT.items() if not isinstance(content.get(k), t)]
-    if "stop_words" not in bad:
-      bad += [
-        "stop_words" for w in content["stop_words"] if not isinstance(w, str)
-      ][:1]
+    if "stop_words" not in bad and not all(
+      isinstance(word, str) for word in content["stop_words"]
+    ):
+      bad.append("stop_words")
     if bad:
       raise ValueError(
         f"{path}/{artifacts.MANIFEST} describes no BM25 index:"
@@ -294,54 +294,48 @@ class Bm25Index:
         f" {content['num_passages']} passages; expected fewer than {1 << 31}."
         f" It was edited, or written by another program. {REMEDY}"
       )
-    if passages_fingerprint not in ("", content["passages_fingerprint"]):
-      raise ValueError(
-        f"The BM25 index at {path} was built of other passages: theirs is the"
-        f" fingerprint {content['passages_fingerprint']!r}, data.passages has"
-        f" {passages_fingerprint!r}. Set data.passages to those that it was"
-        f" built of. {REMEDY}"
-      )
+    check_passages(
+      f"The BM25 index at {path}",
+      content["passages_fingerprint"],
+      passages_fingerprint,
+      REMEDY,
+    )
     try:
       vocabulary = read_settings(path / _VOCABULARY)
     except ValueError as error:
       raise ValueError(
         f"{path / _VOCABULARY} is no list of words ({error}). {REMEDY}"
       ) from error
-    arrays = open_arrays(path, vocabulary, REMEDY, content["num_passages"])
+    settings = {
+      f.name: content[f.name] for f in dataclasses.fields(Bm25Settings)
+    }
+    settings["stop_words"] = tuple(settings["stop_words"])
     return cls(
       vocabulary,
-      arrays,
+      open_arrays(path, vocabulary, REMEDY, content["num_passages"]),
       num_passages=content["num_passages"],
       passages_fingerprint=content["passages_fingerprint"],
-      settings=check_settings(
-        Bm25Settings(
-          k1=content["k1"],
-          b=content["b"],
-          stemmer=content["stemmer"],
-          stop_words=tuple(content["stop_words"]),
-          word_rule=content["word_rule"],
-        )
-      ),
+      settings=check_settings(Bm25Settings(**settings)),
     )
 
   def _word_ids(self, question: str) -> list[int]:
-    """Returns the numbers of the words that some passage has."""
+    """Returns the ids of the words of a question that some passage has."""
     known = self._vocabulary
     return [known[word] for word in self._words(question) if word in known]
 
   def _all_scores(self, question: str) -> Float[np.ndarray, "P"]:
     word_ids = self._word_ids(question)
-    if not word_ids:  # of which bm25s makes an error, if there are no words
+    if not word_ids:  # an error in bm25s, if the index has no words
       return np.zeros(self.num_passages, np.float32)
     return self._scorer.get_scores_from_ids(word_ids)
 
   def _scores_of(
     self, question: str, ids: Int[np.ndarray, "K"]
   ) -> Float[np.ndarray, "K"]:
-    """Returns what `_all_scores` has at `ids`, without the scores of others."""
+    """Returns `_all_scores` at `ids`, without computing the other scores."""
     starts, passages = self._arrays["starts"], self._arrays["passages"]
     total = np.zeros(len(ids), np.float32)
-    for word in self._word_ids(question):  # added up in the same order
+    for word in self._word_ids(question):  # summed in the same order
       start, end = starts[word], starts[word + 1]
       holders = passages[start:end]  # in ascending order
       at = np.minimum(np.searchsorted(holders, ids), len(holders) - 1)
@@ -351,10 +345,9 @@ class Bm25Index:
 
 
 def _is_own(name: str) -> bool:
-  """Returns whether a file is one that writing an index makes."""
+  """Returns whether `Bm25Index.write` creates files of this name."""
   arrays = [f"{array}.npy" for array in ARRAYS]
-  unfinished = name.startswith(".") and name.endswith(".tmp")
-  return unfinished or name in (_VOCABULARY, *arrays)
+  return disk.is_unfinished(name) or name in (_VOCABULARY, *arrays)
 
 
 def _write_arrays(
@@ -374,14 +367,14 @@ def _write_arrays(
     return list(postings.vocabulary), len(postings)
 
 
-def _finish(
+def _write_manifest(
   path: epath.Path,
   vocabulary: list[str],
   num_passages: int,
   passages_fingerprint: str,
   settings: Bm25Settings,
 ) -> None:
-  """Writes what belongs to the arrays, the manifest last."""
+  """Writes the vocabulary and then the manifest."""
   artifacts.write_atomically(path / _VOCABULARY, json.dumps(vocabulary))
   content = dataclasses.asdict(settings) | {
     "num_passages": num_passages,
@@ -391,42 +384,36 @@ def _finish(
   artifacts.write_manifest(path, kind=ARTIFACT, format=FORMAT, content=content)
 
 
-def _bm25s(settings: Bm25Settings) -> Any:
-  import bm25s
-
-  return bm25s.BM25(k1=settings.k1, b=settings.b, method="lucene")
-
-
 def check_settings(settings: Bm25Settings) -> Bm25Settings:
-  """Returns `settings` if scores can be computed with them.
+  """Returns `settings` if they are valid.
 
   Raises:
-    ValueError: one is out of its range; names it.
+    ValueError: a value is out of range.
     TypeError: `stop_words` is one string.
   """
   settings.word_tokenizer()
   if not 0 <= settings.k1 <= _MAX_K1:
     raise ValueError(
       f"k1={shorten(settings.k1)} is not from 0 to {_MAX_K1:,}. Expected for"
-      " instance 0.9 or 1.2; 0 counts a word once, however often it occurs."
+      " instance 0.9 or 1.2; with 0 a word counts once, even if it is repeated."
     )
   if not 0 <= settings.b <= 1:
     raise ValueError(
-      f"b={settings.b} is not from 0 to 1. Expected for instance 0.4 or 0.75; 0"
-      " does not mark long passages down."
+      f"b={settings.b} is not from 0 to 1. Expected for instance 0.4 or 0.75;"
+      " with 0 there is no penalty for long passages."
     )
   return settings
 
 
 def read_stop_words(source: str) -> tuple[str, ...]:
-  """Returns the stop words that a person names.
+  """Returns the stop words that the user asked for.
 
   Args:
-    source: a language, such as "english", whose list of `bm25s` is taken; a
-      file, one word a line; or words between commas. "": none.
+    source: a language, such as "english", for its list in `bm25s`; a file with
+      one word per line; or words separated by commas. "" for none.
 
   Raises:
-    ValueError: it is neither, but like one of them.
+    ValueError: `source` is probably a misspelt language or file.
   """
   import bm25s.stopwords
 
@@ -446,7 +433,7 @@ def read_stop_words(source: str) -> tuple[str, ...]:
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(
       f"stop_words={source!r} is no file and no language whose stop words are"
-      f" known. Expected one of {sorted(lists)}, a file, or words between"
+      f" known. Expected one of {sorted(lists)}, a file, or words separated by"
       f" commas.{hint}"
     )
   return tuple(word.strip() for word in source.split(",") if word.strip())
@@ -463,13 +450,14 @@ def _check_questions(questions: Sequence[str]) -> None:
 def _best(
   scores: Float[np.ndarray, "P"], n_docs: int
 ) -> tuple[Int[np.ndarray, "K"], Float[np.ndarray, "K"]]:
-  """Returns the ids of the largest scores, ties by smaller id, and these.
+  """Returns the ids of the largest scores, and the scores.
 
-  Those above 0 alone: the others hold no word of the question.
+  Of equal scores the smaller id comes first. Scores of 0 are left out: these
+  passages have no word of the question.
   """
   last = np.partition(scores, -n_docs)[-n_docs]
   above = np.flatnonzero(scores > last)
-  # argpartition would take any of those with the last score.
+  # argpartition would choose arbitrary passages among those with this score.
   equal = np.flatnonzero(scores == last)[: n_docs - len(above)]
   above = above[np.argsort(-scores[above], kind="stable")]
   ids = np.concatenate([above, equal])

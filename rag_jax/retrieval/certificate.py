@@ -1,30 +1,47 @@
-"""What an index was measured to find, how fast, and what it takes.
+"""The certificate of an index: its measured recall, speed, time and memory.
 
-In: what `certify` (certify.py) measured. Out: the certificate as JSON, which
-`Index.save` keeps in the manifest, and as a table: whoever uses the index later
-knows what its results are worth.
+In: the measurements of `certify` (certify.py). Out: the certificate as JSON,
+which `Index.save` stores in the manifest, and as a table. So everyone who uses
+the index later knows how good its results are.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import json
+import types
 from typing import Any
 
 from rag_jax.corpus.report import Coverage
+from rag_jax.json_input import Content
 from rag_jax.retrieval.recall import Recall
 
-QUESTIONS = "questions"  # a sample of what the index will be asked
-PASSAGES = "passages"  # a sample of what it holds, in place of questions
+QUESTIONS = "questions"  # the sample is like the questions it will be asked
+PASSAGES = "passages"  # the sample is passages of the index, for lack of these
+
+_FIELDS = {
+  "kind": str,
+  "settings": dict,
+  "num_passages": int,
+  "embedding_dim": int,
+  "sample": str,
+  "num_questions": int,
+  "speed_k": int,
+  "num_cpus": int,
+  "memory_bytes": int,
+  "disk_bytes": (int, types.NoneType),
+  "build_secs": (int, float, types.NoneType),
+  "build_peak_bytes": (int, types.NoneType),
+}
 
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class ModeMetrics:
-  """Of one way to search, over questions.
+  """The metrics of one search mode, averaged over questions.
 
   Attributes:
-    first: how often a passage of use comes first.
-    among_5: how often one is among the first 5.
-    mrr: 1 / rank of the first of use, 0 beyond the 10th, on average.
+    first: the share of questions whose first passage is relevant.
+    among_5: the share with a relevant passage among the first 5.
+    mrr: the mean of 1 / rank of the first relevant passage, 0 beyond rank 10.
   """
 
   first: float
@@ -34,14 +51,14 @@ class ModeMetrics:
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class SearchModes:
-  """What searching by embeddings, by words and by both found.
+  """The metrics of searching by embeddings, by words and by both.
 
   Attributes:
-    num_questions: whose passages of use are known.
-    num_passages: that were there then.
+    num_questions: the number of questions with known relevant passages.
+    num_passages: the number of passages when it was measured.
     metrics: by mode; "reciprocal ranks" is hybrid search without weights.
-    weights: of embeddings and of words in hybrid search; None: reciprocal ranks
-      find more.
+    weights: of embeddings and words in hybrid search; None if fusing reciprocal
+      ranks is better.
   """
 
   num_questions: int
@@ -51,15 +68,15 @@ class SearchModes:
 
   @property
   def best(self) -> str:
-    """The mode with the largest mean reciprocal rank; of equal ones the first.
+    """The mode with the largest mean reciprocal rank.
 
-    The simpler ones come first: embeddings, words, both.
+    Of equal modes it is the simplest: embeddings, then words, then both.
     """
     return max(("dense", "bm25", "hybrid"), key=lambda m: self.metrics[m].mrr)
 
   @classmethod
   def from_content(cls, content: Any) -> "SearchModes":
-    """Returns what `dataclasses.asdict` made, by way of JSON."""
+    """Returns the modes in the JSON of `dataclasses.asdict`."""
     weights = content["weights"]
     made = cls(
       num_questions=int(content["num_questions"]),
@@ -74,7 +91,7 @@ class SearchModes:
     return made
 
   def rows(self) -> list[tuple[str, str]]:
-    """Returns lines of a table."""
+    """Returns the rows of a table."""
     how = "reciprocal ranks"
     if self.weights:
       how = "{:.3g} of embeddings + {:.3g} of words".format(*self.weights)
@@ -95,10 +112,7 @@ class SearchModes:
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class Certificate:
-  """What `certify` measured of an index.
-
-  None stands for what was not measured.
-  """
+  """What `certify` measured of an index; None for what was not measured."""
 
   kind: str
   settings: Mapping[str, Any]
@@ -106,26 +120,26 @@ class Certificate:
   embedding_dim: int
   sample: str  # QUESTIONS or PASSAGES
   num_questions: int
-  recalls: tuple[Recall, ...]  # by rising k
-  speed_k: int  # passages a question, in the next
+  recalls: tuple[Recall, ...]  # in ascending order of k
+  speed_k: int  # passages per question, when speed was measured
   queries_per_second: Mapping[int, float]  # by batch size
-  num_cpus: int  # that the process could use
+  num_cpus: int  # available to the process
   memory_bytes: int  # that searching takes
-  disk_bytes: int | None = None  # of its directory; known once it is saved
+  disk_bytes: int | None = None  # size of the directory; known after saving
   build_secs: float | None = None
   build_peak_bytes: int | None = None  # see BuildCost
   modes: SearchModes | None = None  # of a search directory, if asked for
-  coverage: Coverage | None = None  # of the corpus, by what is embedded
+  coverage: Coverage | None = None  # how much of the corpus is embedded
 
   def recall(self, k: int) -> Recall:
-    """Returns the recall at the smallest k measured that is not below `k`.
+    """Returns the recall at the smallest measured k that is not below `k`.
 
-    Of a `k` above all, the largest. A certificate has at least one.
+    If there is none, it is the recall at the largest measured k.
     """
     return next((r for r in self.recalls if r.k >= k), self.recalls[-1])
 
   def to_content(self) -> dict[str, Any]:
-    """Returns what JSON can hold, for a manifest."""
+    """Returns the certificate as JSON values, for a manifest."""
     return json.loads(self.to_json())
 
   def to_json(self) -> str:
@@ -136,21 +150,21 @@ class Certificate:
   def from_json(
     cls, text: str, origin: str = "the certificate"
   ) -> "Certificate":
-    """Returns what `to_json` wrote.
+    """Returns the certificate that `to_json` wrote.
 
     Args:
       text: JSON.
-      origin: where it was read, for messages.
+      origin: the file that was read, for messages.
 
     Raises:
-      ValueError: not JSON, or no certificate.
+      ValueError: it is not JSON, or no certificate.
     """
     try:
       content = json.loads(text)
     except ValueError as error:
       raise ValueError(
-        f"{origin} is not JSON ({error}); expected what to_json wrote. It was"
-        " cut off or edited: certify the index again."
+        f"{origin} is not JSON ({error}); expected the JSON that to_json wrote."
+        " It was cut off or edited: certify the index again."
       ) from error
     return cls.from_content(content, origin)
 
@@ -160,13 +174,13 @@ class Certificate:
   ) -> "Certificate":
     """Returns the certificate of a manifest; see `from_json`."""
     try:
-      # Plain objects, which can be copied: those of a manifest name its file.
+      # Plain dicts, which can be copied: those of a manifest know its file.
       content = json.loads(json.dumps(dict(content)))
       content["recalls"] = tuple(Recall(**r) for r in content["recalls"])
       if content.get("coverage") is not None:
         content["coverage"] = Coverage(**content["coverage"])
       content["queries_per_second"] = {
-        int(size): float(speed)  # JSON has no keys but strings
+        int(size): float(speed)  # the keys of JSON are strings
         for size, speed in content["queries_per_second"].items()
       }
       if content.get("modes") is not None:
@@ -190,7 +204,7 @@ class Certificate:
   def table(self) -> str:
     """Returns the certificate as a Markdown table."""
     rows = [("index", self._describe())]
-    if self.coverage is not None:  # no recall finds what is not in there
+    if self.coverage is not None:  # recall does not show what is missing
       rows.append(("not embedded", str(self.coverage)))
     rows += [(f"index_recall@{r.k}", _interval(r)) for r in self.recalls]
     rows.append(("measured on", self._describe_sample()))
@@ -226,53 +240,30 @@ class Certificate:
       return f"{self.num_questions:,} questions"
     return (
       f"{self.num_questions:,} of its own passages, each searched among the"
-      " others; questions may find less"
+      " others; the recall of questions may be lower"
     )
 
   def _size(self, size: int) -> str:
     each = size / self.num_passages
-    return f"{_bytes(size)}, {each:,.0f} bytes a passage"
+    return f"{_bytes(size)}, {each:,.0f} bytes per passage"
 
 
 def _check_types(certificate: Certificate) -> None:
-  """Raises `ValueError` unless the numbers are numbers, and the texts texts."""
+  """Raises `ValueError` unless all fields have the right types and ranges."""
+  values = {name: getattr(certificate, name) for name in _FIELDS}
+  Content(values, "it").check(**_FIELDS)
+  numbers = [certificate.build_secs or 0.0]
   for recall in certificate.recalls:
-    numbers = (recall.mean, recall.low, recall.high)
-    if not _is_count(recall.k) or not all(map(_is_number, numbers)):
-      raise ValueError(f"recalls are {recall!r:.200}")
-  for name in ("kind", "sample"):
-    if not isinstance(getattr(certificate, name), str):
-      raise ValueError(f"{name} is {getattr(certificate, name)!r:.80}")
-  if not isinstance(certificate.settings, Mapping):
-    raise ValueError(f"settings are {certificate.settings!r:.80}")
-  for name in (
-    "num_passages", "embedding_dim", "num_questions", "speed_k", "num_cpus",
-    "memory_bytes", "disk_bytes", "build_peak_bytes",
-  ):  # fmt: skip
-    value = getattr(certificate, name)
-    needed = name not in ("disk_bytes", "build_peak_bytes")
-    least = 1 if name in ("num_passages", "embedding_dim") else 0
-    if value is None and not needed:
-      continue
-    if not _is_count(value) or int(value or 0) < least:
-      raise ValueError(f"{name} is {value!r:.80}")
-  modes = certificate.modes
-  found = modes.metrics.values() if modes else ()
-  measured = [v for m in found for v in dataclasses.astuple(m)]
-  measured += (modes and modes.weights) or ()
-  if not all(map(_is_number, measured)):
-    raise ValueError(f"modes are {modes!r:.200}")
-  secs = certificate.build_secs
-  if secs is not None and not _is_number(secs):
-    raise ValueError(f"build_secs are {secs!r:.80}")
-
-
-def _is_count(value: Any) -> bool:
-  return type(value) is int and 0 <= value < 2**63
-
-
-def _is_number(value: Any) -> bool:
-  return type(value) in (int, float) and abs(value) < 1e300
+    Content({"k": recall.k}, "a recall").check(k=int)
+    numbers += [recall.mean, recall.low, recall.high]
+  if certificate.modes:
+    for metrics in certificate.modes.metrics.values():
+      numbers += dataclasses.astuple(metrics)
+    numbers += certificate.modes.weights or ()
+  if not all(type(n) in (int, float) and abs(n) < 1e300 for n in numbers):
+    raise ValueError(f"one of its numbers is wrong: {numbers!r:.200}")
+  if not certificate.num_passages or not certificate.embedding_dim:
+    raise ValueError("it has no passages or no dimensions")
 
 
 def _interval(recall: Recall) -> str:

@@ -1,8 +1,8 @@
-"""Embeddings in a directory, to an index in the same directory.
+"""Builds a certified index in the directory of its embeddings.
 
 In: the directory that embedding_job.py filled, and a sample of questions. Out:
 the index in it, tuned if that was asked for, and certified. The embeddings are
-stored once, also where an index is many searchers.
+stored once, even if the index is split into shards.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from rag_jax.retrieval.index import resolve_kind
 from rag_jax.retrieval.resources import BuildMeter
 from rag_jax.retrieval.tuner import tune
 
-_LEAST_QUESTIONS = 20  # to tune an index with
+_LEAST_QUESTIONS = 20  # fewest questions to tune an index on
 
 
 def check_tuning(
@@ -37,7 +37,7 @@ def check_tuning(
   if config.passages_per_shard < 0:
     raise ValueError(
       f"index.passages_per_shard={config.passages_per_shard}; expected at least"
-      " 1, or 0 for one searcher of all passages. Change it."
+      " 1, or 0 for an index without shards. Change it."
     )
   if not target_recall:
     return
@@ -50,27 +50,28 @@ def check_tuning(
   if config.passages_per_shard:
     raise ValueError(
       f"target_recall={target_recall} with index.passages_per_shard="
-      f"{config.passages_per_shard}: one searcher of all passages is tuned;"
+      f"{config.passages_per_shard}: an index in shards cannot be tuned;"
       " expected one of the two. Leave the other at 0."
     )
   if num_questions < _LEAST_QUESTIONS:
     raise ValueError(
       f"target_recall={target_recall} is tuned on questions, of which"
       f" there are {num_questions}; expected at least {_LEAST_QUESTIONS}: half"
-      " of them to tune on, half for the certificate. Give a file of them."
+      " of them to tune on, half for the certificate. Pass a file of questions."
     )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateSettings:
-  """How an index is certified, and what else its certificate says.
+  """How an index is certified, and further fields of its certificate.
 
   Attributes:
-    sample: embeddings of questions; None: passages certify the index.
-    target_recall: that ScaNN is tuned to on half of the sample; 0: it is not.
+    sample: embeddings of questions; None to certify with passages.
+    target_recall: the recall that ScaNN is tuned to, on half of the sample; 0
+      for no tuning.
     speed_secs: how long each batch size is timed.
-    coverage: how much of the passages was embedded.
-    modes: of search, as they were measured before.
+    coverage: how much of the corpus was embedded.
+    modes: the search modes, if they were measured before.
   """
 
   sample: Float[np.ndarray, "B R"] | None
@@ -88,35 +89,27 @@ def build_certified_index(
   encoder_fingerprint: str,
   passages_fingerprint: str,
 ) -> None:
-  """Builds and certifies the index, unless it is there already.
+  """Builds and certifies the index, unless the directory has one already.
 
-  With `index.passages_per_shard` one shard is in memory at a time, and what was
-  cut off goes on after the last shard that was finished.
-
-  Args:
-    path: of the directory that holds the embeddings.
-    config: how passages are searched.
-    settings: of the certificate.
-    encoder_fingerprint: of the weights that embedded the passages.
-    passages_fingerprint: of the passages.
-
-  Raises:
-    ValueError: as `index.build_index` and `tuner.tune`.
+  With `index.passages_per_shard` only one shard is in memory at a time, and an
+  interrupted build continues after the last finished shard. The embeddings are
+  those in the directory. Other arguments as in `index.build_index`; errors also
+  as in `tuner.tune`.
   """
   index, sample = None, settings.sample
   if (path / artifacts.MANIFEST).exists():
     index = load_index(path)
-    # One in shards is complete before it is certified.
+    # An index in shards is complete before it is certified.
     if index.certificate is not None:
       return
   embeddings = open_embeddings(path)
-  prints: dict[str, Any] = {
+  fingerprints: dict[str, Any] = {
     "encoder_fingerprint": encoder_fingerprint,
     "passages_fingerprint": passages_fingerprint,
   }
   if index is None and 0 < config.passages_per_shard < len(embeddings):
     meter = BuildMeter()
-    build_index_directory(path, embeddings, config, **prints)
+    build_index_directory(path, embeddings, config, **fingerprints)
     cost = meter.cost()
     index = load_index(path)
     index.build_cost = cost
@@ -129,11 +122,11 @@ def build_certified_index(
       k=min(10, len(embeddings)),
       config=config,
     )
-    logging.info("What was tried:\n%s", tuned.table())
+    logging.info("The tuner tried:\n%s", tuned.table())
     index, sample = tuned.index, sample[1::2]
-    index.info = dataclasses.replace(index.info, **prints)
+    index.info = dataclasses.replace(index.info, **fingerprints)
   elif index is None:
-    index = build_index(embeddings, config, **prints)
+    index = build_index(embeddings, config, **fingerprints)
   certificate = certify(index, sample, speed_secs=settings.speed_secs)
   index.certificate = dataclasses.replace(
     certificate, coverage=settings.coverage, modes=settings.modes

@@ -1,6 +1,6 @@
-"""Measures what an index finds, how fast, and what it takes.
+"""Measures the recall, the speed and the memory of an index.
 
-In: an index, and embeddings of questions that it was not built from. Out: its
+In: an index, and embeddings of questions that nothing was tuned on. Out: its
 certificate.
 """
 
@@ -21,8 +21,8 @@ from rag_jax.retrieval.recall import mean_recall
 from rag_jax.retrieval.resources import num_cpus
 from rag_jax.retrieval.resources import queries_per_second
 
-_SEED = 0  # of the sample: the same index and questions give the same recall
-_SPEED_K = 10  # passages a question, when speed is measured
+_SEED = 0  # for the sample: the same index and questions give the same recall
+_SPEED_K = 10  # passages per question, when speed is measured
 _SPEED_BATCHES = (1, 256)
 
 
@@ -36,24 +36,23 @@ def certify(
 ) -> Certificate:
   """Returns the certificate of `index`, measured against exact search.
 
-  Without questions, passages of the index stand for them. Such a passage finds
-  itself, whatever the index does, so it is left out of both results: what
-  counts is whether its neighbours are found. That is easier than to answer
-  questions, which lie where no passage does; the certificate says which it was.
+  Without questions, passages of the index are searched instead. Each of them
+  finds itself, so it is removed from both results: what counts is whether its
+  neighbours are found. This is easier than real questions, which lie farther
+  from the passages. The certificate says which sample was used.
 
-  The sample is searched at once. ScaNN may find a passage more or less for a
-  question that is searched alone.
+  The whole sample is searched in one call. ScaNN may find a passage more or
+  less for a question that is searched alone.
 
-  Assign it to `index.certificate` before `index.save`.
+  Assign the result to `index.certificate` before `index.save`.
 
   Args:
     index: of any kind.
-    questions: embeddings of questions that nothing was tuned on; None: of
-      passages in the index.
-    ks: how deep recall is measured; those above the number of passages become
-      that number.
-    max_questions: a larger sample is drawn down to this.
-    speed_secs: how long each batch size is timed; 0: not at all.
+    questions: embeddings of questions that nothing was tuned on; None for
+      passages of the index.
+    ks: the k of each recall, at most the number of passages.
+    max_questions: a larger sample is reduced to this size at random.
+    speed_secs: how long each batch size is timed; 0 to measure no speed.
 
   Raises:
     ValueError: there are no questions, they do not fit the index, or a number
@@ -68,14 +67,14 @@ def certify(
   if questions is None:
     rows = _draw(rng, index.num_passages, max_questions)
     sample, own = np.asarray(index.embeddings[rows]), rows
-    # One passage alone has no others to find; it has to find itself.
+    # A single passage has no neighbours; it has to find itself.
     own = None if index.num_passages == 1 else own
   else:
     if not len(questions):
       raise ValueError(
         f"The questions to certify the index with have shape {questions.shape}:"
-        " there are none. Expected at least one; pass None to measure with"
-        " passages of the index."
+        " there are none. Expected at least one; pass None to use passages of"
+        " the index."
       )
     rows = _draw(rng, len(questions), max_questions)
     sample, own = questions[rows], None
@@ -105,24 +104,21 @@ def certify(
 
 
 def check_min_recall(index: Index, minimum: float, k: int) -> None:
-  """Refuses an index whose certificate says less than `minimum`.
+  """Raises `ValueError` if the certified recall of an index is below `minimum`.
 
-  One without certificate gets it now, measured with its passages.
+  An index without a certificate is measured now, with its passages.
 
   Args:
     index: of any kind.
-    minimum: from 0 to 1; 0 never refuses.
-    k: passages that are read for a question. Of the recalls measured, the one
-      at the next larger number counts.
-
-  Raises:
-    ValueError: the index finds too little.
+    minimum: from 0 to 1; 0 turns the check off.
+    k: passages that are read per question. The recall at the next larger
+      measured k counts.
   """
   if not minimum:
     return
   if index.certificate is None:
     logging.info(
-      "Measuring an index of kind %r: it has no certificate.", index.kind
+      "Measuring an index of kind %r, which has no certificate.", index.kind
     )
     index.certificate = certify(index, speed_secs=0.0)
   certificate = index.certificate
@@ -141,7 +137,7 @@ def check_min_recall(index: Index, minimum: float, k: int) -> None:
 def exact_search(
   index: Index, questions: Float[np.ndarray, "B R"], n_docs: int
 ) -> Int[np.ndarray, "B K"]:
-  """Returns what exact search finds among the embeddings of `index`."""
+  """Returns the ids that exact search finds in the embeddings of `index`."""
   exact = ExactIndex(
     index.embeddings, encoder_fingerprint="", passages_fingerprint=""
   )
@@ -151,7 +147,7 @@ def exact_search(
 def _recalls(
   index: Index,
   sample: np.ndarray,
-  own: np.ndarray | None,  # the passage that each of the sample is
+  own: np.ndarray | None,  # the ids, if the sample is passages
   depths: Sequence[int],
 ) -> tuple[Recall, ...]:
   more = own is not None
@@ -159,7 +155,7 @@ def _recalls(
   if own is not None:
     truth = _without(truth, own)
   recalls = []
-  # A search each: the first 10 of 100 are not what a search for 10 finds.
+  # One search per k: the first 10 of 100 may differ from a search for 10.
   for k in depths:
     found, _ = index.search(sample, k + more)
     if own is not None:
@@ -171,9 +167,9 @@ def _recalls(
 def _without(
   ids: Int[np.ndarray, "B K"], own: Int[np.ndarray, "B"]
 ) -> Int[np.ndarray, "B k"]:
-  """Returns all but `own` of each row; where it is not there, all but the last.
+  """Returns each row without `own`, or without its last id if `own` is missing.
 
-  It is not there if others score higher: a longer passage may.
+  It is missing if other passages score higher, for instance longer ones.
   """
   kept = ids != own[:, None]
   kept[kept.all(axis=1), -1] = False
@@ -181,7 +177,7 @@ def _without(
 
 
 def _draw(rng: np.random.Generator, total: int, most: int) -> np.ndarray:
-  """Returns `most` of the numbers below `total`, or all, rising."""
+  """Returns `most` random numbers below `total`, or all, in ascending order."""
   if total <= most:
     return np.arange(total)
   return np.sort(rng.choice(total, most, replace=False))

@@ -1,11 +1,11 @@
 """Search in the memory of the accelerators, inside a compiled program.
 
-In: passage embeddings, and passages as tokens. Out: arrays whose rows lie
-spread over a mesh, and pure functions that search them and fetch passages, for
-a train step or an index of kind "device" (device_index.py).
+In: passage embeddings, and passages as tokens. Out: arrays whose rows are
+sharded over a mesh, and pure functions that search them and gather passages,
+for a train step or an index of kind "device" (device_index.py).
 
-Each device scores its own rows. Only the best of them travel: B x K x devices
-ids and scores, never B x P.
+Each device scores its own rows. Only the best are communicated: ids and scores
+of B x K x devices passages, never of B x P.
 """
 
 from collections.abc import Callable
@@ -23,28 +23,31 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 import numpy as np
 
-_SPARE = 16  # rows scored again beside the n_docs best, on each device
+from rag_jax.retrieval.index_core import check_dim
+from rag_jax.retrieval.index_core import check_n_docs
+
+_SPARE = 16  # rows that each device scores again, besides its n_docs best
 STORAGES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "int8": np.int8}
 
 
-# Unchecked, because JAX makes it of shapes and shardings too.
+# No type check, because JAX also fills the fields with shapes and shardings.
 @typing.no_type_check
 @flax.struct.dataclass
 class DeviceArrays:
-  """Passages, their rows spread over all devices of `mesh`. Row = passage id.
+  """Passages, their rows sharded over all devices of `mesh`. Row = passage id.
 
-  There are N >= num_passages rows: a multiple of the devices, and each device's
-  rows of its chunks. The rows that fill up are never found.
+  There are N >= num_passages rows, so that all devices and all chunks have
+  equally many. Search never returns the rows of this padding.
   """
 
   embeddings: Float[Any, "N R"]  # or int8
-  scales: Float[Any, "N"] | None  # of int8: a row is scale * integers
+  scales: Float[Any, "N"] | None  # with int8: a row is scale * integers
   tokens: Integer[Any, "N L"] | None
-  lengths: Int[Any, "N"] | None  # of the tokens; the rest is padding
-  embedded_at: Int[Any, "N"]  # the step whose parameters embedded a row
+  lengths: Int[Any, "N"] | None  # number of tokens; the rest is padding
+  embedded_at: Int[Any, "N"]  # the step whose parameters embedded the row
   num_passages: int = flax.struct.field(pytree_node=False)  # P
   mesh: Mesh = flax.struct.field(pytree_node=False)
-  num_chunks: int = flax.struct.field(pytree_node=False)  # on each device
+  num_chunks: int = flax.struct.field(pytree_node=False)  # per device
   recall_target: float = flax.struct.field(pytree_node=False)  # 1.0: exact
 
 
@@ -61,34 +64,38 @@ def place_arrays(
 
   Args:
     embeddings: finite numbers, which `build_index` checks. A memory map is read
-      one device's rows at a time, and in several processes only those of the
-      process's own devices.
-    mesh: all its axes together split the rows.
-    storage: "float32", "bfloat16" or "int8" (with a scale a row).
-    recall_target: below 1.0 `jax.lax.approx_max_k` aims at it.
-    chunk_passages: rows that a device scores at a time, so that only [B, this]
-      scores exist; 0: all its rows at once.
-    step: whose parameters embedded them.
+      one device at a time. Each process only reads the rows of its own devices.
+    mesh: the rows are split over all its axes together.
+    storage: "float32", "bfloat16" or "int8" (with one scale per row).
+    recall_target: below 1.0, the target of `jax.lax.approx_max_k`.
+    chunk_passages: how many rows a device scores at a time, so that only
+      [B, chunk_passages] scores exist; 0 for all its rows at once.
+    step: the step whose parameters computed the embeddings.
   """
-  num_rows, num_chunks = _split(len(embeddings), mesh, chunk_passages)
-  place = functools.partial(_place, mesh=mesh, num_rows=num_rows)
+  abstract = abstract_arrays(
+    len(embeddings),
+    embeddings.shape[1],
+    mesh,
+    storage=storage,
+    recall_target=recall_target,
+    chunk_passages=chunk_passages,
+  )
+  place = functools.partial(
+    _place, mesh=mesh, num_rows=abstract.embedded_at.shape[0]
+  )
   if storage == "int8":
-    stored, scales = place(embeddings, _to_int8), place(embeddings, _scales)
+    stored = place(embeddings, lambda block: to_int8(block)[0])
+    scales = place(embeddings, lambda block: to_int8(block)[1])
   else:
     stored = place(embeddings, lambda block: block.astype(STORAGES[storage]))
     scales = None
-  return DeviceArrays(
+  return dataclasses.replace(
+    abstract,
     embeddings=stored,
     scales=scales,
-    tokens=None,
-    lengths=None,
     embedded_at=place(
       embeddings, lambda block: np.full(len(block), step, np.int32)
     ),
-    num_passages=len(embeddings),
-    mesh=mesh,
-    num_chunks=num_chunks,
-    recall_target=recall_target,
   )
 
 
@@ -101,7 +108,7 @@ def abstract_arrays(
   recall_target: float = 1.0,
   chunk_passages: int = 0,
 ) -> DeviceArrays:
-  """Returns shapes, dtypes and shardings of what `place_arrays` makes."""
+  """Returns the shapes, dtypes and shardings of what `place_arrays` returns."""
   num_rows, num_chunks = _split(num_passages, mesh, chunk_passages)
   sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
@@ -126,12 +133,12 @@ def place_tokens(
   tokens: Integer[np.ndarray, "P L"],
   lengths: Integer[np.ndarray, "P"],
 ) -> DeviceArrays:
-  """Returns `arrays` with the passages as tokens, for `gather_passages`.
+  """Returns `arrays` with the tokens of the passages, for `gather_passages`.
 
   Args:
-    arrays: of the same passages.
-    tokens: kept in their type: uint16 halves the memory of int32.
-    lengths: how many of a row are real; the rest is padding.
+    arrays: the embeddings of the same passages.
+    tokens: their type is kept: uint16 takes half the memory of int32.
+    lengths: the number of real tokens per row; the rest is padding.
 
   Raises:
     ValueError: there are more or fewer rows than passages.
@@ -139,8 +146,8 @@ def place_tokens(
   if not len(tokens) == len(lengths) == arrays.num_passages:
     raise ValueError(
       f"There are tokens of {len(tokens)} passages and {len(lengths)} lengths,"
-      f" but the index holds {arrays.num_passages} passages. Expected a row for"
-      " each; use the tokens of the passages that the index was built of."
+      f" but the index holds {arrays.num_passages} passages. Expected one row"
+      " per passage; use the tokens of the passages in the index."
     )
   place = functools.partial(
     _place, mesh=arrays.mesh, num_rows=len(arrays.embeddings)
@@ -159,45 +166,33 @@ def search_device(
 ) -> tuple[Int[Array, "B K"], Float[Array, "B K"]]:
   """Finds the passages with the largest inner product; call it inside a jit.
 
-  No gradient flows through it. NaN in a question gives passages of no meaning,
-  but passages.
+  It has no gradient. For a question with NaN it returns arbitrary passages, but
+  valid ids.
 
   Args:
-    arrays: as `place_arrays` made them; an argument of the jit, for a constant
-      would be copied into the program.
+    arrays: the result of `place_arrays`. Pass it to the jit as an argument: a
+      constant would be copied into the program.
     question_embeddings: [B, R].
-    n_docs: how many passages to return for each question (K), static.
+    n_docs: how many passages to return per question (K), static.
 
   Returns:
     Passage ids [B, K] int32 and scores [B, K] float32 of the stored
-    embeddings, best first; of equal scores the smaller id (of more than 16
-    equal passages at the last place some may be passed over). Every device has
-    them all.
+    embeddings, best first; of equal scores the smaller id (if more than 16
+    passages tie for the last place, not always). They are replicated.
 
   Raises:
     ValueError: there are fewer passages than `n_docs`, or the embeddings have
       another dimension.
   """
-  dim = arrays.embeddings.shape[1]
-  if question_embeddings.shape[1:] != (dim,):
-    raise ValueError(
-      f"The question embeddings have shape {question_embeddings.shape}, but the"
-      f" device index holds {dim}-dimensional embeddings: expected (questions,"
-      f" {dim}). Search with the encoder that belongs to the index."
-    )
-  if not 1 <= n_docs <= arrays.num_passages:
-    raise ValueError(
-      f"data.n_docs={n_docs} passages a question were asked for; expected 1 to"
-      f" {arrays.num_passages}, the passages in the device index. Change"
-      " data.n_docs or index more passages."
-    )
+  check_dim(question_embeddings.shape, arrays.embeddings.shape[1])
+  check_n_docs(n_docs, arrays.num_passages)
   rows = PartitionSpec(arrays.mesh.axis_names)
   search = jax.shard_map(
     functools.partial(_search_shard, arrays, n_docs),
     mesh=arrays.mesh,
     in_specs=(rows, rows, PartitionSpec()),
-    out_specs=PartitionSpec(),  # each device merges the same winners,
-    check_vma=False,  # which JAX cannot prove
+    out_specs=PartitionSpec(),  # all devices merge the same winners,
+    check_vma=False,  # but JAX cannot prove it
   )
   return search(
     *jax.lax.stop_gradient(
@@ -218,20 +213,28 @@ def gather_passages(
   Raises:
     ValueError: `place_tokens` was not called.
   """
+  all_tokens, all_lengths = placed_tokens(arrays)
+  tokens = gather_rows(arrays, all_tokens, ids).astype(jnp.int32)
+  lengths = gather_rows(arrays, all_lengths, ids)
+  return tokens, jnp.arange(tokens.shape[-1]) < lengths[..., None]
+
+
+def placed_tokens(
+  arrays: DeviceArrays,
+) -> tuple[Integer[Any, "N L"], Int[Any, "N"]]:
+  """Returns tokens and lengths, or raises `ValueError` if there are none."""
   if arrays.tokens is None or arrays.lengths is None:
     raise ValueError(
-      "The device index holds no tokens, only embeddings; expected both to"
-      " gather passages. Call place_tokens(arrays, tokens, lengths) first."
+      "The device index holds no tokens, only embeddings; expected both, to"
+      " read passages. Call place_tokens(arrays, tokens, lengths) first."
     )
-  tokens = gather_rows(arrays, arrays.tokens, ids).astype(jnp.int32)
-  lengths = gather_rows(arrays, arrays.lengths, ids)
-  return tokens, jnp.arange(tokens.shape[-1]) < lengths[..., None]
+  return arrays.tokens, arrays.lengths
 
 
 def gather_embeddings(
   arrays: DeviceArrays, ids: Int[Array, "B K"]
 ) -> Float[Array, "B K R"]:
-  """Returns embeddings in float32, as they are stored; without gradient."""
+  """Returns the stored embeddings in float32; without gradient."""
   embeddings = jax.lax.stop_gradient(arrays.embeddings)
   found = gather_rows(arrays, embeddings, ids).astype(jnp.float32)
   if arrays.scales is None:
@@ -244,9 +247,9 @@ def gather_rows(
   values: Shaped[Array, "N *rest"],
   ids: Int[Array, "B K"],
 ) -> Shaped[Array, "B K *rest"]:
-  """Returns rows `ids` of `values`, which lie as the rows of `arrays` do.
+  """Returns the rows `ids` of `values`, which is sharded as `arrays`.
 
-  Zeros where there is no such row; small types come back wider.
+  A row that does not exist gives zeros. Small integer types are widened.
   """
   axes = arrays.mesh.axis_names
 
@@ -255,7 +258,7 @@ def gather_rows(
     here = (row >= 0) & (row < len(block))
     found = block[jnp.clip(row, 0, len(block) - 1)]
     here = here.reshape(here.shape + (1,) * (found.ndim - here.ndim))
-    # One device has the row. Sums of small types are not exact, or not there.
+    # One device has the row. Small types have no sum, or no exact one.
     wide = jnp.promote_types(found.dtype, jnp.int32)
     return jax.lax.psum(jnp.where(here, found, 0).astype(wide), axes)
 
@@ -270,7 +273,7 @@ def gather_rows(
 def _split(
   num_passages: int, mesh: Mesh, chunk_passages: int
 ) -> tuple[int, int]:
-  """Returns how many rows there are, and into how many chunks a device's."""
+  """Returns the number of rows, and of chunks per device."""
   rows = -(-num_passages // mesh.size)
   num_chunks = -(-rows // (chunk_passages or rows))
   return -(-rows // num_chunks) * num_chunks * mesh.size, num_chunks
@@ -283,7 +286,7 @@ def _place(
   mesh: Mesh,
   num_rows: int,
 ) -> jax.Array:
-  """Returns `convert` of `array`, filled up with zeros, spread over `mesh`."""
+  """Returns `convert(array)`, padded with zeros and sharded over `mesh`."""
   tail = convert(array[:1]).shape[1:]
 
   def read(index: Any) -> np.ndarray:
@@ -300,31 +303,32 @@ def _place(
   )
 
 
-def _scales(block: np.ndarray) -> np.ndarray:
-  """Returns what an integer of each row stands for; of zeros, anything."""
-  largest = np.abs(block).max(axis=1, initial=0.0)
-  return np.where(largest > 0, largest / 127, 1).astype(np.float32)
+def to_int8(
+  embeddings: Float[Any, "N R"], xp: Any = np
+) -> tuple[Any, Float[Any, "N"]]:
+  """Returns int8 [N, R] and their scales; `xp` is the module: NumPy or JAX's.
 
-
-def _to_int8(block: np.ndarray) -> np.ndarray:
-  return np.rint(block / _scales(block)[:, None]).astype(np.int8)
+  A row of zeros has the scale 1.
+  """
+  largest = xp.max(xp.abs(embeddings), axis=1)
+  scales = xp.where(largest > 0, largest / 127, 1).astype(np.float32)
+  return xp.rint(embeddings / scales[:, None]).astype(np.int8), scales
 
 
 def _search_shard(
-  arrays: DeviceArrays,  # for its settings alone
+  arrays: DeviceArrays,  # only its settings are used
   n_docs: int,
   embeddings: jax.Array,  # n R, the rows of this device
   scales: jax.Array | None,  # n
   questions: jax.Array,  # B R
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the best of all devices, from the rows of each."""
+  """Returns the best of all devices; runs on each, with its own rows."""
   axes, rows = arrays.mesh.axis_names, len(embeddings)
   first = jax.lax.axis_index(axes) * rows  # id of the first row
   spare = min(n_docs + _SPARE, rows)
   rough, row = _scan_chunks(arrays, spare, first, embeddings, scales, questions)
-  # A matrix product rounds in an order that depends on its shape and on the
-  # row's place in it. Summed like this, equal rows have equal scores, on
-  # however many devices they lie.
+  # How a matrix product rounds depends on its shape and on the place of a row
+  # in it. With this sum equal rows have equal scores, on any number of devices.
   found = embeddings[row].astype(jnp.float32)  # B k R
   scores = jnp.sum(questions[:, None] * found, axis=-1)
   if scales is not None:
@@ -344,9 +348,9 @@ def _scan_chunks(
   scales: jax.Array | None,
   questions: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the scores and rows [B, k] of the best, by chunks of the rows.
+  """Returns scores and rows [B, k] of the best, chunk by chunk.
 
-  A row that fills up has the score -inf; there may be some in place of a row.
+  If there are fewer than k real rows, rows of the padding follow, with -inf.
   """
   size = len(embeddings) // arrays.num_chunks
 
@@ -366,7 +370,7 @@ def _scan_chunks(
       scores, row = jax.lax.approx_max_k(
         scores, min(k, size), recall_target=arrays.recall_target
       )
-    else:  # of equal scores the first, which is the smaller id
+    else:  # of equal scores the first: the smaller id
       scores, row = jax.lax.top_k(scores, min(k, size))
     scores = jnp.concatenate([best[0], scores], axis=1)
     row = jnp.concatenate([best[1], start + row], axis=1)
@@ -380,7 +384,7 @@ def _scan_chunks(
 
 
 def _finite(scores: jax.Array) -> jax.Array:
-  """Returns scores that order: no NaN, no -inf, no minus zero."""
+  """Returns scores that can be sorted: without NaN, -inf and minus zero."""
   lowest = jnp.finfo(jnp.float32).min
   scores = jnp.where(scores > lowest, scores, lowest)
   return jnp.where(scores == 0, 0.0, scores)
@@ -389,6 +393,6 @@ def _finite(scores: jax.Array) -> jax.Array:
 def _sort(
   scores: jax.Array, ids: jax.Array, k: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the best k scores and ids of each row, ties by the smaller id."""
+  """Returns the best k scores and ids per row; of equal ones the smaller id."""
   scores, ids = jax.lax.sort((-scores, ids), num_keys=2)
   return -scores[:, :k], ids[:, :k]

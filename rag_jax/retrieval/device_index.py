@@ -1,7 +1,7 @@
-"""An index of kind "device": the accelerators search, the host asks.
+"""An index of kind "device": the accelerators search, the host calls them.
 
-In: passage embeddings. Out: for each question the passages that the devices
-found, and a directory that holds the embeddings.
+In: passage embeddings. Out: per question the passages that the devices found,
+and a directory that holds the embeddings.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from rag_jax.retrieval.embeddings import Rows
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.exact import rank
 from rag_jax.retrieval.index_core import REMEDY
+from rag_jax.retrieval.index_core import Found
 from rag_jax.retrieval.index_core import Index
 from rag_jax.retrieval.index_core import IndexInfo
 from rag_jax.retrieval.index_core import check_search
 
 _BLOCK_QUESTIONS = 256  # searched for at a time
 _SETTINGS = ("storage", "recall_target", "chunk_passages")
-
 
 _search = jax.jit(device.search_device, static_argnames="n_docs")
 _gather = jax.jit(device.gather_embeddings)
@@ -40,23 +40,20 @@ def settings_of(config: IndexConfig) -> dict[str, Any]:
 class DeviceIndex(Index):
   """`device.DeviceArrays` as an index that the host searches. Row = passage id.
 
-  The passages that the devices find are ranked by their exact scores, so a
-  recall below 1 (of a recall target, of stored numbers that are rounded) is all
-  that differs from `ExactIndex`. A train step uses `arrays`.
+  The passages that the devices find are ranked by exact scores. So the only
+  difference from `ExactIndex` is a recall below 1, from a recall target or from
+  rounded embeddings. A train step uses `arrays`.
   """
 
   def __init__(
-    self,
-    inner: ExactIndex,
-    settings: dict[str, Any],
-    mesh: Mesh | None = None,
+    self, inner: ExactIndex, settings: dict[str, Any], mesh: Mesh | None = None
   ):
     """Copies the embeddings of `inner` to the devices.
 
     Args:
       inner: keeps the embeddings in float32 on the host.
-      settings: how, as in `device.place_arrays`.
-      mesh: over which devices; None: one of this process. Over several, do
+      settings: the settings of `device.place_arrays`.
+      mesh: the devices; None for one device of this process. With several, do
         not search in a thread while another program runs on them.
     """
     self.arrays = device.place_arrays(
@@ -70,17 +67,13 @@ class DeviceIndex(Index):
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
-  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-    """Finds the passages with the largest inner product.
-
-    Arguments, results and errors as in `ExactIndex.search`; the scores are
-    exact, whatever the devices hold.
-    """
+  ) -> Found:
+    """Returns passages that the devices found; see `Index.search`."""
     questions = check_search(self.info, question_embeddings, n_docs)
     ids = np.zeros((len(questions), n_docs), np.int32)
     for start in range(0, len(questions), _BLOCK_QUESTIONS):
       block = questions[start : start + _BLOCK_QUESTIONS]
-      # Filled up to a power of two: few shapes to compile programs for.
+      # Padded to a power of two, so that few programs are compiled.
       filled = np.zeros((1 << (len(block) - 1).bit_length(), block.shape[1]))
       filled[: len(block)] = block
       found, _ = _search(self.arrays, np.float32(filled), n_docs=n_docs)
@@ -89,18 +82,14 @@ class DeviceIndex(Index):
 
   @classmethod
   def load(
-    cls,
-    path: epath.PathLike,
-    info: IndexInfo,
-    mesh: Mesh | None = None,
+    cls, path: epath.PathLike, info: IndexInfo, mesh: Mesh | None = None
   ) -> "DeviceIndex":
     """Opens what `save` wrote, and copies it to the devices.
 
     Args:
       path: the directory.
-      info: of its manifest, once that was checked (`index.load_index`).
-      mesh: over which devices, not those that it was saved from; None: one
-        of this process.
+      info: its manifest, which `index.load_index` has checked.
+      mesh: as in the constructor; the saved index may have had another.
 
     Raises:
       ValueError: the files do not fit together.
@@ -111,7 +100,7 @@ class DeviceIndex(Index):
       or settings["storage"] not in device.STORAGES
     ):
       raise ValueError(
-        f"{path} says that it is an index of kind 'device', but its settings"
+        f"The manifest of {path} names the kind 'device', but its settings"
         f" {settings} are not {', '.join(_SETTINGS)}, with a storage of"
         f" {sorted(device.STORAGES)}. {REMEDY}"
       )
@@ -119,11 +108,12 @@ class DeviceIndex(Index):
 
 
 class RefreshedIndex(DeviceIndex):
-  """An index that a train step keeps fresh, seen from the host in between.
+  """Lets the host search the arrays of a train step, between two steps.
 
-  Its rows are of the weights of several steps, so it has no fingerprint of an
-  encoder. The next step, which is given its arrays for good, ends its use.
-  Of several processes, all do the same with it.
+  The rows were embedded by the weights of several steps, so the index has no
+  encoder fingerprint. It must not be used after the next step has started: that
+  step takes over (donates) the arrays. All processes have to make the same
+  calls.
   """
 
   def __init__(
@@ -133,7 +123,7 @@ class RefreshedIndex(DeviceIndex):
     *,
     passages_fingerprint: str,
   ):
-    """Keeps the arrays; nothing is copied."""
+    """Takes the arrays; nothing is copied."""
     self.arrays = arrays
     embeddings = DeviceRows(arrays)
     info = IndexInfo(
@@ -148,9 +138,9 @@ class RefreshedIndex(DeviceIndex):
 
 
 class DeviceRows(Rows):
-  """The embeddings of `DeviceArrays`, of which the host copies what it reads.
+  """The embeddings of `DeviceArrays` as they are stored, in float32.
 
-  In float32, rounded as they are stored.
+  Only the rows that are read are copied to the host.
   """
 
   def __init__(self, arrays: device.DeviceArrays):
@@ -159,7 +149,7 @@ class DeviceRows(Rows):
     super().__init__(shape, 4 * shape[0] * shape[1])
 
   def _take(self, numbers: Int[np.ndarray, "*N"]) -> np.ndarray:
-    # Filled up to a power of two: few shapes to compile programs for.
+    # Padded to a power of two, so that few programs are compiled.
     size = numbers.size
     filled = np.zeros((1, 1 << max(size - 1, 0).bit_length()), np.int32)
     filled[0, :size] = numbers.reshape(-1)
@@ -174,8 +164,8 @@ def _num_bytes(arrays: device.DeviceArrays) -> int:
 def _one_device() -> Mesh:
   """Returns a mesh of one device of this process.
 
-  Of one alone, because a thread may search while a step runs on all: two
-  programs that both wait for all devices could wait for each other.
+  Only one, because a thread may search while a train step runs on all devices:
+  two programs that both wait for all devices could wait for each other.
   """
   return jax.make_mesh(
     (1,),

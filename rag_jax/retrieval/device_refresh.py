@@ -1,12 +1,12 @@
-"""Rows of a device index that are embedded again, inside a compiled program.
+"""Embeds rows of a device index again, inside a compiled program.
 
 In: the arrays of an index, a step, a passage encoder as a function. Out: the
-arrays with some rows as that encoder embeds them, and how old the others are.
+arrays with some rows embedded by that encoder, and how old the others are.
 
-Which rows a step embeds is a function of the step alone, on however many
-devices the rows lie: those whose passage id leaves the same remainder as the
-step. So each device embeds an equal share, of its own rows: no embedding
-travels to another device's row.
+Which rows a step embeds depends on the step alone, not on the number of
+devices: those whose passage id has the same remainder as the step. So each
+device embeds an equal share, and only its own rows: no embedding is sent to
+another device.
 """
 
 import dataclasses
@@ -17,42 +17,44 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from rag_jax.retrieval.device import DeviceArrays
+from rag_jax.retrieval.device import placed_tokens
+from rag_jax.retrieval.device import to_int8
 
 
-def num_turns(num_passages: int, num_rows: int) -> int:
-  """Returns in how many steps every row is embedded, `num_rows` in each."""
+def refresh_period(num_passages: int, num_rows: int) -> int:
+  """Returns after how many steps every row was embedded once."""
   return -(-num_passages // num_rows)
 
 
 def due_rows(
   arrays: DeviceArrays, step: Int[Array, ""], num_rows: int
 ) -> Int[Array, "M"]:
-  """Returns the rows that `step` embeds, for each device those that it holds.
+  """Returns the rows that `step` embeds; each device gets rows that it holds.
 
-  Of P passages those whose id is `step` modulo ceil(P / num_rows), so that
-  every row has its turn in as many steps. A device has as many places as any
-  other; one that is left over says N, which is no row.
+  They are the passages whose id is `step` modulo ceil(P / num_rows), so after
+  that many steps every row has been embedded once. All devices get equally many
+  entries; an unused entry is N, which is no row.
 
   Args:
-    arrays: of N rows.
+    arrays: the index, with N rows.
     step: from 0.
-    num_rows: about how many, over all devices; static.
+    num_rows: about how many rows to embed, over all devices; static.
 
   Raises:
     ValueError: `num_rows` is below 1.
   """
   if num_rows < 1:
     raise ValueError(
-      f"num_rows={num_rows} passages are to be embedded again; expected at"
-      " least 1. Set index.refresh_rows to 1 or more."
+      f"num_rows={num_rows} passages per step are to be embedded again;"
+      " expected at least 1. Set index.refresh_rows to 1 or more."
     )
   axes, total = arrays.mesh.axis_names, len(arrays.embedded_at)
-  turns = num_turns(arrays.num_passages, num_rows)
+  period = refresh_period(arrays.num_passages, num_rows)
 
   def of_device(embedded_at: jax.Array, step: jax.Array) -> jax.Array:
     size = len(embedded_at)
-    first = jax.lax.axis_index(axes) * size  # id of the first row
-    row = (step - first) % turns + turns * jnp.arange(-(-size // turns))
+    first = jax.lax.axis_index(axes) * size  # id of the first row here
+    row = (step - first) % period + period * jnp.arange(-(-size // period))
     real = (row < size) & (first + row < arrays.num_passages)
     return jnp.where(real, first + row, total)
 
@@ -67,19 +69,15 @@ def due_rows(
 def own_passages(
   arrays: DeviceArrays, rows: Int[Array, "M"]
 ) -> tuple[Int[Array, "M L"], Bool[Array, "M L"]]:
-  """Returns the tokens of `rows`, as `due_rows` gave them, and their mask.
+  """Returns the tokens and mask of `rows`, which `due_rows` returned.
 
-  Nothing travels: each device reads its own. A place that is left over has the
-  tokens of some row, for an encoder likes no empty ones.
+  There is no communication: each device reads its own rows. An unused entry
+  gets the tokens of some row, because encoders do not accept empty passages.
 
   Raises:
     ValueError: the index holds no tokens.
   """
-  if arrays.tokens is None or arrays.lengths is None:
-    raise ValueError(
-      "The device index holds no tokens, only embeddings; expected both to"
-      " embed passages again. Call place_tokens(arrays, tokens, lengths) first."
-    )
+  all_tokens, all_lengths = placed_tokens(arrays)
   axes = arrays.mesh.axis_names
   own = PartitionSpec(axes)
 
@@ -92,7 +90,7 @@ def own_passages(
 
   tokens, lengths = jax.shard_map(
     take, mesh=arrays.mesh, in_specs=(own, own, own), out_specs=(own, own)
-  )(arrays.tokens, arrays.lengths, rows)
+  )(all_tokens, all_lengths, rows)
   return tokens, jnp.arange(tokens.shape[-1]) < lengths[:, None]
 
 
@@ -102,25 +100,29 @@ def refresh_rows(
   embeddings: Float[Array, "M R"],
   step: Int[Array, ""],
 ) -> DeviceArrays:
-  """Returns `arrays` with other embeddings in `rows`; without gradient.
+  """Returns `arrays` with new embeddings in `rows`; without gradient.
 
-  They are written in place where `arrays` is donated to the program.
+  If `arrays` is donated to the program, they are written in place.
 
   Args:
-    arrays: of an index.
-    rows: as `due_rows` gave them. What a device is given for a row that it does
-      not hold is dropped.
-    embeddings: of these rows, rounded to what the index stores.
-    step: whose parameters embedded them.
+    arrays: the index.
+    rows: what `due_rows` returned. An entry for a row that its device does not
+      hold is ignored.
+    embeddings: of these rows; they are rounded to what the index stores.
+    step: the step whose parameters computed them.
   """
   axes = arrays.mesh.axis_names
   own = PartitionSpec(axes)
-  stored, scales = _store(arrays, jax.lax.stop_gradient(embeddings))
+  embeddings = jax.lax.stop_gradient(embeddings)
+  if arrays.scales is None:
+    stored, scales = embeddings.astype(arrays.embeddings.dtype), None
+  else:
+    stored, scales = to_int8(embeddings.astype(jnp.float32), jnp)
   steps = jnp.full(rows.shape, step, jnp.int32)
 
   def write(block: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
     row = rows - jax.lax.axis_index(axes) * len(block)
-    # Numbers below zero would count from the end.
+    # Negative numbers would count from the end.
     row = jnp.where((row >= 0) & (row < len(block)), row, len(block))
     return block.at[row].set(values, mode="drop")
 
@@ -141,25 +143,9 @@ def refresh_rows(
 def staleness(
   arrays: DeviceArrays, step: Int[Array, ""]
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-  """Returns how many steps old the embeddings are: their mean and the most."""
+  """Returns the age of the embeddings in steps: the mean and the largest."""
   real = jnp.arange(len(arrays.embedded_at)) < arrays.num_passages
   age = jnp.where(real, step - arrays.embedded_at, 0)
-  # In float32, for many rows times many steps are beyond int32.
+  # In float32, because the sum over many rows may overflow int32.
   mean = jnp.sum(age.astype(jnp.float32)) / arrays.num_passages
   return mean, jnp.max(age)
-
-
-def _store(
-  arrays: DeviceArrays, embeddings: jax.Array
-) -> tuple[jax.Array, jax.Array | None]:
-  """Returns embeddings as `arrays` stores them, and what their integers mean.
-
-  As `device.place_arrays` does.
-  """
-  if arrays.scales is None:
-    return embeddings.astype(arrays.embeddings.dtype), None
-  embeddings = embeddings.astype(jnp.float32)
-  largest = jnp.max(jnp.abs(embeddings), axis=1)
-  scales = jnp.where(largest > 0, largest / 127, 1.0)
-  integers = jnp.rint(embeddings / scales[:, None])
-  return integers.astype(arrays.embeddings.dtype), scales

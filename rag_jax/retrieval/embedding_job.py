@@ -1,8 +1,8 @@
-"""Embedding a whole corpus, in shards that survive an interruption.
+"""Embeds a whole corpus, in shards that survive an interruption.
 
 In: an embedder, its parameters, the tokens of all passages, a directory. Out:
-the embeddings in that directory, the same bytes however often the work was
-interrupted, or by how many processes it was shared.
+the embeddings in that directory. Interruptions and the number of processes do
+not change a single byte.
 """
 
 from collections.abc import Callable
@@ -26,27 +26,26 @@ from rag_jax.retrieval.embeddings import StoredEmbeddings
 from rag_jax.retrieval.embeddings import bytes_of
 from rag_jax.retrieval.embeddings import check_storage
 from rag_jax.retrieval.embeddings import open_embeddings
-from rag_jax.retrieval.index_core import bad_rows
-from rag_jax.retrieval.index_core import name_rows
+from rag_jax.retrieval.index_core import check_finite
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.retrieval.retriever import PassageTokens
 
-# Named like files that are not finished, which no manifest lists.
-_PLAN = ".plan.json.tmp"  # what the shards in a directory are of
-_DONE = ".done.tmp"  # folder with a file for each finished shard
+# Named like unfinished files, which no manifest lists.
+_PLAN = ".plan.json.tmp"  # the fields of the job
+_DONE = ".done.tmp"  # a folder with one file per finished shard
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingJob:
   """What is embedded, and how it is stored.
 
-  Another value of any field is another result: a directory that holds part of
-  one is not continued with another.
+  The result depends on every field. So a job only continues in a directory
+  where all fields are the same.
   """
 
   num_passages: int  # P
   embedding_dim: int  # R
-  passage_length: int  # tokens of the longest, L
+  passage_length: int  # tokens of the longest passage, L
   storage: str = "float32"  # or "bfloat16", "int8"
   passages_per_shard: int = 32_768
   embed_batch_size: int = 64
@@ -55,12 +54,12 @@ class EmbeddingJob:
 
   @property
   def num_shards(self) -> int:
-    """How many shards there are; the last may be smaller."""
+    """The number of shards; the last one may be smaller."""
     return -(-self.num_passages // self.passages_per_shard)
 
   @property
   def num_bytes(self) -> int:
-    """Of the embeddings on the disk."""
+    """The size of the embeddings on the disk."""
     return bytes_of(self.storage, self.num_passages, self.embedding_dim)
 
   def rows(self, shard: int) -> range:
@@ -77,24 +76,24 @@ def embed_corpus(
   passage_tokens: PassageTokens,
   on_shard: Callable[[int], None] = lambda shard: None,
 ) -> StoredEmbeddings:
-  """Embeds what is not embedded yet and returns all embeddings.
+  """Embeds all passages that are not embedded yet; returns all embeddings.
 
-  Every process of a program that spans several calls it, with the same
-  arguments; each embeds its share of the shards.
+  In a program with several processes, all of them call it with the same
+  arguments. Each embeds its share of the shards.
 
   Args:
-    directory: on a disk that all processes see. What an interrupted call left
-      there is continued.
+    directory: on a disk that all processes see. If it holds an interrupted job,
+      that job is continued.
     job: what is embedded.
-    embedder: whose batch size is that of the job.
-    retriever_params: of the retriever.
-    passage_tokens: passage numbers -> (tokens, mask), both [N, L].
-    on_shard: called when a shard is on the disk.
+    embedder: has the batch size of the job.
+    retriever_params: the parameters of the retriever.
+    passage_tokens: passage ids -> (tokens, mask), both [N, L].
+    on_shard: called after a shard was written to the disk.
 
   Raises:
-    ValueError: there are no passages, the directory holds something else, or an
+    ValueError: there are no passages, the directory holds another job, or an
       embedding is NaN, infinite or huge.
-    OSError: the disk has no room, or cannot be written to.
+    OSError: the disk is too small, or cannot be written to.
   """
   directory = epath.Path(directory)
   _check(directory, job)
@@ -111,7 +110,7 @@ def embed_corpus(
   mine = missing[jax.process_index() :: jax.process_count()]
   if first:
     logging.info(
-      "%d passages in %d shards, of which %d are embedded already.",
+      "%d passages in %d shards, %d of which are already embedded.",
       job.num_passages,
       job.num_shards,
       job.num_shards - len(missing),
@@ -125,7 +124,12 @@ def embed_corpus(
       embeddings = embedder.rows(
         params, passage_tokens, np.array(rows), progress.update
       )
-      _check_numbers(embeddings, rows)
+      check_finite(
+        embeddings,
+        "passage",
+        first_row=rows.start,
+        note=" The finished shards are kept.",
+      )
       file.write(rows.start, embeddings)
       digest = file.digest(rows.start, rows.stop)
       artifacts.write_atomically(_marker(directory, shard), digest)
@@ -134,8 +138,8 @@ def embed_corpus(
   return open_embeddings(directory)
 
 
-def finish(directory: epath.PathLike) -> None:
-  """Removes what only an unfinished job needs."""
+def remove_job_files(directory: epath.PathLike) -> None:
+  """Removes the files that only an unfinished job needs."""
   directory = epath.Path(directory)
   (directory / _PLAN).unlink(missing_ok=True)
   if (directory / _DONE).exists():
@@ -153,13 +157,13 @@ def _check(directory: epath.Path, job: EmbeddingJob) -> None:
   if not artifacts.is_local(directory):
     raise ValueError(
       f"{directory} is in a bucket, where shards cannot be written in place;"
-      " expected a directory on a disk. Build there, and copy the finished"
-      " directory: it can be moved."
+      " expected a directory on a disk. Build there, and then copy the finished"
+      " directory to the bucket."
     )
 
 
 def _start(directory: epath.Path, job: EmbeddingJob) -> None:
-  """Makes the files for the job, or checks that what lies there is its own."""
+  """Creates the files, or checks that the existing ones are of this job."""
   directory.mkdir(parents=True, exist_ok=True)
   plan = json.dumps(dataclasses.asdict(job), indent=2) + "\n"
   path = directory / _PLAN
@@ -168,13 +172,13 @@ def _start(directory: epath.Path, job: EmbeddingJob) -> None:
     if found != plan:
       raise ValueError(
         f"{directory} holds a part of other embeddings:"
-        f" {_differences(found, job)}. Expected what this call would write. Go"
-        " on with the same settings, or remove the directory or choose another"
-        " to start anew."
+        f" {_differences(found, job)}. Expected a job with the same settings."
+        " Use these settings to continue it; to start anew, remove the"
+        " directory or choose another."
       )
   else:
     if (directory / _DONE).exists():
-      (directory / _DONE).rmtree()  # of nobody knows what
+      (directory / _DONE).rmtree()  # of an unknown job
     _check_room(directory, job)
     EmbeddingFile(directory, job.num_passages, job.embedding_dim, job.storage)
     artifacts.write_atomically(path, plan)
@@ -195,12 +199,12 @@ def _differences(found: str, job: EmbeddingJob) -> str:
 
 
 def _check_room(directory: epath.Path, job: EmbeddingJob) -> None:
-  """Raises `OSError` if the disk is too small; says what will be used."""
+  """Logs what the job needs; raises `OSError` if the disk is too small."""
   free = shutil.disk_usage(directory).free
   logging.info(
     "The embeddings of %d passages, %d numbers of %s each, take %.2f GiB of"
-    " disk, of %.2f GiB that are free. In memory: the parameters and one shard"
-    " of %d passages, %.2f GiB.",
+    " disk; %.2f GiB are free. In memory are the parameters and one shard of %d"
+    " passages, %.2f GiB.",
     job.num_passages,
     job.embedding_dim,
     job.storage,
@@ -213,8 +217,8 @@ def _check_room(directory: epath.Path, job: EmbeddingJob) -> None:
   if job.num_bytes > free + existing:
     raise UnwritableError(
       f"The disk of {directory} has {free:,} bytes free, but the embeddings"
-      f" need {job.num_bytes:,}. Free some, choose another output, or store"
-      " them smaller (bfloat16 or int8)."
+      f" need {job.num_bytes:,}. Free some space, choose another output, or"
+      " store them smaller (bfloat16 or int8)."
     )
 
 
@@ -225,7 +229,7 @@ def _marker(directory: epath.Path, shard: int) -> epath.Path:
 def _is_done(
   directory: epath.Path, job: EmbeddingJob, file: EmbeddingFile, shard: int
 ) -> bool:
-  """Returns whether the shard was finished, and is still what it was."""
+  """Returns whether the shard was finished and is unchanged."""
   marker = _marker(directory, shard)
   if not marker.exists():
     return False
@@ -233,19 +237,8 @@ def _is_done(
   if marker.read_text() == file.digest(rows.start, rows.stop):
     return True
   logging.warning(
-    "Shard %d in %s changed since it was written; it is embedded again.",
+    "Shard %d in %s has changed since it was written; it is embedded again.",
     shard,
     directory,
   )
   return False
-
-
-def _check_numbers(embeddings: np.ndarray, rows: range) -> None:
-  bad = bad_rows(embeddings)
-  if len(bad):
-    named = name_rows(bad + rows.start)
-    raise ValueError(
-      f"The embeddings of {len(bad)} of {len(rows)} passages hold NaN,"
-      f" infinity or huge numbers: passages {named}. Expected finite numbers."
-      " Check the encoder's weights. The shards before are kept."
-    )

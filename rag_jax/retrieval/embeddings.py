@@ -1,12 +1,13 @@
 """Passage embeddings as `Rows`, which need not fit in memory.
 
-In: embeddings, block by block, in any order, or arrays. Out: files of float32,
-bfloat16, or int8 with a scale per row; and what reads only the rows asked for,
-in float32: of files, of several arrays, or of some rows of others.
+In: embeddings, block by block in any order, or arrays. Out: files of float32,
+bfloat16, or int8 with a scale per row; and `Rows`, which read only the rows
+that are asked for, in float32: from files, from several arrays, or from a
+selection of other rows.
 
-bfloat16 keeps 8 bits of each number, int8 one of 255 steps between minus and
-plus the largest number of its row. What they cost in recall is measured with
-the index, not assumed.
+bfloat16 keeps 8 bits of each number; int8 keeps one of 255 steps between minus
+and plus the largest number of the row. Their effect on recall is measured with
+each index.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,14 +26,14 @@ from rag_jax import disk
 from rag_jax.corpus.array_rows import read_array
 from rag_jax.disk import UnwritableError
 
-STORAGE = ("float32", "bfloat16", "int8")  # of numbers in the file
+STORAGE = ("float32", "bfloat16", "int8")  # types of the numbers in the file
 EMBEDDINGS = "embeddings.npy"
-SCALES = "scales.npy"  # of int8 alone, [P] float32
-# In place of both, in a shard of an index: which rows of the files two folders
-# above, where those of all shards lie once.
+SCALES = "scales.npy"  # only with int8, [P] float32
+# Replaces both files in a shard of an index. It names the rows of the shard in
+# the files two directories above, which hold those of all shards.
 PART = "part.json"
 
-# NumPy's files know no bfloat16: its bits are stored as whole numbers.
+# .npy files have no bfloat16: its bits are stored as whole numbers.
 _DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}
 
 
@@ -47,7 +48,7 @@ def check_storage(storage: str) -> str:
 
 
 def bytes_of(storage: str, num_passages: int, embedding_dim: int) -> int:
-  """Returns how many bytes the files take, without their headers."""
+  """Returns the size of the files in bytes, without their headers."""
   itemsize = np.dtype(_DTYPES[check_storage(storage)]).itemsize
   scales = 4 * num_passages if storage == "int8" else 0
   return num_passages * embedding_dim * itemsize + scales
@@ -56,7 +57,7 @@ def bytes_of(storage: str, num_passages: int, embedding_dim: int) -> int:
 def pack(
   embeddings: Float[np.ndarray, "N R"], storage: str
 ) -> tuple[np.ndarray, Float[np.ndarray, "N"] | None]:
-  """Returns the numbers as they are stored, and the scales of int8."""
+  """Returns the numbers in the form that is stored, and the scales of int8."""
   if storage == "int8":
     scales = np.abs(embeddings).max(axis=1, initial=0.0) / 127
     safe = np.where(scales > 0, scales, 1)[:, None]
@@ -79,15 +80,15 @@ def unpack(
 
 
 class Rows:
-  """Embeddings [P, R] that are read when they are asked for.
+  """Embeddings [P, R] that are only read where they are indexed.
 
-  Indexed like an array: by a slice, or by whole numbers of any shape. Reading
-  all of them, by `np.asarray`, needs memory for all.
+  They are indexed like an array: by a slice, or by integers of any shape.
+  `np.asarray` reads all of them into memory.
 
   Attributes:
     shape: [P, R].
-    nbytes: that they take where they are kept.
-    dtype: of what is read.
+    nbytes: the size of what is stored.
+    dtype: the type of what is read.
   """
 
   ndim = 2
@@ -114,20 +115,20 @@ class Rows:
     return self._take(_row_numbers(rows, len(self)))
 
   def _slice(self, start: int, stop: int) -> np.ndarray:
-    """Returns rows that follow each other; a view where that is possible."""
+    """Returns consecutive rows; a view if possible."""
     return self._take(np.arange(start, stop))
 
   def _take(self, numbers: Int[np.ndarray, "*N"]) -> np.ndarray:
-    """Returns the rows of these numbers, each from 0 to P - 1."""
+    """Returns the rows with these numbers, each from 0 to P - 1."""
     raise NotImplementedError
 
 
 class JoinedRows(Rows):
-  """Arrays [n_i, R] of one type, one below the other."""
+  """The concatenation of arrays [n_i, R] of one type."""
 
   def __init__(self, blocks: Sequence[Any]):
     self._blocks = list(blocks)
-    # Number of the first row of each block, and of all rows.
+    # The number of the first row of each block, and the number of rows.
     self._starts = np.cumsum([0, *(len(b) for b in self._blocks)])
     super().__init__(
       (int(self._starts[-1]), self._blocks[0].shape[1]),
@@ -156,7 +157,7 @@ class JoinedRows(Rows):
 
 
 class SelectedRows(Rows):
-  """Some rows of an array, or of other `Rows`, renumbered from 0 on."""
+  """Some rows of an array, or of other `Rows`, renumbered from 0."""
 
   def __init__(
     self,
@@ -164,7 +165,7 @@ class SelectedRows(Rows):
     num_rows: int,
     select: Callable[[np.ndarray], np.ndarray],
   ):
-    """Takes the rows, how many are selected, and numbers -> their rows."""
+    """Takes the rows, the size of the selection, and numbers -> rows of it."""
     self._rows, self._select = rows, select
     super().__init__((num_rows, rows.shape[1]), rows.nbytes, rows.dtype)
 
@@ -173,9 +174,9 @@ class SelectedRows(Rows):
 
 
 class StoredEmbeddings(Rows):
-  """Embeddings in files, which are read as float32.
+  """Embeddings in files, read as float32.
 
-  The rows of float32 files are not copied for a slice.
+  A slice of a float32 file is not copied.
   """
 
   def __init__(
@@ -185,13 +186,13 @@ class StoredEmbeddings(Rows):
     directory: epath.PathLike = "",
     part: tuple[int, int] | None = None,
   ):
-    """Keeps what was stored.
+    """Takes what was stored.
 
     Args:
-      stored: the numbers, as `pack` returns them.
-      scales: of int8.
-      directory: whose files they are, or in whose files; "": in none.
-      part: first and last + 1 of the rows of these files; None: all.
+      stored: the numbers that `pack` returned.
+      scales: the scales of int8.
+      directory: the directory of the files; "" if there are no files.
+      part: (start, stop) if they are some rows of the files; None for all.
     """
     self._stored, self._scales = stored, scales
     self.directory = directory
@@ -200,7 +201,7 @@ class StoredEmbeddings(Rows):
     super().__init__(stored.shape, size)
 
   def part(self, start: int, stop: int) -> "StoredEmbeddings":
-    """Returns rows of these embeddings, in the same files."""
+    """Returns the rows from `start` to `stop`, in the same files."""
     first = self.rows[0] if self.rows else 0
     return StoredEmbeddings(
       self._stored[start:stop],
@@ -223,16 +224,16 @@ class StoredEmbeddings(Rows):
 
   @property
   def arrays(self) -> dict[str, np.ndarray]:
-    """What the files hold, by their names."""
+    """The content of the files, by file name."""
     arrays = {EMBEDDINGS: self._stored}
     return arrays if self._scales is None else arrays | {SCALES: self._scales}
 
 
 def _row_numbers(rows: Any, num_rows: int) -> np.ndarray:
-  """Returns numbers of rows, which may count from the end, as from the start.
+  """Returns row numbers, with those below 0 counted from the end.
 
   Raises:
-    IndexError: there is no such row, or they are no whole numbers.
+    IndexError: there is no such row, or they are not whole numbers.
   """
   rows = np.asarray(rows)
   if rows.dtype == bool or not np.issubdtype(rows.dtype, np.integer):
@@ -243,19 +244,19 @@ def _row_numbers(rows: Any, num_rows: int) -> np.ndarray:
   if rows.size and not -num_rows <= rows.min() <= rows.max() < num_rows:
     raise IndexError(
       f"Row {rows.max() if rows.max() >= num_rows else rows.min()} was asked"
-      f" for; expected less than the {num_rows} rows that there are. Do the ids"
-      " belong to this index?"
+      f" for; expected one of the {num_rows} rows. Check that the ids belong to"
+      " this index."
     )
   return np.where(rows < 0, rows + num_rows, rows)
 
 
 def open_embeddings(directory: epath.PathLike) -> StoredEmbeddings:
-  """Returns the embeddings in a directory; they stay on its disk until used.
+  """Returns the embeddings in a directory.
 
-  Those of a bucket are read into memory.
+  They stay on the disk until used; those in a bucket are read into memory.
 
   Raises:
-    ValueError: the files are not those of embeddings.
+    ValueError: the files hold no embeddings.
   """
   directory = epath.Path(directory)
   if (directory / PART).exists():
@@ -273,14 +274,14 @@ def open_embeddings(directory: epath.PathLike) -> StoredEmbeddings:
     raise ValueError(
       f"{directory / EMBEDDINGS} has shape {stored.shape} and dtype"
       f" {stored.dtype}; expected (passages, embedding size) of"
-      f" {', '.join(np.dtype(d).name for d in _DTYPES.values())}, with a scale"
-      " a passage for int8. Build it again."
+      f" {', '.join(np.dtype(d).name for d in _DTYPES.values())}, with one"
+      " scale per passage for int8. Build it again."
     )
   return StoredEmbeddings(stored, scales, directory)
 
 
 def _open_part(directory: epath.Path) -> StoredEmbeddings:
-  """Returns the rows that a shard names of the files two folders above."""
+  """Returns the rows of a shard, from the files two directories above."""
   text = (directory / PART).read_text()
   above = open_embeddings(directory.parent.parent)
   try:
@@ -299,11 +300,11 @@ def _open_part(directory: epath.Path) -> StoredEmbeddings:
 def save_embeddings(
   directory: epath.Path, embeddings: Float[Any, "P R"]
 ) -> None:
-  """Writes embeddings to a directory: of files as they are stored, or float32.
+  """Writes embeddings to a directory, as they are stored or in float32.
 
-  Who reads the files that were there before goes on reading them. Embeddings
-  that are in these files already stay as they are, and of a part of the files
-  two folders above only its rows are named.
+  A process that has the old files open can go on reading them. Embeddings that
+  are these files are not written again. For those in the files two directories
+  above, only the row numbers are written.
   """
   arrays: dict[str, Any] = {EMBEDDINGS: embeddings}
   if isinstance(embeddings, StoredEmbeddings):
@@ -316,18 +317,22 @@ def save_embeddings(
       return
     arrays = embeddings.arrays
   for name, array in arrays.items():
-    file = directory / name
-    local = artifacts.is_local(file)
-    temp = artifacts.temp_path(file) if local else file
-    with temp.open("wb") as f:
-      np.save(f, array, allow_pickle=False)
-    if local:
-      os.replace(temp, file)
+    save_array(directory / name, array)
   (directory / PART).unlink(missing_ok=True)
 
 
+def save_array(file: epath.Path, array: Any) -> None:
+  """Writes a .npy file; a process that has the old one open can read on."""
+  local = artifacts.is_local(file)
+  temp = artifacts.temp_path(file) if local else file
+  with temp.open("wb") as f:
+    np.save(f, array, allow_pickle=False)
+  if local:
+    os.replace(temp, file)
+
+
 def is_in(embeddings: Any, directory: epath.PathLike) -> bool:
-  """Returns whether embeddings lie in files of a directory on a disk."""
+  """Returns whether embeddings are read from files in this local directory."""
   if not isinstance(embeddings, StoredEmbeddings):
     return False
   own = embeddings.directory
@@ -339,8 +344,8 @@ def is_in(embeddings: Any, directory: epath.PathLike) -> bool:
 class EmbeddingFile:
   """Files of a fixed number of embeddings, written block by block.
 
-  The disk is asked for all of it at once: a full one is noticed before hours
-  of work, and not as a killed process.
+  All disk space is reserved at the start. So a full disk is an error before
+  hours of work, and not a killed process later.
   """
 
   def __init__(
@@ -350,10 +355,10 @@ class EmbeddingFile:
     embedding_dim: int,
     storage: str,
   ):
-    """Makes the files, or opens what was made of this shape and storage.
+    """Creates the files, or opens files of this shape and storage.
 
     Raises:
-      OSError: the disk has no room.
+      OSError: the disk is too small.
     """
     directory = epath.Path(directory)
     dtype = _DTYPES[check_storage(storage)]
@@ -366,7 +371,7 @@ class EmbeddingFile:
       self._scales = _make(directory / SCALES, (num_passages,), np.float32)
 
   def write(self, start: int, embeddings: Float[np.ndarray, "N R"]) -> None:
-    """Writes rows from `start` on; they are on the disk on return."""
+    """Writes rows from `start` on and flushes them to the disk."""
     stored, scales = pack(embeddings, self.storage)
     self._stored[start : start + len(stored)] = stored
     self._stored.flush()
@@ -375,7 +380,7 @@ class EmbeddingFile:
       self._scales.flush()
 
   def digest(self, start: int, stop: int) -> str:
-    """Returns hex digits that change with any byte of these rows."""
+    """Returns the digest of these rows, in hexadecimal."""
     arrays = {EMBEDDINGS: np.asarray(self._stored[start:stop])}
     if self._scales is not None:
       arrays[SCALES] = np.asarray(self._scales[start:stop])
@@ -385,7 +390,7 @@ class EmbeddingFile:
 def _make(
   file: epath.Path, shape: tuple[int, ...], dtype: type
 ) -> np.memmap[Any, Any]:
-  """Returns the file's array, to be written."""
+  """Returns the array of a file, for writing; creates it if needed."""
   if file.exists():
     found = np.lib.format.open_memmap(file, mode="r+")
     if found.shape == shape and found.dtype == dtype:
@@ -406,8 +411,8 @@ def _make(
       raise UnwritableError(
         error.errno,
         f"The disk of {file.parent} has no room for the embeddings: expected"
-        f" {need:,} bytes for {shape[0]:,} passages. Free some, choose another"
-        " output, or store them smaller (bfloat16 or int8)",
+        f" {need:,} bytes for {shape[0]:,} passages. Free some space, choose"
+        " another output, or store them smaller (bfloat16 or int8)",
       ) from error
     raise
   finally:

@@ -1,8 +1,8 @@
 """Exact search over passage embeddings; the reference for every other index.
 
-In: passage embeddings. Out: for each question the passages with the largest
-inner product, and a directory that holds the embeddings. The host side alone:
-numpy, no accelerator.
+In: passage embeddings. Out: per question the passages with the largest inner
+product, and a directory that holds the embeddings. It runs on the host, with
+numpy, without an accelerator.
 """
 
 from typing import Any
@@ -14,13 +14,14 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.retrieval.embeddings import open_embeddings
 from rag_jax.retrieval.index_core import REMEDY
+from rag_jax.retrieval.index_core import Found
 from rag_jax.retrieval.index_core import Index
 from rag_jax.retrieval.index_core import IndexInfo
 from rag_jax.retrieval.index_core import check_search
 
 _BLOCK_PASSAGES = 65_536  # scored at a time, for _BLOCK_QUESTIONS questions
 _BLOCK_QUESTIONS = 64
-_SPARE = 256  # passages scored again beside the n_docs best, at most
+_SPARE = 256  # most passages that are scored again, besides the n_docs best
 
 _Best = tuple[np.ndarray, np.ndarray]  # ids and scores of one question
 
@@ -28,14 +29,14 @@ _Best = tuple[np.ndarray, np.ndarray]  # ids and scores of one question
 class ExactIndex(Index):
   """Maximum-inner-product search by matrix products. Row = passage id.
 
-  A score is the inner product in float64, rounded to float32. It does not
-  depend on the batch or the machine, so that equal passages have equal scores,
+  A score is the inner product in float64, rounded to float32. It depends
+  neither on the batch nor on the machine, so equal passages have equal scores,
   and the smaller id comes first.
   """
 
   def __init__(
     self,
-    embeddings: Float[Any, "P R"],  # in float32, an array or `Rows`
+    embeddings: Float[Any, "P R"],  # float32, an array or `Rows`
     *,
     encoder_fingerprint: str,
     passages_fingerprint: str,
@@ -48,30 +49,17 @@ class ExactIndex(Index):
       encoder_fingerprint=encoder_fingerprint,
       passages_fingerprint=passages_fingerprint,
     )
-    # Memory-mapped once loaded: then the system keeps as much as it can.
+    # A loaded index is memory-mapped: the system keeps as much as it can.
     super().__init__(info, embeddings, embeddings.nbytes)
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
-  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-    """Finds the passages with the largest inner product.
-
-    Args:
-      question_embeddings: [B, R].
-      n_docs: how many passages to return for each question (K).
-
-    Returns:
-      Passage ids [B, K] int32 and scores [B, K] float32, best first; of equal
-      scores the smaller id.
-
-    Raises:
-      ValueError: there are fewer passages than `n_docs`, or the embeddings
-        have another dimension, NaN or infinity.
-    """
+  ) -> Found:
+    """Returns exactly the passages that `Index.search` describes."""
     questions = check_search(self.info, question_embeddings, n_docs)
     empty = np.zeros(0, np.int32), np.zeros(0, np.float32)
     best = [empty for _ in questions]
-    # Passages outside: they may lie on a disk, to be read once.
+    # Passages are the outer loop: they may lie on a disk, and are read once.
     for offset in range(0, self.num_passages, _BLOCK_PASSAGES):
       passages = self.embeddings[offset : offset + _BLOCK_PASSAGES]
       for start in range(0, len(questions), _BLOCK_QUESTIONS):
@@ -87,7 +75,7 @@ class ExactIndex(Index):
 
     Args:
       path: the directory.
-      info: of its manifest, once that was checked (`index.load_index`).
+      info: its manifest, which `index.load_index` has checked.
 
     Raises:
       ValueError: the embeddings are not those that the manifest describes.
@@ -109,33 +97,22 @@ class ExactIndex(Index):
 
 def rank(
   questions: Float[np.ndarray, "B R"],
-  embeddings: Float[Any, "P R"],  # as of ExactIndex
+  embeddings: Float[Any, "P R"],  # as in ExactIndex
   ids: Int[np.ndarray, "B K"],
-) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+) -> Found:
   """Returns `ids` sorted by their exact scores, and these scores."""
   scores = [
-    _inner_products(embeddings[row], question)
+    inner_products(embeddings[row], question)
     for row, question in zip(ids, questions, strict=True)
   ]
   best = [_sort(*row) for row in zip(ids, scores, strict=True)]
   return stack_rows(best, ids.shape[1])
 
 
-def stack_rows(
-  best: list[_Best], n_docs: int
-) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-  """Returns ids [B, K] int32 and scores [B, K] float32; B may be 0."""
-  ids = np.array([i for i, _ in best], np.int32)
-  scores = np.array([s for _, s in best], np.float32)
-  return ids.reshape(-1, n_docs), scores.reshape(-1, n_docs)
+def stack_rows(best: list[_Best], n_docs: int) -> Found:
+  """Returns ids [B, K] int32 and scores [B, K] float32; B may be 0.
 
-
-def fill_rows(
-  best: list[_Best], n_docs: int
-) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-  """As `stack_rows`, of rows that may be short.
-
-  They are filled up with id -1 and the lowest float32.
+  Short rows are filled up with id -1 and the lowest float32.
   """
   lowest = np.finfo(np.float32).min
   ids = np.full((len(best), n_docs), -1, np.int32)
@@ -149,14 +126,14 @@ def _merge_block(
   best: list[_Best],
   questions: np.ndarray,
   passages: np.ndarray,
-  offset: int,  # id of the first of these passages
+  offset: int,  # id of the first passage of the block
   n_docs: int,
 ) -> list[_Best]:
-  """Returns the best of `best` and of a block of passages."""
+  """Returns the best passages among `best` and a block of passages."""
   rough = questions @ passages.T  # b n
-  # The matrix product rounds in an order that depends on the batch and the
-  # machine. It chooses candidates, as many as its error bound asks for; what
-  # they are ranked by is computed again.
+  # How the matrix product rounds depends on the batch and the machine. So it
+  # only chooses candidates, as many as its error bound requires. The scores
+  # that rank them are computed again.
   error = (2 * np.finfo(np.float32).eps * questions.shape[1]) * (
     np.linalg.norm(questions, axis=1) * np.linalg.norm(passages, axis=1).max()
   )
@@ -173,15 +150,15 @@ def _merge_block(
       new = new[order[: n_docs + _SPARE]]
     ids = np.concatenate([ids, (new + offset).astype(np.int32)])
     scores = np.concatenate(
-      [scores, _inner_products(passages[new], questions[row])]
+      [scores, inner_products(passages[new], questions[row])]
     )
     ids, scores = _sort(ids, scores)
     merged.append((ids[:n_docs], scores[:n_docs]))
   return merged
 
 
-def _inner_products(passages: np.ndarray, question: np.ndarray) -> np.ndarray:
-  """Returns the inner products, [n, R] with [R], rounded to float32 once."""
+def inner_products(passages: np.ndarray, question: np.ndarray) -> np.ndarray:
+  """Returns inner products of [n, R] with [R], rounded once, to float32."""
   exact = np.einsum(
     "NR,R->N", passages.astype(np.float64), question.astype(np.float64)
   )

@@ -1,9 +1,9 @@
-"""Search among the passages whose metadata is as asked for, such as lang=en.
+"""Search among the passages whose metadata meets conditions, such as lang=en.
 
 In: conditions as a user writes them, and any search. Out: the best passages
-that meet all conditions. An index knows no metadata, so that one index serves
-every filter: more passages are searched for than are wanted, and those that do
-not meet the conditions are dropped.
+that meet all conditions. An index stores no metadata, so one index serves every
+filter: it is searched for more passages than are needed, and those that do not
+meet the conditions are dropped.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,30 +13,30 @@ import operator
 import re
 from typing import NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 import numpy as np
 
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.records import shorten
 from rag_jax.retrieval import exact
+from rag_jax.retrieval.index_core import Found
 
 
 class Condition(NamedTuple):
-  """What the metadata of a passage has to be like."""
+  """A condition on the metadata of a passage."""
 
   name: str
   value: str
   sign: str = "="  # or ">=", "<=", ">", "<"
 
   def __str__(self) -> str:
-    """Returns the condition as it was written."""
+    """Returns the condition as the user wrote it."""
     return f"{self.name}{self.sign}{self.value}"
 
 
 Conditions = tuple[Condition, ...]  # all have to be met
-Found = tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]
 
-_SHOWN = 5  # values of a name, in a message
+_SHOWN = 5  # most values per name in a message
 _COMPARE = {
   "=": operator.eq,
   ">=": operator.ge,
@@ -46,7 +46,7 @@ _COMPARE = {
 }
 _CONDITION = re.compile(r"([^=<>]+)(>=|<=|=|>|<)(.*)", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d{1,4})?", re.ASCII)
-# As JSON and Python write numbers: not "007" or "1.10", which name things.
+# Numbers as JSON and Python write them: "007" or "1.10" may be names.
 _PLAIN = re.compile(
   r"-?(0|[1-9]\d*)(\.(0|\d*[1-9]))?([eE][+-]?\d{1,4})?", re.ASCII
 )
@@ -58,12 +58,12 @@ def parse_conditions(texts: Iterable[str]) -> Conditions:
   """Returns conditions like "lang=en" or "year>=1999".
 
   Args:
-    texts: a name, one of = >= <= > < and a value each. The value may be empty
-      or hold more of these; nothing is trimmed.
+    texts: each is a name, one of = >= <= > < and a value. The value may be
+      empty or contain these signs; no spaces are removed.
 
   Raises:
-    ValueError: one has no such sign, or !=, or nothing before it, or a range of
-      nothing.
+    ValueError: a text has no such sign, or !=, or no name, or a range has no
+      value.
     TypeError: `texts` is one string.
   """
   if isinstance(texts, str):
@@ -74,30 +74,30 @@ def parse_conditions(texts: Iterable[str]) -> Conditions:
   conditions = []
   for text in texts:
     match = _CONDITION.fullmatch(text)
-    # "year!=1999" is meant as another sign, not as the name "year!".
+    # "year!=1999" means "not equal", not the name "year!".
     named = match and not match[1].endswith("!")
     if not match or not named or (match[2] != "=" and not match[3]):
       raise ValueError(
         f"The filter {text!r} is not understood. Expected NAME=VALUE, such as"
         " lang=en, or a range such as 'year>=1999' (with >=, <=, > or <, in"
-        " quotes for the shell), where NAME is a field of the passages'"
-        " metadata. Correct it, and write several filters one by one."
+        " quotes for the shell), where NAME is a field of the metadata of the"
+        " passages. Correct it, and pass several filters one by one."
       )
     conditions.append(Condition(match[1], match[3], match[2]))
   return tuple(conditions)
 
 
 def meets(passage: Passage, conditions: Conditions) -> bool:
-  """Returns whether the metadata is as all conditions say.
+  """Returns whether the metadata of a passage meets all conditions.
 
-  A name that is there several times, as from a list, has several values, and
-  one of them is enough. A name that is not there, or was null, meets nothing.
+  If a name occurs several times (from a list), one matching value is enough. A
+  name that is missing, or was null, meets no condition.
 
-  Two numbers are compared as numbers: 1999 is 1999.0, but 007 is not 7, nor is
-  1.10 equal to 1.1: those may be names. A date such as 2024-05-01 is compared
-  with a date, month or year by as much as the condition says of it. Other
-  values are compared as texts: equal, or in the order of the alphabet; what is
-  no number is in no range of numbers.
+  Two numbers are compared as numbers: 1999 equals 1999.0. But 007 does not
+  equal 7, and 1.10 does not equal 1.1, because they may be names. A date such
+  as 2024-05-01 is compared with a date, month or year, as precisely as the
+  condition states it. Other values are compared as texts, for equality or
+  alphabetical order. A text is in no range of numbers.
   """
   return all(
     any(
@@ -142,36 +142,36 @@ def search_filtered(
 ) -> Found:
   """Returns the best `n_docs` passages that meet all conditions.
 
-  First twice `n_docs` are searched for, then, for the questions that still lack
-  some, twice as many each time, until they have them, all passages were seen,
-  or the search finds no more. With an exact search the result is that of
-  searching these passages alone.
+  It first searches for twice `n_docs` passages. For the questions that still
+  lack some, it doubles the number each time, until they have enough, all
+  passages were seen, or the search finds no more. With exact search the result
+  equals a search among the passages that meet the conditions.
 
   Args:
-    search: (numbers of some questions, how many passages) -> their ids and
-      scores, best first; -1 where it found no more. For instance
+    search: (rows of questions, how many passages) -> their ids and scores, best
+      first; id -1 where it found no more. For instance
       `lambda rows, n: index.search(embeddings[rows], n)`.
     passages: row = passage id.
-    conditions: of `parse_conditions`.
-    num_questions: how many there are (B).
-    n_docs: how many passages to return for each question (K).
-    wanted: whether a passage meets the conditions; None: as `meets` says.
+    conditions: the result of `parse_conditions`.
+    num_questions: the number of questions (B).
+    n_docs: how many passages to return per question (K).
+    wanted: returns whether a passage meets the conditions; None for `meets`.
 
   Returns:
-    Passage ids [B, K] int32 and scores [B, K] float32, best first. Rows of
-    which fewer are found are filled up with id -1 and the lowest float32.
+    Passage ids [B, K] int32 and scores [B, K] float32, best first. Short rows
+    are padded with id -1 and the lowest float32.
 
   Raises:
     ValueError: `n_docs` is below 1.
   """
   if n_docs < 1:
     raise ValueError(
-      f"n_docs={n_docs} passages a question were asked for; expected at least"
+      f"n_docs={n_docs} passages per question were asked for; expected at least"
       " 1. Raise n_docs."
     )
   if wanted is None:
     wanted = lambda id_: meets(passages[id_], conditions)  # noqa: E731
-  wanted = functools.cache(wanted)  # passages are found again and again
+  wanted = functools.cache(wanted)  # the same passages are found repeatedly
   best = [(np.zeros(0, np.int32), np.zeros(0, np.float32))] * num_questions
   lacking = np.arange(num_questions)
   depth = 2 * n_docs if conditions else n_docs
@@ -192,23 +192,23 @@ def search_filtered(
       break
     lacking = np.array(again, int)
     depth *= 2
-  return exact.fill_rows(best, n_docs)
+  return exact.stack_rows(best, n_docs)
 
 
 def describe_metadata(
   passages: Sequence[Passage], conditions: Conditions
 ) -> str:
-  """Returns what is said where no passage meets the conditions.
+  """Returns the message for when no passage meets the conditions.
 
-  It names the values that there are, or, of a name that is not there, the
-  names. Reads all passages.
+  It shows the existing values of each name, or, if a name does not exist, the
+  existing names. It reads all passages.
   """
   shown = " and ".join(map(str, conditions))
   there: dict[str, set[str]] = {}
   for passage in passages:
     for name, value in passage.metadata:
       values = there.setdefault(name, set())
-      if len(values) < _SHOWN:  # each passage may have another, such as a URL
+      if len(values) < _SHOWN:  # passages may all differ, as URLs do
         values.add(value)
   names = dict.fromkeys(condition.name for condition in conditions)
   known = [

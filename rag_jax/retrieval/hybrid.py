@@ -1,8 +1,8 @@
-"""Search by meaning and by words at once.
+"""Hybrid search: by embeddings and by words at once.
 
-In: an index of embeddings and one of words, over the same passages. Out: for
-each question the passages that are best by both: by their ranks, or by a
-weighted sum of their scores, whose two weights can be learned.
+In: a dense index and a BM25 index of the same passages. Out: per question the
+best passages by both, either by their ranks or by a weighted sum of their
+scores. The two weights can be learned.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,9 @@ from rag_jax.models.hybrid import HybridWeights
 from rag_jax.models.hybrid import hybrid_scores
 from rag_jax.retrieval import exact
 from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.index_core import Found
 from rag_jax.retrieval.index_core import Index
+from rag_jax.retrieval.index_core import check_n_docs
 from rag_jax.retrieval.index_core import name_rows
 
 _Arrays = jax.Array | np.ndarray
@@ -37,9 +39,9 @@ class Rrf:
 
 
 class Candidates(NamedTuple):
-  """What either side found for each question, scored by both.
+  """The passages that either index found per question, with both scores.
 
-  Rows are filled up with id -1 and scores 0, where `mask` is False.
+  Rows are padded with id -1 and scores 0, where `mask` is False.
   """
 
   ids: Int[np.ndarray, "B K"]  # in ascending order
@@ -50,33 +52,33 @@ class Candidates(NamedTuple):
 
 def rrf(
   rankings: Sequence[Int[np.ndarray, "B _"]], *, n_docs: int, k: int = 60
-) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+) -> Found:
   """Returns the best passages by the sum of 1 / (k + rank) over all rankings.
 
   Reciprocal-rank fusion (Cormack et al. 2009,
   https://doi.org/10.1145/1571941.1572114), where k is 60 and ranks start at 1.
-  A ranking that does not have a passage adds nothing to it. The order of the
-  rankings does not matter, not even in the last digit.
+  A ranking adds nothing to the passages that it lacks. The order of the
+  rankings does not change a single bit.
 
   Args:
-    rankings: of any lengths; ids best first, -1 where nothing was found.
-    n_docs: how many passages to return for each question (K).
-    k: the larger, the less the first places count for.
+    rankings: ids, best first, -1 where nothing was found; of any lengths.
+    n_docs: how many passages to return per question (K).
+    k: the larger it is, the less the first places count.
 
   Returns:
     Passage ids [B, K] int32 and sums [B, K] float32, best first; of equal sums
     the smaller id.
 
   Raises:
-    ValueError: there are no rankings, they have different numbers of questions,
-      a row has fewer than `n_docs` passages in all, a ranking has a passage
+    ValueError: there are no rankings, their numbers of questions differ, they
+      have fewer than `n_docs` passages for a question, a ranking has a passage
       twice, or `k` is below 0.
   """
   sizes = [len(ranking) for ranking in rankings]
   if len(set(sizes)) != 1:
     raise ValueError(
       f"The rankings are of {sizes} questions; expected one ranking or more, of"
-      " the same questions. Search for all questions on each side."
+      " the same questions. Search for all questions in each index."
     )
   if k < 0:
     raise ValueError(f"k={k} is below 0. Expected for instance 60; raise k.")
@@ -89,7 +91,7 @@ def rrf(
       if len(set(found)) < len(found):
         raise ValueError(
           f"A ranking has a passage twice for question {number}: {row[:20]}."
-          " Expected different passages. Keep the first place of each."
+          " Expected distinct passages. Keep the first place of each."
         )
       for rank, id_ in enumerate(row, 1):
         if id_ != -1:
@@ -98,9 +100,10 @@ def rrf(
       raise ValueError(
         f"n_docs={n_docs} passages were asked for, but the rankings have"
         f" {len(terms)} different ones for question {number}; expected 1 to"
-        " that. Search for more passages on each side, or lower n_docs."
+        f" {len(terms)}. Search for more passages in each index, or lower"
+        " n_docs."
       )
-    # fsum: the sum is rounded once, so its terms can have any order.
+    # fsum rounds once, so the order of the terms does not matter.
     sums = {id_: math.fsum(parts) for id_, parts in terms.items()}
     order = sorted(sums, key=lambda id_: (-sums[id_], id_))[:n_docs]
     best.append((np.array(order), np.array([sums[id_] for id_ in order])))
@@ -117,11 +120,11 @@ def hybrid_nll(
   """Returns -log sum_k p(z_k|x) p(y|x, z_k) in nats: the marginal likelihood.
 
   Args:
-    weights: of the two scores.
+    weights: the weights of the two scores.
     dense_scores: inner products of question and passage.
     bm25_scores: of the same passages.
     log_likelihoods: log p(y|x, z_k), or `label_log_likelihoods`.
-    mask: which of the passages are there.
+    mask: True for real passages.
   """
   scores = hybrid_scores(weights, dense_scores, bm25_scores)
   scores = jnp.where(mask, scores, _LOWEST)
@@ -133,7 +136,7 @@ def hybrid_nll(
 def label_log_likelihoods(
   relevant: Bool[np.ndarray, "B K"],
 ) -> Float[np.ndarray, "B K"]:
-  """Returns log p(y|x, z) for `fit_weights`, where y is "a passage of use"."""
+  """Returns log p(y|x, z) for `fit_weights`, where y is "it is relevant"."""
   return np.where(relevant, np.float32(0), _LOWEST)
 
 
@@ -148,25 +151,26 @@ def fit_weights(
 ) -> HybridWeights:
   """Returns the weights with the smallest mean of `hybrid_nll`.
 
-  L-BFGS (optax) on both scores divided by their standard deviation, so that it
-  does not matter that BM25's are larger than cosines. With one passage of use a
-  question there is one minimum; with likelihoods there can be several, and it
-  is the one below equal weights.
+  Minimizes with L-BFGS (optax). Both scores are first divided by their standard
+  deviation, because BM25 scores are larger than cosines. With one relevant
+  passage per question there is a single minimum. With likelihoods there can be
+  several; the result is the one reached from equal weights.
 
   Args:
     dense_scores: of some passages, for instance `HybridRetriever.candidates`.
-    bm25_scores: of the same.
+    bm25_scores: of the same passages.
     log_likelihoods: log p(y|x, z) in nats, or `label_log_likelihoods`. A
-      question whose passages are all alike, for instance without one of use,
-      teaches nothing and does no harm.
-    mask: which of the passages are there; all unless given.
-    l2: nats for each squared weight of the divided scores. Without it, weights
-      would grow on and on where each question's best passage is already first.
-    num_steps: of L-BFGS; far fewer suffice.
+      question whose passages all have the same value, for instance without a
+      relevant passage, has no effect.
+    mask: True for real passages; None if all are real.
+    l2: penalty in nats per squared weight of the divided scores. Without it
+      weights would diverge if the best passage of every question is already
+      first.
+    num_steps: steps of L-BFGS; far fewer suffice.
 
   Raises:
-    ValueError: a score or likelihood of a passage that is there is not finite,
-      the shapes differ, there are no questions, or one has no passage.
+    ValueError: a score or likelihood of a real passage is not finite, the
+      shapes differ, there are no questions, or a question has no passage.
   """
   arrays = dense_scores, bm25_scores, log_likelihoods
   mask = np.ones(np.shape(dense_scores), bool) if mask is None else mask
@@ -174,8 +178,8 @@ def fit_weights(
   dense, bm25, likelihoods = (
     np.where(mask, a, 0).astype(np.float32) for a in arrays
   )
-  # The same for all passages of a question changes no gradient, but the lowest
-  # float32, of a question without a label, would leave no digits in the mean.
+  # Subtracting a constant per question changes no gradient. Without it the
+  # lowest float32, of questions without a label, would swamp the mean.
   top = np.max(np.where(mask, likelihoods, _LOWEST), axis=1, keepdims=True)
   with np.errstate(over="ignore"):
     likelihoods = np.where(mask, np.maximum(likelihoods - top, _LOWEST), 0)
@@ -187,12 +191,11 @@ def fit_weights(
   return HybridWeights(a, b)
 
 
-def fuse(
-  candidates: Candidates, weights: HybridWeights, n_docs: int
-) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-  """Returns the candidates that are best by the weighted sum of both scores.
+def fuse(candidates: Candidates, weights: HybridWeights, n_docs: int) -> Found:
+  """Returns the best candidates by the weighted sum of both scores.
 
-  As `HybridRetriever.search`; each question has `n_docs` candidates or more.
+  The result is that of `HybridRetriever.search`. Each question needs at least
+  `n_docs` candidates.
   """
   ids, dense, bm25, mask = candidates
   a, b = map(float, weights)
@@ -206,7 +209,7 @@ def fuse(
 
 
 class HybridRetriever:
-  """Two indexes over the same passages as one. Row = passage id."""
+  """Searches two indexes of the same passages as one. Row = passage id."""
 
   def __init__(
     self,
@@ -216,35 +219,33 @@ class HybridRetriever:
     *,
     depth: int = 100,
   ):
-    """Keeps both indexes.
+    """Takes both indexes.
 
     Args:
       dense: searched by embeddings, of any kind.
       bm25: searched by words.
-      fusion: how the two are put together.
-      depth: how many passages each finds for a question; more if `search` is
-        asked for more.
+      fusion: how the two results are combined.
+      depth: how many passages each index returns per question; more if `search`
+        is asked for more.
 
     Raises:
-      ValueError: the two are of other passages, or `depth` is below 1.
+      ValueError: the indexes have different passages, or `depth` is below 1.
     """
     if (dense.num_passages, dense.passages_fingerprint) != (
       bm25.num_passages,
       bm25.passages_fingerprint,
     ):
       raise ValueError(
-        f"The {dense.kind} index is of {dense.num_passages} passages with the"
-        f" fingerprint {dense.passages_fingerprint!r}, the BM25 index of"
-        f" {bm25.num_passages} with {bm25.passages_fingerprint!r}; expected"
-        " both to be of the same passages. Build one of them again."
+        f"The {dense.kind} index has {dense.num_passages} passages with the"
+        f" fingerprint {dense.passages_fingerprint!r}, the BM25 index"
+        f" {bm25.num_passages} with {bm25.passages_fingerprint!r}; expected the"
+        " same passages in both. Build one of them again."
       )
     if depth < 1:
       raise ValueError(
         f"depth={depth} passages from each index; expected at least 1, for"
         " instance 100. Raise depth."
       )
-    self.kind = "hybrid"
-    self.num_passages = dense.num_passages
     self.fusion = fusion
     self.depth = depth
     self._dense = dense
@@ -255,24 +256,24 @@ class HybridRetriever:
     question_embeddings: Float[np.ndarray, "B R"],
     questions: Sequence[str],
     n_docs: int,
-  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-    """Finds the passages that are best by both.
+  ) -> Found:
+    """Finds the best passages by both indexes.
 
-    With `HybridWeights` a passage that one side alone found gets its true score
-    of the other side too.
+    With `HybridWeights` a passage that only one index found gets its true score
+    from the other index as well.
 
     Args:
       question_embeddings: [B, R].
-      questions: their texts.
-      n_docs: how many passages to return for each question (K).
+      questions: the texts of the questions.
+      n_docs: how many passages to return per question (K).
 
     Returns:
       Passage ids [B, K] int32 and fused scores [B, K] float32, best first; of
       equal scores the smaller id. Rows are never short.
 
     Raises:
-      ValueError: there are fewer passages than `n_docs`, not one embedding for
-        each question, or the embeddings do not fit the index.
+      ValueError: there are fewer passages than `n_docs`, there is not one
+        embedding per question, or the embeddings do not fit the index.
     """
     if isinstance(self.fusion, Rrf):
       rankings = self._rankings(question_embeddings, questions, n_docs)
@@ -286,9 +287,9 @@ class HybridRetriever:
     questions: Sequence[str],
     n_docs: int = 1,
   ) -> Candidates:
-    """Returns all that either side found, with both of its exact scores.
+    """Returns all passages that either index found, with both exact scores.
 
-    At least `n_docs` for each question. Errors as in `search`.
+    There are at least `n_docs` per question. Errors as in `search`.
     """
     rankings = self._rankings(question_embeddings, questions, n_docs)
     unions = [np.union1d(*rows) for rows in zip(*rankings, strict=True)]
@@ -300,34 +301,28 @@ class HybridRetriever:
     for row, union in enumerate(unions):
       here = row, slice(len(union))
       ids[here] = union
-      ranked, scores = exact.rank(
-        question_embeddings[row : row + 1],
-        self._dense.embeddings,
-        union[None].astype(np.int32),
+      dense[here] = exact.inner_products(
+        self._dense.embeddings[union], question_embeddings[row]
       )
-      dense[here] = scores[0][np.argsort(ranked[0])]
       bm25[here] = self._bm25.score([questions[row]], union[None])[0]
     return Candidates(ids, dense, bm25, ids >= 0)
 
   def _rankings(
     self, question_embeddings: np.ndarray, questions: Sequence[str], n_docs: int
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids by embeddings, and by words, -1 where no word is shared."""
+    """Returns ids by embeddings and by words (-1 if no word is shared)."""
     if len(question_embeddings) != len(questions):
       raise ValueError(
         f"There are {len(question_embeddings)} question embeddings for"
-        f" {len(questions)} questions; expected one each, in the same order."
-        " Embed the same questions."
+        f" {len(questions)} questions; expected one per question, in the same"
+        " order. Embed the same questions."
       )
-    if not 1 <= n_docs <= self.num_passages:
-      raise ValueError(
-        f"n_docs={n_docs} passages a question were asked for; expected 1 to"
-        f" {self.num_passages}, the passages in both indexes. Change n_docs or"
-        " index more passages."
-      )
-    depth = max(n_docs, min(self.depth, self.num_passages))
-    by_meaning, _ = self._dense.search(question_embeddings, depth)
-    return by_meaning, self._bm25.search(questions, depth)[0]
+    num_passages = self._dense.num_passages
+    check_n_docs(n_docs, num_passages, "n_docs")
+    depth = max(n_docs, min(self.depth, num_passages))
+    by_embeddings, _ = self._dense.search(question_embeddings, depth)
+    by_words, _ = self._bm25.search(questions, depth)
+    return by_embeddings, by_words
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
@@ -339,13 +334,13 @@ def _fit(
   l2: Float[Array, ""] | float,
   num_steps: int,
 ) -> HybridWeights:
-  """Returns the best weights of scores that have a standard deviation of 1."""
+  """Returns the best weights for scores with a standard deviation of 1."""
 
   def loss(weights: HybridWeights) -> Float[Array, ""]:
     nll = hybrid_nll(weights, dense, bm25, log_likelihoods, mask)
     return jnp.mean(nll) + l2 * optax.tree.norm(weights, squared=True)
 
-  # Not the zoom search of optax: it takes twice as long to compile.
+  # The zoom line search of optax takes twice as long to compile.
   optimizer = optax.lbfgs(
     linesearch=optax.scale_by_backtracking_linesearch(
       max_backtracking_steps=20, store_grad=True
@@ -372,8 +367,8 @@ def _check_fit(arrays: tuple[np.ndarray, ...], mask: np.ndarray) -> None:
   if len(set(shapes)) > 1 or len(shapes[0]) != 2 or 0 in shapes[0]:
     raise ValueError(
       "The scores, the log-likelihoods and the mask have the shapes"
-      f" {shapes}; expected all to be (questions, passages), at least one of"
-      " each. Take them from the same passages."
+      f" {shapes}; expected all to be (questions, passages), with at least one"
+      " of each. Take them from the same passages."
     )
   empty = np.flatnonzero(~mask.any(axis=1))
   bad = np.flatnonzero(
@@ -383,7 +378,7 @@ def _check_fit(arrays: tuple[np.ndarray, ...], mask: np.ndarray) -> None:
     raise ValueError(
       f"Weights cannot be fitted: {len(empty)} questions have no passage, and"
       f" {len(bad)} have scores or log-likelihoods that are NaN or infinite:"
-      f" rows {name_rows(np.union1d(empty, bad))}. Expected finite"
-      " numbers; of a likelihood of 0, the lowest float32. Leave these"
+      f" rows {name_rows(np.union1d(empty, bad))}. Expected finite numbers; the"
+      " logarithm of a likelihood of 0 is the lowest float32. Leave these"
       " questions out."
     )

@@ -3,8 +3,8 @@
 In: passage embeddings, or a directory. Out: an `Index` to search on the host.
 """
 
-from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from absl import logging
@@ -26,8 +26,8 @@ from rag_jax.retrieval.index_core import FORMAT
 from rag_jax.retrieval.index_core import REMEDY
 from rag_jax.retrieval.index_core import Index
 from rag_jax.retrieval.index_core import IndexInfo
-from rag_jax.retrieval.index_core import bad_rows
-from rag_jax.retrieval.index_core import name_rows
+from rag_jax.retrieval.index_core import check_finite
+from rag_jax.retrieval.index_core import check_passages
 from rag_jax.retrieval.resources import BuildMeter
 
 _KINDS = {
@@ -38,7 +38,7 @@ _KINDS = {
 
 
 def resolve_kind(kind: str) -> str:
-  """Returns a kind for index.kind; for "auto" ScaNN, if it works here.
+  """Returns the kind that index.kind asks for; "auto" is ScaNN if it works.
 
   Raises:
     ValueError: `kind` is no choice, or "scann" without the package.
@@ -72,28 +72,37 @@ def build_index(
   """Returns an index of passage embeddings, of the kind that `config` names.
 
   Args:
-    embeddings: [P, R], row = passage id. In float32, or in files, they are
-      kept, not copied: do not write into them afterwards.
+    embeddings: [P, R], row = passage id. Embeddings in float32, or in files,
+      are not copied: do not change them afterwards.
     config: how passages are searched.
-    encoder_fingerprint: of the weights that embedded the passages.
-    passages_fingerprint: of the passages.
-    mesh: of kind "device", where it lies; None: on one local device.
+    encoder_fingerprint: identifies the weights that embedded the passages.
+    passages_fingerprint: identifies the passages.
+    mesh: the devices of an index of kind "device"; None for one local device.
 
   Raises:
-    ValueError: no passages, not [P, R] numbers, or NaN or infinity in them.
+    ValueError: there are no passages, the embeddings are not numbers [P, R], or
+      some are NaN or infinite.
   """
   kind = resolve_kind(config.kind)
   _check_embeddings(embeddings)
-  build = _builder(
-    kind, config, encoder_fingerprint, passages_fingerprint, mesh
-  )
   if isinstance(embeddings, np.ndarray):
     embeddings = np.ascontiguousarray(embeddings, np.float32)
+  build = functools.partial(
+    _build_unsplit,
+    kind=kind,
+    config=config,
+    fingerprints={
+      "encoder_fingerprint": encoder_fingerprint,
+      "passages_fingerprint": passages_fingerprint,
+    },
+    mesh=mesh,
+  )
   meter = BuildMeter()
-  if kind != "device" and 0 < config.passages_per_shard < len(embeddings):
-    index = sharded.ShardedIndex.build(
-      embeddings, config.passages_per_shard, build
-    )
+  per_shard = _passages_per_shard(kind, config, len(embeddings))
+  if per_shard:
+    bounds = sharded.shard_bounds(len(embeddings), per_shard)
+    shards = [build(embeddings[start:stop]) for start, stop in bounds]
+    index = sharded.ShardedIndex(shards)
   else:
     index = build(embeddings)
   index.build_cost = meter.cost()
@@ -110,34 +119,21 @@ def build_index_directory(
 ) -> None:
   """Builds the index of `build_index` into a directory, for `load_index`.
 
-  With `index.passages_per_shard` one shard is in memory at a time, and a build
-  that was cut off goes on after the last shard that was finished.
-
-  Args:
-    path: of the directory.
-    embeddings: [P, R], row = passage id: an array, or `JoinedRows`. A memory
-      map is read shard by shard.
-    config: how passages are searched.
-    encoder_fingerprint: of the weights that embedded the passages.
-    passages_fingerprint: of the passages.
-
-  Raises:
-    ValueError: as `build_index`.
+  With `index.passages_per_shard` only one shard is in memory at a time, if the
+  embeddings are a memory map or `Rows`. An interrupted build continues after
+  the last finished shard. Arguments and errors as in `build_index`.
   """
+  fingerprints: dict[str, Any] = {
+    "encoder_fingerprint": encoder_fingerprint,
+    "passages_fingerprint": passages_fingerprint,
+  }
   kind = resolve_kind(config.kind)
-  per_shard = 0 if kind == "device" else config.passages_per_shard
-  if per_shard:
-    _check_embeddings(embeddings)
-  if not 0 < per_shard < len(embeddings):
-    index = build_index(
-      embeddings,
-      config,
-      encoder_fingerprint=encoder_fingerprint,
-      passages_fingerprint=passages_fingerprint,
-    )
-    index.save(path)
+  per_shard = _passages_per_shard(kind, config, len(embeddings))
+  if not per_shard:
+    build_index(embeddings, config, **fingerprints).save(path)
     return
-  own = {
+  _check_embeddings(embeddings)
+  settings_of_kind = {
     name: value
     for name, value in dataclasses.asdict(config).items()
     if name.startswith(f"{kind}_")
@@ -146,13 +142,10 @@ def build_index_directory(
     path,
     embeddings,
     per_shard,
-    _builder(kind, config, encoder_fingerprint, passages_fingerprint),
-    own
-    | {
-      "kind": kind,
-      "encoder_fingerprint": encoder_fingerprint,
-      "passages_fingerprint": passages_fingerprint,
-    },
+    functools.partial(
+      _build_unsplit, kind=kind, config=config, fingerprints=fingerprints
+    ),
+    settings_of_kind | {"kind": kind} | fingerprints,
   )
 
 
@@ -166,41 +159,40 @@ def load_index(
   """Opens the index in directory `path`, whatever its kind.
 
   Args:
-    path: what `Index.save` was called with, or where that was moved to.
-    encoder_fingerprint: of the weights that embed passages now; "" = any.
-    passages_fingerprint: of the passages that ids stand for; "" = any.
-    mesh: of kind "device", where it will lie; None: on one local device.
+    path: the directory of `Index.save`, wherever it was moved to.
+    encoder_fingerprint: of the weights that embed passages now; "" for any.
+    passages_fingerprint: of the passages that ids stand for; "" for any.
+    mesh: the devices of an index of kind "device"; None for one local device.
 
   Raises:
-    FileNotFoundError: no index was built there, or its build was cut off.
-    ValueError: its files are missing, cut off or changed, it is of a newer
+    FileNotFoundError: no index was built there, or its build was interrupted.
+    ValueError: files are missing, cut off or changed, the index has a newer
       format, or it was built by other weights or of other passages.
   """
   content = artifacts.read_manifest(
     path, kind=ARTIFACT, format=FORMAT, remedy=REMEDY
   )
   manifest = f"{path}/{artifacts.MANIFEST}"
-  kinds = [*_KINDS, sharded.KIND]  # or several; index.passages_per_shard asks
-  info = IndexInfo.from_content(content, manifest, kinds)
+  info = IndexInfo.from_content(content, manifest, [*_KINDS, sharded.KIND])
   if info.kind != sharded.KIND and (epath.Path(path) / PART).exists():
     raise ValueError(
-      f"{path} is a part of an index, whose embeddings are the files of another"
-      " directory. Expected a whole one. Open the index two folders above."
+      f"{path} is one shard of an index, whose embeddings are in the files of"
+      " another directory. Expected a whole index. Open the directory two"
+      " levels above."
     )
   if encoder_fingerprint not in ("", info.encoder_fingerprint):
     raise ValueError(
       f"The index at {path} was built by other weights: its passage encoder has"
-      f" the fingerprint {content['encoder_fingerprint']!r}, the one in use has"
+      f" the fingerprint {info.encoder_fingerprint!r}, the one in use has"
       f" {encoder_fingerprint!r}. Use the weights that built it, or rebuild."
       f" {REMEDY}"
     )
-  if passages_fingerprint not in ("", info.passages_fingerprint):
-    raise ValueError(
-      f"The index at {path} was built of other passages: theirs is the"
-      f" fingerprint {content['passages_fingerprint']!r}, data.passages has"
-      f" {passages_fingerprint!r}. Set data.passages to those that it was built"
-      f" of, or rebuild. {REMEDY}"
-    )
+  check_passages(
+    f"The index at {path}",
+    info.passages_fingerprint,
+    passages_fingerprint,
+    REMEDY,
+  )
   if info.kind == sharded.KIND:
     index = sharded.ShardedIndex.load(path, info, _KINDS)
   elif info.kind == "device":
@@ -211,29 +203,29 @@ def load_index(
   return index
 
 
-def _builder(
+def _build_unsplit(
+  embeddings: Any,  # in float32
   kind: str,
   config: IndexConfig,
-  encoder_fingerprint: str,
-  passages_fingerprint: str,
+  fingerprints: dict[str, str],
   mesh: Mesh | None = None,
-) -> Callable[[Any], Index]:
-  """Returns embeddings in float32 -> index of a kind."""
+) -> Index:
+  """Returns an index, or one shard of an index, of a kind."""
+  inner = exact.ExactIndex(embeddings, **fingerprints)
+  if kind == "scann":
+    return scann.ScannIndex.build(inner, config)
+  if kind == "device":
+    settings = device_index.settings_of(config)
+    return device_index.DeviceIndex(inner, settings, mesh)
+  return inner
 
-  def build(rows: Any) -> Index:
-    inner = exact.ExactIndex(
-      rows,
-      encoder_fingerprint=encoder_fingerprint,
-      passages_fingerprint=passages_fingerprint,
-    )
-    if kind == "scann":
-      return scann.ScannIndex.build(inner, config)
-    if kind == "device":
-      settings = device_index.settings_of(config)
-      return device_index.DeviceIndex(inner, settings, mesh)
-    return inner
 
-  return build
+def _passages_per_shard(
+  kind: str, config: IndexConfig, num_passages: int
+) -> int:
+  """Returns the size of a shard; 0 if the index is not split."""
+  size = config.passages_per_shard
+  return size if kind != "device" and 0 < size < num_passages else 0
 
 
 def _check_embeddings(embeddings: Any) -> None:
@@ -249,11 +241,4 @@ def _check_embeddings(embeddings: Any) -> None:
       "There are no passages to index: the embeddings have shape"
       f" {embeddings.shape}. Expected at least one; is data.passages empty?"
     )
-  bad = bad_rows(embeddings)
-  if len(bad):
-    raise ValueError(
-      f"The embeddings of {len(bad)} of {len(embeddings)} passages hold NaN,"
-      f" infinity or huge numbers: rows {name_rows(bad)}. Expected finite"
-      " numbers. Check the passage encoder: its training may have diverged; go"
-      " back to an earlier checkpoint."
-    )
+  check_finite(embeddings, "passage")

@@ -1,7 +1,7 @@
-"""What every kind of index has: what it says of itself, and its directory.
+"""What all kinds of index share: their description, directory and checks.
 
-In: passage embeddings. Out: `Index`, which each kind completes by how it
-searches them.
+In: passage embeddings. Out: `Index`, the base class. A kind of index adds how
+it searches, and nothing else.
 """
 
 import abc
@@ -18,11 +18,14 @@ from rag_jax.retrieval.certificate import Certificate
 from rag_jax.retrieval.embeddings import save_embeddings
 from rag_jax.retrieval.resources import BuildCost
 
-ARTIFACT = "index"  # the kind in the manifest, of every kind of index
+ARTIFACT = "index"  # the kind in the manifest, whatever the kind of index
 FORMAT = 1  # raise when the files of any kind change meaning
 REMEDY = (
   "Build the index again, or set index.path='' to build it from the passages."
 )
+
+# Ids of passages and their scores, as every search returns them.
+Found = tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]
 
 _BLOCK_ROWS = 65_536  # checked at a time
 _LARGEST = 1e15  # larger numbers could overflow float32 in an inner product
@@ -38,16 +41,16 @@ _TYPES = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class IndexInfo:
-  """What an index is.
+  """The description of an index, as its manifest stores it.
 
   Attributes:
-    kind: how it searches.
-    num_passages: P; their ids are 0 to P - 1.
+    kind: how the index searches, for instance "exact".
+    num_passages: P; passage ids are 0 to P - 1.
     embedding_dim: R.
-    encoder_fingerprint: of the weights that embedded the passages.
-    passages_fingerprint: of the passages.
-    settings: of its kind.
-    certificate: what `certify` measured; None: nothing was.
+    encoder_fingerprint: identifies the weights that embedded the passages.
+    passages_fingerprint: identifies the passages.
+    settings: the settings of this kind of index.
+    certificate: what `certify` measured; None if nothing was measured.
   """
 
   kind: str
@@ -62,15 +65,15 @@ class IndexInfo:
   def from_content(
     cls, content: Any, origin: str, kinds: Collection[str]
   ) -> "IndexInfo":
-    """Returns what the manifest of an index says.
+    """Returns the description that the manifest of an index contains.
 
     Args:
-      content: of the manifest.
-      origin: where it was read, for messages.
-      kinds: that can be opened.
+      content: the content of the manifest.
+      origin: the file that was read, for messages.
+      kinds: the kinds that can be opened.
 
     Raises:
-      ValueError: something is missing or wrong.
+      ValueError: a field is missing or wrong.
     """
     bad = [k for k, t in _TYPES.items() if not isinstance(content.get(k), t)]
     if bad or content["kind"] not in kinds:
@@ -80,15 +83,15 @@ class IndexInfo:
         f" {', '.join(_TYPES)} and a kind of {list(kinds)}. {REMEDY}"
       )
     info = cls(**{name: content[name] for name in _TYPES})
-    if "certificate" not in content:  # indexes of before have none
+    if "certificate" not in content:  # as in the first indexes
       return info
     certificate = Certificate.from_content(content["certificate"], origin)
     return dataclasses.replace(info, certificate=certificate)
 
   def write(self, path: epath.Path) -> "IndexInfo":
-    """Writes the manifest of a finished index; returns what stands in it.
+    """Writes the manifest of a finished index and returns what it contains.
 
-    The certificate, if there is one, gets the size of the files.
+    The certificate, if there is one, is completed with the size of the files.
     """
     content = {name: getattr(self, name) for name in _TYPES}
     certificate = self.certificate
@@ -104,17 +107,16 @@ class IndexInfo:
 
 
 class Index(abc.ABC):
-  """Passage embeddings that are searched.
+  """Passage embeddings that can be searched.
 
-  The scores order the passages and are then thrown away: the model scores them
-  again with gradient.
+  The scores order the passages and are then thrown away: the model computes
+  them again, with gradient.
 
   Attributes:
-    info: what it is.
-    embeddings: [P, R] in float32, for scoring again: an array, or `Rows` of
-      files. They are kept, not copied.
-    memory_bytes: that searching it takes.
-    build_cost: what building it took; None once it was loaded.
+    info: the description of the index.
+    embeddings: [P, R] in float32, an array or `Rows`. They are not copied.
+    memory_bytes: the memory that searching takes.
+    build_cost: what the build took; None for an index that was loaded.
   """
 
   def __init__(
@@ -127,12 +129,25 @@ class Index(abc.ABC):
   @abc.abstractmethod
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
-  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-    """Returns ids [B, K] int32 and scores, best first, ties by smaller id."""
+  ) -> Found:
+    """Finds the passages with the largest inner product.
+
+    Args:
+      question_embeddings: [B, R].
+      n_docs: how many passages to return per question (K).
+
+    Returns:
+      Passage ids [B, K] int32 and scores [B, K] float32, best first; of equal
+      scores the smaller id. The scores are exact.
+
+    Raises:
+      ValueError: there are fewer passages than `n_docs`, or the embeddings
+        have another dimension, NaN or infinity.
+    """
 
   @property
   def kind(self) -> str:
-    """How it searches."""
+    """See `IndexInfo`, as for the next five."""
     return self.info.kind
 
   @property
@@ -147,22 +162,22 @@ class Index(abc.ABC):
 
   @property
   def encoder_fingerprint(self) -> str:
-    """Of the weights that embedded the passages."""
+    """Identifies the weights that embedded the passages."""
     return self.info.encoder_fingerprint
 
   @property
   def passages_fingerprint(self) -> str:
-    """Of the passages."""
+    """Identifies the passages."""
     return self.info.passages_fingerprint
 
   @property
   def settings(self) -> dict[str, Any]:
-    """Of its kind."""
+    """The settings of this kind of index."""
     return self.info.settings
 
   @property
   def certificate(self) -> Certificate | None:
-    """What was measured of it; what is assigned, `save` keeps."""
+    """What was measured of the index; `save` stores what is assigned."""
     return self.info.certificate
 
   @certificate.setter
@@ -183,37 +198,78 @@ class Index(abc.ABC):
 def check_search(
   info: IndexInfo, questions: np.ndarray, n_docs: int
 ) -> np.ndarray:
-  """Returns `questions` in float32 if an index can be searched for them.
-
-  Raises:
-    ValueError: as `ExactIndex.search`.
-  """
-  if questions.ndim != 2 or questions.shape[1] != info.embedding_dim:
-    raise ValueError(
-      f"The question embeddings have shape {questions.shape}, but the index"
-      f" holds {info.embedding_dim}-dimensional embeddings: expected"
-      f" (questions, {info.embedding_dim}). Search with the question encoder"
-      " that belongs to the index, or build the index again."
-    )
-  if not 1 <= n_docs <= info.num_passages:
-    raise ValueError(
-      f"data.n_docs={n_docs} passages a question were asked for; expected 1 to"
-      f" {info.num_passages}, the passages in the index. Change data.n_docs or"
-      " index more passages."
-    )
-  bad = bad_rows(questions)
-  if len(bad):
-    raise ValueError(
-      f"The embeddings of {len(bad)} of {len(questions)} questions hold NaN,"
-      f" infinity or numbers above {_LARGEST:g}: rows {name_rows(bad)}."
-      " Expected finite numbers. Check the question encoder: its training may"
-      " have diverged; go back to an earlier checkpoint."
-    )
+  """Returns `questions` in float32; raises `ValueError` as `Index.search`."""
+  check_dim(questions.shape, info.embedding_dim)
+  check_n_docs(n_docs, info.num_passages)
+  check_finite(questions, "question")
   return np.ascontiguousarray(questions, np.float32)
 
 
+def check_dim(shape: tuple[int, ...], embedding_dim: int) -> None:
+  """Raises `ValueError` unless `shape` is that of question embeddings."""
+  if len(shape) != 2 or shape[1] != embedding_dim:
+    raise ValueError(
+      f"The question embeddings have shape {shape}, but the index holds"
+      f" {embedding_dim}-dimensional embeddings: expected (questions,"
+      f" {embedding_dim}). Search with the question encoder that belongs to the"
+      " index, or build the index again."
+    )
+
+
+def check_n_docs(
+  n_docs: int, num_passages: int, name: str = "data.n_docs"
+) -> None:
+  """Raises `ValueError` unless so many passages can be found per question."""
+  if not 1 <= n_docs <= num_passages:
+    raise ValueError(
+      f"{name}={n_docs} passages per question were asked for; expected 1 to"
+      f" {num_passages}, the number of passages in the index. Change {name} or"
+      " index more passages."
+    )
+
+
+def check_finite(
+  embeddings: Float[Any, "N R"],
+  role: str,
+  *,
+  first_row: int = 0,
+  note: str = "",
+) -> None:
+  """Raises `ValueError` if a row holds NaN, infinity or too large a number.
+
+  The message names the `role` ("question" or "passage") and the rows, counted
+  from `first_row`, and ends with `note`.
+  """
+  bad = bad_rows(embeddings)
+  if len(bad):
+    raise ValueError(
+      f"The embeddings of {len(bad)} of {len(embeddings)} {role}s hold NaN,"
+      f" infinity or numbers above {_LARGEST:g}: rows"
+      f" {name_rows(bad + first_row)}. Expected finite numbers. Check the"
+      f" {role} encoder: its training may have diverged; go back to an earlier"
+      f" checkpoint.{note}"
+    )
+
+
+def check_passages(
+  index: str, built_of: str, passages_fingerprint: str, remedy: str
+) -> None:
+  """Raises `ValueError` if an index was built of other passages.
+
+  That is, if their fingerprint, `built_of`, differs from that of the passages
+  in use, `passages_fingerprint`, which may be "" for any.
+  """
+  if passages_fingerprint not in ("", built_of):
+    raise ValueError(
+      f"{index} was built of other passages: their fingerprint is"
+      f" {built_of!r}, but that of data.passages is {passages_fingerprint!r}."
+      " Set data.passages to those that the index was built of, or rebuild."
+      f" {remedy}"
+    )
+
+
 def bad_rows(embeddings: Float[Any, "P R"]) -> np.ndarray:
-  """Returns the numbers of the rows [P, R] that hold what cannot be scored."""
+  """Returns the numbers of the rows [P, R] that cannot be scored."""
   bad = [
     # Written so that NaN, which compares as False, is bad as well.
     ~np.all(np.abs(embeddings[i : i + _BLOCK_ROWS]) <= _LARGEST, axis=1)

@@ -1,11 +1,11 @@
-"""The index in use, and the next version that a thread builds beside it.
+"""The index in use, and the next version, which a thread builds.
 
-In: copies of the retriever's parameters, now and then. Out: the index to search
-at each step.
+In: copies of the parameters of the retriever, every so many steps. Out: the
+index to search at each step.
 
-When a version is swapped in depends on the step alone, never on how fast the
-thread was, so a run gives the same numbers on a busy machine and a resumed run
-the same as an uninterrupted one.
+The step at which a version is swapped in does not depend on the speed of the
+thread. So a run gives the same numbers on a busy machine, and a resumed run the
+same as an uninterrupted one.
 """
 
 from concurrent import futures
@@ -20,9 +20,9 @@ from rag_jax.retrieval.retriever import IndexBuilder
 
 
 class IndexVersions:
-  """The current index and, while one is being built, the next.
+  """The current index and, while one is being built, the next one.
 
-  A version is named by the step whose parameters embedded it.
+  The name of a version is the step whose parameters embedded it.
   """
 
   def __init__(
@@ -34,16 +34,16 @@ class IndexVersions:
     swap_steps: int,
     writes: bool = True,
   ):
-    """Opens nothing yet; call `start` or `restore`.
+    """Opens nothing yet; call `start`, `adopt` or `restore`.
 
     Args:
-      builder: embeds and builds.
+      builder: embeds the passages and builds the index.
       directory: where versions are saved with a checkpoint.
-      refresh_steps: steps between the start of two builds; 0: the first
-        version is the only one.
-      swap_steps: steps from the start of a build to its first use. A thread
-        has that long to finish it for nothing.
-      writes: whether this process saves and deletes; of several, one does.
+      refresh_steps: steps between the starts of two builds; 0 to keep the first
+        version.
+      swap_steps: steps from the start of a build to its first use. A build that
+        takes no longer does not delay training.
+      writes: whether this process saves and deletes; exactly one does.
     """
     self._builder = builder
     self._directory = epath.Path(directory)
@@ -54,7 +54,7 @@ class IndexVersions:
     self._thread = futures.ThreadPoolExecutor(1, "index")
     self._next: futures.Future[Index] | None = None
     self._next_version = 0
-    self._saved: set[int] = set()  # of this run, in the directory
+    self._saved: set[int] = set()  # versions of this run in the directory
     self.version = 0
     self.index: Index | None = None
 
@@ -66,24 +66,24 @@ class IndexVersions:
     """Uses `index`, which was built elsewhere and is not saved again.
 
     Raises:
-      ValueError: it finds less than index.min_recall.
+      ValueError: its recall is below index.min_recall.
     """
     self._builder.check(index)
     self.index, self._adopted = index, True
 
   def is_due(self, step: int) -> bool:
-    """Whether a new version is to be built from the parameters of `step`."""
+    """Returns whether to build a version from the parameters of `step`."""
     refresh = self._refresh_steps
     return bool(refresh) and step > 0 and step % refresh == 0
 
   def refresh(self, step: int, retriever_params: PyTree) -> None:
-    """Starts to build the version of `step`."""
+    """Starts the build of the version of `step` in the thread."""
     assert self._next is None, "the last version has not been swapped in"
     self._next_version = step
     self._next = self._thread.submit(self._builder.build, retriever_params)
 
   def swap_if_due(self, step: int) -> None:
-    """Puts the next version in use, if `step` is the first to see it."""
+    """Switches to the next version if `step` is the first to use it."""
     if self._next is None or step < self._next_version + self._swap_steps:
       return
     self.index, self.version = self._next.result(), self._next_version
@@ -98,15 +98,15 @@ class IndexVersions:
     if self._next is not None:
       versions[self._next_version] = self._next.result()
     for version, index in versions.items():
-      # Not whether its directory exists: a run that went on from an earlier
-      # checkpoint, with other settings, finds one of other weights.
+      # An existing directory is no reason to skip it: a run that continues from
+      # an earlier checkpoint, with other settings, finds one of other weights.
       if version not in self._saved and self._writes:
         index.save(self._path(version))
         self._saved.add(version)
     return sorted(versions)
 
   def restore(self, versions: list[int], passages_fingerprint: str) -> None:
-    """Opens what `save` returned the names of."""
+    """Opens the versions whose names `save` returned."""
     indexes = [
       load_index(self._path(v), passages_fingerprint=passages_fingerprint)
       for v in versions
@@ -119,7 +119,7 @@ class IndexVersions:
       self._next.set_result(indexes[1])
 
   def remove_except(self, versions: set[int]) -> None:
-    """Deletes the saved versions that no kept checkpoint needs."""
+    """Deletes all saved versions but these."""
     self._saved &= versions
     if not self._writes or not self._directory.exists():
       return

@@ -1,6 +1,6 @@
-"""How sure a mean over questions is.
+"""Confidence intervals of means over questions.
 
-In: one number from 0 to 1 a question. Out: the 95% interval of their mean.
+In: one number from 0 to 1 per question. Out: the 95% interval of their mean.
 """
 
 from jaxtyping import Bool, Float
@@ -8,9 +8,9 @@ import numpy as np
 from scipy import special
 
 _RESAMPLES = 1000
-_SEED = 0  # of the resamples: the same numbers give the same interval
-_ROUNDING = 1e-9  # of a quotient such as nDCG, which may be beyond 1
-_OUTSIDE = 0.025  # of the 95% interval, at either end
+_SEED = 0  # for resampling: the same numbers give the same interval
+_ROUNDING = 1e-9  # how far rounding may take a quotient such as nDCG beyond 1
+_OUTSIDE = 0.025  # probability outside the 95% interval, at either end
 
 
 def mean_interval(
@@ -18,17 +18,18 @@ def mean_interval(
 ) -> tuple[float, float]:
   """Returns the 95% interval of the mean of `values`.
 
-  Of a share, where each value is 0 or 1, it is that of Clopper and Pearson
-  (1934, https://doi.org/10.1093/biomet/26.4.404), which holds the truth at
-  least 95 times of 100 however few questions there are: 0 right of 8 is 0.000
-  to 0.369. Of other numbers it is the bootstrap's: percentiles of the means of
-  resamples, as many draws with replacement as there are questions (Efron and
-  Tibshirani 1993, chapter 13). Resamples of equal numbers are all the same,
-  which would claim certainty; the interval then is that of the share of
-  questions that have this number, the others being as far off as they can be.
+  For a share, where each value is 0 or 1, it is the interval of Clopper and
+  Pearson (1934, https://doi.org/10.1093/biomet/26.4.404), which contains the
+  truth in at least 95 of 100 cases, however few questions there are: for 0 of 8
+  it is 0.000 to 0.369. For other numbers it is the bootstrap interval: the
+  percentiles of the means of resamples, drawn with replacement, of the same
+  size (Efron and Tibshirani 1993, chapter 13). If all numbers are equal, all
+  resamples are, which would claim certainty. Then it is the interval of the
+  share of questions with this number; the others are assumed to be as far from
+  it as possible.
 
   Raises:
-    ValueError: there are none, or one is not from 0 to 1.
+    ValueError: there are no values, or one is not from 0 to 1.
   """
   values = np.asarray(values, np.float64)
   bad = np.flatnonzero(~((values > -_ROUNDING) & (values < 1 + _ROUNDING)))
@@ -47,20 +48,20 @@ def mean_interval(
     low, _ = share_interval(total, total)
     mean = float(values[0])
     return mean * low, 1 - (1 - mean) * low
-  # How often each of the different values is drawn, in place of which
-  # questions: a metric with few values costs little.
+  # Draws how often each distinct value occurs, in place of questions: this is
+  # fast for a metric with few values.
   distinct, counts = np.unique(values, return_counts=True)
   rng = np.random.default_rng(_SEED)
   means = [
     rng.multinomial(total, counts / total) @ distinct / total
-    for _ in range(_RESAMPLES)  # not at once: 1,000 rows of all questions
+    for _ in range(_RESAMPLES)  # all at once would take much memory
   ]
   low, high = np.quantile(means, (_OUTSIDE, 1 - _OUTSIDE))
   return float(low), float(high)
 
 
 def share_interval(right: int, total: int) -> tuple[float, float]:
-  """Returns the interval of Clopper and Pearson for `right` of `total`."""
+  """Returns the 95% interval of Clopper and Pearson for `right` of `total`."""
   low, high = 0.0, 1.0
   if right > 0:
     low = float(special.betaincinv(right, total - right + 1, _OUTSIDE))

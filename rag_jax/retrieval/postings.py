@@ -1,11 +1,11 @@
-"""The words of passages to the arrays of a BM25 index, in bounded memory.
+"""Builds the arrays of a BM25 index from words, in bounded memory.
 
 In: passages, one after the other, as lists of words. Out: three .npy files: for
-each word the passages that hold it, in ascending order, and its score in each.
+each word the passages that contain it, in ascending order, and its scores.
 
-Blocks of words are sorted in memory and written to one file, a run each. When
-all passages were read, the runs are merged, some words at a time. The host side
-alone.
+This is an external sort: blocks of words are sorted in memory and written to
+one file as runs. After the last passage the runs are merged, some words at a
+time. It runs on the host.
 """
 
 from array import array
@@ -24,42 +24,42 @@ from rag_jax.corpus.array_rows import ArrayRows
 from rag_jax.corpus.array_rows import read_array
 from rag_jax.disk import UnwritableError
 
-# Where the scores of a word start, the passages that hold it, the scores.
+# The start of each word in the next two; the passages with it; the scores.
 ARRAYS = {"starts": np.int64, "passages": np.int32, "scores": np.float32}
 
-_BLOCK = 1 << 22  # words, and later postings, in memory at once
+_BLOCK = 1 << 22  # words, or postings when merging, in memory at once
 _POSTING = np.dtype(
   [("word", np.int32), ("passage", np.int32), ("count", np.int32)]
 )
 
 
 class Postings:
-  """How often each passage has each of its words, on the disk.
+  """How often each passage contains each of its words, on the disk.
 
-  In memory are the different words of all passages, 4 bytes for each passage,
-  and a block.
+  In memory are the distinct words of all passages, 4 bytes per passage, and one
+  block.
 
   Attributes:
-    vocabulary: the number of each word, in the order of first use.
+    vocabulary: the id of each word, in the order of first use.
   """
 
   def __init__(self, directory: epath.PathLike):
-    """Begins without any; `directory` is there, and on a disk."""
+    """Starts empty; `directory` has to exist, on a local disk."""
     self.vocabulary: dict[str, int] = {}
     self._directory = epath.Path(directory)
     self._path = self._directory / ".runs.tmp"
     self._file = open(self._path, "wb")  # noqa: SIM115, closed by `close`
-    self._words = array("i")  # of the block
-    self._lengths = array("i")  # words of each passage
-    self._num_sorted = 0  # passages of the runs
-    self._ends = [0]  # of the runs, in postings
-    self._num_holders = np.zeros(0, np.int64)  # passages that hold a word
+    self._words = array("i")  # word ids of the current block
+    self._lengths = array("i")  # number of words per passage
+    self._num_sorted = 0  # number of passages in the runs
+    self._ends = [0]  # where the runs end, in postings
+    self._num_holders = np.zeros(0, np.int64)  # passages with each word
 
   def __len__(self) -> int:
     return len(self._lengths)
 
   def add(self, words: Iterable[str]) -> None:
-    """Takes the words of the next passage.
+    """Adds the words of the next passage.
 
     Raises:
       OSError: the disk is full.
@@ -90,15 +90,13 @@ class Postings:
     holders[: len(self._num_holders)] += self._num_holders
     self._num_holders = holders
     logging.log_every_n_seconds(
-      logging.INFO, "The words of %d passages are sorted.", 30, len(self)
+      logging.INFO, "Sorted the words of %d passages.", 30, len(self)
     )
 
   def write_arrays(self, k1: float, b: float) -> None:
-    """Writes the arrays `ARRAYS` into the directory, once all was added.
+    """Writes the arrays `ARRAYS`; call it after the last passage was added.
 
-    Args:
-      k1: as in `Bm25Settings`.
-      b: as there.
+    `k1` and `b` are those of `Bm25Settings`.
 
     Raises:
       OSError: the disk is full.
@@ -122,17 +120,16 @@ class Postings:
       for postings in self._merged(starts):
         passages = postings["passage"]
         count = postings["count"].astype(np.float32)
-        # In float64, and in the order of bm25s, so that no bit is another.
+        # In float64, and in the order of bm25s, to get the same bits.
         room = k1 * ((1 - b) + b * lengths[passages] / mean_length)
         passages_file.append(passages)
         scores_file.append(idf[postings["word"]] * (count / (room + count)))
 
   @contextlib.contextmanager
   def _array(self, name: str, shape: tuple[int, ...]) -> Iterator[ArrayRows]:
-    """Yields a new file, which gets its name when all is written.
+    """Yields a new file, which is renamed when it is complete.
 
-    An index that was opened from the directory reads the old one: it has to
-    stay whole until the new one is.
+    Until then an index that was opened from the directory reads the old file.
     """
     temp = self._directory / f".{name}.npy.tmp"
     rows = ArrayRows(temp, shape, ARRAYS[name])
@@ -147,21 +144,21 @@ class Postings:
       temp.unlink(missing_ok=True)
 
   def _merged(self, starts: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields all postings by word and passage, a block at a time at most."""
-    # Words 0 up to the second, from there up to the third, ...
+    """Yields all postings sorted by word and passage, block by block."""
+    # Each block holds the words between two of these bounds.
     bounds = [0]
     while bounds[-1] < len(starts) - 1:
       most = starts[bounds[-1]] + _BLOCK
       last = int(np.searchsorted(starts, most, side="right")) - 1
-      bounds.append(max(last, bounds[-1] + 1))  # one word may be more
-    # Where each run has these words: found by reading the runs once.
+      bounds.append(max(last, bounds[-1] + 1))  # one word may exceed a block
+    # Where these words are in each run, found by reading every run once.
     places = [
       (start + np.searchsorted(self._read(start, end)["word"], bounds)).tolist()
       for start, end in itertools.pairwise(self._ends)
     ]
     for part, (first, last) in enumerate(itertools.pairwise(bounds)):
       slices = (self._read(run[part], run[part + 1]) for run in places)
-      if starts[last] - starts[first] > _BLOCK:  # a single word: sorted
+      if starts[last] - starts[first] > _BLOCK:  # one word: already sorted
         yield from slices
         continue
       postings = np.concatenate(list(slices))
@@ -169,20 +166,20 @@ class Postings:
       yield postings[np.argsort(postings["word"], kind="stable")]
 
   def _read(self, start: int, end: int) -> np.ndarray:
-    """Returns postings of the file. Not mapped: they would count as memory."""
+    """Returns postings of the file. A memory map would count as memory."""
     offset = start * _POSTING.itemsize
     return np.fromfile(self._path, _POSTING, end - start, offset=offset)
 
   def close(self) -> None:
-    """Removes the runs."""
+    """Removes the file of the runs."""
     with contextlib.suppress(OSError):
       self._file.close()
     self._path.unlink(missing_ok=True)
 
 
 def _idf(num_holders: np.ndarray, num_passages: int) -> np.ndarray:
-  """Returns how much each word counts, from the passages that hold it."""
-  # Not np.log, whose last bit may be another than that of bm25s.
+  """Returns the inverse document frequency (weight) of each word."""
+  # Not np.log, whose last bit may differ from that of bm25s.
   numbers, which = np.unique(num_holders, return_inverse=True)
   weights = [
     math.log(1 + (num_passages - n + 0.5) / (n + 0.5)) for n in numbers.tolist()
@@ -192,15 +189,15 @@ def _idf(num_holders: np.ndarray, num_passages: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _full_disk(directory: epath.Path) -> Iterator[None]:
-  """Says what to do when a file cannot be written."""
+  """Explains what to do when a file cannot be written."""
   try:
     yield
   except OSError as error:
     raise UnwritableError(
       f"The BM25 index cannot be written to {directory} ({error}). Expected"
-      " room for 20 bytes for each different word of each passage, of which 12"
-      " are free again when it is built. Free some space, or choose another"
-      " directory, and build it again."
+      " room for 20 bytes per distinct word of each passage, of which 12 are"
+      " freed after the build. Free some space, or choose another directory,"
+      " and build it again."
     ) from error
 
 
@@ -210,7 +207,7 @@ def open_arrays(
   """Returns the arrays `ARRAYS`, which stay on the disk until used.
 
   Raises:
-    ValueError: the files are not of one build.
+    ValueError: the files do not belong to the same build.
   """
   arrays = {name: read_array(path / f"{name}.npy", remedy) for name in ARRAYS}
   starts, passages, scores = (arrays[name] for name in ARRAYS)
@@ -229,11 +226,11 @@ def open_arrays(
     shapes = {name: (a.shape, a.dtype.name) for name, a in arrays.items()}
     raise ValueError(
       f"{path} holds arrays {shapes} for the words {str(vocabulary)[:80]};"
-      " expected a list of words, one"
-      " start more than words, and as many passages as scores as the last"
-      f" start; the directory mixes two builds. {remedy}"
+      " expected a list of words, one more start than words, and as many"
+      " passages and scores as the last start says; the directory mixes two"
+      f" builds. {remedy}"
     )
-  # Searching would read beyond the end of memory.
+  # A search with such ids would read beyond the end of memory.
   ids = int(passages.min(initial=0)), int(passages.max(initial=0))
   rising = bool(np.all(starts[1:] >= starts[:-1])) and starts[0] == 0
   if ids[0] < 0 or ids[1] >= max(num_passages, 1) or not rising:

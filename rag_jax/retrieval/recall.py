@@ -1,7 +1,7 @@
-"""How much of what exact search finds an index finds, and how sure that is.
+"""The recall of an index against exact search, with its interval.
 
 In: ids of passages that an index found and that exact search found, best first.
-Out: one number from 0 to 1 for every question, and their mean with an interval.
+Out: one number from 0 to 1 per question, and their mean with an interval.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Recall:
   high: float
 
   def __str__(self) -> str:
-    """Returns the numbers as a table shows them."""
+    """Returns the mean and the interval, for a table."""
     return f"{self.mean:.4f} ({self.low:.4f} to {self.high:.4f})"
 
 
@@ -33,21 +33,21 @@ def index_recall_at_k(
   exact_ids: Int[np.ndarray, "B M"],
   k: int,
 ) -> Float[np.ndarray, "B"]:
-  """Returns which part of the exact top `k` is in the top `k` of an index.
+  """Returns the share of the exact top `k` in the top `k` of an index.
 
   Args:
     ids: passages that the index found, best first; -1 where it found none.
     exact_ids: passages that exact search found, best first.
-    k: how many of each are compared; their order does not count.
+    k: how many of each are compared; their order does not matter.
 
   Raises:
     ValueError: `k` is below 1 or above K or M, or `exact_ids` has a gap.
   """
   if k < 1:
-    raise ValueError(f"k={k} passages; expected at least 1.")
+    raise ValueError(f"k={k} passages; expected at least 1. Raise k.")
   if k > min(ids.shape[1], exact_ids.shape[1]):
     raise ValueError(
-      f"k={k} is more than was retrieved: ids has {ids.shape[1]} a question,"
+      f"k={k} is more than was retrieved: ids has {ids.shape[1]} per question,"
       f" exact_ids {exact_ids.shape[1]}. Retrieve k of both, or lower k."
     )
   if np.any(exact_ids[:, :k] < 0):
@@ -67,8 +67,8 @@ def mean_recall(recalls: Float[np.ndarray, "B"], k: int) -> Recall:
   """Returns the mean over questions and its 95% interval.
 
   Args:
-    recalls: one number from 0 to 1 a question, of at least one.
-    k: of index_recall_at_k.
+    recalls: one number from 0 to 1 per question, for at least one question.
+    k: the k of index_recall_at_k.
   """
   low, high = mean_interval(recalls)
   return Recall(k=k, mean=float(np.mean(recalls)), low=low, high=high)

@@ -1,7 +1,7 @@
-"""What building and searching an index takes: time and memory.
+"""The time and memory that building and searching an index take.
 
-In: an index, or what builds one. Out: seconds, bytes, questions a second, as
-this machine was at that moment.
+In: an index, or a build. Out: seconds, bytes, questions per second, on this
+machine at that moment.
 """
 
 import dataclasses
@@ -12,29 +12,29 @@ from typing import Any
 from jaxtyping import Shaped
 import numpy as np
 
-_LEAST_CALLS = 3  # of a search
+_LEAST_CALLS = 3  # fewest searches that are timed
 
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class BuildCost:
-  """What building an index took, embedding the passages not included."""
+  """What building an index took, without embedding the passages."""
 
   secs: float
-  # At most so much more memory than before the build: the most that the process
-  # ever had until its end, less what it had at its start. Pages of files that
-  # are mapped count. None where the system does not say (no Linux).
+  # An upper bound of the memory that the build added: the peak of the process
+  # until the end of the build, minus its memory at the start. Pages of mapped
+  # files count. None if the system does not tell (other than Linux).
   peak_bytes: int | None
 
 
 class BuildMeter:
-  """Measures from its creation to `cost`."""
+  """Measures from its creation until `cost` is called."""
 
   def __init__(self):
     self._before = _process_bytes("VmRSS")
     self._start = time.perf_counter()
 
   def cost(self) -> BuildCost:
-    """Returns what it took since."""
+    """Returns the time and memory since the creation."""
     secs = time.perf_counter() - self._start
     peak = _process_bytes("VmHWM")
     if peak is None or self._before is None:
@@ -49,17 +49,17 @@ def queries_per_second(
   batch_size: int,
   secs: float,
 ) -> float:
-  """Returns how many questions `index` answers a second, `batch_size` at once.
+  """Returns how many questions `index` answers per second, in batches.
 
-  From the median over as many searches as fit into `secs`.
+  It is computed from the median of as many searches as fit into `secs`.
   """
-  # The next batch has other questions, or what they need would be in the cache.
+  # Each batch has other questions, because equal ones would be in the cache.
   order = np.resize(
     np.arange(len(questions)), -(-len(questions) // batch_size) * batch_size
   ).reshape(-1, batch_size)
-  index.search(questions[order[0]], k)  # the first call pays for what is kept
+  index.search(questions[order[0]], k)  # warms up
   times: list[float] = []
-  # At least one, and a few unless one alone takes longer than is given.
+  # At least one search, and a few more unless one takes longer than `secs`.
   while (
     not times
     or sum(times) < secs
@@ -80,7 +80,7 @@ def num_cpus() -> int:
 
 
 def _process_bytes(name: str) -> int | None:
-  """Returns a line of /proc/self/status, where there is one."""
+  """Returns a value of /proc/self/status, or None if there is none."""
   try:
     with open("/proc/self/status", encoding="ascii") as file:
       lines = [line.split() for line in file if line.startswith(name + ":")]

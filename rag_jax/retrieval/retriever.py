@@ -1,11 +1,12 @@
-"""Question and passage embeddings outside the train step, and the search.
+"""Embeds questions and passages outside the train step, and searches.
 
-In: parameters of the retriever as they are at some step. Out: numbers of the
-passages to read. Everything runs on one local device of this process, from a
-copy of the parameters, so that a thread can do it while the devices train.
+In: the parameters of the retriever at some step. Out: the ids of the passages
+to read. Everything runs on one local device of this process, with a copy of the
+parameters, so that a thread can do it while the devices train.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 
 from flax import linen as nn
 import jax
@@ -27,14 +28,14 @@ from rag_jax.retrieval.index import build_index
 
 PassageTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
-_SORTED_PASSAGES = 65_536  # whose tokens are sorted by length at a time
+_SORTED_PASSAGES = 65_536  # tokenized, and sorted by length, at a time
 
 
 class RetrieverSnapshots:
   """Copies the retriever's parameters out of a training state."""
 
   def __init__(self, mesh: jax.sharding.Mesh):
-    # A true copy, on every device: the step that follows donates its input.
+    # A real copy, on every device: the next train step donates its input.
     self._copy = jax.jit(
       lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=replicated(mesh)
     )
@@ -53,10 +54,10 @@ def find_docs(
   questions: Sequence[str],
   n_docs: int,
 ) -> Int[np.ndarray, "B K"]:
-  """Returns the passages to read for each question, best first.
+  """Returns the ids of the passages to read per question, best first.
 
-  By the scores of `index`, and by the words too if the retriever has weights of
-  both scores. Errors as in `HybridRetriever.search`.
+  They are ranked by `index`, or by both indexes if the retriever has learned
+  weights for the two scores. Errors as in `HybridRetriever.search`.
   """
   weights = learned_weights(retriever_params)
   if weights is None:
@@ -67,8 +68,8 @@ def find_docs(
 
 
 def fingerprint(retriever_params: PyTree) -> str:
-  """Identifies the weights that embed passages: those of their tower."""
-  question_tower = retriever_params["question_encoder"]  # of both, if tied
+  """Returns the fingerprint of the weights of the passage encoder."""
+  question_tower = retriever_params["question_encoder"]  # the only one if tied
   tower = retriever_params.get("passage_encoder", question_tower)
   leaves = jax.tree_util.tree_leaves_with_path(tower)
   return artifacts.fingerprint_arrays(
@@ -77,11 +78,10 @@ def fingerprint(retriever_params: PyTree) -> str:
 
 
 class Embedder:
-  """The two towers as compiled programs.
+  """The two encoders as compiled programs.
 
-  Questions have one shape. Passages are embedded with others of like length,
-  padded to the longest of them, rounded up to one of a few lengths: each is
-  compiled once.
+  Questions have one shape. Passages are batched with others of similar length
+  and padded to one of a few lengths; one program is compiled per length.
   """
 
   def __init__(
@@ -93,10 +93,10 @@ class Embedder:
     """Compiles nothing yet.
 
     Args:
-      model: whose methods `embed_questions` and `embed_passages` are used.
-      embed_batch_size: passages embedded at a time; a multiple of the devices.
-      mesh: of local devices that share each batch, each with all parameters;
-        None: where the parameters are.
+      model: has the methods `embed_questions` and `embed_passages`.
+      embed_batch_size: passages per batch; a multiple of the devices.
+      mesh: local devices that share each batch, each with all parameters; None
+        for the device of the parameters.
     """
 
     def apply(method: str) -> Callable:
@@ -112,7 +112,7 @@ class Embedder:
     self._mesh = mesh
 
   def place(self, retriever_params: PyTree) -> PyTree:
-    """Returns the parameters where passages are embedded."""
+    """Returns the parameters on the devices that embed passages."""
     if self._mesh is None:
       return retriever_params
     return jax.device_put(retriever_params, replicated(self._mesh))
@@ -141,22 +141,15 @@ class Embedder:
   ) -> Float[np.ndarray, "P R"]:
     """Returns the embeddings of passages 0 to num_passages - 1.
 
-    Args:
-      retriever_params: of the retriever.
-      passage_tokens: passage numbers -> (tokens, mask), both [N, L], real
-        tokens first.
-      num_passages: how many there are.
+    `passage_tokens` maps passage ids to (tokens, mask), both [N, L], real
+    tokens first.
     """
-    starts = range(0, num_passages, _SORTED_PASSAGES)
+    blocks = [
+      np.arange(start, min(start + _SORTED_PASSAGES, num_passages))
+      for start in range(0, num_passages, _SORTED_PASSAGES)
+    ]
     return np.concatenate(
-      [
-        self.rows(
-          retriever_params,
-          passage_tokens,
-          np.arange(start, min(start + _SORTED_PASSAGES, num_passages)),
-        )
-        for start in starts
-      ]
+      [self.rows(retriever_params, passage_tokens, rows) for rows in blocks]
     )
 
   def rows(
@@ -166,10 +159,10 @@ class Embedder:
     rows: Int[np.ndarray, "N"],
     on_block: Callable[[int], None] = lambda num_passages: None,
   ) -> Float[np.ndarray, "N R"]:
-    """Returns the embeddings of the passages `rows`, in their order.
+    """Returns the embeddings of the passages `rows`, in this order.
 
-    Their tokens are in memory all at once, [N, L]. Arguments as in `passages`;
-    `on_block` gets the number of passages of each block that was started.
+    All their tokens, [N, L], are in memory at once. Arguments as in `passages`;
+    `on_block` is called with the number of passages of each batch.
     """
     tokens, mask = passage_tokens(rows)
     lengths = mask.sum(axis=1)
@@ -178,7 +171,7 @@ class Embedder:
     for part, block in self._blocks(
       retriever_params, tokens, mask, lengths, order
     ):
-      # Waiting for a block here lets the next one be computed meanwhile.
+      # Waits for the block before, while this one is computed.
       blocks.append(block[: len(part)])
       if len(blocks) > 1:
         blocks[-2] = np.asarray(blocks[-2])
@@ -196,10 +189,10 @@ class Embedder:
     lengths: np.ndarray,
     order: np.ndarray,
   ) -> Iterator[tuple[np.ndarray, jax.Array]]:
-    """Yields which rows a block embeds, and it, before it is computed."""
+    """Yields the rows of each batch and its embeddings, not yet computed."""
     for start in range(0, len(order), self.batch_size):
       part = order[start : start + self.batch_size]
-      # The last block is filled up with its last passage: one size alone.
+      # The last batch is padded with its last passage, to have the same size.
       filled = np.pad(part, (0, self.batch_size - len(part)), mode="edge")
       width = padded_length(int(lengths[part[-1]]), tokens.shape[1])
       batch = tokens[filled, :width], mask[filled, :width]
@@ -209,66 +202,57 @@ class Embedder:
 
 
 def padded_length(length: int, longest: int) -> int:
-  """Returns to how many tokens rows of `length` are padded.
+  """Returns the length that rows with up to `length` tokens are padded to.
 
-  Steps of an eighth of the power of two below, and of 8 at least: eight
-  lengths an octave, for at most an eighth of padding.
+  Lengths are multiples of an eighth of the power of two below, and of 8. So
+  there are eight lengths per octave, and at most an eighth is padding.
   """
   step = max(8, (1 << max(length - 1, 1).bit_length()) // 16)
   return min(-(-max(length, 1) // step) * step, longest)
 
 
+@dataclasses.dataclass(eq=False)
 class IndexBuilder:
-  """Builds an index of all passages from a copy of the parameters."""
+  """Builds an index of all passages from a copy of the parameters.
 
-  def __init__(
-    self,
-    embedder: Embedder,
-    passage_tokens: PassageTokens,
-    num_passages: int,
-    passages_fingerprint: str,
-    config: IndexConfig,
-    n_docs: int = 1,
-  ):
-    """Builds nothing yet.
+  Attributes:
+    embedder: embeds the passages.
+    passage_tokens: passage ids -> (tokens, mask), both [N, L].
+    num_passages: P.
+    passages_fingerprint: identifies the passages.
+    config: the settings of the index.
+    n_docs: how many passages are read per question; the recall that is checked.
+  """
 
-    Args:
-      embedder: embeds passages.
-      passage_tokens: passage numbers -> (tokens, mask), both [N, L].
-      num_passages: how many there are.
-      passages_fingerprint: of them.
-      config: of the index.
-      n_docs: passages that are read for a question: where recall matters.
-    """
-    self._embedder = embedder
-    self._passage_tokens = passage_tokens
-    self._num_passages = num_passages
-    self._passages_fingerprint = passages_fingerprint
-    self._config = config
-    self._n_docs = n_docs
+  embedder: Embedder
+  passage_tokens: PassageTokens
+  num_passages: int
+  passages_fingerprint: str
+  config: IndexConfig
+  n_docs: int = 1
 
   def build(
     self, retriever_params: PyTree, mesh: jax.sharding.Mesh | None = None
   ) -> Index:
-    """Embeds every passage and returns the index over them.
+    """Embeds all passages and returns their index.
 
-    Of kind "device" it lies over `mesh`; None: on one local device.
+    An index of kind "device" is sharded over `mesh`; None is one local device.
 
     Raises:
       ValueError: as `check`.
     """
     index = build_index(
-      self._embedder.passages(
-        retriever_params, self._passage_tokens, self._num_passages
+      self.embedder.passages(
+        retriever_params, self.passage_tokens, self.num_passages
       ),
-      self._config,
+      self.config,
       encoder_fingerprint=fingerprint(retriever_params),
-      passages_fingerprint=self._passages_fingerprint,
+      passages_fingerprint=self.passages_fingerprint,
       mesh=mesh,
     )
     self.check(index)
     return index
 
   def check(self, index: Index) -> None:
-    """Raises `ValueError` if `index` finds less than index.min_recall."""
-    check_min_recall(index, self._config.min_recall, self._n_docs)
+    """Raises `ValueError` if the recall is below index.min_recall."""
+    check_min_recall(index, self.config.min_recall, self.n_docs)

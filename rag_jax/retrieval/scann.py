@@ -1,8 +1,8 @@
 """Search with ScaNN (Guo et al. 2020, arXiv:1908.10396). Linux only.
 
-In: passage embeddings. Out: for each question the passages that ScaNN found,
-and a directory that holds the embeddings and what ScaNN trained. The one module
-that imports `scann`, and only when it is used.
+In: passage embeddings. Out: per question the passages that ScaNN found, and a
+directory that holds the embeddings and what ScaNN trained. This is the only
+module that imports `scann`, and it does so only when an index needs it.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import logging
 from etils import epath
-from jaxtyping import Float, Int
+from jaxtyping import Float
 import numpy as np
 
 from rag_jax import artifacts
@@ -25,24 +25,26 @@ from rag_jax import disk
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import exact
 from rag_jax.retrieval.index_core import REMEDY
+from rag_jax.retrieval.index_core import Found
 from rag_jax.retrieval.index_core import Index
 from rag_jax.retrieval.index_core import IndexInfo
 from rag_jax.retrieval.index_core import check_search
 from rag_jax.retrieval.resources import num_cpus
 
 _ARTIFACTS = "scann"  # the folder that ScaNN writes, inside the index
-_CONFIG, _LIST = "scann_config.pb", "scann_assets.pbtxt"  # in it
-# One file in ScaNN's list of its files, as it writes it: a name, no path.
+_CONFIG, _LIST = "scann_config.pb", "scann_assets.pbtxt"  # in that folder
+# One entry in ScaNN's list of its files, as it writes it: a name, no path.
 _LISTED = re.compile(
   r"""\s*assets \{\s*asset_type: (\w+)\s*asset_path: "(\w[\w.-]*)"\s*\}\s*""",
   re.ASCII,
 )
-_TREE_SAMPLE = 256  # passages that the centre of a leaf is trained on, at least
-_CODEBOOK = 16  # ScaNN cannot quantise fewer passages than these
-_BATCH = 64  # questions that one thread searches for at a time, at most
-# What the manifest of the first ScaNN indexes says, and what it leaves out.
+_TREE_SAMPLE = 256  # fewest passages that the centre of a leaf is trained on
+_CODEBOOK = 16  # ScaNN cannot quantise fewer passages than this
+_BATCH = 64  # most questions that one thread searches for at a time
+# The settings that every manifest has; and those that the manifests of the
+# first ScaNN indexes lack, with the values that they were built with.
 _SETTINGS = ("num_leaves", "leaves_to_search", "reorder")
-_FIRST = {
+_LATER = {
   "pca_dims": 0,
   "dims_per_block": 2,
   "anisotropic_threshold": 0.2,
@@ -59,7 +61,7 @@ def import_problem() -> str:
     return "the package scann is not installed"
   try:
     import scann  # noqa: F401
-  except (ImportError, OSError) as e:  # OSError: its library cannot be loaded
+  except (ImportError, OSError) as e:  # OSError: no shared library
     return f"the package scann cannot be imported ({e})"
   return ""
 
@@ -67,16 +69,16 @@ def import_problem() -> str:
 class ScannIndex(Index):
   """Maximum-inner-product search by ScaNN. Row = passage id.
 
-  Below `index.scann_tree_passages` ScaNN scores every passage; from there on it
-  looks into the most promising leaves of a tree, scores 4-bit codes, and the
-  best of these again. The passages that it finds are ranked by their exact
-  scores, so a recall below 1 is all that differs from `ExactIndex`.
+  With fewer than `index.scann_tree_passages` passages ScaNN scores all of them.
+  With more it searches the most promising leaves of a tree by 4-bit codes, and
+  scores the best of these passages again. What it finds is ranked by exact
+  scores, so the only difference from `ExactIndex` is a recall below 1.
   """
 
   def __init__(
     self, inner: exact.ExactIndex, searcher: Any, settings: dict[str, Any]
   ):
-    """Keeps what was built; if all settings are 0, it scores every passage."""
+    """Takes what was built. With all settings 0, every passage is scored."""
     super().__init__(
       dataclasses.replace(inner.info, kind="scann", settings=settings),
       inner.embeddings,
@@ -87,7 +89,7 @@ class ScannIndex(Index):
 
   @classmethod
   def build(cls, inner: exact.ExactIndex, config: IndexConfig) -> "ScannIndex":
-    """Trains ScaNN on the embeddings of `inner`, which are kept.
+    """Trains ScaNN on the embeddings of `inner`, which are not copied.
 
     Raises:
       ValueError: ScaNN is not installed, or `index.scann_pca_dims` is more
@@ -97,22 +99,22 @@ class ScannIndex(Index):
     if config.scann_pca_dims > inner.embedding_dim:
       raise ValueError(
         f"index.scann_pca_dims={config.scann_pca_dims} principal components of"
-        f" embeddings of {inner.embedding_dim} dimensions; expected at most as"
-        " many. Lower it, for instance to half; 0 takes all dimensions."
+        f" embeddings of {inner.embedding_dim} dimensions; expected no more"
+        " components than dimensions. Lower it, for instance to half of the"
+        " dimensions, or set it to 0 to use all of them."
       )
     settings = _settings(inner.num_passages, config)
     builder = module.builder(inner.embeddings[:], 10, "dot_product")
     builder = _configure(builder.set_n_training_threads(num_cpus()), settings)
-    # Never `docids`: ScaNN saves them as a pickle.
+    # Never pass `docids`: ScaNN saves them as a pickle.
     return cls(inner, builder.build(), settings)
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
-  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-    """Finds passages with a large inner product, ranked by it.
+  ) -> Found:
+    """Returns passages that ScaNN found; see `Index.search`.
 
-    Arguments, results and errors as in `ExactIndex.search`, but of the passages
-    that ScaNN found. The ids of a row differ.
+    Some of the best may be missing. No passage occurs twice in a row.
     """
     questions = check_search(self.info, question_embeddings, n_docs)
     if not len(questions):
@@ -126,17 +128,17 @@ class ScannIndex(Index):
       batch_size=min(-(-len(questions) // num_cpus()), _BATCH),
     )
     ids = np.zeros((len(questions), n_docs), np.int32)
-    width = found.shape[1]  # of the longest row
+    width = found.shape[1]  # the length of the longest row
     ids[:, :width] = found
     # The leaves that were searched may hold fewer than n_docs passages. Then
-    # ScaNN pads with passage 0 and the distance NaN.
+    # ScaNN pads the row with passage 0 and the distance NaN.
     short = np.full(len(questions), width < n_docs) | np.isnan(distances).any(1)
     if short.any():
       logging.log_first_n(
         logging.WARNING,
         "ScaNN found fewer than data.n_docs=%d passages for %d of %d questions;"
         " a slow exact search answers these. Raise index.scann_leaves_to_search"
-        " or lower index.scann_num_leaves.",
+        " or lower index.scann_num_leaves to avoid it.",
         1,
         n_docs,
         short.sum(),
@@ -148,29 +150,30 @@ class ScannIndex(Index):
   def with_search_settings(
     self, *, leaves_to_search: int, reorder: int
   ) -> "ScannIndex":
-    """Returns the same index, searched with other settings; nothing is built.
+    """Returns the same index with other search settings; nothing is built.
 
-    It has no certificate: that of this one was measured with its settings.
+    It has no certificate, because other settings have another recall.
 
     Args:
-      leaves_to_search: more find more, and take longer.
-      reorder: candidates scored again; likewise.
+      leaves_to_search: more leaves find more, and take longer.
+      reorder: how many candidates are scored again; likewise.
 
     Raises:
-      ValueError: out of range, or this index scores every passage.
+      ValueError: a number is out of range, or this index scores every passage.
     """
     leaves = self.settings["num_leaves"]
     if not leaves:
       raise ValueError(
-        f"This index scores all of its {self.num_passages} passages and has no"
-        " settings of the search: index.scann_tree_passages was above their"
-        " number. Build it again with a smaller one to have a tree."
+        f"This index scores all of its {self.num_passages} passages, so it has"
+        " no search settings: index.scann_tree_passages is larger than their"
+        " number. Expected an index with a tree. Lower"
+        " index.scann_tree_passages and build it again."
       )
     if not 1 <= leaves_to_search <= leaves or reorder < 1:
       raise ValueError(
         f"leaves_to_search={leaves_to_search} and reorder={reorder} were asked"
-        f" for; expected 1 to {leaves}, the leaves of the index, and at least"
-        " 1. Change them."
+        f" for; expected 1 to {leaves} leaves, as many as the index has, and a"
+        " reorder of at least 1. Change them."
       )
     settings = self.settings | {
       "leaves_to_search": leaves_to_search,
@@ -183,12 +186,12 @@ class ScannIndex(Index):
   def _save_files(self, path: epath.Path) -> None:
     super()._save_files(path)
     folder = path / _ARTIFACTS
-    # ScaNN writes to a local disk alone, and over what it may be reading.
+    # ScaNN only writes to a local disk, and overwrites what it may be reading.
     parent = path if artifacts.is_local(path) else None
     with _temporary_folder(parent) as temp:
       try:
         self._searcher.serialize(os.fspath(temp), relative_path=True)
-      except RuntimeError as error:  # "I/O error", whatever it is
+      except RuntimeError as error:  # ScaNN says "I/O error", whatever it is
         raise disk.UnwritableError(
           f"ScaNN's files cannot be written to {path} ({error}). Expected room"
           f" for {self.memory_bytes:,} bytes. Free some space, or choose"
@@ -207,7 +210,7 @@ class ScannIndex(Index):
 
     Args:
       path: the directory.
-      info: of its manifest, once that was checked (`index.load_index`).
+      info: its manifest, which `index.load_index` has checked.
 
     Raises:
       ValueError: ScaNN is not installed, or the files do not fit together.
@@ -218,8 +221,8 @@ class ScannIndex(Index):
     settings = info.settings
     if not folder.exists() or not set(_SETTINGS) <= set(settings):
       raise ValueError(
-        f"{path} says that it is an index of kind 'scann', but there is no"
-        f" {_ARTIFACTS}/ in it or its settings {settings} are not"
+        f"The manifest of {path} names the kind 'scann', but there is no"
+        f" {_ARTIFACTS}/ in it or its settings {settings} lack one of"
         f" {', '.join(_SETTINGS)}. {REMEDY}"
       )
     with _temporary_folder(None) as temp:
@@ -232,8 +235,8 @@ class ScannIndex(Index):
         f"{path}/{_ARTIFACTS} holds {searcher.size()} passages, the embeddings"
         f" {inner.num_passages}; the directory mixes two builds. {REMEDY}"
       )
-    first = _FIRST if settings["num_leaves"] else dict.fromkeys(_FIRST, 0)
-    return cls(inner, searcher, first | settings)
+    later = _LATER if settings["num_leaves"] else dict.fromkeys(_LATER, 0)
+    return cls(inner, searcher, later | settings)
 
 
 def check_import() -> None:
@@ -242,13 +245,13 @@ def check_import() -> None:
   if problem:
     raise ValueError(
       f"index.kind='scann', but {problem}. Install it with `pip install scann`"
-      " (Linux, Python 3.11 to 3.13), or use index.kind='exact'. A saved index"
-      " of kind 'scann' has to be built again for that."
+      " (Linux, Python 3.11 to 3.13), or use index.kind='exact' and build a"
+      " saved index of kind 'scann' again."
     )
 
 
 def _module() -> Any:
-  """Returns ScaNN's Python module that needs no TensorFlow."""
+  """Returns the Python module of ScaNN that does not need TensorFlow."""
   check_import()
   from scann import scann_ops_pybind
 
@@ -258,7 +261,7 @@ def _module() -> Any:
 def _settings(num_passages: int, config: IndexConfig) -> dict[str, Any]:
   """Returns the settings with the automatic ones filled in."""
   if num_passages < max(config.scann_tree_passages, _CODEBOOK):
-    return dict.fromkeys([*_SETTINGS, *_FIRST], 0)
+    return dict.fromkeys([*_SETTINGS, *_LATER], 0)
   leaves = config.scann_num_leaves or math.isqrt(num_passages)
   leaves = min(leaves, num_passages)
   searched = config.scann_leaves_to_search or max(leaves // 10, 1)
@@ -266,17 +269,11 @@ def _settings(num_passages: int, config: IndexConfig) -> dict[str, Any]:
     "num_leaves": leaves,
     "leaves_to_search": min(searched, leaves),
     "reorder": config.scann_reorder,
-    "pca_dims": config.scann_pca_dims,
-    "dims_per_block": config.scann_dims_per_block,
-    "anisotropic_threshold": config.scann_anisotropic_threshold,
-    "soar_lambda": config.scann_soar_lambda,
-    "soar_overretrieve": config.scann_soar_overretrieve,
-    "reorder_dtype": config.scann_reorder_dtype,
-  }
+  } | {name: getattr(config, f"scann_{name}") for name in _LATER}
 
 
 def _configure(builder: Any, settings: dict[str, Any]) -> Any:
-  """Returns ScaNN's builder with our settings."""
+  """Returns the builder of ScaNN with our settings."""
   if not settings["num_leaves"]:
     return builder.score_brute_force()
   from scann.scann_ops.py import scann_builder
@@ -286,18 +283,18 @@ def _configure(builder: Any, settings: dict[str, Any]) -> Any:
   builder = builder.tree(
     num_leaves=settings["num_leaves"],
     num_leaves_to_search=settings["leaves_to_search"],
-    # ScaNN's own 100,000 are too few for a thousand leaves and more: many more
-    # of them have to be searched for the same recall.
+    # ScaNN's default of 100,000 is too small for a thousand leaves or more:
+    # many more leaves have to be searched for the same recall.
     training_sample_size=max(_TREE_SAMPLE * settings["num_leaves"], 100_000),
-    # ScaNN draws random centres without a seed (1.4.2): with k-means++ the same
-    # passages give the same index, on as many CPUs.
+    # ScaNN draws random centres without a seed (1.4.2). With k-means++ the same
+    # passages give the same index, if the number of CPUs is the same.
     random_init=False,
     soar_lambda=settings["soar_lambda"] or None,
     overretrieve_factor=settings["soar_overretrieve"] or None,
   )
   builder = builder.score_ah(
     settings["dims_per_block"],
-    # NaN is how ScaNN spells "off".
+    # NaN turns this off in ScaNN.
     anisotropic_quantization_threshold=settings["anisotropic_threshold"]
     or math.nan,
   )
@@ -306,10 +303,11 @@ def _configure(builder: Any, settings: dict[str, Any]) -> Any:
 
 
 def _searcher_bytes(inner: exact.ExactIndex, settings: dict[str, Any]) -> int:
-  """Returns what ScaNN keeps beside the embeddings, in memory and on disk.
+  """Returns the bytes that ScaNN adds to the embeddings, in memory or on disk.
 
-  Counted, not measured: centres, each passage's leaf, its codes (a byte a
-  block, ScaNN 1.4.2), all that twice with SOAR, and what is reordered by.
+  They are computed, not measured: the centres; per passage its leaf and codes
+  (one byte per block, ScaNN 1.4.2), twice with SOAR; and the numbers that
+  passages are reordered by.
   """
   rows, dim = inner.num_passages, inner.embedding_dim
   leaves = settings["num_leaves"]
@@ -324,7 +322,10 @@ def _searcher_bytes(inner: exact.ExactIndex, settings: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def _temporary_folder(parent: epath.Path | None):
-  """Yields a new local folder that is removed unless it was moved."""
+  """Yields a new local folder and removes it afterwards, if it is still there.
+
+  It is in `parent`, or where the system keeps temporary files.
+  """
   if parent is None:
     folder = epath.Path(tempfile.mkdtemp())
   else:
@@ -337,18 +338,19 @@ def _temporary_folder(parent: epath.Path | None):
 
 
 def _show_verified(source: epath.Path, target: epath.Path) -> None:
-  """Puts the files that ScaNN's own list names into a private folder.
+  """Links the files that ScaNN's own list names into a private folder.
 
-  ScaNN follows its list to any file of the machine, and unpickles a file of a
-  certain name beside it. So it never sees the folder that was given: it sees
-  this one, which holds the files that were verified, and no others.
+  ScaNN opens whatever file its list names, anywhere on the machine, and
+  unpickles a file of a certain name beside the list. So it is never given the
+  folder of the index. It is given this folder, which holds the verified files
+  and no others.
 
   Args:
-    source: of an index, whose manifest was checked.
-    target: empty, and of this process alone.
+    source: the ScaNN folder of an index whose manifest was checked.
+    target: an empty folder that only this process uses.
 
   Raises:
-    ValueError: the list names something else than files beside it.
+    ValueError: the list names anything but files beside it.
   """
   listed = (source / _LIST).read_bytes().decode("utf-8", errors="replace")
   rest = _LISTED.sub("", listed)
@@ -357,14 +359,14 @@ def _show_verified(source: epath.Path, target: epath.Path) -> None:
   missing = [name for name in names if not (source / name).exists()]
   if rest or missing or any(name.endswith(".pkl") for name in names):
     raise ValueError(
-      f"{source / _LIST} is not what ScaNN wrote there: it holds {rest[:80]!r},"
-      f" and names files that are not beside it: {missing}. Expected the names"
-      " of files in the same folder. Whoever wrote this could read any file of"
-      f" this machine. {REMEDY}"
+      f"{source / _LIST} is not what ScaNN wrote there: it contains"
+      f" {rest[:80]!r}, and names files that are not beside it: {missing}."
+      " Expected the names of files in the same folder. Opening it could read"
+      f" any file of this machine. {REMEDY}"
     )
   local = artifacts.is_local(source)
   for name in names:
-    if local:  # they may be large: shown, not copied
+    if local:  # a link, because files may be large
       os.symlink(os.path.realpath(source / name), target / name)
     else:
       (source / name).copy(target / name)

@@ -1,7 +1,7 @@
-"""An index larger than one searcher: many, each of a contiguous range of rows.
+"""An index in shards, each of which searches a contiguous range of the rows.
 
-In: memory-mapped embeddings. Out: a directory with one index a shard, built one
-after the other, and an index that searches them in parallel.
+In: memory-mapped embeddings. Out: a directory with one index per shard, built
+one after the other, and an index that searches the shards in parallel.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,22 +24,23 @@ from rag_jax.retrieval.embeddings import is_in
 from rag_jax.retrieval.index_core import ARTIFACT
 from rag_jax.retrieval.index_core import FORMAT
 from rag_jax.retrieval.index_core import REMEDY
+from rag_jax.retrieval.index_core import Found
 from rag_jax.retrieval.index_core import Index
 from rag_jax.retrieval.index_core import IndexInfo
 from rag_jax.retrieval.index_core import check_search
 
-KIND = "sharded"  # several of another kind
+KIND = "sharded"  # several indexes of another kind
 _FOLDER = "shards"
-_INPUTS = "inputs.json"  # in a shard: what it was built of
+_INPUTS = "inputs.json"  # in the folder of a shard: what it was built of
 
 BuildShard = Callable[[Any], Any]  # float32 embeddings -> Index
 
 
 class ShardedIndex(Index):
-  """Host indexes, each of the rows that follow those of the one before it.
+  """Host indexes (the shards), which together hold all rows, in order.
 
-  For exact search the result is that of a single index, bit for bit: a score
-  does not depend on the shard.
+  With exact search the result equals that of a single index, bit for bit: a
+  score does not depend on the shard.
   """
 
   def __init__(self, shards: Sequence[Any]):
@@ -54,28 +55,14 @@ class ShardedIndex(Index):
       certificate=None,
     )
     super().__init__(info, embeddings, sum(s.memory_bytes for s in shards))
-    # NumPy and ScaNN let go of Python's lock while they multiply.
+    # NumPy and ScaNN release the GIL while they multiply.
     workers = min(len(self.shards), os.cpu_count() or 1)
     self._threads = futures.ThreadPoolExecutor(workers, "shard")
 
-  @classmethod
-  def build(
-    cls,
-    embeddings: Float[Any, "P R"],
-    passages_per_shard: int,
-    build_shard: BuildShard,
-  ) -> "ShardedIndex":
-    """Builds every shard, and keeps all in memory."""
-    bounds = shard_bounds(len(embeddings), passages_per_shard)
-    return cls([build_shard(embeddings[a:b]) for a, b in bounds])
-
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
-  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-    """Finds the passages with the largest inner product.
-
-    Arguments, results and errors as in `ExactIndex.search`, over all shards.
-    """
+  ) -> Found:
+    """Returns the best passages of all shards; see `Index.search`."""
     questions = check_search(self.info, question_embeddings, n_docs)
     found = self._threads.map(
       lambda shard: shard.search(
@@ -98,7 +85,7 @@ class ShardedIndex(Index):
     for i, shard in enumerate(self.shards):
       (_folder(path, i) / _INPUTS).unlink(missing_ok=True)
       shard.save(_folder(path, i))
-    self.certificate = _finish(path, len(self.shards), self.certificate)
+    self.certificate = _write_manifest(path, len(self.shards), self.certificate)
 
   @classmethod
   def load(
@@ -111,9 +98,9 @@ class ShardedIndex(Index):
 
     Args:
       path: the directory.
-      info: of its manifest, once that was checked (`index.load_index`):
-        together with every file of every shard.
-      kinds: the classes of the shards.
+      info: its manifest. `index.load_index` has checked it, and every file of
+        every shard.
+      kinds: the index classes that a shard may have, by kind.
 
     Raises:
       ValueError: the shards do not fit together.
@@ -128,9 +115,9 @@ class ShardedIndex(Index):
       or sum(c["num_passages"] for c in contents) != info.num_passages
     ):
       raise ValueError(
-        f"{path} says that it is an index of kind 'sharded', but its shards"
-        f" {contents} are not of kinds {sorted(kinds)} with"
-        f" {info.num_passages} passages together. {REMEDY}"
+        f"The manifest of {path} names the kind 'sharded', but its shards"
+        f" {contents} are not of the kinds {sorted(kinds)} with"
+        f" {info.num_passages} passages in total. {REMEDY}"
       )
     folders = [_folder(path, i) for i in range(len(contents))]
     infos = [
@@ -148,11 +135,13 @@ class ShardedIndex(Index):
 def shard_bounds(
   num_passages: int, passages_per_shard: int
 ) -> list[tuple[int, int]]:
-  """Returns the first and the last + 1 row of each shard, of nearly one size.
+  """Returns (start, stop) of the rows of each shard.
+
+  The sizes differ by at most one.
 
   Args:
     num_passages: at least 1.
-    passages_per_shard: at most so many; 0: all in one.
+    passages_per_shard: the largest size of a shard; 0 for a single shard.
   """
   number = -(-num_passages // (passages_per_shard or num_passages))
   ends = [num_passages * i // number for i in range(number + 1)]
@@ -161,7 +150,7 @@ def shard_bounds(
 
 def merge(
   ids: Int[np.ndarray, "B N"], scores: Float[np.ndarray, "B N"], n_docs: int
-) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
+) -> Found:
   """Returns the `n_docs` best of each row; of equal scores the smaller id."""
   order = np.lexsort((ids, -scores), axis=1)[:, :n_docs]
   return (
@@ -179,16 +168,16 @@ def build_directory(
 ) -> None:
   """Builds an index into directory `path`, one shard in memory at a time.
 
-  Started again after it was cut off, it keeps the shards that are whole and
-  were built of the same inputs.
+  After an interruption, call it again: it keeps the finished shards that were
+  built of the same inputs.
 
   Args:
-    path: of the index; what else lies in its shards is removed.
-    embeddings: [P, R], read shard by shard: a memory map in any type. Those
-      that lie in `path` already are not stored again in the shards.
-    passages_per_shard: at most so many in one.
-    build_shard: makes the index of a shard, from its rows in float32.
-    inputs: whatever else decides what a shard holds: settings, fingerprints.
+    path: the directory. Other files in the folders of its shards are removed.
+    embeddings: [P, R], read shard by shard: a memory map of any type. If they
+      are the files in `path`, the shards do not store them again.
+    passages_per_shard: the largest size of a shard.
+    build_shard: builds the index of a shard from its rows in float32.
+    inputs: everything else that a shard depends on: settings, fingerprints.
   """
   path = artifacts.start_directory(path)
   bounds = shard_bounds(len(embeddings), passages_per_shard)
@@ -213,46 +202,46 @@ def build_directory(
       if folder.exists():
         folder.rmtree()
       folder.mkdir(parents=True)
-      (folder / _INPUTS).write_text(wanted)  # the shard's manifest covers it
+      (folder / _INPUTS).write_text(wanted)  # the manifest will list it
       build_shard(_float32(rows)).save(folder)
     logging.info(
       "Shard %d of %d: %d passages %s.",
       i + 1,
       len(bounds),
       stop - start,
-      "were there" if kept else "indexed",
+      "kept" if kept else "indexed",
     )
-  _finish(path, len(bounds))
+  _write_manifest(path, len(bounds))
 
 
 def _float32(rows: Any) -> Any:
-  """Returns rows in float32; of StoredEmbeddings, as they lie in files."""
+  """Returns rows in float32; `StoredEmbeddings` convert what is read."""
   if not isinstance(rows, np.ndarray):
     return rows
   return np.ascontiguousarray(rows, np.float32)
 
 
 def _is_finished(folder: epath.Path, wanted: str) -> bool:
-  """Returns whether a shard is whole and was built of `wanted`."""
+  """Returns whether a shard is complete and was built of `wanted`."""
   try:
     artifacts.read_manifest(folder, kind=ARTIFACT, format=FORMAT, remedy=REMEDY)
   except (FileNotFoundError, ValueError) as e:
     if folder.exists():
-      logging.info("%s is built again: %s", folder, e)
+      logging.info("%s will be built again: %s", folder, e)
     return False
   file = folder / _INPUTS
   same = file.exists() and file.read_text() == wanted
   if not same:
-    logging.info("%s is built again: it was built of other inputs.", folder)
+    logging.info("%s will be built again: its inputs changed.", folder)
   return same
 
 
-def _finish(
+def _write_manifest(
   path: epath.Path, num_shards: int, certificate: Certificate | None = None
 ) -> Certificate | None:
-  """Removes the shards of a larger index, and writes the manifest of all.
+  """Writes the manifest of the index and returns the certificate in it.
 
-  Returns the certificate that stands in it.
+  Shards of an earlier index with more shards are removed.
   """
   folders = [_folder(path, i) for i in range(num_shards)]
   names = {folder.name for folder in folders}

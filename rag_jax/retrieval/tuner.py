@@ -1,11 +1,11 @@
-"""The fastest ScaNN index that finds enough.
+"""Finds the fastest ScaNN index that reaches a recall.
 
-In: passage embeddings, embeddings of questions, a recall to reach. Out: the
-index, its settings, and all that were tried for it, as a table. ScaNN is built
-a few times; what can change without a build is swept on each.
+In: passage embeddings, question embeddings, a target recall. Out: the index,
+its settings, and a table of all settings that were tried. ScaNN is built a few
+times; on each build all settings are swept that need no new build.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import dataclasses
 import math
 import time
@@ -25,9 +25,9 @@ from rag_jax.retrieval.recall import mean_recall
 from rag_jax.retrieval.resources import num_cpus
 from rag_jax.retrieval.resources import queries_per_second
 
-_REORDER_FACTORS = (32, 16, 8, 4, 2, 1)  # candidates scored again, times k
-_BISECT_TO = 0.1  # leaves to search are found this exactly, of their number
-_FINALISTS = 3  # of each build, timed again beside the best so far
+_REORDER_FACTORS = (32, 16, 8, 4, 2, 1)  # k times this many are scored again
+_BISECT_TO = 0.1  # relative accuracy of the number of leaves to search
+_FINALISTS = 3  # per build; they are timed again, together with the best so far
 _COLUMNS = (
   "num_leaves", "leaves_to_search", "reorder", "reorder_dtype",
   "pca_dims", "dims_per_block", "anisotropic_threshold", "soar_lambda",
@@ -37,20 +37,20 @@ _COLUMNS = (
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class TunerSettings:
-  """How long the tuner searches for settings, and what it tries."""
+  """How long the tuner runs, and which settings it tries."""
 
-  # No build is begun that would end later, if it took as long as the last. The
-  # first is always made, and the search of all passages where nothing reaches
-  # the target.
+  # No build starts that would exceed this, if it took as long as the last one.
+  # The first build is always made. So is a search that scores all passages, if
+  # nothing else reaches the target.
   budget_secs: float = 600.0
-  batch_size: int = 256  # questions searched at once, when speed is measured
-  speed_secs: float = 0.1  # for which each setting is timed
-  repeats: int = 5  # times that the fastest are timed again
-  seed: int = 0  # of which questions are held out
-  # Of the questions, those that say what the choice is worth. The others
-  # decide: two thirds tune, a third checks what came out first.
+  batch_size: int = 256  # questions per search, when speed is measured
+  speed_secs: float = 0.1  # how long each setting is timed
+  repeats: int = 5  # how often the fastest settings are timed again
+  seed: int = 0  # draws the questions that are held out
+  # The share of the questions that measure the final choice. Of the others,
+  # which decide, two thirds tune and a third checks the fastest settings.
   held_out: float = 0.5
-  # What is tried in place of the values of the config, one after the other.
+  # Values to try in place of those of the config, one after the other.
   pca_shares: tuple[float, ...] = (0.5, 0.4, 0.67, 0.0)  # of the dimensions
   soar_lambdas: tuple[float, ...] = (1.5, 0.5, 0.0)
   reorder_dtypes: tuple[str, ...] = ("int8", "bfloat16", "float32")
@@ -60,21 +60,21 @@ class TunerSettings:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Trial:
-  """One setting, and what was measured of it."""
+  """One combination of settings and its measurements."""
 
   settings: dict[str, Any]  # as in `ScannIndex.settings`
-  recall: Recall  # on the questions that are tuned on
-  checked: Recall | None = None  # on a few others, if it was fast enough
-  queries_per_second: float  # the best of all times that it was timed
+  recall: Recall  # on the tuning questions
+  checked: Recall | None = None  # on the check questions, if fast enough
+  queries_per_second: float  # the best of all measurements
   memory_bytes: int
-  build_secs: float  # of the build that it shares with others
+  build_secs: float  # of the build, which several trials share
 
   def reaches(self, target_recall: float) -> bool:
-    """Returns whether its recall is surely not below the target.
+    """Returns whether the recall reaches the target with confidence.
 
-    The low end of the interval counts, and the mean on other questions: of
-    many settings near the target, the fastest by their mean alone are those
-    that were lucky with these questions.
+    The low end of the interval has to reach it, and the mean on the check
+    questions. Among many settings near the target, those whose mean alone
+    reaches it may just be lucky with the tuning questions.
     """
     if self.checked is not None and self.checked.mean < target_recall:
       return False
@@ -83,30 +83,30 @@ class Trial:
 
 @dataclasses.dataclass(slots=True, frozen=True, kw_only=True)
 class TunerResult:
-  """What was chosen, what it finds, and what else was tried."""
+  """The chosen settings, their recall, and all other trials."""
 
   target_recall: float
   k: int
   batch_size: int
   trials: tuple[Trial, ...]
-  chosen: Trial  # the fastest that reaches the target; if none, the best recall
-  held_out: Recall  # of the chosen one, on questions that nothing was tuned on
-  num_tuning: int  # questions that decided
-  index: scann.ScannIndex  # the chosen one, built
-  config: IndexConfig  # that builds it
+  chosen: Trial  # the fastest that reaches the target, else the best recall
+  held_out: Recall  # of the chosen settings, on the held-out questions
+  num_tuning: int  # number of questions that decided
+  index: scann.ScannIndex  # the index with the chosen settings
+  config: IndexConfig  # the config that builds it
   held_out_questions: np.ndarray  # [B, R], to certify the index with
 
   @property
   def reached(self) -> bool:
-    """Whether the target was reached, also on the held-out questions."""
+    """Whether the target was reached, on the held-out questions as well."""
     good = self.chosen.reaches(self.target_recall)
     return good and self.held_out.mean >= self.target_recall
 
   @property
   def frontier(self) -> tuple[Trial, ...]:
-    """The trials that none beats both in recall and in speed, fastest first.
+    """The Pareto frontier of recall and speed, fastest first.
 
-    And the chosen one.
+    It includes the chosen trial.
     """
     best, frontier = -1.0, []
     for trial in sorted(
@@ -123,7 +123,7 @@ class TunerResult:
     head = [
       f"index_recall@{self.k} (95% interval)",
       "questions/s",
-      "bytes a passage",
+      "bytes per passage",
       *names,
       f"reaches {self.target_recall:g}",
     ]
@@ -160,24 +160,24 @@ def tune(
   config: IndexConfig,
   settings: TunerSettings | None = None,
 ) -> TunerResult:
-  """Finds the fastest ScaNN settings whose index_recall_at_k is enough.
+  """Finds the fastest ScaNN settings that reach an index_recall_at_k.
 
-  Starts with the settings of `config` and changes one after the other, keeping
-  what is faster: principal components, leaves, SOAR, the type and the codes of
-  what is scored. Some questions decide, the others say what the choice is
-  worth (`TunerSettings.held_out`). The index of the result has no fingerprints.
+  It starts with the settings of `config`, changes them one after the other, and
+  keeps each change that is faster: principal components, leaves, SOAR, the type
+  and the codes of the embeddings. Some questions decide, the others measure the
+  choice (`TunerSettings.held_out`). The resulting index has no fingerprints.
 
   Args:
-    embeddings: [P, R], row = passage id; kept, not copied.
+    embeddings: [P, R], row = passage id; they are not copied.
     sample_questions: embeddings of questions like those to be asked.
-    target_recall: to be reached, above 0, at most 1.
-    k: passages that are read for a question.
-    config: what the search starts from.
-    settings: of this search.
+    target_recall: the recall to reach, above 0, at most 1.
+    k: the number of passages that are read per question.
+    config: the settings to start from.
+    settings: how long to run, and what to try.
 
   Raises:
     ValueError: ScaNN is not installed, there are fewer than three questions,
-      or they do not fit the passages; or a number is out of range.
+      they do not fit the passages, or a number is out of range.
   """
   scann.check_import()
   settings = settings or TunerSettings()
@@ -202,14 +202,24 @@ def tune(
   index = build(start)
   search = _Search(index, sample_questions, target_recall, k, settings)
   took = search.sweep(index)
-  for changed in _changes(start, search, settings):
+
+  def attempt(best: IndexConfig, **changes: Any) -> IndexConfig:
+    """Returns the changed config if its index is better; if not, `best`."""
+    nonlocal took
     used = time.perf_counter() - began
     if used + took > settings.budget_secs:
-      logging.info("The tuner ends: %.0f s of its budget are used.", used)
-      break
-    before = time.perf_counter()
-    search.sweep(build(changed))
-    took = time.perf_counter() - before
+      if took < math.inf:  # the first time
+        logging.info("The tuner ends: it has used %.0f s of its budget.", used)
+      took = math.inf
+      return best
+    changed = dataclasses.replace(best, **changes)
+    if not changed.scann_soar_lambda:
+      changed.scann_soar_overretrieve = 0.0
+    before = search.best
+    took = search.sweep(build(changed))
+    return best if search.best is before else changed
+
+  _improve(start, settings, attempt, *embeddings.shape)
   if index.settings["num_leaves"] and (
     not search.reached
     or time.perf_counter() - began + took <= settings.budget_secs
@@ -219,7 +229,7 @@ def tune(
 
 
 class _Search:
-  """The trials so far, and the best of them with its index."""
+  """All trials so far, and the best one with its index."""
 
   def __init__(
     self,
@@ -244,8 +254,6 @@ class _Search:
     self.trials: list[Trial] = []
     self.best: Trial | None = None
     self._best_index = index
-    self.num_passages = index.num_passages
-    self.embedding_dim = index.embedding_dim
 
   @property
   def reached(self) -> bool:
@@ -253,7 +261,7 @@ class _Search:
     return self.best is not None and self.best.reaches(self._target)
 
   def sweep(self, index: scann.ScannIndex) -> float:
-    """Tries searches of one build; returns the seconds of build and sweep."""
+    """Tries search settings on one build; returns the seconds of both."""
     start = time.perf_counter()
     build_secs = index.build_cost.secs if index.build_cost else 0.0
     tried: list[tuple[Trial, scann.ScannIndex]] = []
@@ -274,9 +282,9 @@ class _Search:
       tried.append((trial, searched))
       return trial.reaches(self._target)
 
-    self._try_all(index, measure)
+    self._sweep_settings(index, measure)
     self.trials += [trial for trial, _ in tried]
-    self._contest(tried)
+    self._update_best(tried)
     assert self.best is not None, "each sweep tries something"
     secs = build_secs + time.perf_counter() - start
     logging.info(
@@ -288,7 +296,7 @@ class _Search:
     return secs
 
   def result(self, config: IndexConfig) -> TunerResult:
-    """Returns the best trial and what its index finds of the held out."""
+    """Returns the best trial, measured on the held-out questions."""
     assert self.best is not None, "call sweep first"
     index = self._best_index
     questions, truth = self._held_out
@@ -305,10 +313,10 @@ class _Search:
       held_out_questions=questions,
     )
 
-  def _try_all(
+  def _sweep_settings(
     self, index: scann.ScannIndex, measure: Callable[[int, int], bool]
   ) -> None:
-    """Measures, for each depth of reordering, the fewest leaves that do."""
+    """Finds the fewest leaves that reach the target, per reordering depth."""
     leaves = index.settings["num_leaves"]
     if not leaves:
       measure(0, 0)
@@ -319,7 +327,7 @@ class _Search:
       good = fewest
       while not measure(good, reorder):
         if good == leaves:
-          return  # scoring fewer again finds no more
+          return  # with less reordering the recall is no better
         good = min(2 * good, leaves)
       bad = max(good // 2, fewest - 1)
       while good - bad > max(1, _BISECT_TO * good):
@@ -330,11 +338,11 @@ class _Search:
           bad = middle
       fewest = good
 
-  def _contest(self, tried: list[tuple[Trial, scann.ScannIndex]]) -> None:
-    """Makes the fastest that reaches the target the best one.
+  def _update_best(self, tried: list[tuple[Trial, scann.ScannIndex]]) -> None:
+    """Sets `best` to the fastest trial that reaches the target.
 
-    The best so far is timed again beside the new ones, in turn: the machine
-    may have been busy when it was timed. Of all times the best counts.
+    The best so far and the new trials are timed again in turn, because the
+    machine may have been busy before. The best of all measurements counts.
     """
 
     def key(entry: tuple[Trial, scann.ScannIndex]) -> tuple[bool, float]:
@@ -376,37 +384,39 @@ class _Search:
     return queries_per_second(index, self._questions, self._k, size, secs)
 
 
-def _changes(
-  start: IndexConfig, search: _Search, settings: TunerSettings
-) -> Iterator[IndexConfig]:
-  """Yields configs that differ from the best so far in one thing each.
+def _improve(
+  start: IndexConfig,
+  settings: TunerSettings,
+  attempt: Callable[..., IndexConfig],
+  num_passages: int,
+  embedding_dim: int,
+) -> None:
+  """Changes one setting at a time and keeps every change that is better.
 
-  The caller sweeps each before it asks for the next.
+  Args:
+    start: the first config, which was tried already.
+    settings: the values to try.
+    attempt: (config, changes) -> the changed config if it is better; if not,
+      the same config.
+    num_passages: P.
+    embedding_dim: R.
   """
   best = start
   for share in settings.pca_shares:
-    pca_dims = int(share * search.embedding_dim)
-    if pca_dims == start.scann_pca_dims:
-      continue
-    before = search.best
-    changed = dataclasses.replace(best, scann_pca_dims=pca_dims)
-    yield changed
-    if search.best is not before:
-      best = changed
-  decided = best
-  leaves = start.scann_num_leaves
+    pca_dims = int(share * embedding_dim)
+    if pca_dims != start.scann_pca_dims:
+      best = attempt(best, scann_pca_dims=pca_dims)
+  before = best
   for factor in (2.0, 0.5):
-    while 1 <= int(leaves * factor) <= search.num_passages:
+    leaves = start.scann_num_leaves
+    while 1 <= int(leaves * factor) <= num_passages:
       leaves = int(leaves * factor)
-      before = search.best
-      changed = dataclasses.replace(best, scann_num_leaves=leaves)
-      yield changed
-      if search.best is before:
+      changed = attempt(best, scann_num_leaves=leaves)
+      if changed is best:
         break
       best = changed
-    if best is not decided:
-      break  # twice as many were better: half as many are not
-    leaves = start.scann_num_leaves
+    if best is not before:
+      break  # more leaves were better, so fewer are not
   for name, values in (
     ("scann_soar_lambda", settings.soar_lambdas),
     ("scann_reorder_dtype", settings.reorder_dtypes),
@@ -415,46 +425,39 @@ def _changes(
   ):
     tried = getattr(best, name)
     for value in values:
-      if value == tried:
-        continue
-      before = search.best
-      changed = dataclasses.replace(best, **{name: value})
-      if not changed.scann_soar_lambda:
-        changed.scann_soar_overretrieve = 0.0
-      yield changed
-      if search.best is not before:
-        best = changed
+      if value != tried:
+        best = attempt(best, **{name: value})
 
 
 def _check(
   target_recall: float, k: int, num_passages: int, num_questions: int
 ) -> None:
-  """Raises `ValueError` if there is nothing to tune, or nothing that can be."""
+  """Raises `ValueError` if an argument of `tune` is out of range."""
   if not 0.0 < target_recall <= 1.0:
     raise ValueError(
       f"target_recall={target_recall}; expected a number above 0, at most 1,"
-      " such as 0.95: the share of the exact top k to be found. Change it."
+      " such as 0.95: the share of the exact top k to find. Change it."
     )
   if num_questions < 3:
     raise ValueError(
       f"The sample to tune with has {num_questions} questions; expected at"
-      " least 3, better 1000: half of them are held out. Pass more."
+      " least 3, better 1000, because half of them are held out. Pass more."
     )
   if not 1 <= k <= num_passages:
     raise ValueError(
-      f"k={k} passages a question; expected 1 to {num_passages}, the passages"
-      " that there are. Change k."
+      f"k={k} passages per question; expected 1 to {num_passages}, the number"
+      " of passages. Change k."
     )
 
 
 def _rank(trial: Trial, target_recall: float) -> tuple[bool, float]:
-  """Returns what is larger for the better of two trials."""
+  """Returns a sort key that is larger for the better of two trials."""
   reaches = trial.reaches(target_recall)
   return reaches, trial.queries_per_second if reaches else trial.recall.mean
 
 
 def _config_of(index: scann.ScannIndex, config: IndexConfig) -> IndexConfig:
-  """Returns `config` with the settings of `index`."""
+  """Returns the config that builds an index with the settings of `index`."""
   changes: dict[str, Any] = {
     f"scann_{name}": index.settings[name] for name in _COLUMNS
   }

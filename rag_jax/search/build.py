@@ -44,7 +44,7 @@ from rag_jax.retrieval.certified_index import build_certified_index
 from rag_jax.retrieval.certified_index import check_tuning
 from rag_jax.retrieval.embedding_job import EmbeddingJob
 from rag_jax.retrieval.embedding_job import embed_corpus
-from rag_jax.retrieval.embedding_job import finish
+from rag_jax.retrieval.embedding_job import remove_job_files
 from rag_jax.retrieval.embeddings import check_storage
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.search.directory import ENCODER
@@ -269,7 +269,7 @@ def _reopen(output: epath.Path, plan: dict[str, Any]) -> SearchDirectory:
 
 def _clean(output: epath.Path, root: epath.Path) -> None:
   """Removes what only an unfinished directory needs."""
-  finish(root / INDEX)
+  remove_job_files(root / INDEX)
   if (output / _TOKENS).exists():
     (output / _TOKENS).rmtree()
 

@@ -125,7 +125,7 @@ def test_the_help_of_a_command_is_that_of_the_tool_by_another_name():
       r"FileNotFoundError: There is no config file configs/quikstart\.py\.",
     ),
     (
-      ["train", "--config=x.py", "--workdir=x", "more"],
+      ["train", "--config=configs/quickstart.py", "--workdir=x", "more"],
       r"ValueError: Unexpected arguments: \['more'\]\. Expected flags alone",
     ),
     (

@@ -1,7 +1,6 @@
 """BM25 against a loop over its formula, and what a saved index refuses."""
 
 import collections
-import json
 import math
 import pathlib
 import random
@@ -9,6 +8,8 @@ import re
 import subprocess
 import sys
 
+from indexes import assert_equal
+from indexes import content_of
 import numpy as np
 import pytest
 
@@ -138,9 +139,8 @@ def test_a_question_is_answered_alike_in_any_batch():
   index = build(texts)
   ids, scores = index.search(questions, 9)
   for row, question in enumerate(questions):
-    alone_ids, alone_scores = index.search([question], 9)
-    np.testing.assert_array_equal(alone_ids[0], ids[row])
-    np.testing.assert_array_equal(alone_scores[0], scores[row])
+    alone = slice(row, row + 1)
+    assert_equal(index.search([question], 9), (ids[alone], scores[alone]))
 
 
 def test_title_and_text_are_both_searched():
@@ -254,12 +254,9 @@ def test_a_loaded_index_finds_the_same_wherever_it_was_moved_to(saved):
     saved.rename(saved.with_name("moved")), passages_fingerprint="3c4d"
   )
   assert loaded.settings == index.settings
-  assert (loaded.kind, loaded.num_passages) == ("bm25", 6)
+  assert loaded.num_passages == 6
   assert loaded.passages_fingerprint == "3c4d"
-  for before, after in zip(
-    index.search(QUESTIONS, 6), loaded.search(QUESTIONS, 6), strict=True
-  ):
-    np.testing.assert_array_equal(before, after)
+  assert_equal(index.search(QUESTIONS, 6), loaded.search(QUESTIONS, 6))
   ids = np.tile(np.arange(6), (4, 1))
   np.testing.assert_array_equal(
     loaded.score(QUESTIONS, ids), index.score(QUESTIONS, ids)
@@ -269,7 +266,7 @@ def test_a_loaded_index_finds_the_same_wherever_it_was_moved_to(saved):
 def test_an_older_index_goes_on_by_the_rule_it_was_built_with(tmp_path):
   texts = [("", "Straße 1,000"), ("", "1000 strasse")]
   build(texts, word_rule=1).save(tmp_path)
-  content = json.loads((tmp_path / "manifest.json").read_text())["content"]
+  content = content_of(tmp_path)
   assert content.pop("word_rule") == 1
   # As it was written when there was no other rule.
   artifacts.write_manifest(tmp_path, kind="bm25", format=1, content=content)
@@ -350,6 +347,12 @@ def test_the_same_passages_give_the_same_files(saved):
     assert (saved / name).read_bytes() == (again / name).read_bytes()
 
 
+def write_manifest(path, **changes):
+  """Writes the manifest again, for the files as they are now."""
+  content = content_of(path) | changes
+  artifacts.write_manifest(path, kind="bm25", format=1, content=content)
+
+
 def damage(file: pathlib.Path, kind: str):
   data = bytearray(file.read_bytes())
   if kind == "missing":
@@ -388,8 +391,7 @@ def test_an_array_of_objects_is_never_unpickled(saved, local, monkeypatch):
   monkeypatch.setattr(artifacts, "is_local", lambda path: local)
   with (saved / "scores.npy").open("wb") as f:
     np.save(f, np.array([{}], object), allow_pickle=True)
-  content = json.loads((saved / "manifest.json").read_text())["content"]
-  artifacts.write_manifest(saved, kind="bm25", format=1, content=content)
+  write_manifest(saved)
   with pytest.raises(ValueError, match=r"Python objects|allow_pickle=False"):
     Bm25Index.load(saved)
 
@@ -401,9 +403,7 @@ def test_other_passages_are_refused(saved):
 
 @pytest.mark.parametrize("number", [-1, 1 << 31, 12_000_000_000])
 def test_more_passages_than_have_numbers_are_refused(saved, number):
-  content = json.loads((saved / "manifest.json").read_text())["content"]
-  content["num_passages"] = number
-  artifacts.write_manifest(saved, kind="bm25", format=1, content=content)
+  write_manifest(saved, num_passages=number)
   with pytest.raises(ValueError, match=rf"there are {number} passages; expect"):
     Bm25Index.load(saved)
 
@@ -427,7 +427,6 @@ def test_a_manifest_that_lacks_a_setting_is_refused(saved):
 )
 def test_files_of_two_builds_are_refused(saved, name, array):
   np.save(saved / f"{name}.npy", array)
-  content = json.loads((saved / "manifest.json").read_text())["content"]
-  artifacts.write_manifest(saved, kind="bm25", format=1, content=content)
+  write_manifest(saved)
   with pytest.raises(ValueError, match=r"holds arrays .* mixes two builds"):
     Bm25Index.load(saved)

@@ -1,8 +1,11 @@
 """The certificate of an index, against loops, and what refuses one."""
 
 import dataclasses
-import json
 
+from indexes import FINGERPRINTS
+from indexes import content_of
+from indexes import edit_manifest
+from linen import normal
 import numpy as np
 import pytest
 
@@ -17,17 +20,10 @@ from rag_jax.retrieval.index import load_index
 P, R = 3000, 16
 
 
-def normal(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
 def build(kind="exact", embeddings=None, **config):
-  return build_index(
-    normal(P, R) if embeddings is None else embeddings,
-    IndexConfig(kind=kind, **config),
-    encoder_fingerprint="e",
-    passages_fingerprint="p",
-  )
+  embeddings = normal(P, R) if embeddings is None else embeddings
+  config = IndexConfig(kind=kind, **config)
+  return build_index(embeddings, config, **FINGERPRINTS)
 
 
 def bad_index(embeddings=None):
@@ -95,12 +91,9 @@ def test_an_exact_index_is_measured_to_find_all_and_no_more_is_claimed():
       ids, scores = super().search(question_embeddings, n_docs)
       return (ids + 1) % self.num_passages, scores
 
-  broken = Broken(
-    normal(P, R), encoder_fingerprint="e", passages_fingerprint="p"
-  )
-  assert (
-    certify(broken, normal(40, R, seed=1), speed_secs=0.0).recall(1).mean < 1
-  )
+  broken = Broken(normal(P, R), **FINGERPRINTS)
+  certificate = certify(broken, normal(40, R, seed=1), speed_secs=0.0)
+  assert certificate.recall(1).mean < 1
 
 
 @pytest.mark.parametrize(
@@ -156,10 +149,7 @@ def test_a_certificate_stays_with_its_index(kind, tmp_path):
 
 def test_an_index_without_certificate_has_none_when_it_is_loaded(tmp_path):
   build().save(tmp_path)
-  assert (
-    "certificate"
-    not in json.loads((tmp_path / "manifest.json").read_text())["content"]
-  )
+  assert "certificate" not in content_of(tmp_path)
   assert load_index(tmp_path).certificate is None
 
 
@@ -216,10 +206,8 @@ def test_an_edited_certificate_is_refused_with_its_index(tmp_path, edit):
   index = build()
   index.certificate = certify(index, max_questions=20, speed_secs=0.0)
   index.save(tmp_path)
-  manifest = json.loads((tmp_path / "manifest.json").read_text())
-  del manifest["sha256"]  # as of a manifest of before
-  manifest["content"]["certificate"] |= edit
-  (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+  certificate = content_of(tmp_path)["certificate"]
+  edit_manifest(tmp_path, certificate=certificate | edit)
   with pytest.raises(
     ValueError, match=r"(?s)manifest\.json holds no certificate .*certify"
   ):
@@ -248,8 +236,8 @@ def test_the_table_shows_every_number(bad):
     "| measured on | 70 questions |",
     "| questions/s, 1 at a time | 1,234 (10 passages each, 2 CPUs) |",
     "| questions/s, 256 at a time | 98,765 (10 passages each, 2 CPUs) |",
-    "| memory | 3.0 MiB, 1,049 bytes a passage |",
-    "| disk | 293.0 KiB, 100 bytes a passage |",
+    "| memory | 3.0 MiB, 1,049 bytes per passage |",
+    "| disk | 293.0 KiB, 100 bytes per passage |",
     "| build | 12.3 s, without embedding |",
     "| memory of the build | at most 2.0 GiB more than before |",
   ]

@@ -1,46 +1,31 @@
 """An index on devices, as the host sees it."""
 
-import json
-
-import jax
-from jax.sharding import AxisType
+from indexes import FINGERPRINTS
+from indexes import assert_equal
+from indexes import content_of
+from indexes import edit_manifest
+from indexes import exact
+from linen import normal
 import numpy as np
 import pytest
+from several_devices import mesh_of
 
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval.device import place_arrays
 from rag_jax.retrieval.device_index import DeviceIndex
 from rag_jax.retrieval.device_index import RefreshedIndex
 from rag_jax.retrieval.device_index import settings_of
-from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.index import load_index
 
 P, R = 203, 16
-MESH = jax.make_mesh(
-  (1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2
-)
-
-
-def normal(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def exact(embeddings):
-  return ExactIndex(
-    embeddings, encoder_fingerprint="1a2b", passages_fingerprint="3c4d"
-  )
+MESH = mesh_of(1)
 
 
 def build(embeddings, **settings):
-  return build_index(
-    embeddings,
-    IndexConfig(kind="device", **settings),
-    encoder_fingerprint="1a2b",
-    passages_fingerprint="3c4d",
-    mesh=MESH,
-  )
+  config = IndexConfig(kind="device", **settings)
+  return build_index(embeddings, config, mesh=MESH, **FINGERPRINTS)
 
 
 @pytest.mark.parametrize("storage", ["float32", "int8"])
@@ -53,10 +38,7 @@ def test_the_host_gets_exact_scores_whatever_is_stored(storage):
   np.testing.assert_array_equal(scores, expected.astype(np.float32))
   assert np.all(np.diff(scores) <= 0)
   if storage == "float32":
-    for found, exactly in zip(
-      (ids, scores), exact(embeddings).search(questions, 4), strict=True
-    ):
-      np.testing.assert_array_equal(found, exactly)
+    assert_equal((ids, scores), exact(embeddings).search(questions, 4))
 
 
 def test_a_loaded_index_searches_as_it_was_built_to(tmp_path):
@@ -93,15 +75,9 @@ def test_an_index_is_opened_on_the_devices_of_a_mesh(tmp_path):
 
 def test_settings_that_no_device_index_has_are_refused(tmp_path):
   build(normal(P, R)).save(tmp_path)
-  file = tmp_path / "manifest.json"
-  manifest = json.loads(file.read_text())
-  del manifest["sha256"]  # as of a manifest of before
-  for settings in (
-    {},
-    manifest["content"]["settings"] | {"storage": "float8"},
-  ):
-    manifest["content"]["settings"] = settings
-    file.write_text(json.dumps(manifest))
+  settings = content_of(tmp_path)["settings"]
+  for wrong in ({}, settings | {"storage": "float8"}):
+    edit_manifest(tmp_path, settings=wrong)
     with pytest.raises(ValueError, match=r"'device', but its settings .*Build"):
       load_index(tmp_path)
 
@@ -132,7 +108,4 @@ def test_arrays_of_a_step_are_an_index_for_the_host(storage):
   for some in (np.array([[3, 202], [0, 7]]), slice(5, 5), slice(9, 150)):
     np.testing.assert_array_equal(index.embeddings[some], rows[some])
   questions = normal(9, R, seed=1)
-  for found, exactly in zip(
-    index.search(questions, 4), exact(rows).search(questions, 4), strict=True
-  ):
-    np.testing.assert_array_equal(found, exactly)
+  assert_equal(index.search(questions, 4), exact(rows).search(questions, 4))

@@ -4,48 +4,29 @@ import re
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
+from linen import normal
 import numpy as np
 from processes import pytest_on_eight_devices
 import pytest
+from several_devices import SEVERAL
+from several_devices import mesh_of
+from several_devices import over
 
 from rag_jax.retrieval.device import abstract_arrays
 from rag_jax.retrieval.device import gather_embeddings
 from rag_jax.retrieval.device import place_arrays
 from rag_jax.retrieval.device import place_tokens
 from rag_jax.retrieval.device_refresh import due_rows
-from rag_jax.retrieval.device_refresh import num_turns
 from rag_jax.retrieval.device_refresh import own_passages
+from rag_jax.retrieval.device_refresh import refresh_period
 from rag_jax.retrieval.device_refresh import refresh_rows
 from rag_jax.retrieval.device_refresh import staleness
 
 P, R, L = 203, 16, 5
-SEVERAL = jax.device_count() == 8  # in the process that the last test starts
 STORAGES = pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 TOKENS = np.random.default_rng(1).integers(0, 60_000, (P, L), np.uint16)
 LENGTHS = 1 + np.arange(P) % L
 TABLE = np.random.default_rng(2).normal(size=(1000, R)).astype(np.float32)
-
-
-def over(*counts):
-  """Numbers of devices, of those that this process has."""
-  counts = counts if SEVERAL else (1,)
-  ids = [f"over{n}" for n in counts]
-  return pytest.mark.parametrize("count", counts, ids=ids)
-
-
-def normal(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def mesh_of(count):
-  shape = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2)}[count]
-  return jax.make_mesh(
-    shape,
-    ("data", "tensor"),
-    axis_types=(AxisType.Auto,) * 2,
-    devices=jax.devices()[:count],
-  )
 
 
 def place(count, **settings):
@@ -76,39 +57,40 @@ run_step = jax.jit(one_step, static_argnums=2, donate_argnums=0)
 
 @over(1, 2, 4, 8)
 @pytest.mark.parametrize("num_rows", [1, 7, 40, P, 3 * P])
-def test_every_row_has_its_turn_whatever_the_devices(count, num_rows):
+def test_every_row_is_embedded_once_per_period_on_any_devices(count, num_rows):
   arrays = place(count, chunk_passages=10)
-  turns = num_turns(P, num_rows)
-  assert turns == max(1, -(-P // num_rows))
+  period = refresh_period(P, num_rows)
+  assert period == max(1, -(-P // num_rows))
   rows_of = jax.jit(due_rows, static_argnums=2)
   total, shards = len(arrays.embedded_at), []
-  for step in range(2 * turns):
+  for step in range(2 * period):
     rows = rows_of(arrays, step, num_rows)
     shards += [
       (d, np.asarray(s.data)) for d, s in enumerate(rows.addressable_shards)
     ]
     real = np.asarray(rows)
     real = real[real < total]
-    by_hand = [row for row in range(P) if row % turns == step % turns]
+    by_hand = [row for row in range(P) if row % period == step % period]
     assert sorted(real.tolist()) == by_hand
   # A device is given rows that it holds, and not many more than the others.
   held = total // count
   for device, rows in shards:
-    assert len(rows) == -(-held // turns)
+    assert len(rows) == -(-held // period)
     assert set(rows[rows < total] // held) <= {device}
 
 
 @over(1, 2, 8)
 @STORAGES
 def test_steps_write_what_a_loop_over_the_rows_writes(count, storage):
-  num_rows, steps = 60, 6  # the fifth and the sixth step go round again
+  num_rows, steps = 60, 6  # more than one period
+  period = refresh_period(P, num_rows)
   embeddings = normal(P, R)
   embedded_at = np.zeros(P, int)
   arrays = place(count, storage=storage)
   for step in range(1, steps + 1):
     arrays = run_step(arrays, step, num_rows)
     for row in range(P):
-      if row % num_turns(P, num_rows) == step % num_turns(P, num_rows):
+      if row % period == step % period:
         embeddings[row] = encode_by_hand(row, step)
         embedded_at[row] = step
   np.testing.assert_array_equal(arrays.embedded_at[:P], embedded_at)
@@ -174,7 +156,7 @@ def test_no_row_travels_and_none_is_copied(count):
   program = lowered.as_text()
   moves = r"= .*\b(all-\w+|collective-\w+|reduce-scatter)\("
   assert not re.findall(moves, program)
-  # Each device writes into its own part, which was given for good.
+  # Each device writes into its own part, which was donated.
   assert lowered.memory_analysis().alias_size_in_bytes >= size // count
   assert lowered.memory_analysis().temp_size_in_bytes < 60 * 1000
   run_step(arrays, 1, 60)

@@ -2,16 +2,13 @@
 
 import math
 
+from indexes import assert_equal
+from indexes import exact as make
+from linen import normal
 import numpy as np
 import pytest
 
 from rag_jax.retrieval import exact
-
-
-def make(embeddings):
-  return exact.ExactIndex(
-    embeddings, encoder_fingerprint="e", passages_fingerprint="p"
-  )
 
 
 def by_hand(embeddings, questions, n_docs):
@@ -25,11 +22,7 @@ def by_hand(embeddings, questions, n_docs):
     best = sorted(scored)[:n_docs]
     all_ids.append([i for _, i in best])
     all_scores.append([-s for s, _ in best])
-  return all_ids, all_scores
-
-
-def normal(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+  return np.array(all_ids, np.int32), np.array(all_scores, np.float32)
 
 
 @pytest.fixture(params=[(65_536, 64), (7, 2), (1, 1)], ids=str)
@@ -43,12 +36,8 @@ def blocks(request, monkeypatch):
 @pytest.mark.usefixtures("blocks")
 def test_finds_what_scoring_every_passage_finds(n_docs):
   embeddings, questions = normal(40, 6), normal(5, 6, seed=1)
-  ids, scores = make(embeddings).search(questions, n_docs)
-  expected_ids, expected_scores = by_hand(embeddings, questions, n_docs)
-  np.testing.assert_array_equal(ids, expected_ids)
-  np.testing.assert_array_equal(scores, expected_scores)
-  assert ids.dtype == np.int32
-  assert scores.dtype == np.float32
+  expected = by_hand(embeddings, questions, n_docs)
+  assert_equal(make(embeddings).search(questions, n_docs), expected)
 
 
 @pytest.mark.parametrize("n_docs", [1, 5, 40])
@@ -58,10 +47,8 @@ def test_of_equal_scores_the_smaller_id_comes_first(n_docs):
   embeddings = rng.integers(-1, 2, size=(40, 3)).astype(np.float32)
   questions = rng.integers(-1, 2, size=(9, 3)).astype(np.float32)
   questions[0] = 0.0  # every passage scores 0
-  ids, scores = make(embeddings).search(questions, n_docs)
-  expected_ids, expected_scores = by_hand(embeddings, questions, n_docs)
-  np.testing.assert_array_equal(ids, expected_ids)
-  np.testing.assert_array_equal(scores, expected_scores)
+  expected = by_hand(embeddings, questions, n_docs)
+  assert_equal(make(embeddings).search(questions, n_docs), expected)
 
 
 def test_equal_passages_stay_in_order_where_a_matrix_product_would_round():
@@ -96,9 +83,9 @@ def test_a_question_is_answered_alike_alone_and_in_any_batch():
   questions = normal(70, 48, seed=1)
   ids, scores = index.search(questions, 10)
   for i in (0, 17, 69):
-    alone_ids, alone_scores = index.search(questions[i : i + 1], 10)
-    np.testing.assert_array_equal(alone_ids[0], ids[i])
-    np.testing.assert_array_equal(alone_scores[0], scores[i])
+    alone = slice(i, i + 1)
+    found = index.search(questions[alone], 10)
+    assert_equal(found, (ids[alone], scores[alone]))
 
 
 def test_passages_in_ascending_order_of_score_are_found_across_blocks(

@@ -3,13 +3,13 @@
 import itertools
 import re
 
+from indexes import exact
 import numpy as np
 import pytest
 
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import PassageList
 from rag_jax.retrieval.bm25 import Bm25Index
-from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.filters import Condition
 from rag_jax.retrieval.filters import describe_metadata
 from rag_jax.retrieval.filters import meets
@@ -34,10 +34,7 @@ def corpus(seed=0):
 def indexed(seed=0):
   rng = np.random.default_rng(seed)
   embeddings = rng.normal(size=(P, R)).astype(np.float32)
-  index = ExactIndex(
-    embeddings, encoder_fingerprint="", passages_fingerprint=""
-  )
-  return index, rng.normal(size=(B, R)).astype(np.float32)
+  return exact(embeddings), rng.normal(size=(B, R)).astype(np.float32)
 
 
 @pytest.mark.parametrize("n_docs", [1, 3, 12])
@@ -59,10 +56,9 @@ def test_the_result_is_that_of_searching_the_filtered_passages(texts, n_docs):
     for i, p in enumerate(passages)
     if all(dict(p.metadata)[text[:4]] == text[5:] for text in texts)
   ]
-  alone = ExactIndex(
-    index.embeddings[rows], encoder_fingerprint="", passages_fingerprint=""
+  expected, expected_scores = exact(index.embeddings[rows]).search(
+    questions, n_docs
   )
-  expected, expected_scores = alone.search(questions, n_docs)
   np.testing.assert_array_equal(ids, np.array(rows)[expected])
   np.testing.assert_array_equal(scores, expected_scores)
   assert (ids.dtype, scores.dtype) == (np.int32, np.float32)

@@ -3,6 +3,9 @@
 import fractions
 import random
 
+from indexes import FINGERPRINTS
+from indexes import assert_equal
+from indexes import exact
 import jax
 import numpy as np
 import pytest
@@ -11,7 +14,6 @@ from rag_jax.corpus.passages import Passage
 from rag_jax.models.hybrid import HybridWeights
 from rag_jax.models.hybrid import hybrid_scores
 from rag_jax.retrieval.bm25 import Bm25Index
-from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.hybrid import HybridRetriever
 from rag_jax.retrieval.hybrid import Rrf
 from rag_jax.retrieval.hybrid import fit_weights
@@ -52,10 +54,7 @@ def test_rank_fusion_is_that_of_a_loop_over_fractions(k):
 
 def test_the_order_of_the_rankings_does_not_matter():
   rankings = random_rankings(seed=1, num_rankings=4)
-  for a, b in zip(
-    rrf(rankings, n_docs=10), rrf(rankings[::-1], n_docs=10), strict=True
-  ):
-    np.testing.assert_array_equal(a, b)
+  assert_equal(rrf(rankings, n_docs=10), rrf(rankings[::-1], n_docs=10))
 
 
 def test_one_ranking_alone_keeps_its_order():
@@ -252,16 +251,13 @@ def two_indexes(seed=0):
   embeddings = rng.normal(size=(P, R)).astype(np.float32)
   words = [f"w{i}" for i in range(60)]
   texts = [" ".join(rng.choice(words, size=12)) for _ in range(P)]
-  dense = ExactIndex(
-    embeddings, encoder_fingerprint="1a", passages_fingerprint="3c"
-  )
   bm25 = Bm25Index.build(
     [Passage(str(i), "", text) for i, text in enumerate(texts)],
-    passages_fingerprint="3c",
+    passages_fingerprint=FINGERPRINTS["passages_fingerprint"],
   )
   questions = [" ".join(rng.choice(words, size=5)) for _ in range(B - 1)]
   vectors = rng.normal(size=(B, R)).astype(np.float32)
-  return dense, bm25, vectors, [*questions, "unheard"]
+  return exact(embeddings), bm25, vectors, [*questions, "unheard"]
 
 
 WEIGHTS = HybridWeights(0.7, 1.3)
@@ -340,9 +336,7 @@ def test_ranks_are_fused_if_asked_for():
     n_docs=5,
     k=10,
   )
-  got = retriever.search(vectors, questions, 5)
-  for a, b in zip(got, expected, strict=True):
-    np.testing.assert_array_equal(a, b)
+  assert_equal(retriever.search(vectors, questions, 5), expected)
 
 
 @pytest.mark.parametrize("fusion", [WEIGHTS, Rrf()])
@@ -363,7 +357,9 @@ def test_no_questions_find_nothing(fusion):
 def test_indexes_of_other_passages_are_refused():
   dense, _, _, _ = two_indexes()
   other = Bm25Index.build([Passage("0", "", "a")], passages_fingerprint="ff")
-  with pytest.raises(ValueError, match=r"40 pass.*'3c', the BM25.*1 with 'ff'"):
+  with pytest.raises(
+    ValueError, match=r"40 pass.*'3c4d', the BM25.*1 with 'ff'"
+  ):
     HybridRetriever(dense, other, WEIGHTS)
 
 

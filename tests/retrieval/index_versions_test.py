@@ -57,6 +57,12 @@ def make(tmp_path, opened):
   return open_versions
 
 
+def started(make):
+  versions = make()
+  versions.start({"step": 0})
+  return versions
+
+
 def seen(versions):
   """The step whose parameters embedded what is searched."""
   assert versions.index.encoder_fingerprint == f"step {versions.version}"
@@ -95,16 +101,14 @@ def test_versions_are_due_every_so_many_steps_but_not_at_the_start(make):
 
 
 def test_a_version_is_used_from_a_fixed_step_on(make):
-  versions = make()
-  versions.start({"step": 0})
+  versions = started(make)
   searched = run(versions, 0, 40)
   assert searched == {step: expected_version(step) for step in range(40)}
   assert (searched[8], searched[9]) == (0, 6)
 
 
 def test_an_index_is_never_staler_than_one_refresh_and_one_swap(make):
-  versions = make()
-  versions.start({"step": 0})
+  versions = started(make)
   staleness = []
   for step in range(60):
     run(versions, step, step + 1)
@@ -115,8 +119,7 @@ def test_an_index_is_never_staler_than_one_refresh_and_one_swap(make):
 
 
 def test_an_index_that_is_ready_early_waits_for_its_step(make):
-  versions = make()
-  versions.start({"step": 0})
+  versions = started(make)
   run(versions, 0, 6)
   versions.save()  # waits until it is built
   for step in (6, 7, 8):
@@ -127,8 +130,7 @@ def test_an_index_that_is_ready_early_waits_for_its_step(make):
 
 
 def test_a_slow_build_holds_up_its_step_and_none_before(make):
-  versions = make()
-  versions.start({"step": 0})
+  versions = started(make)
   builder = versions._builder
   builder.building.clear()
   builder.may_build.clear()
@@ -153,8 +155,7 @@ def test_a_slow_build_holds_up_its_step_and_none_before(make):
 
 
 def test_a_build_is_given_the_parameters_of_its_own_step(make):
-  versions = make()
-  versions.start({"step": 0})
+  versions = started(make)
   versions._builder.may_build.clear()
   versions.refresh(6, {"step": 6})
   versions._builder.may_build.set()
@@ -163,8 +164,7 @@ def test_a_build_is_given_the_parameters_of_its_own_step(make):
 
 
 def test_a_build_that_fails_is_raised_where_it_is_needed(make, monkeypatch):
-  versions = make()
-  versions.start({"step": 0})
+  versions = started(make)
 
   def fail(params):
     raise ValueError("the passage encoder diverged")
@@ -180,8 +180,7 @@ def test_a_build_that_fails_is_raised_where_it_is_needed(make, monkeypatch):
 
 @pytest.mark.parametrize("stop", range(1, 20))
 def test_a_resumed_run_searches_what_an_uninterrupted_one_does(make, stop):
-  versions = make()
-  versions.start({"step": 0})
+  versions = started(make)
   run(versions, 0, stop)
   saved = versions.save()
   resumed = make()
@@ -193,8 +192,7 @@ def test_a_resumed_run_searches_what_an_uninterrupted_one_does(make, stop):
 
 
 def test_the_version_that_is_being_built_is_saved_as_well(make, tmp_path):
-  versions = make()
-  versions.start({"step": 0})
+  versions = started(make)
   run(versions, 0, 5)
   assert versions.save() == [0]
   run(versions, 5, 7)
@@ -213,8 +211,7 @@ def test_a_version_is_written_once(make, monkeypatch):
     save(index, path)
 
   monkeypatch.setattr(ExactIndex, "save", save_and_note)
-  versions = make()
-  versions.start({"step": 0})
+  versions = started(make)
   run(versions, 0, 7)
   for _ in range(2):
     versions.save()
@@ -227,8 +224,7 @@ def test_a_version_is_written_once(make, monkeypatch):
 def test_a_version_that_another_run_left_behind_is_not_taken_for_ours(make):
   # That run was cut off after it saved version 6 and before its checkpoint;
   # this one goes on from step 5 with other settings.
-  other = make()
-  other.start({"step": 0})
+  other = started(make)
   other.refresh(6, {"step": 600})
   other.save()
   versions = make()
@@ -241,8 +237,7 @@ def test_a_version_that_another_run_left_behind_is_not_taken_for_ours(make):
 
 
 def test_versions_of_other_passages_are_refused(make):
-  versions = make()
-  versions.start({"step": 0})
+  versions = started(make)
   saved = versions.save()
   with pytest.raises(ValueError, match="was built of other passages"):
     make().restore(saved, "other")
@@ -269,8 +264,7 @@ def test_versions_that_no_checkpoint_needs_are_removed(make, tmp_path):
 
 
 def test_a_version_that_was_removed_is_written_again(make):
-  versions = make()
-  versions.start({"step": 0})
+  versions = started(make)
   run(versions, 0, 7)
   assert versions.save() == [0, 6]
   versions.remove_except({0})
@@ -281,8 +275,7 @@ def test_a_version_that_was_removed_is_written_again(make):
 
 def test_closing_ends_the_thread(make):
   before = set(threading.enumerate())
-  versions = make()
-  versions.start({"step": 0})
+  versions = started(make)
   versions.refresh(6, {"step": 6})
   assert set(threading.enumerate()) - before
   versions.close()

@@ -48,7 +48,7 @@ def test_k_above_what_was_retrieved_is_refused():
     match=r"k=3 is more than was retrieved: ids has 5 .* exact_ids 2",
   ):
     index_recall_at_k(wide, narrow, 3)
-  with pytest.raises(ValueError, match="ids has 2 a question, exact_ids 5"):
+  with pytest.raises(ValueError, match="ids has 2 per question, exact_ids 5"):
     index_recall_at_k(narrow, wide, 3)
 
 

@@ -1,9 +1,14 @@
 """ScaNN against exact search, and where it would answer wrongly alone."""
 
-import json
-
 from disks import full_disk
 from etils import epath
+from indexes import FINGERPRINTS
+from indexes import assert_equal
+from indexes import content_of
+from indexes import edit_manifest
+from indexes import exact
+from indexes import overlap
+from linen import normal
 import numpy as np
 import pytest
 
@@ -12,17 +17,10 @@ from rag_jax.config import IndexConfig
 from rag_jax.disk import UnwritableError
 from rag_jax.retrieval.embeddings import open_embeddings
 from rag_jax.retrieval.embeddings import save_embeddings
-from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.index import build_index_directory
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.index_core import IndexInfo
 from rag_jax.retrieval.scann import ScannIndex
-
-FINGERPRINTS = {"encoder_fingerprint": "e", "passages_fingerprint": "p"}
-
-
-def normal(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def clusters(num_passages, dim, seed=0):
@@ -36,17 +34,16 @@ def clusters(num_passages, dim, seed=0):
 
 
 def build(embeddings, **config):
-  inner = ExactIndex(embeddings, **FINGERPRINTS)
-  return ScannIndex.build(inner, IndexConfig(kind="scann", **config))
+  config = IndexConfig(kind="scann", **config)
+  return ScannIndex.build(exact(embeddings), config)
 
 
 def info_of(path):
-  content = json.loads((path / "manifest.json").read_text())["content"]
-  return IndexInfo.from_content(content, "", ["scann"])
+  return IndexInfo.from_content(content_of(path), "", ["scann"])
 
 
 def exact_search(embeddings, questions, n_docs):
-  return ExactIndex(embeddings, **FINGERPRINTS).search(questions, n_docs)
+  return exact(embeddings).search(questions, n_docs)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +61,8 @@ def test_below_the_threshold_it_finds_what_exact_search_finds():
   embeddings, questions = normal(3000, 24), normal(50, 24, seed=1)
   index = build(embeddings, scann_tree_passages=3001)
   assert index.settings["num_leaves"] == 0
-  for found, expected in zip(
-    index.search(questions, 20),
-    exact_search(embeddings, questions, 20),
-    strict=True,
-  ):
-    np.testing.assert_array_equal(found, expected)
+  expected = exact_search(embeddings, questions, 20)
+  assert_equal(index.search(questions, 20), expected)
 
 
 @pytest.mark.parametrize("num_passages", [1, 2, 15])
@@ -98,8 +91,7 @@ def test_a_tree_finds_nine_of_ten_passages():
   }
   ids, scores = index.search(questions, 10)
   expected, expected_scores = exact_search(embeddings, questions, 10)
-  overlap = [np.isin(a, b).mean() for a, b in zip(ids, expected, strict=True)]
-  assert np.mean(overlap) >= 0.9
+  assert overlap(ids, expected) >= 0.9
   # Ranked by exact scores, whatever the 4-bit codes said.
   same = ids == expected
   assert same.mean() > 0.5
@@ -112,9 +104,8 @@ def test_the_same_passages_give_the_same_index_each_time():
     build(embeddings, scann_tree_passages=1).search(questions, 10)
     for _ in range(5)
   ]
-  for ids, scores in found[1:]:
-    np.testing.assert_array_equal(ids, found[0][0])
-    np.testing.assert_array_equal(scores, found[0][1])
+  for again in found[1:]:
+    assert_equal(again, found[0])
 
 
 def test_a_tree_finds_the_same_after_it_was_saved_and_moved(tmp_path):
@@ -142,13 +133,11 @@ def test_questions_that_come_short_are_answered_by_exact_search(
   short_of_passages, n_docs
 ):
   questions = normal(20, 8, seed=1)
-  ids, scores = short_of_passages.search(questions, n_docs)
-  expected_ids, expected_scores = exact_search(
-    short_of_passages.embeddings, questions, n_docs
+  found = short_of_passages.search(questions, n_docs)
+  assert_equal(
+    found, exact_search(short_of_passages.embeddings, questions, n_docs)
   )
-  np.testing.assert_array_equal(ids, expected_ids)
-  np.testing.assert_array_equal(scores, expected_scores)
-  assert all(len(set(row)) == n_docs for row in ids.tolist())
+  assert all(len(set(row)) == n_docs for row in found[0].tolist())
 
 
 def test_an_answer_narrower_than_n_docs_is_answered_by_exact_search(
@@ -233,9 +222,9 @@ def test_the_files_of_scann_must_fit_the_embeddings(tmp_path):
   build(normal(49, 4)).save(tmp_path / "b")
   (tmp_path / "a" / "scann").rename(tmp_path / "old")
   (tmp_path / "b" / "scann").rename(tmp_path / "a" / "scann")
-  manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+  content = content_of(tmp_path / "a")
   artifacts.write_manifest(
-    tmp_path / "a", kind="index", format=1, content=manifest["content"]
+    tmp_path / "a", kind="index", format=1, content=content
   )
   with pytest.raises(
     ValueError, match=r"49 passages, the embeddings 50; .*mix"
@@ -244,11 +233,8 @@ def test_the_files_of_scann_must_fit_the_embeddings(tmp_path):
 
 
 def test_an_index_without_the_folder_of_scann_is_refused(tmp_path):
-  ExactIndex(normal(50, 4), **FINGERPRINTS).save(tmp_path)
-  manifest = json.loads((tmp_path / "manifest.json").read_text())
-  del manifest["sha256"]  # as of a manifest of before
-  manifest["content"]["kind"] = "scann"
-  (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+  exact(normal(50, 4)).save(tmp_path)
+  edit_manifest(tmp_path, kind="scann")
   with pytest.raises(ValueError, match=r"kind 'scann', but there is no scann/"):
     load_index(tmp_path)
 
@@ -277,8 +263,7 @@ def test_every_way_to_build_finds_most_and_stays_the_same_when_saved(
   ids, scores = index.search(questions, 10)
   assert all(len(set(row)) == 10 for row in ids.tolist())  # also in two leaves
   expected, _ = exact_search(embeddings, questions, 10)
-  overlap = [np.isin(a, b).mean() for a, b in zip(ids, expected, strict=True)]
-  assert np.mean(overlap) > 0.8
+  assert overlap(ids, expected) > 0.8
   again = build(embeddings, scann_tree_passages=1, **config)
   np.testing.assert_array_equal(again.search(questions, 10)[0], ids)
   index.save(tmp_path)
@@ -315,8 +300,7 @@ def test_half_the_components_are_half_the_codes_and_find_what_matters():
   assert every.memory_bytes - half.memory_bytes >= 3000 * 24 / 2
   expected, _ = exact_search(embeddings, embeddings[:100], 10)
   found, _ = half.search(embeddings[:100], 10)
-  overlap = [np.isin(a, b).mean() for a, b in zip(found, expected, strict=True)]
-  assert np.mean(overlap) > 0.97
+  assert overlap(found, expected) > 0.97
 
 
 def test_the_search_can_change_without_a_new_build():
@@ -358,17 +342,13 @@ def test_without_a_tree_there_is_nothing_to_set():
     build(normal(50, 4)).with_search_settings(leaves_to_search=1, reorder=1)
 
 
-def test_an_index_of_before_says_what_it_was_built_with(tmp_path):
+def test_an_old_manifest_is_completed_with_what_its_index_was_built_with(
+  tmp_path,
+):
   index = build(clusters(2000, 16), scann_tree_passages=1)
   index.save(tmp_path)
-  path = tmp_path / "manifest.json"
-  manifest = json.loads(path.read_text())
-  old = {
-    k: index.settings[k] for k in ("num_leaves", "leaves_to_search", "reorder")
-  }
-  del manifest["sha256"]  # as of a manifest of before
-  manifest["content"]["settings"] = old
-  path.write_text(json.dumps(manifest))
+  old = ("num_leaves", "leaves_to_search", "reorder")
+  edit_manifest(tmp_path, settings={k: index.settings[k] for k in old})
   loaded = load_index(tmp_path)
   assert loaded.settings == index.settings
   questions = normal(20, 16, seed=1)
@@ -420,7 +400,7 @@ def test_a_part_of_an_index_is_not_opened_alone(tmp_path):
   save_embeddings(epath.Path(path), embeddings)
   build_index_directory(path, open_embeddings(path), config, **FINGERPRINTS)
   load_index(path)
-  with pytest.raises(ValueError, match=r"is a part of an index.*Open the"):
+  with pytest.raises(ValueError, match=r"is one shard of an index.*Open the"):
     load_index(path / "shards/00000")
 
 

@@ -1,11 +1,16 @@
 """Many searchers against one, and what is left of a build that was cut off."""
 
-import json
 import shutil
 import threading
 import time
 import tracemalloc
 
+from indexes import FINGERPRINTS
+from indexes import assert_equal
+from indexes import content_of
+from indexes import edit_manifest
+from indexes import exact as single
+from linen import normal
 import numpy as np
 import pytest
 
@@ -25,25 +30,10 @@ from rag_jax.retrieval.sharded import shard_bounds
 P, R, PER_SHARD = 100, 8, 30
 ARRAYS = ("embeddings.npy", "scales.npy")  # ScaNN has files of its own
 KINDS = pytest.mark.parametrize("kind", ["exact", "scann"])
-PRINTS = {"encoder_fingerprint": "1a2b", "passages_fingerprint": "3c4d"}
-
-
-def normal(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def config(kind="exact", **settings):
   return IndexConfig(kind=kind, passages_per_shard=PER_SHARD, **settings)
-
-
-def single(embeddings):
-  return exact.ExactIndex(embeddings, **PRINTS)
-
-
-def assert_equal(found, expected):
-  for ours, theirs in zip(found, expected, strict=True):
-    assert ours.dtype == theirs.dtype
-    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_shards_follow_one_another_and_are_of_nearly_one_size():
@@ -65,7 +55,7 @@ def test_exact_shards_find_what_one_index_finds_bit_for_bit(n_docs):
   embeddings = np.concatenate([normal(P // 2, R)] * 2)
   questions = np.concatenate([normal(9, R, seed=1), np.zeros((1, R))])
   questions = questions.astype(np.float32)
-  index = build_index(embeddings, config(), **PRINTS)
+  index = build_index(embeddings, config(), **FINGERPRINTS)
   assert isinstance(index, ShardedIndex)
   assert len(index.shards) == 4
   assert_equal(
@@ -80,9 +70,11 @@ def test_a_directory_finds_the_same_wherever_it_was_moved_to(kind, tmp_path):
   file = tmp_path / "all.npy"
   np.save(file, embeddings)
   mapped = np.load(file, mmap_mode="r")
-  build_index_directory(tmp_path / "built", mapped, config(kind), **PRINTS)
+  build_index_directory(
+    tmp_path / "built", mapped, config(kind), **FINGERPRINTS
+  )
   (tmp_path / "built").rename(tmp_path / "moved")
-  index = load_index(tmp_path / "moved", **PRINTS)
+  index = load_index(tmp_path / "moved", **FINGERPRINTS)
   assert isinstance(index, Index)
   assert [s.kind for s in index.shards] == [kind] * 4
   assert (index.num_passages, index.embedding_dim) == (P, R)
@@ -108,7 +100,7 @@ def test_embeddings_that_lie_in_the_directory_are_not_stored_again(
   path.mkdir()
   EmbeddingFile(path, P, R, storage).write(0, normal(P, R))
   embeddings = open_embeddings(path)
-  build_index_directory(path, embeddings, config(kind), **PRINTS)
+  build_index_directory(path, embeddings, config(kind), **FINGERPRINTS)
   arrays = {"embeddings.npy"} | ({"scales.npy"} if storage == "int8" else set())
   stored = {p.name for p in path.rglob("*") if p.name in ARRAYS}
   assert stored == arrays
@@ -130,7 +122,9 @@ def test_embeddings_that_lie_in_the_directory_are_not_stored_again(
 
 def test_a_shard_of_rows_that_are_not_there_is_refused(tmp_path):
   EmbeddingFile(tmp_path, P, R, "float32").write(0, normal(P, R))
-  build_index_directory(tmp_path, open_embeddings(tmp_path), config(), **PRINTS)
+  build_index_directory(
+    tmp_path, open_embeddings(tmp_path), config(), **FINGERPRINTS
+  )
   part = tmp_path / "shards" / "00003" / "part.json"
   for text in ('{"rows": [75, 101]}', '{"rows": [5, 5]}', "{}", "75"):
     part.write_text(text)
@@ -143,8 +137,8 @@ def test_a_shard_of_rows_that_are_not_there_is_refused(tmp_path):
 def test_few_passages_are_one_index(tmp_path):
   few = config()
   few.passages_per_shard = P
-  assert build_index(normal(P, R), few, **PRINTS).kind == "exact"
-  build_index_directory(tmp_path, normal(P, R), few, **PRINTS)
+  assert build_index(normal(P, R), few, **FINGERPRINTS).kind == "exact"
+  build_index_directory(tmp_path, normal(P, R), few, **FINGERPRINTS)
   assert load_index(tmp_path).kind == "exact"
 
 
@@ -201,7 +195,9 @@ def build_cut_off_after(num_shards, path, embeddings, monkeypatch, **settings):
   with monkeypatch.context() as patch:
     patch.setattr(exact.ExactIndex, "save", save_some)
     with pytest.raises(CutOffError):
-      build_index_directory(path, embeddings, config(**settings), **PRINTS)
+      build_index_directory(
+        path, embeddings, config(**settings), **FINGERPRINTS
+      )
   return times(path)
 
 
@@ -228,9 +224,11 @@ def test_a_build_that_was_cut_off_goes_on_where_it_stopped(
   assert list(first) == ["00000", "00001"]
   with pytest.raises(FileNotFoundError, match="cut off before its end"):
     load_index(tmp_path / "cut")
-  build_index_directory(tmp_path / "cut", embeddings, config(), **PRINTS)
+  build_index_directory(tmp_path / "cut", embeddings, config(), **FINGERPRINTS)
   assert times(tmp_path / "cut").items() > first.items()
-  build_index_directory(tmp_path / "whole", embeddings, config(), **PRINTS)
+  build_index_directory(
+    tmp_path / "whole", embeddings, config(), **FINGERPRINTS
+  )
   assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -250,10 +248,10 @@ def test_a_shard_that_does_not_fit_is_built_again(
   else:
     new.passages_per_shard, stale = 20, set(first)
   time.sleep(0.01)
-  build_index_directory(path, embeddings, new, **(PRINTS | prints))
+  build_index_directory(path, embeddings, new, **(FINGERPRINTS | prints))
   now = times(path)
   assert {name for name in first if now[name] != first[name]} == stale
-  index = load_index(path, **(PRINTS | prints))
+  index = load_index(path, **(FINGERPRINTS | prints))
   questions = normal(4, R, seed=1)
   assert_equal(
     index.search(questions, 5), single(embeddings).search(questions, 5)
@@ -262,27 +260,27 @@ def test_a_shard_that_does_not_fit_is_built_again(
 
 def test_other_settings_of_scann_build_every_shard_again(tmp_path):
   embeddings = normal(P, R)
-  build_index_directory(tmp_path, embeddings, config("scann"), **PRINTS)
+  build_index_directory(tmp_path, embeddings, config("scann"), **FINGERPRINTS)
   first = times(tmp_path)
   new = config("scann", scann_tree_passages=20, scann_num_leaves=2)
-  build_index_directory(tmp_path, embeddings, new, **PRINTS)
+  build_index_directory(tmp_path, embeddings, new, **FINGERPRINTS)
   now = times(tmp_path)
   assert all(now[name] != first[name] for name in first)
   assert load_index(tmp_path).shards[0].settings["num_leaves"] == 2
 
 
 def test_a_smaller_build_leaves_no_shard_of_a_larger_one(tmp_path):
-  build_index_directory(tmp_path, normal(P, R), config(), **PRINTS)
-  build_index(normal(40, R), config(), **PRINTS).save(tmp_path)
+  build_index_directory(tmp_path, normal(P, R), config(), **FINGERPRINTS)
+  build_index(normal(40, R), config(), **FINGERPRINTS).save(tmp_path)
   assert list(times(tmp_path)) == ["00000", "00001"]
   # What `save` wrote was built of nothing that a later build could know.
   before = times(tmp_path)
-  build_index_directory(tmp_path, normal(P, R)[:40], config(), **PRINTS)
+  build_index_directory(tmp_path, normal(P, R)[:40], config(), **FINGERPRINTS)
   assert all(times(tmp_path)[name] != before[name] for name in before)
 
 
 def test_a_missing_or_damaged_shard_is_named(tmp_path):
-  build_index_directory(tmp_path, normal(P, R), config(), **PRINTS)
+  build_index_directory(tmp_path, normal(P, R), config(), **FINGERPRINTS)
   file = tmp_path / "shards/00002/embeddings.npy"
   data = bytearray(file.read_bytes())
   data[-3] ^= 1
@@ -295,14 +293,10 @@ def test_a_missing_or_damaged_shard_is_named(tmp_path):
 
 
 def test_shards_that_do_not_add_up_are_refused(tmp_path):
-  build_index_directory(tmp_path, normal(P, R), config(), **PRINTS)
-  file = tmp_path / "manifest.json"
-  manifest = json.loads(file.read_text())
-  del manifest["sha256"]  # as of a manifest of before
-  shards = manifest["content"]["settings"]["shards"]
+  build_index_directory(tmp_path, normal(P, R), config(), **FINGERPRINTS)
+  shards = content_of(tmp_path)["settings"]["shards"]
   for wrong in (None, [], shards[:-1], [{"kind": "annoy"}]):
-    manifest["content"]["settings"]["shards"] = wrong
-    file.write_text(json.dumps(manifest))
+    edit_manifest(tmp_path, settings={"shards": wrong})
     with pytest.raises(ValueError, match=r"'sharded', but its shards.*Build"):
       load_index(tmp_path)
 
@@ -311,5 +305,5 @@ def test_passages_that_are_not_finite_are_refused_before_any_shard(tmp_path):
   embeddings = normal(P, R)
   embeddings[99, 0] = np.nan
   with pytest.raises(ValueError, match=r"1 of 100 passages hold NaN.*rows 99"):
-    build_index_directory(tmp_path / "i", embeddings, config(), **PRINTS)
+    build_index_directory(tmp_path / "i", embeddings, config(), **FINGERPRINTS)
   assert not (tmp_path / "i").exists()
