@@ -1,14 +1,33 @@
-"""Runs that several test files share: a tiny one, and one that has learned.
+"""How tests compile, and the runs that several files share.
 
-They are defined in tiny_run.py and learned_run.py, which are imported when a
-test asks for them, so that other tests do not wait for all of rag_jax.
+The runs are defined in tiny_run.py and learned_run.py, which are imported when
+a test asks for them, so that other tests do not wait for all of rag_jax.
 """
 
 import importlib.util
+import os
 import pathlib
 import sys
 
+import filelock
 import pytest
+
+# Nearly all programs of the tests run once, on a few numbers: compiling them is
+# most of the time. What costs is kept for other files, workers and runs.
+_COMPILATION = {
+  "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+  "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # with it, files are locked
+}
+
+
+def pytest_configure(config):
+  """Makes every test, and every process that it starts, compile quickly."""
+  settings = dict(_COMPILATION)
+  if cache := getattr(config, "cache", None):  # -p no:cacheprovider has none
+    settings["JAX_COMPILATION_CACHE_DIR"] = str(cache.mkdir("jax"))
+  for name, value in settings.items():
+    os.environ.setdefault(name, value)
 
 
 def _read(name):
@@ -50,5 +69,12 @@ def learned_run():
 
 @pytest.fixture(scope="session")
 def learned(learned_run, tmp_path_factory):
-  """A run that answers for countries that it was not trained on."""
-  return learned_run.train_run(tmp_path_factory.mktemp("learned"))
+  """A run that answers for countries that it was not trained on.
+
+  The workers of pytest-xdist share it: the first that needs it trains it.
+  """
+  root = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    root = root.parent
+  with filelock.FileLock(root / "learned.lock"):
+    return learned_run.open_run(root / "learned")

@@ -10,6 +10,8 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+
 from rag_jax.api.runs import train
 from rag_jax.config import Config
 from rag_jax.corpus.documents import BUNDLED
@@ -77,11 +79,19 @@ def make_config(root: pathlib.Path, seed: int = 0) -> Config:
   return c
 
 
-def train_run(root: pathlib.Path, seed: int = 0) -> LearnedRun:
-  """Trains in `root`."""
-  write_corpus(root)
-  results = train(make_config(root, seed), root / "run")
-  return LearnedRun(root / "run", root / "passages.jsonl", results)
+def open_run(root: pathlib.Path, seed: int = 0) -> LearnedRun:
+  """Returns the run in `root`, which is trained if it is not there yet."""
+  results = root / "run" / "results.json"
+  if not results.exists():
+    root.mkdir(exist_ok=True)
+    write_corpus(root)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)  # it runs long
+    train(make_config(root, seed), root / "run")
+    jax.config.update("jax_disable_most_optimizations", before)
+  return LearnedRun(
+    root / "run", root / "passages.jsonl", json.loads(results.read_text())
+  )
 
 
 def write_corpus(root: pathlib.Path) -> None:

@@ -35,6 +35,7 @@ def workdir(tmp_path_factory):
     "--config.warmup.num_steps=80",
     "--config.train.num_steps=200",
     "--config.eval.num_test=256",
+    optimized=True,
     timeout=1500,  # minutes, on a machine that does other things too
   )
   assert trained.returncode == 0, trained.stderr[-3000:]

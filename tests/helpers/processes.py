@@ -15,13 +15,23 @@ _EIGHT_DEVICES = {
 }
 
 
-def run_tool(tool, *arguments, timeout=500, **settings):
-  """Returns the finished process of tools/`tool`, as a person runs it."""
+def run_tool(tool, *arguments, timeout=500, optimized=False, **settings):
+  """Returns the finished process of tools/`tool`, as a person runs it.
+
+  Args:
+    tool: the name of the file.
+    arguments: of the command line.
+    timeout: in seconds.
+    optimized: whether its programs run longer than they compile.
+    settings: of subprocess.run.
+  """
   environment = {
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
   }
+  if optimized:
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
   return subprocess.run(
     [sys.executable, ROOT / "tools" / tool, *map(str, arguments)],
     env=os.environ | environment,
@@ -41,7 +51,6 @@ def run_on_eight_devices(file):
     | _EIGHT_DEVICES
     | {
       "PYTHONPATH": os.pathsep.join([str(ROOT), os.path.dirname(__file__)]),
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
     },
     capture_output=True,
     text=True,
@@ -80,7 +89,6 @@ def run_on_hosts(file, *arguments, count, cache, num_devices=4, timeout=900):
   settings = {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(num_devices // count),
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles faster
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -52,13 +52,3 @@ def full_precision() -> Iterator[None]:
   """Multiplies matrices in float32 on accelerators too, as PyTorch does."""
   with jax.default_matmul_precision("highest"):
     yield
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation() -> Iterator[None]:
-  """Almost halves the run: each of these tiny programs is compiled for once."""
-  name = "jax_disable_most_optimizations"
-  before = jax.config.read(name)
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, before)
