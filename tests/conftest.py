@@ -13,21 +13,23 @@ import filelock
 import pytest
 
 # Nearly all programs of the tests run once, on a few numbers: compiling them is
-# most of the time. What costs is kept for other files, workers and runs.
+# most of the time. What costs is kept for other files, and for the next run.
 _COMPILATION = {
   "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-  "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # with it, files are locked
 }
 
 
 def pytest_configure(config):
   """Makes every test, and every process that it starts, compile quickly."""
-  settings = dict(_COMPILATION)
-  if cache := getattr(config, "cache", None):  # -p no:cacheprovider has none
-    settings["JAX_COMPILATION_CACHE_DIR"] = str(cache.mkdir("jax"))
-  for name, value in settings.items():
+  for name, value in _COMPILATION.items():
     os.environ.setdefault(name, value)
+  worker = os.environ.get("PYTEST_XDIST_WORKER")
+  kept = "JAX_COMPILATION_CACHE_DIR"
+  cache = getattr(config, "cache", None)  # -p no:cacheprovider has none
+  # A directory per worker: JAX does not lock the files that it writes.
+  if cache and (worker or kept not in os.environ):
+    os.environ[kept] = str(cache.mkdir(f"jax_{worker or 'main'}"))
 
 
 def _read(name):

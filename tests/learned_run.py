@@ -62,6 +62,7 @@ def make_config(root: pathlib.Path, seed: int = 0) -> Config:
   c.generator.position_init = "sinusoid"
   c.generator.relative_buckets = 32
   c.generator.init = "copy"
+  c.generator.pointer = True  # goes on where it copied
   c.optimizer.peak_lr = 4e-3
   c.optimizer.retriever_lr = 2e-3
   c.optimizer.warmup_steps = 20
