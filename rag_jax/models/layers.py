@@ -44,7 +44,7 @@ def check_positions(length: int, max_positions: int, what: str) -> None:
     raise ValueError(
       f"{what} of {length} tokens per row were given to a model with"
       f" {max_positions} learned positions; expected at most as many. Cut them"
-      " to that length, or take a model with more positions."
+      " to that length, or use a model with more positions."
     )
 
 

@@ -76,7 +76,7 @@ def check_devices(config: Config, num_devices: int) -> MeshConfig:
       f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp} and mesh.tensor="
       f"{mesh.tensor} need {data * mesh.fsdp * mesh.tensor} devices, but"
       f" there are {num_devices}. Choose values whose product is that number,"
-      " or mesh.data=0 to use all that are left."
+      " or mesh.data=0 to use all remaining devices."
     )
   _check_split(config, mesh)
   shards = data * mesh.fsdp

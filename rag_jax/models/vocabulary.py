@@ -62,8 +62,8 @@ def chunked_log_probs(
   if chunk_size < 1:
     raise ValueError(
       f"chunk_size={chunk_size} leaves no logits to compute; expected at least"
-      " 1. Some thousands are a good size; the size of the vocabulary means no"
-      " chunks."
+      " 1. A few thousand is a good size; the size of the vocabulary turns"
+      " chunking off."
     )
   n, t, d = hidden.shape
   if bias is None:

@@ -253,7 +253,7 @@ class Checkpointer:
           path = self._set_aside(later, "left")
           logging.info(
             "The checkpoint of step %d, after --resume_from=%d, is now %s. It"
-            " is not used any more and can be deleted.",
+            " is no longer used and can be deleted.",
             *(later, step, path),
           )
 
@@ -514,8 +514,8 @@ def _saying_what_to_do(folder: epath.Path) -> Iterator[None]:
     raise disk.UnwritableError(
       f"The checkpoint {folder} could not be saved: {why}. Expected a folder"
       " that can be written to, on a disk with enough room. Make room, or"
-      " change its permissions, and run the same command again: it goes on from"
-      " the checkpoint before."
+      " change its permissions, and run the same command again: it resumes from"
+      " the previous checkpoint."
     ) from error
 
 

@@ -140,7 +140,7 @@ class Workdir:
       with disk.explaining(
         self.path,
         "The run",
-        "Then run the same command again: it goes on from the last checkpoint.",
+        "Then run the same command again to resume from the last checkpoint.",
       ):
         raise error
 
@@ -279,9 +279,9 @@ def _own_cache() -> str:
   if ours and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
     return path
   logging.warning(
-    "%s is not used for compiled programs: others can write there, and what"
-    " lies there is run. Expected a folder of this user alone. Remove it, or"
-    " give another one with --cache_dir.",
+    "%s is not used for compiled programs: other users can write there, and its"
+    " files are executed. Expected a folder that only this user can write to."
+    " Remove it, or choose another one with --cache_dir.",
     path,
   )
   return ""
@@ -406,7 +406,7 @@ def _check_config(
   if bad:
     hint = ""
     if all(line.partition(":")[0] in learning for line in bad):
-      hint = " Or go back to a checkpoint with them: --resume_from=STEP."
+      hint = " Or use the new values from a checkpoint on: --resume_from=STEP."
     raise ValueError(
       f"--workdir={workdir.path} belongs to another experiment. Its config"
       " differs in settings that change what is learned:\n  "
@@ -481,7 +481,7 @@ def _check_no_checkpoints(workdir: Workdir) -> None:
   if _has_checkpoints(workdir):
     raise ValueError(
       f"--workdir={workdir.path} has checkpoints but no"
-      f" {workdir.config_path.name}, so nobody can tell which experiment they"
-      " belong to. Expected an empty folder or that of an earlier run. Restore"
+      f" {workdir.config_path.name}, so it is unknown which experiment they"
+      " belong to. Expected an empty folder or the folder of a run. Restore"
       f" {workdir.config_path}, or choose another --workdir."
     )
