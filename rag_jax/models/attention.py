@@ -18,8 +18,8 @@ from rag_jax.models.partitioning import INIT_STD
 from rag_jax.models.partitioning import named
 
 # The axis names "B T S D N H" are those of DESIGN: here B may stand for B*K.
-# Laid out as the products of `attend` read them: otherwise each step of
-# decoding would copy all keys and values into that order again.
+# The axis order is the one that the products in `attend` read. With any other,
+# each decoding step would transpose all keys and values again.
 Keys = Float[Array, "B N H S"]
 Values = Float[Array, "B N S H"]
 Bias = Float[Array, "#B N T S"]
@@ -28,12 +28,12 @@ Bias = Float[Array, "#B N T S"]
 def identity_init(
   key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
 ) -> Array:
-  """Returns the identity; Flax hands kernels of heads over flattened."""
+  """Returns the identity; Flax passes the shapes of head kernels flattened."""
   return jnp.eye(*shape, dtype=dtype)
 
 
 def rolled_identity(scale: float, roll: int) -> nn.initializers.Initializer:
-  """Returns an initializer: `scale` times the identity, columns rolled."""
+  """Returns an initializer: `scale` times the column-rolled identity."""
 
   def init(
     key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
@@ -45,10 +45,10 @@ def rolled_identity(scale: float, roll: int) -> nn.initializers.Initializer:
 
 @functools.cache
 def _buckets_by_distance(num_buckets: int, max_distance: int) -> np.ndarray:
-  """Returns the bucket of each distance up to `max_distance`, counted from 0.
+  """Returns the bucket of each distance from 0 to `max_distance`.
 
-  The first half of them are exact. Computed here once, in float32, as
-  PyTorch's T5 does: at a border, another rounding gives another bucket.
+  The first half of the buckets hold one distance each. Computed once, in
+  float32 like PyTorch's T5: other rounding would change buckets at a border.
   """
   exact = num_buckets // 2
   distance = np.arange(max_distance + 1)
@@ -68,9 +68,10 @@ def relative_bucket(
 ) -> Int[Array, "*shape"]:
   """Returns T5's bucket of each offset (key position - query position).
 
-  Near offsets have a bucket each, far ones share, the farther the more.
-  Bidirectional: half of the buckets for keys behind, half for keys ahead;
-  otherwise all for keys behind. Raffel et al. 2020,
+  Near offsets have a bucket each; far offsets share buckets that widen with
+  distance. If bidirectional, half of the buckets are for keys before the query
+  and half for keys after it; otherwise all are for keys before. Raffel et al.
+  2020,
   https://arxiv.org/abs/1910.10683, section 2.1.
   """
   if bidirectional:
@@ -90,41 +91,41 @@ def relative_bias(
   *,
   bidirectional: bool,
 ) -> Bias:
-  """Returns what is added to attention logits, by the offset of the key."""
+  """Returns the bias of the attention logits, given the offsets of the keys."""
   bucket = relative_bucket(
     offset, table.shape[0], max_distance, bidirectional=bidirectional
   )
   return jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, 1)
 
 
-# How an attention starts. "normal": BERT and BART. The others make a pair that
-# copies (an induction head, https://arxiv.org/abs/2209.11895): "previous" adds
-# to each token what stands before it; "copy" looks for the place whose previous
-# token is the one just written, and writes what stands there. "previous again"
-# adds it once more, rolled otherwise: in the decoder's first layer and the
-# encoder's second, it makes the token before that one part of the match.
-_COPY_LOGIT = 2.0  # of a match, before it is trained
-_PREVIOUS_BIAS = 6.0  # of the offset -1: exp(6) against 1 for the others
+# Initialisations of an attention module. "normal": as in BERT and BART. The
+# others form an induction head, which copies
+# (https://arxiv.org/abs/2209.11895). "previous" adds the previous token to each
+# token. "copy" attends to the position whose previous token was just written,
+# and outputs the token there. "previous again", in the decoder's first layer
+# and the encoder's second, adds it with another roll, to match two tokens.
+_COPY_LOGIT = 2.0  # attention logit of a match before training
+_PREVIOUS_BIAS = 6.0  # bias of the offset -1: weight exp(6), others 1
 
 
 def previous_bias_init(
   key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
 ) -> Array:
-  """Returns a table [buckets, N] that looks at the offset -1, bucket 1."""
+  """Returns a table [buckets, N] that favours the offset -1, bucket 1."""
   previous = jnp.arange(shape[0])[:, None] == 1
   return jnp.broadcast_to(_PREVIOUS_BIAS * previous, shape).astype(dtype)
 
 
 class Attention(nn.Module):
-  """Multi-head attention of `x` over `memory`; self-attention if they are one.
+  """Multi-head attention of `x` over `memory`; self-attention if both are `x`.
 
   Params: `query`, `key`, `value` kernels [D, N, H]; `out` kernel [N, H, D];
-  `relative_bias` [buckets, N] if it has relative positions of its own.
+  `relative_bias` [buckets, N] if the module has its own relative positions.
   """
 
   config: TransformerConfig
   start: str = "normal"  # or "previous", "previous again", "copy": see above
-  out_init_scale: float = 1.0  # times INIT_STD, of the `out` kernel
+  out_init_scale: float = 1.0  # std of the `out` kernel, in INIT_STD
   dtype: DTypeLike = jnp.bfloat16  # of activations and matmuls
 
   def setup(self):
@@ -158,14 +159,14 @@ class Attention(nn.Module):
     inits: dict[str, Any] = dict.fromkeys(("query", "key", "value"), normal)
     inits["out"] = nn.initializers.normal(INIT_STD * self.out_init_scale)
     inits["bias"] = nn.initializers.zeros
-    # Logits that are not divided by sqrt(H) start as if they were.
+    # If logits are not divided by sqrt(H), the initial query kernel is.
     c = self.config
     root = 1.0 if c.scale_attention else c.head_size**-0.5
     if self.start == "normal":
       inits["query"] = nn.initializers.normal(INIT_STD * root)
     elif self.start in ("previous", "previous again"):
-      # Rolled: what stands before goes where the token itself is not. The norm
-      # made it sqrt(D) long; it is added with the length of a token.
+      # The roll writes the previous token to other dimensions than the token.
+      # The norm gives it length sqrt(D); the scale restores a token's length.
       roll = dim // 2 if self.start == "previous" else dim // 4
       inits["query"] = nn.initializers.normal(INIT_STD * root)
       inits["value"] = identity_init
@@ -179,7 +180,7 @@ class Attention(nn.Module):
     return inits
 
   def keys_values(self, memory: Float[Array, "B S D"]) -> tuple[Keys, Values]:
-    """Returns what `memory` offers to be looked at: keys and values."""
+    """Returns the keys and values of `memory`."""
     key, value = self.key(memory), self.value(memory)  # B S N H
     return jnp.moveaxis(key, 1, -1), jnp.moveaxis(value, 1, -2)
 
@@ -192,10 +193,10 @@ class Attention(nn.Module):
     bias: Bias | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "B T D"]:
-    """Returns the mixture of `value` that `x` asks for.
+    """Returns the output projection of the values that `x` attends to.
 
-    Where nothing may be looked at, as in a row that is padding alone, it is
-    zero, as in transformers; T5 has the mean of all that is masked there.
+    If every key is masked, as in a row of padding only, the weighted sum is
+    zero, as in transformers; T5 takes the mean of the masked values.
     """
     c = self.config
     query = self.query(x)  # B T N H
@@ -221,7 +222,7 @@ class Attention(nn.Module):
     attn_probs = jax.nn.softmax(attn_logits, axis=-1).astype(self.dtype)
     attn_probs = self.drop(attn_probs, deterministic=deterministic)
     mixed = jnp.einsum("BNTS,BNSH->BTNH", attn_probs, value)
-    if c.scale_attention:  # T5 keeps the mean
+    if c.scale_attention:  # T5 takes the mean
       mixed = jnp.where(jnp.any(mask, axis=-1)[..., None, None], mixed, 0.0)
     return self.out(mixed)
 

@@ -7,18 +7,18 @@ import flax.struct
 from jaxtyping import Bool, Float, Int
 
 
-# Unchecked, because JAX makes it of shapes and shardings too.
+# Not type-checked, because JAX also builds it from shapes and shardings.
 @typing.no_type_check
 @flax.struct.dataclass
 class RagBatch:
   """Questions, their documents and their answers, as tokens.
 
-  A context is the question and one document as the generator reads them. A
-  target is the answer, then the end token. Masks are True on real tokens.
+  A context is the generator's input: the question and one document. A target is
+  the answer, followed by the end token. Masks are True on real tokens.
 
-  The retriever's fields are None for a closed-book model. Otherwise exactly one
-  of `doc_tokens` (the passage encoder trains) and `doc_embeddings` (it is
-  frozen) is given, and `bm25_scores` with index.hybrid.
+  The retriever's fields are None for a closed-book model. Otherwise either
+  `doc_tokens` (trained passage encoder) or `doc_embeddings` (frozen passage
+  encoder) is set, and with index.hybrid also `bm25_scores`.
   """
 
   context_tokens: Int[Any, "B K C"]

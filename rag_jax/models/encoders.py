@@ -1,4 +1,4 @@
-"""The retriever's tower: tokens of a question or passage to one embedding."""
+"""The retriever's encoder: embeds the tokens of a question or passage."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from rag_jax.models.partitioning import split_table
 
 
 def layer_config(config: EncoderConfig) -> TransformerConfig:
-  """Returns a layer of the tower: BART's where the tower has no choice."""
+  """Returns the config of the layers; BART's values where `config` has none."""
   names = {field.name for field in dataclasses.fields(TransformerConfig)}
   names &= {field.name for field in dataclasses.fields(config)}
   layer = TransformerConfig(**{name: getattr(config, name) for name in names})
@@ -32,20 +32,20 @@ def layer_config(config: EncoderConfig) -> TransformerConfig:
 class RetrieverEncoder(nn.Module):
   """BERT's architecture with any number of layers, pooled to one vector.
 
-  With no layers there are no positions and no embedding norm: the embedding is
-  the pooled sum of token embeddings, a trainable bag of words.
+  Without layers there are no positions and no embedding norm: the embedding is
+  the pooled token embeddings, a trainable bag of words.
 
-  The embedding of a row without a real token is zero, so that it scores 0
-  before a projection's bias; where the first state is the embedding ("cls",
-  "pooler"), it is that of the first padding token alone, as in DPR.
+  The pooled vector of a row without real tokens is zero, so its score is 0 if
+  no projection adds a bias. With pooling "cls" or "pooler" it is the state of
+  the first padding token, as in DPR.
 
-  Params: `token_embedding` [V, D]; with layers `position_embedding`,
-  `token_type_embedding` if there are types, `embedding_norm`, `layer_0` and on;
-  `pooler` kernel [D, D] if there is one; `pooling` kernel [D, 1] if pooling is
+  Params: `token_embedding` [V, D]; with layers, `position_embedding`,
+  `token_type_embedding` if there are types, `embedding_norm`, `layer_0` etc.;
+  `pooler` kernel [D, D] if configured; `pooling` kernel [D, 1] if pooling is
   learned; `projection` kernel [D, R] if projection_dim is not 0.
   """
 
-  config: EncoderConfig  # with its `vocab_size` and `max_positions`
+  config: EncoderConfig  # `vocab_size` and `max_positions` must be set
   dtype: DTypeLike = jnp.bfloat16
 
   @nn.compact
@@ -55,18 +55,18 @@ class RetrieverEncoder(nn.Module):
     mask: Bool[Array, "N L"],  # True on real tokens
     deterministic: bool = True,
   ) -> Float[Array, "N R"]:
-    """Returns one float32 embedding a row."""
+    """Returns one float32 embedding per row."""
     c = self.config
     embed = functools.partial(nn.Embed, features=c.embed_dim)
-    # With layers BERT's, which the norm undoes; without, unit vectors on
-    # average, so that pooled embeddings do not start near zero.
+    # With layers, BERT's value, as a norm follows. Without, token embeddings
+    # of about unit length, so that pooled embeddings do not start near zero.
     std = INIT_STD if c.num_layers else c.embed_dim**-0.5
     table = embed(
       c.vocab_size,
       embedding_init=named(nn.initializers.normal(std), "vocab", "embed"),
       name="token_embedding",
     ).embedding
-    table = jnp.asarray(table)  # parameters may be those of a file
+    table = jnp.asarray(table)  # loaded parameters may be NumPy arrays
     x = jnp.take(split_table(table), tokens, axis=0)
     x = x.astype(self.dtype)  # N L D
     if c.num_layers:
@@ -99,7 +99,7 @@ class RetrieverEncoder(nn.Module):
     pooled = self._pool(x.astype(jnp.float32), mask)  # N D
     if c.projection_dim:
       square = c.projection_dim == c.embed_dim
-      # The identity: a fresh projection changes nothing until it is trained.
+      # The identity: a new projection has no effect before it is trained.
       init = identity_init if square else nn.initializers.normal(INIT_STD)
       pooled = nn.Dense(
         c.projection_dim,
@@ -107,7 +107,7 @@ class RetrieverEncoder(nn.Module):
         name="projection",
       )(pooled)
     if c.normalize:
-      # The bound is inside the root, whose gradient at zero is infinite.
+      # Clipped inside the root: the gradient of sqrt at zero is infinite.
       norm_squared = jnp.sum(pooled**2, axis=-1, keepdims=True)
       pooled = pooled / jnp.sqrt(jnp.maximum(norm_squared, 1e-12))
     return pooled
@@ -117,7 +117,7 @@ class RetrieverEncoder(nn.Module):
   ) -> Float[Array, "N D"]:
     c = self.config
     if c.pooler:
-      # Always made: checkpoints of BERT hold it, whatever is pooled.
+      # Created for every kind of pooling, as BERT checkpoints contain it.
       pooler = nn.Dense(
         c.embed_dim,
         kernel_init=dense_init("embed", "retrieval"),
@@ -147,7 +147,7 @@ class RetrieverEncoder(nn.Module):
 
 
 class OneTower(nn.Module):
-  """One encoder for whatever is embedded, with the methods of `RagModel`.
+  """One encoder for questions and passages, with the methods of `RagModel`.
 
   Params: `question_encoder`.
   """

@@ -1,8 +1,8 @@
-"""The encoder-decoder that reads a context and writes a target.
+"""The encoder-decoder that reads a context and generates a target.
 
-BART's architecture (Lewis et al. 2019, https://arxiv.org/abs/1910.13461) or
-T5's (Raffel et al. 2020, https://arxiv.org/abs/1910.10683): the fields say
-which. The defaults are BART's.
+The config chooses the architecture of BART (Lewis et al. 2019,
+https://arxiv.org/abs/1910.13461) or of T5 (Raffel et al. 2020,
+https://arxiv.org/abs/1910.10683). The defaults are BART's.
 
 In: context tokens [N, C] and target tokens [N, T], N = B*K.
 Out: target_logits [N, T, V].
@@ -36,12 +36,12 @@ from rag_jax.models.stack import Stack
 class Generator(nn.Module):
   """A bidirectional encoder and a causal decoder with shared embeddings.
 
-  Params: `token_embedding` [V, D], shared by encoder, decoder and, if tied, the
-  output; `lm_head` [V, D] otherwise; `encoder` and `decoder`;
-  `final_logits_bias` [V], which BART holds at zero; `pointer`, if it copies.
+  Params: `token_embedding` [V, D], shared by encoder, decoder and a tied
+  output; `lm_head` [V, D] if the output is not tied; `encoder` and `decoder`;
+  `final_logits_bias` [V], zero in BART; `copier`, if config.pointer is set.
   """
 
-  config: GeneratorConfig  # with its `vocab_size` and `decoder_start_id`
+  config: GeneratorConfig  # `vocab_size` and `decoder_start_id` must be set
   dtype: DTypeLike = jnp.bfloat16
 
   def setup(self):
@@ -81,18 +81,18 @@ class Generator(nn.Module):
     return x * c.embed_dim**0.5 if c.scale_embedding else x
 
   def output_table(self) -> Float[Array, "V D"]:
-    """Returns the vectors whose inner products with the states are logits."""
+    """Returns the output embeddings: logits are their products with states."""
     tied = self.config.tied_output
     table = (self.token_embedding if tied else self.lm_head).embedding
     return split_table(table)
 
   def output_states(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
-    """Returns the states that `output_table` is compared with."""
+    """Returns the states to multiply with `output_table`."""
     c = self.config
     return x * c.embed_dim**-0.5 if c.scale_output else x
 
   def output_bias(self) -> Float[Array, "V"] | None:
-    """Returns what is added to the logits, if anything is."""
+    """Returns the bias of the logits, or None."""
     return self.final_logits_bias if self.config.logits_bias else None
 
   def logits(
@@ -100,7 +100,7 @@ class Generator(nn.Module):
   ) -> Float[Array, "N T V"]:
     """Returns float32 logits of the decoder's states.
 
-    With a pointer they are log-probabilities, of what is written or copied.
+    With a pointer they are log-probabilities of the generate/copy mixture.
     """
     logits = jnp.einsum(
       "NTD,VD->NTV",
@@ -121,7 +121,7 @@ class Generator(nn.Module):
     context_mask: Bool[Array, "N C"],
     deterministic: bool = True,
   ) -> Float[Array, "N C D"]:
-    """Returns what the decoder looks at."""
+    """Returns the encoder's states, which the decoder attends to."""
     self._check_positions(context_tokens.shape[1], "Contexts")
     return self.encoder(
       self._embed(context_tokens),
@@ -137,16 +137,16 @@ class Generator(nn.Module):
     target_tokens: Int[Array, "N T"],
     deterministic: bool = True,
   ) -> tuple[Float[Array, "N T D"], Copy | None]:
-    """Returns what the logits at each position are computed from.
+    """Returns the inputs of `logits` at each position.
 
-    The states of the decoder, and what the pointer says, if there is one.
+    These are the decoder's states, and the pointer's output if there is one.
     """
     self._check_positions(target_tokens.shape[1], "Targets")
     memory = self.encode(context_tokens, context_mask, deterministic)
     inputs = self.shift_right(target_tokens)
     length = inputs.shape[1]
-    # No mask of padding: it stands at the end, where causal positions that
-    # count never look.
+    # No padding mask: padding is at the end, so the causal mask hides it from
+    # all real positions.
     causal = jnp.tril(jnp.ones((1, length, length), bool))
     states = self.decoder(
       self._embed(inputs),
@@ -162,7 +162,7 @@ class Generator(nn.Module):
     return states, self.copier(states, inputs, source)
 
   def shift_right(self, target_tokens: Int[Array, "N T"]) -> Int[Array, "N T"]:
-    """Returns what the decoder reads to predict the target."""
+    """Returns the decoder's input tokens for teacher forcing."""
     return jnp.pad(
       target_tokens[:, :-1], ((0, 0), (1, 0)),
       constant_values=self.config.decoder_start_id,
@@ -175,10 +175,10 @@ class Generator(nn.Module):
     target_tokens: Int[Array, "N T"],
     deterministic: bool = True,
   ) -> Float[Array, "N T V"]:
-    """Returns target_logits: at each position, scores of the token there.
+    """Returns target_logits: the scores of the target token at each position.
 
-    The decoder reads the target shifted right by one behind
-    `decoder_start_id`, so position t has seen the tokens before t alone.
+    The decoder reads `decoder_start_id` and then the target shifted right by
+    one, so position t sees only the tokens before t.
     """
     return self.logits(
       *self.states(context_tokens, context_mask, target_tokens, deterministic)
@@ -195,11 +195,11 @@ class Generator(nn.Module):
     """Returns the cache before the first of `num_steps` tokens.
 
     Args:
-      memory: what `encode` returned for K documents a question.
+      memory: the output of `encode` for K documents per question.
       memory_mask: True on real tokens.
-      memory_tokens: what was encoded.
-      num_beams: W, of each question.
-      num_steps: T, as many tokens can be decoded.
+      memory_tokens: the tokens that were encoded.
+      num_beams: W, beams per question.
+      num_steps: T, the maximum number of tokens to decode.
     """
     cache = self.decoder.init_cache(memory, memory_mask, num_beams, num_steps)
     if not self.config.pointer:
@@ -242,17 +242,17 @@ class Generator(nn.Module):
     memory_mask: Bool[Array, "B K S"],
     memory_tokens: Int[Array, "B K S"],
   ) -> tuple[Float[Array, "BK M D"], Copy | None]:
-    """Returns what `states` does, of M nodes of a tree of prefixes.
+    """Returns the same as `states`, for M nodes of a prefix tree.
 
-    Candidates that begin alike share the nodes of what they share.
+    Candidates with a common prefix share its nodes.
 
     Args:
-      tokens: what the decoder reads at each node.
-      depths: its position.
-      seen: True where node m looks at a node: at its ancestors and itself.
-      memory: what `encode` returned.
+      tokens: the decoder's input token at each node.
+      depths: the position of each node.
+      seen: True where node m attends to a node: to its ancestors and itself.
+      memory: the output of `encode`.
       memory_mask: True on real tokens.
-      memory_tokens: what was encoded.
+      memory_tokens: the tokens that were encoded.
     """
     b, k, s, d = memory.shape
     memory, mask = memory.reshape(b * k, s, d), memory_mask.reshape(b * k, s)

@@ -1,7 +1,7 @@
-"""p(z|x) of two scores: of embeddings and of words.
+"""p(z|x) from a weighted sum of embedding scores and BM25 scores.
 
 In: inner products and BM25 scores of the same documents. Out: their weighted
-sum, doc_scores, whose two weights are parameters of the model.
+sum, doc_scores. The two weights are parameters of the model.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from rag_jax.models.partitioning import named
 
 _Arrays = jax.Array | np.ndarray
 
-PARAMS = "hybrid"  # their name among the parameters of `RagModel`
+PARAMS = "hybrid"  # key of the weights in the parameters of `RagModel`
 
 
 class HybridWeights(NamedTuple):
@@ -32,7 +32,7 @@ def hybrid_scores(
   dense_scores: Float[_Arrays, "*B"],
   bm25_scores: Float[_Arrays, "*B"],
 ) -> Float[Array, "*B"]:
-  """Returns the doc_scores whose softmax is p(z|x): the weighted sum."""
+  """Returns doc_scores, the weighted sum; their softmax is p(z|x)."""
   return (
     jnp.float32(weights.dense) * dense_scores
     + jnp.float32(weights.bm25) * bm25_scores
@@ -42,14 +42,14 @@ def hybrid_scores(
 class HybridScores(nn.Module):
   """`hybrid_scores` with learned weights.
 
-  Params: `log_dense` and `log_bm25`. Logarithms, because BM25 scores can be ten
-  times the inner products, or a tenth: one learning rate then means the same
-  share of either weight a step, whatever its score is measured in. And no
-  weight gets below 0, where the search would find the best of what the model
-  likes least.
+  Params: `log_dense` and `log_bm25`. BM25 scores can be ten times the inner
+  products, or a tenth of them. With logarithms, one learning rate changes both
+  weights by the same ratio per step, whatever the scale of the scores. They
+  also keep the weights positive: with a negative weight, the search would
+  return the documents that the model scores lowest.
   """
 
-  dense: float = 1.0  # weights before the first step
+  dense: float = 1.0  # initial weights
   bm25: float = 0.1
 
   @nn.compact
@@ -71,9 +71,9 @@ class HybridScores(nn.Module):
 
 
 def learned_weights(params: Mapping[str, Any]) -> HybridWeights | None:
-  """Returns the weights in the parameters of a `RagModel`; None: it has none.
+  """Returns the weights in the parameters of a `RagModel`; None if not hybrid.
 
-  All of them or the retriever's; inside a traced function or outside.
+  `params` may hold all parameters or only the retriever's. Can be traced.
   """
   if PARAMS not in params:
     return None

@@ -33,18 +33,18 @@ ACTIVATIONS = {
 def check_positions(length: int, max_positions: int, what: str) -> None:
   """Raises `ValueError` if rows are longer than the table of positions.
 
-  Looked up beyond its end, a table gives NaN or its last row, without a word.
+  Without this check, JAX silently returns NaN or the last row of the table.
 
   Args:
-    length: tokens a row, padding included.
-    max_positions: rows of the table; 0: there is none.
-    what: what the rows are, for the message.
+    length: tokens per row, including padding.
+    max_positions: rows of the table; 0 if there is none.
+    what: name of the rows, for the error message.
   """
   if 0 < max_positions < length:
     raise ValueError(
-      f"{what} of {length} tokens a row were given to a model with"
+      f"{what} of {length} tokens per row were given to a model with"
       f" {max_positions} learned positions; expected at most as many. Cut them"
-      " to that length, or take a model with more positions."
+      " to that length, or use a model with more positions."
     )
 
 
@@ -52,9 +52,9 @@ Norm = nn.LayerNorm | nn.RMSNorm
 
 
 def make_norm(config: TransformerConfig, **kwargs: Any) -> Norm:
-  """Returns a layer norm, or the one without mean and bias that T5 has.
+  """Returns a layer norm, or T5's RMS norm without mean and bias.
 
-  Both compute in float32 and hand on `dtype`.
+  Both compute in float32 and return `dtype`.
   """
   kind = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[config.norm_kind]
   return kind(epsilon=config.norm_eps, **kwargs)
@@ -63,8 +63,8 @@ def make_norm(config: TransformerConfig, **kwargs: Any) -> Norm:
 class Mlp(nn.Module):
   """Two dense layers with an activation between.
 
-  Params: `up`, `down`; `gate` if it is gated: then the activation of `gate`
-  multiplies `up` (Shazeer 2020, https://arxiv.org/abs/2002.05202).
+  Params: `up`, `down`; `gate` if config.gated: then `up` is multiplied by the
+  activation of `gate` (Shazeer 2020, https://arxiv.org/abs/2002.05202).
   """
 
   config: TransformerConfig
@@ -94,15 +94,15 @@ class Mlp(nn.Module):
     )(hidden)
 
 
-# Unchecked, because JAX makes it of shapes and of stacked arrays too.
+# Not type-checked, because JAX also builds it from shapes and stacked arrays.
 @typing.no_type_check
 @flax.struct.dataclass
 class LayerCache:
-  """What one decoder layer remembers between steps.
+  """The keys and values that one decoder layer keeps between steps.
 
-  The self part has a place for each step and beam, step after step, where what
-  was written stays: beams that continue another find its keys through
-  `DecoderCache.ancestors`, so nothing is copied when beams are reordered.
+  The self-attention part has one slot per step and beam, ordered by step.
+  Slots are never moved: a beam finds the keys of its history through
+  `DecoderCache.ancestors`, so reordering beams copies nothing.
   """
 
   self_key: Float[Array, "BK N H TW"]
@@ -114,15 +114,15 @@ class LayerCache:
 class TransformerLayer(nn.Module):
   """Self-attention, cross-attention in a decoder, and an MLP.
 
-  Each is a residual block; `config.norm` says whether its norm comes after the
-  sum ("post": BERT, BART) or before the block ("pre": T5).
+  Each is a residual block; `config.norm` places its norm after the sum ("post":
+  BERT, BART) or before the block ("pre": T5).
   """
 
-  config: TransformerConfig  # whose relative positions are of self-attention
+  config: TransformerConfig  # relative positions: self-attention only
   cross: bool = False  # a decoder layer
   self_start: str = "normal"  # of self-attention; see Attention
   cross_start: str = "normal"
-  out_init_scale: float = 1.0  # of what self-attention and MLP add
+  out_init_scale: float = 1.0  # of self-attention and MLP outputs
   dtype: DTypeLike = jnp.bfloat16
 
   def setup(self):
@@ -199,16 +199,16 @@ class TransformerLayer(nn.Module):
     cache: LayerCache,
     bias: Float[Array, "#B N W TW"] | None = None,
   ) -> tuple[Float[Array, "B W D"], LayerCache]:
-    """Returns `x` of the tokens at `position` after the layer, and the cache.
+    """Returns the layer's output for the tokens at `position`, and the cache.
 
     Args:
-      x: one token a beam.
-      position: where they stand.
-      seen: which places of the cache, of T steps and W beams, a beam descends
-        from.
-      memory_mask: True on real tokens of the memory, which beams share.
-      cache: of this layer.
-      bias: relative positions of the places.
+      x: the activations of one token per beam.
+      position: the step of these tokens.
+      seen: True on the slots of the cache (T steps times W beams) that belong
+        to the beam's history.
+      memory_mask: True on real tokens of the memory, shared by all beams.
+      cache: the cache of this layer.
+      bias: relative position bias of the slots.
     """
     norm, inner = self.self_attention_norm, self._before
     y = inner(x, norm)

@@ -1,4 +1,4 @@
-"""Logical axis names, and the one table that maps them onto the device mesh."""
+"""Logical axis names, and the table that maps them to the device mesh."""
 
 from collections.abc import Sequence
 import math
@@ -21,9 +21,9 @@ LogicalAxis = Literal[
   "position", "retrieval",
 ]  # fmt: skip
 
-# (logical axis, mesh axes). A logical axis that is missing here would be
-# replicated without a word, so tests/models/partitioning_test.py checks that
-# every name is listed.
+# (logical axis, mesh axes). A logical axis that is missing here would silently
+# be replicated, so tests/models/partitioning_test.py checks that every name is
+# listed.
 AXIS_RULES = (
   ("batch", ("data", "fsdp")),
   ("docs", None),
@@ -39,7 +39,7 @@ AXIS_RULES = (
 
 
 def _check_split(config: Config, mesh: MeshConfig) -> None:
-  """Raises `ValueError` if a parameter cannot be split as the mesh says."""
+  """Raises `ValueError` if the mesh does not divide a parameter evenly."""
   bad = []
   for name, part in (
     ("encoder", config.encoder),
@@ -52,7 +52,7 @@ def _check_split(config: Config, mesh: MeshConfig) -> None:
       ("decoder_mlp_dim", "tensor"),
       ("embed_dim", "fsdp"),
     ):
-      # 0: as the encoder's; and only a generator has a decoder.
+      # 0 means the encoder's value. Only a generator has decoder fields.
       size, parts = getattr(part, field, 0), getattr(mesh, axis)
       if size % parts:
         bad.append(f"{name}.{field}={size} by mesh.{axis}={parts}")
@@ -64,7 +64,7 @@ def _check_split(config: Config, mesh: MeshConfig) -> None:
 
 
 def check_devices(config: Config, num_devices: int) -> MeshConfig:
-  """Returns the mesh with `data` filled in.
+  """Returns the mesh config with `data` filled in.
 
   Raises:
     ValueError: the mesh or a batch cannot be split over the devices.
@@ -76,7 +76,7 @@ def check_devices(config: Config, num_devices: int) -> MeshConfig:
       f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp} and mesh.tensor="
       f"{mesh.tensor} need {data * mesh.fsdp * mesh.tensor} devices, but"
       f" there are {num_devices}. Choose values whose product is that number,"
-      " or mesh.data=0 to use all that are left."
+      " or mesh.data=0 to use all remaining devices."
     )
   _check_split(config, mesh)
   shards = data * mesh.fsdp
@@ -100,12 +100,12 @@ def check_devices(config: Config, num_devices: int) -> MeshConfig:
 def make_mesh(
   config: MeshConfig, devices: Sequence[Any] | None = None
 ) -> jax.sharding.Mesh:
-  """Returns the mesh over `devices`, by default all; data is filled in.
+  """Returns the mesh over `devices`, by default all; `data` must be filled in.
 
-  The devices of a host stand next to each other, so that `tensor`, and then
-  `fsdp`, stay within a host wherever their sizes allow it, and the rows of a
-  batch that a host loads follow each other. `jax.make_mesh` goes along the
-  axes of the machine instead, across hosts, and refuses some shapes.
+  The devices of a host are neighbours in the mesh. `tensor`, and then `fsdp`,
+  therefore stay within a host if their sizes allow it, and the batch rows that
+  a host loads are consecutive. `jax.make_mesh` would follow the physical
+  topology across hosts instead, and refuses some shapes.
   """
   devices = sorted(jax.devices() if devices is None else devices, key=_host)
   shape = config.data, config.fsdp, config.tensor
@@ -118,19 +118,19 @@ def make_mesh(
 
 
 def _host(device: Any) -> tuple[int, int]:
-  """Returns what devices of one host have in common, slices of a pod first."""
-  # Slices have slow links between them: as few axes as possible cross these.
+  """Returns a sort key equal on all devices of a host: pod slice, process."""
+  # Links between slices are slow: as few mesh axes as possible should cross.
   return getattr(device, "slice_index", None) or 0, device.process_index
 
 
 def named(
   init: nn.initializers.Initializer, *axes: LogicalAxis
 ) -> nn.initializers.Initializer:
-  """Returns `init` with the dimensions of what it makes named `axes`."""
+  """Returns `init` with the dimensions of its arrays named `axes`."""
   return nn.with_logical_partitioning(init, axes)
 
 
-INIT_STD = 0.02  # of fresh kernels and tables, BERT's and BART's
+INIT_STD = 0.02  # initial std of kernels and tables, as in BERT and BART
 
 
 def dense_init(
@@ -146,12 +146,12 @@ def constrain(x: jax.Array, *axes: LogicalAxis) -> jax.Array:
 
 
 def split_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
-  """Asks for a table of tokens split by its rows, whatever their number.
+  """Asks for a token table split by rows, even if they do not divide evenly.
 
-  A table whose rows `tensor` does not divide is kept split by its columns, as
-  JAX keeps no uneven parts: see `shardings`. Where it is used, the compiler
-  fills its rows up to a multiple and leaves those out of every sum. So the
-  parameters, and what is saved of them, never have rows that mean nothing.
+  JAX cannot store uneven parts, so a parameter whose rows `tensor` does not
+  divide is stored split by columns: see `shardings`. Here, the compiler pads
+  the rows to a multiple and ignores the padding in every sum. Parameters and
+  checkpoints therefore never contain padding rows.
   """
   return constrain(table, "vocab", "embed")
 
@@ -159,8 +159,8 @@ def split_table(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
 def shardings(abstract: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
   """Returns the `NamedSharding` of every array in a boxed, abstract tree.
 
-  A size of the vocabulary that does not divide is not split; the next dimension
-  takes over what was to split it, if that divides it.
+  A dimension (such as the vocabulary) that its mesh axes do not divide is not
+  split. The next dimension takes over these mesh axes if they divide it.
   """
   specs = nn.get_partition_spec(abstract)
   layout = spmd.logical_to_mesh_sharding(specs, mesh, AXIS_RULES)
@@ -168,7 +168,7 @@ def shardings(abstract: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
 
 
 def _even(sharding: NamedSharding, array: Any) -> NamedSharding:
-  """Returns a sharding of which each device holds an equal part of `array`."""
+  """Returns a sharding that gives each device an equal part of `array`."""
   mesh = sharding.mesh
   specs = [*sharding.spec, *[None] * array.ndim][: array.ndim]
   names = [(s,) if isinstance(s, str) else tuple(s or ()) for s in specs]
@@ -196,14 +196,14 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 def process_rows(
   mesh: jax.sharding.Mesh, num_rows: int, process_index: int | None = None
 ) -> Int[np.ndarray, "b"]:
-  """Returns which rows of a batch the devices of a process hold, ascending.
+  """Returns the batch rows on the devices of a process, in ascending order.
 
-  Where `tensor` goes over several hosts, these hold the same rows.
+  If `tensor` spans several hosts, these hold the same rows.
 
   Args:
-    mesh: over which the batch is split.
+    mesh: the mesh that the batch is split over.
     num_rows: B, over all processes.
-    process_index: None: this one.
+    process_index: index of the process; None: this one.
   """
   if process_index is None:
     process_index = jax.process_index()
@@ -220,11 +220,11 @@ def process_rows(
 def place_batch(
   batch: PyTree, mesh: jax.sharding.Mesh, num_rows: int
 ) -> PyTree:
-  """Returns a batch on the devices, of the rows that each process loaded.
+  """Returns the global batch on the devices, from each process's local rows.
 
   Args:
-    batch: arrays of `process_rows(mesh, num_rows)`, in that order.
-    mesh: over which the batch is split.
+    batch: arrays with the rows `process_rows(mesh, num_rows)`, in that order.
+    mesh: the mesh that the batch is split over.
     num_rows: B, over all processes.
   """
   sharding, rows = batch_sharding(mesh), process_rows(mesh, num_rows)
@@ -233,7 +233,7 @@ def place_batch(
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
       assert index is not None, "it is of one dimension or more"
       start, stop, _ = index[0].indices(num_rows)
-      # A device's rows follow each other, here as in the whole.
+      # A device's rows are consecutive in the local arrays too.
       first = int(np.searchsorted(rows, start))
       return local[first : first + stop - start]
 
@@ -245,5 +245,5 @@ def place_batch(
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Returns the sharding of arrays that every device holds whole."""
+  """Returns the sharding of arrays replicated on every device."""
   return NamedSharding(mesh, PartitionSpec())

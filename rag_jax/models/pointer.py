@@ -1,30 +1,31 @@
-"""Copying: a distribution over the tokens of the context, word after word.
+"""The pointer: copies tokens of the context, one target token after another.
 
-With probability g the next token is one that the vocabulary's softmax chooses,
-and with 1 - g it is copied from a place of the context (pointer-generator, See
-et al. 2017, https://arxiv.org/abs/1704.04368, section 2.2):
+With probability g the next token is drawn from the vocabulary's softmax, and
+with probability 1 - g it is copied from a place of the context
+(pointer-generator, See et al. 2017, https://arxiv.org/abs/1704.04368,
+section 2.2):
 
     p(y_t) = g_t softmax(logits_t)(y_t) + (1 - g_t) sum_s pi_t(s) [c_s = y_t]
 
-Where it is copied from is a Markov chain over the places s of the context
-tokens c, summed out exactly, as the forward algorithm of a hidden Markov model
-does: the token just read was copied from s with the probability
+The place that is copied from is a Markov chain over the places s of the context
+tokens c. It is marginalised exactly, by the forward algorithm of a hidden
+Markov model. The token just read was copied from s with probability
 
     r_t(s) = pi_{t-1}(s) [c_s = y_{t-1}] / sum_s' pi_{t-1}(s') [c_s' = y_{t-1}]
 
 (the "selective read" of Gu et al. 2016, https://arxiv.org/abs/1603.06393,
-section 3.3), and then, with the probability l_t, the copy goes on at the place
-behind it; otherwise attention a_t finds a new place:
+section 3.3). With probability l_t the copy then continues at the next place;
+otherwise the attention a_t chooses a new place:
 
     pi_t(s) = l_t r_t(s - 1) + (1 - l_t sum_s' r_t(s' - 1)) a_t(s)
 
-So a name of five pieces, or a number whose digits repeat, is copied whole once
-its first piece is found. g and l depend on the decoder's state and on what the
-encoder made of the place where the copy would go on: it sees whether the name
-ends there. T5 and BART have no such part.
+So a name of five pieces, or a number with repeated digits, is copied whole once
+its first piece is found. g and l depend on the decoder's state and on the
+encoder's state at the place where the copy would continue, which shows whether
+the name ends there. T5 and BART have no pointer.
 
-In: the decoder's states and what the encoder made of the context. Out: `Copy`,
-which `mix_targets` and `mix_logits` join with the vocabulary's distribution.
+In: the states of the decoder and of the encoder. Out: `Copy`, which
+`mix_targets` and `mix_logits` combine with the vocabulary's distribution.
 """
 
 import dataclasses
@@ -39,42 +40,42 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rag_jax.models.partitioning import dense_init
 
-# Of a place that cannot be copied from; finite, so that it adds up. All sums
-# are of logarithms: their gradients stay at or below 1, however improbable the
-# copies are that a target asks for.
+# Log-probability of a place that cannot be copied from; finite, so that sums of
+# it are too. All sums are taken in log space: gradients stay at or below 1,
+# however improbable the copies of a target are.
 _NEVER = -1e9
-_GOES_ON = 3.0  # logit of l before training: copies are mostly of whole texts
+_GOES_ON = 3.0  # initial logit of l: copies mostly have several tokens
 
 
-# Unchecked, because JAX makes it of shapes and of stacked arrays too.
+# Not type-checked, because JAX also builds it from shapes and stacked arrays.
 @typing.no_type_check
 @flax.struct.dataclass
 class Copy:
-  """From where the next token is copied, if it is copied."""
+  """The distribution over the places that the next token is copied from."""
 
   tokens: Int[Array, "N S"]  # of the context
   log_places: Float[Array, "N T S"]  # log pi_t
-  gate_logits: Float[Array, "N T"]  # of g_t: not to copy
+  gate_logits: Float[Array, "N T"]  # of g_t, the probability not to copy
 
 
 @typing.no_type_check
 @flax.struct.dataclass
 class Source:
-  """What can be copied from: a context as the pointer sees it."""
+  """The encoded context that the pointer copies from."""
 
   tokens: Int[Array, "N S"]
   mask: Bool[Array, "N S"]  # True on real tokens
   key: Float[Array, "N S D"]
-  onward: Float[Array, "N S D"]  # of a place, to decide whether to go on there
+  onward: Float[Array, "N S D"]  # features of a place for g and l
 
 
 @typing.no_type_check
 @flax.struct.dataclass
 class PointerCache:
-  """What decoding remembers of the copy between tokens."""
+  """The state of the pointer between decoding steps."""
 
   source: Source
-  log_places: Float[Array, "N W S"]  # of the token before, of each beam
+  log_places: Float[Array, "N W S"]  # of each beam's previous token
 
   def reorder(self, beams: Int[Array, "B W"]) -> "PointerCache":
     """Returns the cache whose beam w continues the old beam `beams[w]`."""
@@ -101,8 +102,8 @@ def mix_targets(
   """Returns log p(y_t) of the mixture.
 
   Args:
-    copy: what may be copied.
-    log_probs: of the targets, by the softmax over the vocabulary.
+    copy: the pointer's output.
+    log_probs: log-probabilities of the targets by the vocabulary's softmax.
     target_tokens: the same targets.
   """
   same = copy.tokens[:, None, :] == target_tokens[..., None]  # N T S
@@ -116,7 +117,7 @@ def mix_targets(
 def mix_logits(
   copy: Copy, logits: Float[Array, "N T V"]
 ) -> Float[Array, "N T V"]:
-  """Returns log p(v) of every token v of the vocabulary, by the mixture."""
+  """Returns log p(v) of the mixture, for every token v of the vocabulary."""
   n, t, _ = copy.log_places.shape
   copied = jnp.zeros(logits.shape, jnp.float32)
   copied = copied.at[
@@ -133,13 +134,13 @@ def mix_logits(
 
 
 class Pointer(nn.Module):
-  """The chain over places of the context; see the module.
+  """The Markov chain over places of the context; see the module docstring.
 
   Params: kernels `query`, `key`, `state`, `place` and `behind` [D, D], `mode`
   [D, 2], and biases of `state` and `mode`. The logits of g and l are
-  mode(gelu(state(h) + place(m_s) + behind(m_s+1))) of the decoder's state h and
-  what the encoder made of the place s where the copy would go on, and of the
-  next.
+  mode(gelu(state(h) + place(m_s) + behind(m_s+1))), where h is the decoder's
+  state and m_s the encoder's state at the place s where the copy would
+  continue.
   """
 
   embed_dim: int
@@ -173,14 +174,14 @@ class Pointer(nn.Module):
     mask: Bool[Array, "N S"],
     memory: Float[Array, "N S D"],
   ) -> Source:
-    """Returns the context as the pointer sees it.
+    """Returns the context encoded for the pointer.
 
     Args:
-      tokens: of the context.
+      tokens: the tokens of the context.
       mask: True on real tokens.
-      memory: what the encoder made of them.
+      memory: the encoder's states of the context.
     """
-    # A comma ends a number, or does not: the next token says which.
+    # Only the token after a comma shows whether the number ends there.
     behind = jnp.where(mask[:, 1:, None], memory[:, 1:], 0)
     behind = jnp.pad(behind, ((0, 0), (0, 1), (0, 0)))
     onward = self.place(memory) + self.behind(behind)
@@ -189,7 +190,7 @@ class Pointer(nn.Module):
   def _attend(
     self, states: Float[Array, "N T D"], source: Source
   ) -> tuple[Float[Array, "N T S"], Float[Array, "N T D"]]:
-    """Returns log a_t, and what the states say of going on."""
+    """Returns log a_t, and the decoder's part of the logits of g and l."""
     logits = jnp.einsum(
       "NTD,NSD->NTS",
       self.query(states) * self.embed_dim**-0.5,
@@ -207,14 +208,14 @@ class Pointer(nn.Module):
     before: Float[Array, "N T S"],
     source: Source,
   ) -> Copy:
-    """Returns from where the token behind each of T prefixes is copied.
+    """Returns the copy distribution of the token after each of T prefixes.
 
     Args:
-      states: of the decoder, after reading the last token of the prefix.
-      read: that token.
-      before: `log_places` of the step at which it was written; `nothing` at
-        the start.
-      source: the context.
+      states: states of the decoder after the last token of each prefix.
+      read: that last token.
+      before: `log_places` of the step that generated it; `nothing` at the
+        start.
+      source: the encoded context.
     """
     return self._chain(*self._attend(states, source), read, before, source)
 
@@ -224,12 +225,12 @@ class Pointer(nn.Module):
     read: Int[Array, "N T"],
     source: Source,
   ) -> Copy:
-    """Returns from where each token of one sequence is copied.
+    """Returns the copy distribution of each token of a sequence.
 
     Args:
-      states: of the decoder at each position.
-      read: the tokens that the decoder reads there.
-      source: the context.
+      states: states of the decoder at each position.
+      read: the input tokens of the decoder at each position.
+      source: the encoded context.
     """
 
     def advance(before: Array, inputs: tuple) -> tuple[Array, Copy]:
@@ -237,7 +238,7 @@ class Pointer(nn.Module):
       copy = self._chain(attention, state, token, before, source)
       return copy.log_places, copy
 
-    if self.is_initializing():  # parameters cannot be made inside a scan
+    if self.is_initializing():  # a scan cannot create parameters
       start = nothing(source.tokens, read.shape[1])
       return self.step(states, read, start, source)
     by_step = jax.tree.map(
@@ -258,18 +259,18 @@ class Pointer(nn.Module):
     seen: Bool[Array, "N M M"],
     source: Source,
   ) -> Copy:
-    """Returns the same for the nodes of a tree of prefixes.
+    """Returns the same as `__call__`, for the nodes of a prefix tree.
 
     Args:
-      states: of the decoder at each node.
+      states: states of the decoder at each node.
       read: the token of each node.
-      depths: how many tokens stand before it.
-      seen: True where node m looks at a node: at its ancestors and itself.
-      source: the context.
+      depths: the number of tokens before each node.
+      seen: True where node m attends to a node: to its ancestors and itself.
+      source: the encoded context.
     """
     attention, state = self._attend(states, source)
     above = seen & (depths[:, None, :] == depths[..., None] - 1)
-    parents = jnp.argmax(above, axis=-1)[..., None]  # of roots: not used
+    parents = jnp.argmax(above, axis=-1)[..., None]  # unused at roots
     has_parent = (depths > 0)[..., None]
 
     def advance(_: Array, copy: Copy) -> Copy:
@@ -279,7 +280,7 @@ class Pointer(nn.Module):
 
     start = nothing(source.tokens, read.shape[1])
     first = self._chain(attention, state, read, start, source)
-    # Nodes of depth d are right after d rounds.
+    # After d rounds, nodes of depth d are correct.
     return jax.lax.fori_loop(0, jnp.max(depths), advance, first)
 
   def _chain(
@@ -290,13 +291,13 @@ class Pointer(nn.Module):
     before: Float[Array, "N T S"],
     source: Source,
   ) -> Copy:
-    """Returns log pi and the gate, one step of the chain on."""
+    """Returns log pi and the gate after one step of the chain."""
     same = source.tokens[:, None] == read[..., None]
     origin = jnp.where(same, before, _NEVER)
     total = jax.nn.logsumexp(origin, axis=-1, keepdims=True)
     was_copied = total > _NEVER / 2
     origin = jnp.where(was_copied, origin - total, _NEVER)  # log r
-    # To s from s - 1.
+    # The copy moves from s - 1 to s.
     onward = jnp.pad(
       origin[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=_NEVER
     )
@@ -307,7 +308,7 @@ class Pointer(nn.Module):
     log_on, log_off = (
       jax.nn.log_sigmoid(x) for x in (mode[..., 1:], -mode[..., 1:])
     )
-    # log(1 - l m) = log((1 - l) + l (1 - m)): m is 1 unless the text ends.
+    # log(1 - l m) = log((1 - l) + l (1 - m)): m is 1 unless the copy ended.
     ended = 1.0 - jnp.sum(probs, axis=-1, keepdims=True)
     has_ended = ended > 1e-6
     ended = jnp.where(

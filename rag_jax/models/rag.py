@@ -1,7 +1,7 @@
 """Retriever and generator as one model: p(z|x) and p(y|x,z) from tokens.
 
-In: a batch. Out: doc_scores [B, K] and target_logits
-[B, K, T, V], which losses.py turns into -log p(y|x).
+In: a batch. Out: doc_scores [B, K] and target_logits [B, K, T, V], from which
+losses.py computes -log p(y|x).
 """
 
 import typing
@@ -26,25 +26,25 @@ from rag_jax.models.pointer import mix_targets
 from rag_jax.models.vocabulary import chunked_log_probs
 
 
-# Unchecked, because JAX makes it of shapes and of stacked arrays too.
+# Not type-checked, because JAX also builds it from shapes and stacked arrays.
 @typing.no_type_check
 @flax.struct.dataclass
 class RagOutput:
-  """What the losses need."""
+  """The inputs of the losses."""
 
   doc_scores: Float[Array, "B K"]
   target_logits: Float[Array, "B K T V"]
 
 
-# Unchecked, because JAX makes it of shapes and of stacked arrays too.
+# Not type-checked, because JAX also builds it from shapes and stacked arrays.
 @typing.no_type_check
 @flax.struct.dataclass
 class RagLogProbs:
-  """What the losses need of the targets alone, in nats."""
+  """The inputs of the losses, in nats, for the target tokens only."""
 
   doc_scores: Float[Array, "B K"]
   log_probs: Float[Array, "B K T"]  # log p(y_t | x, z, y_<t)
-  mean: Float[Array, "B K T"]  # over all tokens of the vocabulary
+  mean: Float[Array, "B K T"]  # mean log p over the vocabulary
 
 
 def score_docs(
@@ -53,7 +53,7 @@ def score_docs(
 ) -> Float[Array, "B K"]:
   """Returns doc_scores: inner products, in float32 at the highest precision.
 
-  DPR's scores are 60 to 90: bfloat16 passes would visibly move p(z|x).
+  DPR's scores are 60 to 90: bfloat16 passes would visibly change p(z|x).
   """
   return jnp.einsum(
     "BR,BKR->BK",
@@ -68,15 +68,15 @@ class RagModel(nn.Module):
   """Question tower, passage tower and generator.
 
   Params: `question_encoder`; `passage_encoder` if the towers are not tied;
-  `log_score_scale` if it is learned; `hybrid` if words count too; `generator`.
+  `log_score_scale` if it is learned; `hybrid` with BM25 scores; `generator`.
   """
 
   question_encoder: RetrieverEncoder
-  passage_encoder: RetrieverEncoder | None  # None: the question tower
+  passage_encoder: RetrieverEncoder | None  # None: use the question tower
   generator: Generator
   score_scale: float = 1.0
   learn_score_scale: bool = False
-  hybrid: HybridScores | None = None  # None: embeddings alone score documents
+  hybrid: HybridScores | None = None  # None: no BM25 scores
 
   def setup(self):
     if self.learn_score_scale:
@@ -94,7 +94,7 @@ class RagModel(nn.Module):
   ) -> Float[Array, "B R"]:
     """Returns question embeddings, multiplied by the score scale.
 
-    The scale sits on this side, so that an inner product with what is in the
+    Only this side is scaled, so that the inner product with an embedding of the
     index is the score.
     """
     embedding = self.question_encoder(
@@ -110,19 +110,19 @@ class RagModel(nn.Module):
     passage_mask: Bool[Array, "N L"],
     deterministic: bool = True,
   ) -> Float[Array, "N R"]:
-    """Returns passage embeddings, as the index holds them."""
+    """Returns passage embeddings, as stored in the index."""
     tower = self.passage_encoder
     tower = self.question_encoder if tower is None else tower
     return tower(passage_tokens, passage_mask, deterministic)
 
   def __call__(self, batch: RagBatch, deterministic: bool = True) -> RagOutput:
-    """Returns the scores of K documents and the logits given each.
+    """Returns the scores of K documents and the logits given each document.
 
     Args:
-      batch: `doc_tokens` are embedded with gradient, `doc_embeddings` are taken
-        as they are. For closed book there is one context, which holds the
-        question alone; its score is 0.
-      deterministic: no dropout.
+      batch: `doc_tokens` are embedded with gradient, `doc_embeddings` are used
+        unchanged. A closed-book batch has one context per question, which holds
+        only the question; its score is 0.
+      deterministic: whether to turn dropout off.
     """
     b, k, _ = batch.context_tokens.shape
     doc_scores = self.doc_scores(batch, deterministic)
@@ -134,10 +134,10 @@ class RagModel(nn.Module):
   def target_log_probs(
     self, batch: RagBatch, deterministic: bool = True, vocab_chunk: int = 0
   ) -> RagLogProbs:
-    """Returns what `__call__` does, of the target tokens alone.
+    """Returns the document scores and the log-probabilities of the targets.
 
-    What training needs: of the logits [B, K, T, V], those of `vocab_chunk`
-    tokens exist at a time (0: of all), forward and backward.
+    Used in training to save memory: the logits [B, K, T, V] are computed for
+    `vocab_chunk` tokens at a time (0: all), forward and backward.
     """
     b, k, _ = batch.context_tokens.shape
     doc_scores = self.doc_scores(batch, deterministic)
@@ -151,7 +151,7 @@ class RagModel(nn.Module):
       targets,
       vocab_chunk or generator.config.vocab_size,
     )
-    if copy is not None:  # config_rules refuses label smoothing: `mean`
+    if copy is not None:  # config_rules refuses smoothing by `mean`
       log_probs = mix_targets(copy, log_probs, targets)
     return RagLogProbs(
       doc_scores, log_probs.reshape(b, k, -1), mean.reshape(b, k, -1)
@@ -171,7 +171,7 @@ class RagModel(nn.Module):
   def doc_scores(
     self, batch: RagBatch, deterministic: bool
   ) -> Float[Array, "B K"]:
-    """Returns the scores of the documents; 0 for closed book."""
+    """Returns the scores of the documents; 0 for a closed-book batch."""
     shape = batch.context_tokens.shape[:2]
     if batch.question_tokens is None:
       return jnp.zeros(shape, jnp.float32)
@@ -200,7 +200,7 @@ class RagModel(nn.Module):
     context_tokens: Int[Array, "B K C"],
     context_mask: Bool[Array, "B K C"],
   ) -> Float[Array, "B K C D"]:
-    """Returns what the generator's decoder looks at, for each document."""
+    """Returns the states of the generator's encoder, for each document."""
     b, k, c = context_tokens.shape
     memory = self.generator.encode(
       context_tokens.reshape(b * k, c), context_mask.reshape(b * k, c)
@@ -225,10 +225,10 @@ def build_model(
   """Returns the model that `config` describes.
 
   Args:
-    config: whose sizes of 0 are filled in by the other arguments.
+    config: the config; the other arguments replace its sizes of 0.
     vocab_size: number of token ids.
-    decoder_start_id: what the decoder reads first, unless the config says.
-    retriever_vocab_size: of the retriever's token ids; 0: the same.
+    decoder_start_id: the decoder's first input, unless the config sets it.
+    retriever_vocab_size: number of the retriever's token ids; 0: the same.
   """
   dtype = compute_dtype(config.train.compute_dtype)
   e, g = config.encoder, config.generator
@@ -269,7 +269,7 @@ def build_encoder(
   max_positions: int,
   dtype: DTypeLike,
 ) -> RetrieverEncoder:
-  """Returns one tower; the arguments fill in sizes of 0."""
+  """Returns one tower; the arguments replace sizes of 0 in `config`."""
   return RetrieverEncoder(
     config.frozen(
       vocab_size=config.vocab_size or vocab_size,
@@ -286,7 +286,7 @@ def build_generator(
   decoder_start_id: int,
   dtype: DTypeLike,
 ) -> Generator:
-  """Returns the generator alone; arguments as in `build_model`."""
+  """Returns only the generator; arguments as in `build_model`."""
   start = config.decoder_start_id
   return Generator(
     config.frozen(

@@ -1,6 +1,6 @@
 """The layers of the generator's encoder or decoder, on embedded tokens.
 
-In: activations [N, T, D]. Out: the same shape, as the other half reads them.
+In: embedded tokens [N, T, D]. Out: the final activations, of the same shape.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ from rag_jax.models.partitioning import named
 from rag_jax.models.pointer import PointerCache
 
 
-# Unchecked, because JAX makes it of shapes and of stacked arrays too.
+# Not type-checked, because JAX also builds it from shapes and stacked arrays.
 @typing.no_type_check
 @flax.struct.dataclass
 class DecoderCache:
-  """What decoding remembers between tokens, for K documents a question."""
+  """The decoder's state between steps, for K documents per question."""
 
   layers: tuple[LayerCache, ...]
   memory_mask: Bool[Array, "BK 1 S"]
-  # At which beam each beam's history stood at each step: its keys are there.
+  # The beam slot that holds the keys of each beam's history at each step.
   ancestors: Int[Array, "B W T"]
-  pointer: PointerCache | None = None  # of a generator that has one
+  pointer: PointerCache | None = None  # None: no pointer
 
   def reorder(self, beams: Int[Array, "B W"]) -> "DecoderCache":
     """Returns the cache whose beam w continues the old beam `beams[w]`."""
@@ -51,8 +51,8 @@ def sinusoid_init(
 ) -> Array:
   """Returns Vaswani et al.'s sinusoids [positions, D], rows of unit norm.
 
-  https://arxiv.org/abs/1706.03762, section 3.5; scaled so that a position
-  weighs as much as a token embedding.
+  https://arxiv.org/abs/1706.03762, section 3.5; scaled to the norm of a token
+  embedding.
   """
   positions, dim = shape
   rates = 1e4 ** (-np.arange(0, dim, 2) / dim)
@@ -62,11 +62,11 @@ def sinusoid_init(
 
 
 class Stack(nn.Module):
-  """Positions, layers and norms: `config.num_layers` of them.
+  """Position embeddings, `config.num_layers` layers, and norms.
 
-  Params: `position_embedding` [positions, D] if they are learned;
+  Params: `position_embedding` [positions, D] if positions are learned;
   `relative_bias` [buckets, N] if layers share one; `embedding_norm`; `layer_0`
-  and on; `final_norm` if norms come before the blocks.
+  etc.; `final_norm` if norms come before the blocks.
   """
 
   config: GeneratorConfig
@@ -95,7 +95,7 @@ class Stack(nn.Module):
       self.embedding_layer_norm = norm(name="embedding_norm")
     if c.norm == "pre":
       self.final_norm = norm()
-    # Layers have tables of their own only in an encoder that shares none.
+    # Layers have their own relative bias only in encoders that share none.
     own_bias = not c.relative_shared and not self.cross
     layer_config = c if own_bias else c.frozen(relative_buckets=0)
     self_starts, cross_start = self._starts()
@@ -104,9 +104,9 @@ class Stack(nn.Module):
         layer_config,
         cross=self.cross,
         self_start=self_starts.get(i, "normal"),
-        # The last layer copies, what the first has put beside each token.
+        # The last layer copies; it matches what the first encoder layer added.
         cross_start=cross_start if i == c.num_layers - 1 else "normal",
-        # A copying start: what the other blocks add is small beside it.
+        # With a copying start, the other blocks' outputs start small.
         out_init_scale=0.2 if c.init == "copy" else 1.0,
         dtype=self.dtype,
         name=f"layer_{i}",
@@ -116,10 +116,10 @@ class Stack(nn.Module):
     self.drop = nn.Dropout(c.dropout)
 
   def _starts(self) -> tuple[dict[int, str], str]:
-    """Returns how layers' self-attention and the last cross-attention start."""
+    """Returns `start` of self-attention by layer, and of cross-attention."""
     if self.config.init != "copy":
       return {}, "normal"
-    # A shared table lets all layers look at what stands before.
+    # With a shared relative bias, every layer favours the previous token.
     again = self.config.relative_shared and self.config.num_layers > 1
     if self.cross:
       return {0: "previous again"} if again else {}, "copy"
@@ -132,7 +132,7 @@ class Stack(nn.Module):
     positions: Int[Array, "*#N T"],
     deterministic: bool,
   ) -> Float[Array, "N T D"]:
-    """Returns what enters the first layer: `x` at its positions."""
+    """Returns the input of the first layer: `x` with its positions added."""
     if self.config.positions == "learned":
       rows = positions + self.config.position_offset
       x += self.position_embedding(rows).astype(self.dtype)
@@ -143,12 +143,12 @@ class Stack(nn.Module):
   def leave(
     self, x: Float[Array, "N T D"], deterministic: bool = True
   ) -> Float[Array, "N T D"]:
-    """Returns what the last layer's output is read as."""
+    """Returns the output of the stack, given that of the last layer."""
     if self.config.norm == "pre":
       x = self.final_norm(x)
     if (
       self.config.norm_kind == "rms"
-    ):  # T5 drops here too, mBART and Pegasus do not
+    ):  # T5 has dropout here, mBART and Pegasus do not
       x = self.drop(x, deterministic=deterministic)
     return x
 
@@ -177,7 +177,7 @@ class Stack(nn.Module):
     memory_mask: Bool[Array, "N 1 C"] | None = None,
     deterministic: bool = True,
   ) -> Float[Array, "N T D"]:
-    """Returns `x`, whose tokens stand at `positions`, after all layers."""
+    """Returns the output of all layers for tokens `x` at `positions`."""
     x = self.enter(x, positions, deterministic)
     x = constrain(x, "batch", "length", "embed")
     bias = self.bias(positions, positions)
@@ -210,11 +210,11 @@ class Stack(nn.Module):
     position: Int[Array, ""],
     cache: DecoderCache,
   ) -> tuple[Float[Array, "BK W D"], DecoderCache]:
-    """Returns the tokens of all beams after all layers, for each document."""
+    """Returns the output for the new token of each beam and document."""
     b, w, _ = x.shape
     t = cache.ancestors.shape[-1]
     k = cache.memory_mask.shape[0] // b
-    # What is written now stands at the beam itself.
+    # The new token is in the beam's own slot.
     ancestors = cache.ancestors.at[:, :, position].set(jnp.arange(w))
     seen = ancestors[..., None] == jnp.arange(w)  # B W T W
     seen &= (jnp.arange(t) <= position)[:, None]

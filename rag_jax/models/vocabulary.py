@@ -1,13 +1,13 @@
-"""Log-probabilities of target tokens, without all logits existing at once.
+"""Log-probabilities of target tokens, without storing all logits at once.
 
-In: what the decoder hands to its output layer [N, T, D], and the table [V, D]
-whose inner products with it are the logits. Out: [N, T], N = B*K, for
+In: the decoder's final states [N, T, D], and the output table [V, D]; their
+inner products are the logits. Out: [N, T], N = B*K, for
 `losses.marginal_token_nll` and `losses.marginal_sequence_nll`.
 
-Logits of 40 targets of 25 tokens over 50,000 words are 200 MB, several times
-over with what their gradient keeps. Here they exist for one chunk of the
-vocabulary at a time, forward and backward; the backward pass computes them
-again, which is one matrix product in four.
+The logits of 40 targets of 25 tokens over 50,000 words take 200 MB, and several
+times that with the values kept for the gradient. Here they are computed for one
+chunk of the vocabulary at a time, forward and backward. The backward pass
+recomputes them, which is one matrix product in four.
 """
 
 from typing import Any
@@ -28,18 +28,18 @@ def chunked_token_log_probs(
 ) -> Float[Array, "N T"]:
   """Returns log softmax(hidden @ table.T + bias) of the target tokens.
 
-  The same numbers, and the same gradients by `hidden`, `table` and `bias`, as
-  `losses.token_log_probs` of the logits. Products are taken in the dtype of
+  Values and gradients by `hidden`, `table` and `bias` are those of
+  `losses.token_log_probs` of the logits. Products are computed in the dtype of
   `hidden` and summed in float32.
 
   Args:
-    hidden: activations of the decoder, scaled if its output is.
-    table: embeddings of the tokens, or the transposed kernel of the output. If
-      it is split over devices by its rows, each chunk is gathered.
+    hidden: activations of the decoder, scaled if its output is scaled.
+    table: token embeddings, or the transposed kernel of the output layer. If
+      its rows are split over devices, each chunk is gathered.
     bias: added to the logits of each token; None adds nothing.
     target_tokens: the tokens to predict.
-    chunk_size: rows of the table whose logits exist at a time, at most. From V
-      on, all exist, and are kept for the gradient: faster where they fit.
+    chunk_size: maximum number of table rows whose logits exist at a time. If V
+      or more, all logits are kept for the gradient: faster if they fit.
 
   Raises:
     ValueError: `chunk_size` is not positive.
@@ -54,16 +54,16 @@ def chunked_log_probs(
   target_tokens: Int[Array, "N T"],
   chunk_size: int,
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-  """Returns log-probabilities of the target tokens, and the mean of all tokens.
+  """Returns log-probabilities of the target tokens, and the vocabulary's mean.
 
-  The second is `losses.mean_log_probs` of the logits, which label smoothing
-  needs. Otherwise as `chunked_token_log_probs`.
+  The mean is `losses.mean_log_probs` of the logits, for label smoothing.
+  Arguments and errors as in `chunked_token_log_probs`.
   """
   if chunk_size < 1:
     raise ValueError(
       f"chunk_size={chunk_size} leaves no logits to compute; expected at least"
-      " 1. Some thousands are a good size; the size of the vocabulary means no"
-      " chunks."
+      " 1. A few thousand is a good size; the size of the vocabulary turns"
+      " chunking off."
     )
   n, t, d = hidden.shape
   if bias is None:
@@ -88,7 +88,7 @@ def _whole_log_probs(
     preferred_element_type="float32",
   )
   logits += bias.astype(jnp.float32)
-  # Not a gather: the gradient of this one is no scatter, but part of a pass.
+  # Not a gather, whose gradient would be a scatter; this one can be fused.
   here = tokens[:, None] == jnp.arange(len(table))
   chosen = jnp.sum(logits, axis=-1, where=here)
   log_norm = jax.nn.logsumexp(logits, axis=-1)
@@ -96,10 +96,10 @@ def _whole_log_probs(
 
 
 def _even(chunk_size: int, vocab_size: int) -> int:
-  """Returns the size of as few chunks of at most `chunk_size`, all alike.
+  """Returns the size of the fewest equal chunks of at most `chunk_size`.
 
-  Otherwise the last could have little that is new, and cost as much. Multiples
-  of 128 are those that accelerators like.
+  Otherwise the last chunk could have few new rows at full cost. Rounded up to a
+  multiple of 128, which is efficient on accelerators.
   """
   count = -(-vocab_size // chunk_size)
   size = -(-vocab_size // count)
@@ -109,9 +109,9 @@ def _even(chunk_size: int, vocab_size: int) -> int:
 def _chunk(
   chunk_size: int, i: Array, hidden: Array, table: Array, bias: Array
 ) -> tuple[Array, Array, Array, Array]:
-  """Returns chunk `i`: where it starts, which rows are new, rows, logits."""
-  # The last chunk begins early if V is no multiple, so that all are of one
-  # size; what it has in common with the one before counts there alone.
+  """Returns chunk `i`: its first row, mask of new rows, rows and logits."""
+  # If V is not a multiple of the size, the last chunk starts early, so that all
+  # have one size. Rows shared with the chunk before count only there.
   start = jnp.minimum(i * chunk_size, len(table) - chunk_size)
   new = start + jnp.arange(chunk_size) >= i * chunk_size
   rows = jax.lax.dynamic_slice_in_dim(table, start, chunk_size)
@@ -153,7 +153,7 @@ def _forward(
 def _backward(
   chunk_size: int, saved: tuple[Array, ...], by_results: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None]:
-  """Returns gradients: of a logit, what the target gives minus probability."""
+  """Returns the gradients; a logit's is (is target) minus its probability."""
   hidden, table, bias, tokens, log_norm = saved
   by_chosen, by_mean = (by[:, None] for by in by_results)
 

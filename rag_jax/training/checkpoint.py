@@ -1,20 +1,20 @@
-"""Checkpoints that are whole, or say which of their files is not.
+"""Saves and restores checkpoints, and detects damaged files.
 
-In: a pytree of arrays (the train state) and what JSON can hold (the position
-in the data, the config). Out: the two again, on any mesh, bit for bit. The
-only file that imports orbax.
+In: a pytree of arrays (the train state) and JSON data (the position in the
+dataset, the config). Out: the same two, on any mesh, bit for bit. The only file
+that imports orbax.
 
 One checkpoint is one folder, named by its step:
 
     DIRECTORY/200/state/         the arrays, written by orbax
     DIRECTORY/200/extra/         the JSON, written by orbax
     DIRECTORY/200/manifest.json  a digest of every file above, written last
-    DIRECTORY/200.damaged/       one that was found not to be whole
+    DIRECTORY/200.damaged/       a checkpoint that failed the checks
 
-Orbax checks neither: it restores a flipped bit, or casts to another dtype,
-without a word. So the manifest has the digests, and each array's shape and
-dtype. Orbax ignores it, as its items are subfolders; lying in the folder of its
-step, it is copied and deleted with it. Digests are made while training goes on,
+Orbax silently restores flipped bits and casts to another dtype. The manifest
+therefore stores the digests, and the shape and dtype of each array. Orbax
+ignores it, because orbax items are subfolders. It is copied and deleted with
+the folder of its step. Digests are computed in the background during training
 and checked when a checkpoint is read.
 """
 
@@ -53,23 +53,23 @@ _EXTRA_FILE = "extra/metadata"  # the name that orbax gives to JSON
 class Checkpointer:
   """The checkpoints in one directory.
 
-  A checkpoint is complete when its manifest exists. One without, whose save was
-  cut off, is ignored. Old checkpoints are removed after the new one is complete
-  and no sooner, so that there is always one to resume from.
+  A checkpoint is complete when its manifest exists. A checkpoint without one
+  is ignored: its save was interrupted. Old checkpoints are removed only after
+  the new one is complete, so that there is always one to resume from.
 
-  Of several processes, all call `save`, on a directory that all of them see.
-  Whatever reads or writes checkpoints waits for a save that still runs.
+  With several processes, all must call `save`, on a shared directory. Methods
+  that read or write checkpoints wait for a save that is still running.
   """
 
   def __init__(
     self, directory: epath.PathLike, *, keep_last: int, process_index: int = 0
   ):
-    """Opens `directory`, which the first save makes.
+    """Opens `directory`; the first save creates it.
 
     Args:
       directory: where the checkpoints are or will be.
-      keep_last: how many of the last are kept; the best is kept beside them.
-      process_index: of this process; process 0 writes the manifests.
+      keep_last: number of latest checkpoints to keep, in addition to the best.
+      process_index: index of this process; process 0 writes the manifests.
     """
     if keep_last < 1:
       raise ValueError(
@@ -78,12 +78,12 @@ class Checkpointer:
       )
     directory = epath.Path(directory)
     if artifacts.is_local(directory):
-      directory = epath.Path(os.path.abspath(directory))  # as orbax demands
+      directory = epath.Path(os.path.abspath(directory))  # orbax needs it
     self._directory = directory
     self._keep_last = keep_last
     self._process_index = process_index
-    self._reported: set[int] = set()  # incomplete steps that were logged
-    self._whole: set[int] = set()  # steps whose files were checked already
+    self._reported: set[int] = set()  # incomplete steps already logged
+    self._whole: set[int] = set()  # steps whose files passed the checks
     self._thread = futures.ThreadPoolExecutor(1)
     self._saving: futures.Future[None] | None = None
     python_logging.getLogger("absl").addFilter(_orbax_warnings_only)
@@ -96,25 +96,26 @@ class Checkpointer:
     metric: float | None = None,
     loss: float | None = None,
   ) -> None:
-    """Copies the state off the devices, and begins to write a checkpoint.
+    """Copies the state to the host and starts writing a checkpoint.
 
-    It is complete when `wait` returns.
+    The checkpoint is complete when `wait` returns.
 
     Args:
-      step: names the checkpoint.
+      step: training step; the name of the checkpoint.
       state: any pytree of `jax.Array`, which may be donated afterwards.
-      extra: what JSON can hold. Tuples come back as lists, keys as strings.
-      metric: how good it is, more is better. Not finite counts as None.
-      loss: of the step. Where no metric says which checkpoint is best, the one
-        with the lowest loss is kept too: if a run diverges slowly, the last few
-        are all bad.
+      extra: JSON data. Tuples are restored as lists, keys as strings.
+      metric: validation metric, higher is better. A value that is not finite
+        counts as None.
+      loss: training loss of the step. If no checkpoint has a metric, the one
+        with the lowest loss is kept too: when a run diverges slowly, the latest
+        few are all bad.
 
     Raises:
-      UnwritableError: it, or the checkpoint before, could not be written. What
-        was saved earlier stays.
-      TypeError: a leaf of `state` is no `jax.Array`, or JSON cannot hold
-        `extra`.
-      ValueError: `step` is negative, or has a complete checkpoint already.
+      UnwritableError: this checkpoint or the previous one could not be written.
+        Earlier checkpoints are kept.
+      TypeError: a leaf of `state` is not a `jax.Array`, or `extra` cannot be
+        written as JSON.
+      ValueError: `step` is negative, or already has a complete checkpoint.
     """
     if step < 0:
       raise ValueError(f"step={step} must be at least 0; it names a folder.")
@@ -131,10 +132,10 @@ class Checkpointer:
         f" already; expected to save each step once. Delete {folder} first,"
         " or save in another directory."
       )
-    # Nobody may find the files below, which change.
+    # All processes look before any file below changes.
     wait_for_all("checkpoint: looked")
     if self._process_index == 0 and folder.exists():
-      folder.rmtree()  # a save that was cut off
+      folder.rmtree()  # left by an interrupted save
     wait_for_all("checkpoint: cleared")
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
@@ -155,7 +156,7 @@ class Checkpointer:
   def _complete(
     self, manager: ocp.CheckpointManager, step: int, content: dict[str, Any]
   ) -> None:
-    """Writes the digests of a step once orbax is done; removes old steps."""
+    """Writes the manifest when orbax has finished; removes old checkpoints."""
     folder = self._folder(step)
     with _saying_what_to_do(folder):
       with manager:
@@ -167,22 +168,22 @@ class Checkpointer:
         self._remove_old(step)
 
   def wait(self) -> None:
-    """Returns once every save is complete.
+    """Blocks until every save is complete.
 
     Raises:
-      UnwritableError: the last one could not be written.
+      UnwritableError: the last checkpoint could not be written.
     """
     saving, self._saving = self._saving, None
     if saving is not None:
       saving.result()
 
   def close(self) -> None:
-    """Ends the use of the directory, once every save is complete."""
+    """Waits until every save is complete, then stops the writer thread."""
     self._thread.shutdown()
     self.wait()
 
   def steps(self) -> list[int]:
-    """Returns the steps that have a complete checkpoint, ascending."""
+    """Returns the steps with a complete checkpoint, in ascending order."""
     self.wait()
     complete, incomplete = self._find()
     for step in incomplete:
@@ -198,37 +199,37 @@ class Checkpointer:
     return complete
 
   def latest_step(self) -> int | None:
-    """Returns the last step that has a complete checkpoint."""
+    """Returns the latest step with a complete checkpoint, or None."""
     return max(self.steps(), default=None)
 
   def best_step(self) -> int | None:
-    """Returns the step with the highest metric; of equal ones, the later."""
+    """Returns the step with the highest metric; the later one of a tie."""
     return self._best_of(self.steps())
 
   def newest_whole(
     self, problem: Callable[[int, dict[str, Any]], str] = lambda step, extra: ""
   ) -> int | None:
-    """Returns the last step whose checkpoint can be used; None: there is none.
+    """Returns the latest step with a usable checkpoint; None if there is none.
 
-    Later ones, which are damaged, are set aside and logged: as 200.damaged, a
-    name that is never read again. Every process gets the same answer, for which
-    the first one reads the files.
+    Later, damaged checkpoints are renamed to 200.damaged and logged; they are
+    never read again. Process 0 reads the files and every process gets its
+    answer.
 
     Args:
-      problem: (step, extra) -> what else is wrong with the checkpoint, or "".
-        The first process calls it.
+      problem: (step, extra) -> any other reason to reject the checkpoint, or
+        "". Only process 0 calls it.
 
     Raises:
-      ValueError: there are checkpoints, but none is whole; or one is of a newer
-        version of rag_jax. Nothing is set aside.
+      ValueError: every checkpoint is damaged, or one was written by a newer
+        version of rag_jax. Nothing is renamed.
     """
     return self._first_whole(lambda: self.steps()[::-1], problem)
 
   def best_whole(self) -> int | None:
-    """Returns the step with the highest metric whose checkpoint is whole.
+    """Returns the undamaged step with the highest metric.
 
-    If none with a metric is, the newest. What is damaged is treated as by
-    `newest_whole`, which has the errors too.
+    If no undamaged checkpoint has a metric, returns the latest one. Damaged
+    checkpoints are renamed, and errors raised, as in `newest_whole`.
     """
     return self._first_whole(
       lambda: sorted(self.steps(), key=self._rank, reverse=True),
@@ -236,13 +237,13 @@ class Checkpointer:
     )
 
   def set_aside_after(self, step: int) -> None:
-    """Renames the checkpoints after `step`, as 250.left, and says so.
+    """Renames the checkpoints after `step` to, say, 250.left and logs it.
 
-    Training then goes on from `step`, and may save these steps again.
+    Training can then resume from `step` and save the later steps again.
 
     Raises:
       FileNotFoundError: there is no complete checkpoint of `step`.
-      ValueError: it is damaged.
+      ValueError: that checkpoint is damaged.
     """
 
     def act() -> None:
@@ -252,7 +253,7 @@ class Checkpointer:
           path = self._set_aside(later, "left")
           logging.info(
             "The checkpoint of step %d, after --resume_from=%d, is now %s. It"
-            " is not used any more and can be deleted.",
+            " is no longer used and can be deleted.",
             *(later, step, path),
           )
 
@@ -262,16 +263,16 @@ class Checkpointer:
   def restore(
     self, abstract_state: PyTree, step: int | None = None
   ) -> tuple[PyTree, dict[str, Any]]:
-    """Returns the state and the extra of a checkpoint, after checking it.
+    """Checks a checkpoint and returns its state and its `extra`.
 
     Args:
-      abstract_state: `jax.ShapeDtypeStruct`s with a sharding each, which may
-        differ from the one that the array was saved with.
+      abstract_state: pytree of `jax.ShapeDtypeStruct`, each with a sharding.
+        The sharding may differ from the one the array was saved with.
       step: which checkpoint; None: the latest.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
-      ValueError: a file is missing, cut off or changed; or `abstract_state`
+      ValueError: a file is missing, truncated or changed; or `abstract_state`
         has other arrays, shapes or dtypes, or leaves without a sharding.
     """
     step = self._choose(step)
@@ -285,12 +286,12 @@ class Checkpointer:
     return restored.state, self._read_extra(step)
 
   def read_extra(self, step: int) -> dict[str, Any]:
-    """Returns the extra of a checkpoint; checks and raises as `restore`."""
+    """Returns the `extra` of a checkpoint; checks and raises as `restore`."""
     self._verify(self._choose(step))
     return self._read_extra(step)
 
   def peek_extra(self, step: int) -> dict[str, Any]:
-    """Returns the extra of a checkpoint unchecked; {} if it is unreadable."""
+    """Returns the `extra` of an unchecked checkpoint; {} if unreadable."""
     try:
       return self._read_extra(step)
     except (OSError, ValueError) as error:
@@ -302,35 +303,35 @@ class Checkpointer:
       return {}
 
   def _read_extra(self, step: int) -> dict[str, Any]:
-    # Not by orbax, in which processes wait for each other: one alone may ask.
+    # Without orbax, which synchronises processes: only one may call this.
     return read_settings(self._folder(step) / _EXTRA_FILE)
 
   def _folder(self, step: int) -> epath.Path:
     return self._directory / str(step)
 
   def _manager(self, *, create: bool) -> ocp.CheckpointManager:
-    """Returns orbax's manager, for one operation.
+    """Returns an orbax manager for one operation.
 
-    Opening takes milliseconds, and one that is kept would remember folders that
-    were deleted since. It keeps all: it would remove old steps too early.
+    Opening takes milliseconds, and a manager kept open would remember folders
+    deleted since. It keeps all steps, as it would remove old ones too early.
     """
     return ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
-        # Otherwise a folder that is empty or half written counts.
+        # Otherwise orbax accepts an empty or half-written folder.
         atomicity_options=ocp.options.AtomicityOptions(
           mode=ocp.options.AtomicityMode.COMMIT_FILE
         ),
         create=create,
         enable_async_checkpointing=create,
-        # Reads nothing of the other steps, any of which may be damaged.
+        # Reads no files of the other steps, which may be damaged.
         lightweight_initialize=True,
         save_root_metadata=False,
       ),
     )
 
   def _find(self) -> tuple[list[int], list[int]]:
-    """Returns the complete and the incomplete steps, ascending."""
+    """Returns the complete and the incomplete steps, in ascending order."""
     complete, incomplete = [], []
     if not self._directory.exists():
       return complete, incomplete
@@ -346,7 +347,7 @@ class Checkpointer:
     return self._noted(step, "metric")
 
   def _rank(self, step: int) -> tuple[bool, float, int]:
-    """Returns a key to sort steps by: first those without a metric."""
+    """Returns a sort key for steps: those without a metric come first."""
     metric = self.metric(step)
     return (metric is not None, metric or 0.0, step)
 
@@ -355,14 +356,14 @@ class Checkpointer:
     return max(rated, key=self._rank, default=None)
 
   def _noted(self, step: int, name: str) -> Any:
-    """Returns what the manifest of a complete step says, unchecked."""
+    """Returns an entry of an unchecked manifest; None if unreadable."""
     manifest = self._folder(step) / artifacts.MANIFEST
     with contextlib.suppress(ValueError, KeyError, TypeError):
       return json.loads(manifest.read_bytes())["content"][name]
-    return None  # damaged, or of an older version
+    return None  # damaged, or written by an older version
 
   def _choose(self, step: int | None) -> int:
-    """Returns the step to read; raises `FileNotFoundError` if there is none."""
+    """Returns the step to read; raises `FileNotFoundError` if it is missing."""
     steps = self.steps()
     if step is None:
       if steps:
@@ -383,7 +384,7 @@ class Checkpointer:
     candidates: Callable[[], list[int]],
     problem: Callable[[int, dict[str, Any]], str],
   ) -> int | None:
-    """Returns the first candidate that can be used; sets aside those before."""
+    """Returns the first usable candidate; renames the damaged ones before."""
 
     def act() -> int | None:
       bad: dict[int, str] = {}
@@ -420,10 +421,10 @@ class Checkpointer:
     return step
 
   def _problem(self, step: int) -> str:
-    """Returns what is wrong with the files of a step; "": nothing.
+    """Returns what is wrong with the files of a step, or "".
 
     Raises:
-      ValueError: it is of a newer version of rag_jax, which is no damage.
+      ValueError: a newer version of rag_jax wrote them; that is not damage.
     """
     newer = False
     manifest = self._folder(step) / artifacts.MANIFEST
@@ -438,7 +439,7 @@ class Checkpointer:
     return ""
 
   def _set_aside(self, step: int, word: str) -> epath.Path:
-    """Returns the new name of a checkpoint, which is not found any more."""
+    """Renames a checkpoint so that it is ignored; returns the new path."""
     self._whole.discard(step)
     names = (f"{step}.{word}{n or ''}" for n in itertools.count())
     paths = (self._directory / name for name in names)
@@ -446,8 +447,8 @@ class Checkpointer:
     return self._folder(step).rename(path)
 
   def _verify(self, step: int) -> dict[str, Any]:
-    """Returns the content of the manifest after checking every file."""
-    if step in self._whole:  # by the first process, of several
+    """Checks every file of a step and returns the content of its manifest."""
+    if step in self._whole:  # process 0 checked it, if there are several
       manifest = self._folder(step) / artifacts.MANIFEST
       return json.loads(manifest.read_bytes())["content"]
     try:
@@ -486,7 +487,7 @@ class Checkpointer:
     return None
 
   def _remove_old(self, saved: int) -> None:
-    """Removes all but the last few, the best and what was just saved."""
+    """Removes all checkpoints but the latest few, the best and `saved`."""
     complete, incomplete = self._find()
     best = self._best_of(complete)
     if best is None:
@@ -497,31 +498,31 @@ class Checkpointer:
     old = [step for step in complete if step not in keep]
     for step in old + [step for step in incomplete if step < saved]:
       folder = self._folder(step)
-      # First: if it is cut off here, the step is incomplete, not damaged.
+      # Manifest first: if interrupted, the step is incomplete, not damaged.
       (folder / artifacts.MANIFEST).unlink(missing_ok=True)
       folder.rmtree()
 
 
 @contextlib.contextmanager
 def _saying_what_to_do(folder: epath.Path) -> Iterator[None]:
-  """Raises one `UnwritableError` in the place of a library's many errors."""
+  """Replaces any error of the library by an `UnwritableError`."""
   try:
     yield
-  except Exception as error:  # orbax and tensorstore have many for a full disk
+  except Exception as error:  # a full disk raises many types
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     why = (lines[0] if lines else type(error).__name__).rstrip(".")
     raise disk.UnwritableError(
       f"The checkpoint {folder} could not be saved: {why}. Expected a folder"
       " that can be written to, on a disk with enough room. Make room, or"
-      " change its permissions, and run the same command again: it goes on from"
-      " the checkpoint before."
+      " change its permissions, and run the same command again: it resumes from"
+      " the previous checkpoint."
     ) from error
 
 
 def _orbax_warnings_only(record: python_logging.LogRecord) -> bool:
-  """Returns whether to log `record`: of orbax's, the warnings.
+  """Returns whether to log `record`; of orbax's records, only warnings.
 
-  Not its 60 info lines for a save, nor its errors, which it raises too.
+  Orbax logs 60 info lines per save, and also raises the errors it logs.
   """
   from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
   return record.levelno == python_logging.WARNING or not from_orbax

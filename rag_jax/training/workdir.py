@@ -1,6 +1,6 @@
 """The folder of one run: its lock, its config, and where its files are.
 
-In: --workdir and the config of the run. Out: a `Workdir` that this run alone
+In: --workdir and the config of the run. Out: a `Workdir` that only this run
 writes to, and whose checkpoints belong to the same experiment.
 """
 
@@ -26,7 +26,7 @@ from rag_jax.training.metrics import METRICS_FILE
 
 LOCK = ".lock"
 
-# What a run writes, beside the files that are not finished.
+# The files and folders that a run writes, apart from temporary ones.
 _OWN = frozenset({
   LOCK, METRICS_FILE, "config.json", "checkpoints", "indexes", "model",
   "index", "tokenizer", "tokens", "tensorboard", "results.json",
@@ -40,11 +40,11 @@ _MAY_DIFFER = frozenset({
   "data.token_cache",
 })  # fmt: skip
 _SECTIONS_MAY_DIFFER = ("eval.", "mesh.", "decoding.")
-# What a wrong setting or file ends in. Of a full disk, or of Ctrl-C, what was
-# made stays: the same command goes on with it.
+# Errors raised for a wrong setting or file. After any other error, such as a
+# full disk or Ctrl-C, the new folders are kept so that the run can be resumed.
 _REFUSALS = (ValueError, TypeError, ImportError, FileNotFoundError)
-# How a run learns, not what: what may change at a checkpoint that it goes back
-# to. All but what the arrays of the optimizer's state depend on.
+# Settings that may change when a run goes back to a checkpoint: all optimizer
+# settings except those that the arrays of the optimizer state depend on.
 _LEARNING = {
   "optimizer": (
     "peak_lr", "retriever_lr", "hybrid_lr", "warmup_steps", "schedule",
@@ -55,7 +55,7 @@ _LEARNING = {
 
 
 def learning_of(config: Config) -> dict[str, dict[str, Any]]:
-  """Returns the settings that `resume_from` may change, by section."""
+  """Returns the values of the settings that `resume_from` may change."""
   return {
     section: {name: getattr(getattr(config, section), name) for name in names}
     for section, names in _LEARNING.items()
@@ -63,7 +63,7 @@ def learning_of(config: Config) -> dict[str, dict[str, Any]]:
 
 
 class Workdir:
-  """The paths of a run. One that `open_workdir` returned holds the lock."""
+  """The paths of a run. If made by `open_workdir`, it holds the lock."""
 
   def __init__(
     self,
@@ -73,11 +73,11 @@ class Workdir:
   ):
     self.path = epath.Path(path)
     self._lock = lock
-    self._made = made  # folders that this run made, the deepest first
+    self._made = made  # folders this run created, deepest first
 
   @property
   def config_path(self) -> epath.Path:
-    """The JSON of the run's config."""
+    """The JSON file of the run's config."""
     return self.path / "config.json"
 
   @property
@@ -87,12 +87,12 @@ class Workdir:
 
   @property
   def indexes(self) -> epath.Path:
-    """The directory of the built indexes, one folder a version."""
+    """The directory of the built indexes, one folder per version."""
     return self.path / "indexes"
 
   @property
   def model(self) -> epath.Path:
-    """The directory of the trained model, once the run has ended."""
+    """The directory of the trained model; written when the run ends."""
     return self.path / "model"
 
   @property
@@ -107,21 +107,21 @@ class Workdir:
 
   @property
   def tokens(self) -> epath.Path:
-    """The directory of a passage store's tokens; it can be made again."""
+    """The cache directory of a passage store's tokens."""
     return self.path / "tokens"
 
   @property
   def metrics(self) -> epath.Path:
-    """The file of the metrics, one JSON object a line."""
+    """The file of the metrics, one JSON object per line."""
     return self.path / METRICS_FILE
 
   def close(self) -> None:
-    """Lets another run use the folder. The lock file stays."""
+    """Releases the lock. The lock file stays."""
     if self._lock is not None:
       self._lock.release()
 
   def begin(self) -> None:
-    """Says that something is learned from now on, and stays whatever comes."""
+    """Marks the start of training: an error no longer removes the folder."""
     self._made = ()
 
   def __enter__(self) -> "Workdir":
@@ -140,12 +140,12 @@ class Workdir:
       with disk.explaining(
         self.path,
         "The run",
-        "Then run the same command again: it goes on from the last checkpoint.",
+        "Then run the same command again to resume from the last checkpoint.",
       ):
         raise error
 
   def _remove_made(self) -> None:
-    """Leaves nothing behind of a run that was refused before it began."""
+    """Removes the folders created by a run that failed before training."""
     for number, folder in enumerate(self._made):
       if not number and folder.exists():
         folder.rmtree()
@@ -160,48 +160,48 @@ def open_workdir(
   process_index: int = 0,
   resume_from: int | None = None,
 ) -> Workdir:
-  """Returns the folder of a run, made, locked, and with its config written.
+  """Creates and locks the folder of a run, and writes its config there.
 
-  A run resumes in the folder of an earlier one if their configs describe the
-  same experiment. Settings that the sequence of parameters depends on must be
-  equal. Free are those that decide
+  A run resumes in an existing folder if the config there describes the same
+  experiment. Settings that affect the parameters must be equal. The settings
+  that may differ control
 
-  - what is watched: eval.*, train.log_steps and train.validate_steps;
-  - what is kept: train.checkpoint_steps and train.keep_checkpoints;
-  - where it is computed, not what: mesh.* and index.embed_batch_size (the
-    result is the same up to rounding), and data.token_cache;
-  - how long: train.num_steps, if optimizer.schedule is "constant" and its
-    warm-up fits. The other schedules end at the last step, so that every step
-    depends on it.
+  - logging and validation: eval.*, train.log_steps and train.validate_steps;
+  - checkpoints: train.checkpoint_steps and train.keep_checkpoints;
+  - the hardware: mesh.* and index.embed_batch_size (results are equal up to
+    rounding), and data.token_cache;
+  - the length: train.num_steps, if optimizer.schedule is "constant" and its
+    warm-up fits. The other schedules end at the last step, so every learning
+    rate depends on the number of steps.
 
-  A run that has ended can be made longer whatever its schedule: with a larger
-  train.num_steps, all optimizer.* but optimizer.freeze may differ. It goes on
-  from its last step, with AdamW's moments as they are and the learning rate
-  that the new schedule has at that step.
+  A finished run can be extended with any schedule: if train.num_steps is
+  larger, all optimizer.* except optimizer.freeze may differ. The run resumes
+  from its last step. It keeps AdamW's moments and takes the learning rate of
+  the new schedule at that step.
 
-  A folder in which nothing was learned yet is free: its run may have ended at
-  once, because of a setting that has been corrected since.
+  A folder without a checkpoint accepts any config: its run may have failed
+  because of a setting that has been corrected since.
 
-  Validation metrics of before and after a change of eval.* are not measured on
-  the same questions, and the choice of the best checkpoint compares them.
+  If eval.* changes, validation metrics before and after are measured on
+  different questions, yet the best checkpoint is chosen by comparing them.
 
-  The lock is released when the process dies, however it does; the lock file
-  that stays behind means nothing. A bucket (gs://) has no locks: there, that
-  only one run uses the folder is up to the user.
+  The lock is released whenever the process ends; a leftover lock file does not
+  block other runs. A bucket (gs://) has no locks: there, the user must make
+  sure that only one run uses the folder.
 
   Args:
-    path: the folder; made if it is missing.
-    config: of this run.
-    process_index: of this process. Process 0 locks and writes, then the
-      others compare.
-    resume_from: a checkpoint that the run goes back to: learning rates and the
-      like may differ. See `loop.train`.
+    path: the folder; created if it is missing.
+    config: the config of this run.
+    process_index: index of this process. Process 0 locks and writes; then the
+      others compare their config.
+    resume_from: step of the checkpoint to go back to. Learning rates and
+      similar settings may then differ. See `loop.train`.
 
   Raises:
     FileNotFoundError: there is no checkpoint of `resume_from`.
-    ValueError: the path is no folder that can be written to; another run uses
-      it; its config.json is damaged or of another experiment; or it has
-      checkpoints but no config.json; or there is a link among its files.
+    ValueError: the path is not a writable folder; another run uses it; its
+      config.json is damaged or belongs to another experiment; it has
+      checkpoints but no config.json; or one of its files is a link.
   """
   if not os.fspath(path):
     raise ValueError(
@@ -209,7 +209,7 @@ def open_workdir(
       " one, for instance --workdir=runs/first."
     )
   path = epath.Path(path).expanduser()
-  # One after another: the first writes what the others read.
+  # Process 0 runs first: it writes the config that the others read.
   return first_alone(
     f"open --workdir={path}",
     lambda: _open(path, config, process_index, resume_from),
@@ -222,7 +222,7 @@ def _open(
   process_index: int,
   resume_from: int | None,
 ) -> Workdir:
-  # Local ones: a bucket has no folders.
+  # Only local folders are created: a bucket has none.
   missing = [p for p in (path, *path.parents) if not p.exists()]
   made = tuple(missing) if artifacts.is_local(path) else ()
   _make_folder(path)
@@ -236,7 +236,7 @@ def _open(
   try:
     same = _check_config(workdir, config, True, resume_from)
     if not same and workdir.tokenizer.exists():
-      workdir.tokenizer.rmtree()  # perhaps of other texts
+      workdir.tokenizer.rmtree()  # may be trained on other texts
     write_config(workdir.config_path, config)
   except BaseException:
     workdir.close()
@@ -245,18 +245,17 @@ def _open(
 
 
 def keep_compiled(path: epath.PathLike = "") -> None:
-  """Keeps compiled programs in `path`, and takes them from there.
+  """Sets JAX's compilation cache to the directory `path`.
 
-  They are code that is run, so they never come out of a workdir, which somebody
-  else may have made. JAX names each after all that it was compiled from: one
-  directory does for all runs, and can be deleted at any time. Programs that
-  take less than half a second to compile are not kept. Call it before anything
-  is compiled.
+  The cache holds executable code, so it is never read from a workdir, which
+  may come from somebody else. JAX keys each program by everything it was
+  compiled from: all runs can share one directory, which can be deleted at any
+  time. Programs that compile in less than half a second are not cached. Call
+  this before anything is compiled.
 
   Args:
-    path: of the directory; "" is rag_jax/compiled in the user's cache directory
-      ($XDG_CACHE_HOME or ~/.cache), which is used only if nobody else can write
-      there.
+    path: the directory; "" is rag_jax/compiled in the user's cache directory
+      ($XDG_CACHE_HOME or ~/.cache), used only if no other user can write there.
   """
   if not os.fspath(path):
     path = _own_cache()
@@ -267,7 +266,7 @@ def keep_compiled(path: epath.PathLike = "") -> None:
 
 
 def _own_cache() -> str:
-  """Returns the directory of compiled programs; "" if it is not ours alone."""
+  """Returns the default cache directory; "" if other users can write there."""
   home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   path = os.path.join(home, "rag_jax", "compiled")
   try:
@@ -280,9 +279,9 @@ def _own_cache() -> str:
   if ours and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
     return path
   logging.warning(
-    "%s is not used for compiled programs: others can write there, and what"
-    " lies there is run. Expected a folder of this user alone. Remove it, or"
-    " give another one with --cache_dir.",
+    "%s is not used for compiled programs: other users can write there, and its"
+    " files are executed. Expected a folder that only this user can write to."
+    " Remove it, or choose another one with --cache_dir.",
     path,
   )
   return ""
@@ -302,9 +301,9 @@ def _make_folder(path: epath.Path) -> None:
 
 
 def _check_no_links(path: epath.Path) -> None:
-  """Raises `ValueError` if what a run writes would go to where a link leads.
+  """Raises `ValueError` if a file or folder that a run writes is a link.
 
-  Files of others may lie there, and links among them.
+  The run would otherwise overwrite files outside the workdir.
   """
   if not artifacts.is_local(path):
     return
@@ -316,13 +315,13 @@ def _check_no_links(path: epath.Path) -> None:
 def _check_writable(path: epath.Path) -> None:
   """Raises `ValueError` if no file can be written.
 
-  Found out by writing one: permission bits say nothing to root, or about a
-  file system that is full or mounted read-only.
+  Writes a file to find out: permission bits do not apply to root, and do not
+  show that a file system is full or mounted read-only.
   """
   probe = artifacts.temp_path(path / "probe")
   try:
     try:
-      probe.write_text("probe")  # a full disk has room for an empty file
+      probe.write_text("probe")  # an empty file fits on a full disk
     finally:
       probe.unlink(missing_ok=True)
   except OSError as error:
@@ -338,7 +337,7 @@ def _not_writable(path: epath.Path, error: OSError) -> ValueError:
 
 
 def _lock(path: epath.Path) -> filelock.BaseFileLock | None:
-  """Returns the lock of a folder, taken; None in a bucket."""
+  """Acquires and returns the lock of a folder; None in a bucket."""
   if not artifacts.is_local(path):
     logging.info(
       "%s is in a bucket, which has no locks: make sure that no other run"
@@ -361,13 +360,13 @@ def _check_config(
   may_correct: bool,
   resume_from: int | None,
 ) -> bool:
-  """Returns whether the folder has the files of this experiment.
+  """Returns whether the config in the folder describes the same experiment.
 
   Raises:
-    FileNotFoundError: there is no checkpoint of `resume_from` to go back to
-      with settings that differ.
-    ValueError: it has those of another one, and that has learned something or
-      not `may_correct`.
+    FileNotFoundError: settings differ that only `resume_from` may change, and
+      that checkpoint does not exist.
+    ValueError: the folder belongs to another experiment, and it has checkpoints
+      or `may_correct` is False.
   """
   path = workdir.config_path
   if not path.exists() and not os.path.islink(path):
@@ -394,8 +393,8 @@ def _check_config(
       or (resume_from is not None and name in learning)
     )
   ]
-  # Before the config is written. With the settings that are there already, the
-  # run may have gone on from that step, and removed it since.
+  # Checked before the config is written. If no such setting differs, the run
+  # may already have gone back to that step, and removed its checkpoint since.
   if resume_from is not None and not different.keys().isdisjoint(learning):
     _check_step(workdir, resume_from)
   learned = _has_checkpoints(workdir) or workdir.model.exists()
@@ -407,7 +406,7 @@ def _check_config(
   if bad:
     hint = ""
     if all(line.partition(":")[0] in learning for line in bad):
-      hint = " Or go back to a checkpoint with them: --resume_from=STEP."
+      hint = " Or use the new values from a checkpoint on: --resume_from=STEP."
     raise ValueError(
       f"--workdir={workdir.path} belongs to another experiment. Its config"
       " differs in settings that change what is learned:\n  "
@@ -438,7 +437,7 @@ def _check_step(workdir: Workdir, step: int) -> None:
 
 
 def _goes_on(workdir: Workdir, old: Config, new: Config) -> bool:
-  """Returns whether the run has ended, and shall have more steps now."""
+  """Returns whether the run is finished and the new config extends it."""
   last = str(old.warmup.num_steps + old.train.num_steps)
   ended = all(
     (folder / artifacts.MANIFEST).exists()
@@ -448,21 +447,21 @@ def _goes_on(workdir: Workdir, old: Config, new: Config) -> bool:
 
 
 def _is_of_schedule(name: str) -> bool:
-  """Returns whether a setting says how parameters move, not which ones."""
+  """Returns whether a finished run may change the setting when extended."""
   movable = name.startswith("optimizer.") and name != "optimizer.freeze"
   return movable or name == "train.num_steps"
 
 
 def _only_longer(old: Config, new: Config) -> bool:
-  """Returns whether train.num_steps changes their number, but no step."""
+  """Returns whether train.num_steps may change without changing any step."""
   shorter = min(old.train.num_steps, new.train.num_steps)
-  # A warm-up that does not fit is cut to the number of steps.
+  # A warm-up longer than the run is cut to the number of steps.
   fits = new.optimizer.warmup_steps < shorter
   return fits and new.optimizer.schedule == "constant"
 
 
 def _free_settings() -> list[str]:
-  """Returns the names of the settings that may differ, for the message."""
+  """Returns the settings that may differ, for the error message."""
   known = [name for name, _, _ in fields(Config())]
   single = [name for name in known if name in _MAY_DIFFER]
   sections = [f"{section}*" for section in _SECTIONS_MAY_DIFFER]
@@ -482,7 +481,7 @@ def _check_no_checkpoints(workdir: Workdir) -> None:
   if _has_checkpoints(workdir):
     raise ValueError(
       f"--workdir={workdir.path} has checkpoints but no"
-      f" {workdir.config_path.name}, so nobody can tell which experiment they"
-      " belong to. Expected an empty folder or that of an earlier run. Restore"
+      f" {workdir.config_path.name}, so it is unknown which experiment they"
+      " belong to. Expected an empty folder or the folder of a run. Restore"
       f" {workdir.config_path}, or choose another --workdir."
     )

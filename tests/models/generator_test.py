@@ -331,8 +331,8 @@ def test_logits_of_bfloat16_are_float32_and_close():
 @pytest.mark.parametrize(
   ("context", "target", "message"),
   [
-    (7, T, r"Contexts of 7 tokens a row .* 6 learned positions.*Cut them"),
-    (C, 7, r"Targets of 7 tokens a row .* 6 learned positions.*Cut them"),
+    (7, T, r"Contexts of 7 tokens per row .* 6 learned positions.*Cut them"),
+    (C, 7, r"Targets of 7 tokens per row .* 6 learned positions.*Cut them"),
   ],
 )
 def test_rows_longer_than_the_positions_are_refused(context, target, message):

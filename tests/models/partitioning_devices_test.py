@@ -51,7 +51,7 @@ def test_a_mesh_of_another_number_of_devices_is_refused(
     match=(
       f"mesh.data={data}, mesh.fsdp={fsdp} and mesh.tensor={tensor} need"
       f" {needed} devices, but there are {num_devices}. Choose values whose"
-      " product is that number, or mesh.data=0 to use all that are left."
+      " product is that number, or mesh.data=0 to use all remaining devices."
     ),
   ):
     check_devices(config, num_devices)

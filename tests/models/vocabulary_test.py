@@ -198,7 +198,7 @@ def test_chunks_without_rows_are_refused(chunk_size):
   with pytest.raises(
     ValueError,
     match=f"chunk_size={chunk_size} leaves no logits to compute; expected at"
-    " least 1. Some thousands are a good size",
+    " least 1. A few thousand is a good size",
   ):
     chunked_token_log_probs(hidden, table, bias, tokens, chunk_size)
 

@@ -318,7 +318,7 @@ def test_a_full_disk_is_one_message_and_leaves_what_was_saved(three, directory):
     pytest.raises(
       OSError,
       match=rf"The checkpoint {directory}/40 could not be saved: .* Make room"
-      r".* goes on from the checkpoint before\.$",
+      r".* resumes from the previous checkpoint\.$",
     ) as error,
   ):
     save_whole()
