@@ -18,7 +18,6 @@ import jax
 
 from rag_jax import artifacts
 from rag_jax import disk
-from rag_jax.building import building
 from rag_jax.config import IndexConfig
 from rag_jax.corpus.document import DEFAULT_FIELDS
 from rag_jax.corpus.document import FieldNames
@@ -35,6 +34,7 @@ from rag_jax.corpus.token_store import open_tokens
 from rag_jax.corpus.token_store import write_tokens
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.twins import TwinsWriter
+from rag_jax.directory_lock import building
 from rag_jax.processes import wait_for_all
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings

@@ -18,8 +18,8 @@ from small_search import build
 from small_search import config
 from small_search import files_of
 
-from rag_jax.building import building
 from rag_jax.corpus.splitting import SplitConfig
+from rag_jax.directory_lock import building
 from rag_jax.retrieval import certified_index
 from rag_jax.search import build as search_build
 from rag_jax.search.build import BuildConfig

@@ -21,7 +21,7 @@ from small_search import build
 from small_search import config
 
 from rag_jax import artifacts
-from rag_jax.building import building
+from rag_jax.directory_lock import building
 from rag_jax.disk import UnwritableError
 from rag_jax.retrieval import scann
 from rag_jax.search import versions as search_versions

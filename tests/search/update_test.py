@@ -16,9 +16,9 @@ from small_search import QUESTION
 from small_search import build
 from small_search import config
 
-from rag_jax.building import lock
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.store import PassageStore
+from rag_jax.directory_lock import lock
 from rag_jax.evaluation.search_modes import fit_search_modes
 from rag_jax.models.hybrid import HybridWeights
 from rag_jax.retrieval.hybrid import HybridRetriever
