@@ -120,15 +120,15 @@ def _passage_encoder(directory: OpenedDirectory, encoder: str) -> TextEncoder:
       return directory.encoder
     raise ValueError(
       f"{directory.path} holds the encoder of questions alone; its passages"
-      f" were embedded by another, of fingerprint {wanted!r}. Expected that"
-      " encoder too. Give it as --encoder."
+      f" were embedded by another one, with fingerprint {wanted!r}. Expected"
+      " that encoder too. Give it as --encoder."
     )
   found = open_checkpoint(encoder, "passage")
   if found.fingerprint != wanted:
     raise ValueError(
       f"{encoder} is not what embedded the passages of {directory.path}: its"
       f" fingerprint is {found.fingerprint!r}, expected {wanted!r}. Give the"
-      " same encoder as when the directory was built, or build another."
+      " encoder of the build, or build another directory."
     )
   return found
 
@@ -171,8 +171,8 @@ def keep_modes(
     if now.name != version:
       raise ValueError(
         f"{path} was updated to {now.name!r} while the modes of search were"
-        f" measured on {version!r}. Expected one of both at a time. Measure"
-        " again."
+        f" measured on {version!r}. Expected no update during that time."
+        " Measure again."
       )
 
     def write(made: versions.Draft) -> None:

@@ -307,7 +307,7 @@ def _config(
   config.encoder = dataclasses.replace(
     EncoderConfig(),
     **encoder.fields,
-    tied=not embeds,  # else there is no second tower to build
+    tied=not embeds,  # passages that are embedded already need no tower
     score_scale=encoder.score_scale,
   )
   fields = {  # JSON has lists where the config has tuples
