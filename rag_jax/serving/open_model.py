@@ -85,6 +85,18 @@ def open_corpus(corpus: epath.PathLike) -> Passages:
   return PassageList(passages, origin=str(corpus))
 
 
+def fit_to_serving(config: Config, passages: Passages) -> None:
+  """Limits n_docs to the passages there are, and the mesh to one device."""
+  config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
+  if len(passages) < config.data.n_docs:
+    logging.warning(
+      "%s has %d passages, fewer than the %d documents that the model reads;"
+      " all are read for each question.",
+      *(passages.origin, len(passages), config.data.n_docs),
+    )
+    config.data.n_docs = len(passages)
+
+
 # The encoder of the passages that facebook/rag-* were trained with.
 _OF_FACEBOOK = "hf:facebook/dpr-ctx_encoder-multiset-base"
 _FACEBOOK = re.compile(r"hf:facebook/rag-(token|sequence)-")
@@ -328,16 +340,8 @@ def _config(
     most = config.generator.max_positions
     data.context_length = min(data.context_length, most)
     data.target_length = min(data.target_length, most)
-  if len(passages) < data.n_docs:
-    logging.warning(
-      "%s has %d passages, fewer than the %d documents that the model reads;"
-      " all are read for each question.",
-      *(passages.origin, len(passages), data.n_docs),
-    )
-    data.n_docs = len(passages)
   small = len(passages) <= config.index.scann_tree_passages
   config.index.kind = "exact" if small else "auto"
   config.index.embed_batch_size = _BATCH
-  # One device answers, however many there are.
-  config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
+  fit_to_serving(config, passages)
   return config

@@ -16,7 +16,6 @@ from jaxtyping import PyTree
 
 from rag_jax.artifacts import instead_of
 from rag_jax.artifacts import manifest_digest
-from rag_jax.config import MeshConfig
 from rag_jax.config_json import read_config
 from rag_jax.corpus.records import bad_character
 from rag_jax.corpus.records import shorten
@@ -31,6 +30,7 @@ from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import fingerprint
+from rag_jax.serving.open_model import fit_to_serving
 from rag_jax.serving.open_model import open_corpus
 from rag_jax.serving.open_model import open_model
 from rag_jax.training.workdir import Workdir
@@ -110,16 +110,8 @@ class RagPipeline:
     if corpus:
       config.index.bm25_path = ""  # it belongs to the passages of the run
     config.decoding.mode = mode or config.decoding.mode
-    # One device answers, whatever the mesh of the training was.
-    config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
     passages = open_corpus(str(corpus) or config.data.passages)
-    if len(passages) < config.data.n_docs:
-      logging.warning(
-        "%s has %d passages, fewer than the %d documents per question in"
-        " training; all are read for each question.",
-        *(passages.origin, len(passages), config.data.n_docs),
-      )
-      config.data.n_docs = len(passages)
+    fit_to_serving(config, passages)
     _check_tokenizer(run, content.get("tokenizer_manifest", ""))
     experiment = open_experiment(
       config,
