@@ -1,9 +1,9 @@
-"""Directories that say whether they are complete and unchanged.
+"""Manifests, which show whether a directory is complete and unchanged.
 
 In: a directory of files that another module wrote. Out: its manifest, written
-last, with a digest of each file; and the content of that manifest, once every
-digest was found to be right. A directory holds exactly the plain files that its
-manifest names: no link, no pickle, no file more.
+last, with a digest of each file; and the content of that manifest, after every
+digest was checked. A directory holds exactly the plain files that its manifest
+names: no link, no pickle, no other file.
 
 A single JSON file has its digest in itself: `with_digest`.
 """
@@ -37,42 +37,44 @@ _FINGERPRINT_CHARS = 32  # 128 bits of the sha256
 
 
 def start_directory(directory: epath.PathLike) -> epath.Path:
-  """Makes `directory` and takes its manifest away until the next is written.
+  """Makes `directory`, and removes its manifest until the next is written.
 
-  Otherwise a build that is cut off while it writes over an older one would be
-  reported as changed files, not as an interrupted build.
+  Otherwise an interrupted build over an older one would be reported as changed
+  files, not as an interrupted build.
   """
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   if (directory / MANIFEST).exists():
     (directory / MANIFEST).unlink()
     if is_local(directory):
-      disk.sync(directory)  # or new files could lie under the old manifest
+      # After a power cut, new files must not lie under the old manifest.
+      disk.sync(directory)
   return directory
 
 
 def check_no_links(
   directory: epath.PathLike, remedy: str, name: str = ""
 ) -> None:
-  """Raises `ValueError` for a link, pipe or device at any depth.
+  """Raises `ValueError` for a link, pipe, device or pickle at any depth.
 
-  Of files that are not finished too: who goes on with them would write to
+  Unfinished files are checked too: who continues to write them would write to
   where a link leads.
 
   Args:
     directory: local.
-    remedy: a sentence for the end of the message: what to do next.
-    name: of the one file or folder in it to look at; "": all.
+    remedy: the end of the message: what to do next.
+    name: the one file or folder in it to check; "": all.
   """
   directory = epath.Path(directory)
   try:
     if name and not _is_folder(directory, name, remedy):
+      _check_no_pickle(directory, name.removesuffix(disk.TEMP_SUFFIX), remedy)
       return
     for path in sorted((directory / name).iterdir()):
       inside = f"{name}/{path.name}" if name else path.name
       check_no_links(directory, remedy, inside)
   except FileNotFoundError:
-    pass  # a writer is at work there
+    pass  # another process renamed or removed it meanwhile
 
 
 def directory_bytes(directory: epath.PathLike) -> int:
@@ -97,16 +99,16 @@ def write_manifest(
 ) -> None:
   """Writes the manifest of all files below `directory`; call it last.
 
-  All of them, and their names, are on the disk before the manifest is: after a
-  power cut there is no manifest, or it is true.
+  The files and their names are on the disk before the manifest is. So after a
+  power cut there is no manifest, or it is right.
 
   Args:
     directory: holds the finished files.
     kind: what the directory is, for instance "index".
     format: raise it when the files or `content` change their meaning.
     content: what JSON can hold; `read_manifest` returns it.
-    nested: whether a directory inside that has a manifest of its own answers
-      for its files: who opens it checks them.
+    nested: whether to leave out the files of inner directories that have a
+      manifest of their own. Who opens such a directory checks them.
     beside: names that the manifest leaves out, because they change.
 
   Raises:
@@ -124,13 +126,9 @@ def write_manifest(
         disk.sync(directory / folder)
         folder = os.path.dirname(folder)
     disk.sync_names(directory)
-  manifest = {
-    "kind": kind,
-    "format": format,
-    "content": dict(content),
-    "files": files,
-  }
-  manifest = with_digest(manifest)
+  manifest = with_digest(
+    {"kind": kind, "format": format, "content": content, "files": files}
+  )
   write_atomically(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
@@ -143,25 +141,26 @@ def read_manifest(
   nested: bool = False,
   beside: Collection[str] = (),
 ) -> Content:
-  """Returns the content of the manifest after checking every file it names.
+  """Returns the content of the manifest, after checking every file it names.
 
   Args:
     directory: what `write_manifest` was called with.
     kind: the expected kind.
     format: the newest format that the caller can read.
-    remedy: a sentence for the end of each message: what to do next.
-    nested: as it was written.
-    beside: names that may lie there too; who opens them checks them.
+    remedy: the end of each message: what to do next.
+    nested: as in `write_manifest`.
+    beside: names that the directory may hold too. Who opens them checks them.
 
   Raises:
-    FileNotFoundError: no manifest: nothing was built, or it was cut off.
-    ValueError: the manifest was changed, or is of another kind or a newer
-      format; or a file is missing, cut off or changed; or the directory holds
-      a file that the manifest does not name, a pickle, a link or a device.
+    FileNotFoundError: there is no manifest: nothing was built, or the build was
+      interrupted.
+    ValueError: the manifest was changed, or has another kind or a newer format;
+      a file is missing, cut off or changed; or the directory holds a file that
+      the manifest does not name, a pickle, a link or a device.
   """
   directory = epath.Path(directory)
   path = directory / MANIFEST
-  # A link that leads nowhere is a link, not a manifest that is missing.
+  # A link to nothing is refused as a link, not reported as a missing manifest.
   if not path.exists() and not os.path.islink(path):
     if not directory.exists():
       raise FileNotFoundError(
@@ -172,7 +171,7 @@ def read_manifest(
       f"There is no {MANIFEST} in {directory}: no {kind} was built there, or"
       f" the build was cut off before its end. {remedy}"
     )
-  manifest = _parse(path, remedy)
+  manifest = _parse_manifest(path, remedy)
   if manifest["kind"] != kind:
     raise ValueError(
       f"{directory} holds kind {manifest['kind']!r}, expected {kind!r}."
@@ -201,14 +200,14 @@ def read_manifest(
 
 
 def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what JSON can hold of `content`, and the digest of that.
+  """Returns `content` as JSON holds it, with its digest.
 
-  White space and the order of the parts do not matter to it.
+  The digest does not depend on white space or the order of the keys.
   """
-  # As it will be read: JSON makes other keys and tuples of some.
+  # As it will be read: in JSON, keys are strings and tuples are lists.
   plain = json.loads(json.dumps(dict(content)))
   plain.pop(DIGEST, None)
-  # First: without its line the rest is still JSON.
+  # The digest is first: without its line the rest is still JSON.
   return {DIGEST: _own_digest(plain), **plain}
 
 
@@ -217,13 +216,13 @@ def without_digest(
 ) -> dict[str, Any]:
   """Returns what `with_digest` was given, after checking the digest.
 
-  A file without one is of before there were digests, or was edited on purpose:
-  it is taken, with a warning.
+  A file without a digest is old, or was edited on purpose: it is accepted with
+  a warning.
 
   Args:
     content: what the file holds.
     origin: the path of the file.
-    remedy: a sentence for the end of the message: what to do next.
+    remedy: the end of the message: what to do next.
 
   Raises:
     ValueError: the content changed since it was written.
@@ -231,8 +230,8 @@ def without_digest(
   plain = {name: part for name, part in content.items() if name != DIGEST}
   if DIGEST not in content:
     logging.warning(
-      "%s has no digest (%r): it was edited, or written by an older version."
-      " Nobody can tell whether it is as it was written.",
+      "%s has no digest (%r): it was edited, or written by an older version of"
+      " rag_jax. Nobody can tell whether it has changed since then.",
       *(origin, DIGEST),
     )
   elif content[DIGEST] != _own_digest(plain):
@@ -245,24 +244,17 @@ def without_digest(
 
 
 def read_json(path: epath.PathLike, remedy: str) -> dict[str, Any]:
-  """Returns what a JSON file says that was written `with_digest`.
+  """Returns the content of a JSON file that was written `with_digest`.
 
   Args:
     path: of the file.
-    remedy: a sentence for the end of the message: what to do next.
+    remedy: the end of the message: what to do next.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: it is no JSON object, or not as it was written: cut off or
-      edited. Or it is a link.
+    ValueError: it is no JSON object, was cut off or edited, or is a link.
   """
-  data = disk.read_own(path, remedy=remedy)
-  try:
-    content = parse_settings(data)
-  except ValueError as error:  # of JSON, or of UTF-8
-    raise ValueError(
-      f"{path} is not JSON ({error}); it was cut off or edited. {remedy}"
-    ) from error
+  content = _parse(path, remedy)
   if not isinstance(content, dict):
     raise ValueError(
       f"{path} holds a {type(content).__name__}; expected an object of named"
@@ -272,10 +264,7 @@ def read_json(path: epath.PathLike, remedy: str) -> dict[str, Any]:
 
 
 def manifest_digest(directory: epath.PathLike) -> str:
-  """Returns the sha256 of a manifest, which holds those of all files.
-
-  "" if there is no manifest.
-  """
+  """Returns the sha256 of the manifest; "" if there is none."""
   path = epath.Path(directory) / MANIFEST
   return _digest(path)[0] if path.exists() else ""
 
@@ -284,8 +273,8 @@ def fingerprint_arrays(arrays: Mapping[str, np.ndarray]) -> str:
   """Returns hex digits that change with any name, dtype, shape or value.
 
   Args:
-    arrays: for instance the parameters of an encoder, by their path. Their
-      order does not matter.
+    arrays: for instance the parameters of an encoder, by their path; in any
+      order.
 
   Raises:
     ValueError: an array holds Python objects, which have no fixed bytes.
@@ -338,7 +327,7 @@ def _files_below(
 ) -> Iterator[str]:
   """Yields the names of the finished files, relative to `directory`.
 
-  Nested: of a directory inside that has a manifest, that manifest alone.
+  With `nested`, an inner directory with a manifest is that manifest alone.
 
   Raises:
     ValueError: there is a link, a pipe, a device or a pickle.
@@ -346,7 +335,8 @@ def _files_below(
   for path in sorted((directory / prefix).iterdir()):
     name = prefix + path.name
     if disk.is_unfinished(path.name):
-      _check_unfinished(directory, name, remedy)
+      if is_local(directory):
+        check_no_links(directory, remedy, name)
       continue
     is_folder = _is_folder(directory, name, remedy)
     if name == MANIFEST or name in beside:
@@ -393,34 +383,24 @@ def _check_no_pickle(directory: epath.Path, name: str, remedy: str) -> None:
     )
 
 
-def _check_unfinished(directory: epath.Path, name: str, remedy: str) -> None:
-  """Raises `ValueError` for what no writer of ours leaves behind.
-
-  A writer may be at work there: what is gone by now is not looked at.
-  """
-  if not is_local(directory):
-    return
-  try:
-    if _is_folder(directory, name, remedy):
-      for path in sorted((directory / name).iterdir()):
-        _check_unfinished(directory, f"{name}/{path.name}", remedy)
-    else:
-      _check_no_pickle(directory, name.removesuffix(disk.TEMP_SUFFIX), remedy)
-  except FileNotFoundError:
-    pass
-
-
-def _parse(path: epath.Path, remedy: str) -> dict[str, Any]:
-  """Returns the manifest as an object of the four expected parts."""
+def _parse(path: epath.PathLike, remedy: str) -> Any:
+  """Returns the JSON value of a plain file."""
   data = disk.read_own(path, remedy=remedy)
   try:
     if len(data) > MAX_SETTINGS_BYTES:
       raise ValueError(f"it has {len(data):,} bytes")
-    manifest = parse_settings(data)
-  except ValueError as e:  # of JSON, or of UTF-8
-    raise ValueError(f"{path} is not JSON ({e}). {remedy}") from e
+    return parse_settings(data)
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is not JSON ({error}); it was cut off or edited. {remedy}"
+    ) from error
+
+
+def _parse_manifest(path: epath.Path, remedy: str) -> dict[str, Any]:
+  """Returns the manifest as an object of the four expected parts."""
+  manifest = _parse(path, remedy)
   parts = {"kind": str, "format": int, "content": dict, "files": dict}
-  others = [*parts, DIGEST]  # a name that is damaged is another
+  others = [*parts, DIGEST]  # a damaged name is another name
   if not isinstance(manifest, dict):
     manifest = {}
   bad = [k for k, t in parts.items() if not isinstance(manifest.get(k), t)]
@@ -429,7 +409,7 @@ def _parse(path: epath.Path, remedy: str) -> dict[str, Any]:
       f"{path} is no manifest: {', '.join(bad)} missing or of the wrong type;"
       f" expected {', '.join(parts)}. {remedy}"
     )
-  # Those of before have no digest of their own, and just these parts.
+  # Older manifests have no digest of their own, and exactly these parts.
   unknown = [name for name in manifest if name not in others]
   digest = manifest.get(DIGEST)
   if unknown or (DIGEST in manifest and digest != _own_digest(manifest)):
@@ -442,7 +422,7 @@ def _parse(path: epath.Path, remedy: str) -> dict[str, Any]:
 
 
 def _own_digest(manifest: Mapping[str, Any]) -> str:
-  """Returns the sha256 of a manifest, but for its digest and white space."""
+  """Returns the sha256 of JSON without its digest and white space."""
   rest = {name: part for name, part in manifest.items() if name != DIGEST}
   text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
   return hashlib.sha256(text.encode()).hexdigest()
@@ -455,15 +435,7 @@ def _check_entry(
   found: Collection[str],
   remedy: str,
 ) -> None:
-  """Raises `ValueError` if a manifest cannot say that of a file, or it is gone.
-
-  Args:
-    directory: of the manifest.
-    name: of the file.
-    entry: what the manifest says of it.
-    found: the files in the directory.
-    remedy: for the message.
-  """
+  """Raises `ValueError` unless `entry` describes a file that was found."""
   parts = name.replace("\\", "/").split("/")
   if "://" in name or {"", ".", ".."} & set(parts):
     raise ValueError(

@@ -1,7 +1,7 @@
-"""The JSON of a config, and what differs between two of them.
+"""A config as JSON, and the differences between two configs.
 
 In: a `Config`, or the text that `to_json` wrote into a workdir, checkpoint or
-index. Out: the other of the two. The file in a workdir has a digest in it.
+index. Out: the other of the two. The file in a workdir contains its digest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,15 +22,15 @@ from rag_jax.json_input import parse_settings
 
 
 def to_json(config: Config) -> str:
-  """Returns the config as JSON, one setting a line."""
+  """Returns the config as JSON, with a line per setting."""
   return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-# Settings that decide how a model was trained or is run, not what it is.
+# Settings of how a model is trained and run, which do not change the model.
 _RUN = ("train.", "optimizer.", "warmup.", "eval.", "mesh.", "decoding.")
 _ON_PURPOSE = (
-  'If the change was yours, remove the line "sha256" from it: then it is taken'
-  " as it is. Otherwise restore it from a copy, or start in another workdir."
+  'If the change was yours, remove the line "sha256" from it: then the file is'
+  " accepted. Otherwise restore it from a copy, or start in another workdir."
 )
 
 
@@ -45,27 +45,28 @@ def read_config(
 ) -> Config:
   """Returns what `write_config` wrote.
 
-  A file without a digest was edited on purpose, or is older: it is taken, with
-  a warning.
+  A file without a digest was edited on purpose, or is older: it is accepted
+  with a warning.
 
   Args:
     path: of the file.
-    trained: what `settings_of` said when the model was saved; None: there is
-      no model, or nobody knows.
+    trained: what `settings_of` returned when the model was saved; None: there
+      is no model, or this is unknown.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: it changed since it was written, is a link, or not of the run
-      that trained the model.
+    ValueError: it changed since it was written, is a link, or belongs to
+      another run than the model.
   """
-  data = disk.read_own(path, remedy="Restore it from a copy.")
-  # A byte that is no UTF-8 is a damage like any other.
-  text = data.decode("utf-8", errors="replace")
-  config = from_json(text, str(path))
-  if not _has_digest(text):
+  tree = _parse(
+    disk.read_own(path, remedy="Restore it from a copy."), str(path)
+  )
+  config = _from_tree(tree, str(path))
+  has_digest = artifacts.DIGEST in tree
+  if not has_digest:
     logging.warning(
-      "%s has no digest: it was edited, or written by an older version. Nobody"
-      " can tell whether it is as it was written.",
+      "%s has no digest: it was edited, or written by an older version of"
+      " rag_jax. Nobody can tell whether it has changed since then.",
       path,
     )
   now = settings_of(config)
@@ -74,11 +75,11 @@ def read_config(
     for name, value in (trained or {}).items()
     if name in now and now[name] != value
   ]
-  if other and _has_digest(text):
+  if other and has_digest:
     raise ValueError(
       f"{path} is not the config that the model beside it was trained with; it"
-      " differs in\n  " + "\n  ".join(other) + "\nExpected that of the same"
-      f" run. {_ON_PURPOSE}"
+      " differs in\n  " + "\n  ".join(other) + "\nExpected the config of the"
+      f" same run. {_ON_PURPOSE}"
     )
   if other:
     logging.warning(
@@ -89,7 +90,7 @@ def read_config(
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-  """Returns, by name, the settings that decide what a trained model says."""
+  """Returns, by name, the settings that change what a trained model answers."""
   decides = {
     name: value
     for name, _, value in fields(config)
@@ -98,28 +99,32 @@ def settings_of(config: Config) -> dict[str, Any]:
   return json.loads(json.dumps(decides))
 
 
-def _has_digest(text: str) -> bool:
-  return artifacts.DIGEST in json.loads(text)
-
-
 def from_json(text: str, origin: str = "the config") -> Config:
   """Returns the `Config` that `to_json` wrote.
 
   Args:
     text: JSON.
-    origin: where it was read, for messages.
+    origin: the file it was read from, for messages.
 
   Raises:
-    ValueError: not JSON, a field is unknown (names the nearest known one), or
-      there is a digest, and it is not that of the rest.
+    ValueError: it is not JSON; a field is unknown (the message names the
+      nearest known one); or its digest is wrong.
   """
+  return _from_tree(_parse(text, origin), origin)
+
+
+def _parse(text: str | bytes, origin: str) -> Any:
   try:
-    tree = parse_settings(text)
+    return parse_settings(text)
   except ValueError as error:
     raise ValueError(
       f"{origin} is not JSON ({error}); the file was cut off or edited."
       " Restore it, or start in another workdir."
     ) from error
+
+
+def _from_tree(tree: Any, origin: str) -> Config:
+  """Returns the `Config` that parsed JSON holds."""
   if isinstance(tree, dict) and artifacts.DIGEST in tree:
     tree = artifacts.without_digest(tree, origin=origin, remedy=_ON_PURPOSE)
   config = Config()
@@ -128,18 +133,19 @@ def from_json(text: str, origin: str = "the config") -> Config:
 
 
 def _renamed(tree: Any) -> Any:
-  """Returns the settings of a run of before by the names that they have now."""
+  """Returns the settings of an older run, with their present names."""
   index = tree.get("index") if isinstance(tree, dict) else None
   if isinstance(index, dict) and "word_rule" not in index:
     tree = tree | {"index": index | {"word_rule": 1}}
   try:
-    # Before there was a choice, the bias learned.
+    # Runs without the setting `fixed` trained the bias.
     if tree["generator"]["logits_bias"] is True:
       tree["generator"].setdefault("fixed", [])
   except (AttributeError, KeyError, TypeError):
-    pass  # not a config, which `_update` says
+    pass  # not a config: `_update` reports it
   try:
-    old = tree["eval"]["min_index_recall"]  # of two limits, the higher held
+    # There were two limits, of which the higher was in force.
+    old = tree["eval"]["min_index_recall"]
     now = max(old, tree.get("index", {}).get("min_recall", 0.0))
   except (AttributeError, KeyError, TypeError):
     return tree
@@ -149,6 +155,7 @@ def _renamed(tree: Any) -> Any:
 
 
 def _update(config: Any, tree: Any, prefix: str, origin: str) -> None:
+  """Sets the fields of a config or a section to the values of JSON."""
   if not isinstance(tree, dict):
     raise ValueError(
       f"{origin}: {prefix.rstrip('.') or 'the whole'} is"
@@ -168,10 +175,10 @@ def _update(config: Any, tree: Any, prefix: str, origin: str) -> None:
 
 
 def unknown_field(name: str) -> str:
-  """Returns the message for a setting that does not exist."""
+  """Returns the error message for a setting that does not exist."""
   known = [known_name for known_name, _, _ in fields(Config())]
   close = difflib.get_close_matches(name, known, n=1)
-  if not close:  # the right name in the wrong section
+  if not close:  # perhaps the right name in the wrong section
     tail = name.rpartition(".")[2]
     close = [k for k in known if k.rpartition(".")[2] == tail][:1]
   hint = f" Did you mean {close[0]}?" if close else ""
@@ -189,7 +196,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def check_overrides(argv: Sequence[str]) -> None:
-  """Raises `ValueError` if a `--config.NAME` of `argv` is no setting."""
+  """Raises `ValueError` if `--config.NAME` in `argv` names no setting."""
   known = {name for name, _, _ in fields(Config())}
   for argument in argv:
     name, _, _ = argument.lstrip("-").partition("=")

@@ -1,8 +1,8 @@
-"""Which settings are possible, alone and together.
+"""Checks the settings of a config, alone and together.
 
-In: a `Config`, as a file in configs/ and the command line made it. Out: the
-same, or every problem in one message. config.py says what one field takes; the
-rules between fields are here.
+In: a `Config` from a file in configs/ and the command line. Out: the same
+config, or one message with every problem. config.py has the limits of single
+fields; the rules between fields are here.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -17,7 +17,7 @@ from typing import Any
 from rag_jax.config import Config
 from rag_jax.config import IndexConfig
 
-_MAX_INT = 2**31 - 1  # more than any size
+_MAX_INT = 2**31 - 1  # larger than any size
 _LIMITS = {
   "least": (operator.ge, "must be at least"),
   "above": (operator.gt, "must be above"),
@@ -64,7 +64,7 @@ def type_problem(name: str, field: dataclasses.Field, value: Any) -> str:
   good &= field.type is bool or not isinstance(value, bool)
   if not good:
     return f"{name}={value!r} is not {expected}."
-  # Compared before it is shown: Python refuses to write thousands of digits.
+  # The number is not shown: Python refuses to format thousands of digits.
   most = max(field.metadata.get("most", 0), _MAX_INT)
   if isinstance(value, int) and abs(value) > most:
     return (
@@ -89,7 +89,7 @@ def range_problem(name: str, field: dataclasses.Field, value: Any) -> str:
 
 
 def replace_fields(config: Any, values: Mapping[str, Any], name: str) -> Any:
-  """Returns a section of a `Config` with other values, as a file had them.
+  """Returns a copy of a section of a `Config` with values from a file.
 
   Args:
     config: the section.
@@ -116,7 +116,7 @@ def replace_fields(config: Any, values: Mapping[str, Any], name: str) -> Any:
 
 
 def _encoder_problems(c: Config) -> Iterator[str]:
-  """Yields what no retriever can be."""
+  """Yields the problems of the retriever."""
   e = c.encoder
   if e.num_heads and e.embed_dim % e.num_heads:
     yield (
@@ -141,7 +141,7 @@ def _encoder_problems(c: Config) -> Iterator[str]:
 
 
 def _generator_problems(c: Config) -> Iterator[str]:
-  """Yields what no generator can be."""
+  """Yields the problems of the generator."""
   g = c.generator
   for name in ("num_heads", "num_decoder_heads"):
     heads = getattr(g, name)
@@ -185,7 +185,7 @@ def _generator_problems(c: Config) -> Iterator[str]:
 
 
 def _index_problems(i: IndexConfig) -> Iterator[str]:
-  """Yields what no index can be."""
+  """Yields the problems of the index."""
   if 0.0 < i.scann_soar_overretrieve <= 1.0:
     # ScaNN 1.4.2 builds it with 1.0, and cannot open what it then saves.
     yield (
@@ -205,7 +205,7 @@ def _index_problems(i: IndexConfig) -> Iterator[str]:
 
 
 def _hybrid_problems(c: Config) -> Iterator[str]:
-  """Yields what no search by embeddings and words can be."""
+  """Yields the problems of search by embeddings and words."""
   i = c.index
   if i.bm25_path and not i.hybrid:
     yield (
@@ -228,7 +228,7 @@ def _hybrid_problems(c: Config) -> Iterator[str]:
 
 
 def _in_step_problems(c: Config) -> Iterator[str]:
-  """Yields what a step that searches cannot do."""
+  """Yields the problems of search inside the compiled step."""
   if not c.index.refresh_rows:
     return
   for name, value, needed in (
@@ -268,7 +268,7 @@ def _generation_problem(text: str) -> str:
 
 
 def _cross_problems(c: Config) -> Iterator[str]:
-  """Yields the settings that contradict one another."""
+  """Yields the problems between settings of different sections."""
   yield from _encoder_problems(c)
   yield from _generator_problems(c)
   if c.label_smoothing and c.generator.pointer:
@@ -388,7 +388,7 @@ def validate(config: Any) -> Config:
     problem = type_problem(*setting)
     comparable &= not problem
     problems.append(problem or range_problem(*setting))
-  # Rules between settings compare numbers: only once each is one.
+  # Rules between settings compare numbers, so the types must be right.
   problems += _cross_problems(config) if comparable else ()
   problems = [p for p in problems if p]
   if problems:

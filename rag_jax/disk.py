@@ -1,8 +1,8 @@
-"""Files of our own: written whole, on the disk before they count, no links.
+"""Writes and reads files safely: atomically, synced, and never through links.
 
-In: a path, and what is written there. Out: after a kill or a power cut the old
-file or the new one, never half; and an error with one sentence of what to do
-where the disk is full or the folder belongs to somebody else.
+In: a path, and what to write there. Out: after a kill or a power cut the old
+file or the new one, never half of one; and an error that says what to do if the
+disk is full or the folder may not be written to.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from etils import epath
 
 TEMP_SUFFIX = ".tmp"  # of files that are not finished; never in a manifest
 
-# A file system that cannot do it, or a folder that may not be opened.
+# The file system cannot sync, or the folder may not be opened.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
-_SHOWN_NAMES = 8  # of a folder, where a path does not exist
+_SHOWN_NAMES = 8  # of the names in a folder
 
 
 def is_local(path: epath.PathLike) -> bool:
@@ -31,7 +31,7 @@ def is_local(path: epath.PathLike) -> bool:
 
 
 def instead_of(path: epath.PathLike) -> str:
-  """Returns what there is in place of a path that does not exist."""
+  """Returns a hint for a path that does not exist: similar or other names."""
   path = epath.Path(path)
   if not is_local(path):
     return "Correct the path."
@@ -52,35 +52,51 @@ def instead_of(path: epath.PathLike) -> str:
   return f"{folder} holds {shown or 'nothing'}{more}."
 
 
+def file_states(path: epath.PathLike) -> list[str]:
+  """Returns a line per file with its name, size and time of change.
+
+  Args:
+    path: a file, or a folder whose files are listed at any depth; local.
+  """
+  files = [os.fspath(path)]
+  if os.path.isdir(path):
+    files = [
+      os.path.join(folder, name)
+      for folder, _, names in os.walk(path)
+      for name in names
+    ]
+  lines = []
+  for file in sorted(files):
+    found, name = os.stat(file), os.path.relpath(file, path)
+    lines.append(f"{name} {found.st_size} {found.st_mtime_ns}")
+  return lines
+
+
 def temp_path(path: epath.PathLike) -> epath.Path:
-  """Returns a new name beside `path`, for a file that is not finished."""
+  """Returns a new name beside `path`, for an unfinished file."""
   path = epath.Path(path)
   return path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}"
 
 
 def is_unfinished(name: str) -> bool:
-  """Returns whether a file of this name is no part of a finished directory."""
+  """Returns whether this is the name of an unfinished file."""
   return name.startswith(".") and name.endswith(TEMP_SUFFIX)
 
 
 def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
   """Writes a file so that it holds the old content or the new, never half.
 
-  It is on the disk on return: a power cut does not take it back. A link in its
-  place is replaced, not followed.
-
-  Args:
-    path: of the file.
-    content: text is written in UTF-8.
+  The file is on the disk on return, so a power cut does not undo it. A link at
+  `path` is replaced, not followed. Text is written as UTF-8.
   """
   path = epath.Path(path)
   data = content.encode() if isinstance(content, str) else content
-  if not is_local(path):  # an object appears in its bucket when it is complete
+  if not is_local(path):  # a bucket shows complete objects only
     path.write_bytes(data)
     return
   temp = temp_path(path)
   try:
-    # Not tempfile: its files can be read by their owner alone.
+    # Not tempfile: only the owner could read its files.
     with open(temp, "xb") as f:
       f.write(data)
       f.flush()
@@ -91,16 +107,16 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
 
 
 def rename(source: epath.PathLike, target: epath.PathLike) -> None:
-  """Gives a file or folder its name, on the disk on return.
+  """Renames a file or folder; the name is on the disk on return.
 
-  What is inside has to be there before: see `sync`.
+  The content has to be synced before.
   """
   os.replace(source, target)
   sync(os.path.dirname(os.path.abspath(target)))
 
 
 def sync(path: epath.PathLike) -> None:
-  """Waits until the disk has a file's data, or the names in a folder."""
+  """Waits until a file's data, or the names in a folder, are on the disk."""
   try:
     file = os.open(path, os.O_RDONLY)
   except OSError as error:
@@ -117,7 +133,7 @@ def sync(path: epath.PathLike) -> None:
 
 
 def sync_names(directory: epath.PathLike) -> None:
-  """Waits until the disk has the names of a directory and of those above."""
+  """Waits until the names of a directory and its parents are on the disk."""
   path = os.path.realpath(directory)
   while True:
     sync(path)
@@ -133,16 +149,16 @@ def open_own(
 
   Args:
     path: local.
-    flags: of `os.open`. With O_CREAT the file is made if there is none.
-    remedy: a sentence for the end of the message: what to do next.
-    writes: whether the file is changed in place. Then no other name may be
-      the same file (a hard link), which would change with it.
+    flags: of `os.open`. With O_CREAT the file is made if it does not exist.
+    remedy: the end of the message: what to do next.
+    writes: whether the file is changed in place. Then a file with another name
+      (a hard link) is refused, since it would change under that name too.
 
   Raises:
     FileNotFoundError: there is no such file.
     ValueError: it is a link, a folder, a pipe or a device.
   """
-  # O_NONBLOCK: a pipe without a writer would wait for ever.
+  # O_NONBLOCK: opening a pipe would wait for a writer.
   flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
   try:
     file = os.open(path, flags, 0o666)
@@ -165,12 +181,7 @@ def open_own(
 
 
 def read_own(path: epath.PathLike, *, remedy: str) -> bytes:
-  """Returns what a plain file holds; a link is not followed.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it is a link, a folder, a pipe or a device.
-  """
+  """Returns the content of a plain file; errors as in `open_own`."""
   path = epath.Path(path)
   if not is_local(path):
     return path.read_bytes()
@@ -186,22 +197,21 @@ def _not_plain(path: epath.PathLike, remedy: str) -> str:
 
 
 class UnwritableError(OSError):
-  """A disk that is full or may not be written to, and what to do."""
+  """The disk is full or may not be written to; the message says what to do."""
 
 
 @contextlib.contextmanager
 def explaining(
   directory: epath.PathLike, what: str, remedy: str
 ) -> Iterator[None]:
-  """Raises one readable error where `directory` cannot be written to.
+  """Raises one readable error if `directory` cannot be written to.
 
-  What is raised for other reasons passes, such as a corpus that may not be
-  read.
+  Errors for other reasons pass, such as a corpus that may not be read.
 
   Args:
-    directory: that is written.
-    what: is written there, for instance "The search directory".
-    remedy: what is kept, and how to go on.
+    directory: to write to.
+    what: what is written there, for instance "The search directory".
+    remedy: what is kept, and how to continue.
 
   Raises:
     UnwritableError: the disk is full, or nothing may be written there.
@@ -212,7 +222,7 @@ def explaining(
     raise
   except OSError as error:
     if error.errno in _FULL or (
-      # NumPy's, of a write that was cut short.
+      # NumPy raises this for a write that was cut short.
       error.errno is None and str(error).endswith(" written")
     ):
       expected = "a disk with room for it. Free some space"
@@ -229,10 +239,10 @@ def explaining(
 
 
 def _is_in(name: object, directory: epath.PathLike) -> bool:
-  """Returns whether an error that names this file is about `directory`."""
+  """Returns whether an error about the file `name` is about `directory`."""
   if not isinstance(name, str | bytes | os.PathLike):
     return True
-  # Of a folder that cannot be made, a parent may be named.
+  # The error about a folder that cannot be made may name a parent.
   path = os.path.abspath(os.fsdecode(name))
   root = os.path.abspath(os.path.expanduser(directory))
   return os.path.commonpath([path, root]) in (path, root)

@@ -1,10 +1,10 @@
-"""What the processes of one program, on several hosts, do together.
+"""Collective operations of the processes of one program, on several hosts.
 
 In: what each process has. Out: what all of them have, or an error in all of
-them. In a program of one process everything here happens at once.
+them. In a program of one process nothing is waited for.
 
-Every function is called by all processes, in the same order, or the program
-waits for ever.
+All processes call every function here, in the same order; otherwise the program
+hangs.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ _T = TypeVar("_T")
 
 
 def wait_for_all(what: str) -> None:
-  """Returns when every process of the program called it with this `what`."""
+  """Returns when every process of the program has called this with `what`."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
 
 
 def from_first(value: int) -> int:
-  """Returns the `value` of process 0, which fits 32 bits, to all.
+  """Returns the `value` of process 0, of at most 32 bits, in all processes.
 
-  For what each process reads from a disk that they share: some see a change
-  later than others.
+  For values read from a shared disk, on which some processes see a change later
+  than others.
   """
   if jax.process_count() == 1:
     return value
@@ -36,10 +36,10 @@ def from_first(value: int) -> int:
 
 
 def sum_counts(counts: dict[str, int]) -> dict[str, int]:
-  """Returns the sum over all processes of each count; the names are alike."""
+  """Returns the sum over all processes of each count; the names are equal."""
   if jax.process_count() == 1 or not counts:
     return dict(counts)
-  # In two halves, as JAX cuts integers to 32 bits.
+  # In two halves, since JAX truncates integers to 32 bits.
   local = np.array([divmod(n, 1 << 24) for n in counts.values()], np.int32)
   everywhere = np.asarray(multihost_utils.process_allgather(local), np.int64)
   high, low = everywhere.sum(axis=0).T
@@ -50,12 +50,12 @@ def sum_counts(counts: dict[str, int]) -> dict[str, int]:
 def join_rows(
   local: Int[np.ndarray, "n K"], rows: Int[np.ndarray, "b"], num_rows: int
 ) -> Int[np.ndarray, "B K"]:
-  """Returns the whole of an array of which each process has some rows.
+  """Returns an array of which each process has some rows.
 
   Args:
-    local: the rows of this process: numbers from 0 on.
-    rows: which of the whole they are; several processes may have the same.
-    num_rows: of the whole.
+    local: the rows of this process; no value is negative.
+    rows: their row numbers in the whole array; processes may share rows.
+    num_rows: of the whole array.
   """
   if jax.process_count() == 1:
     return local
@@ -68,7 +68,7 @@ def join_rows(
 
 
 def to_host(array: Any) -> np.ndarray:
-  """Returns an array of any sharding whole, to every process."""
+  """Returns the whole array in every process, whatever its sharding."""
   here = not isinstance(array, jax.Array) or array.is_fully_addressable
   if here or array.is_fully_replicated:
     return np.asarray(array)
@@ -76,10 +76,10 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def first_alone(what: str, act: Callable[[], _T]) -> _T:
-  """Returns what `act` returns, which process 0 calls before the others do.
+  """Returns what `act` returns; process 0 calls it before the others do.
 
-  For what is found on a disk, or else made and put there: process 0 makes it,
-  and the others find it.
+  For files that are made if they do not exist: process 0 makes them, and the
+  others find them.
 
   Args:
     what: what `act` does, for the message: "open the tokenizer".
@@ -97,11 +97,11 @@ def first_alone(what: str, act: Callable[[], _T]) -> _T:
 
 
 def _all_or_none(what: str, act: Callable[[], Any]) -> Any:
-  """Returns what `act` returns, once no process has failed."""
+  """Returns what `act` returns, if it fails in no process."""
   result, error = None, None
   try:
     result = act()
-  except Exception as e:  # whatever it is, the others must not wait
+  except Exception as e:  # of any type: the others must not hang
     error = e
   failed = np.asarray(
     multihost_utils.process_allgather(np.int32(error is not None))
@@ -112,7 +112,7 @@ def _all_or_none(what: str, act: Callable[[], Any]) -> Any:
     named = ", ".join(map(str, np.flatnonzero(failed)))
     raise RuntimeError(
       f"This process stops because process {named} could not {what}. Expected"
-      " every process of the program to go on. The message of that process"
+      " every process of the program to succeed. The message of that process"
       " says what to do."
     )
   return result

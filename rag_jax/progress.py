@@ -1,7 +1,7 @@
-"""How far long work is, and how long it still takes.
+"""Shows the progress of long work, and the time that is left.
 
-In: how much there is to do, and how much is done so far. Out: a bar on a
-terminal; elsewhere a line in the log now and then.
+In: how much there is to do, and how much is done. Out: a bar on a terminal;
+elsewhere a line in the log every few seconds.
 """
 
 import io
@@ -14,7 +14,7 @@ LOG_SECS = 10.0  # between two lines in the log
 
 
 class Progress(tqdm):
-  """Shows the progress of the work inside its `with`, from the first update."""
+  """Shows the progress of the work inside the `with`, from the first update."""
 
   monitor_interval = 0  # no thread that redraws the bar
 
@@ -22,10 +22,10 @@ class Progress(tqdm):
     """Shows nothing before the first update.
 
     Args:
-      what: is done, for instance "Embedded".
+      what: the work, for instance "Embedded".
       total: how much there is to do.
       unit: of `total`, for instance "passages".
-      done: how much of it was done before.
+      done: how much of `total` was done before.
     """
     terminal = sys.stderr.isatty()
     super().__init__(
@@ -34,7 +34,7 @@ class Progress(tqdm):
       unit=f" {unit}",
       initial=done,
       disable=done >= total,
-      delay=1e-9,  # 0 shows it at once
+      delay=1e-9,  # with 0, tqdm would show it before the first update
       miniters=1,
       mininterval=0.1 if terminal else LOG_SECS,
       file=sys.stderr if terminal else _Log(),

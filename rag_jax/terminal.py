@@ -1,9 +1,8 @@
-"""Text of others, as a terminal and a log may show it.
+"""Removes from untrusted text what could control a terminal.
 
-In: questions, passages, ids, names, messages, whatever their files hold. Out:
-the same text without what a terminal obeys instead of showing it: escape
-sequences that move the cursor, name the window or fill the clipboard, and marks
-that turn the direction of the text.
+In: questions, passages, ids, names, messages. Out: the same text without escape
+sequences, which can move the cursor, rename the window or fill the clipboard,
+and without marks that change the direction of the text.
 """
 
 import json
@@ -26,11 +25,11 @@ _JOINERS = "\u200c\u200d"
 
 
 def printable(text: str) -> str:
-  """Returns `text` with its lines, without what could control a terminal.
+  """Returns `text` without what could control a terminal.
 
-  Left out are escape sequences and all characters of Unicode's category C
-  (controls, marks of direction and others that are not drawn) but for line
-  feeds, tabs and the two joiners.
+  It removes escape sequences and all characters of Unicode's category C
+  (controls, direction marks and other invisible ones), except line feeds, tabs
+  and the two joiners.
   """
   if text.isascii() and text.isprintable():
     return text
@@ -39,14 +38,14 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-  """Returns what `printable` leaves on one line, with single spaces."""
+  """Returns printable `text` on one line, with single spaces."""
   return " ".join(printable(text.replace("\r", " ")).split())
 
 
 def json_line(value: Any) -> str:
-  r"""Returns `value` as JSON on one line that a terminal may show.
+  r"""Returns `value` as JSON on one line that is safe for a terminal.
 
-  What `printable` would leave out is written as \uXXXX, so nothing is lost.
+  Characters that `printable` would remove are written as \uXXXX.
   """
   text = json.dumps(value, ensure_ascii=False)
   if text.isascii() and text.isprintable():
@@ -64,21 +63,21 @@ def _shown(char: str) -> bool:
 
 
 class PrintableStream:
-  """A stream of text that writes what `printable` leaves; else as `inner`.
+  """A text stream like `inner` that writes only what is printable.
 
-  In the place of `sys.stdout` it is what everything is printed through.
+  It replaces `sys.stdout`, so that all output goes through it.
   """
 
   def __init__(self, inner: Any):  # a stream of text
     self._inner = inner
 
   def write(self, text: str) -> int:
-    """Writes what may be shown of `text`."""
+    """Writes the printable part of `text`."""
     self._inner.write(printable(text))
     return len(text)
 
   def writelines(self, lines: Any) -> None:
-    """Writes what may be shown of each."""
+    """Writes the printable part of each line."""
     for line in lines:
       self.write(line)
 
@@ -87,13 +86,13 @@ class PrintableStream:
 
 
 class PrintableFormatter(logging.PythonFormatter):
-  """absl's lines, as a terminal may show them."""
+  """Formats log lines as absl does, and makes them printable."""
 
   def format(self, record: std_logging.LogRecord) -> str:
-    """Returns the line of `record`."""
+    """Returns the printable line of `record`."""
     return printable(super().format(record))
 
 
 def clean_log() -> None:
-  """Makes what is logged from now on printable."""
+  """Makes everything that is logged from now on printable."""
   logging.get_absl_handler().setFormatter(PrintableFormatter())

@@ -1,1 +1,1 @@
-"""What `import rag_jax` gives: a function or class for all the tools do."""
+"""The public API of `import rag_jax`."""

@@ -1,4 +1,4 @@
-"""Arguments of public functions, checked before anything is done with them."""
+"""Checks the arguments of public functions, before they are used."""
 
 import os
 from typing import Any
@@ -13,9 +13,9 @@ def check_type(
 
   Args:
     name: of the argument.
-    value: that was given.
-    kinds: that can be used. A bool is no int.
-    expected: what can be given, for the message, with an example.
+    value: of the argument.
+    kinds: accepted types. A bool is not accepted as an int.
+    expected: what to give, for the message, with an example.
   """
   accepted = kinds if isinstance(kinds, tuple) else (kinds,)
   is_flag = isinstance(value, bool) and bool not in accepted
@@ -27,12 +27,7 @@ def check_type(
 
 
 def path_of(name: str, value: Any, expected: str) -> str:
-  """Returns a path or name as text.
-
-  Args:
-    name: of the argument.
-    value: that was given.
-    expected: what can be given, for the message, with an example.
+  """Returns a path or name as text; arguments as in `check_type`.
 
   Raises:
     TypeError: it is neither text nor a path.

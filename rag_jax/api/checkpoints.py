@@ -1,7 +1,7 @@
-"""Checkpoints of transformers, in and out.
+"""Loads, imports and exports checkpoints of transformers.
 
-In: a directory in the layout of transformers, a name of the hub, or a run. Out:
-its parameters in memory; a model directory of ours; or a checkpoint that
+In: a directory of transformers, a name of the hub, or a run. Out: its
+parameters in memory; a model directory of rag_jax; or a checkpoint that
 transformers loads.
 """
 
@@ -38,14 +38,14 @@ def load_checkpoint(
   """Returns the parameters in a checkpoint, with their config and a report.
 
   Args:
-    where: a directory in the layout of transformers, "hf:ORG/NAME", the workdir
-      of a run that has ended, or what `import_checkpoint` wrote.
+    where: a directory of transformers, "hf:ORG/NAME", the workdir of a run that
+      has ended, or what `import_checkpoint` wrote.
 
   Returns:
-    A `LoadedRag` if it has a retriever and a generator (`question_encoder`,
-    `passage_encoder` and `generator` are its parts), else one of these.
-    `params` are float32, named as in our models; `report` says what each tensor
-    was called in the file.
+    A `LoadedRag` if it has a retriever and a generator (its parts are
+    `question_encoder`, `passage_encoder` and `generator`), else one such part.
+    `params` are float32, with the names of rag_jax; `report` has the name of
+    each tensor in the file.
 
   Raises:
     FileNotFoundError: there is no checkpoint, or a part of it is missing.
@@ -58,25 +58,25 @@ def load_checkpoint(
 def import_checkpoint(
   where: epath.PathLike, output: epath.PathLike, *, overwrite: bool = False
 ) -> Report:
-  """Writes a checkpoint of transformers as a model directory of ours.
+  """Writes a checkpoint of transformers as a model directory of rag_jax.
 
-  Only a checkpoint whose weights are a pickle alone (pytorch_model.bin, as of
-  facebook/rag-*) has to be imported before it is used: training and
-  `RagPipeline.from_checkpoint` take all others as they are. A pickle is read by
-  torch's loader of weights alone, which has to be installed then.
+  This is needed only for a checkpoint whose only weights are a pickle
+  (pytorch_model.bin, as of facebook/rag-*): training and
+  `RagPipeline.from_checkpoint` read all others directly. A pickle is read by
+  torch's weights-only loader, so torch has to be installed.
 
   Args:
     where: a directory, or "hf:ORG/NAME".
     output: the directory to write.
-    overwrite: an output that is not empty.
+    overwrite: whether to replace an output that is not empty.
 
   Returns:
-    What each tensor is called there and here.
+    The name of each tensor there and here.
 
   Raises:
     FileNotFoundError: there is no checkpoint, or a part of it is missing.
     ImportError: torch is needed and not installed.
-    ValueError: it is damaged or of an unsupported architecture, or the output
+    ValueError: it is damaged or has an unsupported architecture, or the output
       cannot be written.
     TypeError: an argument is of another type.
   """
@@ -101,13 +101,12 @@ def export(
       wrote.
     output: the directory to write.
     kind: "rag_token", "rag_sequence", "generator", "dpr_question",
-      "dpr_context", "bert" or "sentence_transformers"; "": what it was trained
-      as.
-    max_shard_bytes: of one file.
-    overwrite: an output that is not empty.
+      "dpr_context", "bert" or "sentence_transformers"; "": as it was trained.
+    max_shard_bytes: most bytes of a file.
+    overwrite: whether to replace an output that is not empty.
 
   Returns:
-    What each tensor is called there and here.
+    The name of each tensor there and here.
 
   Raises:
     FileNotFoundError: there is no model.
@@ -130,7 +129,7 @@ def _paths(
   output: epath.PathLike,
   overwrite: bool,
 ) -> tuple[str, str]:
-  """Returns what is read and what is written, if it may be."""
+  """Returns the paths to read and to write, after checking the output."""
   found = path_of(name, source, expected)
   if not found.startswith(HUB_PREFIX):
     found = os.path.expanduser(found)

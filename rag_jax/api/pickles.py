@@ -1,9 +1,9 @@
-"""Weights that are there as a pickle alone, as safetensors.
+"""Converts checkpoints whose only weights are a pickle to safetensors.
 
-In: a checkpoint, a directory or a name of the hub. Out: one that rag_jax reads.
-Nothing else in the library reads a pickle, or imports torch. Here torch does,
-with its loader of weights alone (weights_only=True), which builds tensors and
-refuses the rest.
+In: a checkpoint: a directory or a name of the hub. Out: a checkpoint that
+rag_jax reads. Nothing else in the library reads a pickle or imports torch. Here
+torch reads it, with weights_only=True, which builds tensors and refuses all
+other objects.
 """
 
 import os
@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax.disk import file_states
 from rag_jax.weights.convert import import_checkpoint
 from rag_jax.weights.directory import CheckpointDirectory
 from rag_jax.weights.directory import open_directory
@@ -36,9 +37,9 @@ _KEPT = (".json", ".txt", ".model", ".safetensors")  # besides the weights
 
 
 def _pickled(where: str) -> CheckpointDirectory | None:
-  """Returns a checkpoint whose weights are a pickle and no more, or None.
+  """Returns a checkpoint whose only weights are a pickle, or else None.
 
-  Of a name of the hub, the pickle is downloaded then.
+  The pickle of a checkpoint on the hub is downloaded.
   """
   if is_ours(where):
     return None
@@ -55,13 +56,13 @@ def _has(directory: CheckpointDirectory, *names: str) -> bool:
 
 
 def import_any(where: str, output: str) -> Report:
-  """Writes a checkpoint as a model directory, whatever its weights are in.
+  """Writes a checkpoint as a model directory, also if its weights are a pickle.
 
   Raises:
     FileNotFoundError: there is no checkpoint, or a part of it is missing.
     ImportError: torch is needed and not installed.
-    ValueError: it is damaged, of an unsupported architecture, or more than
-      weights.
+    ValueError: it is damaged, has an unsupported architecture, or holds objects
+      other than weights.
   """
   directory = _pickled(where)
   if directory is None:
@@ -74,49 +75,41 @@ def import_any(where: str, output: str) -> Report:
 
 
 def converted(where: str, cache: pathlib.Path) -> str:
-  """Returns `where`, or a copy in `cache` if its weights are a pickle alone.
+  """Returns `where`, or a copy in `cache` if its only weights are a pickle.
 
-  What was converted once is found there again, if no file of it has changed.
+  A checkpoint is converted once, unless one of its files changes.
   """
   directory = _pickled(where)
   if directory is None:
     return where
   name = where.removeprefix(HUB_PREFIX).strip("/").replace("/", "--")
-  output = cache / f"{name[-60:].strip('.')}-{_state(directory)[:16]}"
+  # The files of the checkpoint by name, size and time of change.
+  files = [os.path.realpath(directory.path), *file_states(directory.path)]
+  state = artifacts.fingerprint_lines(files)[:16]
+  output = cache / f"{name[-60:].strip('.')}-{state}"
   if not (output / artifacts.MANIFEST).exists():
     logging.warning(
-      "The weights of %s are a pickle alone: they are converted once, into %s.",
+      "The only weights of %s are a pickle: they are converted once, into %s.",
       *(where, output),
     )
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".import", dir=cache) as folder:
       made = pathlib.Path(folder) / "model"
       import_any(where, os.fspath(made))
-      if not output.exists():  # else another process was quicker
+      if not output.exists():  # otherwise another process was faster
         os.replace(made, output)
   return os.fspath(output)
-
-
-def _state(directory: CheckpointDirectory) -> str:
-  """Identifies the files of a checkpoint by name, size and time of change."""
-  lines = [os.path.realpath(directory.path)]
-  for path in sorted(directory.path.rglob("*")):
-    if path.is_file():
-      stat = path.stat()
-      name = path.relative_to(directory.path)
-      lines.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
-  return artifacts.fingerprint_lines(lines)
 
 
 def _write_safetensors(
   directory: CheckpointDirectory, output: pathlib.Path
 ) -> None:
-  """Writes a copy of a checkpoint with safetensors in the place of pickles.
+  """Writes a copy of a checkpoint with safetensors in place of pickles.
 
   Raises:
     ImportError: torch is not installed.
-    ValueError: a pickle is damaged, or more than weights; or a link leads out
-      of the checkpoint.
+    ValueError: a pickle is damaged or holds objects other than weights; or a
+      link leads out of the checkpoint.
   """
   for path in sorted(directory.path.rglob("*")):
     name = path.relative_to(directory.path).as_posix()
@@ -153,24 +146,24 @@ def _read(directory: CheckpointDirectory) -> dict[str, np.ndarray]:
 
 
 def _load(path: pathlib.Path, origin: str) -> dict[str, Any]:
-  """Returns what torch reads of a file in which there are weights alone."""
+  """Returns the weights that torch reads from a file, and nothing else."""
   try:
     import torch
   except ImportError as error:
     raise ImportError(
-      f"{origin} is a pickle, and no other weights are there: it takes PyTorch"
-      f" to read it ({error}). Install it: pip install 'rag_jax[parity]'; or"
+      f"{origin} is a pickle, and there are no other weights: reading it takes"
+      f" PyTorch ({error}). Install it: pip install 'rag_jax[parity]'; or"
       " convert the checkpoint where it is installed, with"
-      " tools/convert_hf.py --input=... --output=DIR, and give that directory."
+      " rag-jax convert-hf --input=... --output=DIR, and give that directory."
     ) from error
   try:
     content = torch.load(
       path,
       map_location="cpu",
       weights_only=True,
-      mmap=zipfile.is_zipfile(path),  # files of before 2020 are no archive
+      mmap=zipfile.is_zipfile(path),  # before 2020, torch wrote no archives
     )
-  # torch raises many kinds for a file that is cut off or of another format.
+  # torch raises many types of errors for damaged files and other formats.
   except (
     pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError,
     KeyError, IndexError, TypeError, AttributeError, AssertionError,
@@ -180,7 +173,7 @@ def _load(path: pathlib.Path, origin: str) -> dict[str, Any]:
     raise ValueError(
       f"{origin} cannot be read as weights ({reason}); expected a dictionary of"
       " tensors, as torch.save(model.state_dict()) writes it. It was cut off,"
-      " or holds objects beside, which are never loaded because that runs their"
+      " or holds other objects, which are never loaded because that runs their"
       " code. Copy it again, or take safetensors of the same model."
     ) from error
   if not isinstance(content, dict) or not all(

@@ -1,7 +1,7 @@
-"""A run from its config to its results, and results of what was trained.
+"""Trains a run from its config to its results, and evaluates models.
 
-In: a config and a workdir; or a model and questions. Out: metrics; the workdir
-of a run then holds what `RagPipeline.load` opens.
+In: a config and a workdir; or a model and questions. Out: metrics; and a
+workdir that `RagPipeline.load` opens.
 
 This is the one place that knows data, training, decoding and evaluation.
 """
@@ -52,12 +52,12 @@ def train(
   resume_from: int | None = None,
   overridden: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-  """Trains, or continues, the run in `workdir`; measures and saves the model.
+  """Trains, or continues, the run in `workdir`; evaluates and saves the model.
 
-  A run that was interrupted continues from its newest checkpoint that is whole,
-  and ends with the same parameters. Of a run that has ended, the model is only
-  measured again. In a process on each host of a pod, call
-  `jax.distributed.initialize()` before, and give all the same arguments.
+  An interrupted run continues from its newest undamaged checkpoint, and ends
+  with the same parameters. The model of a run that has ended is only evaluated
+  again. On a pod, call `jax.distributed.initialize()` before, in a process on
+  each host, with the same arguments for `train`.
 
   Args:
     config: of the experiment, a `Config`. It is not changed.
@@ -65,14 +65,14 @@ def train(
       and at the end model, index, results.json and learning_curves.png.
     resume_from: step of a checkpoint to go back to, with other learning rates
       and the like. Later checkpoints are set aside.
-    overridden: what `config` was before somebody changed it, by names like
-      "optimizer.peak_lr". Other settings then count as defaults that a
-      checkpoint named in `init_from` can replace. None: all that is set was
-      chosen for these checkpoints.
+    overridden: the values in the config file of settings that the user changed,
+      by names like "optimizer.peak_lr". Other settings then count as defaults,
+      which a checkpoint named in `init_from` can replace. None: all settings
+      were chosen for these checkpoints.
 
   Returns:
-    What results.json holds: "test/exact_match", "test/token_f1" and others, by
-    name.
+    The content of results.json: "test/exact_match", "test/token_f1" and others,
+    by name.
 
   Raises:
     StoppedEarlyError: SIGTERM or Ctrl-C asked to stop; everything is saved.
@@ -126,9 +126,9 @@ def evaluate(
     model: a `RagPipeline`, or the workdir of a run that has ended.
     questions: a file in a format that training reads; a folder with a file per
       split, or another value of the setting data.questions; or `Question`s. "":
-      those of the model's config.
-    split: of them: "train", "validation" or "test". The names of the metrics
-      begin with it.
+      the questions of the model's config.
+    split: of the questions: "train", "validation" or "test". The names of the
+      metrics begin with it.
 
   Returns:
     By name, each from 0 to 1: "test/exact_match" with its 95 % interval
@@ -155,7 +155,7 @@ def evaluate(
 def _questions(
   questions: epath.PathLike | Sequence[Question], split: str
 ) -> Sequence[Question]:
-  """Returns the questions that are given, or those of a file or folder."""
+  """Returns the questions in a list, a file or a folder."""
   if isinstance(questions, (str, os.PathLike)):
     source = os.fspath(questions)
     if pathlib.Path(source).expanduser().is_file():

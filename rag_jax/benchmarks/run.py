@@ -35,7 +35,7 @@ from rag_jax.evaluation.judged_questions import read_judged_questions
 from rag_jax.evaluation.regex_answers import REGEX
 from rag_jax.evaluation.regex_answers import check_patterns
 from rag_jax.retrieval.exact import ExactIndex
-from rag_jax.search.directory import SearchDirectory
+from rag_jax.search.directory import OpenedDirectory
 
 _SEED = 0  # of the split into tuning and measured questions
 
@@ -83,7 +83,7 @@ def benchmark_directory(
     for question in asked:
       where = f"{questions}: question {question.id!r}"
       check_patterns(question.answers, where)
-  directory = SearchDirectory(index)
+  directory = OpenedDirectory(index)
   measured, tuning = _split(len(asked), settings)
   chosen = [asked[row] for row in (*measured, *tuning)]
   logging.info("Embedding %d questions.", len(chosen))

@@ -2,8 +2,7 @@
 
 import os
 
-# Before libraries are imported: what TensorFlow and XLA say of their start is
-# for nobody who uses a command.
+# Before libraries are imported: hides what TensorFlow and XLA log at start.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 PROGRAM = "rag-jax"

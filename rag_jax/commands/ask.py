@@ -1,21 +1,21 @@
 r"""Asks a trained model, and shows what it read.
 
-  python tools/ask.py --workdir=runs/quickstart "What is the capital of France?"
-  python tools/ask.py --model=hf:facebook/rag-token-nq --corpus=documents/ \
+  rag-jax ask --workdir=runs/quickstart "What is the capital of France?"
+  rag-jax ask --model=hf:facebook/rag-token-nq --corpus=documents/ \
       "What is the capital of France?"
 
---workdir is a run that has ended; --model a RAG checkpoint, a directory in the
-layout of transformers or as tools/convert_hf.py writes it, or a name of the
-hub. --corpus is a folder or file of documents or passages, which are embedded
-at each start, or what tools/build_index.py wrote, whose embeddings are kept.
-A model answers as transformers does, by its own generation_config.json.
+--workdir is a run that has ended. --model is a RAG checkpoint: a directory of
+transformers, one that rag-jax convert-hf wrote, or a name of the hub; it
+answers as in transformers, with its own generation_config.json. --corpus is a
+folder or file of documents or passages, which are embedded at each start, or
+what rag-jax build-index wrote, whose embeddings are used. With --workdir it
+answers from other passages without training again.
 
 Several questions are several arguments. With `-`, questions are read from
-standard input, one a line; with no question, at a prompt. --json prints one
-JSON object an answer. --corpus=edited.jsonl answers from other passages without
-training again. Writes nothing but the programs that it compiled, into the
-user's cache directory (~/.cache/rag_jax); with --model, also a model whose
-weights are a pickle alone.
+standard input, one per line; without a question, at a prompt. --json prints one
+JSON object per answer. Only the user's cache directory (~/.cache/rag_jax) is
+written to: compiled programs, and converted weights of a --model that has them
+as a pickle only.
 """
 
 from collections.abc import Iterator
@@ -41,42 +41,44 @@ from rag_jax.training.workdir import keep_compiled
 from rag_jax.weights.hub import HUB_PREFIX
 from rag_jax.weights.saved import is_workdir
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "Of a finished training run.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "", "The workdir of a finished training run."
+)
 _SURE = flags.DEFINE_float(
-  "sure", SURE, "Answers of a lower probability are called unsure.", 0.0, 1.0
+  "sure", SURE, "Answers with a lower probability are called unsure.", 0.0, 1.0
 )
 _MODEL = flags.DEFINE_string(
   "model", "", "A RAG checkpoint instead: a directory, or hf:ORG/NAME."
 )
 _CORPUS = flags.DEFINE_string(
-  "corpus", "", "What to answer from; '': the passages of the run."
+  "corpus", "", "Documents to answer from; '': the passages of the run."
 )
 _PASSAGE_ENCODER = flags.DEFINE_string(
-  "passage_encoder", "", "Checkpoint that embeds the corpus for --model, where"
-  " it holds none; '' for facebook/rag-*: their DPR encoder.",
+  "passage_encoder", "", "Checkpoint that embeds the corpus, if --model has no"
+  " passage encoder; '' for facebook/rag-*: their DPR encoder.",
 )  # fmt: skip
 _N_DOCS = flags.DEFINE_integer(
-  "n_docs", 0, "Passages to read for a question; 0: as many as in training."
+  "n_docs", 0, "Passages to read per question; 0: as many as in training."
 )
 _NUM_BEAMS = flags.DEFINE_integer(
-  "num_beams", 0, "Of the search, 1 is greedy; 0: as the model says."
+  "num_beams", 0, "Beams; 1: greedy search; 0: as the model says."
 )
 _MODE = flags.DEFINE_enum(
   "mode", "", ["", *MODES], "How to decode; '': as the model was trained."
 )
 _HF_PARITY = flags.DEFINE_bool(
-  "hf_parity", True, "With --model, answer as transformers does where it has a"
-  " defect; --no... ranks by the likelihood of the answers.",
+  "hf_parity", True, "With --model, reproduce the defects of transformers;"
+  " --nohf_parity ranks answers by their likelihood.",
 )  # fmt: skip
 _CACHE_DIR = flags.DEFINE_string(
   "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
-_JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a line.")
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object per line.")
 _STREAM = flags.DEFINE_bool(
-  "stream", None, "Show an answer on stderr while it is written; not in beam"
-  " search or RAG-Sequence. By default if stderr is a terminal.",
+  "stream", None, "Show an answer on stderr while it is written, but not in"
+  " beam search or RAG-Sequence. By default if stderr is a terminal.",
 )  # fmt: skip
-_SHOWN_CHARS = 39  # of what is written so far; a character takes two columns
+_SHOWN_CHARS = 39  # of an unfinished answer; a character may take two columns
 
 
 def _prompt() -> Iterator[str]:
@@ -101,16 +103,16 @@ def _questions(arguments: list[str]) -> Iterator[str]:
 
 
 def _show(text: str) -> None:
-  """Writes an answer so far over what was shown of it, beside the output."""
+  """Shows an unfinished answer on stderr, over what was shown before."""
   shown = one_line(text)[-_SHOWN_CHARS:]
   print(f"\r{shown}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _open() -> RagPipeline:
-  """Returns what is asked, a run or a checkpoint.
+  """Returns the pipeline of --workdir or --model.
 
   Raises:
-    ValueError: none of the two is named, both are, or the corpus is missing.
+    ValueError: neither or both are given, or the corpus is missing.
   """
   workdir, model = _WORKDIR.value or "", _MODEL.value or ""
   if bool(workdir) == bool(model):
@@ -138,7 +140,7 @@ def _open() -> RagPipeline:
   if not corpus:
     raise ValueError(
       f"--model={model} has no passages of its own; expected --corpus: a folder"
-      " or file to answer from, or what tools/build_index.py wrote."
+      " or file to answer from, or what rag-jax build-index wrote."
     )
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
   cache = cache.expanduser() / "rag_jax"

@@ -1,8 +1,8 @@
 r"""Makes a folder or file of text searchable.
 
-  python tools/build_index.py --corpus=documents/ \
+  rag-jax build-index --corpus=documents/ \
       --encoder=hf:sentence-transformers/all-MiniLM-L6-v2 --output=runs/index
-  python tools/search.py --index=runs/index "what does the contract say?"
+  rag-jax search --index=runs/index "what does the contract say?"
 
 --corpus is a folder of .txt, .md and .html files (and .rst, .ipynb, .pdf and
 .docx, with `pip install 'rag-jax[documents]'`), a .jsonl, .json, .tsv or
@@ -11,8 +11,8 @@ r"""Makes a folder or file of text searchable.
 sentence-transformers.
 A passage is as much of a section as the encoder reads; --split changes that.
 
-An interrupted build goes on where it was when the same command is given again.
-At the end stands the certificate: what the index was measured to find.
+The same command again continues an interrupted build. At the end it prints the
+certificate: what the index was measured to find.
 """
 
 import dataclasses
@@ -22,7 +22,6 @@ from absl import logging
 from etils import epath
 
 from rag_jax.api.search_directory import SearchDirectory
-from rag_jax.api.search_directory import word_settings
 from rag_jax.commands import command
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.records import read_texts
@@ -30,69 +29,80 @@ from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.retrieval.embeddings import STORAGE
 from rag_jax.search.build import BuildConfig
+from rag_jax.search.directory import word_settings
 from rag_jax.training.workdir import keep_compiled
 
 _SPLIT, _FIELDS, _BUILD = SplitConfig(), FieldNames(), BuildConfig()
 
-_CORPUS = flags.DEFINE_string("corpus", None, "What to search in.")
-_ENCODER = flags.DEFINE_string("encoder", None, "Of passages, and questions.")
+_CORPUS = flags.DEFINE_string("corpus", None, "Documents to search in.")
+_ENCODER = flags.DEFINE_string(
+  "encoder", None, "Embeds passages and questions."
+)
 _QUESTION_ENCODER = flags.DEFINE_string(
-  "question_encoder", "", "Of questions alone, for DPR; '': --encoder."
+  "question_encoder", "", "Embeds questions, for DPR; '': --encoder."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "The directory to write.")
 _QUESTIONS = flags.DEFINE_string(
-  "questions", "", "File of questions, one a line, to certify the index with."
+  "questions", "", "File with one question per line, to certify the index with."
 )
 _METHOD = flags.DEFINE_enum(
   "split", "fit", ["fit", "words", "sentences", "none"],
-  "Documents into passages: of sections, sentences and lines, as many as the"
-  " encoder reads; of a number of words; of whole sentences; not.",
+  "How documents become passages: fit: as many sections, sentences and lines as"
+  " the encoder reads; words: a number of words; sentences: whole sentences;"
+  " none: no split.",
 )  # fmt: skip
 _SIZE = flags.DEFINE_integer(
-  "split_size", None, "Of a passage. By default as --split=fit says, else 100."
+  "split_size",
+  None,
+  "Size of a passage. By default what the encoder reads with"
+  " --split=fit, else 100.",
 )
 _UNIT = flags.DEFINE_enum(
   "split_unit", None, ["words", "tokens"],
-  "Of --split_size. By default tokens with --split=fit, else words.",
+  "Unit of --split_size. By default tokens with --split=fit, else words.",
 )  # fmt: skip
 _OVERLAP = flags.DEFINE_integer(
   "split_overlap", _SPLIT.overlap,
-  "Of passages, in whole sentences, with --split=fit or sentences.",
+  "Overlap of passages in whole sentences, with --split=fit or sentences.",
 )  # fmt: skip
 _DROP_ENCODED = flags.DEFINE_bool(
   "drop_encoded", None,
-  "Leave out base64 and the like, and count it. By default with --split=fit.",
+  "Leave out encoded data such as base64, and count it. By default with"
+  " --split=fit.",
 )  # fmt: skip
 _ON_BAD_RECORD = flags.DEFINE_enum(
   "on_bad_record", "fail", list(BadRecords.ACTIONS),
-  "Stop at a record that cannot be used, or count it and go on.",
+  "Stop at a record that cannot be used, or count it and continue.",
 )  # fmt: skip
 _DUPLICATES = flags.DEFINE_bool(
-  "drop_duplicate_texts", True, "--no... where ids are judged, as BEIR's."
+  "drop_duplicate_texts",
+  True,
+  "Store equal texts once. Not for corpora whose"
+  " ids are judged, such as BEIR's.",
 )
 _ID, _TITLE, _TEXT = (
-  flags.DEFINE_string(f"{name}_field", getattr(_FIELDS, name), "In JSON.")
+  flags.DEFINE_string(f"{name}_field", getattr(_FIELDS, name), "Name in JSON.")
   for name in ("id", "title", "text")
 )
 _LENGTH = flags.DEFINE_integer(
-  "passage_length", 0, "Tokens that are embedded; 0: as the encoder says."
+  "passage_length", 0, "Tokens to embed per passage; 0: as the encoder says."
 )
 _BATCH = flags.DEFINE_integer(
   "batch_size", _BUILD.embed_batch_size, "Passages embedded at a time."
 )
 _STORAGE = flags.DEFINE_enum(
-  "storage", "float32", list(STORAGE), "Of the embeddings."
+  "storage", "float32", list(STORAGE), "Type of the stored embeddings."
 )
 _KIND = flags.DEFINE_enum(
   "kind", "auto", ["auto", "exact", "scann"], "auto: ScaNN if it is installed."
 )
 _PER_SHARD = flags.DEFINE_integer(
-  "passages_per_shard", 0, "At most so many in a searcher; 0: one of all."
+  "passages_per_shard", 0, "Most passages per searcher; 0: one searcher."
 )
 _TARGET_RECALL = flags.DEFINE_float(
   "target_recall",
   0.0,
-  "Of index_recall@10 that ScaNN is tuned to; 0: it is not.",
+  "The index_recall@10 that ScaNN is tuned to; 0: no tuning.",
 )
 _BM25 = flags.DEFINE_bool("bm25", True, "Index the words too.")
 _FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
@@ -101,13 +111,13 @@ _CACHE_DIR = flags.DEFINE_string(
   "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
 _WAIT = flags.DEFINE_bool(
-  "wait", False, "For another process that writes there, not stop."
+  "wait", False, "Wait for another process that writes there."
 )
 flags.mark_flags_as_required(["corpus", "encoder", "output"])
 
 
 def _split() -> SplitConfig:
-  """Returns how documents are split, where flags are left to --split."""
+  """Returns how to split documents, with the defaults that --split implies."""
   fits = _METHOD.value == "fit"
   unit = _UNIT.value or ("tokens" if fits else "words")
   size = _SIZE.value

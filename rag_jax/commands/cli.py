@@ -10,7 +10,6 @@ import rag_jax
 from rag_jax import terminal
 from rag_jax.commands import COMMANDS
 from rag_jax.commands import PROGRAM
-from rag_jax.commands.command import as_called
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def _overview() -> str:
   for name in COMMANDS:
     path = folder / f"{name.replace('-', '_')}.py"
     about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    lines.append(f"  {name:<14}{as_called(about or '').splitlines()[0]}")
+    lines.append(f"  {name:<14}{(about or '').splitlines()[0]}")
   return "\n".join([
     f"usage: {PROGRAM} COMMAND [--FLAG=VALUE ...] [ARGUMENT ...]",
     "",

@@ -1,10 +1,10 @@
-"""How a command begins and ends: its help, what it prints, what went wrong.
+"""Runs the `main` of a command: its flags, its help, its output, its errors.
 
-In: the `main` of a command, or of a script in tools/. Out: its exit status; 0
-for --help, 1 for what a user can mend, with a message instead of a stack trace.
-
-Everything that a command prints or logs goes through rag_jax/terminal.py, so
-that no passage, id or question can control the terminal.
+In: the `main` of a command, or of a script in tools/. Out: its exit status: 0
+for --help; 1 for an error that a user can correct, with a message instead of a
+stack trace. Everything that a command prints or logs goes through
+rag_jax/terminal.py, so that no passage, id or question can control the
+terminal.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,16 +21,15 @@ from absl import app
 from absl import flags
 
 from rag_jax import terminal
-from rag_jax.commands import COMMANDS
 from rag_jax.commands import PROGRAM
 from rag_jax.corpus.records import check_text
 
-# Numbers of malloc.h. One heap for all threads, since only the first of them
-# grows by more than 64 MB; nothing outside of it, nothing given back.
+# Constants of malloc.h. All threads use one heap, since only the first heap can
+# grow beyond 64 MB; nothing is allocated outside of it or given back.
 _M_ARENA_MAX, _M_MMAP_MAX, _M_TRIM_THRESHOLD = -8, -4, -1
 _MALLOPT = {_M_ARENA_MAX: 1, _M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
 
-# Anything else is a bug, and shows where.
+# Any other exception is a bug, and shows its stack trace.
 _MENDABLE = (
   ValueError, TypeError, ImportError, OSError, FloatingPointError, MemoryError
 )  # fmt: skip
@@ -38,29 +37,23 @@ _MENDABLE = (
 
 _HELP = re.compile(r"--?(?:h|\?|help|helpshort|helpfull)(?:=\w+)?")
 
-# What messages and examples call the commands.
-_TOOL = re.compile(
-  "(?:python )?tools/"
-  f"({'|'.join(name.replace('-', '_') for name in COMMANDS)})\\.py"
-)
-
 FIT_HYBRID = (
-  "Questions with known passages or answers, to weigh embeddings and words with"
-  " in hybrid search; the weights, and which mode is best, are kept."
+  "File of questions with known passages or answers, to fit the weights of"
+  " hybrid search to. The weights and the best mode are stored with the index."
 )
 
-# The flags defined here are those of the commands that ask for them.
+# A flag that is defined here belongs to the command that asked for it.
 flags.disclaim_key_flags()
 
 
 def keep_freed_memory() -> None:
-  """Lets the C library keep what is freed, for what is allocated next.
+  """Lets the C library keep freed memory, for the next allocation.
 
-  XLA takes the memory of a training step on a CPU when the step begins and
-  frees it when it ends. glibc gives so large a part back to the kernel, which
-  fills it with zeros, page by page, in the next step: up to a third of the
-  time of a step of configs/quickstart.py. Without effect outside of Linux with
-  glibc. Call it before other threads are started.
+  On a CPU, XLA allocates the memory of a training step when the step begins and
+  frees it when it ends. glibc gives so large a block back to the kernel, which
+  fills its pages with zeros in the next step: up to a third of the time of a
+  step of configs/quickstart.py. It has an effect on Linux with glibc only. Call
+  it before other threads are started.
   """
   with contextlib.suppress(OSError, AttributeError, TypeError):
     mallopt = ctypes.CDLL(None).mallopt
@@ -69,7 +62,7 @@ def keep_freed_memory() -> None:
 
 
 def define_word_flags() -> Callable[[], dict[str, Any]]:
-  """Defines the flags of BM25; returns what gives the values of those given."""
+  """Defines the flags of BM25; returns a function for the values given."""
   flags_by_name = {
     "stemmer": flags.DEFINE_string(
       "stemmer", None, "BM25: the language whose word endings are cut off."
@@ -77,11 +70,11 @@ def define_word_flags() -> Callable[[], dict[str, Any]]:
     "stop_words": flags.DEFINE_string(
       "stop_words",
       None,
-      "BM25 leaves out those of a language (english), a file, or some between"
+      "BM25: words to leave out: a language (english), a file, or words between"
       " commas.",
     ),
     "k1": flags.DEFINE_float(
-      "k1", None, "BM25: how much a word counts that is there again."
+      "k1", None, "BM25: how much repeated words count."
     ),
     "b": flags.DEFINE_float(
       "b", None, "BM25: how much long passages are marked down, 0 to 1."
@@ -105,22 +98,12 @@ def questions(arguments: Sequence[str]) -> Iterator[str]:
       check_text(argument, f"Question {number} of the command line")
       yield argument
     return
-  # By hand: Python ends at the first byte that is no UTF-8, without a place.
+  # Python would stop at the first byte that is not UTF-8, without its place.
   for number, raw in enumerate(sys.stdin.buffer, start=1):
     text = raw.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     if text.strip():
       check_text(text, f"Line {number} of standard input")
       yield text.strip()
-
-
-def as_called(text: str) -> str:
-  """Returns `text` with the commands named as this one was called.
-
-  "python tools/train.py" is "rag-jax train" for who called `rag-jax`.
-  """
-  if not sys.argv[0].startswith(f"{PROGRAM} "):
-    return text
-  return _TOOL.sub(lambda m: f"{PROGRAM} {m[1].replace('_', '-')}", text)
 
 
 def run(
@@ -132,15 +115,14 @@ def run(
 ) -> None:
   """Runs `main` with the flags of the command line.
 
-  With --debug, where a command has that flag, every error shows where it came
-  from.
+  If a command has the flag --debug, it shows the stack trace of every error.
 
   Args:
     main: of the command, in the module that defines its flags.
-    arguments: what the command takes beside flags, as its usage line shows it;
-      "": nothing.
-    check: of the arguments, before absl reads them.
-    interrupted: what Ctrl-C prints.
+    arguments: the arguments that are not flags, as the usage line shows them;
+      "": none.
+    check: checks the arguments before absl reads them.
+    interrupted: the message after Ctrl-C.
   """
   sys.stdout = cast(TextIO, terminal.PrintableStream(sys.stdout))
   terminal.clean_log()
@@ -149,7 +131,7 @@ def run(
     if len(argv) > 1 and not arguments:
       raise ValueError(
         f"Unexpected arguments: {argv[1:]}. Expected flags alone, such as"
-        " --NAME=VALUE; --help lists them. Remove the rest."
+        " --NAME=VALUE; --help lists them. Remove the others."
       )
     main(argv)
     sys.stdout.flush()
@@ -172,7 +154,7 @@ def run(
   except _MENDABLE as error:
     if "--debug" in sys.argv:
       raise
-    message = as_called(f"{type(error).__name__}: {error}")
+    message = f"{type(error).__name__}: {error}"
     print(terminal.printable(message), file=sys.stderr)
     sys.exit(1)
 
@@ -180,7 +162,7 @@ def run(
 def _help(
   main: Callable[[list[str]], None], arguments: str, *, full: bool
 ) -> str:
-  """Returns the usage line, what the command does with examples, its flags."""
+  """Returns the usage line, the description with examples, and the flags."""
   known, module = flags.FLAGS, sys.modules[main.__module__]
   # absl knows the flags of a script by its path.
   owner = sys.argv[0] if main.__module__ == "__main__" else main.__module__
@@ -195,5 +177,5 @@ def _help(
   usage = " ".join(["usage:", called, *required, "[--FLAG=VALUE ...]"])
   text = known.get_help() if full else known.module_help(owner)
   text = text.replace(f"{owner}:", f"{called}:", 1)
-  about = as_called((module.__doc__ or "").strip())
+  about = (module.__doc__ or "").strip()
   return "\n\n".join([f"{usage} {arguments}".strip(), about, text])

@@ -1,15 +1,16 @@
-r"""Converts checkpoints of Hugging Face's transformers, in and out.
+r"""Converts checkpoints from and to Hugging Face's transformers.
 
-  python tools/convert_hf.py --input=runs/exportable --output=exports/exportable
-  python tools/convert_hf.py --input=hf:facebook/bart-base --output=models/bart
+  rag-jax convert-hf --input=runs/exportable --output=exports/exportable
+  rag-jax convert-hf --input=hf:facebook/bart-base --output=models/bart
 
---input is the workdir of a finished run, or a model directory that this command
-wrote: it becomes a checkpoint that transformers loads. Or it is a checkpoint, a
-directory or a name of the hub: it becomes a model directory of rag_jax, with
-its tokenizers. (Training needs no conversion: --config.generator.init_from
-takes the checkpoint itself.) Prints what each tensor is called there and here.
-Where the weights are a pytorch_model.bin alone, as of facebook/rag-*, torch's
-loader of weights alone reads it: pip install 'rag_jax[parity]'.
+An --input that is the workdir of a finished run, or a model directory that this
+command wrote, becomes a checkpoint that transformers loads. An --input that is
+a checkpoint, a directory or a name of the hub, becomes a model directory of
+rag_jax, with its tokenizers. (Training needs no conversion:
+--config.generator.init_from takes the checkpoint itself.) Prints the name of
+each tensor there and here. Weights that are a pytorch_model.bin only, as of
+facebook/rag-*, are read by torch's weights-only loader: pip install
+'rag_jax[parity]'.
 """
 
 import os
@@ -30,9 +31,14 @@ _KIND = flags.DEFINE_enum(
   "kind", "", ["", *convert.KINDS], "What to export it as; '': what it is."
 )
 _MAX_SHARD_BYTES = flags.DEFINE_integer(
-  "max_shard_bytes", MAX_SHARD_BYTES, "Of one exported file.", lower_bound=1
+  "max_shard_bytes",
+  MAX_SHARD_BYTES,
+  "Most bytes of an exported file.",
+  lower_bound=1,
 )
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "An output that exists.")
+_OVERWRITE = flags.DEFINE_bool(
+  "overwrite", False, "Overwrite an output that exists."
+)
 flags.DEFINE_bool("debug", False, "Show where an error came from.")
 flags.mark_flags_as_required(["input", "output"])
 
@@ -55,7 +61,7 @@ def main(argv: list[str]) -> None:
     if _KIND.value:
       raise ValueError(
         f"--kind={_KIND.value} is for an export, but {source} is no workdir and"
-        " no model directory of rag_jax. Leave it away to import a checkpoint."
+        " no model directory of rag_jax. Omit --kind to import a checkpoint."
       )
     report = import_checkpoint(source, output, overwrite=overwrite)
     done = "Wrote a model directory of rag_jax to"

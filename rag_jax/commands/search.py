@@ -1,16 +1,17 @@
-r"""Searches what tools/build_index.py made.
+r"""Searches what rag-jax build-index wrote.
 
-  python tools/search.py --index=runs/index "what does the contract say?"
+  rag-jax search --index=runs/index "what does the contract say?"
 
 Several questions are several arguments; with `-` they are read from standard
-input, one a line. --mode=bm25 searches words, --mode=hybrid both;
---filter=lang=en or "--filter=year>=1999", as often as wanted, keeps the
-passages with such metadata. --stemmer, --stop_words, --k1 and --b try other
-settings of BM25 than the index was built with, whose words are then indexed
-again in memory: give them to tools/build_index.py to keep them.
+input, one per line. --mode=bm25 searches words, and --mode=hybrid embeddings
+and words. --filter=lang=en or "--filter=year>=1999" keeps the passages with
+such metadata; give it once per condition. --stemmer, --stop_words, --k1 and --b
+try other settings of BM25 than those of the build: the words are then indexed
+again in memory. Give them to rag-jax build-index to keep them.
+
 --fit_hybrid=FILE fits the weights of hybrid search to questions with known
-passages or answers, says which mode is best, and keeps both with the index;
---mode=best is that mode.
+passages or answers, finds the best mode, and stores both with the index.
+--mode=best uses that mode.
 """
 
 import itertools
@@ -31,22 +32,22 @@ from rag_jax.terminal import one_line
 
 _INDEX = flags.DEFINE_string("index", None, "The directory to search.")
 _N_DOCS = flags.DEFINE_integer(
-  "n_docs", 5, "Passages a question; fewer if fewer are found."
+  "n_docs", 5, "Passages per question; fewer if fewer are found."
 )
 _MODE = flags.DEFINE_enum("mode", "dense", list(MODES), "What is searched.")
 _FILTER = flags.DEFINE_multi_string(
-  "filter", [], "Of the metadata: NAME=VALUE, or a range, as in 'NAME>=VALUE'"
+  "filter", [], "On the metadata: NAME=VALUE, or a range, as in 'NAME>=VALUE'"
 )
 _FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
 _words = command.define_word_flags()
-_JSON = flags.DEFINE_bool("json", False, "Print JSON, one object a question.")
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object per question.")
 flags.mark_flag_as_required("index")
 
-_WIDTH = 80  # of what is printed
+_WIDTH = 80  # columns of the output
 
 
 def _metadata(passage: Passage) -> dict[str, str | list[str]]:
-  """Returns the values of each name; a list of several."""
+  """Returns the value of each name; a list if there are several."""
   values: dict[str, list[str]] = {}
   for name, value in passage.metadata:
     values.setdefault(name, []).append(value)
@@ -54,7 +55,7 @@ def _metadata(passage: Passage) -> dict[str, str | list[str]]:
 
 
 def _wrapped(text: str) -> str:
-  """Returns the lines of a passage, those that are too long in several."""
+  """Returns the lines of a passage, with long lines wrapped."""
   lines = (
     textwrap.wrap(line, _WIDTH - 10, replace_whitespace=False) or [""]
     for line in text.expandtabs(4).splitlines()

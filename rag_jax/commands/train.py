@@ -1,11 +1,11 @@
-r"""Trains retriever and generator together, and measures them.
+r"""Trains retriever and generator together, and evaluates them.
 
-  python tools/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+  rag-jax train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Every setting can be given here: --config.train.num_steps=200. They are all in
-rag_jax/config.py. The workdir gets checkpoints, metrics.jsonl, TensorBoard
-files, and at the end model, index, results.json and learning_curves.png. The
-same command again goes on from the last checkpoint; Ctrl-C saves one first.
+Every setting is also a flag: --config.train.num_steps=200; rag_jax/config.py
+lists them. The workdir gets checkpoints, metrics.jsonl, TensorBoard files, and
+at the end model, index, results.json and learning_curves.png. The same command
+again continues from the last checkpoint; Ctrl-C saves a checkpoint first.
 """
 
 import os
@@ -26,22 +26,24 @@ from rag_jax.evaluation.report import table
 from rag_jax.training.interrupt import StoppedEarlyError
 from rag_jax.training.workdir import keep_compiled
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment config.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "The config of the experiment."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is written.")
 _CACHE_DIR = flags.DEFINE_string(
   "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
 flags.DEFINE_bool("debug", False, "Show where an error came from.")
 _DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "On every host of a pod: join the others first."
+  "distributed", False, "On every host of a pod: join the other hosts first."
 )
 _RESUME_FROM = flags.DEFINE_integer(
   "resume_from", None, "Step of a checkpoint to go back to, with other learning"
   " rates and the like. Later checkpoints are set aside.",
 )  # fmt: skip
 _MIN_INDEX_RECALL = flags.DEFINE_float(
-  "min_index_recall", None, "Refuse to train or evaluate with an index that"
-  " finds less, from 0 to 1; the same as --config.index.min_recall.",
+  "min_index_recall", None, "Refuse to train or evaluate with an index whose"
+  " recall is lower, 0 to 1; the same as --config.index.min_recall.",
 )  # fmt: skip
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -60,8 +62,7 @@ def main(argv: list[str]) -> None:
     overridden=_overridden(),
   )
   print(table(results))
-  ask = command.as_called("python tools/ask.py")
-  print(f"Ask it: {ask} --workdir={_WORKDIR.value}")
+  print(f"Ask it: rag-jax ask --workdir={_WORKDIR.value}")
 
 
 def _check(argv: list[str]) -> None:
@@ -83,19 +84,19 @@ def _check(argv: list[str]) -> None:
 
 
 def _overridden() -> dict[str, Any]:
-  """Returns what the config file said where the command line says it anew."""
+  """Returns the config file's values of settings that flags override."""
   names = config_flags.get_override_values(flags.FLAGS["config"])
   return {name: flags.FLAGS[f"config.{name}"].default for name in names}
 
 
 def run() -> None:
-  """Runs `main`; a run that was asked to stop says how to go on."""
+  """Runs `main`; an interrupted run says how to continue."""
   command.keep_freed_memory()
   try:
     command.run(
       main,
       check=_check,
-      interrupted="Stopped. Run the same command again to go on.",
+      interrupted="Stopped. Run the same command again to continue.",
     )
   except StoppedEarlyError as stopped:
     print(stopped, file=sys.stderr)

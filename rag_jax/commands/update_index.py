@@ -1,16 +1,15 @@
-r"""Updates documents in what tools/build_index.py made.
+r"""Updates the documents of what rag-jax build-index wrote.
 
-  python tools/update_index.py --index=runs/index --upsert=documents/
-  python tools/update_index.py --index=runs/index --delete=old.md,notes/b.txt
-  python tools/update_index.py --index=runs/index --compact
+  rag-jax update-index --index=runs/index --upsert=documents/
+  rag-jax update-index --index=runs/index --delete=old.md,notes/b.txt
+  rag-jax update-index --index=runs/index --compact
 
-A document of --upsert replaces the one with its id: in a folder, its path in
-the folder, so give the folder that was built. What did not change is not
-embedded again, and documents that are not in --upsert stay. Who searches
-meanwhile sees what was there before; an update that is killed changes nothing.
-
-Texts that were deleted or replaced are not found any more, but stay in the
-files until --compact writes them anew.
+A document of --upsert replaces the document with its id, and other documents
+stay. In a folder the id is the path in the folder, so give the folder that was
+built. Unchanged passages are not embedded again. A search meanwhile sees the
+old state, and an interrupted update changes nothing. Texts that were deleted or
+replaced are not found any more, but stay in the files until --compact writes
+these anew.
 """
 
 from absl import flags
@@ -25,25 +24,29 @@ from rag_jax.search.compact import compact_search_directory
 from rag_jax.search.update import update_search_directory
 
 _INDEX = flags.DEFINE_string("index", None, "The directory to update.")
-_UPSERT = flags.DEFINE_string("upsert", "", "Documents, as of --corpus.")
-_DELETE = flags.DEFINE_string(
-  "delete", "", "Ids: a file of them, one a line, or some between commas."
+_UPSERT = flags.DEFINE_string(
+  "upsert", "", "Documents, as for --corpus of rag-jax build-index."
 )
-_ENCODER = flags.DEFINE_string("encoder", "", "Of passages, for DPR alone.")
+_DELETE = flags.DEFINE_string(
+  "delete", "", "Ids: a file with one per line, or ids between commas."
+)
+_ENCODER = flags.DEFINE_string(
+  "encoder", "", "The passage encoder; for DPR only."
+)
 _QUESTIONS = flags.DEFINE_string(
-  "questions", "", "File of questions, one a line, to certify the index with."
+  "questions", "", "File with one question per line, to certify the index with."
 )
 _ON_BAD_RECORD = flags.DEFINE_enum(
-  "on_bad_record", "", ["", *BadRecords.ACTIONS], "'': as it was built."
+  "on_bad_record", "", ["", *BadRecords.ACTIONS], "'': as in the build."
 )
 _COMPACT = flags.DEFINE_bool(
   "compact",
   False,
-  "Write everything anew, without what was deleted or replaced.",
+  "Write all files anew, without deleted and replaced texts.",
 )
 _FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
 _WAIT = flags.DEFINE_bool(
-  "wait", False, "For another process that writes there, not stop."
+  "wait", False, "Wait for another process that writes there."
 )
 flags.mark_flag_as_required("index")
 
@@ -71,13 +74,15 @@ def main(argv: list[str]) -> None:
       questions=questions,
       wait=_WAIT.value,
     )
-    print(command.as_called(report.text()))
+    print(report.text())
   if _FIT_HYBRID.value:
     modes = fit_search_modes(path, _FIT_HYBRID.value, wait=_WAIT.value)
     print("\n".join(f"{name}: {value}" for name, value in modes.rows()))
   if _COMPACT.value:
     num = compact_search_directory(path, questions=questions, wait=_WAIT.value)
-    print(f"{num:,} passages are left; of what was deleted nothing is.")
+    print(
+      f"{num:,} passages are left; deleted texts are removed from the files."
+    )
 
 
 def run() -> None:

@@ -133,12 +133,12 @@ def _problem(document: Document) -> tuple[str, ValueError] | None:
     return "empty", ValueError(
       f"{document.where}: the text of document {document.id!r} is empty."
       " Expected some text. Complete or remove it, or have it skipped:"
-      " tools/build_index.py --on_bad_record=skip."
+      " rag-jax build-index --on_bad_record=skip."
     )
   if not document.id.strip():
     return "bad_record", ValueError(
       f"{document.where}: the id of the document is {document.id!r}. Expected"
       " a name or number of its own. Give it one, or have it skipped:"
-      " tools/build_index.py --on_bad_record=skip."
+      " rag-jax build-index --on_bad_record=skip."
     )
   return None

@@ -88,7 +88,7 @@ def _office(
     page, num_chars = office_text.READERS[end](given)
   except ValueError as error:
     raise ValueError(
-      f"{path}:1: {error}, or have it skipped: tools/build_index.py"
+      f"{path}:1: {error}, or have it skipped: rag-jax build-index"
       " --on_bad_record=skip."
     ) from error
   if num_chars:

@@ -17,12 +17,12 @@ from absl import logging
 from etils import epath
 
 from rag_jax import artifacts
-from rag_jax.building import building
 from rag_jax.corpus import id_table
 from rag_jax.corpus import shards as shards_lib
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.passages import fingerprint_parts
+from rag_jax.directory_lock import building
 from rag_jax.disk import UnwritableError
 
 KIND = "passages"

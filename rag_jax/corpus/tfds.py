@@ -131,7 +131,7 @@ def _beir_record(row: Mapping[str, Any], where: str) -> dict[str, Any]:
       f"{where}: passage_metadata is {shorten(row['passage_metadata'])}."
       " Expected a JSON object, as in BEIR's corpus.jsonl. Delete the prepared"
       " data set, and it is prepared again; or have it skipped:"
-      " tools/build_index.py --on_bad_record=skip."
+      " rag-jax build-index --on_bad_record=skip."
     )
   return {
     "_id": row["passage_id"],

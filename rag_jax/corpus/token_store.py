@@ -15,7 +15,6 @@ from etils import epath
 import numpy as np
 
 from rag_jax import artifacts
-from rag_jax.building import building
 from rag_jax.corpus.array_rows import ArrayRows
 from rag_jax.corpus.array_rows import read_array
 from rag_jax.corpus.passages import Passage
@@ -27,6 +26,7 @@ from rag_jax.corpus.tokenized import TokenRows
 from rag_jax.corpus.tokenized import find_joining
 from rag_jax.corpus.tokenized import tokenize_rows
 from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.directory_lock import building
 from rag_jax.disk import UnwritableError
 from rag_jax.progress import Progress
 

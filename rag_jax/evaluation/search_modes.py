@@ -24,7 +24,7 @@ from rag_jax.retrieval.hybrid import Rrf
 from rag_jax.retrieval.hybrid import fit_weights
 from rag_jax.retrieval.hybrid import fuse
 from rag_jax.retrieval.hybrid import label_log_likelihoods
-from rag_jax.search.directory import SearchDirectory
+from rag_jax.search.directory import OpenedDirectory
 from rag_jax.search.update import keep_modes
 
 _DEPTH = 10  # passages per question that are judged
@@ -50,14 +50,14 @@ def fit_search_modes(
       passage is found, or another process writes to the directory.
     OSError: the disk is full.
   """
-  directory = SearchDirectory(path)
+  directory = OpenedDirectory(path)
   modes = measure_modes(directory, questions)
   keep_modes(directory.path, directory.version.name, modes, wait=wait)
   return modes
 
 
 def measure_modes(
-  directory: SearchDirectory, questions: epath.PathLike
+  directory: OpenedDirectory, questions: epath.PathLike
 ) -> SearchModes:
   """Returns the metrics of each mode, and the weights of hybrid search.
 

@@ -20,12 +20,12 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax import disk
-from rag_jax.building import building
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.records import read_texts
 from rag_jax.corpus.records import shorten
 from rag_jax.corpus.words import RULES
 from rag_jax.corpus.words import WordTokenizer
+from rag_jax.directory_lock import building
 from rag_jax.json_input import read_settings
 from rag_jax.retrieval import exact
 from rag_jax.retrieval.embeddings import save_array

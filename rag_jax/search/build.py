@@ -1,8 +1,8 @@
-"""A corpus and an encoder to a directory that can be searched.
+"""Builds a search directory from a corpus and an encoder.
 
-In: a folder or file of text, a checkpoint of an encoder. Out: the directory
-that directory.py opens. What an interrupted build finished is kept, and
-the next one goes on from there.
+In: a folder or file of text, and the checkpoint of an encoder. Out: the
+directory that directory.py opens. An interrupted build keeps what it finished,
+and the next build continues from there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 from typing import Any
 
 from absl import logging
@@ -18,7 +17,7 @@ from etils import epath
 import jax
 
 from rag_jax import artifacts
-from rag_jax.building import building
+from rag_jax import disk
 from rag_jax.config import IndexConfig
 from rag_jax.corpus.document import DEFAULT_FIELDS
 from rag_jax.corpus.document import FieldNames
@@ -35,6 +34,7 @@ from rag_jax.corpus.token_store import open_tokens
 from rag_jax.corpus.token_store import write_tokens
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.twins import TwinsWriter
+from rag_jax.directory_lock import building
 from rag_jax.processes import wait_for_all
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings
@@ -47,56 +47,55 @@ from rag_jax.retrieval.embedding_job import embed_corpus
 from rag_jax.retrieval.embedding_job import remove_job_files
 from rag_jax.retrieval.embeddings import check_storage
 from rag_jax.retrieval.retriever import Embedder
+from rag_jax.search import versions
 from rag_jax.search.directory import ENCODER
-from rag_jax.search.directory import FORMAT
 from rag_jax.search.directory import KIND
-from rag_jax.search.directory import SearchDirectory
+from rag_jax.search.directory import OpenedDirectory
+from rag_jax.search.directory import write_content
 from rag_jax.search.text_encoder import TextEncoder
 from rag_jax.search.text_encoder import open_checkpoint
 from rag_jax.search.text_encoder import save_encoder
-from rag_jax.search.versions import BASE
 from rag_jax.search.versions import BM25
 from rag_jax.search.versions import INDEX
 from rag_jax.search.versions import PASSAGES
 from rag_jax.search.versions import TWINS
-from rag_jax.search.versions import UNFINISHED
-from rag_jax.search.versions import UPDATES
-from rag_jax.search.versions import start_updates
 
-# Only while it is built; named like what is not finished, for no manifest.
+# Needed only during the build. The name is that of an unfinished file, so it is
+# in no manifest.
 _TOKENS = ".tokens.tmp"
-_PARTS = (PASSAGES, TWINS, ENCODER, INDEX, BM25, UPDATES, _TOKENS)
+_PARTS = (PASSAGES, TWINS, ENCODER, INDEX, BM25, versions.UPDATES, _TOKENS)
 
 
 def _is_own(name: str) -> bool:
-  """Returns whether a file is one that building or compacting makes."""
-  made = BASE.fullmatch(name) or UNFINISHED.fullmatch(name)
-  return name in _PARTS or made is not None
+  """Returns whether building or compacting writes a file of this name."""
+  patterns = (versions.BASE, versions.UNFINISHED)
+  return name in _PARTS or any(p.fullmatch(name) for p in patterns)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class BuildConfig:
-  """How a corpus becomes something to search."""
+  """How documents are split, embedded and indexed."""
 
-  # By default, whole passages are embedded.
+  # By default a passage is as long as the encoder reads.
   split: SplitConfig = dataclasses.field(
     default_factory=lambda: SplitConfig(
       method="fit", unit="tokens", size=0, drop_encoded=True
     )
   )
   fields: FieldNames = DEFAULT_FIELDS  # of JSON records
-  on_bad_record: str = "fail"  # or "skip": counted and left out
-  drop_duplicate_texts: bool = True  # False: where ids are judged, as BEIR's
+  on_bad_record: str = "fail"  # or "skip": bad records are counted, left out
+  # False: every document keeps a passage of its own, as BEIR's judged ids need.
+  drop_duplicate_texts: bool = True
   passage_length: int = 0  # tokens that are embedded; 0: as the encoder says
   embed_batch_size: int = 32  # passages
-  passages_per_embedding_shard: int = 1024  # lost at most, if interrupted
+  passages_per_embedding_shard: int = 1024  # most that an interruption loses
   storage: str = "float32"  # of embeddings; or "bfloat16", "int8"
   index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
-  # Of index_recall@10, which the ScaNN index is tuned to; 0: not tuned.
+  # The index_recall@10 that the ScaNN index is tuned to; 0: no tuning.
   target_recall: float = 0.0
-  bm25: bool = True  # words can be searched too
+  bm25: bool = True  # index the words too
   words: Bm25Settings = dataclasses.field(default_factory=Bm25Settings)
-  speed_secs: float = 1.0  # that each batch size is timed for the certificate
+  speed_secs: float = 1.0  # time to measure each batch size, for certificates
 
 
 def build_search_directory(
@@ -108,30 +107,17 @@ def build_search_directory(
   question_encoder: str = "",
   questions: Sequence[str] = (),
   wait: bool = False,
-) -> SearchDirectory:
+) -> OpenedDirectory:
   """Builds the directory, or what is missing of it, and opens it.
 
-  Args:
-    corpus: what `corpus.documents.read_documents` reads.
-    encoder: a checkpoint, a directory or "hf:ORG/NAME": what embeds passages.
-    output: the directory; local.
-    config: how.
-    question_encoder: what embeds questions; "": the same.
-    questions: that the index is certified with; none: passages stand for them.
-    wait: for another process that builds there, and go on with what it left.
-
-  Raises:
-    FileNotFoundError: the corpus or the checkpoint is not there.
-    ValueError: one of them cannot be used; the settings are not possible; the
-      output holds something else, is of other inputs or is being built.
-    UnwritableError: the disk is full, or nothing may be written there.
+  Arguments and errors as in `rag_jax.SearchDirectory.build`.
   """
   check_storage(config.storage)
   check_settings(config.words)
   check_tuning(config.index, config.target_recall, len(questions))
   output = epath.Path(output).expanduser()
   first = jax.process_index() == 0
-  # What is not there is said before a directory is made.
+  # A missing input is reported before a directory is made.
   inputs = _open_inputs(corpus, encoder, question_encoder, config)
   if not (output / PASSAGES / artifacts.MANIFEST).exists():
     read_documents(corpus, fields=config.fields, bad_records=BadRecords())
@@ -142,12 +128,12 @@ def build_search_directory(
     if first:
       _write_passages(output / PASSAGES, corpus, config, inputs)
       where = question_encoder or encoder
-      save_encoder(inputs.asking, output / ENCODER, where)
+      save_encoder(inputs.question_encoder, output / ENCODER, where)
       _tokenize(output / _TOKENS, corpus, inputs, output / PASSAGES)
     wait_for_all("building: the passages are there")
     store = PassageStore(output / PASSAGES)
     tokenized = open_tokens(
-      output / _TOKENS, store, inputs.encoder.tokenizer, inputs.length
+      output / _TOKENS, store, inputs.passage_encoder.tokenizer, inputs.length
     )
     _embed(output / INDEX, config, inputs, store, tokenized)
     if first:
@@ -161,42 +147,33 @@ def build_search_directory(
           passages_fingerprint=store.fingerprint,
           settings=config.words,
         )
-      start_updates(output)
+      versions.start_updates(output)
       content = {
         "plan": inputs.plan,
-        "updates": "marked",  # updates/CURRENT is there from the start
+        "updates": "marked",  # updates/CURRENT exists from the build on
         "num_passages": len(store),
-        "num_cut": tokenized.num_cut,  # longer than what is embedded
+        "num_cut": tokenized.num_cut,  # passages longer than what is embedded
         "coverage": dataclasses.asdict(coverage) if coverage else None,
         "passages_fingerprint": store.fingerprint,
-        "passage_encoder_fingerprint": inputs.encoder.fingerprint,
+        "passage_encoder_fingerprint": inputs.passage_encoder.fingerprint,
       }
-      artifacts.write_manifest(
-        output,
-        kind=KIND,
-        format=FORMAT,
-        content=content,
-        nested=True,
-        beside=[UPDATES],
-      )
+      write_content(output, content)
       _clean(output, output)
     wait_for_all("building: the directory is complete")
-  return SearchDirectory(output)
+  return OpenedDirectory(output)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Inputs:
-  """What is put together.
+  """The opened inputs of a build.
 
   Attributes:
-    encoder: of passages.
-    asking: of questions; often the same.
     length: tokens of a passage that are embedded.
-    plan: all that the result depends on, as JSON holds it.
+    plan: everything that the result depends on, as JSON holds it.
   """
 
-  encoder: TextEncoder
-  asking: TextEncoder
+  passage_encoder: TextEncoder
+  question_encoder: TextEncoder  # often the same
   length: int
   plan: dict[str, Any]
 
@@ -205,19 +182,19 @@ def _open_inputs(
   corpus: str, encoder: str, question_encoder: str, config: BuildConfig
 ) -> _Inputs:
   passages = open_checkpoint(encoder, "passage")
-  asking = passages
+  questions = passages
   if question_encoder:
-    asking = open_checkpoint(question_encoder, "question")
+    questions = open_checkpoint(question_encoder, "question")
   elif passages.kind == "dpr_context":
     raise ValueError(
-      f"{encoder} is DPR's encoder of passages; expected the one of questions"
-      " beside it, which searching needs. Give it as --question_encoder."
+      f"{encoder} is DPR's encoder of passages; expected also the encoder of"
+      " questions, which searching needs. Give it as --question_encoder."
     )
   length = config.passage_length or passages.max_tokens
   longest = passages.fields.get("max_positions", 0) or length
   if not 8 <= length <= longest:
     raise ValueError(
-      f"passage_length={length} tokens are to be embedded of a passage;"
+      f"passage_length={length} tokens of a passage are to be embedded;"
       f" expected 8 to {longest}, the positions of {encoder}. Change it, or"
       " leave it at 0."
     )
@@ -230,45 +207,41 @@ def _open_inputs(
     "passage_length": length,
     "passage_encoder": passages.fingerprint,
     "passage_tokenizer": passages.tokenizer.fingerprint,
-    "question_encoder": asking.fingerprint,
-    "question_tokenizer": asking.tokenizer.fingerprint,
+    "question_encoder": questions.fingerprint,
+    "question_tokenizer": questions.tokenizer.fingerprint,
     **dataclasses.asdict(config),
     "split": dataclasses.asdict(split),
   }
-  return _Inputs(passages, asking, length, json.loads(json.dumps(plan)))
+  return _Inputs(passages, questions, length, _plain(plan))
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns `values` as JSON holds them: tuples become lists."""
+  return json.loads(json.dumps(values))
 
 
 def _sources(corpus: str) -> str:
-  """Identifies the files of a corpus by name, size and time of change."""
+  """Identifies the files of a corpus by name, size and time of change.
+
+  "" for a corpus that is not on this machine: its name alone identifies it.
+  """
   path = epath.Path(corpus).expanduser()
   if not artifacts.is_local(path) or not path.exists():
-    return ""  # in a bucket, or of a library: known by its name alone
-  files = [os.fspath(path)]
-  if path.is_dir():
-    files = [
-      os.path.join(folder, name)
-      for folder, _, names in os.walk(path)
-      for name in names
-    ]
-  lines = []
-  for file in sorted(files):
-    stat = os.stat(file)
-    name = os.path.relpath(file, path)
-    lines.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
-  return artifacts.fingerprint_lines(lines)
+    return ""
+  return artifacts.fingerprint_lines(disk.file_states(path))
 
 
-def _reopen(output: epath.Path, plan: dict[str, Any]) -> SearchDirectory:
-  """Returns the complete directory, if it is what would be built."""
-  directory = SearchDirectory(output)
-  _clean(output, directory.root)  # which it may have been cut off before
+def _reopen(output: epath.Path, plan: dict[str, Any]) -> OpenedDirectory:
+  """Returns the complete directory, if it was built from the same inputs."""
+  directory = OpenedDirectory(output)
+  _clean(output, directory.root)  # the build may have been interrupted here
   _check_same(output, dict(directory.content.get("plan", {})), plan)
   logging.info("%s is complete already.", output)
   return directory
 
 
 def _clean(output: epath.Path, root: epath.Path) -> None:
-  """Removes what only an unfinished directory needs."""
+  """Removes the files that are needed only during the build."""
   remove_job_files(root / INDEX)
   if (output / _TOKENS).exists():
     (output / _TOKENS).rmtree()
@@ -277,12 +250,11 @@ def _clean(output: epath.Path, root: epath.Path) -> None:
 def _check_same(
   path: epath.Path, found: dict[str, Any], plan: dict[str, Any]
 ) -> None:
-  """Raises `ValueError` if something was made of other inputs.
+  """Raises `ValueError` if something was built from other inputs.
 
-  A setting that did not exist then is as it is by default.
+  A setting that did not exist at that time counts as its default.
   """
-  defaults = json.loads(json.dumps(dataclasses.asdict(BuildConfig())))
-  found = defaults | found
+  found = _plain(dataclasses.asdict(BuildConfig())) | found
   if isinstance(found.get("split"), dict):
     found["split"] = dataclasses.asdict(SplitConfig(**found["split"]))
   other = [
@@ -292,16 +264,16 @@ def _check_same(
   ]
   if other:
     raise ValueError(
-      f"{path} was made of other inputs: {'; '.join(other)}. Expected those of"
-      " this call. Give the same ones to go on, or choose another output, or"
-      " remove it."
+      f"{path} was made of other inputs: {'; '.join(other)}. Expected the"
+      " inputs of this call. Give the same ones to continue, choose another"
+      " output, or remove it."
     )
 
 
 def _write_passages(
   path: epath.Path, corpus: str, config: BuildConfig, inputs: _Inputs
 ) -> None:
-  """Writes the passages of the corpus, unless they are there already."""
+  """Writes the passages of the corpus, unless they exist already."""
   named = (
     "corpus", "sources", "split", "fields", "on_bad_record",
     "drop_duplicate_texts",
@@ -314,10 +286,12 @@ def _write_passages(
     if twins_path.exists() or not config.drop_duplicate_texts:
       logging.info("%s holds the %d passages already.", path, len(store))
       return
-    path.rmtree()  # of a version that kept no twins
+    path.rmtree()  # an older rag_jax wrote it, which kept no twins
   bad_records = BadRecords(config.on_bad_record)
   split = SplitConfig(**inputs.plan["split"])
-  tokenizer = inputs.encoder.tokenizer if split.unit == "tokens" else None
+  tokenizer = (
+    inputs.passage_encoder.tokenizer if split.unit == "tokens" else None
+  )
 
   twins = TwinsWriter()
 
@@ -335,7 +309,8 @@ def _write_passages(
       logging.log_every_n_seconds(
         logging.INFO, "Read %d passages.", 10, bad_records.report.passages
       )
-    # Only now is it known; the store writes its manifest after the last.
+    # The report is complete only now. The store writes its manifest, with
+    # `made` in it, after the last passage.
     if config.drop_duplicate_texts:
       twins.write(twins_path)
     made["report"] = bad_records.report.content()
@@ -347,25 +322,25 @@ def _write_passages(
 def _tokenize(
   path: epath.Path, corpus: str, inputs: _Inputs, passages: epath.Path
 ) -> None:
-  """Writes the tokens that are embedded, and logs what became of the corpus."""
+  """Writes the tokens to embed, and logs how much of the corpus they hold."""
   store = PassageStore(passages)
-  arguments = path, store, inputs.encoder.tokenizer, inputs.length
+  arguments = path, store, inputs.passage_encoder.tokenizer, inputs.length
   tokenized = write_tokens(*arguments)
-  if tokenized.num_lost is None:  # an older version did not count
+  if tokenized.num_lost is None:  # an older rag_jax did not count them
     path.rmtree()
     tokenized = write_tokens(*arguments)
   report = _report(store, tokenized)
   logging.info("%d passages of %s:\n%s", len(store), corpus, report)
   if report.coverage and report.coverage.lost:
     logging.warning(
-      "%d of %d passages are longer than %d tokens; what is beyond is not"
+      "%d of %d passages are longer than %d tokens; the rest of each is not"
       " embedded. Leave --split at 'fit' to embed all of it.",
       *(tokenized.num_cut, len(store), inputs.length),
     )
 
 
 def _report(store: PassageStore, tokenized: TokenizedPassages) -> CorpusReport:
-  """Returns what became of a corpus up to what is embedded."""
+  """Returns what was read of a corpus, left out, and embedded."""
   report = CorpusReport.from_content(store.config.get("report", {}))
   if tokenized.num_tokens is not None and tokenized.num_lost is not None:
     report.coverage = Coverage(
@@ -383,10 +358,10 @@ def _embed(
   store: PassageStore,
   tokenized: TokenizedPassages,
 ) -> None:
-  """Embeds all passages, unless the index over them is there already."""
+  """Embeds all passages, unless the index over them exists already."""
   if (path / artifacts.MANIFEST).exists():
     return
-  encoder = inputs.encoder
+  encoder = inputs.passage_encoder
   embedder = encoder.passage_embedder(config.embed_batch_size)
   job = EmbeddingJob(
     num_passages=len(store),
@@ -410,11 +385,11 @@ def _build_index(
   questions: Sequence[str],
   coverage: Coverage | None,
 ) -> None:
-  """Builds and certifies the index, unless it is there already."""
+  """Builds and certifies the index, unless it exists already."""
   sample = None
   if questions:
-    embedder = Embedder(inputs.asking.model, 1)
-    sample = inputs.asking.embed_questions(embedder, questions)
+    embedder = Embedder(inputs.question_encoder.model, 1)
+    sample = inputs.question_encoder.embed_questions(embedder, questions)
   build_certified_index(
     path,
     config.index,
@@ -424,6 +399,6 @@ def _build_index(
       speed_secs=config.speed_secs,
       coverage=coverage,
     ),
-    encoder_fingerprint=inputs.encoder.fingerprint,
+    encoder_fingerprint=inputs.passage_encoder.fingerprint,
     passages_fingerprint=store.fingerprint,
   )

@@ -1,7 +1,7 @@
-"""What an update changes: which passages go, which come, and what is reported.
+"""What an update changes in the passages of a search directory.
 
-In: the passages that are there, documents to put among them, ids to take out.
-Out: rows that go, passages that come, and the counts that a person reads.
+In: the passages of the version in use, documents to add or replace, and ids to
+delete. Out: the rows to delete, the passages to add, and a report.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,8 +24,10 @@ from rag_jax.corpus.twins import Twins
 from rag_jax.retrieval.certificate import Certificate
 from rag_jax.terminal import one_line
 
-REBUILD_SHARE = 0.1  # of the passages that were built, when more changed
-REBUILD_DRIFT = 0.01  # of index_recall, when more was lost
+# A rebuild is recommended above one of these: the share of passages that
+# changed, and the loss of index_recall.
+REBUILD_SHARE = 0.1
+REBUILD_DRIFT = 0.01
 _DRIFT_K = 10
 _SHOWN = 5  # ids in a line
 _PART = re.compile(r"(.+)#\d+", re.DOTALL)  # a passage of a longer document
@@ -36,20 +38,21 @@ class UpdateReport:
   """What an update did.
 
   Attributes:
-    version: in use afterwards; "" = what was built.
-    added: ids of documents that were not there.
-    changed: ids of documents of which a passage changed, came or went.
-    deleted: ids that were taken out.
-    unchanged: how many documents were there already as they are.
-    passages_added: that were stored; of these, as many as `embedded` were
-      embedded, and the others have a title and text that were there before.
-    embedded: passages.
-    passages_removed: that are not found any more.
-    twins: passages that have the text of another and are found with it, if
-      there are others than before; else None.
-    changed_share: passages that came or went since the build, by those built.
-    before: the certificate of what was built.
-    now: that of what is searched now.
+    version: the version in use afterwards; "": what was built.
+    added: ids of new documents.
+    changed: ids of documents of which a passage was changed, added or deleted.
+    deleted: ids of `delete`.
+    unchanged: number of documents that were the same already.
+    passages_added: number of passages that were stored.
+    embedded: number of these that were embedded. The others have a title and
+      text that were embedded before.
+    passages_removed: number of passages that are not found any more.
+    twins: number of passages that have the text of another and are found with
+      it; None if the update changed none of them.
+    changed_share: passages added or deleted since the build, as a share of the
+      passages of the build.
+    before: the certificate of the build.
+    now: the certificate of the version in use.
   """
 
   version: str
@@ -67,15 +70,15 @@ class UpdateReport:
 
   @property
   def drift(self) -> float:
-    """Index recall now less that of what was built, at 10 passages."""
+    """Index recall at 10 now, minus the index recall of the build."""
     return self.now.recall(_DRIFT_K).mean - self.before.recall(_DRIFT_K).mean
 
   @property
   def rebuild(self) -> bool:
-    """Whether the directory had better be built anew.
+    """Whether building the directory anew is recommended.
 
-    Never after an update that changed nothing. A recall that fell counts where
-    it is not one of the values that the few questions leave possible.
+    Never after an update that changed nothing. A loss of recall counts if the
+    old recall is above the confidence interval of the new one.
     """
     if not (self.passages_added or self.passages_removed):
       return False
@@ -84,7 +87,7 @@ class UpdateReport:
     return lost or self.changed_share > REBUILD_SHARE
 
   def text(self) -> str:
-    """Returns what a person reads."""
+    """Returns the report as text."""
     lines = [
       f"{len(ids):,} documents {what}{_some(ids)}"
       for what, ids in (
@@ -96,15 +99,15 @@ class UpdateReport:
     lines.append(f"{self.unchanged:,} documents as they were")
     if self.passages_added or self.passages_removed or self.twins is not None:
       lines.append(
-        f"{self.passages_added:,} passages came ({self.embedded:,} embedded),"
-        f" {self.passages_removed:,} went: version {self.version}"
+        f"{self.passages_added:,} passages added ({self.embedded:,} embedded),"
+        f" {self.passages_removed:,} removed: version {self.version}"
       )
     else:
       lines.append("Nothing changed; no version was made.")
     if self.twins is not None:
       lines.append(
         f"{self.twins:,} passages have the text of another, and are found as"
-        " long as one of them is there"
+        " long as one passage with that text is left"
       )
     before, now = (c.recall(_DRIFT_K) for c in (self.before, self.now))
     lines.append(
@@ -118,22 +121,24 @@ class UpdateReport:
       lines.append(
         f"That is much (more than {REBUILD_SHARE:.0%}, or {REBUILD_DRIFT} of"
         " recall): searches get slower and may find less. Build a new directory"
-        " of all documents with tools/build_index.py."
+        " of all documents with rag-jax build-index."
       )
     return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-  """What has to be written.
+  """What an update has to write.
+
+  Rows and numbers are those of the version in use, unless said otherwise.
 
   Attributes:
-    gone: rows of the passages as they are now, rising.
-    added: passages that come.
-    same_text: for each of these, a row of now with its title and text, or -1.
-    twins: those that there will be: numbers of twins of now, then passages.
-    twin_rows: for each, the row that the passage with its text will have.
-    twins_changed: whether they are other twins than now.
+    gone: rows of passages to delete, in rising order.
+    added: passages to add.
+    same_text: for each added passage, a row with its title and text, or -1.
+    twins: the twins after the update: numbers of twins that stay, and new ones.
+    twin_rows: for each, the row of the passage with its text after the update.
+    twins_changed: whether the update changes the twins.
   """
 
   gone: list[int]
@@ -148,14 +153,14 @@ class Changes:
   unchanged: int
 
   def __bool__(self) -> bool:
-    """Whether there is anything to write."""
+    """Returns whether there is anything to write."""
     return bool(self.gone or self.added or self.twins_changed)
 
   def report(
     self, version: str, changed_share: float, before: Certificate,
     now: Certificate,
   ) -> UpdateReport:  # fmt: skip
-    """Returns what is said of the version that was made of them."""
+    """Returns the report on the version with these changes."""
     return UpdateReport(
       version=version,
       added=self.added_documents,
@@ -183,32 +188,31 @@ def find_changes(
 ) -> Changes:
   """Returns what upserts and deletes change; reads all passages once.
 
-  The passages of a document are the one with its id, or, if there is none,
-  those named "id#0", "id#1" and so on.
+  The passage of a document has its id. If there is no such passage, those of
+  the document have the ids "id#0", "id#1" and so on.
 
   Args:
-    now: the passages that are there.
-    upserts: passages of documents that replace what is there of them.
+    now: the passages of the version in use.
+    upserts: documents with their passages, which replace the old passages.
     deletes: ids of documents or of single passages.
-    drop_duplicate_texts: keep passages whose title and text another has as its
-      twins: they are found when it goes.
-    report: where these are counted, and the passages of upserts.
-    twins: of the passages that are there.
+    drop_duplicate_texts: a passage with the title and text of another becomes
+      its twin, which is found when the other is deleted.
+    report: counts the twins and the passages of upserts.
+    twins: of the version in use.
 
   Raises:
-    ValueError: an id is not there, or both in upserts and deletes; or nothing
-      would be left.
+    ValueError: an id to delete does not exist, or is also among the upserts; or
+      no passage would be left.
   """
   if twins is None:
     twins = Twins(np.zeros(0, np.int64))
-  # Twins are numbered behind the passages.
-  num = len(now)
+  num = len(now)  # twins get the row numbers behind the passages
   # Dicts, not sets: they keep the order of the documents.
-  documents: dict[str, str] = {}  # id: where
+  documents: dict[str, str] = {}  # id: where it was read
   kept: set[int] = set()
   new: list[tuple[str, Passage]] = []
   replaced: set[int] = set()
-  with_row: set[str] = set()  # documents
+  with_row: set[str] = set()  # ids of documents with a passage in `now`
   for document, passage in upserts:
     documents[document.id] = document.where
     row = now.row_of(passage.id)
@@ -226,7 +230,7 @@ def find_changes(
   if both:
     raise ValueError(
       f"{shorten(both, 200)} are to be deleted, but are also among the"
-      " documents to be put in; expected one of both. Leave them out of one."
+      " documents to add; expected one of both. Leave them out of one."
     )
   texts = [_text(passage) for _, passage in new]
   rows_of, with_text = _scan(
@@ -237,12 +241,12 @@ def find_changes(
     raise ValueError(
       f"{len(missing)} ids to delete are not there: {shorten(missing, 200)}."
       f" Expected ids of documents like {now[0].id!r}. Nothing was changed;"
-      " correct or leave out these."
+      " correct these ids or leave them out."
     )
   deleted = {row for id in deletes for row in rows_of[id]}
   of_documents = {row for id in documents for row in rows_of.get(id, ())}
   gone = (of_documents - kept) | replaced | deleted
-  made = _Writing(now, twins, gone)
+  made = _ChangesBuilder(now, twins, gone)
   came = set()
   for (document, passage), text in zip(new, texts, strict=True):
     first = made.add(
@@ -256,8 +260,8 @@ def find_changes(
   made.promote_twins()
   if sum(row < num for row in gone) == num and not made.added:
     raise ValueError(
-      f"All {num} passages would be deleted; expected one to be left to"
-      " search. Nothing was changed; remove the directory instead."
+      f"All {num} passages would be deleted; expected at least one to be left."
+      " Nothing was changed; remove the directory instead."
     )
   there = {id for id in documents if id in rows_of} | with_row
   altered = {
@@ -278,7 +282,7 @@ def _scan(
 ) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
   """Returns the rows of each document of `ids`, and of each text of `texts`.
 
-  Twins are among the first, numbered behind the passages.
+  The rows of documents include twins, numbered behind the passages.
   """
   whole: dict[str, list[int]] = {}
   parts: dict[str, list[int]] = {}
@@ -294,21 +298,21 @@ def _scan(
   return parts | whole, with_text
 
 
-class _Writing:
-  """What comes, and which passage each twin will belong to.
+class _ChangesBuilder:
+  """Collects the passages to add, and the passage that each twin belongs to.
 
   Attributes:
-    added: passages that come.
+    added: passages to add.
   """
 
   def __init__(self, now: Passages, twins: Twins, gone: set[int]):
-    """Takes what is there, and the rows that go, of twins behind passages."""
+    """Takes the version in use and the rows to delete, also those of twins."""
     self._now, self._twins, self._gone = now, twins, gone
     self.added: list[Passage] = []
     self._same_text: list[int] = []
     self._met: dict[str, int] = {}  # text: place in `added`
-    # For each twin of now, and for each that comes, the row of now that has its
-    # text, or, below 0, -1 - the place in `added`.
+    # For each old twin, and for each new one, the row with its text; or, for a
+    # passage to add, -1 - its place in `added`.
     self._owners = np.array(twins.rows, np.int64)
     self._stays = np.ones(len(twins), bool)
     self._stays[[row - len(now) for row in gone if row >= len(now)]] = False
@@ -317,7 +321,14 @@ class _Writing:
   def add(
     self, passage: Passage, text: str, rows: list[int], drop: bool
   ) -> str:
-    """Takes a passage that comes; returns the id of what it is a twin of."""
+    """Adds a passage, or a twin; returns the id of the passage it is a twin of.
+
+    Args:
+      passage: to add.
+      text: what `_text` returns for it.
+      rows: of old passages with this text.
+      drop: whether it may become a twin.
+    """
     left = next((row for row in rows if row not in self._gone), None)
     if drop and left is not None:
       self._new.append((passage, left))
@@ -328,15 +339,15 @@ class _Writing:
       return self.added[place].id
     self._met[text] = len(self.added)
     self.added.append(passage)
-    # What was embedded has the title in it, also one that is a file's name.
+    # Titles are embedded too, also those made from file names.
     same = (row for row in rows if self._now[row].title == passage.title)
     self._same_text.append(next(same, -1))
     return ""
 
   def promote_twins(self) -> None:
-    """Gives the twins of passages that go to others with their text.
+    """Gives the twins of deleted passages to added ones with the same text.
 
-    If no passage that comes has it, the first of them becomes a passage.
+    If no added passage has the text, the first twin becomes a passage.
     """
     for row in np.intersect1d(self._twins.rows, sorted(self._gone)).tolist():
       numbers = [n for n in self._twins.numbers_of(row) if self._stays[n]]
@@ -350,7 +361,7 @@ class _Writing:
       self._owners[numbers] = -1 - self._met[text]
 
   def changes(self, **fields: Any) -> Changes:
-    """Returns all of it."""
+    """Returns everything to write; `fields` are about documents."""
     gone = np.array(sorted(r for r in self._gone if r < len(self._now)), int)
     owners = np.concatenate(
       [self._owners[self._stays], np.array([o for _, o in self._new], int)]
@@ -374,6 +385,7 @@ class _Writing:
 
 
 def _text(passage: Passage) -> str:
+  """Identifies the title and the text of a passage."""
   return fingerprint_lines([own_title(passage), passage.text])
 
 

@@ -1,30 +1,32 @@
-"""A corpus that can be searched, in one directory.
+"""A search directory: a corpus that can be searched, opened.
 
-In: the directory that build.py made, and update.py may have
-updated. Out: the passages that answer a question, by embeddings, by words or by
-both.
+In: the directory that build.py wrote, perhaps updated by update.py. Out: the
+passages that answer a question, found by embeddings, by words or by both.
 
     passages/       the texts
-    twins/          what has other ids, but the title and text of one of these
-    encoder/        what embeds questions, with its tokenizer
-    index/          what embeddings are searched with, and its certificate
-    bm25/           what words are searched with
-    updates/        what came and went since; see versions.py
-    manifest.json   what it was made of; written last
+    twins/          passages with the title and text of one in passages/
+    encoder/        the question encoder and its tokenizer
+    index/          the index over the embeddings, and its certificate
+    bm25/           the index over the words
+    updates/        one folder per update; see versions.py
+    manifest.json   the inputs of the build; written last
 
-What was updated and then compacted has all of these but the encoder in a folder
-b000001/. Nothing in it names a place outside: it can be moved.
+A directory that was updated and then compacted has all of these except the
+encoder in a folder b000001/. No file names a path outside of the directory, so
+it can be moved.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import json
 import os
 import threading
+from typing import Any
 
 from absl import logging
 from etils import epath
-from jaxtyping import Float, Int
+from jaxtyping import Float
 import numpy as np
 
 from rag_jax import artifacts
@@ -33,38 +35,32 @@ from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.records import check_text
 from rag_jax.corpus.store import PassageStore
+from rag_jax.directory_lock import lock
 from rag_jax.json_input import Content
 from rag_jax.models.hybrid import HybridWeights
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings
-from rag_jax.retrieval.filters import Conditions
+from rag_jax.retrieval.bm25 import check_settings
+from rag_jax.retrieval.bm25 import read_stop_words
 from rag_jax.retrieval.filters import meets
+from rag_jax.retrieval.filters import parse_conditions
 from rag_jax.retrieval.filters import search_filtered
 from rag_jax.retrieval.hybrid import HybridRetriever
 from rag_jax.retrieval.hybrid import Rrf
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import Embedder
+from rag_jax.search import versions
 from rag_jax.search.text_encoder import TextEncoder
 from rag_jax.search.text_encoder import load_saved_encoder
 from rag_jax.search.updated_passages import UpdatedPassages
-from rag_jax.search.versions import BASE
-from rag_jax.search.versions import BM25
-from rag_jax.search.versions import INDEX
-from rag_jax.search.versions import PASSAGES
-from rag_jax.search.versions import TWINS
-from rag_jax.search.versions import UPDATES
 from rag_jax.search.versions import SearchVersion
-from rag_jax.search.versions import check_base
-from rag_jax.search.versions import current
-from rag_jax.search.versions import open_current
 
 KIND = "search directory"  # in its manifest
-FORMAT = 2  # raise when the files change meaning; 2: updates/CURRENT is there
+_FORMAT = 2  # raise when the files change meaning; 2: updates/CURRENT exists
 ENCODER = "encoder"
 MODES = ("dense", "bm25", "hybrid", "best")
-
-REMEDY = "Build it again: python tools/build_index.py --output=DIRECTORY."
+_REMEDY = "Build it again: rag-jax build-index --output=DIRECTORY."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,93 +68,136 @@ class Hit:
   """A passage that was found for a question."""
 
   passage: Passage
-  score: float  # by which hits are ordered; what it means depends on the mode
-  also: tuple[str, ...] = ()  # ids of others that have its title and text
+  score: float  # orders the hits; its meaning depends on the mode
+  also: tuple[str, ...] = ()  # ids of other passages with its title and text
+
+
+def write_content(
+  path: epath.PathLike, content: Mapping[str, Any], base: str = ""
+) -> None:
+  """Writes the manifest of a search directory; call it last.
+
+  Args:
+    path: the directory.
+    content: what `read_content` returns.
+    base: the folder that compacting wrote; "": it was not compacted.
+  """
+  path = epath.Path(path)
+  artifacts.write_manifest(
+    path,
+    kind=KIND,
+    format=_FORMAT,
+    content=content,
+    nested=True,
+    beside=not_in_manifest(path, base),
+  )
 
 
 def read_content(path: epath.Path) -> Content:
-  """Returns what the manifest of a search directory says.
+  """Returns the content of the manifest of a search directory.
 
   Raises:
-    FileNotFoundError: nothing was built there, or its build was cut off.
-    ValueError: a file is missing, cut off or changed, or others lie there.
+    FileNotFoundError: nothing was built there, or the build was interrupted.
+    ValueError: a file is missing, cut off or changed, or the directory holds
+      other files.
   """
   base = _base(path)
   content = artifacts.read_manifest(
     path,
     kind=KIND,
-    format=FORMAT,
-    remedy=REMEDY,
+    format=_FORMAT,
+    remedy=_REMEDY,
     nested=True,
-    beside=beside(path, base),
+    beside=not_in_manifest(path, base),
   )
   if content.get("base", "") != base:
     raise ValueError(
       f"{path}/{artifacts.MANIFEST} names {content['base']!r}; expected a"
-      f" folder like b000001, or none. {REMEDY}"
+      f" folder like b000001, or none. {_REMEDY}"
     )
   return content
 
 
-def root_of(path: epath.Path) -> epath.Path:
-  """Returns where passages, index and updates lie: in it, or in a folder.
+def not_in_manifest(path: epath.Path, base: str) -> list[str]:
+  """Returns the names that a directory may hold and its manifest leaves out.
 
-  That folder is what compacting the directory wrote.
+  These are the updates, and what an interrupted compaction leaves over.
+  `base` is the folder in use after compacting, or "".
   """
-  return path / base if (base := _base(path)) else path
-
-
-def beside(path: epath.Path, base: str) -> list[str]:
-  """Returns what may lie in a search directory, and its manifest does not name.
-
-  Updates, and what compacting it leaves over if it is killed.
-
-  Args:
-    path: of the directory.
-    base: the folder that is in use; "": it was not compacted.
-  """
-  parts = (PASSAGES, TWINS, INDEX, BM25, UPDATES) if base else (UPDATES,)
-  names = os.listdir(path) if path.exists() else []
-  return [n for n in names if n in parts or (BASE.fullmatch(n) and n != base)]
+  unused = (versions.UPDATES,)
+  if base:
+    unused += (
+      versions.PASSAGES, versions.TWINS, versions.INDEX, versions.BM25
+    )  # fmt: skip
+  return [
+    name
+    for name in (os.listdir(path) if path.exists() else [])
+    if name in unused or (versions.BASE.fullmatch(name) and name != base)
+  ]
 
 
 def _base(path: epath.Path) -> str:
-  """Returns the folder that a manifest names, before it is checked."""
+  """Returns the folder that the manifest names, before the manifest is checked.
+
+  "" if the directory was not compacted, or the manifest is damaged, which
+  `read_content` reports.
+  """
   try:
-    data = disk.read_own(path / artifacts.MANIFEST, remedy=REMEDY)
+    data = disk.read_own(path / artifacts.MANIFEST, remedy=_REMEDY)
     base = json.loads(data)["content"]["base"]
   except (OSError, ValueError, KeyError, TypeError, RecursionError):
-    return ""  # it was not compacted, or it is told when it is read
-  return base if isinstance(base, str) and BASE.fullmatch(base) else ""
+    return ""
+  is_name = isinstance(base, str) and versions.BASE.fullmatch(base)
+  return base if is_name else ""
 
 
-def _hit(alike: list[Passage], score: float, conditions: Conditions) -> Hit:
-  """Returns the first of passages with one text that meets the conditions."""
-  first = next(p for p in alike if meets(p, conditions))
-  others = tuple(p.id for p in alike if p is not first)
-  return Hit(first, score, others)
+def root_of(path: epath.Path) -> epath.Path:
+  """Returns the folder of passages, index and updates: `path`, or its base."""
+  return path / _base(path)
 
 
-class SearchDirectory:
-  """What is in the directory, opened.
+def word_settings(
+  defaults: Bm25Settings | None = None, **settings: str | float
+) -> Bm25Settings:
+  """Returns settings of BM25, for `BuildConfig.words`.
+
+  Args:
+    defaults: the values of settings that are not given.
+    **settings: `k1` (how much repeated words count), `b` (how much long
+      passages are marked down, 0 to 1), `stemmer` (the language whose word
+      endings are cut off), `stop_words` (a language, a file, or words between
+      commas).
+
+  Raises:
+    ValueError: a setting is out of its range.
+    TypeError: there is no such setting.
+  """
+  values: dict[str, Any] = dict(settings)
+  if "stop_words" in values:
+    values["stop_words"] = read_stop_words(values["stop_words"])
+  defaults = defaults or Bm25Settings()
+  return check_settings(dataclasses.replace(defaults, **values))
+
+
+class OpenedDirectory:
+  """A search directory, opened for searching.
 
   Attributes:
-    path: of the directory.
-    root: where passages, index and updates lie: `path`, or a folder in it.
-    content: of its manifest: what it was made of, and what became of the
-      corpus.
-    encoder: of the questions.
-    built: the passages and the index below all versions.
-    version: what is searched; take it once where rows and texts have to be of
-      one version.
+    path: the directory.
+    root: the folder of passages, index and updates: `path`, or a folder in it.
+    content: the content of the manifest: the inputs of the build, and counts.
+    encoder: embeds the questions.
+    built: passages and index as they were built, which all versions share.
+    version: what is searched. Read it once where row numbers and texts have to
+      be of the same version.
   """
 
   def __init__(self, path: epath.PathLike):
-    """Opens the directory; every digest in it is checked.
+    """Opens the directory and checks the digest of every file.
 
     Raises:
-      FileNotFoundError: nothing was built there, or its build was cut off.
-      ValueError: a file is missing, cut off or changed, or a part is of another
+      FileNotFoundError: nothing was built there, or the build was interrupted.
+      ValueError: a file is missing, cut off or changed, or belongs to another
         build.
     """
     self.path = epath.Path(path).expanduser()
@@ -168,58 +207,65 @@ class SearchDirectory:
     self._embedder = Embedder(self.encoder.model, 1)
 
   def _open(self) -> None:
-    """Opens what was built, and the version of it that is in use."""
+    """Opens what was built, and the version that is in use."""
     self.content: Content = read_content(self.path)
     self.content.check(passage_encoder_fingerprint=str)
     base = self.content.get("base", "")
-    self.root = self.path / base if base else self.path
+    self.root = self.path / base
     if base:
-      check_base(self.root)
-    passages = PassageStore(self.root / PASSAGES)
-    passages.open_all()  # they may be compacted while they are searched
+      versions.check_base(self.root)
+    passages = PassageStore(self.root / versions.PASSAGES)
+    # Compacting may remove the files while they are searched.
+    passages.open_all()
     index: Index = load_index(
-      self.root / INDEX,
+      self.root / versions.INDEX,
       encoder_fingerprint=self.content["passage_encoder_fingerprint"],
       passages_fingerprint=passages.fingerprint,
     )
     self.built = passages, index
-    # Of format 2; in older ones nobody can tell.
+    # Directories of format 1 got updates/CURRENT with their first update.
     self._is_marked: bool = self.content.get("updates") == "marked"
     # Searches read this reference once: replacing it is the whole switch.
     self.version: SearchVersion = self._open_current()
 
   def _open_current(self) -> SearchVersion:
-    return open_current(self.root, *self.built, always=self._is_marked)
+    return versions.open_current(self.root, *self.built, always=self._is_marked)
+
+  def __len__(self) -> int:
+    """Returns the number of passages."""
+    return len(self.passages)
 
   @property
   def passages(self) -> PassageStore | UpdatedPassages:
-    """Row = passage number of the indexes."""
+    """The passages: `directory.passages[0].text`."""
     return self.version.passages
 
   @property
   def index(self) -> Index:
-    """Over the embeddings."""
+    """The index over the embeddings."""
     return self.version.index
 
   @property
   def bm25(self) -> Bm25Index | None:
-    """Over the words; None if it was left out."""
+    """The index over the words; None if the build left it out."""
     return self.version.bm25
 
-  def set_words(self, change: Callable[[Bm25Settings], Bm25Settings]) -> None:
+  def set_words(self, **settings: str | float) -> None:
     """Searches words by other settings, until another version is opened.
 
+    If a setting changes, the words of all passages are indexed again, in
+    memory.
+
     Args:
-      change: the settings that the directory has, or those of a new index if it
-        has none, to the ones that are wanted. If they are others, the words of
-        all passages are indexed again, in memory.
+      **settings: as in `word_settings`.
 
     Raises:
       ValueError: a setting is out of its range.
+      TypeError: there is no such setting.
     """
     version = self.version
     old = version.bm25.settings if version.bm25 else Bm25Settings()
-    wanted = change(old)
+    wanted = word_settings(old, **settings)
     if wanted == old:
       return
     logging.info("Indexing the words of %d passages.", len(version.passages))
@@ -231,18 +277,18 @@ class SearchDirectory:
     self.version = dataclasses.replace(version, bm25=words)
 
   def reload(self) -> bool:
-    """Switches to the version that is in use now; returns if it is another.
+    """Switches to the newest update; returns whether there was a newer one.
 
     Raises:
-      FileNotFoundError: the version is gone.
-      ValueError: its files are missing, cut off or changed. The version that
-        was open stays open.
+      FileNotFoundError: the version does not exist any more.
+      ValueError: a file is missing, cut off or changed. The version that was
+        open stays open.
     """
-    with self._switching:  # else a slower thread could switch back
+    with self._switching:  # otherwise a slower thread could switch back
       if root_of(self.path) != self.root:  # it was compacted
         self._open()
         return True
-      now = current(self.root, always=self._is_marked)
+      now = versions.current(self.root, always=self._is_marked)
       if now.name == self.version.name:
         return False
       self.version = self._open_current()
@@ -254,105 +300,90 @@ class SearchDirectory:
     n_docs: int,
     *,
     mode: str = "dense",
-    conditions: Conditions = (),
+    filters: Sequence[str] = (),
   ) -> list[list[Hit]]:
     """Returns the best passages of each question, best first.
 
-    Args:
-      questions: any number.
-      n_docs: passages a question; fewer if fewer are there, meet the
-        conditions or, by words, share a word with the question.
-      mode: "dense": inner products of embeddings; "bm25": words; "hybrid":
-        both, by the weights that were fitted to questions, or else by
-        reciprocal ranks; "best": the one of these that the certificate names,
-        or else "dense".
-      conditions: on the metadata; see `filters.parse_conditions`.
-
-    Raises:
-      ValueError: `n_docs` is below 1, a question is empty, or the mode is not
-        there.
+    Arguments and errors as in `rag_jax.SearchDirectory.search`.
     """
     version = self.version
-    ids, scores = self._search(version, questions, n_docs, mode, conditions)
-    found = []
-    for row, best in zip(ids, scores, strict=True):
-      rows = row[row >= 0]
-      passages = version.passages.get(rows)
-      found.append(
-        [
-          _hit([passage, *version.twins_of(int(id_))], float(score), conditions)
-          for passage, id_, score in zip(
-            passages, rows, best[: len(rows)], strict=True
-          )
-        ]
-      )
-    return found
+    conditions = parse_conditions(filters)
 
-  def search_ids(
-    self,
-    questions: Sequence[str],
-    n_docs: int,
-    *,
-    mode: str = "dense",
-    conditions: Conditions = (),
-  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]:
-    """Returns passage numbers and scores; as `search`.
-
-    Short rows are filled up with number -1 and the lowest float32.
-    """
-    return self._search(self.version, questions, n_docs, mode, conditions)
-
-  def _search(
-    self,
-    version: SearchVersion,
-    questions: Sequence[str],
-    n_docs: int,
-    mode: str,
-    conditions: Conditions,
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns passage numbers and scores in one version."""
-    modes = version.index.certificate and version.index.certificate.modes
-    if mode == "best":
-      mode = modes.best if modes else "dense"
-      if not modes:
-        logging.log_first_n(
-          logging.WARNING,
-          "Which mode is best was not measured in %s: searching by embeddings."
-          " tools/search.py --fit_hybrid measures it.",
-          1,
-          self.path,
-        )
-    self._check(version, questions, mode)
-    index, bm25 = version.index, version.bm25
-    embeddings = np.zeros((len(questions), index.embedding_dim))
-    if mode != "bm25":
-      embeddings = self.embed_questions(questions)
-
-    def search(rows: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-      some = [questions[int(row)] for row in rows]
-      if mode == "dense":
-        return index.search(embeddings[rows], depth)
-      assert bm25 is not None
-      if mode == "bm25":
-        return bm25.search(some, depth)
-      weights = modes.weights if modes else None
-      fusion = HybridWeights(*weights) if weights else Rrf()
-      hybrid = HybridRetriever(index, bm25, fusion)
-      return hybrid.search(embeddings[rows], some, depth)
+    def same_text(row: int, passage: Passage) -> list[Passage]:
+      """Returns a passage and its twins, whose metadata may differ."""
+      return [passage, *version.twins_of(row)]
 
     def wanted(row: int) -> bool:
-      # A twin may have other metadata.
-      alike = (version.passages[row], *version.twins_of(row))
+      alike = same_text(row, version.passages[row])
       return any(meets(passage, conditions) for passage in alike)
 
-    return search_filtered(
-      search,
+    ids, scores = search_filtered(
+      self._search_function(version, questions, mode),
       version.passages,
       conditions,
       num_questions=len(questions),
       n_docs=n_docs,
       wanted=wanted if conditions else None,
     )
+    found = []
+    for rows, best in zip(ids, scores, strict=True):
+      rows = rows[rows >= 0].tolist()
+      hits = []
+      passages = version.passages.get(rows)
+      for row, passage, score in zip(rows, passages, best, strict=False):
+        alike = same_text(row, passage)
+        first = next(p for p in alike if meets(p, conditions))
+        also = tuple(p.id for p in alike if p is not first)
+        hits.append(Hit(first, float(score), also))
+      found.append(hits)
+    return found
+
+  def _search_function(
+    self, version: SearchVersion, questions: Sequence[str], mode: str
+  ) -> Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
+    """Returns (numbers of questions, depth) -> passage numbers and scores.
+
+    Raises:
+      ValueError: a question is empty, or there is no such mode.
+    """
+    index, words = version.index, version.bm25
+    modes = index.certificate and index.certificate.modes
+    if problem := check_choice("mode", mode, MODES):
+      raise ValueError(problem)
+    if mode == "best":
+      mode = modes.best if modes else "dense"
+      if not modes:
+        logging.log_first_n(
+          logging.WARNING,
+          "Which mode is best was not measured in %s: searching by embeddings."
+          " rag-jax search --fit_hybrid measures it.",
+          1,
+          self.path,
+        )
+    for number, question in enumerate(questions, start=1):
+      name = f"Question {number} of {len(questions)}"
+      if not question.strip():
+        raise ValueError(f"{name} is empty; expected some text. Leave it out.")
+      check_text(question, name)
+    if mode == "dense":
+      embeddings = self.embed_questions(questions)
+      return lambda rows, depth: index.search(embeddings[rows], depth)
+    if words is None:
+      raise ValueError(
+        f"mode={mode!r} searches words, but {self.path} was built without them;"
+        " expected mode='dense'. Build it again with --bm25."
+      )
+
+    def texts(rows: np.ndarray) -> list[str]:
+      return [questions[int(row)] for row in rows]
+
+    if mode == "bm25":
+      return lambda rows, depth: words.search(texts(rows), depth)
+    embeddings = self.embed_questions(questions)
+    weights = modes.weights if modes else None
+    fusion = HybridWeights(*weights) if weights else Rrf()
+    hybrid = HybridRetriever(index, words, fusion)
+    return lambda rows, n: hybrid.search(embeddings[rows], texts(rows), n)
 
   def embed_questions(
     self, questions: Sequence[str]
@@ -360,24 +391,41 @@ class SearchDirectory:
     """Returns what the index is searched with."""
     return self.encoder.embed_questions(self._embedder, questions)
 
-  def _check(
-    self,
-    version: SearchVersion,
-    questions: Sequence[str],
-    mode: str,
-  ) -> None:
-    problem = check_choice("mode", mode, MODES)
-    if problem:
-      raise ValueError(problem)
-    if mode != "dense" and version.bm25 is None:
-      raise ValueError(
-        f"mode={mode!r} searches words, but {self.path} was built without them;"
-        " expected mode='dense'. Build it again with --bm25."
-      )
-    for number, question in enumerate(questions, start=1):
-      if not question.strip():
-        raise ValueError(
-          f"Question {number} of {len(questions)} is empty; expected some text."
-          " Leave it out."
-        )
-      check_text(question, f"Question {number} of {len(questions)}")
+  def sample(self, questions: Sequence[str]) -> Float[np.ndarray, "B R"] | None:
+    """Returns what a certificate is measured with; None: passages."""
+    return self.embed_questions(questions) if questions else None
+
+  @property
+  def speed_secs(self) -> float:
+    """How long each batch size is timed for a certificate."""
+    return self.content["plan"].get("speed_secs", 1.0)
+
+
+@contextlib.contextmanager
+def locked(
+  path: epath.PathLike, *, again: str, wait: bool
+) -> Iterator[OpenedDirectory]:
+  """Yields the opened directory, which nobody else writes to meanwhile.
+
+  Old versions, and what an interrupted update left, are removed before and
+  after.
+
+  Args:
+    path: the directory.
+    again: what to do after the disk was full, for instance "update again".
+    wait: for another process that writes there; False: raise.
+
+  Raises:
+    FileNotFoundError: the directory does not exist.
+    ValueError: a file is missing, cut off or changed, or another process writes
+      there.
+    UnwritableError: the disk is full, or nothing may be written there.
+  """
+  path = epath.Path(path).expanduser()
+  # Before the lock, which would make its file in any directory.
+  read_content(path)
+  remedy = f"What was there before is still in use: {again}."
+  with lock(path, kind=KIND, wait=wait, remedy=remedy):
+    versions.remove_unused(root_of(path))
+    yield OpenedDirectory(path)
+    versions.remove_unused(root_of(path))

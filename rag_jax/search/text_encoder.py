@@ -1,7 +1,7 @@
-"""Texts to embeddings, with a checkpoint's encoder and its tokenizer.
+"""The encoder and the tokenizer of a checkpoint, which embed texts.
 
-In: a checkpoint of an encoder, and passages or questions. Out: their tokens as
-the encoder reads them, and embeddings.
+In: the checkpoint of an encoder, and passages or questions. Out: their tokens
+as the encoder reads them, and their embeddings.
 """
 
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ from rag_jax.weights.model_files import load_model
 from rag_jax.weights.model_files import save_model
 
 _TOKENIZER = "tokenizer"  # folder in a saved encoder
-_LONGEST = 256  # tokens, where a checkpoint does not say what it was trained on
-_BATCH = 64  # questions embedded at a time, at most
-_REMEDY = "Build the directory again: python tools/build_index.py."
+_LONGEST = 256  # tokens, if a checkpoint does not name its longest input
+_BATCH = 64  # most questions that are embedded at a time
+_REMEDY = "Build the directory again: rag-jax build-index."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,13 +41,14 @@ class TextEncoder:
   """An encoder of questions or passages, with its tokenizer.
 
   Attributes:
-    kind: of checkpoint it was read from, as in `LoadedEncoder`.
-    params: {"question_encoder": ...}, whatever it embeds.
-    max_tokens: of an input; longer ones are cut.
+    kind: of the checkpoint, as in `LoadedEncoder`.
+    fields: of `EncoderConfig`.
+    params: {"question_encoder": ...}, also for an encoder of passages.
+    max_tokens: of an input; longer inputs are cut.
   """
 
   kind: str
-  fields: dict[str, Any]  # of EncoderConfig
+  fields: dict[str, Any]
   params: PyTree
   tokenizer: Tokenizer
   max_tokens: int
@@ -59,10 +60,9 @@ class TextEncoder:
     return retriever.fingerprint(self.params)
 
   def passage_embedder(self, batch_size: int) -> Embedder:
-    """Returns what embeds passages on all local devices.
+    """Returns an embedder of passages on all local devices.
 
-    Args:
-      batch_size: passages at a time, rounded up to a multiple of the devices.
+    `batch_size` is rounded up to a multiple of the number of devices.
     """
     devices = jax.local_devices()
     batch_size = -(-batch_size // len(devices)) * len(devices)
@@ -72,10 +72,10 @@ class TextEncoder:
   def passage_rows(
     self, tokenized: TokenizedPassages, rows: Int[np.ndarray, "N"]
   ) -> tuple[Int[np.ndarray, "N L"], Bool[np.ndarray, "N L"]]:
-    """Returns what the encoder reads of passages, and the mask.
+    """Returns the tokens of passages as the encoder reads them, and the mask.
 
-    <s> title </s> text </s>, as DPR reads them, and <s> text </s> without a
-    title; <s> is left out where the tokenizer has none.
+    <s> title </s> text </s>, as in DPR, or <s> text </s> without a title. A
+    tokenizer without a start token leaves out <s>.
     """
     first = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
     body = np.asarray(tokenized.tokens[rows], np.int32)
@@ -84,28 +84,32 @@ class TextEncoder:
     lengths = np.asarray(tokenized.lengths[rows])[:, None] + len(first)
     return tokens, np.arange(tokens.shape[1]) < lengths
 
-  def question_rows(
+  def _question_rows(
     self, questions: Sequence[str]
-  ) -> tuple[Int[np.ndarray, "B Q"], Bool[np.ndarray, "B Q"], int]:
-    """Returns tokens, mask, and how many questions were cut.
+  ) -> tuple[Int[np.ndarray, "B Q"], Bool[np.ndarray, "B Q"]]:
+    """Returns tokens and mask: <s> question </s>, cut before </s>.
 
-    <s> question </s>; Q is the longest, rounded up.
+    Q is the length of the longest question, rounded up.
     """
     tokenizer = self.tokenizer
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = tokenizer.encode(questions)
-    rows = [[*start, *row, tokenizer.eos_id] for row in ids]
-    longest = max(map(len, rows), default=1)
-    return _padded(rows, padded_length(longest, self.max_tokens), tokenizer)
+    rows = [[*start, *ids] for ids in tokenizer.encode(questions)]
+    length = padded_length(max(map(len, rows)) + 1, self.max_tokens)
+    tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
+    lengths = np.zeros(len(rows), np.int32)
+    for i, row in enumerate(rows):
+      row = [*row[: length - 1], tokenizer.eos_id]
+      tokens[i, : len(row)], lengths[i] = row, len(row)
+    return tokens, np.arange(length) < lengths[:, None]
 
   def embed_questions(
     self, embedder: Embedder, questions: Sequence[str]
   ) -> Float[np.ndarray, "B R"]:
-    """Returns the embeddings of questions, of which there may be none."""
+    """Returns the embeddings of any number of questions."""
     blocks = [np.zeros((0, embedder.embedding_dim(self.params)), np.float32)]
     for start in range(0, len(questions), _BATCH):
-      tokens, mask, _ = self.question_rows(questions[start : start + _BATCH])
-      # Filled up with the last: few shapes are few compilations.
+      tokens, mask = self._question_rows(questions[start : start + _BATCH])
+      # Repeating the last row to a power of 2 compiles for few shapes.
       size = 1 << (len(tokens) - 1).bit_length()
       rows = np.minimum(np.arange(size), len(tokens) - 1)
       block = embedder.questions(self.params, tokens[rows], mask[rows])
@@ -113,36 +117,22 @@ class TextEncoder:
     return np.concatenate(blocks)
 
 
-def _padded(
-  rows: Sequence[list[int]], length: int, tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray, int]:
-  """Returns tokens, mask, and how many rows were cut; these keep their end."""
-  tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
-  lengths = np.array([len(row) for row in rows], np.int32).reshape(-1)
-  for i, row in enumerate(rows):
-    if len(row) > length:
-      row = [*row[: length - 1], tokenizer.eos_id]
-    tokens[i, : len(row)] = row
-  mask = np.arange(length) < lengths[:, None]
-  return tokens, mask, int(np.sum(lengths > length))
-
-
 def open_checkpoint(
   where: epath.PathLike, role: Literal["question", "passage"]
 ) -> TextEncoder:
-  """Returns the encoder of a checkpoint, a directory or "hf:ORG/NAME".
+  """Returns the encoder of a checkpoint: a directory or "hf:ORG/NAME".
 
   Raises:
     FileNotFoundError: there is no checkpoint, or no tokenizer in it.
-    ValueError: it is damaged, of an unsupported architecture, or of the other
-      role.
+    ValueError: it is damaged, has an unsupported architecture, or is DPR's
+      encoder for the other role.
   """
   loaded = load_encoder(str(where), role)
   other = {"question": "dpr_context", "passage": "dpr_question"}[role]
   if loaded.kind == other:
     raise ValueError(
       f"{where} is a {loaded.kind} encoder, but it is to embed {role}s; DPR has"
-      " one encoder for each. Give the other one."
+      " an encoder for questions and another for passages. Give the other one."
     )
   if not loaded.tokenizer:
     raise FileNotFoundError(
@@ -164,9 +154,9 @@ def save_encoder(
   """Writes an encoder to directory `path`, its manifest last.
 
   Args:
-    encoder: what `open_checkpoint` returned.
+    encoder: to save.
     path: the directory to write.
-    where: the checkpoint it was opened from, for the manifest.
+    where: the checkpoint that it was opened from, for the manifest.
   """
   encoder.tokenizer.save(epath.Path(path) / _TOKENIZER)
   content = {
@@ -179,7 +169,7 @@ def save_encoder(
 
 
 def load_saved_encoder(path: epath.PathLike) -> TextEncoder:
-  """Returns what `save_encoder` wrote.
+  """Returns the encoder that `save_encoder` wrote.
 
   Raises:
     FileNotFoundError: nothing was saved there.

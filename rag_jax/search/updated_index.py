@@ -1,8 +1,8 @@
-"""An index of which some passages are gone, and to which others were added.
+"""An index after passages were deleted and others added.
 
-In: an index that was built once, its rows that are gone, and the embeddings
-that came since. Out: an `Index` of what is left, numbered from 0 without gaps,
-as `search.updated_passages` numbers the texts.
+In: an index as it was built, its deleted rows, and the embeddings that were
+added. Out: an `Index` of the passages that are left, numbered from 0 without
+gaps, as `search.updated_passages` numbers their texts.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from rag_jax.retrieval.index_core import Index
 from rag_jax.retrieval.index_core import check_search
 from rag_jax.search.updated_passages import Gaps
 
-_SPARE = 16  # passages of the base asked for beside those that are needed
+_SPARE = 16  # least number of extra passages that the base is asked for
 
 
 class UpdatedIndex(Index):
-  """Searched like the index that it began as, and exactly among what came."""
+  """Searches the base with its own method, and added passages exactly."""
 
   def __init__(
     self,
@@ -34,13 +34,13 @@ class UpdatedIndex(Index):
     *,
     passages_fingerprint: str,
   ):
-    """Reads nothing yet of the base's embeddings.
+    """Does not read the embeddings of the base yet.
 
     Args:
-      base: what was built once.
-      gone: its rows that are not found any more, rising.
+      base: the index as it was built.
+      gone: its deleted rows, in rising order.
       added: embeddings that follow its last row.
-      passages_fingerprint: of the passages that are left and those that came.
+      passages_fingerprint: of the passages that are left, with those added.
     """
     self._gaps = Gaps(gone)
     self._is_gone = np.zeros(base.num_passages, bool)
@@ -63,16 +63,16 @@ class UpdatedIndex(Index):
     embeddings = SelectedRows(
       JoinedRows([base.embeddings, added]), num_passages, self._gaps.rows
     )
-    # A mark for each passage of the base says whether it is gone.
+    # One byte per passage of the base says whether it is deleted.
     size = base.memory_bytes + added.nbytes + base.num_passages
     super().__init__(info, embeddings, size)
     self._exact_added = self._exact(added) if len(added) else None
 
   @property
   def changed_share(self) -> float:
-    """Passages that went or came since the base was built, by its passages.
+    """Deleted and added passages, as a share of the passages of the base.
 
-    At most 1: where more came than were there, nothing is as it was.
+    It is 1 also if more passages were added than the base has.
     """
     changed = len(self._gaps.gone) + len(self.added)
     return min(changed / self.base.num_passages, 1.0)
@@ -99,7 +99,7 @@ class UpdatedIndex(Index):
   def _search_base(
     self, questions: np.ndarray, n_docs: int
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the best n_docs or more of the base; what is gone scores -inf."""
+    """Returns the best passages of the base; deleted ones score -inf."""
     num_gone = len(self._gaps.gone)
     rows = np.zeros((len(questions), n_docs), np.int32)
     scores = np.full((len(questions), n_docs), -np.inf, np.float32)
@@ -115,7 +115,7 @@ class UpdatedIndex(Index):
       found, found_scores = sharded.merge(found, found_scores, n_docs)
       width = found.shape[1]
       rows[todo, :width], scores[todo, :width] = found, found_scores
-      # What is gone may lie together around a question: ask for more.
+      # All passages near a question may be deleted: ask for more.
       short = np.sum(found_scores > -np.inf, axis=1) < needed
       todo, spare = todo[short & (asked < most)], 4 * spare
     return rows, scores
@@ -128,5 +128,5 @@ class UpdatedIndex(Index):
     )
 
   def save(self, path: epath.PathLike) -> None:
-    """Writes it to directory `path`, as an exact index of what is left."""
+    """Writes the passages that are left to `path`, as an exact index."""
     self._exact(np.asarray(self.embeddings)).save(path)

@@ -1,7 +1,7 @@
-"""Passages of which some are gone, and others came behind them.
+"""Passages after some were deleted and others added behind them.
 
-In: two stores, and which rows of the first are gone. Out: what is left as one,
-numbered from 0 without gaps, like a store that was written of it.
+In: two stores, and the deleted rows of the first. Out: the passages that are
+left as one sequence, numbered from 0 without gaps, like a store of their own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,28 +15,28 @@ from rag_jax.corpus.store import PassageStore
 
 
 class Gaps:
-  """Rows of which some are gone; the others are numbered from 0 on.
+  """Rows of which some are deleted; the others are numbered from 0 on.
 
-  In memory are 16 bytes for each that is gone, none for the others.
+  It takes 16 bytes of memory per deleted row.
   """
 
   def __init__(self, gone: Int[np.ndarray, "G"]):
-    """Takes the rows that are gone, rising."""
+    """Takes the deleted rows, in rising order."""
     self.gone = np.asarray(gone, np.int64)
-    # How many rows that are left lie before each of them.
+    # How many rows that are left lie before each deleted row.
     self._left_before = self.gone - np.arange(len(self.gone))
 
   def rows(self, numbers: Int[np.ndarray, "*N"]) -> Int[np.ndarray, "*N"]:
     """Returns the rows that have these numbers."""
     before = np.searchsorted(self._left_before, numbers, "right")
-    return np.asarray(numbers + before)  # of a single one too
+    return np.asarray(numbers + before)  # also of a single number
 
   def numbers(self, rows: Int[np.ndarray, "*N"]) -> Int[np.ndarray, "*N"]:
-    """Returns the numbers of rows that are left."""
+    """Returns the numbers of rows that are not deleted."""
     return np.asarray(rows - np.searchsorted(self.gone, rows, "left"))
 
   def is_gone(self, row: int) -> bool:
-    """Returns whether there is no number for a row."""
+    """Returns whether a row is deleted."""
     at = np.searchsorted(self.gone, row, "left")
     return bool(at < len(self.gone) and self.gone[at] == row)
 
@@ -45,10 +45,10 @@ class UpdatedPassages(Passages):
   """What is left of a store, then all of another. Threads may share it.
 
   Attributes:
-    origin: of the first, for messages.
-    base: the first.
-    added: the second; None: nothing came.
-    gaps: which rows of the first are gone.
+    origin: of the first store, for messages.
+    base: the first store.
+    added: the second store; None: nothing was added.
+    gaps: the deleted rows of the first store.
   """
 
   def __init__(
@@ -62,10 +62,10 @@ class UpdatedPassages(Passages):
 
     Args:
       base: the first store.
-      gone: its rows that are gone, rising.
+      gone: its deleted rows, in rising order.
       added: the second store.
-      fingerprint: of the result, if it is known; else it is taken when it is
-        asked for, which reads everything.
+      fingerprint: of the result; "": it is computed when it is needed, which
+        reads every passage.
     """
     self.origin = base.origin
     self.base, self.added = base, added

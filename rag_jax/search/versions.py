@@ -1,11 +1,11 @@
 """The versions of a search directory that was updated.
 
 In: what was built, and the folder `updates` beside it. Out: the version that is
-in use. A version names the rows of what was built that are gone, and holds what
-came: it shares all else with the others.
+in use. A version names the rows of the build that it deletes, and holds the
+passages that it adds; it shares everything else with the other versions.
 
-    updates/CURRENT      the version in use and the digest of its manifest; or
-                         "built", before the first update
+    updates/CURRENT      the name of the version in use and the digest of its
+                         manifest; or "built", before the first update
     updates/v000001/     gone.npy, embeddings.npy, passages/, twins/, bm25/, and
                          the manifest, written last, with the certificate
 """
@@ -40,26 +40,23 @@ from rag_jax.search.updated_passages import UpdatedPassages
 UPDATES = "updates"
 CURRENT = "CURRENT"
 VERSION, COMPACTED = "v", "b"  # the first letter of a folder's name
-# Of what was built, and of versions.
+# Names in what was built, and in each version.
 PASSAGES, INDEX, BM25, TWINS = "passages", "index", "bm25", "twins"
-KEEP = 2  # versions: who just opened the one before can go on opening it
-
-# In CURRENT, from the build on: whether there was an update is never guessed.
+KEEP = 2  # versions; a reader may be opening the one before the newest
+# In CURRENT since the build, so that a missing file is never taken for "there
+# was no update".
 _BUILT = "built\n"
 _FILES = re.compile(r"CURRENT|v\d{6}")
-_NAME = re.compile(r"[vb]\d{6}")
-# In the manifests of versions whose digest stands in CURRENT: of all but those
-# that an older rag_jax wrote.
+# In the manifests of versions whose digest stands in CURRENT. Only versions
+# that an older rag_jax wrote do not have it.
 MARK = {"digest_in": CURRENT}
 _LINE = re.compile(r"(v\d{6})(?: ([0-9a-f]{64}))?\n")
 _UNFINISHED_VERSION = re.compile(r"\.(CURRENT|[vb]\d{6})\.[0-9a-f]+\.tmp")
-
-# What an update or a compaction that was killed leaves beside what was built.
+# What an interrupted update or compaction leaves beside what was built.
 UNFINISHED = re.compile(
   r"\.(passages|twins|index|bm25|updates|b\d{6})\.[0-9a-f]+\.tmp"
 )
-BASE = re.compile(r"b\d{6}")  # names of folders: what was compacted
-
+BASE = re.compile(r"b\d{6}")  # names of the folders that compacting writes
 _BASE_KIND = "base of a search directory"
 _BASE_FORMAT = 1  # raise when the files of a base change their meaning
 _KIND = "version of a search directory"
@@ -70,16 +67,16 @@ _GONE, _EMBEDDINGS = "gone.npy", "embeddings.npy"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SearchVersion:
-  """What is searched. It never changes: who holds one reads one state.
+  """What is searched. It is immutable: who holds one reads one state.
 
   Attributes:
-    name: of the version; "": what was built, never updated.
+    name: of the version; "": what was built, without updates.
     passages: row = passage number of both indexes.
     index: over the embeddings.
-    bm25: over the words; None if they were left out.
-    bm25_path: where it was opened.
-    twins: passages whose text one of `passages` has; None: nobody knows, of
-      directories that were built before they were kept.
+    bm25: over the words; None if the build left it out.
+    bm25_path: the folder of `bm25`.
+    twins: passages with the title and text of one of `passages`; None: unknown,
+      in directories that were built before twins were kept.
   """
 
   name: str
@@ -90,12 +87,12 @@ class SearchVersion:
   twins: Twins | None
 
   def twins_of(self, row: int) -> tuple[Passage, ...]:
-    """Returns the passages that have the title and text of one, if known."""
+    """Returns the known passages with the title and text of passage `row`."""
     return self.twins.of(row) if self.twins else ()
 
 
 def start_updates(path: epath.Path) -> None:
-  """Says that there was no update yet, unless it is known already."""
+  """Writes that there was no update yet, unless `CURRENT` exists."""
   updates = path / UPDATES
   updates.mkdir(exist_ok=True)
   if not (updates / CURRENT).exists():
@@ -104,11 +101,11 @@ def start_updates(path: epath.Path) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Current:
-  """What `CURRENT` says.
+  """The content of the file `CURRENT`.
 
   Attributes:
-    name: of the version in use.
-    digest: of its manifest; "": written before there was one.
+    name: of the version in use; "": what was built.
+    digest: of its manifest; "": an older rag_jax wrote none.
   """
 
   name: str
@@ -119,17 +116,17 @@ def current(path: epath.Path, *, always: bool) -> Current:
   """Returns the version in use; its name is "" if there was no update.
 
   Args:
-    path: of the search directory.
-    always: whether it was built with the file that says so. Directories of
-      before got it with their first update.
+    path: the search directory.
+    always: whether the build wrote `CURRENT`. Older directories got it with
+      their first update.
 
   Raises:
-    ValueError: nobody can tell which version it is.
+    ValueError: `CURRENT` is missing, is a link, or names no version.
   """
   updates = path / UPDATES
   file = updates / CURRENT
   if not file.exists() and not os.path.islink(file):
-    named = names(updates) if updates.exists() else []
+    named = names(updates)
     if always or named:
       raise ValueError(
         f"There is no {UPDATES}/{CURRENT} in {path}, so nobody can"
@@ -138,21 +135,10 @@ def current(path: epath.Path, *, always: bool) -> Current:
         f" removed. {_REMEDY}"
       )
     return Current("", "")
-  if disk.read_own(file, remedy=_REMEDY) == _BUILT.encode():
+  # A byte that is not UTF-8 is reported like any other damage.
+  text = disk.read_own(file, remedy=_REMEDY).decode("utf-8", errors="replace")
+  if text == _BUILT:
     return Current("", "")
-  return _read_current(updates)
-
-
-def _read_current(path: epath.Path) -> Current:
-  """Returns what says which version is in use.
-
-  Raises:
-    ValueError: it is no name, or a link.
-  """
-  file = path / CURRENT
-  data = disk.read_own(file, remedy=_REMEDY)
-  # A byte that is no UTF-8 is a damage like any other.
-  text = data.decode("utf-8", errors="replace")
   line = _LINE.fullmatch(text)
   if line is None:
     raise ValueError(
@@ -163,14 +149,18 @@ def _read_current(path: epath.Path) -> Current:
 
 
 def check_current(path: epath.Path, current: Current) -> None:
-  """Checks that the version in use is the one that was put into use.
+  """Checks that the version in use has the manifest it had when it was written.
+
+  Args:
+    path: the folder of the versions.
+    current: what `CURRENT` in it says.
 
   Raises:
     FileNotFoundError: there is no such version.
-    ValueError: its manifest is another than when it was put into use.
+    ValueError: its manifest was replaced or changed.
   """
   manifest = path / current.name / artifacts.MANIFEST
-  if not current.name:  # of a search directory that was never updated
+  if not current.name:  # there was no update
     pass
   elif not manifest.exists():
     raise FileNotFoundError(
@@ -180,31 +170,31 @@ def check_current(path: epath.Path, current: Current) -> None:
     )
   elif not current.digest and not _has_digest(manifest):
     logging.warning(
-      "%s has no digest of %s: an older version wrote it. Nobody can tell"
-      " whether it is the version that was in use; the next update adds one.",
+      "%s has no digest of %s: an older version of rag_jax wrote it. Nobody can"
+      " tell whether that version was in use; the next update adds a digest.",
       *(path / CURRENT, current.name),
     )
   elif artifacts.manifest_digest(path / current.name) != current.digest:
     raise ValueError(
       f"{path / CURRENT} is not what was written there, or {current.name} is"
-      " another than was put into use: the digest of its manifest is not"
-      f" {current.digest[:12]}. Expected both from one copy of the directory."
-      f" {_REMEDY}"
+      " another version than the update wrote: the digest of its manifest is"
+      f" not {current.digest[:12]}. Expected both from one copy of the"
+      f" directory. {_REMEDY}"
     )
   later = [name for name in names(path) if name > current.name]
   if later:
     logging.warning(
-      "%s holds %s, later than %s, which is in use: an update was cut off just"
-      " before its end, or %s was set back to an older one.",
+      "%s holds %s, later than %s, which is in use: an update was interrupted"
+      " just before its end, or %s was set back to an older version.",
       *(path, ", ".join(later), current.name or "what was built", CURRENT),
     )
 
 
 def _has_digest(manifest: epath.Path) -> bool:
-  """Returns whether a version was put into use with a digest in `CURRENT`."""
+  """Returns whether the digest of a version was written to `CURRENT`."""
   with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
     return MARK.items() <= json.loads(manifest.read_bytes())["content"].items()
-  return True  # damaged, which nobody calls old
+  return True  # a damaged manifest is never taken for an old one
 
 
 def open_current(
@@ -213,39 +203,30 @@ def open_current(
   """Returns the version in use.
 
   Args:
-    path: of the search directory.
-    passages: that it was built of.
-    index: that was built.
-    always: as `current`.
+    path: the search directory.
+    passages: the passages as they were built.
+    index: the index as it was built.
+    always: as in `current`.
 
   Raises:
-    FileNotFoundError: the version is gone.
-    ValueError: its files are missing, cut off or changed, or others lie there.
+    FileNotFoundError: the version does not exist.
+    ValueError: a file of it is missing, cut off or changed, or there are files
+      that do not belong there.
   """
   while True:
     now = current(path, always=always)
     try:
       _check_names(path / UPDATES)
       check_current(path / UPDATES, now)
-      if now.name:
-        return _open(path, now.name, passages, index)
-      words = path / BM25
-      return SearchVersion(
-        "",
-        passages,
-        index,
-        open_words(words, passages.fingerprint),
-        words,
-        _open_twins(path / TWINS),
-      )
+      return _open(path, now.name, passages, index)
     except (FileNotFoundError, ValueError):
-      # It may have been removed just now, because newer ones are there.
+      # An update may have removed the version since `CURRENT` was read.
       if current(path, always=always) == now:
         raise
 
 
 def _check_names(updates: epath.Path) -> None:
-  """Raises `ValueError` if something else lies among the versions."""
+  """Raises `ValueError` if there are other files among the versions."""
   if not updates.exists():
     return
   artifacts.check_no_links(updates, _REMEDY)
@@ -262,21 +243,27 @@ def _check_names(updates: epath.Path) -> None:
     )
 
 
-def open_words(path: epath.Path, passages_fingerprint: str) -> Bm25Index | None:
-  """Returns the index of words in a directory; None if there is none."""
-  if not path.exists():
-    return None
-  return Bm25Index.load(path, passages_fingerprint=passages_fingerprint)
-
-
-def _open_twins(path: epath.Path) -> Twins | None:
-  return open_twins(path) if path.exists() else None
-
-
 def _open(
   path: epath.Path, name: str, passages: PassageStore, index: Index
 ) -> SearchVersion:
-  folder = path / UPDATES / name
+  """Opens one version of the search directory; "": what was built."""
+  folder, fingerprint = path, passages.fingerprint
+  now: PassageStore | UpdatedPassages = passages
+  if name:
+    folder = path / UPDATES / name
+    now, index = _open_update(path, folder, passages, index)
+    fingerprint = now.fingerprint
+  words = None
+  if (folder / BM25).exists():
+    words = Bm25Index.load(folder / BM25, passages_fingerprint=fingerprint)
+  twins = open_twins(folder / TWINS) if (folder / TWINS).exists() else None
+  return SearchVersion(name, now, index, words, folder / BM25, twins)
+
+
+def _open_update(
+  path: epath.Path, folder: epath.Path, passages: PassageStore, index: Index
+) -> tuple[UpdatedPassages, UpdatedIndex]:
+  """Returns the passages and the index of the version in `folder`."""
   content = artifacts.read_manifest(
     folder, kind=_KIND, format=_FORMAT, remedy=_REMEDY, nested=True
   )
@@ -289,7 +276,7 @@ def _open(
   if artifacts.manifest_digest(path) != content["base_manifest"]:
     raise ValueError(
       f"{folder} is an update of another build: the manifest of {path} is not"
-      f" the one that it was made of. Expected both from one copy. {_REMEDY}"
+      f" the one that was updated. Expected both from one copy. {_REMEDY}"
     )
   fingerprint = content["passages_fingerprint"]
   gone = np.array(read_array(folder / _GONE, _REMEDY))
@@ -297,26 +284,19 @@ def _open(
   store = None
   if len(added):
     store = PassageStore(folder / PASSAGES)
-    # Opens each file now: what is read later may have been removed by then.
+    # Opens each file now: a later update may remove them.
     store.get(range(0, len(store), content["passages_per_shard"]))
   updated = UpdatedIndex(index, gone, added, passages_fingerprint=fingerprint)
   updated.certificate = Certificate.from_content(
     content["certificate"], f"{folder}/{artifacts.MANIFEST}"
   )
-  return SearchVersion(
-    name,
-    UpdatedPassages(passages, gone, store, fingerprint),
-    updated,
-    open_words(folder / BM25, fingerprint),
-    folder / BM25,
-    _open_twins(folder / TWINS),
-  )
+  return UpdatedPassages(passages, gone, store, fingerprint), updated
 
 
 def add(
   path: epath.Path, letter: str, save: Callable[[epath.Path], None]
 ) -> str:
-  """Returns the name of a new version or base, complete, that `save` wrote."""
+  """Returns the name of a new version or base, which `save` wrote."""
   last = max(names(path, letter), default=f"{letter}0")
   name = f"{letter}{int(last[1:]) + 1:06d}"
   temp = artifacts.temp_path(path / name)
@@ -326,17 +306,16 @@ def add(
 
 
 def switch(path: epath.Path, name: str) -> None:
-  """Names the version to read from now on."""
+  """Writes to `CURRENT` in `path` which version to read from now on."""
   digest = artifacts.manifest_digest(path / name)
   artifacts.write_atomically(path / CURRENT, f"{name} {digest}\n")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Draft:
-  """A version that is not in use yet, in a folder that is not finished."""
+  """A version that is being written, in a folder without a manifest."""
 
   folder: epath.Path
-  gone: Int[np.ndarray, "G"]
   passages: UpdatedPassages
   index: UpdatedIndex
 
@@ -348,14 +327,14 @@ def draft(
   added: Sequence[Passage],
   embeddings: Float[np.ndarray, "D R"],
 ) -> Draft:
-  """Writes what came into a new folder, and opens what would be searched.
+  """Writes added passages and deleted rows to a new folder, and opens both.
 
   Args:
-    folder: of the version, until it is finished.
-    built: the passages and index below all versions.
-    gone: their rows that are gone, rising.
-    added: passages that came, since the directory was built.
-    embeddings: of these.
+    folder: of the version.
+    built: passages and index as they were built.
+    gone: deleted rows of these, in rising order.
+    added: all passages that were added since the build.
+    embeddings: of `added`.
   """
   passages, index = built
   artifacts.start_directory(folder)
@@ -366,7 +345,7 @@ def draft(
   updated = UpdatedIndex(
     index, gone, embeddings, passages_fingerprint=now.fingerprint
   )
-  return Draft(folder, gone, now, updated)
+  return Draft(folder, now, updated)
 
 
 def finish(path: epath.Path, made: Draft) -> None:
@@ -391,7 +370,7 @@ def finish(path: epath.Path, made: Draft) -> None:
 
 
 def finish_base(folder: epath.Path, passages_fingerprint: str) -> None:
-  """Writes the manifest of what was compacted, never updated yet."""
+  """Writes the manifest of a compacted base, which has no updates yet."""
   start_updates(folder)
   artifacts.write_manifest(
     folder,
@@ -404,7 +383,7 @@ def finish_base(folder: epath.Path, passages_fingerprint: str) -> None:
 
 
 def check_base(folder: epath.Path) -> None:
-  """Raises as `artifacts.read_manifest` unless what was compacted is whole."""
+  """Checks the files of a compacted base; raises as `read_manifest`."""
   artifacts.read_manifest(
     folder,
     kind=_BASE_KIND,
@@ -416,38 +395,37 @@ def check_base(folder: epath.Path) -> None:
 
 
 def remove_unused(path: epath.Path) -> None:
-  """Removes old versions and what a killed update left; needs the lock.
+  """Removes old versions and what an interrupted update left.
 
-  Whoever has opened one of them goes on reading it.
+  The caller holds the lock. Who has an old version open can still read it.
   """
   updates = path / UPDATES
   if not updates.exists():
     return
   now = current(path, always=False).name
-  named = names(updates)
-  kept = [name for name in named if name <= now][-KEEP:]
-  for name in named:
-    # Later ones stay until they are older than that: CURRENT may have been set
-    # back by mistake.
-    if name < now and name not in kept:
-      retire(updates, name)
-  remove_unfinished(updates)
+  # Versions later than the one in use stay: CURRENT may have been set back by
+  # mistake.
+  for name in [name for name in names(updates) if name <= now][:-KEEP]:
+    retire(updates, name)
+  remove_unfinished(updates, _UNFINISHED_VERSION)
 
 
 def retire(path: epath.Path, name: str) -> None:
-  """Makes a version or base what `remove_unfinished` removes."""
-  # Half a version is never met under its name.
+  """Renames a file or folder in `path` to what `remove_unfinished` removes.
+
+  Removing takes time, and a half-removed folder must not keep its name.
+  """
   os.rename(path / name, artifacts.temp_path(path / name))
 
 
-def remove_unfinished(path: epath.Path) -> None:
-  """Removes what a writer left that was killed; call it with the lock."""
+def remove_unfinished(path: epath.Path, pattern: re.Pattern[str]) -> None:
+  """Removes files that an interrupted writer left; the caller has the lock."""
   for left in path.iterdir():
-    if _UNFINISHED_VERSION.fullmatch(left.name):
+    if pattern.fullmatch(left.name):
       left.rmtree() if left.is_dir() else left.unlink()
 
 
 def names(path: epath.Path, letter: str = VERSION) -> list[str]:
   """Returns the names of all versions or bases, the oldest first."""
   found = [p.name for p in path.iterdir()] if path.exists() else []
-  return sorted(n for n in found if _NAME.fullmatch(n) and n[0] == letter)
+  return sorted(n for n in found if re.fullmatch(rf"{letter}\d{{6}}", n))

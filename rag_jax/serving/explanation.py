@@ -27,11 +27,9 @@ def explain(
 ) -> str:
   """Returns the answer and the passages that were read for it, as text.
 
-  It says so if the model is not sure: see `is_sure`.
-
-  `p(z|x)` is the prior: how much the retriever trusted a passage before an
-  answer was written. `p(z|x,y)` is the posterior: how much of the answer the
-  passage explains.
+  The text also says if the model is not sure: see `is_sure`. `p(z|x)` is the
+  prior, which the retriever gives a passage before an answer is written.
+  `p(z|x,y)` is the posterior: how much of the answer the passage explains.
   """
   probability = math.exp(answer.log_prob)
   text = one_line(answer.text) or "(no answer)"
@@ -75,9 +73,9 @@ def is_sure(
   Args:
     answer: with the documents that were read for it.
     sure: the least probability of a sure answer.
-    least_score: the least score of its best document. The generator alone can
-      be sure of an answer that it copies from a passage about something else:
-      about Atlantic County, if asked about Atlantis.
+    least_score: the least score of its best document. Without this limit, the
+      generator can be sure of an answer that it copies from a passage about
+      something else: about Atlantic County, if asked about Atlantis.
   """
   return math.exp(answer.log_prob) >= sure and _best(answer) >= least_score
 
@@ -99,7 +97,7 @@ def _columns(text: str) -> int:
   return sum(
     0
     if unicodedata.category(c)
-    in ("Mn", "Me", "Cf")  # over the one before, or unseen
+    in ("Mn", "Me", "Cf")  # combining or invisible characters
     else 1 + (unicodedata.east_asian_width(c) in "WF")
     for c in text
   )

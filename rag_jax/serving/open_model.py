@@ -1,9 +1,9 @@
 """Opens a RAG checkpoint to answer questions, without a training run.
 
-In: a RAG directory in the layout of transformers or as tools/convert_hf.py
-wrote it, and a corpus: a search directory, documents, or passages. Out: the
-parts of a `RagPipeline`. Settings come from the checkpoint, and contexts are
-formatted as by `RagRetriever`.
+In: a RAG directory of transformers, or one that rag-jax convert-hf wrote; and a
+corpus: a search directory, documents, or passages. Out: the parts of a
+`RagPipeline`. The settings come from the checkpoint, and contexts have the
+format of `RagRetriever`.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import fingerprint
 from rag_jax.search.directory import ENCODER
-from rag_jax.search.directory import SearchDirectory
+from rag_jax.search.directory import OpenedDirectory
 from rag_jax.search.directory import root_of
 from rag_jax.search.versions import PASSAGES
 from rag_jax.weights.init_from import Initial
@@ -49,7 +49,7 @@ from rag_jax.weights.saved import origin_of
 
 
 def is_search_directory(corpus: epath.PathLike) -> bool:
-  """Returns whether `corpus` is what tools/build_index.py wrote."""
+  """Returns whether `corpus` is what rag-jax build-index wrote."""
   if not str(corpus) or not artifacts.is_local(corpus):
     return False
   path = epath.Path(corpus).expanduser()
@@ -61,22 +61,21 @@ def open_corpus(corpus: epath.PathLike) -> Passages:
   """Returns the passages of `corpus`.
 
   Args:
-    corpus: passages, named as in the setting data.passages; or a search
-      directory, whose newest version is opened; or documents, a folder or file
-      that `corpus.documents.read_documents` reads, which are split into
+    corpus: passages, named as in the setting data.passages; a search directory,
+      whose newest version is opened; or documents as
+      `corpus.documents.read_documents` reads them, which are split into
       passages of 100 words.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: a record cannot be used, with its file and line; or there are
-      no records.
+    ValueError: there are no records, or one cannot be used; the message names
+      its file and line.
   """
   if is_search_directory(corpus):
-    return SearchDirectory(corpus).passages
+    return OpenedDirectory(corpus).passages
   if is_passages(str(corpus)):
     return load_passages(str(corpus))
   bad_records = BadRecords("fail")
-  # Equal texts become one passage.
   passages = list(
     read_passages(str(corpus), SplitConfig(), bad_records=bad_records)
   )
@@ -86,30 +85,32 @@ def open_corpus(corpus: epath.PathLike) -> Passages:
   return PassageList(passages, origin=str(corpus))
 
 
-# Embedded the passages that facebook/rag-* were trained with.
+def fit_to_serving(config: Config, passages: Passages) -> None:
+  """Limits n_docs to the passages there are, and the mesh to one device."""
+  config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
+  if len(passages) < config.data.n_docs:
+    logging.warning(
+      "%s has %d passages, fewer than the %d documents that the model reads;"
+      " all are read for each question.",
+      *(passages.origin, len(passages), config.data.n_docs),
+    )
+    config.data.n_docs = len(passages)
+
+
+# The encoder of the passages that facebook/rag-* were trained with.
 _OF_FACEBOOK = "hf:facebook/dpr-ctx_encoder-multiset-base"
 _FACEBOOK = re.compile(r"hf:facebook/rag-(token|sequence)-")
 
-_LONGEST = 512  # tokens of a question or passage, without a position table
-_DEFAULT_MAX_LENGTH = 20  # of RAG-Token in transformers, if none is given
+_LONGEST = 512  # tokens of a question or passage, if positions have no limit
+_DEFAULT_MAX_LENGTH = 20  # of RAG-Token in transformers
 _BATCH = 32  # passages embedded at a time
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class OpenModel:
-  """The parts of a pipeline that answers questions."""
-
-  experiment: Experiment
-  params: PyTree
-  index: Index
-  decoder: RagDecoder
 
 
 def default_passage_encoder(model: str) -> str:
   """Returns the checkpoint that embeds passages for `model`; "": its own.
 
-  facebook/rag-* have no passage encoder: another checkpoint embedded the
-  passages of their index.
+  facebook/rag-* have no passage encoder: their index was embedded with another
+  checkpoint.
   """
   return _OF_FACEBOOK if _FACEBOOK.match(origin_of(model)) else ""
 
@@ -122,20 +123,23 @@ def open_model(
   mode: str = "",
   generation: Mapping[str, Any] | None = None,
   hf_parity: bool = True,
-) -> OpenModel:
+) -> tuple[Experiment, PyTree, Index, RagDecoder]:
   """Opens a RAG checkpoint over a corpus.
 
   Args:
-    model: a directory or "hf:ORG/NAME": of transformers, or of ours.
+    model: a directory or "hf:ORG/NAME", of transformers or of rag_jax.
     corpus: a search directory, whose embeddings are searched; or what
       `open_corpus` reads, which is embedded now.
-    passage_encoder: the checkpoint that embeds or embedded the passages; "":
-      the model's own encoder.
+    passage_encoder: the checkpoint that embeds the passages, or embedded those
+      of the search directory; "": the model's own encoder.
     mode: one of `decoding.rag.MODES`; "": as the checkpoint was trained.
-    generation: settings by the names of generation_config.json; they override
-      the checkpoint's.
-    hf_parity: reproduce the defects of transformers in ranking and writing;
-      False ranks by the likelihood.
+    generation: settings by the names of generation_config.json, which override
+      those of the checkpoint.
+    hf_parity: reproduce the defects of transformers in decoding and ranking;
+      False: rank by the likelihood.
+
+  Returns:
+    The arguments of `RagPipeline`.
 
   Raises:
     FileNotFoundError: a file or directory named here is missing.
@@ -157,7 +161,7 @@ def open_model(
         f"{model} holds no passage encoder, and {corpus} holds no embeddings;"
         " expected one of them. Name the encoder that the model was trained"
         f" with, for instance --passage_encoder={_OF_FACEBOOK}, or give a"
-        " search directory (tools/build_index.py) as the corpus."
+        " search directory (rag-jax build-index) as the corpus."
       )
   config = _config(rag, settings, passages, embeds=index is None)
   params = {"question_encoder": rag.question_encoder.params}
@@ -189,7 +193,7 @@ def open_model(
     logging.info("Embedding %d passages of %s.", len(passages), corpus)
     retriever = {k: v for k, v in params.items() if k != "generator"}
     index = experiment.index_builder.build(retriever)
-  return OpenModel(experiment, params, index, decoder)
+  return experiment, params, index, decoder
 
 
 def _check_tokenizers(model: str, rag: LoadedRag) -> None:
@@ -219,7 +223,7 @@ def _generation(
   if mode == "rag_token" and not any(
     values.get(name) for name in ("max_length", "max_new_tokens")
   ):
-    # RAG-Token counts the start token here; RAG-Sequence writes 20 without it.
+    # In RAG-Token this counts the start token, in RAG-Sequence it does not.
     values["max_length"] = _DEFAULT_MAX_LENGTH
   ids = rag.generator.special_ids
   for name, token in (
@@ -231,7 +235,7 @@ def _generation(
     if token >= 0 and values.get(name) is None:
       values[name] = token
   values.setdefault("do_deduplication", rag.settings.do_deduplication)
-  # One answer is shown, and each call says how many documents to read.
+  # One answer is returned, and each call sets the number of documents.
   values |= {"num_return_sequences": 1, "n_docs": None}
   return GenerationSettings.from_dict(values, f"{model} (how it generates)")
 
@@ -242,7 +246,7 @@ def _passage_encoder(
   """Returns the passage encoder; None if there is none.
 
   Raises:
-    ValueError: its architecture is not that of the question encoder.
+    ValueError: it has another architecture than the question encoder.
   """
   if not named:
     return rag.passage_encoder
@@ -250,8 +254,8 @@ def _passage_encoder(
   if found.kind != "dpr_context":
     raise ValueError(
       f"--passage_encoder={named} is a {found.kind} encoder; expected a DPR"
-      f" passage encoder, since {model} has a DPR question encoder. Give"
-      " another."
+      f" passage encoder, since {model} has a DPR question encoder. Give such"
+      " an encoder."
     )
   different = [
     f"{name}={value!r} and {found.fields[name]!r}"
@@ -273,12 +277,12 @@ def _searched(
   """Returns passages and index of a search directory.
 
   Raises:
-    ValueError: its embeddings are not those that the model can search.
+    ValueError: the model cannot search its embeddings.
   """
-  directory = SearchDirectory(corpus)
+  directory = OpenedDirectory(corpus)
   remedy = (
-    "Build it with the passage encoder that belongs to the model: python"
-    " tools/build_index.py --encoder=PASSAGES --question_encoder=MODEL."
+    "Build it with the passage encoder that belongs to the model:"
+    " rag-jax build-index --encoder=PASSAGES --question_encoder=MODEL."
   )
   kind, width = directory.encoder.kind, directory.index.embedding_dim
   fields = rag.question_encoder.fields
@@ -309,13 +313,13 @@ def _config(
   *,
   embeds: bool,
 ) -> Config:
-  """Returns the config that a training run of this model would have."""
+  """Returns the config of a training run with this model."""
   config, encoder = Config(), rag.question_encoder
   config.loss = f"rag_{rag.settings.kind}"
   config.encoder = dataclasses.replace(
     EncoderConfig(),
     **encoder.fields,
-    tied=not embeds,  # else there is no second tower to build
+    tied=not embeds,  # passages that are embedded already need no tower
     score_scale=encoder.score_scale,
   )
   fields = {  # JSON has lists where the config has tuples
@@ -336,16 +340,8 @@ def _config(
     most = config.generator.max_positions
     data.context_length = min(data.context_length, most)
     data.target_length = min(data.target_length, most)
-  if len(passages) < data.n_docs:
-    logging.warning(
-      "%s has %d passages, fewer than the %d documents that the model reads;"
-      " all are read for each question.",
-      *(passages.origin, len(passages), data.n_docs),
-    )
-    data.n_docs = len(passages)
   small = len(passages) <= config.index.scann_tree_passages
   config.index.kind = "exact" if small else "auto"
   config.index.embed_batch_size = _BATCH
-  # One device answers, however many there are.
-  config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
+  fit_to_serving(config, passages)
   return config

@@ -1,7 +1,7 @@
-"""Answers questions with a finished run or a RAG checkpoint.
+"""Answers questions with the model of a run or with a RAG checkpoint.
 
-In: the workdir of a run or a checkpoint with a corpus, and questions. Out:
-answers, each with its documents.
+In: the workdir of a run that has ended, or a checkpoint and a corpus; and
+questions. Out: answers, each with its documents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,6 @@ from jaxtyping import PyTree
 
 from rag_jax.artifacts import instead_of
 from rag_jax.artifacts import manifest_digest
-from rag_jax.config import MeshConfig
 from rag_jax.config_json import read_config
 from rag_jax.corpus.records import bad_character
 from rag_jax.corpus.records import shorten
@@ -31,6 +30,7 @@ from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import fingerprint
+from rag_jax.serving.open_model import fit_to_serving
 from rag_jax.serving.open_model import open_corpus
 from rag_jax.serving.open_model import open_model
 from rag_jax.training.workdir import Workdir
@@ -48,9 +48,9 @@ class RagPipeline:
     experiment: the config, the passages, the tokenizers and the model.
     params: of the model.
     index: over the embeddings of the passages; None: closed book.
-    answerer: what retrieves, reads and writes.
+    answerer: retrieves documents and decodes answers.
     least_score: the score that the best passage reaches for 99.5 % of the
-      validation questions; -inf: not known. See `explanation.is_sure`.
+      validation questions; -inf: unknown. See `explanation.is_sure`.
   """
 
   def __init__(
@@ -80,11 +80,11 @@ class RagPipeline:
 
     Args:
       workdir: of a run that has ended.
-      corpus: other passages to answer from, as `open_corpus` reads them; the
-        trained retriever embeds them now. "": the passages of the run.
+      corpus: other passages to answer from, as `open_corpus` reads them, which
+        are embedded now; "": the passages of the run.
       mode: one of `decoding.rag.MODES`; "": as in training.
-      generation: settings by the names of generation_config.json; they override
-        those of the run.
+      generation: settings by the names of generation_config.json, which
+        override those of the run.
 
     Raises:
       FileNotFoundError: no run is there, or it has not ended.
@@ -96,7 +96,7 @@ class RagPipeline:
       there = "" if run.path.exists() else f"{instead_of(run.path)} "
       raise FileNotFoundError(
         f"No config.json in {run.path}; expected the --workdir of a training"
-        f" run. {there}Train first: python tools/train.py"
+        f" run. {there}Train first: rag-jax train"
         " --config=configs/quickstart.py --workdir=" + str(run.path)
       )
     params, content = load_model(run.model)
@@ -110,16 +110,8 @@ class RagPipeline:
     if corpus:
       config.index.bm25_path = ""  # it belongs to the passages of the run
     config.decoding.mode = mode or config.decoding.mode
-    # One device answers, on whatever mesh the model was trained.
-    config.mesh = MeshConfig(data=1, fsdp=1, tensor=1)
     passages = open_corpus(str(corpus) or config.data.passages)
-    if len(passages) < config.data.n_docs:
-      logging.warning(
-        "%s has %d passages, fewer than the %d documents per question in"
-        " training; all are read for each question.",
-        *(passages.origin, len(passages), config.data.n_docs),
-      )
-      config.data.n_docs = len(passages)
+    fit_to_serving(config, passages)
     _check_tokenizer(run, content.get("tokenizer_manifest", ""))
     experiment = open_experiment(
       config,
@@ -147,7 +139,7 @@ class RagPipeline:
         encoder_fingerprint=fingerprint(retriever),
         passages_fingerprint=passages.fingerprint,
       )
-    least_score = -math.inf  # older runs have none, nor runs of few questions
+    least_score = -math.inf  # of older runs, and of runs with few questions
     if content.get("least_score") is not None:
       content.check(least_score=float)
       least_score = content["least_score"]
@@ -170,7 +162,7 @@ class RagPipeline:
       "models/rag-token-nq", "runs/documents", generation={"num_beams": 4}
     )
     """
-    opened = open_model(
+    parts = open_model(
       os.fspath(model),
       corpus,
       passage_encoder=passage_encoder,
@@ -178,7 +170,7 @@ class RagPipeline:
       generation=generation,
       hf_parity=hf_parity,
     )
-    return cls(opened.experiment, opened.params, opened.index, opened.decoder)
+    return cls(*parts)
 
   def answer(
     self,
@@ -193,9 +185,9 @@ class RagPipeline:
       questions: one string, or several.
       n_docs: documents to read per question; 0: as many as in training. Each
         new number compiles once.
-      on_text: called with the text of each answer so far, after each token, in
-        greedy search and sampling by RAG-Token or FiD. It is not called by
-        other ways to decode, which know the answer only at its end.
+      on_text: called after each token with the text of each answer so far, in
+        greedy search and sampling by RAG-Token or FiD. Beam search and
+        RAG-Sequence, which know an answer only at its end, do not call it.
 
     Raises:
       ValueError: a question is empty or cannot be tokenised, or there are fewer
@@ -243,13 +235,13 @@ def _decoder(
 
 
 def _check_tokenizer(run: Workdir, digest: str) -> None:
-  """Raises if the tokenizer is missing, or not the one of the training.
+  """Raises if the tokenizer is missing, or is not the one of the training.
 
   Args:
     run: of the model.
-    digest: of the manifest of its tokenizer; "": not known.
+    digest: of the manifest of its tokenizer; "": unknown.
   """
-  # Otherwise another one would be trained, and written into the workdir.
+  # Otherwise a new tokenizer would be trained and written to the workdir.
   if not (run.tokenizer / "tokenizer.json").exists():
     raise FileNotFoundError(
       f"No tokenizer.json in {run.tokenizer}; expected the tokenizer that the"

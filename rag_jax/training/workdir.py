@@ -15,12 +15,12 @@ import jax
 
 from rag_jax import artifacts
 from rag_jax import disk
-from rag_jax.building import take_lock
 from rag_jax.config import Config
 from rag_jax.config_json import differences
 from rag_jax.config_json import read_config
 from rag_jax.config_json import write_config
 from rag_jax.config_rules import fields
+from rag_jax.directory_lock import take_lock
 from rag_jax.processes import first_alone
 from rag_jax.training.metrics import METRICS_FILE
 

@@ -1,7 +1,7 @@
 """Models of ours on the disk, read as what a checkpoint is read as.
 
 In: the workdir of a run that has ended, or a model directory that
-tools/convert_hf.py wrote. Out: a `SavedModel`, whose parts are those of a
+rag-jax convert-hf wrote. Out: a `SavedModel`, whose parts are those of a
 checkpoint of transformers: a run starts from either, and either is asked.
 """
 
@@ -43,7 +43,7 @@ Where = str | os.PathLike[str]
 
 _RETRIEVER = "retriever"  # folder in a run's tokenizer, where there are two
 _TOKENIZER = "tokenizer"  # of a model directory that is one encoder
-_REMEDY = "Convert the checkpoint again: python tools/convert_hf.py."
+_REMEDY = "Convert the checkpoint again: rag-jax convert-hf."
 
 
 @dataclasses.dataclass(slots=True)
@@ -214,8 +214,8 @@ def read_saved(where: Where) -> SavedModel:
     return _read_directory(path)
   raise FileNotFoundError(
     f"There is no model in {path}; expected the workdir of a training run"
-    " that has ended, or what an import wrote. Train first: python"
-    " tools/train.py."
+    " that has ended, or what an import wrote. Train first:"
+    " rag-jax train."
   )
 
 

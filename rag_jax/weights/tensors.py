@@ -195,7 +195,7 @@ def _nothing_to_read(directory: CheckpointDirectory) -> str:
     state = f"There is no {SINGLE_FILE} and no {INDEX} in {directory.origin}"
   remedy = (
     " If they are there as a pickle, convert it where torch is installed:"
-    f" python tools/convert_hf.py --input={directory.origin} --output=DIR,"
+    f" rag-jax convert-hf --input={directory.origin} --output=DIR,"
     " and give DIR."
   )
   if not (pickles or directory.origin.startswith(HUB_PREFIX)):

@@ -50,7 +50,7 @@ def directory(tmp_path, monkeypatch):
     embed_questions=embed,
     asked=asked,
   )
-  monkeypatch.setattr(benchmark_run, "SearchDirectory", lambda _: opened)
+  monkeypatch.setattr(benchmark_run, "OpenedDirectory", lambda _: opened)
   return opened
 
 

@@ -106,15 +106,8 @@ def test_the_help_of_a_command_is_that_of_the_tool_by_another_name():
   )
   assert '  rag-jax search --index=runs/index "what does the' in command.stdout
   assert "tools/" not in command.stdout
-  names = [
-    (f"python tools/{name.replace('-', '_')}.py", f"rag-jax {name}")
-    for name in COMMANDS
-  ]
-  text = tool.stdout
-  for theirs, ours in names:
-    text = text.replace(theirs, ours)
-    text = text.replace(theirs.removeprefix("python "), ours)
-  assert text == command.stdout
+  ours, theirs = "rag-jax search", "python tools/search.py"
+  assert tool.stdout.replace(theirs, ours) == command.stdout
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,11 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
 def test_every_tool_runs_by_command_and_has_an_example(path):
-  text = path.read_text()
+  text, example = path.read_text(), f"  python tools/{path.name}"
   if (COMMANDS / path.name).exists():  # what rag-jax runs too
     assert f"from rag_jax.commands.{path.stem} import run\n" in text
     text = (COMMANDS / path.name).read_text()
-  example = f"  python tools/{path.name}"
+    example = f"  rag-jax {path.stem.replace('_', '-')} --"
   assert example in (ast.get_docstring(ast.parse(text), clean=False) or "")
   assert "command.run(" in text
   assert "app.run(" not in text

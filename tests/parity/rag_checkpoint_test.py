@@ -103,7 +103,7 @@ def test_the_command_answers_as_transformers_with_what_the_hub_has(
   ours = [json.loads(line)["text"] for line in process.stdout.splitlines()]
   # No length is given: the default differs between the kinds.
   assert ours == [text for text, _ in expected(num_beams=4)]
-  assert "are a pickle alone: they are converted once" in process.stderr
+  assert "are a pickle: they are converted once" in process.stderr
 
 
 def test_safetensors_are_asked_where_they_lie_and_the_file_says_how(

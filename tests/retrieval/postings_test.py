@@ -14,9 +14,9 @@ from indexes import assert_equal
 import numpy as np
 import pytest
 
-from rag_jax.building import building
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.words import WordTokenizer
+from rag_jax.directory_lock import building
 from rag_jax.retrieval import postings
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings

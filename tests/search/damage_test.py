@@ -21,11 +21,11 @@ from small_search import build
 from small_search import config
 
 from rag_jax import artifacts
-from rag_jax.building import building
+from rag_jax.directory_lock import building
 from rag_jax.disk import UnwritableError
 from rag_jax.retrieval import scann
 from rag_jax.search import versions as search_versions
-from rag_jax.search.directory import SearchDirectory
+from rag_jax.search.directory import OpenedDirectory
 from rag_jax.search.update import update_search_directory
 
 NOT_OURS = (".lock.tmp",)  # of nothing that is served
@@ -34,9 +34,7 @@ NOT_OURS = (".lock.tmp",)  # of nothing that is served
 def update(path, records, **kwargs):
   file = path.parent / "documents.jsonl"
   file.write_text("".join(f"{record}\n" for record in records))
-  return update_search_directory(
-    path, upsert=str(file), speed_secs=0.0, **kwargs
-  )
+  return update_search_directory(path, upsert=str(file), **kwargs)
 
 
 def yaks(number):
@@ -45,7 +43,7 @@ def yaks(number):
 
 def served(path):
   """Returns all that decides what a directory answers; nothing is compiled."""
-  directory = SearchDirectory(path)
+  directory = OpenedDirectory(path)
   tokenizer = directory.encoder.tokenizer
   vectors = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
   everything = len(directory.passages)
@@ -87,7 +85,7 @@ def test_nothing_is_served_that_was_not_written(updated, tmp_path):
 def test_every_bit_of_what_says_which_version_is_in_use_matters(copy):
   file = copy / "updates/CURRENT"
   whole = file.read_bytes()
-  directory = SearchDirectory(copy)
+  directory = OpenedDirectory(copy)
 
   def open_again():
     path = epath.Path(copy)
@@ -118,21 +116,21 @@ def test_a_link_in_the_place_of_what_names_the_version_is_refused(
   (copy / "updates/CURRENT").rename(tmp_path / "CURRENT")
   (copy / "updates/CURRENT").symlink_to(tmp_path / "CURRENT")
   with pytest.raises(ValueError, match="CURRENT is a link"):
-    SearchDirectory(copy)
+    OpenedDirectory(copy)
 
 
 def test_without_the_file_that_names_a_version_none_is_guessed(copy):
   kept = sorted(os.listdir(copy / "updates"))
   (copy / "updates/CURRENT").unlink()
   with pytest.raises(ValueError, match=r"nobody can tell which version is in"):
-    SearchDirectory(copy)
+    OpenedDirectory(copy)
   with pytest.raises(ValueError, match=r"nobody can tell which version is in"):
     update(copy, [yaks(3)])
   kept.remove("CURRENT")
   assert sorted(os.listdir(copy / "updates")) == kept
   shutil.rmtree(copy / "updates")
   with pytest.raises(ValueError, match=r"There is no updates/CURRENT"):
-    SearchDirectory(copy)
+    OpenedDirectory(copy)
 
 
 def test_set_back_by_mistake_later_versions_are_named_and_kept(copy, caplog):
@@ -140,42 +138,42 @@ def test_set_back_by_mistake_later_versions_are_named_and_kept(copy, caplog):
   now = file.read_text()
   digest = artifacts.manifest_digest(copy / "updates/v000001")
   file.write_text(f"v000001 {digest}\n")
-  assert SearchDirectory(copy).version.name == "v000001"
+  assert OpenedDirectory(copy).version.name == "v000001"
   assert "holds v000002, later than v000001, which is in use" in caplog.text
   update(copy, [yaks(3)])
-  assert SearchDirectory(copy).version.name == "v000003"
+  assert OpenedDirectory(copy).version.name == "v000003"
   file.write_text(now)  # what was in use is still there
-  assert SearchDirectory(copy).version.name == "v000002"
+  assert OpenedDirectory(copy).version.name == "v000002"
 
 
 def test_directories_of_before_are_opened_with_a_warning(
   corpus, encoder, tmp_path, caplog
 ):
   path = build(corpus, encoder, tmp_path / "index").path
-  content = SearchDirectory(path).content
+  content = OpenedDirectory(path).content
   shutil.rmtree(path / "updates")
   del content["updates"]
   artifacts.write_manifest(
     path, kind="search directory", format=1, content=content, nested=True
   )
-  assert SearchDirectory(path).version.name == ""
+  assert OpenedDirectory(path).version.name == ""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(search_versions, "MARK", {})
     update(path, [yaks(1)])
   file = path / "updates/CURRENT"
   file.write_text(file.read_text()[:7] + "\n")  # as it was written before
-  assert SearchDirectory(path).version.name == "v000001"
+  assert OpenedDirectory(path).version.name == "v000001"
   assert "CURRENT has no digest of v000001" in caplog.text
   file.unlink()
   with pytest.raises(ValueError, match="of what was built, v000001"):
-    SearchDirectory(path)
+    OpenedDirectory(path)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "v000001.bak", ".hidden"])
 def test_other_things_among_the_versions_are_refused(copy, name):
   (copy / "updates" / name).write_text("mine")
   with pytest.raises(ValueError, match=rf"holds {name}; expected CURRENT and"):
-    SearchDirectory(copy)
+    OpenedDirectory(copy)
 
 
 def sign(folder):
@@ -209,7 +207,7 @@ def test_scann_reads_no_file_that_its_directory_does_not_hold(
   listed.write_text(listed.read_text().replace("dataset.npy", name))
   sign(path)
   with pytest.raises(ValueError, match=r"scann_assets.pbtxt is not what ScaNN"):
-    SearchDirectory(path)
+    OpenedDirectory(path)
 
 
 def test_scann_never_sees_a_pickle(corpus, encoder, tmp_path):
@@ -235,7 +233,7 @@ def test_scann_never_sees_a_pickle(corpus, encoder, tmp_path):
       show(source, target)
 
     patch.setattr(scann, "_show_verified", plant)
-    SearchDirectory(path)
+    OpenedDirectory(path)
   assert "scann_config.pb" in seen
   assert not [name for name in seen if name.endswith(".pkl")]
   assert not mark.exists()
@@ -292,7 +290,7 @@ def test_a_build_whose_power_is_cut_is_unfinished_and_goes_on(
       assert served(path) == expected  # the last may come after the manifest
       continue
     with pytest.raises(FileNotFoundError, match="no search directory was buil"):
-      SearchDirectory(path)
+      OpenedDirectory(path)
   assert len(unfinished) > 3
   build(corpus, encoder, unfinished[-1])
   assert served(unfinished[-1]) == expected
@@ -311,7 +309,7 @@ def test_a_full_disk_ends_a_build_with_one_sentence_and_it_goes_on(
   assert "room" in str(e.value)
   assert "ree some" in str(e.value)
   with pytest.raises(FileNotFoundError):
-    SearchDirectory(tmp_path / "index")
+    OpenedDirectory(tmp_path / "index")
   build(corpus, encoder, tmp_path / "index")
 
 

@@ -1,6 +1,5 @@
 """What was built is searched, and refused where it is not whole."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,13 +11,12 @@ from small_search import QUESTION
 from small_search import build
 from small_search import config
 
-from rag_jax import artifacts
 from rag_jax.corpus.store import PassageStore
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings
-from rag_jax.retrieval.filters import parse_conditions
 from rag_jax.retrieval.retriever import Embedder
-from rag_jax.search.directory import SearchDirectory
+from rag_jax.search.directory import OpenedDirectory
+from rag_jax.search.directory import write_content
 from rag_jax.search.text_encoder import open_checkpoint
 
 
@@ -63,24 +61,20 @@ def test_every_mode_finds_the_passage_with_the_words(built, mode):
 
 @pytest.mark.parametrize("mode", ["dense", "bm25", "hybrid"])
 def test_a_filter_keeps_the_passages_that_meet_it(built, mode):
-  conditions = parse_conditions(["lang=de"])
-  hits = built.search([QUESTION], 20, mode=mode, conditions=conditions)[0]
+  hits = built.search([QUESTION], 20, mode=mode, filters=["lang=de"])[0]
   assert len({hit.passage.id for hit in hits}) == 20
   assert all(dict(hit.passage.metadata)["lang"] == "de" for hit in hits)
-  more = built.search([QUESTION], 21, mode=mode, conditions=conditions)[0]
+  more = built.search([QUESTION], 21, mode=mode, filters=["lang=de"])[0]
   assert [hit.passage.id for hit in more] == [hit.passage.id for hit in hits]
-  none = parse_conditions(["lang=es"])
-  assert built.search([QUESTION], 5, mode=mode, conditions=none) == [[]]
+  none = built.search([QUESTION], 5, mode=mode, filters=["lang=es"])
+  assert none == [[]]
 
 
 def test_a_directory_can_be_moved(built, corpus, encoder, tmp_path):
   build(corpus, encoder, tmp_path / "here")
   (tmp_path / "here").rename(tmp_path / "there")
-  moved = SearchDirectory(tmp_path / "there")
-  ids, scores = moved.search_ids([QUESTION], 7)
-  expected = built.search_ids([QUESTION], 7)
-  np.testing.assert_array_equal(ids, expected[0])
-  np.testing.assert_array_equal(scores, expected[1])
+  moved = OpenedDirectory(tmp_path / "there")
+  assert moved.search([QUESTION], 7) == built.search([QUESTION], 7)
 
 
 def test_a_corpus_of_one_passage_is_searched_for_one(encoder, tmp_path):
@@ -113,16 +107,16 @@ def test_words_are_searched_as_the_settings_say(
 ):
   words = Bm25Settings(stemmer="english", stop_words=("the",), k1=1.2, b=0.75)
   made = build(corpus, encoder, tmp_path / "index", config(words=words))
-  assert SearchDirectory(made.path).bm25.settings == words
+  assert OpenedDirectory(made.path).bm25.settings == words
   (hits,) = made.search(["owl"], 9, mode="bm25")
   assert {"owls" in hit.passage.text for hit in hits} == {True}
   assert made.search(["the"], 9, mode="bm25") == [[]]
   # Tried on what was built otherwise, it finds the same.
-  other = SearchDirectory(built.path)
+  other = OpenedDirectory(built.path)
   assert other.search(["owl"], 9, mode="bm25") == [[]]
-  other.set_words(lambda old: dataclasses.replace(words, b=old.b))
+  other.set_words(stemmer="english", stop_words="the", k1=1.2)
   assert other.bm25.settings.b == 0.4
-  other.set_words(lambda old: words)
+  other.set_words(b=0.75)
   assert other.search(["owl"], 9, mode="bm25") == [hits]
   with pytest.raises(ValueError, match=r"b=2\.0 is not from 0 to 1"):
     build(corpus, encoder, tmp_path / "b", config(words=Bm25Settings(b=2.0)))
@@ -175,7 +169,7 @@ def test_a_damaged_part_is_noticed_when_it_is_opened(
   else:
     file.write_bytes(data if damage == "flip" else data[: len(data) // 2])
   with pytest.raises((ValueError, FileNotFoundError)) as error:
-    SearchDirectory(path)
+    OpenedDirectory(path)
   assert damage == "flip" or pathlib.Path(name).name in str(error.value)
 
 
@@ -185,7 +179,7 @@ def test_a_pickle_beside_the_index_is_refused(built, tmp_path):
   (path / "index/scann").mkdir()
   (path / "index/scann/scann_docids.pkl").write_bytes(b"cos\nsystem\n")
   with pytest.raises(ValueError, match=r"scann_docids\.pkl, a pickle"):
-    SearchDirectory(path)
+    OpenedDirectory(path)
 
 
 def test_a_part_of_another_build_is_refused(
@@ -196,7 +190,7 @@ def test_a_part_of_another_build_is_refused(
   shutil.rmtree(tmp_path / "index/index")
   shutil.copytree(built.path / "index", tmp_path / "index/index")
   with pytest.raises(ValueError, match=r"index/manifest\.json"):
-    SearchDirectory(tmp_path / "index")
+    OpenedDirectory(tmp_path / "index")
 
 
 def test_words_of_other_passages_are_refused(built, tmp_path, monkeypatch):
@@ -207,13 +201,6 @@ def test_words_of_other_passages_are_refused(built, tmp_path, monkeypatch):
   )
   words.save(path / "bm25")
   manifest = json.loads((path / "manifest.json").read_text())
-  artifacts.write_manifest(
-    path,
-    kind=manifest["kind"],
-    format=manifest["format"],
-    content=manifest["content"],
-    nested=True,
-    beside=["updates"],
-  )
+  write_content(path, manifest["content"])
   with pytest.raises(ValueError, match="of others"):
-    SearchDirectory(path)
+    OpenedDirectory(path)

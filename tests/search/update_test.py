@@ -16,19 +16,18 @@ from small_search import QUESTION
 from small_search import build
 from small_search import config
 
-from rag_jax.building import lock
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.store import PassageStore
+from rag_jax.directory_lock import lock
 from rag_jax.evaluation.search_modes import fit_search_modes
 from rag_jax.models.hybrid import HybridWeights
-from rag_jax.retrieval.filters import parse_conditions
 from rag_jax.retrieval.hybrid import HybridRetriever
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.search import compact as search_compact
 from rag_jax.search import update as search_update
 from rag_jax.search.compact import compact_search_directory
-from rag_jax.search.directory import SearchDirectory
-from rag_jax.search.update import update_search_directory
+from rag_jax.search.directory import OpenedDirectory
+from rag_jax.search.update import update_search_directory as update
 from rag_jax.serving.open_model import open_corpus
 
 QUESTIONS = [QUESTION, "the yaks of the moors", "rams in the woods by night"]
@@ -41,10 +40,6 @@ def record(id_, text, lang="en"):
 def write(path, records):
   path.write_text("".join(json.dumps(r) + "\n" for r in records))
   return str(path)
-
-
-def update(path, **kwargs):
-  return update_search_directory(path, **({"speed_secs": 0.0} | kwargs))
 
 
 @pytest.fixture
@@ -85,7 +80,7 @@ def assert_same(one, other):
 def test_it_finds_what_a_directory_of_these_documents_finds(
   copy, records, encoder, tmp_path
 ):
-  reader = SearchDirectory(copy)
+  reader = OpenedDirectory(copy)
   before = found(reader)
   report = update(
     copy, upsert=write(tmp_path / "up.jsonl", UPSERTS), delete=["p7", "p8"]
@@ -97,7 +92,7 @@ def test_it_finds_what_a_directory_of_these_documents_finds(
   assert found(reader) == before
   assert reader.reload()
   assert not reader.reload()
-  updated = SearchDirectory(copy)
+  updated = OpenedDirectory(copy)
   assert found(updated) == found(reader)
   after = [r for r in records if r["id"] not in ("p3", "p7", "p8")] + UPSERTS
   fresh = build(
@@ -105,7 +100,7 @@ def test_it_finds_what_a_directory_of_these_documents_finds(
   )
   assert updated.passages.fingerprint == fresh.passages.fingerprint
   assert_same(found(updated), found(fresh))
-  german = {"conditions": parse_conditions(["lang=de"])}
+  german = {"filters": ["lang=de"]}
   assert_same(found(updated, **german), found(fresh, **german))
   assert len(updated.search([QUESTION], 40)[0]) == 39
 
@@ -115,7 +110,7 @@ def test_updates_follow_each_other_and_old_versions_are_removed(
 ):
   one = write(tmp_path / "1.jsonl", UPSERTS)
   assert update(copy, upsert=one).version == "v000001"
-  reader = SearchDirectory(copy)
+  reader = OpenedDirectory(copy)
   second = [record("new", "the hens of the moors"), record("more", "the eels")]
   two = write(tmp_path / "2.jsonl", second)
   report = update(copy, upsert=two, delete=["p3", "p0"])
@@ -124,7 +119,7 @@ def test_updates_follow_each_other_and_old_versions_are_removed(
   after = [r for r in records if r["id"] not in rest] + second
   all_ = write(tmp_path / "all.jsonl", after)
   fresh = build(all_, encoder, tmp_path / "fresh")
-  assert_same(found(SearchDirectory(copy)), found(fresh))
+  assert_same(found(OpenedDirectory(copy)), found(fresh))
   # Nothing is new in what is there already: no version, nothing embedded.
   monkeypatch.setattr(search_update, "_embed", None)
   report = update(copy, upsert=all_)
@@ -138,7 +133,7 @@ def test_updates_follow_each_other_and_old_versions_are_removed(
   assert names == {"CURRENT", "v000002", "v000003"}
   assert found(reader) == old  # of v000001, which is gone
   # Where it came from can be moved, and built again only opens it.
-  assert len(SearchDirectory(copy).passages) == len(after) - 1
+  assert len(OpenedDirectory(copy).passages) == len(after) - 1
 
 
 def test_only_what_is_new_is_embedded(copy, tmp_path, monkeypatch, records):
@@ -158,8 +153,7 @@ def test_only_what_is_new_is_embedded(copy, tmp_path, monkeypatch, records):
   assert embedded == [2]  # "p3" and "new"
   assert report.embedded == 2
   assert (report.passages_added, report.unchanged) == (3, 4)
-  french = parse_conditions(["lang=fr"])
-  hits = SearchDirectory(copy).search([QUESTION], 2, conditions=french)[0]
+  hits = OpenedDirectory(copy).search([QUESTION], 2, filters=["lang=fr"])[0]
   assert {hit.passage.id for hit in hits} == {"p3", "p6"}
 
 
@@ -176,7 +170,7 @@ def test_documents_are_split_as_the_directory_was(encoder, texts, tmp_path):
   report = update(tmp_path / "index", upsert=str(folder))
   assert (report.changed, report.unchanged) == (("a.txt",), 1)
   fresh = build(folder, encoder, tmp_path / "fresh", made)
-  updated = SearchDirectory(tmp_path / "index")
+  updated = OpenedDirectory(tmp_path / "index")
   assert set(updated.passages) == set(fresh.passages)
   assert len(updated.passages) == len(fresh.passages) > 4
   assert updated.bm25 is None
@@ -187,7 +181,7 @@ def test_documents_are_split_as_the_directory_was(encoder, texts, tmp_path):
 
 def modes_find(path, id_, question):
   """Returns whether each mode finds one passage under an id, and others."""
-  directory = SearchDirectory(path)
+  directory = OpenedDirectory(path)
   for mode in ("dense", "bm25", "hybrid"):
     hits = directory.search([question], 40, mode=mode)[0]
     same = [h for h in hits if id_ in (h.passage.id, *h.also)]
@@ -205,10 +199,9 @@ def test_a_text_is_found_as_long_as_one_of_its_documents_is_there(
   (hit, *_) = modes_find(path, "p3", text)
   assert (hit.passage.id, hit.also) == ("p3", ("t1", "t2"))
   # It is found by the metadata of each.
-  directory = SearchDirectory(path)
+  directory = OpenedDirectory(path)
   for name, lang in (("t1", "fr"), ("t2", "es")):
-    some = parse_conditions([f"lang={lang}"])
-    (found,) = directory.search([text], 5, conditions=some)[0]
+    (found,) = directory.search([text], 5, filters=[f"lang={lang}"])[0]
     assert (found.passage.id, len(found.also)) == (name, 2)
   # Of the twins nothing is embedded, whatever becomes of the first.
   monkeypatch.setattr(Embedder, "rows", None)
@@ -221,14 +214,14 @@ def test_a_text_is_found_as_long_as_one_of_its_documents_is_there(
   assert (report.added, report.unchanged) == (("t4",), 1)
   assert not report.passages_added
   assert "2 passages have the text of another" in report.text()
-  assert f"version {SearchDirectory(path).version.name}" in report.text()
+  assert f"version {OpenedDirectory(path).version.name}" in report.text()
   update(path, delete=["t1", "t2"])
   assert [h and h.passage.id for h in modes_find(path, "t4", text)] == [
     "t4"
   ] * 3
   update(path, delete=["t4"])
   assert not any(modes_find(path, "t4", text))
-  hits = SearchDirectory(path).search([text], 40)[0]
+  hits = OpenedDirectory(path).search([text], 40)[0]
   assert len(hits) == len(records) - 1
   with pytest.raises(ValueError, match=r"not there: \['t2'\]"):
     update(path, delete=["t2"])
@@ -246,7 +239,7 @@ def test_a_directory_that_forgot_its_twins_says_so_and_learns_them(
   manifest = json.loads((path / "manifest.json").read_text())
   del manifest["sha256"], manifest["files"]["twins/manifest.json"]
   (path / "manifest.json").write_text(json.dumps(manifest))
-  assert SearchDirectory(path).search([QUESTION], 1)[0][0].also == ()
+  assert OpenedDirectory(path).search([QUESTION], 1)[0][0].also == ()
   update(path, delete=["p9"])
   assert "their ids forgotten, 1 of them" in caplog.text
   caplog.clear()
@@ -269,18 +262,18 @@ def test_compacting_leaves_nothing_of_what_went_and_finds_the_same(
   copy, records, encoder, corpus, tmp_path
 ):
   gone = records[7]["text"]
-  old = SearchDirectory(copy)
+  old = OpenedDirectory(copy)
   fit_search_modes(copy, known_questions(records, tmp_path / "q.jsonl"))
   twin = record("t", records[5]["text"])
   upserts = [*UPSERTS, twin]
   update(copy, upsert=write(tmp_path / "1.jsonl", upserts), delete=["p7", "p8"])
-  before = SearchDirectory(copy)
+  before = OpenedDirectory(copy)
   assert holds(copy, gone)
-  assert compact_search_directory(copy, speed_secs=0.0) == 39
+  assert compact_search_directory(copy) == 39
   assert not holds(copy, gone)
   names = {p.name for p in copy.iterdir() if not p.name.startswith(".")}
   assert names == {"manifest.json", "encoder", "b000001"}
-  after = SearchDirectory(copy)
+  after = OpenedDirectory(copy)
   assert_same(found(after), found(before))
   assert len(open_corpus(copy)) == 39  # what questions are answered from
   assert after.version.name == ""
@@ -295,12 +288,12 @@ def test_compacting_leaves_nothing_of_what_went_and_finds_the_same(
   # The same build only opens it; updates and compacting go on from there.
   assert len(build(corpus, encoder, copy).passages) == 39
   update(copy, delete=["p5", "p9"])
-  hits = SearchDirectory(copy).search([records[5]["text"]], 40)[0]
+  hits = OpenedDirectory(copy).search([records[5]["text"]], 40)[0]
   assert "t" in {hit.passage.id for hit in hits}
-  assert compact_search_directory(copy, speed_secs=0.0) == 38
+  assert compact_search_directory(copy) == 38
   assert not holds(copy, records[9]["text"])
   assert holds(copy, records[5]["text"])
-  assert compact_search_directory(copy, speed_secs=0.0) == 38
+  assert compact_search_directory(copy) == 38
   assert "b000002" in {p.name for p in copy.iterdir()}
 
 
@@ -309,7 +302,7 @@ def test_compacting_that_is_cut_off_leaves_the_directory_whole(
   copy, records, monkeypatch, at
 ):
   update(copy, delete=["p7"])
-  before = found(SearchDirectory(copy))
+  before = found(OpenedDirectory(copy))
 
   def cut(*args, **kwargs):
     raise KeyboardInterrupt
@@ -317,7 +310,7 @@ def test_compacting_that_is_cut_off_leaves_the_directory_whole(
   # The functions that are cut off, at their first call or at the second.
   name, second = {
     "build": ("build_certified_index", False),
-    "switch": ("beside", True),
+    "switch": ("write_content", False),
     "removal": ("remove_left_over", True),
   }[at]
   calls = [getattr(search_compact, name), cut] if second else [cut]
@@ -325,17 +318,17 @@ def test_compacting_that_is_cut_off_leaves_the_directory_whole(
     search_compact, name, lambda *args, **kw: calls.pop(0)(*args, **kw)
   )
   with pytest.raises(KeyboardInterrupt):
-    compact_search_directory(copy, speed_secs=0.0)
+    compact_search_directory(copy)
   monkeypatch.undo()
-  assert_same(found(SearchDirectory(copy)), before)
+  assert_same(found(OpenedDirectory(copy)), before)
   assert holds(copy, records[7]["text"])
-  compact_search_directory(copy, speed_secs=0.0)
-  assert_same(found(SearchDirectory(copy)), before)
+  compact_search_directory(copy)
+  assert_same(found(OpenedDirectory(copy)), before)
   if at == "removal":  # it was compact, but for what was left over
     assert not (copy / "passages").exists()
   assert not holds(copy, records[7]["text"])
   update(copy, delete=["p8"])
-  assert len(SearchDirectory(copy).passages) == 38
+  assert len(OpenedDirectory(copy).passages) == 38
 
 
 def known_questions(records, path, field="gold"):
@@ -352,14 +345,14 @@ def known_questions(records, path, field="gold"):
 def test_the_weights_of_both_are_fitted_and_kept_with_the_index(
   copy, records, tmp_path
 ):
-  before = found(SearchDirectory(copy))
+  before = found(OpenedDirectory(copy))
   modes = fit_search_modes(copy, known_questions(records, tmp_path / "q.jsonl"))
   assert modes.num_questions == 20
   assert modes.metrics["bm25"].first == 1.0  # all words fit
   assert modes.metrics["dense"].mrr < 0.9  # the encoder is a random one
   assert modes.best == "bm25"
   assert modes.metrics["hybrid"].mrr >= modes.metrics["reciprocal ranks"].mrr
-  directory = SearchDirectory(copy)
+  directory = OpenedDirectory(copy)
   certificate = directory.index.certificate
   assert certificate.modes == modes
   assert "| best mode | bm25 (on 20 questions among 40" in certificate.table()
@@ -375,7 +368,7 @@ def test_the_weights_of_both_are_fitted_and_kept_with_the_index(
   assert one == directory.search([QUESTION], 3, mode="bm25")
   # An update goes on with them.
   update(copy, upsert=write(tmp_path / "up.jsonl", UPSERTS))
-  assert SearchDirectory(copy).index.certificate.modes == modes
+  assert OpenedDirectory(copy).index.certificate.modes == modes
 
 
 def test_weights_need_questions_that_are_of_this_corpus(copy, tmp_path, caplog):
@@ -386,10 +379,10 @@ def test_weights_need_questions_that_are_of_this_corpus(copy, tmp_path, caplog):
   )
   with pytest.raises(ValueError, match=r"Of 25 questions .* 0 have a relevant"):
     fit_search_modes(copy, few)
-  assert SearchDirectory(copy).version.name == ""
+  assert OpenedDirectory(copy).version.name == ""
   with caplog.at_level("WARNING"):
-    best = SearchDirectory(copy).search([QUESTION], 3, mode="best")
-  assert best == SearchDirectory(copy).search([QUESTION], 3)
+    best = OpenedDirectory(copy).search([QUESTION], 3, mode="best")
+  assert best == OpenedDirectory(copy).search([QUESTION], 3)
   assert "Which mode is best was not measured" in caplog.text
 
 
@@ -405,7 +398,7 @@ def test_the_drift_is_measured_and_a_rebuild_recommended(copy, tmp_path):
   assert "Build a new directory" in many.text()
   asked = update(copy, delete=["p9"], questions=QUESTIONS)
   assert asked.before.sample == asked.now.sample == "questions"
-  now = SearchDirectory(copy).index.certificate
+  now = OpenedDirectory(copy).index.certificate
   assert (now.sample, now.num_passages, now.kind) == (
     "questions",
     34,
@@ -427,11 +420,11 @@ def test_dpr_needs_the_encoder_of_its_passages_again(corpus, texts, tmp_path):
   with pytest.raises(ValueError, match="other is not what embedded the pass"):
     update(path, upsert=up, encoder=str(other))
   assert update(path, upsert=up, encoder=str(passages)).embedded == 2
-  assert len(SearchDirectory(path).search(["the yaks"], 1)[0]) == 1
+  assert len(OpenedDirectory(path).search(["the yaks"], 1)[0]) == 1
 
 
 def test_an_update_that_cannot_be_done_is_refused(copy, tmp_path):
-  before = found(SearchDirectory(copy))
+  before = found(OpenedDirectory(copy))
   empty = tmp_path / "empty.jsonl"
   empty.write_text("")
   bad = tmp_path / "bad.jsonl"
@@ -452,7 +445,7 @@ def test_an_update_that_cannot_be_done_is_refused(copy, tmp_path):
     pytest.raises(ValueError, match="Somebody else is building a search direc"),
   ):
     update(copy, delete=["p0"])
-  assert found(SearchDirectory(copy)) == before
+  assert found(OpenedDirectory(copy)) == before
 
 
 def test_embeddings_that_are_not_numbers_change_nothing(
@@ -466,11 +459,11 @@ def test_embeddings_that_are_not_numbers_change_nothing(
     ValueError, match=r"2 of 2 passages hold NaN.*'p3', 'new'"
   ):
     update(copy, upsert=write(tmp_path / "up.jsonl", UPSERTS))
-  assert SearchDirectory(copy).version.name == ""
+  assert OpenedDirectory(copy).version.name == ""
 
 
 def test_a_damaged_version_is_refused_and_the_open_one_stays(copy):
-  reader = SearchDirectory(copy)
+  reader = OpenedDirectory(copy)
   before = found(reader)
   update(copy, delete=["p0"])
   current = copy / "updates" / "CURRENT"
@@ -480,20 +473,20 @@ def test_a_damaged_version_is_refused_and_the_open_one_stays(copy):
     data = file.read_bytes()
     file.write_bytes(data[:-3])
     with pytest.raises(ValueError, match=pathlib.Path(name).stem):
-      SearchDirectory(copy)
+      OpenedDirectory(copy)
     with pytest.raises(ValueError, match=pathlib.Path(name).stem):
       reader.reload()
     file.write_bytes(data)
   assert found(reader) == before
   current.write_text("v1")
   with pytest.raises(ValueError, match=r"names 'v1'.*Restore the directory"):
-    SearchDirectory(copy)
+    OpenedDirectory(copy)
   current.write_text(named)
   (copy / "manifest.json").write_bytes(
     (copy / "manifest.json").read_bytes() + b"\n"
   )
   with pytest.raises(ValueError, match="is an update of another build"):
-    SearchDirectory(copy)
+    OpenedDirectory(copy)
 
 
 def state(directory):
@@ -517,7 +510,7 @@ def test_killed_before_any_change_of_the_disk_it_leaves_old_or_new(
 ):
   """Copies the directory before each change of it, as a kill would leave it."""
   update(copy, delete=["p20"])  # so that there is a version to go on from
-  before = state(SearchDirectory(copy))
+  before = state(OpenedDirectory(copy))
   shots, busy = [], [False]
 
   def shoot(event, args):
@@ -539,9 +532,9 @@ def test_killed_before_any_change_of_the_disk_it_leaves_old_or_new(
     update(copy, **kwargs)
   finally:
     busy[0] = True
-  after = state(SearchDirectory(copy))
+  after = state(OpenedDirectory(copy))
   assert len(shots) > 10
-  states = [state(SearchDirectory(shot)) for shot in shots]
+  states = [state(OpenedDirectory(shot)) for shot in shots]
   switched = states.index(after)
   assert states == [before] * switched + [after] * (len(shots) - switched)
   assert 0 < switched < len(shots)
@@ -552,7 +545,7 @@ def test_killed_before_any_change_of_the_disk_it_leaves_old_or_new(
     (shots[switched - 1], {"v000002", "v000003"}),
   ):
     update(shot, **kwargs)
-    now = state(SearchDirectory(shot))
+    now = state(OpenedDirectory(shot))
     assert now == [max(kept), *after[1:]]
     names = {p.name for p in (shot / "updates").iterdir()}
     assert names == {"CURRENT", *kept}
@@ -585,15 +578,15 @@ def test_while_one_updates_others_wait_and_when_it_is_killed_they_can(copy):
     update(copy, delete=["p2"])
   process.send_signal(signal.SIGKILL)
   process.communicate()
-  assert SearchDirectory(copy).version.name == ""
+  assert OpenedDirectory(copy).version.name == ""
   update(copy, delete=["p2"])
   names = {p.name for p in (copy / "updates").iterdir()}
   assert names == {"CURRENT", "v000001"}
-  assert SearchDirectory(copy).passages.row_of("p1") is not None
+  assert OpenedDirectory(copy).passages.row_of("p1") is not None
 
 
 def test_a_search_during_a_switch_sees_one_version(copy):
-  reader = SearchDirectory(copy)
+  reader = OpenedDirectory(copy)
   seen, done = set(), threading.Event()
 
   def search():
@@ -605,7 +598,7 @@ def test_a_search_during_a_switch_sees_one_version(copy):
   thread.start()
   expected = set()
   for _ in range(3):
-    hits = SearchDirectory(copy).search([QUESTION], 4, mode="hybrid")[0]
+    hits = OpenedDirectory(copy).search([QUESTION], 4, mode="hybrid")[0]
     expected.add(tuple((hit.passage.id, hit.score) for hit in hits))
     update(copy, delete=[hits[0].passage.id])
     reader.reload()

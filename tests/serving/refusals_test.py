@@ -33,7 +33,7 @@ def test_what_is_no_workdir_is_refused(tmp_path, name):
   with pytest.raises(
     FileNotFoundError,
     match=rf"No config\.json in .*{name}; expected the --workdir of a training"
-    rf" run\. .*Train first: python tools/train\.py .*--workdir=.*{name}",
+    rf" run\. .*Train first: rag-jax train .*--workdir=.*{name}",
   ):
     RagPipeline.load(tmp_path / name)
 

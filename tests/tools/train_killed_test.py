@@ -126,7 +126,5 @@ def test_a_run_that_ends_prints_its_results_and_what_to_do_next(killed):
   workdir, *_, last = killed
   assert last.stdout.startswith("test: 10 questions\n")
   assert "\nexact match       0.000   95% interval" in last.stdout
-  assert last.stdout.endswith(
-    f"\nAsk it: python tools/ask.py --workdir={workdir}\n"
-  )
+  assert last.stdout.endswith(f"\nAsk it: rag-jax ask --workdir={workdir}\n")
   assert results_of(workdir)["test/num_questions"] == 10

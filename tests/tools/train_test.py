@@ -243,7 +243,7 @@ def test_ctrl_c_before_there_is_anything_to_save_says_how_to_go_on(command):
   assert result.code == 130
   assert "Traceback" not in result.stderr
   assert result.stderr.endswith(
-    "Stopped. Run the same command again to go on.\n"
+    "Stopped. Run the same command again to continue.\n"
   )
 
 

@@ -9,7 +9,7 @@ from small_encoder import write_encoder
 from small_search import build
 from small_search import config
 
-from rag_jax.search.directory import SearchDirectory
+from rag_jax.search.directory import OpenedDirectory
 
 DOCUMENTS = {
   "mole.md": "# Mount Mole\nMount Mole is 1,863 metres high.\n",
@@ -53,11 +53,11 @@ def test_a_changed_folder_is_put_in_and_ids_are_taken_out(folder):
     "1 documents changed: contract.txt",
     "1 documents deleted: mole.md",
     "1 documents as they were",
-    "2 passages came (2 embedded), 2 went: version v000001",
+    "2 passages added (2 embedded), 2 removed: version v000001",
   ]
   assert "index_recall@2 1.0000" in process.stdout
   assert "Build a new directory" in process.stdout
-  hits = SearchDirectory(folder / "index").search(["x"], 3)[0]
+  hits = OpenedDirectory(folder / "index").search(["x"], 3)[0]
   assert {h.passage.id for h in hits} == {
     "contract.txt", "rent.txt", "deep/bread.html"
   }  # fmt: skip
@@ -78,8 +78,8 @@ def test_weights_are_fitted_and_what_went_is_purged(folder):
   process = run(f"--index={index}", f"--fit_hybrid={file}", "--compact")
   assert process.returncode == 0, process.stderr
   assert re.search(r"best mode: \w+ \(on 20 questions among 3", process.stdout)
-  assert "3 passages are left; of what was deleted nothing is" in process.stdout
-  directory = SearchDirectory(index)
+  assert "3 passages are left; deleted texts are removed" in process.stdout
+  directory = OpenedDirectory(index)
   assert directory.root.name == "b000001"
   assert directory.index.certificate.modes.num_questions == 20
   process = run_tool(

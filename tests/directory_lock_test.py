@@ -7,8 +7,8 @@ import time
 import pytest
 
 from rag_jax import artifacts
-from rag_jax.building import building
-from rag_jax.building import lock
+from rag_jax.directory_lock import building
+from rag_jax.directory_lock import lock
 
 
 def build(path):

@@ -1,7 +1,7 @@
-"""A directory that one process builds at a time, with nothing else in it.
+"""Locks a directory for one process that builds in it.
 
-In: the directory that a module is going to fill. Out: the same, made, locked,
-and known to hold at most what an interrupted build left there.
+In: the directory that a module is going to fill. Out: the same directory, made,
+locked, and checked to hold at most what an interrupted build left there.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,9 +21,9 @@ from rag_jax.artifacts import MANIFEST
 from rag_jax.artifacts import check_no_links
 from rag_jax.artifacts import is_local
 
-# Ends like a file that is not finished: no part of any manifest.
+# The name is that of an unfinished file, so it is in no manifest.
 _LOCK = ".lock.tmp"
-_REMEDY = "What is finished is kept: the same call goes on from there."
+_REMEDY = "What is finished is kept: the same call continues from there."
 
 
 @contextlib.contextmanager
@@ -34,19 +34,19 @@ def building(
   own: Callable[[str], bool],
   wait: bool = False,
 ) -> Iterator[epath.Path]:
-  """Yields `directory`, which nobody else builds until the `with` ends.
+  """Yields `directory`, in which nobody else builds until the `with` ends.
 
   Args:
-    directory: local; made if there is none.
+    directory: local; made if it does not exist.
     kind: what is built, for messages.
-    own: whether a file of this name is one that the build writes.
-    wait: until somebody else who builds there ends, however that is.
+    own: returns whether the build writes a file of this name.
+    wait: until another process that builds there ends, also by a failure.
 
   Raises:
-    ValueError: it is in a bucket or a link, somebody else builds there and
-      `wait` is False, or it holds files of others.
-    UnwritableError: the disk is full, or nothing may be written there: before
-      or while it is built.
+    ValueError: it is in a bucket, or a link; another process builds there and
+      `wait` is False; or it holds other files.
+    UnwritableError: the disk is full, or nothing may be written there, at the
+      start or during the `with`.
   """
   directory = epath.Path(directory)
   if not is_local(directory):
@@ -97,19 +97,19 @@ def lock(
   wait: bool = False,
   remedy: str = _REMEDY,
 ) -> Iterator[None]:
-  """Keeps others from writing in `directory`, which exists, until it ends.
+  """Keeps other processes from writing to `directory` until the `with` ends.
 
   Args:
-    directory: local.
+    directory: local; it exists.
     kind: what is written, for messages.
-    wait: until nobody else writes.
-    remedy: what is kept when the disk is full, and how to go on.
+    wait: until no other process writes there.
+    remedy: what is kept when the disk is full, and how to continue.
 
   Raises:
-    ValueError: somebody else writes there, unless it waits for that; or the
-      lock file is a link.
-    UnwritableError: the disk is full, or nothing may be written there: now, or
-      before the `with` ends.
+    ValueError: another process writes there and `wait` is False; or the lock
+      file is a link.
+    UnwritableError: the disk is full, or nothing may be written there, at the
+      start or during the `with`.
   """
   directory = epath.Path(directory)
   with disk.explaining(directory, f"The {kind}", remedy):
@@ -135,16 +135,16 @@ def take_lock(
   remedy: str,
   wait: bool = False,
 ) -> filelock.BaseFileLock:
-  """Returns a lock, which this process holds until its `release`.
+  """Returns a lock, which this process holds until it calls `release`.
 
-  The lock is released when the process dies, however it does; the lock file
-  that stays behind means nothing. It says who took the lock last. A file system
-  that has no locks is used with a warning.
+  When the process dies, the lock is released. The lock file stays, and only
+  says who took the lock last. A file system without locks is used with a
+  warning.
 
   Args:
-    path: of the lock file, local. Made if there is none.
-    busy: how the message begins if another process holds the lock.
-    expected: how that message ends: what was expected, what to do.
+    path: of the lock file, local. Made if it does not exist.
+    busy: begin of the message if another process holds the lock.
+    expected: end of that message: what was expected, and what to do.
     remedy: what to do if the lock file is a link.
     wait: until the lock is free.
 
@@ -153,7 +153,7 @@ def take_lock(
       file is a link, or no plain file.
   """
   taken = filelock.FileLock(path, thread_local=False, preserve_lock_file=True)
-  # filelock follows no link, but would lock a pipe or a file of two names.
+  # filelock refuses links, but would lock a pipe or a file with two names.
   file = disk.open_own(path, os.O_RDWR | os.O_CREAT, remedy=remedy, writes=True)
   with open(file, "r+", encoding="utf-8", errors="replace") as note:
     try:
@@ -180,7 +180,7 @@ def take_lock(
 
 
 def _holder(text: str) -> str:
-  """Returns who wrote the lock file."""
+  """Returns the holder that a lock file names."""
   try:
     holder: dict[str, Any] = json.loads(text)
     return (
