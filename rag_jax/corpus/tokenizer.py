@@ -334,6 +334,13 @@ def _older_kind(path: epath.Path) -> str:
   """Returns the class of the tokenizer in `path` without a tokenizer.json."""
   for files, kind in _KINDS.items():
     if all((path / file).exists() for file in files):
+      for file in files:
+        if not (path / file).read_bytes().strip():
+          raise ValueError(
+            f"{path / file} is empty, so that every text would become unknown"
+            " tokens or single characters; expected a tokenizer's file. Copy it"
+            " again."
+          )
       return kind
   for name in SENTENCEPIECE:
     if (path / name).exists():

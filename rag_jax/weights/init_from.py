@@ -381,7 +381,8 @@ def _bring_generator(
     return
   brought.bring_lr(part, "optimizer.peak_lr")
   brought.bring_lr(part, "warmup.peak_lr")
-  brought.bring(part, "data.substitute_answers", 0.0)  # it can read already
+  for name in ("substitute_answers", "substitute_subjects"):
+    brought.bring(part, f"data.{name}", 0.0)  # it can read already
   limit = config.generator.max_positions
   if config.generator.positions != "learned":
     limit = max(_CONTEXT, _TARGET)

@@ -77,6 +77,15 @@ def test_a_vocab_json_with_merges_is_barts(tmp_path):
   assert tokenizer.decode(row) == "paris </s>"
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "vocab.json", "merges.txt"])
+@pytest.mark.parametrize("content", ["", "\n"])
+def test_an_empty_file_is_refused(name, content, tmp_path):
+  (bert_files if name == "vocab.txt" else bart_files)(tmp_path)
+  (tmp_path / name).write_text(content)
+  with pytest.raises(ValueError, match=rf"{name} is empty, so that every"):
+    load_tokenizer(tmp_path)
+
+
 def test_t5_has_no_start_token(tmp_path):
   tokenizer = load_tokenizer(t5_files(tmp_path))
   assert tokenizer.bos_id is None

@@ -154,6 +154,7 @@ SCRATCH = {
   "data.context_length": (40, 50),
   "data.target_length": (12, 25),
   "data.substitute_answers": (0.5, 0.0),
+  "data.substitute_subjects": (0.5, 0.0),
   "optimizer.peak_lr": (2e-3, 3e-5),
   "optimizer.retriever_lr": (2e-3, 3e-5),
   "warmup.peak_lr": (2e-3, 3e-5),
