@@ -20,6 +20,28 @@ _COMPILATION = {
 }
 
 
+# Files that train, build or compile for long: all others are `-m fast`.
+_SLOW = (
+  "benchmarks/growth", "corpus/documents", "corpus/reading",
+  "corpus/splitting", "corpus/token_keep", "corpus/tokenizer_test",
+  "data/experiment", "data/pipeline", "decoding/answerer", "decoding/cand",
+  "decoding/rag", "decoding/search", "decoding/stream", "evaluation/evaluate",
+  "evaluation/results", "models/", "old_files", "parity/", "quickstart",
+  "readme", "retrieval/device", "retrieval/embedding_job", "retrieval/hybrid",
+  "retrieval/postings", "retrieval/retriever", "retrieval/sharded",
+  "retrieval/tuner", "search/", "serving/", "tools/", "training/",
+  "weights/conv", "weights/init_from", "weights/load", "weights/hostile",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+  """Marks what is worth a run after each change (`pytest -m fast`)."""
+  here = pathlib.Path(__file__).parent
+  for item in items:
+    if not item.path.relative_to(here).as_posix().startswith(_SLOW):
+      item.add_marker("fast")
+
+
 def pytest_configure(config):
   """Makes every test, and every process that it starts, compile quickly."""
   for name, value in _COMPILATION.items():

@@ -59,7 +59,7 @@ def _kind(is_dpr: bool, role: str, modules: Modules | None) -> str:
 
 
 def _check_layers(origin: str, num_tensors: int, **layers: int) -> None:
-  """Raises `ValueError` before anybody counts to an impossible number.
+  """Raises `ValueError` if there are more layers than tensors, before a loop.
 
   Args:
     origin: of the config.

@@ -144,7 +144,7 @@ class ConfigValues:
       given = ", ".join(f"{k}={shorten(v)}" for k, v in wrong.items())
       expected = ", ".join(f"{name}={supported[name]!r}" for name in wrong)
       raise ValueError(
-        f"{self.origin} says {given}; rag_jax supports {expected} alone. Take a"
+        f"{self.origin} says {given}; rag_jax supports only {expected}. Take a"
         " checkpoint of such a model."
       )
 

@@ -182,6 +182,6 @@ def _check_kind(kind: str, model: SavedModel, path: pathlib.Path) -> None:
   if kind not in possible:
     raise ValueError(
       f"{path} cannot be exported as kind {kind!r}; expected one of"
-      f" {', '.join(possible)}. Choose one of them, or leave it away for"
+      f" {', '.join(possible)}. Choose one of them, or omit it to use"
       f" {model.kind}."
     )

@@ -190,7 +190,7 @@ def export_rag(
     generator, params["generator"], model.generator_tokenizer.ids
   )
   path = _start(path)
-  # Of an earlier export, whose passages another encoder embedded.
+  # An earlier export may have left the encoder of other passages.
   shutil.rmtree(path / PASSAGE_ENCODER, ignore_errors=True)
   tower = params.get("passage_encoder")
   if tower is None and encoder.tied:

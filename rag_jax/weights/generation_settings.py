@@ -95,7 +95,7 @@ def typed_settings(
 def settings_of(config: Config) -> dict[str, Any]:
   """Returns how a run answers, by Hugging Face's names.
 
-  Of token ids, those alone that its checkpoint gave.
+  Token ids are included only if its checkpoint gave them.
   """
   settings: dict[str, Any] = json.loads(
     config.decoding.generation_config or "{}"

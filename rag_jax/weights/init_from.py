@@ -202,7 +202,7 @@ def load_initial(
     config: as a file and the command line made it.
     overridden: the settings that the command line gave, by dotted name, with
       their values in the config file. None: all settings count as chosen for
-      these checkpoints, see brought.py.
+      these checkpoints, see `Brought`.
 
   Returns:
     A config with the architecture of the checkpoints, which describes the model

@@ -252,7 +252,7 @@ class _Rag:
       values = self._part_values("generator", "bart", GENERATOR_TYPES)
       return GeneratorPart(values, self._files, _below(name))
     role = "question" if name == "question_encoder" else "passage"
-    # The passage encoder has no config of its own: it is alike.
+    # The passage encoder has no config of its own: it has the same one.
     values = self._part_values("question_encoder", "dpr", ("dpr",))
     return EncoderPart(values, self._files, role, _below(name))
 
@@ -271,7 +271,7 @@ class _Rag:
     return values
 
   def load_encoder(self, role: Role) -> LoadedEncoder:
-    """Returns the encoder of `role`; `check` came before."""
+    """Returns the encoder of `role`. Call `check` before."""
     directory = self._directory
     if role == "passage" and not self._held["ctx_encoder"]:
       if not self.has_passages:
@@ -289,7 +289,7 @@ class _Rag:
     return part.load(find_tokenizer(directory, QUESTION_TOKENIZER))
 
   def load_generator(self) -> LoadedGenerator:
-    """Returns the generator; `check` came before."""
+    """Returns the generator. Call `check` before."""
     directory = self._directory
     part = self._part("generator")
     assert isinstance(part, GeneratorPart)

@@ -1,4 +1,4 @@
-"""What a checkpoint is read as: fields, parameters and a report."""
+"""The content of a checkpoint that was read: fields, parameters, a report."""
 
 import dataclasses
 from typing import Any, Literal
@@ -43,7 +43,7 @@ class LoadedGenerator:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RagSettings:
-  """What a RAG's config.json says beside its models; the defaults are its."""
+  """The settings in a RAG's config.json, with the defaults of transformers."""
 
   kind: Literal["token", "sequence"] = "token"  # how it was trained
   n_docs: int = 5
@@ -90,7 +90,7 @@ class LoadedRag:
 
   @property
   def report(self) -> Report:
-    """Of all parts."""
+    """The report of all parts."""
     report = self.question_encoder.report.below("question_encoder")
     if self.passage_encoder is not None:
       report += self.passage_encoder.report.below("passage_encoder")

@@ -1,8 +1,8 @@
-"""Their names and layouts <-> ours, by rules that hold in both directions.
+"""Maps tensors between the names and layouts of transformers and ours.
 
 In: the tensors of a checkpoint and the rules of its architecture. Out: our
-parameters, by path; and back. A rule moves numbers and never computes, so what
-is written and read again is equal bit for bit.
+parameters, by path; and back, by the same rules. A rule moves numbers and never
+computes, so what is written and read again is equal bit for bit.
 """
 
 import collections
@@ -22,14 +22,14 @@ Arrays = dict[str, np.ndarray]  # ours by path, as "layer_0/mlp/up/kernel"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rule:
-  """One tensor, here and there."""
+  """How one tensor is named and laid out in transformers and here."""
 
   ours: str
   theirs: str
   shape: tuple[int, ...]  # ours
   their_shape: tuple[int, ...]
   transposed: bool = False  # PyTorch keeps kernels [out, in]
-  optional: bool = False  # zeros, where it is missing
+  optional: bool = False  # a missing one is read as zeros
 
   def to_ours(self, array: np.ndarray) -> np.ndarray:
     """Returns their tensor in our layout."""
@@ -84,9 +84,9 @@ class Mapped:
 
 
 class View:
-  """Those tensors of a checkpoint that one model is made of.
+  """The tensors of a checkpoint that belong to one model.
 
-  Prefixes and old spellings are taken away from their names.
+  Prefixes and old spellings are removed from their names.
   """
 
   def __init__(self, files: TensorFiles, rename: Callable[[str], str | None]):

@@ -1,4 +1,4 @@
-"""A trained model as files: what asking and serving open.
+"""A trained model as files, which `RagPipeline` and the tools open.
 
 In: parameters. Out: a directory with `params.safetensors` (float32, named by
 their path) and a manifest with its digest.

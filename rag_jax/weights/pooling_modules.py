@@ -137,7 +137,7 @@ def write_modules(
 ) -> None:
   """Writes what makes a directory with BERT one of sentence-transformers.
 
-  `check_modules` came before.
+  Call `check_modules` before.
   """
   kinds = [("", "Transformer"), (_POOLING, "Pooling")]
   if e.normalize:

@@ -1,8 +1,9 @@
-"""Models of ours on the disk, read as what a checkpoint is read as.
+"""Models in our own format, read like checkpoints of transformers.
 
 In: the workdir of a run that has ended, or a model directory that
 rag-jax convert-hf wrote. Out: a `SavedModel`, whose parts are those of a
-checkpoint of transformers: a run starts from either, and either is asked.
+checkpoint of transformers: a run can start from either, and either can answer
+questions.
 """
 
 import dataclasses

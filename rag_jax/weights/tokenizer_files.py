@@ -80,8 +80,8 @@ def check_tokenizer(
     if largest >= vocab_size:
       raise ValueError(
         f"The tokenizer in {directory.origin} ({file}) has token ids up to"
-        f" {largest}, but the {owner} has embeddings of ids up to"
-        f" {vocab_size - 1} alone. Expected a tokenizer of this checkpoint:"
+        f" {largest}, but the {owner} has embeddings only for ids up"
+        f" to {vocab_size - 1}. Expected a tokenizer of this checkpoint:"
         " tokens were added to it, or files of two checkpoints mixed. Copy the"
         " tokenizer that belongs to these weights."
       )

@@ -22,7 +22,7 @@ def test_a_tokenizer_beyond_the_table_is_refused(checkpoints):
   with pytest.raises(
     ValueError,
     match=r"The tokenizer in .*/dpr \(tokenizer\.json\) has token ids up to 23,"
-    r" but the encoder has embeddings of ids up to 22 alone\..*Copy the tokeni",
+    r" but the encoder has embeddings only for ids up to 22\..*Copy the tokeni",
   ):
     load_encoder(path)
 
