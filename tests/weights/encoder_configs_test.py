@@ -92,7 +92,8 @@ def test_a_bert_that_computes_something_else_is_refused(
   path = checkpoints.bert()
   checkpoints.edit_json(path, **{name: value})
   with pytest.raises(
-    ValueError, match=rf"says {name}={value!r}; rag_jax supports only {name}=.*Take"
+    ValueError,
+    match=rf"says {name}={value!r}; rag_jax supports only {name}=.*Take",
   ):
     load_encoder(path)
 

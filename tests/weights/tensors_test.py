@@ -268,7 +268,9 @@ def test_a_pickle_is_not_read_and_the_error_says_how_to_convert_it(
   if pickle:
     # Loading it would end the tests.
     (path / pickle).write_bytes(b"cposix\n_exit\n(I1\ntR.")
-  remedy = "rag-jax convert-hf --input=.*dpr --output=DIR" if pickle else "Copy the"
+  remedy = (
+    "rag-jax convert-hf --input=.*dpr --output=DIR" if pickle else "Copy the"
+  )
   with pytest.raises(
     FileNotFoundError, match=rf"{state}[\s\S]*never read here[\s\S]*{remedy}"
   ):
