@@ -190,7 +190,7 @@ class Bomb:
     (lambda f: f.write_bytes(b"no pickle"), "cannot be read as weights"),
     (
       lambda f: f.write_bytes(pickle.dumps({"a": Bomb()}, 2)),
-      "holds objects beside, which are never loaded",
+      "holds other objects, which are never loaded",
     ),
     (lambda f: torch.save({"a": Bomb()}, f), "which are never loaded"),
     (lambda f: torch.save([torch.zeros(2)], f), "holds a list that is no dict"),

@@ -217,7 +217,13 @@ def test_a_corpus_that_changed_is_noticed(corpus, encoder, tmp_path):
 
 @pytest.mark.parametrize(
   "step",
-  ["write_tokens", "embed_corpus", "build_index", "certify", "finish"],
+  [
+    "write_tokens",
+    "embed_corpus",
+    "build_index",
+    "certify",
+    "remove_job_files",
+  ],
 )
 def test_interrupted_before_any_step_it_goes_on_to_the_same_files(
   corpus, encoder, tmp_path, monkeypatch, uninterrupted, step
@@ -230,7 +236,7 @@ def test_interrupted_before_any_step_it_goes_on_to_the_same_files(
     patch.setattr(module, step, stop)
     with pytest.raises(KeyboardInterrupt):
       build(corpus, encoder, tmp_path)
-  if step != "finish":
+  if step != "remove_job_files":
     with pytest.raises(FileNotFoundError, match="build was cut off"):
       OpenedDirectory(tmp_path)
   build(corpus, encoder, tmp_path)

@@ -37,7 +37,7 @@ def test_what_others_can_write_is_not_used(cache, caplog, mode):
   cache.chmod(mode)
   keep_compiled()
   assert jax.config.jax_compilation_cache_dir is None
-  assert "others can write there" in caplog.text
+  assert "only this user can write to" in caplog.text
 
 
 def test_what_belongs_to_others_is_not_used(cache, monkeypatch, caplog):
@@ -45,7 +45,7 @@ def test_what_belongs_to_others_is_not_used(cache, monkeypatch, caplog):
   monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
   keep_compiled()
   assert jax.config.jax_compilation_cache_dir is None
-  assert "others can write there" in caplog.text
+  assert "only this user can write to" in caplog.text
 
 
 def test_a_link_in_its_place_is_not_used(cache, tmp_path):
