@@ -22,21 +22,22 @@ _COMPILATION = {
 
 # Files that train, build or compile for long: all others are `-m fast`.
 _SLOW = (
-  "benchmarks/growth", "commands/cli", "corpus/documents", "corpus/reading",
-  "corpus/splitting", "corpus/token_keep", "corpus/tokenizer_test",
-  "data/experiment", "data/pipeline", "decoding/answerer", "decoding/cand",
-  "decoding/ra", "decoding/search", "decoding/stream", "evaluation/evaluate",
-  "evaluation/results", "models/attention", "models/beams", "models/build",
-  "models/encoders", "models/generator", "models/meshes",
-  "models/partitioning_devices", "models/pointer", "models/rag", "old_files",
-  "parity/", "public_api", "quickstart", "readme", "retrieval/device",
-  "retrieval/embedding_job", "retrieval/hybrid", "retrieval/postings",
-  "retrieval/retriever", "retrieval/sharded", "retrieval/tuner",
-  "search/build", "search/damage", "search/directory", "search/update_test",
-  "serving/damage", "serving/pipeline", "serving/refusals", "tools/",
-  "training/c", "training/d", "training/h", "training/loop",
-  "training/processes", "training/s", "weights/conv", "weights/hostile",
-  "weights/init_from", "weights/load",
+  "benchmarks/growth", "benchmarks/systems", "commands/", "corpus/documents",
+  "corpus/reading", "corpus/splitting", "corpus/token", "data/experiment",
+  "data/pipeline", "data/step", "decoding/answerer", "decoding/cand",
+  "decoding/logits", "decoding/ra", "decoding/search", "decoding/stream",
+  "evaluation/evaluate", "evaluation/results", "models/attention",
+  "models/beams", "models/build", "models/encoders", "models/generator",
+  "models/meshes", "models/partitioning_devices", "models/pointer",
+  "models/rag", "old_files", "parity/", "public_api", "quickstart", "readme",
+  "retrieval/device", "retrieval/embedding_job", "retrieval/hybrid",
+  "retrieval/postings", "retrieval/retriever", "retrieval/scann",
+  "retrieval/sharded", "retrieval/tuner", "search/build", "search/damage",
+  "search/directory", "search/update_test", "serving/damage",
+  "serving/pipeline", "serving/refusals", "tools/", "training/c",
+  "training/d", "training/h", "training/loop", "training/processes",
+  "training/s", "weights/conv", "weights/hostile", "weights/init_from",
+  "weights/load",
 )  # fmt: skip
 
 
