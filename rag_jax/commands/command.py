@@ -22,7 +22,7 @@ from absl import flags
 from rag_jax import terminal
 from rag_jax.commands import COMMANDS
 from rag_jax.commands import PROGRAM
-from rag_jax.corpus.records import check_text
+from rag_jax.corpus.text_files import check_text
 
 # Numbers of malloc.h. One heap for all threads, since only the first of them
 # grows by more than 64 MB; nothing outside of it, nothing given back.

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.records import shorten
+from rag_jax.corpus.text_files import shorten
 from rag_jax.retrieval import exact
 
 
