@@ -65,6 +65,7 @@ def file_states(path: epath.PathLike) -> list[str]:
       for folder, _, names in os.walk(path)
       for name in names
     ]
+    files = [file for file in files if os.path.isfile(file)]  # no broken links
   lines = []
   for file in sorted(files):
     found, name = os.stat(file), os.path.relpath(file, path)

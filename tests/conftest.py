@@ -20,23 +20,30 @@ _COMPILATION = {
 }
 
 
-# Files that train, build or compile for long: all others are `-m fast`.
+# Folders and files (without _test.py) that train, build or compile for long: all
+# others are `-m fast`.
 _SLOW = (
   "benchmarks/growth", "benchmarks/systems", "commands/", "corpus/documents",
-  "corpus/reading", "corpus/splitting", "corpus/token", "data/experiment",
-  "data/pipeline", "data/step", "decoding/answerer", "decoding/cand",
-  "decoding/logits", "decoding/ra", "decoding/search", "decoding/stream",
+  "corpus/reading", "corpus/splitting", "corpus/token_keep",
+  "corpus/token_store", "corpus/tokenized", "corpus/tokenized_joining",
+  "corpus/tokenizer", "corpus/tokenizer_kinds", "data/experiment",
+  "data/experiment_store", "data/pipeline", "data/step_batches",
+  "decoding/answerer", "decoding/candidates", "decoding/logits",
+  "decoding/rag", "decoding/ranking", "decoding/search", "decoding/streaming",
   "evaluation/evaluate", "evaluation/results", "models/attention",
-  "models/beams", "models/build", "models/encoders", "models/generator",
+  "models/beams", "models/build_model", "models/encoders", "models/generator",
   "models/meshes", "models/partitioning_devices", "models/pointer",
   "models/rag", "old_files", "parity/", "public_api", "quickstart", "readme",
-  "retrieval/device", "retrieval/embedding_job", "retrieval/hybrid",
-  "retrieval/postings", "retrieval/retriever", "retrieval/scann",
-  "retrieval/sharded", "retrieval/tuner", "search/build", "search/damage",
-  "search/directory", "search/update_test", "serving/damage",
-  "serving/pipeline", "serving/refusals", "tools/", "training/c",
-  "training/d", "training/h", "training/loop", "training/processes",
-  "training/s", "weights/conv", "weights/hostile", "weights/init_from",
+  "retrieval/device", "retrieval/device_index", "retrieval/device_refresh",
+  "retrieval/embedding_job", "retrieval/hybrid", "retrieval/postings",
+  "retrieval/retriever", "retrieval/scann", "retrieval/sharded",
+  "retrieval/tuner", "search/build", "search/damage", "search/directory", "search/update",
+  "serving/damage", "serving/pipeline", "serving/refusals", "tools/",
+  "training/checkpoint", "training/checkpoint_damage", "training/compiled",
+  "training/devices", "training/hosts", "training/hybrid", "training/loop",
+  "training/loop_in_step", "training/loop_resume", "training/processes",
+  "training/search_in_step", "training/stages", "training/state",
+  "training/step", "weights/convert", "weights/hostile", "weights/init_from",
   "weights/load",
 )  # fmt: skip
 
@@ -45,7 +52,8 @@ def pytest_collection_modifyitems(items):
   """Marks what is worth a run after each change (`pytest -m fast`)."""
   here = pathlib.Path(__file__).parent
   for item in items:
-    if not item.path.relative_to(here).as_posix().startswith(_SLOW):
+    name = item.path.relative_to(here).as_posix().removesuffix("_test.py")
+    if name not in _SLOW and f"{name.partition('/')[0]}/" not in _SLOW:
       item.add_marker("fast")
 
 

@@ -151,3 +151,14 @@ def test_a_folder_that_may_not_be_written_to_is_called_that(tmp_path, number):
     disk.explaining(tmp_path / "out", "The thing", REMEDY),
   ):
     raise OSError(number, "no", str(tmp_path / "out" / "f"))
+
+
+def test_the_state_of_a_folder_changes_with_each_of_its_files(tmp_path):
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "b.txt").write_text("x")
+  (tmp_path / "broken").symlink_to("nowhere")
+  [before] = disk.file_states(tmp_path)
+  assert before.startswith("a/b.txt 1 ")
+  assert disk.file_states(tmp_path / "a" / "b.txt")[0].startswith(". 1 ")
+  (tmp_path / "a" / "b.txt").write_text("xy")
+  assert disk.file_states(tmp_path) != [before]

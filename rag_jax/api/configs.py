@@ -13,10 +13,8 @@ from rag_jax.config_json import read_config
 from rag_jax.config_rules import validate
 from rag_jax.disk import instead_of
 
-_EXPECTED = (
-  "a Python file with a function get_config, like configs/quickstart.py, or"
-  " the workdir of a run"
-)
+_FILE = "a Python file with a function get_config, like configs/quickstart.py"
+_EXPECTED = f"{_FILE}, or the workdir of a run"
 
 
 def load_config(path: epath.PathLike) -> Config:
@@ -49,11 +47,11 @@ def load_config(path: epath.PathLike) -> Config:
 
 
 def run_config(file: epath.PathLike, *arguments: str) -> Any:
-  """Returns what the function get_config of a Python file returns.
+  """Executes a Python file, and returns what its get_config returns.
 
   Args:
-    file: which is executed.
-    *arguments: of get_config, which the command line gives behind a colon.
+    file: of the experiment.
+    *arguments: of get_config; on the command line they follow a colon.
 
   Raises:
     ValueError: the file has no get_config, or one of them raises an exception;
@@ -75,9 +73,9 @@ def run_config(file: epath.PathLike, *arguments: str) -> Any:
     )
     raise ValueError(
       f"{name}:{line}: the config cannot be read ({type(error).__name__}:"
-      f" {error}). Expected {_EXPECTED}. Correct the file."
+      f" {error}). Expected {_FILE}. Correct the file."
     ) from error
   raise ValueError(
-    f"{name} has no function get_config. Expected {_EXPECTED}. Add one that"
+    f"{name} has no function get_config. Expected {_FILE}. Add one that"
     " returns a rag_jax.Config."
   )

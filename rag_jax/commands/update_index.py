@@ -88,4 +88,8 @@ def main(argv: list[str]) -> None:
 def run() -> None:
   """Runs `main`."""
   logging.set_verbosity(logging.INFO)
-  command.run(main)
+  command.run(
+    main,
+    interrupted="Stopped. What was there before is still in use: run the same"
+    " command again.",
+  )
