@@ -20,8 +20,8 @@ _COMPILATION = {
 }
 
 
-# Folders and files (without _test.py) that train, build or compile for long: all
-# others are `-m fast`.
+# Folders and files (without _test.py) that train, build or compile for long.
+# All others are `-m fast`.
 _SLOW = (
   "benchmarks/growth", "benchmarks/systems", "commands/", "corpus/documents",
   "corpus/reading", "corpus/splitting", "corpus/token_keep",
@@ -37,14 +37,14 @@ _SLOW = (
   "retrieval/device", "retrieval/device_index", "retrieval/device_refresh",
   "retrieval/embedding_job", "retrieval/hybrid", "retrieval/postings",
   "retrieval/retriever", "retrieval/scann", "retrieval/sharded",
-  "retrieval/tuner", "search/build", "search/damage", "search/directory", "search/update",
-  "serving/damage", "serving/pipeline", "serving/refusals", "tools/",
-  "training/checkpoint", "training/checkpoint_damage", "training/compiled",
-  "training/devices", "training/hosts", "training/hybrid", "training/loop",
-  "training/loop_in_step", "training/loop_resume", "training/processes",
-  "training/search_in_step", "training/stages", "training/state",
-  "training/step", "weights/convert", "weights/hostile", "weights/init_from",
-  "weights/load",
+  "retrieval/tuner", "search/build", "search/damage", "search/directory",
+  "search/update", "serving/damage", "serving/pipeline", "serving/refusals",
+  "tools/", "training/checkpoint", "training/checkpoint_damage",
+  "training/compiled", "training/devices", "training/hosts",
+  "training/hybrid", "training/loop", "training/loop_in_step",
+  "training/loop_resume", "training/processes", "training/search_in_step",
+  "training/stages", "training/state", "training/step", "weights/convert",
+  "weights/hostile", "weights/init_from", "weights/load",
 )  # fmt: skip
 
 

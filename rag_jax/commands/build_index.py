@@ -174,4 +174,6 @@ def main(argv: list[str]) -> None:
 def run() -> None:
   """Runs `main`."""
   logging.set_verbosity(logging.INFO)
-  command.run(main, interrupted="Stopped. Run the same command again to continue.")
+  command.run(
+    main, interrupted="Stopped. Run the same command again to continue."
+  )
