@@ -1,8 +1,8 @@
-"""JSON that anybody may have written.
+"""Reads JSON that anybody may have written.
 
-In: a file or its text. Out: its value, or what a manifest says. Whatever is
-wrong with it, its size included, is a `ValueError`, and is found before much
-memory is taken.
+In: a file or its text. Out: its value, or the content of a manifest. Whatever
+is wrong with it, its size included, raises a `ValueError` before much memory is
+used.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,8 +12,8 @@ from typing import Any
 
 from etils import epath
 
-MAX_INT = 2**63 - 1  # of what a manifest counts
-MAX_DEPTH = 100  # of lists and objects inside one another
+MAX_INT = 2**63 - 1  # the largest count in a manifest
+MAX_DEPTH = 100  # levels of nested lists and objects
 MAX_SETTINGS_BYTES = 1 << 28  # of a manifest, a config or a tokenizer.json
 
 
@@ -26,10 +26,10 @@ _SETTINGS = json.JSONDecoder()
 
 
 class Content(dict[str, Any]):
-  """What a manifest says; what it does not say, or says wrong, is named.
+  """The content of a manifest; missing or wrong values raise a clear error.
 
-  A digest shows that a manifest is as somebody wrote it, who need not have been
-  this program.
+  A digest only shows that a manifest is as it was written. The writer may have
+  been another program.
   """
 
   def __init__(
@@ -38,12 +38,13 @@ class Content(dict[str, Any]):
     origin: str = "",
     remedy: str = "",
   ):
-    """Wraps `values`, and the objects in them.
+    """Wraps `values`, and the objects inside them.
 
     Args:
-      values: by name; or pairs, as `dataclasses.asdict` copies a dict.
+      values: a mapping; or (name, value) pairs, since `dataclasses.asdict`
+        copies a dict that way.
       origin: the file, for messages.
-      remedy: a sentence for the end of each message: what to do next.
+      remedy: the last sentence of each message: what to do next.
     """
     super().__init__(values)
     self._origin, self._remedy = origin, remedy
@@ -52,7 +53,7 @@ class Content(dict[str, Any]):
         self[name] = Content(value, f"{origin} ({name})", remedy)
 
   def __missing__(self, name: str) -> Any:
-    """Raises `ValueError`, in place of `KeyError`."""
+    """Raises `ValueError` instead of `KeyError`."""
     raise ValueError(
       f"{self._origin} says nothing about {name!r}; it has {sorted(self)}. It"
       f" was edited, or written by another program. {self._remedy}"
@@ -61,7 +62,7 @@ class Content(dict[str, Any]):
   def check(self, **types: type | tuple[type, ...]) -> None:
     """Raises `ValueError` unless the values have these types.
 
-    A whole number is from 0 to `MAX_INT`; true is none.
+    A whole number must be from 0 to `MAX_INT`; true is not a number.
     """
     for name, expected in types.items():
       value = self[name]
@@ -81,12 +82,12 @@ class Content(dict[str, Any]):
 
 
 def parse_json(text: str) -> Any:
-  """Returns the JSON value that `text` is.
+  """Returns the JSON value in `text`.
 
   Raises:
-    json.JSONDecodeError: it is none; a `ValueError`, as is that of a number
-      that is not finite or has too many digits, and of lists and objects that
-      are nested too deeply.
+    json.JSONDecodeError: the text is not JSON.
+    ValueError: a number is not finite or has too many digits, or lists and
+      objects are nested too deeply.
   """
   return _decode(_STRICT, text)
 
@@ -94,41 +95,31 @@ def parse_json(text: str) -> Any:
 def parse_settings(text: str | bytes) -> Any:
   """Returns the JSON value of a manifest or a config.
 
-  As `parse_json`, but NaN and Infinity are read: Python writes them.
+  Like `parse_json`, but accepts NaN and Infinity, which Python writes.
 
   Raises:
-    ValueError: it is none, or is not UTF-8.
+    ValueError: the text is not JSON, or not UTF-8.
   """
   text = text.decode("utf-8") if isinstance(text, bytes) else text
   return _decode(_SETTINGS, text)
 
 
 def read_settings(path: epath.PathLike) -> Any:
-  """Returns the JSON value of a file; as `parse_settings`.
+  """Returns the JSON value of a file, read as `parse_settings` does.
 
   Raises:
-    OSError: it cannot be read.
-    ValueError: it is no plain file, is too large, or is no JSON.
-  """
-  return parse_settings(read_limited(path, MAX_SETTINGS_BYTES))
-
-
-def read_limited(path: epath.PathLike, most_bytes: int) -> bytes:
-  """Returns what a file holds, unless that is more than `most_bytes`.
-
-  Raises:
-    OSError: it cannot be read.
-    ValueError: it is larger, or no plain file.
+    OSError: the file cannot be read.
+    ValueError: it is not a plain file, is too large, or is not JSON.
   """
   path = epath.Path(path)
-  # Before it is opened: opening a FIFO waits for somebody to write.
+  # Checked before opening: opening a FIFO waits until somebody writes to it.
   if "://" not in os.fspath(path) and path.exists() and not path.is_file():
     raise ValueError(f"{path} is no plain file")
   with path.open("rb") as file:
-    data = file.read(most_bytes + 1)
-  if len(data) > most_bytes:
-    raise ValueError(f"{path} has more than {most_bytes:,} bytes")
-  return data
+    data = file.read(MAX_SETTINGS_BYTES + 1)
+  if len(data) > MAX_SETTINGS_BYTES:
+    raise ValueError(f"{path} has more than {MAX_SETTINGS_BYTES:,} bytes")
+  return parse_settings(data)
 
 
 def _decode(decoder: json.JSONDecoder, text: str) -> Any:
@@ -137,8 +128,8 @@ def _decode(decoder: json.JSONDecoder, text: str) -> Any:
     value = decoder.decode(text)
   except RecursionError as error:
     raise ValueError(problem) from error
-  # Python reads some 1,000 levels, but not everything that is done with the
-  # value goes as deep. Few texts have so many brackets that it could be so.
+  # Python parses about 1,000 levels, but later code may not recurse that far.
+  # Counting brackets first is fast, and few texts have enough of them.
   brackets = text.count("[") + text.count("{")
   if brackets > MAX_DEPTH and _is_deep(value):
     raise ValueError(problem)

@@ -32,7 +32,7 @@ from rag_jax.config import GeneratorConfig
 from rag_jax.config_json import from_json
 from rag_jax.config_json import to_json
 from rag_jax.corpus.documents import read_documents
-from rag_jax.corpus.html_text import html_text
+from rag_jax.corpus.html_text import read_html
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.store import PassageStore
@@ -300,8 +300,8 @@ def _make_pages(folder: pathlib.Path) -> None:
 
 def _read_page(folder: pathlib.Path) -> None:
   (path,) = folder.iterdir()
-  title, text = html_text(path.read_bytes().decode("utf-8", "replace"))
-  f"{title}{text}".encode()
+  page = read_html(path.read_bytes().decode("utf-8", "replace"))
+  f"{page.title}{page.text}".encode()
   for action in BadRecords.ACTIONS:
     with _documented(str(path)):
       list(read_documents(path, bad_records=BadRecords(action)))

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from rag_jax.corpus.records import shorten
+from rag_jax.corpus.text_files import shorten
 
 
 def check_type(

@@ -24,9 +24,9 @@ from etils import epath
 from rag_jax.api.search_directory import SearchDirectory
 from rag_jax.commands import command
 from rag_jax.corpus.document import FieldNames
-from rag_jax.corpus.records import read_texts
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
+from rag_jax.corpus.text_files import read_texts
 from rag_jax.retrieval.embeddings import STORAGE
 from rag_jax.search.build import BuildConfig
 from rag_jax.search.directory import word_settings

@@ -22,7 +22,7 @@ from absl import flags
 
 from rag_jax import terminal
 from rag_jax.commands import PROGRAM
-from rag_jax.corpus.records import check_text
+from rag_jax.corpus.text_files import check_text
 
 # Constants of malloc.h. All threads use one heap, since only the first heap can
 # grow beyond 64 MB; nothing is allocated outside of it or given back.

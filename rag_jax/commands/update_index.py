@@ -17,8 +17,8 @@ from absl import logging
 from etils import epath
 
 from rag_jax.commands import command
-from rag_jax.corpus.records import read_texts
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.text_files import read_texts
 from rag_jax.evaluation.search_modes import fit_search_modes
 from rag_jax.search.compact import compact_search_directory
 from rag_jax.search.update import update_search_directory

@@ -1,4 +1,4 @@
-"""One document: what every reader gives, and how a JSON object becomes one.
+"""The `Document`: what every reader returns, and how a JSON object becomes one.
 
 In: a JSON object and the names of its fields. Out: a `Document`.
 """
@@ -6,11 +6,11 @@ In: a JSON object and the names of its fields. Out: a `Document`.
 from collections.abc import Collection, Iterable, Iterator, Mapping
 import dataclasses
 import json
-from typing import Any
+from typing import Any, Literal
 
-from rag_jax.corpus.records import check_fields
-from rag_jax.corpus.records import shorten
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.text_files import check_fields
+from rag_jax.corpus.text_files import shorten
 
 _SCALARS = (str, int, float, bool)
 Metadata = tuple[tuple[str, str], ...]
@@ -18,38 +18,37 @@ Metadata = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Heading:
-  """A line of a text that is the heading of what follows."""
+  """A line of a text that is the heading of the lines after it."""
 
-  start: int  # of the line, in the text
+  start: int  # of the line, in characters of the text
   end: int
-  level: int  # from 1; those below it have higher numbers
+  level: int  # 1 is the top; subheadings have higher numbers
   title: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
-  """A text as somebody wrote it, before it is split into passages."""
+  """A text as its author wrote it, before it is split into passages."""
 
   id: str
   title: str  # may be empty
   text: str
   metadata: Metadata  # (name, value), in the order of the record
   where: str  # file and line, for messages
-  # In their order. No part of what makes two documents equal: they are read
-  # out of the same text.
+  # In the order of the text. Not compared: they follow from the text.
   headings: tuple[Heading, ...] = dataclasses.field(default=(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FieldNames:
-  """Where a record has its id, title and text.
+  """The names of the fields with the id, title and text of a record.
 
   Attributes:
-    id: if it is left at "id", a record without it may have BEIR's "_id".
-    title: if it is left at "title", a record may have none, or KILT's
-      "wikipedia_title".
-    text: what is split, searched and read. If it is left at "text", a record
-      without it may have Pyserini's and FlashRAG's "contents".
+    id: with the default "id", BEIR's "_id" is read if there is no "id".
+    title: with the default "title", KILT's "wikipedia_title" is read if there
+      is no "title", and a record may have no title at all.
+    text: what is split, searched and read. With the default "text", the
+      "contents" of Pyserini and FlashRAG is read if there is no "text".
   """
 
   id: str = "id"
@@ -59,39 +58,36 @@ class FieldNames:
 
 DEFAULT_FIELDS = FieldNames()
 
-_MAX_TITLE_CHARS = 200  # of the first line of "contents", to be a title
-# Of a sentence, also a Chinese one.
-_SENTENCE_ENDS = tuple(".!?:;,\u3002\uff01\uff1f")
+# Read instead of a default name that a record does not have.
+_OTHER_NAMES = {"id": "_id", "title": "wikipedia_title", "text": "contents"}
+_MAX_TITLE_CHARS = 200  # a longer first line of "contents" is text
+_SENTENCE_ENDS = tuple(".!?:;,\u3002\uff01\uff1f")  # also Chinese ones
 
 
-def _present(
-  names: Collection[str], field: str, default: str, other: str
+def field_name(
+  part: Literal["id", "title", "text"],
+  names: Collection[str],
+  fields: FieldNames,
 ) -> str:
-  """Returns `field`, or `other` where that is there in its place."""
-  is_other = field == default and field not in names and other in names
-  return other if is_other else field
+  """Returns the field that holds a record's id, title or text.
 
-
-def id_field(names: Collection[str], fields: FieldNames) -> str:
-  """Returns which of a record's `names` is its id."""
-  return _present(names, fields.id, DEFAULT_FIELDS.id, "_id")
-
-
-def text_field(names: Collection[str], fields: FieldNames) -> str:
-  """Returns which of a record's `names` is its text."""
-  return _present(names, fields.text, DEFAULT_FIELDS.text, "contents")
-
-
-def _title_field(names: Collection[str], fields: FieldNames) -> str:
-  title = DEFAULT_FIELDS.title
-  return _present(names, fields.title, title, "wikipedia_title")
+  Args:
+    part: which of the three.
+    names: the fields that the record has.
+    fields: the names that the user gave.
+  """
+  field, other = getattr(fields, part), _OTHER_NAMES[part]
+  is_default = field == getattr(DEFAULT_FIELDS, part)
+  return (
+    other if is_default and field not in names and other in names else field
+  )
 
 
 def _split_contents(contents: str) -> tuple[str, str]:
-  """Returns the title and the text of Pyserini's or FlashRAG's "contents".
+  """Returns the title and the text in the "contents" of Pyserini or FlashRAG.
 
   FlashRAG writes the title, often in double quotes, into the first line. A
-  first line that is a sentence, or long, or all there is, is text.
+  first line that is a sentence, is long, or is the only line is text.
   """
   first, _, rest = contents.partition("\n")
   title = first.strip()
@@ -105,10 +101,10 @@ def _split_contents(contents: str) -> tuple[str, str]:
 
 
 def _joined(paragraphs: list[Any], title: str, where: str) -> str:
-  """Returns the text of KILT's list of paragraphs, of which the first is title.
+  """Returns the text of KILT's list of paragraphs; the first is the title.
 
   Raises:
-    ValueError: a paragraph is no string.
+    ValueError: a paragraph is not a string.
   """
   for number, paragraph in enumerate(paragraphs):
     if not isinstance(paragraph, str):
@@ -125,7 +121,7 @@ def _joined(paragraphs: list[Any], title: str, where: str) -> str:
 def _metadata(
   record: Mapping[str, Any], taken: set[str], where: str
 ) -> Metadata:
-  """Returns the fields of a record that can be filtered by."""
+  """Returns the fields of a record that searches can filter by."""
   nested = record.get("metadata")  # where BEIR has them
   values = dict(nested) if isinstance(nested, dict) else {}
   values |= {k: v for k, v in record.items() if k not in taken}
@@ -144,11 +140,11 @@ def _metadata(
 def record_document(
   record: Mapping[str, Any], fields: FieldNames, where: str
 ) -> Document:
-  """Returns the document that a JSON object is.
+  """Returns a JSON object as a document.
 
-  The other fields become its metadata, and those of an object "metadata" in
-  it: strings, numbers, true and false, and each of these in a list. Further
-  objects do not. A field that is null is as one that is not there.
+  Its other fields become metadata, as do those of an inner object "metadata":
+  strings, numbers, true and false, and lists of these. Other objects are left
+  out. A field that is null counts as missing.
 
   Args:
     record: the object.
@@ -156,31 +152,26 @@ def record_document(
     where: its file and line.
 
   Raises:
-    ValueError: the id (a string or a whole number), the text, or a title that
-      was asked for is missing or of another type.
+    ValueError: the id (a string or a whole number), the text, or a title whose
+      name the user gave is missing or has another type.
   """
-  default = DEFAULT_FIELDS
   named = fields.title in record
   record = {k: v for k, v in record.items() if v is not None}
-  id_, text_ = id_field(record, fields), text_field(record, fields)
-  title_ = _title_field(record, fields)
-  beir = id_ != fields.id
-  required = {id_: (str, int), text_: (str, list)}
-  title = {title_: str}
-  optional = fields.title == default.title or named
-  check_fields(
-    record,
-    where,
-    required=required | ({} if optional else title),
-    optional=title if optional else {},
-  )
+  id_ = field_name("id", record, fields)
+  title_ = field_name("title", record, fields)
+  text_ = field_name("text", record, fields)
+  required, title = {id_: (str, int), text_: (str, list)}, {title_: str}
+  if named or fields.title == DEFAULT_FIELDS.title:
+    check_fields(record, where, required=required, optional=title)
+  else:
+    check_fields(record, where, required=required | title)
   text, heading = record[text_], record.get(title_, "")
   if isinstance(text, list):
     text = _joined(text, heading, where)
   if text_ != fields.text and not heading:
     heading, text = _split_contents(text)
-  if beir and not text.strip():
-    text = heading  # BEIR's own searchers read the title and the text
+  if id_ != fields.id and not text.strip():
+    text = heading  # BEIR's own search reads the title and the text
   return Document(
     id=str(record[id_]),
     title=heading,
@@ -197,9 +188,5 @@ def record_documents(
 ) -> Iterator[Document]:
   """Yields the documents of (where, JSON object) pairs."""
   for where, record in records:
-    try:
-      document = record_document(record, fields, where)
-    except ValueError as error:
-      bad_records.refuse("bad_record", error)
-      continue
-    yield document
+    with bad_records.refusing("bad_record"):
+      yield record_document(record, fields, where)

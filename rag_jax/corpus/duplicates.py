@@ -1,6 +1,6 @@
-"""Which ids and texts were met before, for any number of them.
+"""Finds ids and texts that occur twice in a corpus of any size.
 
-In: strings, one after the other. Out: where each was met first. They are kept
+In: strings, one after the other. Out: where each occurred first. They are kept
 as hashes in a temporary database on the disk, so memory stays bounded.
 """
 
@@ -12,16 +12,15 @@ _CACHE_BYTES = 64 << 20  # of the database, in memory
 
 
 class Seen:
-  """Strings that were met, and where; about 30 bytes of disk for each.
+  """Strings that were added, and where; about 30 bytes of disk per string.
 
-  SQLite removes its file when the process ends, however it ends. It lies in
-  the folder that the environment variable SQLITE_TMPDIR or TMPDIR names, else
-  in /var/tmp.
+  The file is in the folder that the environment variable SQLITE_TMPDIR or
+  TMPDIR names, else in /var/tmp. SQLite removes it however the process ends.
   """
 
   def __init__(self, cache_bytes: int = _CACHE_BYTES):
-    """Opens the database; `cache_bytes` is about what it needs of memory."""
-    # "": a temporary file of its own. Nothing is ever rolled back.
+    """Opens the database, which needs about `cache_bytes` of memory."""
+    # "" opens a new temporary file. Nothing is ever rolled back.
     self._db = sqlite3.connect("", isolation_level=None)
     for setting in (
       "temp_store = FILE",
@@ -41,9 +40,9 @@ class Seen:
     """Returns where the strings of `key` were added before, or "".
 
     Args:
-      where: file and place, as in "corpus.jsonl:7".
-      *key: one or more strings, which count together.
-      number: what `number_of` returns, if they are new.
+      where: file and place, such as "corpus.jsonl:7".
+      *key: one or more strings, compared as one tuple.
+      number: what `number_of` will return for them, if they are new.
 
     Raises:
       OSError: the disk is full.
@@ -52,14 +51,14 @@ class Seen:
       return self._add(self._hash(key), where, number)
     except sqlite3.OperationalError as error:
       raise OSError(
-        "The ids and texts that were met cannot be kept on the disk"
+        "The ids and texts that were read cannot be kept on the disk"
         f" ({error}). Expected about 60 bytes for each passage in the folder"
         " for temporary files. Make room there, or set SQLITE_TMPDIR to a"
         " folder on another disk."
       ) from error
 
   def number_of(self, *key: str) -> int:
-    """Returns the number that the strings of `key`, met before, came with."""
+    """Returns the `number` that `key` was first added with."""
     (number,) = self._db.execute(
       "SELECT number FROM seen WHERE hash = ?", (self._hash(key),)
     ).fetchone()
@@ -69,7 +68,7 @@ class Seen:
     hashed = hashlib.blake2b(digest_size=_HASH_BYTES)
     for part in key:
       data = part.encode("utf-8", "surrogatepass")
-      # The length first: else ("ab", "c") would be ("a", "bc").
+      # With their lengths, since ("ab", "c") is not ("a", "bc").
       hashed.update(len(data).to_bytes(8, "little"))
       hashed.update(data)
     return hashed.digest()
@@ -79,16 +78,11 @@ class Seen:
     if name != self._file[0] or not self._file[1]:
       row = self._db.execute("INSERT INTO files VALUES (?)", (name,)).lastrowid
       self._file = (name, row or 0)
-    new = self._db.execute(
-      "INSERT OR IGNORE INTO seen VALUES (?, ?, ?, ?)",
-      (
-        digest,
-        self._file[1],
-        int(place) if place.isdecimal() else place,
-        number,
-      ),
-    ).rowcount
-    if new:
+    line = int(place) if place.isdecimal() else place
+    row = (digest, self._file[1], line, number)
+    if self._db.execute(
+      "INSERT OR IGNORE INTO seen VALUES (?, ?, ?, ?)", row
+    ).rowcount:
       return ""
     first, place = self._db.execute(
       "SELECT name, place FROM seen JOIN files ON files.rowid = file"

@@ -1,9 +1,9 @@
-"""The encoding of a page or file, and what to do about a wrong one.
+"""Character encodings of pages and files.
 
-In: bytes, and the label of a page. Out: text, and whether the label was wrong;
-or which encoding it may be, for the advice that a person gets. Labels mean what
-the WHATWG's standard says, https://encoding.spec.whatwg.org. The one file that
-imports webencodings and chardet.
+In: bytes, and the encoding that a page names (its label). Out: the text, and
+whether the label was wrong; or the likely encoding, for advice in messages.
+Labels mean what the WHATWG's standard says, https://encoding.spec.whatwg.org.
+The only file that imports webencodings and chardet.
 """
 
 import codecs
@@ -20,7 +20,7 @@ _BOMS = (
   (codecs.BOM_UTF16_LE, "utf-16"),
   (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Names of chardet's that the standard does not have as labels.
+# chardet's names that are not labels of the standard.
 _CHARDET = {
   "cp932": "shift_jis", "cp949": "euc-kr", "cp874": "windows-874",
   "maccyrillic": "x-mac-cyrillic", "macroman": "macintosh",
@@ -30,11 +30,11 @@ _ICONV = {
   "x-mac-cyrillic": "MAC-CYRILLIC", "utf-16le": "UTF-16LE",
   "utf-16be": "UTF-16BE",
 }  # fmt: skip
-_LEAST_LETTERS = 5  # outside of ASCII, to tell one encoding from another
+_LEAST_LETTERS = 5  # letters outside ASCII that tell encodings apart
 _MANY_LETTERS = 12
 _FEW_LETTERS = 3
-_LEAST_SCORE = 0.1  # of chardet's, for a guess
-_SURE_SCORE = 0.2  # for a page that names no encoding
+_LEAST_SCORE = 0.1  # chardet's confidence for a guess
+_SURE_SCORE = 0.2  # the same for a page that names no encoding
 _SAMPLE_BYTES = 1 << 14
 _MARKUP = re.compile(rb"(?is)<script.*?</script>|<style.*?</style>|<[^>]*>")
 
@@ -45,8 +45,9 @@ class Decoded:
 
   Attributes:
     text: without a byte order mark.
-    encoding: that it was read in.
-    label: that the page names, if that one is wrong, or "none"; else "".
+    encoding: the encoding that it was read in.
+    label: what the page names, if that is wrong; "none" if it names nothing and
+      the encoding was guessed; else "".
   """
 
   text: str
@@ -55,30 +56,27 @@ class Decoded:
 
 
 def bom_encoding(raw: bytes) -> str:
-  """Returns the encoding that a byte order mark says, or ""."""
+  """Returns the encoding that a byte order mark stands for, or ""."""
   return next((name for bom, name in _BOMS if raw.startswith(bom)), "")
 
 
 def decode_page(raw: bytes, label: str) -> Decoded | None:
-  """Returns the text of an HTML page; None if its encoding cannot be told.
+  """Returns the text of an HTML page; None if its encoding is unclear.
 
-  A byte order mark decides; then UTF-8, if the bytes are that; then what the
-  page names. If they cannot be what it names, or are far more like another
-  encoding, by their letters, it is that one.
+  A byte order mark decides first; then UTF-8, if the bytes are valid UTF-8;
+  then the label. If the bytes are not valid in the encoding of the label, or
+  their letters fit another encoding far better, that one is used.
 
   Args:
     raw: the page.
-    label: of the encoding that it names; "": none.
+    label: the encoding that it names, or "".
   """
-  if name := bom_encoding(raw):
+  if name := bom_encoding(raw) or _wide(raw):
     text = _decode(raw, name)
     return None if text is None else Decoded(text.removeprefix("\ufeff"), name)
-  if wide := _wide(raw):
-    text = _decode(raw, wide)
-    return None if text is None else Decoded(text, wide)
   named = webencodings.lookup(label)
   name = named.name if named else ""
-  if name.startswith("utf-16"):  # which could not have been read up to there
+  if name.startswith("utf-16"):  # the label could not have been read
     name = "utf-8"
   elif name == "x-user-defined":
     name = "windows-1252"
@@ -100,9 +98,9 @@ def decode_page(raw: bytes, label: str) -> Decoded | None:
 def _latin(raw: bytes) -> str:
   """Returns the encoding of a page that names none, if its script is Latin.
 
-  It is windows-1252, which browsers fall back to, unless the letters fit
-  another encoding of Latin letters far better. "": the script is another one,
-  so that a guess would make nonsense, or parts of the page are UTF-8.
+  This is windows-1252, as in browsers, unless the letters fit another encoding
+  of Latin letters far better. Returns "" if the script is another one, so that
+  a guess could be nonsense, or if parts of the page are UTF-8.
   """
   if re.search(rb"[\xc2-\xdf][\x80-\xbf]", raw):
     return ""
@@ -121,7 +119,7 @@ def _latin(raw: bytes) -> str:
 
 
 def _is_latin(text: str) -> bool:
-  """Returns whether text is words of Latin letters, and usual punctuation."""
+  """Returns whether a text is Latin letters and common punctuation."""
   words = [word for word in re.findall(r"\w+", text) if not word.isascii()]
   mixed = sum(re.search("[A-Za-z]", word) is not None for word in words)
   return 2 * mixed >= len(words) and all(
@@ -134,11 +132,11 @@ def _is_latin(text: str) -> bool:
 
 
 def _better(raw: bytes, name: str) -> str:
-  """Returns which encoding bytes are in rather than in `name`, or "".
+  """Returns an encoding that fits bytes far better than `name`, or "".
 
   Args:
     raw: a page.
-    name: of the encoding it names, if it can be that; else "".
+    name: the encoding that it names, if the bytes are valid in it; else "".
   """
   scores = _scores(raw)
   guess = max(scores, key=scores.__getitem__, default="")
@@ -152,14 +150,14 @@ def _better(raw: bytes, name: str) -> str:
     return guess if sure and letters >= _LEAST_LETTERS else ""
   score = scores.get(name, 0.0)
   times = 1.6 if letters >= _MANY_LETTERS else 3.0
-  if controls:  # nobody writes them: it is not what the page names
+  if controls:  # nobody writes these characters, so the label is wrong
     times = 1.01
   enough = letters >= (_FEW_LETTERS if controls else _LEAST_LETTERS)
   return guess if enough and scores[guess] >= times * score else ""
 
 
 def _wide(raw: bytes) -> str:
-  """Returns the kind of UTF-16 that bytes look like, without a mark, or ""."""
+  """Returns the kind of UTF-16 that bytes without a BOM look like, or ""."""
   sample = raw[:512]
   half = len(sample) / 2
   zeros = sample[::2].count(0), sample[1::2].count(0)
@@ -171,24 +169,18 @@ def _wide(raw: bytes) -> str:
 
 
 def _decode(raw: bytes, name: str) -> str | None:
-  """Returns the text of bytes in a WHATWG encoding, or None if it is none."""
-  # The standard's decoder of GBK is that of GB18030.
-  name = {"gbk": "gb18030"}.get(name, name)
+  """Returns the text of bytes in a WHATWG encoding; None if invalid in it."""
+  name = "gb18030" if name == "gbk" else name  # as the standard says
   known = webencodings.lookup(name)
   # Python's UTF-16 and UTF-32 read the byte order mark.
   own = ("gb18030", "utf-16", "utf-32")
   codec = known.codec_info.name if known and name not in own else name
+  # In the standard, undefined bytes of these are control characters.
+  errors = "rag_jax.control" if name.startswith("windows-") else "strict"
   try:
-    return raw.decode(codec)
+    return raw.decode(codec, errors)
   except (LookupError, UnicodeError):
-    pass
-  if name.startswith("windows-"):
-    # Bytes that the set leaves open are control characters in the standard.
-    try:
-      return raw.decode(codec, errors="rag_jax.control")
-    except (LookupError, UnicodeError):
-      pass
-  return None
+    return None
 
 
 def _as_control(error: UnicodeError) -> tuple[str, int]:
@@ -201,13 +193,13 @@ codecs.register_error("rag_jax.control", _as_control)
 
 
 def _num_letters(raw: bytes, name: str) -> int:
-  """Returns how many letters outside of ASCII bytes have in an encoding."""
+  """Returns the number of letters outside ASCII of bytes in an encoding."""
   text = _decode(raw, name) or ""
   return sum(not c.isascii() and c.isalpha() for c in text)
 
 
 def _scores(raw: bytes) -> dict[str, float]:
-  """Returns how well bytes fit the encodings of the standard, by its names."""
+  """Returns by encoding of the standard how well bytes fit it, from 0 to 1."""
   sample = _MARKUP.sub(b" ", raw)
   first = re.search(rb"[\x80-\xff]", sample)
   if first is None:
@@ -227,9 +219,6 @@ def _scores(raw: bytes) -> dict[str, float]:
 
 
 def likely_encoding(raw: bytes) -> str:
-  """Returns which encoding bytes look like, by their letters, or "".
-
-  The name is one that iconv knows.
-  """
+  """Returns iconv's name of the encoding that bytes seem to be in, or ""."""
   name = bom_encoding(raw) or _wide(raw) or _better(raw, "")
   return _ICONV.get(name, name).upper()

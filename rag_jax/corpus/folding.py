@@ -1,19 +1,19 @@
-"""Texts in one form: what is the same text, written in two ways, is equal.
+"""Normalises texts, so that two spellings of the same text are equal.
 
-In: a text in any language, as people and files write it. Out: the same text
-with one case, one form of each character and nothing that cannot be seen.
-Everything that compares texts folds them here first: answers, answers in
-passages, words that are searched, answers that are substituted.
+In: a text in any language, as people and files write it. Out: the same text in
+one case, with one form of each character and no invisible characters. All code
+that compares texts folds them first: answers, answers in passages, words for
+search, and answers that are substituted.
 """
 
 import functools
 import re
 import unicodedata
 
-# Characters that are not drawn (Default_Ignorable_Code_Point of Unicode 15.1,
+# Invisible characters (Default_Ignorable_Code_Point of Unicode 15.1,
 # https://www.unicode.org/Public/15.1.0/ucd/DerivedCoreProperties.txt): soft
 # hyphens, zero-width spaces, joiners and non-joiners, variation selectors,
-# marks of the direction of writing.
+# marks of the writing direction.
 _NOT_DRAWN = (
   (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x115F, 0x1160),
   (0x17B4, 0x17B5), (0x180B, 0x180F), (0x200B, 0x200F), (0x202A, 0x202E),
@@ -21,10 +21,10 @@ _NOT_DRAWN = (
   (0xFFA0, 0xFFA0), (0xFFF0, 0xFFF8), (0x1BCA0, 0x1BCA3),
   (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF),
 )  # fmt: skip
-_KASHIDA = "\u0640"  # makes an Arabic word longer on paper
+_KASHIDA = "\u0640"  # stretches an Arabic word on paper
 
-# Marks that are typed one for the other. Modifier letters and accents that
-# stand alone are there because they are typed as apostrophes.
+# Marks that people type for one another. Modifier letters and single accents
+# are listed since people type them as apostrophes.
 _ALIKE = {
   "'": "\u2018\u2019\u201a\u201b\u2032\u2035\u2039\u203a\u02b9\u02bb\u02bc"
   "\u02bd\u02c8\u00b4\u02ca\u02cb\u0060\u05f3\u300e\u300f",
@@ -44,15 +44,14 @@ _ALIKE = {
 
 
 def _table() -> dict[int, str | None]:
-  """Returns what `str.translate` does to single characters."""
+  """Returns the table of single characters for `str.translate`."""
   table: dict[int, str | None] = dict.fromkeys(
     (code for first, last in _NOT_DRAWN for code in range(first, last + 1))
   )
   table[ord(_KASHIDA)] = None
   for mark, others in _ALIKE.items():
     table |= dict.fromkeys(map(ord, others), mark)
-  for code in range(0x80, 0x20000):  # there are none beyond
-    # Digits of all scripts are 0 to 9.
+  for code in range(0x80, 0x20000):  # digits of all scripts become 0 to 9
     if unicodedata.category(chr(code)) == "Nd":
       table[code] = str(unicodedata.decimal(chr(code)))
   return table
@@ -60,7 +59,7 @@ def _table() -> dict[int, str | None]:
 
 _TABLE = _table()
 
-# NFKC alone makes 112 of 1 1/2 written as one sign, and 102 of 10 squared.
+# NFKC alone would turn 1½ into 11/2, and 10² into 102.
 _FRACTION = re.compile("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e\u2189])")
 _RAISED = re.compile(
   "(?<=[0-9])(?=[\u00b2\u00b3\u00b9\u2070\u2074-\u2079\u207a\u207b])"
@@ -69,8 +68,8 @@ _LOWERED = re.compile("(?<=[0-9])(?=[\u2080-\u2089])")
 # A dotted capital I in lower case, which Turkish and others write "i".
 _DOTTED_I = "i\u0307"
 
-# Digits in groups of three (Indian: the last of three, those before of two)
-# between the same separators; not one point, which is a decimal point too.
+# Digits in groups of three (Indian: the last of three, the others of two) with
+# one kind of separator; not a single point, which may be a decimal point.
 _START = "(?<![0-9])(?<![0-9][.,'])[1-9][0-9]{0,2}"
 _GROUPS = re.compile(
   _START + "(?:(?:,[0-9]{3})+|(?:,[0-9]{2})+,[0-9]{3}|(?:'[0-9]{3})+"
@@ -82,36 +81,35 @@ _SPACED_GROUPS = re.compile(
   "(?![0-9]|[\u00a0\u2009\u202f][0-9])"
 )
 
-# What has to be looked at closely: the rest is ASCII.
-_RUN = re.compile(r"\S*[^\x00-\x7f]\S*")
-_MAX_CACHED = 32  # characters; longer runs are hardly ever met again
+_RUN = re.compile(r"\S*[^\x00-\x7f]\S*")  # a word that is not ASCII
+_MAX_CACHED = 32  # characters; longer words hardly ever occur twice
 
 
 def fold(text: str, *, join_digits: bool = False) -> str:
-  """Returns `text` in the one form that texts are compared in.
+  """Returns `text` in the form in which texts are compared.
 
-  Unicode's NFKC_Casefold (https://www.unicode.org/reports/tr44/, section
-  5.7.3): compatibility forms such as full-width letters and ligatures are
-  ordinary ones, "STRASSE" and "straße" are one word, accents are composed, and
-  what is not drawn goes, so that a word with a soft hyphen or, as in Persian,
-  a zero-width non-joiner is one word. Beyond it:
+  This is Unicode's NFKC_Casefold (https://www.unicode.org/reports/tr44/,
+  section 5.7.3): compatibility forms such as full-width letters and ligatures
+  become ordinary letters, "STRASSE" equals "straße", accents are composed, and
+  invisible characters are removed, such as soft hyphens and the zero-width
+  non-joiners of Persian. In addition,
 
   - quotation marks, apostrophes and primes, dashes and the minus sign, middle
-    dots, and stops and commas of other scripts each have one form, that of
-    ASCII where there is one;
-  - digits of all scripts are 0 to 9; a fraction in one sign stays apart from
-    the number before it, and raised or lowered digits behind a digit are
-    written with ^ or _: "10²" is "10^2", not "102";
-  - the dotted capital I of Turkish is an i, and Arabic's kashida goes.
+    dots, and the stops and commas of other scripts each get one form, the one
+    in ASCII if there is one;
+  - digits of all scripts become 0 to 9; a fraction character is separated from
+    the number before it, and superscript or subscript digits after a digit are
+    written with ^ or _: "10²" becomes "10^2", not "102";
+  - the dotted capital I of Turkish becomes i, and Arabic's kashida is removed.
 
   Accents stay. Folding again changes nothing.
 
   Args:
     text: in any language.
-    join_digits: make one number of digits in groups: "1,000", "1'000",
-      "1.000.000", "12,34,567", and those between no-break or thin spaces. A
-      single point stays, since it is a decimal point too, and so does what is
-      no whole grouping, such as "1,2345".
+    join_digits: join digits in groups to one number: "1,000", "1'000",
+      "1.000.000", "12,34,567", and groups with no-break or thin spaces. A
+      single point stays, since it may be a decimal point, and so does an
+      incomplete grouping such as "1,2345".
   """
   if join_digits and not text.isascii():
     text = _SPACED_GROUPS.sub(_only_digits, text)
@@ -138,7 +136,7 @@ def _fold_run(text: str) -> str:
   text = unicodedata.normalize("NFD", text).casefold()
   text = unicodedata.normalize("NFKC", text).casefold()
   text = unicodedata.normalize("NFKC", text).translate(_TABLE)
-  # What was not drawn may have stood between a letter and its accent.
+  # An invisible character may have been between a letter and its accent.
   text = unicodedata.normalize("NFC", text.replace(_DOTTED_I, "i"))
   return text.replace(_DOTTED_I, "i")
 

@@ -1,8 +1,8 @@
-"""The title, text and headings of an HTML page.
+"""Reads the title, text and headings of an HTML page.
 
-In: a page. Out: its title, what a person reads of it, a line a paragraph, and
-where its headings are. It is parsed by the algorithm of the HTML standard, as
-browsers do, https://html.spec.whatwg.org/multipage/parsing.html. The one file
+In: a page. Out: its title, the text that a browser shows, one line per
+paragraph, and where its headings are. Parsing follows the HTML standard, as in
+browsers, https://html.spec.whatwg.org/multipage/parsing.html. The only file
 that imports selectolax.
 """
 
@@ -34,13 +34,13 @@ _UNSEEN = frozenset({
 })  # fmt: skip
 _UNSEEN_IN_SVG = _UNSEEN | {"defs", "desc", "metadata", "symbol"}
 _KEEPS_SPACE = frozenset({"pre", "listing", "plaintext", "textarea", "xmp"})
-# They stand apart from the text around them, whatever is between the tags.
+# Separated from the text around them, even without a space between the tags.
 _APART = frozenset({
   "button", "embed", "img", "input", "meter", "object", "progress", "svg",
   "text", "textarea",
 })  # fmt: skip
-# Each is a thing of its own beside another element, and part of a word beside
-# a letter; <b> and its like are part of a word beside both.
+# Separated from a neighbouring element, but not from a neighbouring letter.
+# <b> and similar elements are separated from neither.
 _THINGS = frozenset(
   {"a", "abbr", "cite", "data", "label", "output", "span", "time"}
 )
@@ -58,17 +58,17 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
 _RAISED = str.maketrans("0123456789+-\u2212=()ni", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿⁱ")
 _LOWERED = str.maketrans("0123456789+-\u2212=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎")
 _ORDINAL = re.compile(r"(?i)(?:st|nd|rd|th|er|re|me|lle|mme|os|as|e|o|a)\Z")
-# What the second and third child of an element of MathML are.
+# The kinds of the second and third child of an element of MathML.
 _SCRIPTS = {"msup": ("sup",), "msub": ("sub",), "msubsup": ("sub", "sup")}
 
 _XHTML = re.compile(
   r"(?i)\A\s*<\?xml|<!doctype[^>]*xhtml|<html[^>]*\sxmlns\s*=[^>]*xhtml"
 )
-# Text in XML; to HTML it is a comment. None is longer than a script.
+# Text in XML, but a comment in HTML. It never spans the end of a script.
 _CDATA = re.compile(
   r"(?is)<!\[CDATA\[((?:(?!</script|</style|<!\[CDATA\[).)*?)\]\]>"
 )
-# Of these, <x/> is complete in XML and never ends in HTML.
+# For these, <x/> is a complete element in XML, but only a start tag in HTML.
 _RAW = (
   "title", "textarea", "script", "style", "xmp", "iframe", "noembed",
   "noframes", "noscript", "template",
@@ -79,23 +79,23 @@ _STRUCTURE = re.compile(
   r"|nav|header|footer|meta|link|title|script|style)(?=[\s/>])"
 )
 _TAG = re.compile(r"<(/?)([a-zA-Z][^\s/<>]*+)[^<>]*+>")
-# They have no end, or it may be left out.
+# Elements without an end tag, or whose end tag may be left out.
 _NOT_NESTED = frozenset({
   "area", "base", "br", "col", "colgroup", "dd", "dt", "embed", "hr", "img",
   "input", "li", "link", "meta", "optgroup", "option", "p", "param", "rp", "rt",
   "source", "tbody", "td", "tfoot", "th", "thead", "tr", "track", "wbr",
 })  # fmt: skip
-_MAX_DEPTH = 256  # of elements in one another; browsers stop at 512
+_MAX_DEPTH = 256  # of nested elements; browsers stop at 512
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Page:
-  """What is read of a page.
+  """The text of a page.
 
   Attributes:
     title: from <title>, else the first heading; may be empty.
-    text: a line for each paragraph, heading, list item and row of a table.
-    headings: where they are in the text.
+    text: one line per paragraph, heading, list item and row of a table.
+    headings: the headings, with their places in the text.
   """
 
   title: str
@@ -103,19 +103,12 @@ class Page:
   headings: tuple[Heading, ...]
 
 
-def html_text(page: str) -> tuple[str, str]:
-  """Returns the title (from <title>, else the first heading) and the text."""
-  read = read_html(page)
-  return read.title, read.text
-
-
 def read_html(page: str) -> Page:
-  """Returns what a person reads of a page.
+  """Returns the text that a browser shows of a page.
 
-  Scripts, styles, comments and what is hidden are left out. White space is as
-  on the screen: one space between words, a line for each paragraph, heading,
-  list item and row of a table, whose cells have tabs between them, and the
-  lines of <pre> as they are.
+  Scripts, styles, comments and hidden elements are left out. White space is as
+  on the screen: one space between words; one line per paragraph, heading, list
+  item and row of a table, with tabs between cells; <pre> keeps its lines.
   """
   parser = LexborHTMLParser(_prepared(page))
   lines = _Lines()
@@ -131,10 +124,9 @@ def read_html(page: str) -> Page:
 def declared_encodings(raw: bytes) -> Iterator[str]:
   """Yields the encodings that the <meta> elements of a page name.
 
-  They are those of elements: what stands in comments, scripts and attributes
-  is none.
+  Comments, scripts and attributes with the same text do not count.
   """
-  # Latin-1 keeps ASCII as it is, and every byte is a character of it.
+  # Latin-1 keeps ASCII, and has a character for every byte.
   parser = LexborHTMLParser(_prepared(raw.decode("latin-1")))
   for node in parser.css("meta"):
     attributes = node.attributes
@@ -149,7 +141,7 @@ def declared_encodings(raw: bytes) -> Iterator[str]:
 
 
 def _prepared(page: str) -> str:
-  """Returns the page with what would swallow all that follows put right."""
+  """Returns the page with elements closed that would swallow the rest."""
   page = _CDATA.sub(lambda match: html.escape(match[1]), page)
   if _XHTML.search(page, 0, 4096):
     page = _SELF_CLOSED.sub(r"<\1\2></\1>", page)
@@ -159,8 +151,7 @@ def _prepared(page: str) -> str:
     for last in deque(begins.finditer(page), maxlen=1):
       after = _STRUCTURE.search(page, last.end())
       if after and not closes.search(page, last.end()):
-        # An end tag that closes nothing is ignored, should this stand in a
-        # comment.
+        # If the start tag is in a comment, parsers ignore this end tag.
         place = after.start()
         page = f"{page[:place]}</{name}>{page[place:]}"
   return _shallow(page)
@@ -169,7 +160,7 @@ def _prepared(page: str) -> str:
 def _shallow(page: str) -> str:
   """Returns the page without elements that are nested too deeply.
 
-  Parsing takes a time that is quadratic in the depth.
+  The time that parsing takes is quadratic in the depth.
   """
   depth = deepest = 0
   for match in _TAG.finditer(page):
@@ -202,7 +193,7 @@ def _titles(parser: LexborHTMLParser) -> Iterator[str]:
 
 
 def _inside(node: LexborNode, names: Iterable[str]) -> bool:
-  """Returns whether one of the elements around `node` has one of the names."""
+  """Returns whether `node` is inside an element with one of the names."""
   outer = node.parent
   while outer is not None and (outer.tag or "") not in names:
     outer = outer.parent
@@ -210,29 +201,29 @@ def _inside(node: LexborNode, names: Iterable[str]) -> bool:
 
 
 class _Lines:
-  """Text that grows by pieces.
+  """A text that is built piece by piece.
 
   Attributes:
-    done: lines that are complete.
-    headings: where the headings are, in the lines put together.
+    done: the complete lines.
+    headings: the headings, with their places in the joined lines.
   """
 
   def __init__(self):
     self.done: list[str] = []
     self.headings: list[Heading] = []
-    self._line: list[str] = []  # without white space at its start
+    self._line: list[str] = []  # pieces, without white space at the start
     self._length = 0  # of `done`, with line ends
-    self._space = ""  # that is wanted before the next word
-    self._opened: set[str] = set()  # inline elements, since the last word
+    self._space = ""  # to be added before the next word
+    self._opened: set[str] = set()  # inline elements since the last word
     self._closed: set[str] = set()
 
   @property
   def last(self) -> str:
-    """The last character of the line, a space if one is wanted, or ""."""
+    """The last character of the line, or the space to be added, or ""."""
     return self._space or (self._line[-1][-1] if self._line else "")
 
   def space(self, kind: str = " ") -> None:
-    """Keeps what follows apart from what was before."""
+    """Separates the next piece from the last one."""
     if self._line and self._space != "\t":
       self._space = kind
 
@@ -266,14 +257,14 @@ class _Lines:
     self._closed.clear()
 
   def glue(self, text: str) -> None:
-    """Adds text directly behind what is there."""
+    """Adds text directly after the last piece."""
     self._opened.clear()
     self._closed.clear()
     if text:
       self.words(text)
 
   def keep(self, text: str) -> None:
-    """Adds text with its white space and lines as they are."""
+    """Adds text with its white space and line ends unchanged."""
     first, *others = text.translate(_INVISIBLE).expandtabs(8).split("\n")
     if first:
       self._line.append(first)
@@ -283,7 +274,7 @@ class _Lines:
     self._space = ""
 
   def end_line(self) -> str:
-    """Ends the line, if there is something on it, and returns it."""
+    """Ends the line, unless it is blank, and returns it."""
     line = "".join(self._line).rstrip()
     if line.strip():
       self._add(line)
@@ -298,12 +289,12 @@ class _Lines:
       self._length += len(line) + 1
 
   def end_heading(self, first: int, level: int) -> None:
-    """Ends a heading, of which the first line counts if it is a long one.
+    """Ends a heading; of a long one, only the first line counts.
 
-    One that is never closed holds all that follows.
+    A long heading was probably never closed and holds the text after it.
 
     Args:
-      first: how many lines were complete before.
+      first: how many lines were complete before it.
       level: of the heading.
     """
     self.end_line()
@@ -323,10 +314,10 @@ class _Lines:
     self.headings += [Heading(start, end, level, title), *inner]
 
   def end_pre(self, first: int) -> None:
-    """Ends lines that were kept, without blank ones behind them.
+    """Ends preformatted text, and drops the blank lines at its end.
 
     Args:
-      first: how many lines were complete before.
+      first: how many lines were complete before it.
     """
     self.end_line()
     while len(self.done) > first and not self.done[-1]:
@@ -335,12 +326,12 @@ class _Lines:
 
 
 def _script(kind: str, inner: str, before: str) -> str:
-  """Returns how text that is raised or lowered is written on one line."""
+  """Returns superscript ("sup") or subscript ("sub") as plain characters."""
   inner = " ".join(inner.translate(_INVISIBLE).split())
   table = _RAISED if kind == "sup" else _LOWERED
   if inner.upper() in ("TM", "SM") and kind == "sup":
     return "™" if inner.upper() == "TM" else "℠"
-  # Letters alone are no exponent of a number: 1st, 2n.
+  # Letters after a digit are no exponent: 1st, 2n.
   ordinal = before.isdigit() and inner.isalpha()
   if inner and not ordinal and all(ord(c) in table for c in inner):
     return inner.translate(table)
@@ -371,7 +362,7 @@ def _is_hidden(node: LexborNode, attributes: dict[str, str | None]) -> bool:
 
 
 def _script_kind(node: LexborNode) -> str:
-  """Returns "sup" or "sub" if an element of MathML is raised or lowered."""
+  """Returns "sup" or "sub" for superscripts and subscripts of MathML, or ""."""
   parent = node.parent
   kinds = _SCRIPTS.get(parent.tag or "", ()) if parent is not None else ()
   if not kinds:
@@ -384,13 +375,14 @@ def _script_kind(node: LexborNode) -> str:
 
 
 def _walk(root: LexborNode, lines: _Lines) -> None:
-  """Reads what is seen below `root`.
+  """Adds the visible text below `root` to `lines`.
 
-  A stack of its own: pages are nested as deeply as their writers like.
+  Not recursive, since pages can be nested deeper than Python's calls.
   """
-  kept = 0  # elements around that keep white space
-  code = 0  # elements around whose inner elements are glued
-  svg = math = 0  # such elements around
+  # How many elements of each kind the current one is inside of.
+  kept = 0  # that keep white space
+  code = 0  # whose inner elements are not separated
+  svg = math = 0
   ends: list[tuple[LexborNode | None, str, int]] = [(root, "", 0)]
   while ends:
     node, name, note = ends.pop()
@@ -484,7 +476,7 @@ def _walk(root: LexborNode, lines: _Lines) -> None:
 
 
 def _fills_cell(node: LexborNode) -> bool:
-  """Returns whether an element is all that a cell of a table holds."""
+  """Returns whether an element is the only one in a cell of a table."""
   parent = node.parent
   if parent is None or parent.tag not in ("td", "th"):
     return False

@@ -1,8 +1,8 @@
-"""From the id of a passage to its row, without the ids in memory.
+"""Finds the row of a passage by its id, without holding the ids in memory.
 
-In: the ids, one after the other. Out: two files, the sorted 64-bit hashes of
-the ids and their rows, which are mapped into memory. Two ids may have the same
-hash: whoever asks for a row reads the passage and compares its id.
+In: the ids, one after the other. Out: two files that are mapped into memory,
+the sorted 64-bit hashes of the ids and their rows. Two ids may have the same
+hash, so the caller must read the passage and compare its id.
 """
 
 from collections.abc import Iterator
@@ -13,26 +13,25 @@ from jaxtyping import Int, UInt64
 import numpy as np
 
 from rag_jax.artifacts import temp_path
-from rag_jax.corpus.array_rows import ArrayRows
-from rag_jax.corpus.array_rows import read_array
-from rag_jax.corpus.shards import REMEDY
+from rag_jax.corpus.npy_files import ArrayRows
+from rag_jax.corpus.npy_files import read_array
 
 HASHES = "id_hashes.npy"
 ROWS = "id_rows.npy"
 
-_BLOCK_ROWS = 1 << 16  # hashes that are written or read at once
-_PART_ROWS = 1 << 21  # hashes that are sorted at once, at 50 bytes each
+_BLOCK_ROWS = 1 << 16  # hashes written or read at a time
+_PART_ROWS = 1 << 21  # hashes sorted at a time, with 50 bytes of memory each
 
 
 def hash_id(id: str) -> int:
-  """Returns 64 bits that depend on the whole id alone."""
+  """Returns a 64-bit hash of an id, the same in every process."""
   data = id.encode("utf-8", "surrogatepass")
   digest = hashlib.blake2b(data, digest_size=8).digest()
   return int.from_bytes(digest, "little")
 
 
 class IdTableWriter:
-  """Takes ids in the order of their rows, then sorts them on the disk."""
+  """Collects the ids in the order of the rows, then sorts them on the disk."""
 
   def __init__(self, directory: epath.Path):
     self._directory = directory
@@ -42,7 +41,7 @@ class IdTableWriter:
     self._num_rows = 0
 
   def add(self, id: str) -> None:
-    """Keeps the id of the next row."""
+    """Adds the id of the next row."""
     self._block.append(hash_id(id))
     self._num_rows += 1
     if len(self._block) == _BLOCK_ROWS:
@@ -53,17 +52,17 @@ class IdTableWriter:
     self._block.clear()
 
   def close(self) -> None:
-    """Removes what is no part of the table."""
+    """Removes the temporary file."""
     try:
       self._file.close()
     finally:
       self._temp.unlink(missing_ok=True)
 
   def sort(self) -> Iterator[list[int]]:
-    """Writes the table; yields the rows, ascending, that share a hash.
+    """Writes the table; yields the rows of each hash that several ids share.
 
-    The hashes are sorted in parts that fit into memory: one part takes those
-    between two bounds, which are spread evenly as hashes are.
+    The hashes are sorted in parts that fit into memory. Each part has the
+    hashes of one of equally wide ranges, which hold about equally many.
     """
     self._write()
     self._file.close()
@@ -92,7 +91,7 @@ def _select(
   half = np.uint64(32)
   for start in range(0, len(hashes), _BLOCK_ROWS):
     block = np.array(hashes[start : start + _BLOCK_ROWS])
-    # Which of equally wide parts of [0, 1) the hash / 2**64 is in.
+    # The upper half of a hash tells which of the ranges it is in.
     mine = ((block >> half) * np.uint64(num_parts)) >> half == part
     found.append(block[mine])
     rows.append(start + np.flatnonzero(mine))
@@ -102,7 +101,7 @@ def _select(
 def _shared(
   hashes: UInt64[np.ndarray, "N"], rows: Int[np.ndarray, "N"]
 ) -> Iterator[list[int]]:
-  """Yields the rows of each hash that there is more than once."""
+  """Yields the rows, ascending, of each hash that occurs more than once."""
   begins = np.flatnonzero(np.r_[True, hashes[1:] != hashes[:-1]])
   ends = np.r_[begins[1:], len(hashes)]
   for i in np.flatnonzero(ends - begins > 1):
@@ -112,29 +111,31 @@ def _shared(
 class IdTable:
   """The finished table, mapped into memory."""
 
-  def __init__(self, directory: epath.Path):
-    self._hashes = read_array(directory / HASHES, REMEDY)
-    self._rows = read_array(directory / ROWS, REMEDY)
+  def __init__(self, directory: epath.Path, remedy: str):
+    """Opens the table; `remedy` is the last sentence of error messages."""
+    self._hashes = read_array(directory / HASHES, remedy)
+    self._rows = read_array(directory / ROWS, remedy)
+    self._remedy = remedy
 
   def check(self, num_rows: int) -> None:
-    """Raises `ValueError` unless the table is one of `num_rows` passages."""
+    """Raises `ValueError` unless the table fits `num_rows` passages."""
     rows, hashes = self._rows, self._hashes
-    fits = rows.shape == hashes.shape == (num_rows,)
     if (
-      not fits
+      not rows.shape == hashes.shape == (num_rows,)
       or (hashes.dtype, rows.dtype) != (np.uint64, np.int64)
       or int(rows.min()) < 0
       or int(rows.max()) >= num_rows
     ):
       raise ValueError(
         f"The table of ids has {hashes.dtype} of shape {hashes.shape} and"
-        f" {rows.dtype} of shape {rows.shape}; expected {num_rows} uint64 and"
-        f" as many rows below that. {REMEDY}"
+        f" {rows.dtype} of shape {rows.shape}; expected {num_rows} hashes"
+        f" (uint64) and {num_rows} rows (int64, below {num_rows})."
+        f" {self._remedy}"
       )
 
   def candidates(self, id: str) -> list[int]:
-    """Returns the rows whose id may be `id`, almost always one or none."""
-    # As uint64: of a Python int, the whole table would become floats.
+    """Returns the rows whose id may be `id`; almost always one or none."""
+    # uint64, since a Python int would turn the whole table into floats.
     wanted = np.uint64(hash_id(id))
     start = int(np.searchsorted(self._hashes, wanted, "left"))
     stop = int(np.searchsorted(self._hashes, wanted, "right"))

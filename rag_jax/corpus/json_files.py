@@ -1,7 +1,7 @@
-"""Documents of .json files: a list of records, or SQuAD's paragraphs.
+"""Reads documents from .json files: a list of records, or SQuAD's paragraphs.
 
-In: a file that is one JSON value, which is read whole: memory grows with the
-file. Out: its documents. A .jsonl file has no such limit.
+In: a file that is one JSON value. It is read whole, so memory grows with the
+file; a .jsonl file has no such limit. Out: its documents.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,12 +13,12 @@ from etils import epath
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.document import record_documents
-from rag_jax.corpus.records import bad_character
-from rag_jax.corpus.records import decode_text
-from rag_jax.corpus.records import read_bytes
-from rag_jax.corpus.records import read_records
-from rag_jax.corpus.records import shorten
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.text_files import bad_character
+from rag_jax.corpus.text_files import decode_text
+from rag_jax.corpus.text_files import read_bytes
+from rag_jax.corpus.text_files import read_records
+from rag_jax.corpus.text_files import shorten
 from rag_jax.json_input import parse_json
 
 _EXPECTED = (
@@ -28,11 +28,11 @@ _EXPECTED = (
 
 
 def squad_id(article: int, paragraph: int) -> str:
-  """Returns the id of a paragraph of a SQuAD file, which has none itself.
+  """Returns our id for a paragraph of a SQuAD file, which has no ids.
 
   Args:
-    article: place in the file's list "data", from 0.
-    paragraph: place in the article's list "paragraphs", from 0.
+    article: position in the file's list "data", from 0.
+    paragraph: position in the article's list "paragraphs", from 0.
   """
   return f"{article}/{paragraph}"
 
@@ -42,19 +42,18 @@ def read_json(
 ) -> Iterator[Document]:
   """Yields the documents of a .json or .json.gz file.
 
-  A record's place is its number in the list, from 0: many such files are one
-  line. What is named .json but has one object a line is read as .jsonl is.
+  Messages give the position of a record in the list, from 0, since many such
+  files are one long line. A .json file with one object per line is read like a
+  .jsonl file.
 
   Raises:
-    ValueError: names the file and place of what cannot be used.
+    ValueError: a record cannot be used; names the file and the position.
   """
-  try:
-    raw = read_bytes(path)
-    text = decode_text(raw, path)
-  except ValueError as error:
-    bad_records.refuse("undecodable", error)
+  text = None
+  with bad_records.refusing("undecodable"):
+    text = decode_text(read_bytes(path), path)
+  if text is None:
     return
-  del raw
   try:
     tree = parse_json(text)
   except ValueError as error:
@@ -81,7 +80,7 @@ def read_json(
 def read_jsonl_documents(
   path: epath.PathLike, fields: FieldNames, bad_records: BadRecords
 ) -> Iterator[Document]:
-  """Yields the documents of a file with one JSON object a line."""
+  """Yields the documents of a file with one JSON object per line."""
   name = str(path)
   records = (
     (f"{name}:{line}", record)
@@ -104,29 +103,24 @@ def _records(
     if len(lists) == 1:
       ((name, rows),) = lists.items()
     elif fields.text in tree:
-      rows = [tree]  # one record, and nothing around it
+      rows = [tree]  # a single record without a list around it
   if not isinstance(rows, list):
-    found = f"an object of {sorted(tree)}" if isinstance(tree, dict) else "no"
-    bad_records.refuse(
-      "bad_record",
-      ValueError(
-        f"{path}:1: {shorten(tree)}: {found} list of records. {_EXPECTED}."
-        " Convert the file."
-      ),
+    found = f"object of {sorted(tree)}" if isinstance(tree, dict) else "value"
+    problem = ValueError(
+      f"{path}:1: {shorten(tree)}: the {found} is not one list of records."
+      f" {_EXPECTED}. Convert the file."
     )
+    bad_records.refuse("bad_record", problem)
     return
   for number, row in enumerate(rows):
     where = f"{path}:{name}[{number}]"
-    if isinstance(row, dict):
-      yield where, row
-    else:
-      bad_records.refuse(
-        "bad_record",
-        ValueError(
+    with bad_records.refusing("bad_record"):
+      if not isinstance(row, dict):
+        raise ValueError(
           f"{where}: {shorten(row)} is not an object. Expected one with an id"
           " and text. Correct or remove it."
-        ),
-      )
+        )
+      yield where, row
 
 
 def _is_squad(tree: Any) -> bool:
@@ -140,43 +134,32 @@ def _is_squad(tree: Any) -> bool:
 def _squad(
   tree: Mapping[str, Any], path: epath.PathLike, bad_records: BadRecords
 ) -> Iterator[Document]:
-  """Yields a document for each paragraph; questions are left alone.
+  """Yields a document for each paragraph; the questions are not read.
 
-  The title is that of the article, with spaces where SQuAD has underscores.
+  The title is that of the article, with spaces for SQuAD's underscores.
   """
   for a, article in enumerate(tree["data"]):
     where = f"{path}:data[{a}]"
-    paragraphs = article.get("paragraphs") if isinstance(article, dict) else ""
-    title = article.get("title", "") if isinstance(article, dict) else ""
+    fields = article if isinstance(article, dict) else {}
+    title, paragraphs = fields.get("title", ""), fields.get("paragraphs")
     if not isinstance(paragraphs, list) or not isinstance(title, str):
-      bad_records.refuse(
-        "bad_record",
-        ValueError(
-          f"{where}: {shorten(article)} is no article. Expected an object of"
-          " paragraphs (a list) and perhaps a title (a string), as in SQuAD."
-          " Correct or remove it."
-        ),
+      problem = ValueError(
+        f"{where}: {shorten(article)} is not an article. Expected an object of"
+        " paragraphs (a list) and perhaps a title (a string), as in SQuAD."
+        " Correct or remove it."
       )
+      bad_records.refuse("bad_record", problem)
       continue
     for p, paragraph in enumerate(paragraphs):
       place = f"{where}.paragraphs[{p}]"
       text = paragraph.get("context") if isinstance(paragraph, dict) else None
       bad = bad_character(text) or bad_character(title)
-      if not isinstance(text, str) or bad:
-        problem = f"its text holds {bad}" if bad else "no text in 'context'"
-        bad_records.refuse(
-          "bad_record",
-          ValueError(
+      with bad_records.refusing("bad_record"):
+        if not isinstance(text, str) or bad:
+          problem = f"its text holds {bad}" if bad else "no text in 'context'"
+          raise ValueError(
             f"{place}: {problem}, in {shorten(paragraph)}. Expected an object"
             " whose field 'context' is plain text, as in SQuAD. Correct or"
             " remove the paragraph."
-          ),
-        )
-        continue
-      yield Document(
-        id=squad_id(a, p),
-        title=title.replace("_", " "),
-        text=text,
-        metadata=(),
-        where=place,
-      )
+          )
+        yield Document(squad_id(a, p), title.replace("_", " "), text, (), place)

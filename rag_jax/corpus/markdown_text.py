@@ -1,9 +1,8 @@
-"""The title, text and headings of Markdown.
+"""Reads the title, text and headings of Markdown.
 
-In: a text with Markdown's marks. Out: what a person reads of it once it is
-rendered: without marks, a line for each paragraph, code as it is. The one file
-that imports markdown-it, which follows CommonMark, https://spec.commonmark.org,
-and is given GitHub's tables and strikethrough.
+In: Markdown. Out: the text as it is rendered: without marks, one line per
+paragraph, code unchanged. The only file that imports markdown-it, which follows
+CommonMark, https://spec.commonmark.org, with GitHub's tables and strikethrough.
 """
 
 import dataclasses
@@ -19,17 +18,17 @@ from mdit_py_plugins.footnote import footnote_plugin
 from mdit_py_plugins.tasklists import tasklists_plugin
 import yaml
 
-from rag_jax.corpus.encoded_data import DATA_ADDRESS
 from rag_jax.corpus.html_text import Page
 from rag_jax.corpus.html_text import read_html
+from rag_jax.corpus.text_spans import DATA_ADDRESS
 
-_MAX_NESTING = 150  # of lists and quotes; what is deeper is not read
-# Settings of a site's generator, before the text.
+_MAX_NESTING = 150  # levels of lists and quotes; deeper ones are not read
+# Front matter: the settings of a site generator before the text.
 _FRONT = re.compile(
   r"\A\ufeff?(---|\+\+\+)[ \t]*\r?\n(.*?)^(?:\1|\.\.\.)[ \t]*\r?(?:\n|\Z)",
   re.DOTALL | re.MULTILINE,
 )
-# GitHub shows their tags: what follows would be their text.
+# GitHub shows these tags as text; as HTML they would swallow what follows.
 _SWALLOWS = re.compile(
   r"(?i)<(/?(?:title|textarea|style|xmp|iframe|noembed|noframes|script"
   r"|plaintext|template|noscript|select|head|body|html|frameset)\b)"
@@ -38,16 +37,16 @@ _PLAIN_TITLE = re.compile(r"(?m)^title[ \t]*[:=][ \t]*(.+?)[ \t]*$")
 
 
 def without_data(text: str) -> tuple[str, int]:
-  """Returns Markdown without pictures in addresses, and their characters."""
+  """Returns Markdown without data URLs, and how many characters they had."""
   kept, num = DATA_ADDRESS.subn("data:,", text)
   return kept, len(text) - len(kept) if num else 0
 
 
 def read_markdown(text: str) -> Page:
-  """Returns what a person reads of Markdown.
+  """Returns the page that Markdown is rendered to.
 
-  The title is that of the front matter (YAML or TOML before the text, which is
-  no text), else the first heading.
+  The title is that of the front matter (YAML or TOML before the text), else the
+  first heading. Front matter is not part of the text.
   """
   title = ""
   if front := _FRONT.match(text):
@@ -59,28 +58,28 @@ def read_markdown(text: str) -> Page:
 
 
 def markdown_html(text: str) -> str:
-  """Returns Markdown as HTML, for a document that holds some."""
+  """Returns Markdown as HTML."""
   return _parser().render(text)
 
 
 def _front_title(front: str, toml: bool) -> str | None:
-  """Returns the title that front matter names, or ""; None if it is text."""
+  """Returns the title in front matter, or ""; None if it is ordinary text."""
   try:
     fields = tomllib.loads(front) if toml else yaml.safe_load(front)
   except (tomllib.TOMLDecodeError, yaml.YAMLError, ValueError, RecursionError):
-    # Generators are more lenient than YAML: "title: A: b".
+    # Site generators accept more than YAML, for instance "title: A: b".
     plain = _PLAIN_TITLE.search(front)
     return plain[1].strip("\"'") if plain else None
   if fields is None:
     return ""
   if not isinstance(fields, dict):
-    return None  # a paragraph between two lines
+    return None  # a paragraph between two rules
   title = fields.get("title", fields.get("Title"))
   return "" if title is None or isinstance(title, dict | list) else str(title)
 
 
 def _escaped(self: Any, tokens: Any, index: int, *_: Any) -> str:
-  """Renders HTML inside of Markdown, but for what would swallow the rest."""
+  """Renders HTML inside Markdown; tags that would swallow the rest are text."""
   content = tokens[index].content
   name = _SWALLOWS.search(content)
   if name and tokens[index].type == "html_block":
@@ -88,7 +87,7 @@ def _escaped(self: Any, tokens: Any, index: int, *_: Any) -> str:
     if len(re.findall(rf"(?i)<{tag}\b", content)) == len(
       re.findall(rf"(?i)</{tag}\b", content)
     ):
-      return content  # it ends where it began
+      return content  # every tag is closed in the same block
   return _SWALLOWS.sub(r"&lt;\1", content)
 
 
@@ -97,7 +96,7 @@ def _fence(self: Any, tokens: Any, index: int, *_: Any) -> str:
 
 
 def _image(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
-  """Renders what is written in the place of a picture."""
+  """Renders a picture as its alternative text."""
   inner = self.renderInlineAsText(tokens[index].children, options, env)
   return f" {escapeHtml(inner)} "
 
@@ -108,7 +107,7 @@ def _parser() -> MarkdownIt:
     ["table", "strikethrough"]
   )
   parser.use(footnote_plugin).use(deflist_plugin).use(tasklists_plugin)
-  # Nothing is fetched, and an address that is not allowed would be text.
+  # Nothing is fetched. A link that is not allowed would be shown as text.
   parser.validateLink = lambda url: True
   parser.add_render_rule("html_inline", _escaped)
   parser.add_render_rule("html_block", _escaped)

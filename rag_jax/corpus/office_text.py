@@ -1,8 +1,8 @@
-"""The title, text and headings of .rst, .ipynb, .pdf and .docx files.
+"""Reads the title, text and headings of .rst, .ipynb, .pdf and .docx files.
 
-In: the bytes of a file. Out: what a person reads of it. The libraries are in
-the extra `documents` and imported when the first such file is read; this is the
-one file that imports docutils, nbformat, pypdf and docx.
+In: the content of a file. Out: the text that a person sees. The libraries are
+in the extra `documents` and imported when the first such file is read. This is
+the only file that imports docutils, nbformat, pypdf and docx.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,15 +26,11 @@ _DIRECTIVE = re.compile(r"(?m)^[ \t]*(?:\.\.|.*\|)[ \t]+([\w:+.-]*\w)::")
 _ROLE = re.compile(r":([\w:.+-]*\w):`")
 _ROLE_TARGET = re.compile(r"(?s)\s*<[^<>]*>\Z")
 _HYPHEN = re.compile(r"(\w)[-\u2010]\n(?=[a-zß-öø-ÿ])")
-_MAX_CELL_TEXT = 20_000  # characters of what one cell of a notebook printed
+_MAX_CELL_TEXT = 20_000  # characters of the output of one notebook cell
 
 
 def _library(name: str, end: str) -> Any:
-  """Returns a module of the extra.
-
-  Raises:
-    ImportError: it is not installed; says how to install it.
-  """
+  """Returns a module of the extra, or raises `ImportError` with the command."""
   try:
     return importlib.import_module(name)
   except ModuleNotFoundError as error:
@@ -44,17 +40,34 @@ def _library(name: str, end: str) -> Any:
     ) from error
 
 
-def _damaged(what: str, error: BaseException) -> ValueError:
-  return ValueError(
-    f"it is no {what} that can be read ({type(error).__name__}:"
-    f" {str(error)[:200]}). Expected a complete file. Copy or save it again"
-  )
+@contextlib.contextmanager
+def _reading(what: str, *silent: str) -> Iterator[None]:
+  """Raises `ValueError` for any error, since a damaged file raises any kind.
+
+  Args:
+    what: the kind of file, for the message.
+    *silent: loggers of libraries that complain about damaged files.
+  """
+  loggers = [logging.getLogger(name) for name in silent]
+  levels = [logger.level for logger in loggers]
+  for logger in loggers:
+    logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  except Exception as error:
+    raise ValueError(
+      f"it is no {what} that can be read ({type(error).__name__}:"
+      f" {str(error)[:200]}). Expected a complete file. Copy or save it again"
+    ) from error
+  finally:
+    for logger, level in zip(loggers, levels, strict=True):
+      logger.setLevel(level)
 
 
 def read_rst(text: str) -> tuple[Page, int]:
-  """Returns the page of reStructuredText; its directives are not run.
+  """Returns the page of reStructuredText; no directive includes a file.
 
-  What Sphinx adds to the language is read as text: no file is included.
+  The directives and roles of Sphinx are read as text.
   """
   core = _library("docutils.core", ".rst")
   _know_sphinx(text)
@@ -71,12 +84,10 @@ def read_rst(text: str) -> tuple[Page, int]:
     "syntax_highlight": "none",
     "smart_quotes": False,
   }
-  try:
+  with _reading("reStructuredText"):
     made = core.publish_string(
       text, writer="html5", settings_overrides=settings
     ).decode()
-  except Exception as error:  # a damaged file raises any kind
-    raise _damaged("reStructuredText", error) from error
   page = read_html(made)
   title = page.headings[0].title if page.headings else ""
   # The <title> that docutils writes is "<string>".
@@ -84,21 +95,21 @@ def read_rst(text: str) -> tuple[Page, int]:
 
 
 def _know_sphinx(text: str) -> None:
-  """Has docutils read the directives and roles of a text that it lacks."""
+  """Registers the directives and roles of a text that docutils lacks."""
   rst = _library("docutils.parsers.rst", ".rst")
   directives = _library("docutils.parsers.rst.directives", ".rst")
   roles = _library("docutils.parsers.rst.roles", ".rst")
   nodes = _library("docutils.nodes", ".rst")
 
   class Generic(rst.Directive):
-    """Reads what a directive is given as text."""
+    """A directive whose arguments and content are text."""
 
     optional_arguments = 1_000
     final_argument_whitespace = False
     has_content = True
 
     def run(self) -> list[Any]:
-      """Returns the argument, and the content as it is parsed."""
+      """Returns the arguments and the parsed content."""
       found = nodes.container()
       if self.arguments:
         words = nodes.paragraph()
@@ -108,7 +119,7 @@ def _know_sphinx(text: str) -> None:
       return [found]
 
   class Left(rst.Directive):
-    """Leaves out what is no text, such as a list of files."""
+    """A directive that holds no text, such as a list of files."""
 
     optional_arguments = 1_000
     has_content = True
@@ -124,7 +135,7 @@ def _know_sphinx(text: str) -> None:
     return [nodes.literal(rawtext, shown)], []
 
   class Code(Generic):
-    """Keeps lines as they are."""
+    """A directive whose lines are code."""
 
     def run(self) -> list[Any]:
       """Returns the content as a literal block."""
@@ -144,28 +155,23 @@ def _know_sphinx(text: str) -> None:
 
 
 def read_notebook(text: str) -> tuple[Page, int]:
-  """Returns the page of a Jupyter notebook, and characters left out of it.
+  """Returns the page of a Jupyter notebook, and how many characters it lacks.
 
-  Text is Markdown, code keeps its lines, and of what cells printed the text is
-  read; pictures are left out and counted.
+  Text cells are Markdown, and code keeps its lines. The text of outputs is
+  read; their pictures are left out and counted.
   """
   nbformat = _library("nbformat", ".ipynb")
-  try:
-    with _quiet("traitlets", "nbformat"):
-      notebook = nbformat.reads(text, as_version=4)
-      parts = [*_cells(notebook)]
-  except Exception as error:  # a damaged file raises any kind
-    raise _damaged("notebook", error) from error
+  with _reading("notebook", "traitlets", "nbformat"):
+    notebook = nbformat.reads(text, as_version=4)
+    parts = [*_cells(notebook)]
   page = read_html("\n".join(part for part, _ in parts))
   title = str(notebook.metadata.get("title", "") or "")
-  return (
-    dataclasses.replace(page, title=title or page.title),
-    sum(num for _, num in parts),
-  )
+  num_chars = sum(num for _, num in parts)
+  return dataclasses.replace(page, title=title or page.title), num_chars
 
 
 def _cells(notebook: Any) -> Iterator[tuple[str, int]]:
-  """Yields cells and what they printed, as HTML, and characters left out."""
+  """Yields cells and outputs as HTML, and how many characters they lack."""
   for cell in notebook.cells:
     source = "".join(cell.source)
     if cell.cell_type == "markdown":
@@ -184,30 +190,25 @@ def _cells(notebook: Any) -> Iterator[tuple[str, int]]:
         if kind.startswith(("image/", "application/"))
         and isinstance(value, str | list)
       )
-      shown = "".join(printed)
-      left = max(len(shown) - _MAX_CELL_TEXT, 0)
-      yield (
-        f"<pre>\n{html.escape(shown[:_MAX_CELL_TEXT])}</pre>",
-        pictures + left,
-      )
+      text = "".join(printed)
+      shown = text[:_MAX_CELL_TEXT]
+      num_chars = pictures + len(text) - len(shown)
+      yield f"<pre>\n{html.escape(shown)}</pre>", num_chars
 
 
 def read_pdf(raw: bytes) -> tuple[Page, int]:
-  """Returns the text of a PDF, page by page; words cut at line ends are whole.
+  """Returns the text of a PDF; words hyphenated at line ends are joined.
 
   Raises:
     ValueError: it is damaged or needs a password, or its pages are pictures.
   """
   pypdf = _library("pypdf", ".pdf")
-  try:
-    with _quiet("pypdf"):
-      reader = pypdf.PdfReader(io.BytesIO(raw))
-      if reader.is_encrypted and not reader.decrypt(""):
-        raise ValueError("it needs a password")
-      pages = [page.extract_text() or "" for page in reader.pages]
-      title = str((reader.metadata and reader.metadata.title) or "").strip()
-  except Exception as error:  # a damaged file raises any kind
-    raise _damaged("PDF", error) from error
+  with _reading("PDF", "pypdf"):
+    reader = pypdf.PdfReader(io.BytesIO(raw))
+    if reader.is_encrypted and not reader.decrypt(""):
+      raise ValueError("it needs a password")
+    pages = [page.extract_text() or "" for page in reader.pages]
+    title = str((reader.metadata and reader.metadata.title) or "").strip()
   text = "\n\n".join(page.strip() for page in pages if page.strip())
   if pages and not text:
     raise ValueError(
@@ -215,20 +216,17 @@ def read_pdf(raw: bytes) -> tuple[Page, int]:
       " text. Recognise it first, for instance with ocrmypdf"
     )
   text = _HYPHEN.sub(r"\1", text.replace("\0", ""))
-  return Page(
-    " ".join(title.split()), text.encode(errors="replace").decode(), ()
-  ), 0
+  text = text.encode(errors="replace").decode()
+  return Page(" ".join(title.split()), text, ()), 0
 
 
 def read_docx(raw: bytes) -> tuple[Page, int]:
   """Returns the text of a Word document, with its headings and tables."""
   docx = _library("docx", ".docx")
-  try:
+  with _reading("Word document"):
     document = docx.Document(io.BytesIO(raw))
     body = "\n".join(_blocks(document))
     title = str(document.core_properties.title or "").strip()
-  except Exception as error:  # a damaged file raises any kind
-    raise _damaged("Word document", error) from error
   page = read_html(body)
   return dataclasses.replace(page, title=title or page.title), 0
 
@@ -239,9 +237,8 @@ def _blocks(container: Any) -> Iterator[str]:
     if hasattr(block, "rows"):
       yield "<table>"
       for row in block.rows:
-        cells = dict.fromkeys(cell._tc for cell in row.cells)  # merged: once
-        named = {cell._tc: cell for cell in row.cells}
-        inner = ("\n".join(_blocks(named[tc])) for tc in cells)
+        cells = {cell._tc: cell for cell in row.cells}  # merged cells once
+        inner = ("\n".join(_blocks(cell)) for cell in cells.values())
         yield "<tr>" + "".join(f"<td>{one}</td>" for one in inner) + "</tr>"
       yield "</table>"
       continue
@@ -250,20 +247,6 @@ def _blocks(container: Any) -> Iterator[str]:
     tag = f"h{level[1]}" if level else "h1" if style == "Title" else "p"
     text = html.escape(block.text).replace("\n", "<br>")
     yield f"<{tag}>{text}</{tag}>" if text.strip() else ""
-
-
-@contextlib.contextmanager
-def _quiet(*names: str) -> Iterator[None]:
-  """Keeps what libraries have to say about damaged files to themselves."""
-  loggers = [logging.getLogger(name) for name in names]
-  before = [logger.level for logger in loggers]
-  for logger in loggers:
-    logger.setLevel(logging.CRITICAL)
-  try:
-    yield
-  finally:
-    for logger, level in zip(loggers, before, strict=True):
-      logger.setLevel(level)
 
 
 READERS: dict[str, Callable[[Any], tuple[Page, int]]] = {

@@ -1,7 +1,8 @@
-"""What a passage is, and what every sequence of passages can do.
+"""The `Passage`, and `Passages`: a sequence of them.
 
-In: passages. Out: `Passages`, whose row numbers are those of the index: in
-memory (`PassageList`), in files (store.py) or of an updated search directory.
+In: passages. Out: `Passages`, whose rows have the same numbers as those of the
+index. They are in memory (`PassageList`), in files (store.py), or in a search
+directory that was updated.
 """
 
 import abc
@@ -18,7 +19,7 @@ import numpy as np
 
 from rag_jax.artifacts import fingerprint_lines
 
-_ITER_ROWS = 1024  # read at once by a loop over all passages
+_ITER_ROWS = 1024  # read at a time by a loop over all passages
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,24 +32,28 @@ class Passage:
   metadata: tuple[tuple[str, str], ...] = ()  # (name, value), to filter by
 
 
-def own_title(passage: Passage) -> str:
-  """Returns the title, or "" if it is but the name of the passage's file.
+def without_gz(name: str) -> str:
+  """Returns a file's name without the .gz at its end."""
+  return name[:-3] if name.lower().endswith(".gz") else name
 
-  Two files of the same text are the same text under two names.
+
+def own_title(passage: Passage) -> str:
+  """Returns the title, or "" if it is only the name of the passage's file.
+
+  So two files with the same text count as duplicates.
   """
   id, _, part = passage.id.rpartition("#")
   name = (id if id and part.isdecimal() else passage.id).rpartition("/")[2]
-  stem = name[:-3] if name.lower().endswith(".gz") else name
-  stem, end = os.path.splitext(stem)
+  stem, end = os.path.splitext(without_gz(name))
   return "" if end and stem == passage.title else passage.title
 
 
 def fingerprint_parts(passage: Passage) -> tuple[str, str, str]:
-  """Returns the three lines that a passage gives to a fingerprint.
+  """Returns the three lines that a passage adds to a fingerprint.
 
-  They are id, title and text where there is no metadata, as they were before
-  there was any. It goes behind the id and a NUL, which no id that was read
-  can hold: `fingerprint_lines` of all passages' parts stays unambiguous.
+  They are id, title and text, as before passages had metadata. Metadata is
+  appended to the id after a NUL, which no id can contain, so that different
+  passages always give different lines.
   """
   first = passage.id
   if passage.metadata:
@@ -57,7 +62,7 @@ def fingerprint_parts(passage: Passage) -> tuple[str, str, str]:
 
 
 def fingerprint_passages(passages: Iterable[Passage]) -> str:
-  """Returns hex digits that change with any passage, and their order."""
+  """Returns hex digits that depend on every passage and on their order."""
   return fingerprint_lines(
     line for p in passages for line in fingerprint_parts(p)
   )
@@ -67,7 +72,7 @@ class Passages(Sequence[Passage]):
   """Passages in the order of the index, wherever they are kept.
 
   Attributes:
-    origin: where they were read, for messages.
+    origin: where they were read from, for messages.
   """
 
   origin: str
@@ -82,7 +87,7 @@ class Passages(Sequence[Passage]):
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Hex digits that change with any part of any passage, and their order."""
+    """Hex digits that depend on every passage and on their order."""
     return fingerprint_passages(self)
 
   @overload
@@ -102,16 +107,16 @@ class Passages(Sequence[Passage]):
   def get(
     self, rows: Sequence[SupportsIndex] | Int[np.ndarray, "N"]
   ) -> tuple[Passage, ...]:
-    """Returns the passages of `rows`, in their order."""
+    """Returns the passages of `rows`, in the order of `rows`."""
     return tuple(self._read([self._row(row) for row in rows]))
 
   def _row(self, index: SupportsIndex) -> int:
-    """Returns the row that an index means, which may count from the end."""
+    """Returns the row of an index, which may be negative."""
     row = operator.index(index)
     if not -len(self) <= row < len(self):
       raise IndexError(
         f"There is no passage {row} in {self.origin}. Expected a row from 0 to"
-        f" {len(self) - 1}. Is the index of other passages?"
+        f" {len(self) - 1}. Was the index built from other passages?"
       )
     return row % len(self)
 
@@ -157,7 +162,7 @@ class PassageList(Passages):
       )
       raise ValueError(
         f"Two of the {len(self._passages)} passages of {origin} have the id"
-        f" {second.id!r}. Expected one passage an id; rename or remove one."
+        f" {second.id!r}. Expected one passage per id; rename or remove one."
       )
 
   def __len__(self) -> int:

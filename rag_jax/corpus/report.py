@@ -1,7 +1,7 @@
-"""What became of a corpus on its way to passages, and where it was not right.
+"""The report on reading a corpus: counts, and where something was wrong.
 
 In: every record that cannot be used, every document that is split or cut. Out:
-counts, and the first places of each, as a table and as JSON.
+counts and the first places of each kind, as a table and as JSON.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from rag_jax.config_rules import check_choice
 
-# What is counted, and what a person reads about it.
+# What is counted, and how the table describes it.
 _COUNTS = {
   "documents": "documents read",
   "passages": "passages written",
@@ -23,8 +23,7 @@ _COUNTS = {
   "mislabelled": "pages in another encoding than they say",
   "left_out": "pieces of base64 and other encoded data, left out",
 }
-# Said only where there are some.
-_SAID_IF_ANY = ("cut", "shortened", "mislabelled", "left_out")
+_SHOWN_IF_ANY = ("cut", "shortened", "mislabelled", "left_out")
 _DROPPED = {
   "empty": "without any text",
   "duplicate_id": "with an id that an earlier one has",
@@ -32,12 +31,11 @@ _DROPPED = {
   "undecodable": "not UTF-8, or damaged",
   "bad_record": "not as expected in another way",
 }
-_OTHER_FILES = "other_files"
 
 _IN_FILE = re.compile(r"(.+?):(?=\d+:|data\[)", re.DOTALL)  # file:line:
 
-_MAX_PLACES = 20  # that are named, of each kind
-_MAX_CHARS = 300  # of what is said about one of them
+_MAX_PLACES = 20  # kept per kind
+_MAX_CHARS = 300  # kept of the description of one place
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +43,10 @@ class Coverage:
   """How much of a corpus is embedded.
 
   Attributes:
-    tokens: of all passages, titles and end tokens included.
-    lost: of these, what is beyond the length that is embedded.
-    left_out_chars: of base64 and the like, which no passage holds; None: not
-      known, as after an update.
+    tokens: number of tokens of all passages, with titles and end tokens.
+    lost: how many of them lie beyond the length that is embedded.
+    left_out_chars: characters of base64 and similar data that no passage
+      holds; None if not known, as after an update.
   """
 
   tokens: int
@@ -66,24 +64,24 @@ class Coverage:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class CorpusReport:
-  """Counts, which grow while the passages are drawn.
+  """Counts that grow while the passages are read.
 
   Attributes:
-    documents: with an id and text, before duplicates are dropped.
-    passages: that came out.
+    documents: documents with an id and text, duplicates included.
+    passages: passages written.
     split: documents that gave more than one passage.
-    broken: passages that end inside a sentence or word, which is longer than
-      a passage may be; the next one goes on there, and nothing is lost.
-    cut: passages that lost their end, as settings said.
-    cut_chars: characters that were lost so.
-    shortened: passages that do not have the whole title of their document.
+    broken: passages that end inside a sentence or word that is longer than a
+      passage may be. The next passage continues there, so nothing is lost.
+    cut: passages whose end was cut off, as the settings ask.
+    cut_chars: characters lost by that.
+    shortened: passages without the whole title of their document.
     mislabelled: pages that name a wrong encoding, or none.
-    left_out: pieces of base64 and the like, which no passage holds.
+    left_out: pieces of base64 and similar data that no passage holds.
     left_out_chars: their length.
-    other_files: files of a folder that are not read by their name.
-    coverage: how much of the passages is embedded; None: not known yet.
-    dropped: records left out, by reason.
-    places: the first places of each of these, and what is there.
+    other_files: files in a folder that no reader takes.
+    coverage: how much of the passages is embedded; None if not known yet.
+    dropped: number of records that were left out, by reason.
+    places: for each kind above, its first places and what was found there.
   """
 
   documents: int = 0
@@ -104,17 +102,21 @@ class CorpusReport:
   places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
   def note(self, kind: str, place: str) -> None:
-    """Keeps a place of `kind`, unless there are enough of them."""
+    """Keeps a place of `kind`, unless enough of them are kept already."""
     places = self.places.setdefault(kind, [])
     if len(places) < _MAX_PLACES:
       more = "..." if len(place) > _MAX_CHARS else ""
       places.append(place[:_MAX_CHARS] + more)
 
+  def count(self, kind: str, place: str) -> None:
+    """Adds one to the attribute `kind` and notes the place."""
+    setattr(self, kind, getattr(self, kind) + 1)
+    self.note(kind, place)
+
   def leave_out(self, num_chars: int, place: str) -> None:
-    """Counts encoded data of a text that no passage holds."""
-    self.left_out += 1
+    """Counts encoded data in a text that no passage will hold."""
     self.left_out_chars += num_chars
-    self.note("left_out", f"{place}: {num_chars} characters")
+    self.count("left_out", f"{place}: {num_chars} characters")
 
   def drop(self, kind: str, place: str) -> None:
     """Counts one record that is left out.
@@ -127,12 +129,16 @@ class CorpusReport:
     self.note(kind, place)
 
   def content(self) -> dict[str, Any]:
-    """Returns the report as JSON can hold it, for instance in a manifest."""
+    """Returns the report as JSON values, for instance for a manifest."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_content(cls, content: Mapping[str, Any]) -> "CorpusReport":
-    """Returns what `content` returned; what it lacks is not known."""
+    """Returns the report that `content` was made from.
+
+    Unknown names are ignored, missing ones keep their default: another version
+    may have written it.
+    """
     known = {field.name for field in dataclasses.fields(cls)}
     kept = {k: v for k, v in content.items() if k in known}
     if kept.get("coverage") is not None:
@@ -146,11 +152,11 @@ class CorpusReport:
     return json.dumps(self.content(), indent=2, ensure_ascii=False) + "\n"
 
   def table(self) -> str:
-    """Returns what a person reads: what is not embedded, counts, places."""
+    """Returns the report as text: what is not embedded, counts, places."""
     rows = [
       (count, text)
       for name, text in _COUNTS.items()
-      if (count := getattr(self, name)) or name not in _SAID_IF_ANY
+      if (count := getattr(self, name)) or name not in _SHOWN_IF_ANY
     ]
     if self.left_out:
       rows.append((self.left_out_chars, "characters of such data"))
@@ -167,7 +173,7 @@ class CorpusReport:
     if self.coverage is not None:
       lines.insert(0, f"Not embedded: {self.coverage}")
     for kind, places in self.places.items():
-      if kind == "split":  # nothing is wrong there; they stand in the JSON
+      if kind == "split":  # nothing is wrong there; the JSON lists them
         continue
       total = self.dropped[kind] if kind in _DROPPED else getattr(self, kind)
       some = f"the first {len(places)} of " if total > len(places) else ""
@@ -180,14 +186,14 @@ class CorpusReport:
 
 
 def _by_file(places: Sequence[str]) -> Iterator[str]:
-  """Yields the places, a file once where several are in it.
+  """Yields the places; those in the same file are listed below its name.
 
-  All stay in the order of their files' first places.
+  The files are in the order of their first places.
   """
   groups: dict[str, list[str]] = {}
   for number, place in enumerate(places):
     found = _IN_FILE.match(place)
-    # What names no line of a file is a group of its own.
+    # A place that names no line of a file is a group of its own.
     groups.setdefault(found[1] if found else f"{number}\0", []).append(place)
   for file, inside in groups.items():
     if len(inside) == 1:
@@ -199,17 +205,17 @@ def _by_file(places: Sequence[str]) -> Iterator[str]:
 
 
 class BadRecords:
-  """What is done with a record that cannot be used.
+  """What to do with a record that cannot be used.
 
   Attributes:
-    action: "fail" raises at the first one; "skip" counts it and goes on.
+    action: "fail" raises at the first one; "skip" counts it and continues.
     report: where it is counted.
   """
 
   ACTIONS = ("fail", "skip")
 
   def __init__(self, action: str = "fail", report: CorpusReport | None = None):
-    """Makes a report of its own where none is given.
+    """Creates a report if none is given.
 
     Raises:
       ValueError: there is no such action.
@@ -220,7 +226,7 @@ class BadRecords:
     self.report = CorpusReport() if report is None else report
 
   def refuse(self, kind: str, error: ValueError) -> None:
-    """Raises `error`, or counts what it says and returns.
+    """Raises `error`, or counts it and returns.
 
     Args:
       kind: a key of `CorpusReport.dropped`.
@@ -230,9 +236,28 @@ class BadRecords:
       raise error
     self.report.drop(kind, str(error))
 
+  def refusing(self, kind: str) -> "_Refusing":
+    """Refuses the record for which the `with` block raises a `ValueError`."""
+    return _Refusing(self, kind)
+
+
+class _Refusing:
+  """A class, since it is entered for every record and must be fast."""
+
+  def __init__(self, bad_records: BadRecords, kind: str):
+    self._bad_records, self._kind = bad_records, kind
+
+  def __enter__(self) -> None: ...
+
+  def __exit__(self, kind: object, error: object, trace: object) -> bool:
+    if isinstance(error, ValueError):
+      self._bad_records.refuse(self._kind, error)
+      return True
+    return False
+
 
 def raise_empty(source: str, report: CorpusReport) -> NoReturn:
-  """Raises the error for a corpus of which nothing is left."""
+  """Raises the error for a corpus without any passage."""
   raise ValueError(
     f"{source} holds no passages: nothing was found, or nothing is left."
     " Expected at least one document with an id and text. Is it the right"

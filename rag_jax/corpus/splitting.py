@@ -1,11 +1,12 @@
-"""Documents to passages: as an encoder reads them, by words, sentences, or not.
+"""Splits documents into passages.
 
-In: documents. Out: passages that are parts of their text, white space inside
-them unchanged. Of a document one passage is made at a time.
+In: documents. Out: passages, which are parts of their text with white space
+unchanged. They are as long as an encoder reads, or so many words or sentences,
+or whole documents. The passages of a document are made one at a time.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
 from typing import Protocol, runtime_checkable
@@ -14,28 +15,25 @@ from rag_jax import config_rules
 from rag_jax.config import choice
 from rag_jax.config import number
 from rag_jax.corpus.document import Document
-from rag_jax.corpus.encoded_data import data_spans
-from rag_jax.corpus.encoded_data import left_over
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.report import CorpusReport
-from rag_jax.corpus.sections import Section
-from rag_jax.corpus.sections import join_path
-from rag_jax.corpus.sections import sections
 from rag_jax.corpus.text_spans import Span
+from rag_jax.corpus.text_spans import data_spans
 from rag_jax.corpus.text_spans import inside_word
 from rag_jax.corpus.text_spans import line_spans
 from rag_jax.corpus.text_spans import sentence_spans
+from rag_jax.corpus.text_spans import text_between
 from rag_jax.corpus.text_spans import word_spans
 
-# That an encoder reads with a passage: a start token, and an end token behind
-# the title and behind the text.
+# Special tokens that an encoder adds to a passage: a start token, and an end
+# token after the title and after the text.
 _NUM_SPECIAL = 3
-_COUNTED_AT_ONCE = 256  # sentences or words that are tokenised together
+_COUNTED_AT_ONCE = 256  # sentences or words tokenised together
 
 
-@runtime_checkable  # the type checks of the tests ask for it
+@runtime_checkable  # for the type checks of the tests
 class Encoder(Protocol):
-  """What counts tokens: a `Tokenizer`, or anything with its `encode`."""
+  """Counts tokens: a `Tokenizer`, or anything with its method `encode`."""
 
   def encode(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
     """Returns the token ids of each text, without special tokens."""
@@ -46,26 +44,92 @@ class Encoder(Protocol):
 class SplitConfig:
   """How documents become passages."""
 
-  # "fit": of each section under a heading as many whole sentences as fit, else
-  # whole lines; the headings above are the title, which counts too. "words":
-  # `size` words each, disjoint, as DPR's. "sentences": as many whole sentences
-  # as fit. "none": each document is one passage.
+  # "fit": as many whole sentences of one section as fit, else whole lines; the
+  # headings above are the title, which counts too. "words": disjoint passages
+  # of `size` words, as DPR's. "sentences": as many whole sentences as fit.
+  # "none": each document is one passage.
   method: str = choice("words", "fit", "sentences", "none")
-  # Of a passage, at most. With "fit" in tokens: of all that the encoder reads
-  # of it, with the title and special tokens; and 0 means: as the encoder says.
+  # The largest size of a passage, in units. With "fit" and tokens it includes
+  # the title and special tokens, and 0 means the length of the encoder.
   size: int = number(100, least=1)
   unit: str = choice("words", "tokens")
-  # Of the passage before, whole sentences that are repeated; at most, in units.
+  # A passage repeats whole sentences of the one before: at most so many units.
   overlap: int = 0
   # A longer run without white space counts as several words.
   max_word_chars: int = number(100, least=1)
-  # Longer passages lose their end, which is counted; 0: none does.
+  # Longer passages are cut, and counted; 0: none is cut.
   max_chars: int = 0
-  drop_encoded: bool = False  # leave out base64 and the like; it is counted
+  drop_encoded: bool = False  # leave out base64 and the like, and count it
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Section:
+  """The text under one heading.
+
+  Attributes:
+    path: the document's title and the headings above, from the top.
+    text: without the heading.
+    with_heading: the text with the heading, for a title that is shortened.
+  """
+
+  path: tuple[str, ...]
+  text: str
+  with_heading: str
+
+  @property
+  def title(self) -> str:
+    """The path as one line."""
+    return _join_path(self.path)
+
+
+def _join_path(path: Sequence[str]) -> str:
+  """Returns headings as one line."""
+  return " > ".join(path)
+
+
+def _is_said(heading: str, before: str) -> bool:
+  """Returns whether the title above a heading begins with the same words."""
+  return before.casefold().startswith(heading.casefold())
+
+
+def _sections(document: Document) -> Iterator[_Section]:
+  """Yields the sections of a document that hold text, in their order.
+
+  A heading without text and without subheadings is a section, too.
+  """
+  text, headings = document.text, document.headings
+  top = [document.title] if document.title else []
+  start = text[: headings[0].start] if headings else text
+  found = bool(start.strip())
+  if found:
+    yield _Section(tuple(top), start, start)
+  above: list[tuple[int, str]] = []
+  for place, heading in enumerate(headings):
+    following = headings[place + 1 : place + 2]
+    end = following[0].start if following else len(text)
+    while above and above[-1][0] >= heading.level:
+      above.pop()
+    path = list(top)
+    for _, title in above:
+      if not (path and _is_said(title, path[-1])):
+        path.append(title)
+    above.append((heading.level, heading.title))
+    body, whole = text[heading.end : end], text[heading.start : end]
+    said = bool(path) and _is_said(heading.title, path[-1])
+    if body.strip():
+      found = True
+      yield _Section(
+        tuple(path if said else [*path, heading.title]), body, whole
+      )
+    elif not said and (not following or following[0].level <= heading.level):
+      found = True
+      yield _Section(tuple(path), whole, whole)
+  if not found and text.strip():
+    yield _Section(tuple(top), text, text)
 
 
 def validate(settings: SplitConfig) -> SplitConfig:
-  """Returns `settings` if they are possible.
+  """Returns `settings` if they are valid.
 
   Raises:
     ValueError: names every violation, with its value and what was expected.
@@ -101,16 +165,16 @@ def validate(settings: SplitConfig) -> SplitConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Part:
-  """A sentence or word, which is divided only if it is too long alone."""
+  """A sentence or word, which is only divided if a passage cannot hold it."""
 
   start: int
   end: int
-  size: int  # in units; of tokens an estimate, as neighbours may be merged
+  size: int  # in units; an estimate for tokens, as neighbours may merge
   ends: bool  # False inside a sentence or word that was divided
 
 
 class Splitter:
-  """Splits one document after the other."""
+  """Splits documents, one at a time."""
 
   def __init__(
     self,
@@ -124,10 +188,10 @@ class Splitter:
     Args:
       settings: how to split.
       tokenizer: counts tokens, if that is the unit.
-      report: where it is counted what was split, broken and cut.
+      report: counts what was split, broken and cut.
 
     Raises:
-      ValueError: the settings are not possible.
+      ValueError: the settings are not valid.
     """
     self._settings = validate(settings)
     self._report = CorpusReport() if report is None else report
@@ -146,10 +210,10 @@ class Splitter:
       )
 
   def split(self, document: Document) -> Iterator[Passage]:
-    """Yields the passages of a document.
+    """Yields the passages of a document, with its metadata.
 
-    A single one has the document's id, of several the first is "id#0". Title
-    and metadata are the document's in each.
+    A single passage has the document's id; several have the ids "id#0", "id#1"
+    and so on. With "fit", the title includes the headings above the passage.
     """
     if self._settings.drop_encoded:
       document = self._without_data(document)
@@ -160,8 +224,7 @@ class Splitter:
     pieces = self._pieces(document)
     first = list(itertools.islice(pieces, 2))
     if len(first) > 1:
-      self._report.split += 1
-      self._report.note("split", document.where)
+      self._report.count("split", document.where)
     for i, (title, text) in enumerate(itertools.chain(first, pieces)):
       name = f"{document.id}#{i}" if len(first) > 1 else document.id
       text = self._cut(text, document.where)
@@ -180,7 +243,7 @@ class Splitter:
 
     return dataclasses.replace(
       document,
-      text="".join(left_over(document.text, spans)),
+      text="".join(text_between(document.text, spans)),
       headings=tuple(
         dataclasses.replace(h, start=place(h.start), end=place(h.end))
         for h in document.headings
@@ -188,26 +251,25 @@ class Splitter:
     )
 
   def _cut(self, text: str, where: str) -> str:
-    """Returns `text` as long as a passage may be, and counts what it lost."""
+    """Returns `text` cut to `max_chars`, and counts what was cut off."""
     limit = self._settings.max_chars
     if not limit or len(text) <= limit:
       return text
-    self._report.cut += 1
     self._report.cut_chars += len(text) - limit
-    self._report.note("cut", f"{where}: {len(text) - limit} characters")
+    self._report.count("cut", f"{where}: {len(text) - limit} characters")
     return text[:limit]
 
   def _pieces(self, document: Document) -> Iterator[tuple[str, str]]:
     """Yields title and text of the passages of a document."""
     if self._settings.method == "fit":
-      for section in sections(document):
+      for section in _sections(document):
         yield from self._fitted(section, document)
       return
     for start, end in self._spans(document):
       yield document.title, document.text[start:end]
 
   def _fitted(
-    self, section: Section, document: Document
+    self, section: _Section, document: Document
   ) -> Iterator[tuple[str, str]]:
     """Yields title and text of as many passages as a section needs."""
     title, text, room = section.title, section.text, self._settings.size
@@ -222,14 +284,14 @@ class Splitter:
     for start, end in self._packed(text, room, document):
       while start and text[start - 1] in " \t":
         start -= 1
-      if start and text[start - 1] != "\n":  # it was no indentation
+      if start and text[start - 1] != "\n":  # not the indentation of a line
         start = end - len(text[start:end].lstrip())
       yield title, text[start:end]
 
   def _short_title(
-    self, section: Section, room: int, document: Document
+    self, section: _Section, room: int, document: Document
   ) -> str:
-    """Returns a title that leaves most of a passage to the text."""
+    """Returns a title that leaves most of the passage to the text."""
     assert self._tokenizer is not None
     encode = self._tokenizer.encode
 
@@ -240,13 +302,12 @@ class Splitter:
 
     if len(section.path) > 1:
       for path in (section.path, (section.path[0], "…", section.path[-1])):
-        if fits(title := join_path(path), 4):
+        if fits(title := _join_path(path), 4):
           return title
     if fits(title := section.path[-1] if section.path else "", 2):
       return title
-    self._report.shortened += 1
-    self._report.note("shortened", f"{document.where}: {title[:60]!r}")
-    # By halves: a title may be a whole book.
+    self._report.count("shortened", f"{document.where}: {title[:60]!r}")
+    # Binary search, since a title may be a whole book.
     words = title[: room * self._settings.max_word_chars].split()
     least, most = 0, len(words)
     while least < most:
@@ -273,21 +334,20 @@ class Splitter:
       yield from self._packed(text, self._settings.size, document)
 
   def _note_broken(self, broken: bool, document: Document) -> None:
-    """Counts a passage that ends inside a sentence or word."""
+    """Counts a passage if it ends inside a sentence or word."""
     if broken:
-      self._report.broken += 1
-      self._report.note("broken", document.where)
+      self._report.count("broken", document.where)
 
   def _packed(self, text: str, size: int, document: Document) -> Iterator[Span]:
-    """Yields where passages of as many parts as fit are, in any unit."""
+    """Yields the spans of passages of as many parts as fit into `size`."""
     sources = [self._parts(text)]
-    waiting: deque[_Part] = deque()  # come before those of the last source
-    repeated: list[_Part] = []  # from the passage before
+    waiting: deque[_Part] = deque()  # parts before those of the last source
+    repeated: list[_Part] = []  # parts of the previous passage
     while True:
       taken, fresh = repeated, 0
       total, before = sum(part.size for part in taken), -1
-      # The sizes of tokenised parts are estimates: as long as the whole proves
-      # to be smaller than their sum, more is added.
+      # The sizes of tokenised parts are estimates: while the passage is smaller
+      # than their sum, more parts are added.
       while before < fresh and total <= size:
         before = fresh
         while part := waiting.popleft() if waiting else _next(sources):
@@ -319,9 +379,9 @@ class Splitter:
       repeated = self._repeated(taken)
 
   def _repeated(self, taken: Sequence[_Part]) -> list[_Part]:
-    """Returns the last parts of a passage that the next one begins with."""
+    """Returns the last parts of a passage, with which the next one begins."""
     room, count = self._settings.overlap, 0
-    # Never the first: each passage begins behind the start of the one before.
+    # Never the first part: each passage begins after the start of the last one.
     for part in reversed(taken[1:]):
       room -= part.size
       if room < 0:
@@ -330,7 +390,7 @@ class Splitter:
     return list(taken[len(taken) - count :])
 
   def _parts(self, text: str) -> Iterator[_Part]:
-    """Yields the words or sentences of a text, with their sizes."""
+    """Yields the words or sentences of a text."""
     if self._settings.method == "words":
       limit = self._settings.max_word_chars
       return self._sized(text, word_spans(text, max_chars=limit), words=1)
@@ -339,7 +399,7 @@ class Splitter:
   def _divided(self, text: str, part: _Part) -> Iterator[_Part]:
     """Yields the words of a sentence, or the halves of a word.
 
-    With "fit", the lines of a sentence before its words.
+    With "fit", a sentence of several lines is divided into its lines first.
     """
     limit = self._settings.max_word_chars
     if self._settings.method == "fit":
@@ -362,7 +422,7 @@ class Splitter:
   def _sized(
     self, text: str, spans: Iterator[Span], words: int = 0
   ) -> Iterator[_Part]:
-    """Yields the parts at `spans`, each of so many words; 0: to be counted."""
+    """Yields the parts at `spans`; each has `words` words, 0 if unknown."""
     limit = self._settings.max_word_chars
     if self._tokenizer is None:
       for start, end in spans:
@@ -371,8 +431,8 @@ class Splitter:
         )
         yield _Part(start, end, size, not inside_word(text, end))
       return
-    # What is too long in any case is not tokenised: it may be a whole book
-    # without a space.
+    # A part that is too long in any case is not tokenised, since it may be a
+    # whole book without a space.
     longest = self._settings.size * limit
     while batch := list(itertools.islice(spans, _COUNTED_AT_ONCE)):
       texts = [text[a:b] if b - a <= longest else "" for a, b in batch]
@@ -397,16 +457,3 @@ def _next(sources: list[Iterator[_Part]]) -> _Part | None:
       return part
     sources.pop()
   return None
-
-
-def split(
-  documents: Iterable[Document],
-  settings: SplitConfig,
-  *,
-  tokenizer: Encoder | None = None,
-  report: CorpusReport | None = None,
-) -> Iterator[Passage]:
-  """Yields the passages of `documents`, in order; see `Splitter`."""
-  splitter = Splitter(settings, tokenizer=tokenizer, report=report)
-  for document in documents:
-    yield from splitter.split(document)

@@ -1,24 +1,24 @@
-r"""Rows of .tsv and .csv files, as objects with the names of their columns.
+r"""Reads the rows of .tsv and .csv files.
 
 In: a file whose first line names its columns (DPR's psgs_w100.tsv, any .csv),
-or MS MARCO's collection.tsv, id<TAB>passage without names. Out: (where, object)
-pairs, as of a .jsonl file. The columns of DPR's questions, too, which have no
-names.
+or MS MARCO's collection.tsv, which is id<TAB>passage without column names. Out:
+(where, object) pairs, as from a .jsonl file. `Rows` also reads tables without
+column names, such as DPR's questions.
 """
 
 from collections import deque
 from collections.abc import Iterator, Mapping
 import csv
+import itertools
 from typing import Any
 
 from etils import epath
 
 from rag_jax.corpus.document import FieldNames
-from rag_jax.corpus.document import id_field
-from rag_jax.corpus.document import text_field
-from rag_jax.corpus.records import read_lines
-from rag_jax.corpus.records import shorten
+from rag_jax.corpus.document import field_name
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.text_files import read_lines
+from rag_jax.corpus.text_files import shorten
 
 ENDS = (".tsv", ".csv")
 
@@ -33,8 +33,8 @@ _PAIR_NAMES = (
 class Rows:
   """The rows of a table, with the lines that each was read from.
 
-  A row whose double quote is never closed takes the lines behind it along.
-  `again` gives them back: the next row begins at the next line.
+  A row whose double quote is never closed swallows the lines after it. `again`
+  returns them: the next row then begins at the next line.
   """
 
   def __init__(
@@ -49,11 +49,10 @@ class Rows:
 
     Args:
       path: an existing file, perhaps a .gz.
-      delimiter: between columns.
-      strict: whether nothing may follow a closing quote, as in a .csv. DPR's
-        files are read without: a title like `"Heroes" (song)`, which csv would
-        have written otherwise, has always been accepted there.
-      bad_records: what to do with what cannot be read; its lines are skipped.
+      delimiter: the character between columns.
+      strict: whether nothing may follow a closing quote, as in a .csv. It is
+        off for DPR's files, which have titles like `"Heroes" (song)`.
+      bad_records: what to do with rows that cannot be read.
     """
     self._name, self._bad = str(path), bad_records
     self._lines = read_lines(path, bad_records=bad_records)
@@ -80,11 +79,11 @@ class Rows:
 
   @property
   def last_line(self) -> int:
-    """The line at which it ends."""
+    """The line at which the last row ends."""
     return self._taken[-1][0]
 
   def __iter__(self) -> Iterator[list[str]]:
-    """Yields the rows; those that cannot be read at all are refused."""
+    """Yields the rows; those that cannot be read are refused."""
     while True:
       self._taken.clear()
       try:
@@ -106,7 +105,7 @@ class Rows:
         yield row
 
   def again(self) -> None:
-    """Goes back to the line behind the one at which the last row began."""
+    """Goes back to the line after the one at which the last row began."""
     self._returned.extendleft(reversed(self._taken[1:]))
     self._reader = csv.reader(self._take(), **self._dialect)
 
@@ -115,10 +114,10 @@ def _check_row(
   row: list[str], names: list[str], rows: Rows, delimiter: str
 ) -> None:
   """Raises `ValueError` unless a row has one value for each column."""
-  # Where a quote is not closed, csv reads on up to the next quote and makes one
-  # row of several. A delimiter and a line end in one column give it away, and
-  # at the end of the file a line end in the last column. (Of a comma, they do
-  # not: texts have both. There, csv is strict about what follows a quote.)
+  # After a quote that is not closed, csv reads up to the next quote and makes
+  # one row out of several. With tabs we notice that by a tab and a line end in
+  # one column, or by a line end in the last column. With commas we cannot,
+  # since texts have both; there csv is strict about what follows a quote.
   tabs = delimiter == "\t"
   if tabs and (any("\n" in c and "\t" in c for c in row) or "\n" in row[-1]):
     raise ValueError(
@@ -137,21 +136,22 @@ def _check_row(
 
 
 def _first_row(path: epath.PathLike, delimiter: str) -> tuple[str, list[str]]:
-  """Returns where the first row is, and its columns; ("", []) if none is."""
+  """Returns where the first row is, and its columns; ("", []) if none."""
   skipping = BadRecords("skip")
   rows = Rows(path, delimiter, bad_records=skipping)
   row = next(iter(rows), None)
   if row and any(skipping.report.dropped.values()):
-    # The names stood before it, in a line that cannot be read: says which.
+    # The column names are in an earlier line that cannot be read. This raises
+    # the error that names it.
     next(iter(Rows(path, delimiter, bad_records=BadRecords())))
   return (rows.where, row) if row else ("", [])
 
 
 def sniff_delimiter(path: epath.PathLike) -> str:
-  """Returns what separates the columns, by the name and the first line.
+  """Returns the column separator, by the file's name and its first line.
 
-  DPR's .csv files have tabs, and spreadsheets write semicolons where numbers
-  have commas.
+  DPR's .csv files have tabs. Spreadsheets write semicolons in countries where
+  numbers have decimal commas.
   """
   if epath.Path(path).name.lower().removesuffix(".gz").endswith(".tsv"):
     return "\t"
@@ -164,18 +164,18 @@ def read_table(
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
   r"""Yields (where, object) of the rows of a table; empty cells are left out.
 
-  The columns are named in the first line. A column with double quotes around
-  it has the quotes inside doubled. Without names, two columns are MS MARCO's
-  id<TAB>passage, in which a quote is a character like any other.
+  The first line names the columns. In a quoted column, quotes are doubled. Two
+  columns without names are MS MARCO's id<TAB>passage, in which a quote has no
+  special meaning.
 
   Args:
     path: an existing .tsv or .csv, perhaps a .gz.
-    fields: which columns there have to be.
-    bad_records: what to do with a row that is not like that.
+    fields: which columns the table must have.
+    bad_records: what to do with a row that cannot be used.
 
   Raises:
-    ValueError: names the line that is not like that. A wrong first line is
-      never skipped: all others would be wrong too.
+    ValueError: a row cannot be used; names the line. A wrong first line is
+      never skipped, since all rows would then be wrong too.
   """
   delimiter = sniff_delimiter(path)
   where, names = _first_row(path, delimiter)
@@ -184,14 +184,15 @@ def read_table(
       pass  # what cannot be read raises, or is counted
     return
   names = [name.strip() for name in names]
-  if id_field(names, fields) in names and text_field(names, fields) in names:
+  id_, text = field_name("id", names, fields), field_name("text", names, fields)
+  if id_ in names and text in names:
     twice = {name for name in names if name and names.count(name) > 1}
     if twice:
       raise ValueError(
         f"{where}: the first line names the column {min(twice)!r} more than"
         " once. Expected different names. Rename one of them."
       )
-    needed = id_field(names, fields), text_field(names, fields), fields.title
+    needed = id_, text, fields.title
     yield from _named_rows(path, names, needed, delimiter, bad_records)
   elif delimiter == "\t" and len(names) == 2:
     yield from _pairs(path, fields, bad_records)
@@ -214,11 +215,7 @@ def _named_rows(
 ) -> Iterator[tuple[str, dict[str, str]]]:
   strict = delimiter != "\t"
   rows = Rows(path, delimiter, strict=strict, bad_records=bad_records)
-  header = True
-  for row in rows:
-    if header:  # read before
-      header = False
-      continue
+  for row in itertools.islice(rows, 1, None):  # without the names
     try:
       _check_row(row, names, rows, delimiter)
     except ValueError as error:
@@ -242,13 +239,12 @@ def _pairs(
       and all(h in n for h, n in zip(heads, _PAIR_NAMES, strict=True))
     ):
       continue
-    if len(cells) != 2:
-      error = ValueError(
-        f"{name}:{line}: {len(cells)} columns, {shorten(cells, 120)}. Expected"
-        " 2, an id and a passage with a tab between them, as in MS MARCO's"
-        " collection.tsv. Correct the line; if it is the last one, the file may"
-        " be cut off: copy it again."
-      )
-      bad_records.refuse("bad_record", error)
-      continue
-    yield f"{name}:{line}", {fields.id: cells[0], fields.text: cells[1]}
+    with bad_records.refusing("bad_record"):
+      if len(cells) != 2:
+        raise ValueError(
+          f"{name}:{line}: {len(cells)} columns, {shorten(cells, 120)}."
+          " Expected 2, an id and a passage with a tab between them, as in MS"
+          " MARCO's collection.tsv. Correct the line; if it is the last one,"
+          " the file may be cut off: copy it again."
+        )
+      yield f"{name}:{line}", {fields.id: cells[0], fields.text: cells[1]}

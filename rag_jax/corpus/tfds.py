@@ -1,8 +1,8 @@
-"""Rows and documents of TFDS data sets, read without TensorFlow.
+"""Reads TFDS data sets without TensorFlow.
 
 In: a name such as "beir/nfcorpus". Out: the passages of a BEIR data set, the
-paragraphs of SQuAD, or the text of any other whose builder needs no
-TensorFlow. Rows are downloaded if they are not there yet, and read one by one.
+paragraphs of SQuAD, or the texts of any other data set whose builder needs no
+TensorFlow. A data set is downloaded if needed, and read row by row.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,18 +13,18 @@ from rag_jax.corpus.document import DEFAULT_FIELDS
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.document import record_document
-from rag_jax.corpus.records import shorten
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.text_files import shorten
 from rag_jax.json_input import parse_json
 
-TFDS = "tfds:"  # begins the names of data sets where other sources are possible
+TFDS = "tfds:"  # the prefix that tells TFDS names from paths
 
 _TF_EXTRA = "`pip install 'rag_jax[tf]'`"
 
 
 def tfds_text(value: str | bytes) -> str:
   """Returns the text of a TFDS feature."""
-  # TFDS returns bytes from its files, and str where it makes up examples.
+  # TFDS returns bytes from its files, and str from its mock data.
   return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -35,17 +35,17 @@ def open_tfds(
 
   Call it, and read rows, inside `tfds_errors`.
   """
-  # Slow, and of no use to those who bring their own texts.
+  # Imported here: it is slow, and many users never need it.
   import tensorflow_datasets as tfds
 
-  # ArrayRecord: TFDS reads its default format with TensorFlow alone.
+  # Only ArrayRecord can be read without TensorFlow.
   kwargs = {"file_format": "array_record"}
   return cast(Any, tfds.data_source(name, split=split, builder_kwargs=kwargs))
 
 
 @contextlib.contextmanager
 def tfds_errors(name: str) -> Iterator[None]:
-  """Says what is wrong when rows cannot be had, and what to do about it.
+  """Explains the errors of TFDS, and what to do about them.
 
   Raises:
     FileNotFoundError: the data set is not here and could not be downloaded.
@@ -75,7 +75,7 @@ def tfds_errors(name: str) -> Iterator[None]:
       " hides all others where TensorFlow is not installed. Correct the name,"
       f" or run {_TF_EXTRA}."
     ) from error
-  # RuntimeError: of array_record, whose files are damaged.
+  # array_record raises RuntimeError for damaged files.
   except (ValueError, NotImplementedError, RuntimeError) as error:
     raise ValueError(
       f"{TFDS}{name} cannot be read ({error}). Expected complete files in the"
@@ -85,7 +85,7 @@ def tfds_errors(name: str) -> Iterator[None]:
       " prepared again."
     ) from error
   except (
-    OSError,  # no network is one
+    OSError,  # for instance without a network
     download.DownloadError,
     download_manager.NonMatchingChecksumError,
   ) as error:
@@ -105,8 +105,8 @@ def tfds_errors(name: str) -> Iterator[None]:
 def _rows(name: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
   """Yields (split, number, row), text as str."""
   with tfds_errors(name):
-    # The other splits of BEIR hold the questions, and each passage again for
-    # every question that it answers.
+    # BEIR's other splits hold the questions, and repeat each passage for every
+    # question that it answers.
     split = "passage" if name.startswith("beir/") else None
     source = open_tfds(name, split)
     splits = source if isinstance(source, Mapping) else {split or "": source}
@@ -121,7 +121,7 @@ def _rows(name: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
 
 
 def _beir_record(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """Returns a row of beir/* as the line of corpus.jsonl that it was."""
+  """Returns a row of beir/* as the record that it was in corpus.jsonl."""
   try:
     metadata = parse_json(row["passage_metadata"] or "{}")
   except ValueError:
@@ -146,13 +146,14 @@ def read_tfds_documents(
 ) -> Iterator[Document]:
   """Yields the documents of a TFDS data set, in the order of its files.
 
-  Of `beir/*` the passages; of `squad` the paragraphs, each once for every
-  question about it. Of others, of all splits, the features that `fields`
-  names; without an id the documents are numbered, as in "train/7".
+  For `beir/*` these are the passages; for `squad` the paragraphs, each repeated
+  for every question about it. For any other data set, they are the features
+  that `fields` names, of all splits; without an id feature, the id is the split
+  and the row, such as "train/7".
 
   Args:
     name: without "tfds:".
-    fields: names of the features, but for beir/* and squad.
+    fields: names of the features; not used for beir/* and squad.
     bad_records: what to do with a row without text, or with other types.
 
   Raises:
@@ -169,13 +170,13 @@ def read_tfds_documents(
   for split, number, row in _rows(name):
     where = f"{TFDS}{name}:{split}[{number}]"
     if not beir and fields.text not in row:
-      # The same in every row: not a bad record but a wrong name.
+      # The name is wrong, not the record: it is missing in every row.
       raise ValueError(
         f"{TFDS}{name} has no feature {fields.text!r}; it has {sorted(row)}."
         " Expected the name of one that holds text. Set the names of the"
         " fields."
       )
-    try:
+    with bad_records.refusing("bad_record"):
       if beir:
         record = _beir_record(row, where)
       else:
@@ -183,8 +184,4 @@ def read_tfds_documents(
       if squad:
         record["title"] = record["title"].replace("_", " ")
         del record["question"]
-      document = record_document(record, fields, where)
-    except ValueError as error:
-      bad_records.refuse("bad_record", error)
-      continue
-    yield document
+      yield record_document(record, fields, where)

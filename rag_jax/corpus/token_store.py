@@ -1,8 +1,8 @@
-"""The tokens of a passage store on the disk, of one tokenizer and length.
+"""Stores the tokens of passages on the disk, for one tokenizer and length.
 
 In: passages and a tokenizer. Out: a directory of arrays that are mapped into
-memory, as `TokenizedPassages`, so that 21 million passages are tokenised once
-and take no memory. Whoever was interrupted goes on where that stopped.
+memory as `TokenizedPassages`, so that 21 million passages are tokenised once
+and need no memory. An interrupted call continues where it stopped.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from etils import epath
 import numpy as np
 
 from rag_jax import artifacts
-from rag_jax.corpus.array_rows import ArrayRows
-from rag_jax.corpus.array_rows import read_array
+from rag_jax.corpus.npy_files import ArrayRows
+from rag_jax.corpus.npy_files import read_array
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
-from rag_jax.corpus.passages import fingerprint_parts
+from rag_jax.corpus.passages import fingerprint_passages
 from rag_jax.corpus.tokenized import JoinedBy
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenized import TokenRows
@@ -28,6 +28,7 @@ from rag_jax.corpus.tokenized import tokenize_rows
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.directory_lock import building
 from rag_jax.disk import UnwritableError
+from rag_jax.disk import is_unfinished
 from rag_jax.progress import Progress
 
 KIND = "tokens"
@@ -36,9 +37,9 @@ FORMAT = 1  # raise when the files or the manifest change their meaning
 _REMEDY = "Copy the directory again, or remove it and call write_tokens again."
 _ARRAYS = ("tokens", "begins_word", "lengths")
 _COUNTS = ("num_cut", "num_by_ids", "num_tokens", "num_lost")
-_PROGRESS = ".progress.json.tmp"  # ends like a file that is not finished
-_BLOCK_ROWS = 1024  # passages in memory at once
-_PROGRESS_ROWS = 1 << 16  # after so many, work is not lost by an interruption
+_PROGRESS = ".progress.json.tmp"  # named like other unfinished files
+_BLOCK_ROWS = 1024  # passages in memory at a time
+_PROGRESS_ROWS = 1 << 16  # rows between notes of the progress
 _JOINED = {
   "ids": "the ids of title and text, each tokenised alone",
   "text": (
@@ -49,32 +50,26 @@ _JOINED = {
 
 
 def _is_own(name: str) -> bool:
-  """Returns whether a file is one that writing tokens makes."""
-  arrays = [f"{array}.npy" for array in _ARRAYS]
-  return name in arrays or (name.startswith(".") and name.endswith(".tmp"))
+  """Returns whether a file has a name that this module writes."""
+  return name in [f"{array}.npy" for array in _ARRAYS] or is_unfinished(name)
 
 
 def _identity(
   passages: Sequence[Passage], tokenizer: Tokenizer, length: int
 ) -> dict[str, Any]:
-  """Returns what must be the same for rows to be the same."""
-  if isinstance(passages, Passages):
-    fingerprint = passages.fingerprint
-  else:
-    fingerprint = artifacts.fingerprint_lines(
-      line for passage in passages for line in fingerprint_parts(passage)
-    )
-  special = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+  """Returns everything that the rows depend on."""
   return {
-    "passages": fingerprint,
+    "passages": passages.fingerprint
+    if isinstance(passages, Passages)
+    else fingerprint_passages(passages),
     "num_passages": len(passages),
     "tokenizer": tokenizer.fingerprint,
-    "special_ids": list(special),
+    "special_ids": [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id],
     "length": length,
   }
 
 
-# What a part of the identity is called, and how to put it right.
+# For messages: what differs, and what to use instead.
 _NAMES = {
   "passages": ("other passages (fingerprint)", "the same passages"),
   "num_passages": ("another number of passages", "the same passages"),
@@ -90,18 +85,18 @@ def open_tokens(
   tokenizer: Tokenizer,
   length: int,
 ) -> TokenizedPassages:
-  """Returns what `write_tokens` wrote, mapped into memory.
+  """Opens a directory that `write_tokens` wrote, mapped into memory.
 
   Args:
-    directory: where it was written, or moved to.
-    passages: whose tokens these are.
-    tokenizer: whose ids these are.
-    length: of a row, with the start token.
+    directory: a local directory; it may have been moved.
+    passages: the passages that were tokenised.
+    tokenizer: the tokenizer that was used.
+    length: tokens per row, with the start token.
 
   Raises:
     FileNotFoundError: nothing was written there, or it was interrupted.
-    ValueError: a file is missing, cut off or changed; or the tokens are of
-      other passages, another tokenizer or another length.
+    ValueError: a file is missing, cut off or changed; or other passages,
+      another tokenizer or another length were used.
   """
   directory = epath.Path(directory)
   if not artifacts.is_local(directory):
@@ -127,9 +122,9 @@ def open_tokens(
     if theirs.get(key) != value:
       name, same = _NAMES[key]
       raise ValueError(
-        f"The tokens in {directory} were made of {name}: {theirs.get(key)!r},"
-        f" but {value!r} is in use. Expected tokens of what is in use. Use"
-        f" {same}, or write tokens to another directory."
+        f"The tokens in {directory} were made with {name}:"
+        f" {theirs.get(key)!r}, but {value!r} is in use. Expected them to be"
+        f" the same. Use {same}, or write tokens to another directory."
       )
   tokens, begins_word, lengths = (
     read_array(directory / f"{array}.npy", _REMEDY) for array in _ARRAYS
@@ -141,14 +136,14 @@ def open_tokens(
     lengths,
     content["num_cut"],
     content["num_by_ids"],
-    num_tokens=content.get("num_tokens"),  # not in those of older versions
+    num_tokens=content.get("num_tokens"),  # older versions did not count
     num_lost=content.get("num_lost"),
   )
   return TokenizedPassages.of_rows(passages, tokenizer, rows, joined_by)
 
 
 class _Files:
-  """The arrays, and how far they are written."""
+  """The arrays that are written, and the progress."""
 
   def __init__(
     self,
@@ -157,10 +152,11 @@ class _Files:
     width: int,
     largest_id: int,
   ):
-    """Opens the arrays, behind the rows of an interrupted writer."""
+    """Opens the arrays after the rows that an interrupted writer left."""
     self._directory = directory
     self._identity = identity
-    self._progress: dict[str, int] = dict.fromkeys(("num_done", *_COUNTS), 0)
+    # Rows that are done, and the counts of `TokenRows`.
+    self.progress: dict[str, int] = dict.fromkeys(("num_done", *_COUNTS), 0)
     num = identity["num_passages"]
     small = largest_id <= np.iinfo(np.uint16).max
     self._shapes = {
@@ -172,20 +168,21 @@ class _Files:
     done = self._read_progress()
     try:
       self._open(done["num_done"])
-      self._progress = done
+      self.progress = done
     except (ValueError, FileNotFoundError) as error:
-      logging.warning("What was begun there is begun again: %s", error)
+      logging.warning("The interrupted work is started again: %s", error)
       self._open(0)
 
   def _read_progress(self) -> dict[str, int]:
+    """Returns the progress of an interrupted writer of the same rows."""
     path = self._directory / _PROGRESS
     if not path.exists():
-      return self._progress
+      return self.progress
     saved = json.loads(path.read_text())
     same = saved["made_of"] == self._identity
-    # An older version counted less.
-    if not same or saved["progress"].keys() != self._progress.keys():
-      return self._progress
+    # Older versions had fewer counts.
+    if not same or saved["progress"].keys() != self.progress.keys():
+      return self.progress
     return saved["progress"]
 
   def _open(self, num_done: int) -> None:
@@ -194,37 +191,31 @@ class _Files:
       path = self._directory / f"{name}.npy"
       self._arrays[name] = ArrayRows(path, shape, dtype, num_done=num_done)
 
-  @property
-  def progress(self) -> dict[str, int]:
-    """How many rows are done, and the counts of `TokenRows`."""
-    return dict(self._progress)
-
   def append(self, rows: TokenRows) -> None:
-    """Writes rows; now and then, notes how far everything is."""
+    """Writes rows; notes the progress every `_PROGRESS_ROWS` rows."""
     for name, array in self._arrays.items():
       array.append(getattr(rows, name))
-    before = self._progress["num_done"]
-    self._progress["num_done"] += len(rows.lengths)
+    before = self.progress["num_done"]
+    self.progress["num_done"] += len(rows.lengths)
     for name in _COUNTS:
-      self._progress[name] += getattr(rows, name) or 0
-    if before // _PROGRESS_ROWS != self._progress["num_done"] // _PROGRESS_ROWS:
-      self._note()
+      self.progress[name] += getattr(rows, name) or 0
+    if before // _PROGRESS_ROWS != self.progress["num_done"] // _PROGRESS_ROWS:
+      self._flush()  # before the note, which must not be ahead of the rows
+      note = {"made_of": self._identity, "progress": self.progress}
+      artifacts.write_atomically(self._directory / _PROGRESS, json.dumps(note))
 
-  def _note(self) -> None:
-    for array in self._arrays.values():
-      array.flush()  # or the note could come to the disk before the rows
-    note = {"made_of": self._identity, "progress": self._progress}
-    artifacts.write_atomically(self._directory / _PROGRESS, json.dumps(note))
-
-  def finish(self) -> None:
-    """Waits until the disk has all rows."""
+  def _flush(self) -> None:
     for array in self._arrays.values():
       array.flush()
+
+  def finish(self) -> None:
+    """Waits until all rows are on the disk."""
+    self._flush()
     self.close()
     (self._directory / _PROGRESS).unlink(missing_ok=True)
 
   def close(self) -> None:
-    """Closes the arrays as they are."""
+    """Closes the arrays, complete or not."""
     for array in self._arrays.values():
       with contextlib.suppress(OSError):
         array.close()
@@ -239,20 +230,20 @@ def write_tokens(
   *,
   wait: bool = False,
 ) -> TokenizedPassages:
-  """Returns the tokens of `passages`, after writing them to a directory.
+  """Writes the tokens of `passages` to a directory and returns them.
 
-  Memory does not grow with the passages. Where all of it is there already it is
-  opened, and what was interrupted is gone on with; the result is the same.
+  Memory does not grow with the number of passages. A complete directory is only
+  opened, and an interrupted one is completed; the result is the same.
 
   Args:
-    directory: local; empty, or with what this function left.
+    directory: a local directory; empty, or written by this function.
     passages: a store, or any other sequence.
-    tokenizer: whose ids are wanted.
-    length: of a row, with the start token; longer passages are cut.
-    wait: for somebody else who writes there, and open what that wrote.
+    tokenizer: for the ids.
+    length: tokens per row, with the start token; longer passages are cut.
+    wait: if another process writes there, wait for it and open its result.
 
   Raises:
-    ValueError: the directory holds something else, or somebody writes there
+    ValueError: the directory holds other files; or another process writes there
       and `wait` is False.
     OSError: the disk is full.
   """
@@ -270,21 +261,21 @@ def keep_tokens(
   tokenizer: Tokenizer,
   length: int,
 ) -> TokenizedPassages:
-  """Returns the tokens of `passages`, which `folder` keeps once they are made.
+  """Returns the tokens of `passages` from a cache, which is filled if needed.
 
-  Tokens of other passages, tokenizers or lengths may lie there too, each in a
-  directory of its own. Of several processes one writes and the others wait; if
-  it dies, the next goes on. The folder can be deleted while nobody uses it.
+  For each combination of passages, tokenizer and length the cache has a
+  directory. One process writes it while others wait; if it dies, the next one
+  continues. The folder can be deleted when nobody uses it.
 
   Args:
-    folder: local.
+    folder: a local folder.
     passages: a store, or any other sequence.
-    tokenizer: whose ids are wanted.
+    tokenizer: for the ids.
     length: as in `write_tokens`.
 
   Raises:
     ValueError: the folder is in a bucket, or a file there is damaged.
-    OSError: nothing can be written there.
+    OSError: the folder cannot be written to.
   """
   folder = epath.Path(folder)
   if not artifacts.is_local(folder):
@@ -295,7 +286,7 @@ def keep_tokens(
     )
   identity = _identity(passages, tokenizer, length)
   directory = folder / artifacts.fingerprint_lines([json.dumps(identity)])
-  if (directory / artifacts.MANIFEST).exists():  # perhaps on a read-only disk
+  if (directory / artifacts.MANIFEST).exists():  # the disk may be read-only
     return open_tokens(directory, passages, tokenizer, length)
   try:
     directory.mkdir(parents=True, exist_ok=True)
@@ -314,6 +305,7 @@ def _write(
   tokenizer: Tokenizer,
   length: int,
 ) -> None:
+  """Writes all arrays and the manifest."""
   identity = _identity(passages, tokenizer, length)
   joined_by = find_joining(passages, tokenizer)
   width = length - (tokenizer.bos_id is not None)
@@ -324,7 +316,7 @@ def _write(
     num_done = files.progress["num_done"]
     if num_done:
       logging.info(
-        "%d of %d passages were tokenised in %s before; going on.",
+        "%d of %d passages were tokenised in %s before; continuing there.",
         *(num_done, len(passages), directory),
       )
     with Progress("Tokenised", len(passages), "passages", num_done) as progress:
@@ -350,8 +342,8 @@ def _write(
     raise UnwritableError(
       f"The tokens cannot be written to {directory} ({error}), after {num_done}"
       f" of {len(passages)} passages. Expected room for {3 * width + 4} to"
-      f" {5 * width + 4} bytes a passage. What was written stays: free some"
-      " space and call write_tokens again, which goes on from there."
+      f" {5 * width + 4} bytes per passage. What was written stays: free some"
+      " space and call write_tokens again, which continues from there."
     ) from error
   finally:
     if files is not None:

@@ -1,7 +1,7 @@
-"""Passages as token ids in one array, so that a batch is an integer gather.
+"""Tokenizes passages into one array of ids, from which batches are gathered.
 
-In: passages and a tokenizer. Out: [P, L] ids, and how many were cut; in memory,
-or mapped from the disk by `token_store.py`.
+In: passages and a tokenizer. Out: [P, L] ids, and how many passages were cut;
+in memory, or mapped from the disk by `token_store.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,33 +13,34 @@ import numpy as np
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.tokenizer import Tokenizer
 
-# What a row is made of: the ids of title and text, each tokenised alone; or
-# the ids of "title</s>text</s>", tokenised as one string.
+# "ids": title and text are tokenised separately. "text": "title</s>text</s>" is
+# tokenised as one string.
 JoinedBy = Literal["ids", "text"]
 
 _SAMPLE = 256  # passages on which the two are compared
-_BLOCK_ROWS = 1024  # passages that are tokenised at once
+_BLOCK_ROWS = 1024  # passages tokenised at a time
 
 
 class TokenRows(NamedTuple):
-  """Rows of tokens; what they mean stands at `TokenizedPassages`."""
+  """Rows of tokens, as described at `TokenizedPassages`."""
 
   tokens: np.ndarray  # [P, L - 1]
   begins_word: np.ndarray  # [P, L - 1] bool
   lengths: np.ndarray  # [P] int32
   num_cut: int
   num_by_ids: int  # rows that could not be joined as text
-  # Tokens before rows were cut, and those that were cut off; None: not counted.
+  # Tokens before rows were cut, and tokens cut off; None if not counted.
   num_tokens: int | None = None
   num_lost: int | None = None
 
 
 def find_joining(passages: Sequence[Passage], tokenizer: Tokenizer) -> JoinedBy:
-  """Returns how title and text are joined, so that ids are those of the text.
+  """Returns how to join title and text, so that the ids fit the joined text.
 
-  "ids", if on a sample of the passages that gives the same as tokenising the
-  joined text. SentencePiece may not: its first word of a string is another
-  than the first word behind an end token. Then "text", which is logged.
+  This is "ids", if that gives the same as "text" on a sample of the passages.
+  SentencePiece may give other ids, since it marks the first word of a string,
+  but not the first word after an end token. The result is then "text", which is
+  logged.
   """
   count = min(len(passages), _SAMPLE)
   rows = np.linspace(0, len(passages) - 1, count).astype(int).tolist()
@@ -65,7 +66,7 @@ def find_joining(passages: Sequence[Passage], tokenizer: Tokenizer) -> JoinedBy:
 def _by_ids(
   passages: Sequence[Passage], tokenizer: Tokenizer
 ) -> tuple[list[list[int]], list[list[bool]]]:
-  """Returns ids and word begins of passages whose parts are joined by ids."""
+  """Returns the ids, and where words begin, of passages joined by ids."""
   titles, title_words = tokenizer.encode_words([p.title for p in passages])
   texts, text_words = tokenizer.encode_words([p.text for p in passages])
   end = [tokenizer.eos_id]
@@ -80,15 +81,15 @@ def _by_ids(
 def _by_text(
   passages: Sequence[Passage], apart: list[list[int]], tokenizer: Tokenizer
 ) -> tuple[list[list[int] | None], list[list[bool]]]:
-  """Returns ids and word begins of passages that are tokenised as one string.
+  """Returns the ids, and where words begin, of passages joined as text.
 
-  None for one in which a special token is written, or whose end tokens are not
-  read as such: it could end itself.
+  The ids are None for a passage that holds the text of a special token, or
+  whose end tokens are not tokenised as such: the passage could end early.
 
   Args:
     passages: of any length.
-    apart: their ids, joined as `_by_ids` does: says which have a title.
-    tokenizer: whose ids these are.
+    apart: their ids joined by `_by_ids`, which tell which ones have a title.
+    tokenizer: for the ids.
   """
   num_ends = [ids.count(tokenizer.eos_id) for ids in apart]
   joined, words = tokenizer.encode_joined(
@@ -114,10 +115,9 @@ def tokenize_rows(
   length: int,
   joined_by: JoinedBy,
 ) -> TokenRows:
-  """Returns the rows of `passages`, of which `find_joining` said how.
+  """Returns the rows of `passages`, joined as `find_joining` said.
 
-  A passage in which a special token is written, and one whose end tokens are
-  not read as such, is joined by ids all the same, or it could end itself.
+  A passage that cannot be joined as text is joined by ids: see `_by_text`.
   """
   rows, words = _by_ids(passages, tokenizer)
   num_by_ids = 0
@@ -158,44 +158,40 @@ class TokenizedPassages:
   """Title, end token, text, end token of each passage, without a start token.
 
   Attributes:
-    passages: what was tokenised.
-    tokenizer: whose ids these are.
-    tokens: ids, padded with the tokenizer's `pad_id`. [P, L - 1] int32, or on
-      the disk uint16 where the ids fit; [P, L] if the tokenizer has no start
-      token.
-    begins_word: whether a token begins a word. Shape of `tokens`, bool
-    lengths: real tokens a row. [P] int32
+    passages: the passages that were tokenised.
+    tokenizer: the tokenizer that made the ids.
+    tokens: ids, padded with the tokenizer's `pad_id`. [P, L - 1] int32; on the
+      disk uint16 if the ids fit; [P, L] if the tokenizer has no start token.
+    begins_word: whether a token begins a word. Shape of `tokens`, bool.
+    lengths: number of real tokens per row. [P] int32
     num_cut: passages longer than `length`, whose last tokens were dropped.
-    num_tokens: of all passages, before any was cut; None: not counted, by an
-      older version that wrote them.
-    num_lost: of these, what was dropped.
+    num_tokens: tokens of all passages before cutting; None if an older version
+      wrote the rows and did not count.
+    num_lost: tokens that were dropped; None like `num_tokens`.
     joined_by: how title and text were joined; see `find_joining`.
   """
 
   def __init__(
     self, passages: Sequence[Passage], tokenizer: Tokenizer, length: int
   ):
-    """Tokenizes `passages`; `length` (L) counts a start token as well."""
+    """Tokenizes `passages`; `length` (L) includes the start token."""
     joined_by = find_joining(passages, tokenizer)
-    starts = range(0, len(passages), _BLOCK_ROWS) or [0]
     blocks = [
       tokenize_rows(
         passages[start : start + _BLOCK_ROWS], tokenizer, length, joined_by
       )
-      for start in starts
+      for start in range(0, len(passages), _BLOCK_ROWS) or [0]
     ]
+    tokens, words, lengths, *counts = zip(*blocks, strict=True)
     rows = TokenRows(
-      tokens=np.concatenate([block.tokens for block in blocks]),
-      begins_word=np.concatenate([block.begins_word for block in blocks]),
-      lengths=np.concatenate([block.lengths for block in blocks]),
-      num_cut=sum(block.num_cut for block in blocks),
-      num_by_ids=sum(block.num_by_ids for block in blocks),
-      num_tokens=sum(block.num_tokens or 0 for block in blocks),
-      num_lost=sum(block.num_lost or 0 for block in blocks),
+      np.concatenate(tokens),
+      np.concatenate(words),
+      np.concatenate(lengths),
+      *map(sum, counts),
     )
-    self._keep(passages, tokenizer, rows, joined_by)
+    self._set(passages, tokenizer, rows, joined_by)
 
-  def _keep(
+  def _set(
     self,
     passages: Sequence[Passage],
     tokenizer: Tokenizer,
@@ -211,7 +207,6 @@ class TokenizedPassages:
     self.num_tokens = rows.num_tokens
     self.num_lost = rows.num_lost
     self.joined_by: JoinedBy = joined_by
-    self._end = tokenizer.eos_id
 
   @classmethod
   def of_rows(
@@ -221,32 +216,31 @@ class TokenizedPassages:
     rows: TokenRows,
     joined_by: JoinedBy,
   ) -> "TokenizedPassages":
-    """Returns what was tokenised before: `rows`, perhaps on the disk."""
+    """Returns passages whose `rows` exist already, perhaps on the disk."""
     tokenized = cls.__new__(cls)
-    tokenized._keep(passages, tokenizer, rows, joined_by)
+    tokenized._set(passages, tokenizer, rows, joined_by)
     return tokenized
 
   @classmethod
   def without_rows(
     cls, passages: Sequence[Passage], tokenizer: Tokenizer
   ) -> "TokenizedPassages":
-    """Returns what holds the texts alone, where no tokens are read."""
+    """Returns passages without tokens, for when only their texts are used."""
     empty = np.zeros((0, 1), np.int32)
     rows = TokenRows(empty, empty.astype(bool), empty[:, 0], 0, 0)
     return cls.of_rows(passages, tokenizer, rows, "ids")
 
   def titles(self, most: int = 0) -> Iterator[list[int]]:
-    """Yields the tokens of each title; passages without one are left out.
+    """Yields the tokens of each title; passages without a title are skipped.
 
     Args:
-      most: passages that are looked at, evenly spaced; 0: all.
+      most: how many evenly spaced passages to look at; 0 means all.
     """
-    step = -(-len(self) // most) if most else 1
-    step = max(step, 1)
+    step = max(-(-len(self) // most), 1) if most else 1
     for row, length in zip(
       self.tokens[::step], self.lengths[::step], strict=True
     ):
-      ends = np.flatnonzero(row[:length] == self._end)
+      ends = np.flatnonzero(row[:length] == self.tokenizer.eos_id)
       if len(ends) > 1:
         yield row[: ends[0]].tolist()
 

@@ -1,7 +1,7 @@
-"""Text to token ids and back.
+"""Turns text into token ids and back.
 
-In: text. Out: token ids, mostly without special tokens, which data/ adds where
-they belong. The one file that imports transformers, for its tokenizers alone.
+In: text. Out: token ids, mostly without special tokens, which data/ adds. The
+only file that imports transformers, and only for its tokenizers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -26,7 +26,6 @@ from tokenizers import trainers
 
 from rag_jax import artifacts
 from rag_jax import disk
-from rag_jax.artifacts import fingerprint_lines
 
 if typing.TYPE_CHECKING:
   import transformers
@@ -34,14 +33,14 @@ if typing.TYPE_CHECKING:
 _KIND = "tokenizer"  # in the manifest
 _FORMAT = 1  # raise when the files change meaning
 
-# That PyTorch is not there is as it should be: only tokenizers are taken.
+# No warning that PyTorch is missing: tokenizers do not need it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-# BART's layout, so that ids mean the same in what we train and what we import.
+# The order of BART, so that trained and imported models use the same ids.
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
-# Words with the space before them; digits one by one, so that a number that
-# never occurred in training is spelled with tokens that did.
+# Words with the space before them, and single digits, so that tokens seen in
+# training can spell every number.
 _PIECES = r" ?\p{L}[\p{L}\p{M}]*| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
 
 # A word: letters and digits, also around a hyphen, apostrophe, comma or period
@@ -50,14 +49,14 @@ _PIECES = r" ?\p{L}[\p{L}\p{M}]*| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
 _LETTERS = r"[\p{L}\p{N}][\p{L}\p{N}\p{M}\p{Default_Ignorable_Code_Point}]*"
 _WORD = regex.compile(rf"{_LETTERS}(?:[-'.,]{_LETTERS})*|\S")
 
-# Older checkpoints have the files of their kind of tokenizer instead of a
-# tokenizer.json, and often not even a name of it: facebook/rag-token-nq.
+# Older checkpoints such as facebook/rag-token-nq have these files instead of a
+# tokenizer.json, and often do not name the class of their tokenizer.
 _KINDS = {
   ("vocab.txt",): "BertTokenizer",
   ("vocab.json", "merges.txt"): "BartTokenizer",
 }
 
-# Those of sentencepiece need its library: T5 and Pegasus, mBART, and others.
+# Files of T5, Pegasus, mBART and others that only sentencepiece can read.
 SENTENCEPIECE = (
   "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
   "sentencepiece.model",
@@ -73,22 +72,22 @@ class Tokenizer:
   """A `transformers` tokenizer, reduced to what the project uses.
 
   Attributes:
-    vocab_size: number of ids, with the special ones.
-    pad_id: fills rows up.
-    bos_id: begins rows: BERT's [CLS]. None where there is none, as in T5.
-    eos_id: ends rows and their parts: BERT's [SEP].
-    mask_id: stands for what is left out.
+    vocab_size: number of ids, special tokens included.
+    pad_id: the id of padding.
+    bos_id: the start token, BERT's [CLS]; None if there is none, as in T5.
+    eos_id: ends rows and their parts, BERT's [SEP].
+    mask_id: stands for a part that is left out.
   """
 
   def __init__(self, backend: "transformers.PreTrainedTokenizerFast"):
     self._backend = backend
-    inner = backend.backend_tokenizer
-    # A passage that holds "</s>" is text, or it could end itself and go on as
-    # something else. Not saved with the tokenizer, so it is set each time.
-    inner.encode_special_tokens = True
-    # Many published tokenizers cut and pad on their own.
-    inner.no_truncation()
-    inner.no_padding()
+    self._inner = backend.backend_tokenizer
+    # "</s>" in a passage must stay text, or the passage could end early and
+    # continue as something else. It is not saved with the tokenizer.
+    self._inner.encode_special_tokens = True
+    # Many published tokenizers truncate and pad by default.
+    self._inner.no_truncation()
+    self._inner.no_padding()
     self.vocab_size = len(backend)
     self.pad_id = self._special("pad_token")
     self.bos_id = self._find("bos_token", "cls_token")
@@ -113,18 +112,13 @@ class Tokenizer:
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of each text, without special tokens."""
-    if not texts:
-      return []
-    encodings = _encode(self._backend.backend_tokenizer, texts)
-    return [encoding.ids for encoding in encodings]
+    return [encoding.ids for encoding in _encode(self._inner, texts)]
 
   def encode_words(
     self, texts: Sequence[str]
   ) -> tuple[list[list[int]], list[list[bool]]]:
     """Returns what `encode` does, and whether each token begins a word."""
-    if not texts:
-      return [], []
-    encodings = _encode(self._backend.backend_tokenizer, texts)
+    encodings = _encode(self._inner, texts)
     begins = [
       _begins_word(text, encoding.offsets, _word_starts(text))
       for text, encoding in zip(texts, encodings, strict=True)
@@ -134,15 +128,13 @@ class Tokenizer:
   def encode_joined(
     self, texts: Sequence[Sequence[str]]
   ) -> tuple[list[list[int]], list[list[bool]]]:
-    """Returns what `encode_words` does, of texts in one string.
+    """Returns what `encode_words` does, for parts joined to one string.
 
-    Each is followed by the end token, as it is written: "title</s>text</s>".
-    Special tokens are read as what they are, so nothing that somebody else
-    wrote may hold one: see `holds_special`.
+    The end token is written after each part: "title</s>text</s>". Special
+    tokens in the string are encoded as such, so the parts must not hold any:
+    see `holds_special`.
     """
-    if not texts:
-      return [], []
-    end = self._end_text
+    end = str(self._backend.convert_ids_to_tokens(self.eos_id))
     joined = ["".join(part + end for part in parts) for parts in texts]
     encodings = _encode(self._reading_special, joined)
     begins = []
@@ -157,84 +149,73 @@ class Tokenizer:
     return [encoding.ids for encoding in encodings], begins
 
   def holds_special(self, text: str) -> bool:
-    """Returns whether a special token is written in `text`."""
+    """Returns whether `text` holds the text of a special token."""
     return any(special in text for special in self._special_texts)
 
   @functools.cached_property
-  def _end_text(self) -> str:
-    return str(self._backend.convert_ids_to_tokens(self.eos_id))
-
-  @functools.cached_property
   def _special_texts(self) -> list[str]:
-    added = self._backend.backend_tokenizer.get_added_tokens_decoder()
+    added = self._inner.get_added_tokens_decoder()
     return [token.content for token in added.values() if token.special]
 
   @functools.cached_property
   def _reading_special(self) -> tokenizers.Tokenizer:
-    """A copy for which "</s>" in a string is the end token."""
-    return tokenizers.Tokenizer.from_str(
-      self._backend.backend_tokenizer.to_str()
-    )
+    """A copy that encodes "</s>" in a text as the end token."""
+    return tokenizers.Tokenizer.from_str(self._inner.to_str())
 
   @functools.cached_property
   def largest_id(self) -> int:
-    """The largest id that can occur; `vocab_size` - 1, if there are no gaps."""
+    """The largest possible id; `vocab_size` - 1 if there are no gaps."""
     return max(self._backend.get_vocab().values())
 
   def encode_inputs(
     self, texts: Sequence[str], length: int
   ) -> tuple[list[list[int]], int]:
-    """Returns whole rows, with special tokens, and how many were cut.
+    """Returns whole rows with special tokens, and how many texts were cut.
 
-    The special tokens stand where the tokenizer's own files put them, as when
-    `transformers` calls it; a text is cut on the right, and they remain.
+    The special tokens are where the tokenizer's files put them, as in
+    `transformers`. A text is cut on the right; the special tokens remain.
 
     Args:
       texts: of any length.
-      length: ids a row at most, special tokens included.
+      length: the largest number of ids per row, special tokens included.
     """
-    if not texts:
-      return [], 0
-    inner = self._backend.backend_tokenizer
-    room = max(length - inner.num_special_tokens_to_add(False), 0)
-    encodings = _encode(inner, texts)
+    room = max(length - self._inner.num_special_tokens_to_add(False), 0)
+    encodings = _encode(self._inner, texts)
     num_cut = 0
     for encoding in encodings:
       if len(encoding.ids) > room:
         num_cut += 1
         encoding.truncate(room)
-    return [inner.post_process(e).ids for e in encodings], num_cut
+    return [self._inner.post_process(e).ids for e in encodings], num_cut
 
   def decode(self, ids: Iterable[typing.SupportsInt]) -> str:
     """Returns the text of `ids`, without special tokens and outer spaces."""
-    text = self._backend.backend_tokenizer.decode(
-      [int(i) for i in ids], skip_special_tokens=True
-    )
-    return text.strip()
+    ids = [int(i) for i in ids]
+    return self._inner.decode(ids, skip_special_tokens=True).strip()
 
   def decode_hf(self, ids: Iterable[typing.SupportsInt]) -> str:
-    """Returns what Hugging Face decodes, without special tokens.
+    """Returns the text that Hugging Face decodes, without special tokens.
 
-    Outer spaces stay, and spaces before punctuation go if the tokenizer's files
-    say clean_up_tokenization_spaces.
+    Outer spaces stay. Spaces before punctuation are removed if the tokenizer's
+    files set clean_up_tokenization_spaces.
     """
     ids = [int(i) for i in ids]
     return str(self._backend.decode(ids, skip_special_tokens=True))
 
   def tokens(self, ids: Iterable[typing.SupportsInt]) -> list[str]:
-    """Returns the text of each id alone, to show it to a person."""
-    decode = self._backend.backend_tokenizer.decode
+    """Returns the text of each id by itself, for display."""
+    decode = self._inner.decode
     return [decode([int(i)], skip_special_tokens=False) for i in ids]
 
   @property
   def fingerprint(self) -> str:
-    """Identifies what the ids mean."""
-    return fingerprint_lines([self._backend.backend_tokenizer.to_str()])
+    """Hex digits that identify the tokenizer."""
+    return artifacts.fingerprint_lines([self._inner.to_str()])
 
   def save(self, path: epath.PathLike) -> None:
     """Writes `tokenizer.json`, its settings and a manifest to a directory.
 
-    A tokenizer in a folder inside, saved before, is named in the manifest too.
+    The manifest also names tokenizers in subfolders, which are saved before.
 
     Raises:
       UnwritableError: the disk is full, or nothing may be written there.
@@ -242,12 +223,12 @@ class Tokenizer:
     path = artifacts.start_directory(path)
     with (
       disk.explaining(path, "The tokenizer", "Then start again."),
-      # Made elsewhere: transformers writes to local folders alone.
+      # transformers only writes to local folders.
       tempfile.TemporaryDirectory() as made,
     ):
       made = epath.Path(made)
       self._save(made)
-      # Last what says that there is one.
+      # tokenizer.json last, since it marks the directory as a tokenizer.
       for file in sorted(made.iterdir(), key=lambda f: f.stem == _KIND):
         disk.write_atomically(path / file.name, file.read_bytes())
       artifacts.write_manifest(
@@ -259,7 +240,7 @@ class Tokenizer:
       self._backend.save_pretrained(os.fspath(path))
     except OSError:
       raise
-    except Exception as error:  # the compiled tokenizers raise nothing else
+    except Exception as error:  # the compiled library raises only this type
       if "os error" not in str(error):
         raise
       number = re.search(r"os error (\d+)", str(error))
@@ -273,11 +254,17 @@ def _word_starts(text: str) -> set[int]:
 def _begins_word(
   text: str, offsets: Sequence[tuple[int, int]], words: Set[int]
 ) -> list[bool]:
-  """Returns whether each token begins one of the words that start there."""
+  """Returns whether each token begins a word.
+
+  Args:
+    text: the text that was encoded.
+    offsets: (start, end) of each token in it.
+    words: where its words start.
+  """
   begins, seen = [], set[int]()
   for start, end in offsets:
-    # A token may hold the space before its word; of several tokens of one
-    # character, the first begins it.
+    # A token may include the space before its word. If several tokens share one
+    # character, the first of them begins the word.
     piece = text[start:end]
     place = start + len(piece) - len(piece.lstrip())
     begins.append(place in words and place not in seen)
@@ -291,19 +278,20 @@ def _encode(
   """Returns the encodings of `texts`, without special tokens.
 
   Raises:
-    ValueError: the tokenizer has no token for a part of one, or a text cannot
-      be written as UTF-8.
+    ValueError: the tokenizer has no token for a part of a text, or a text
+      cannot be written as UTF-8.
   """
+  if not texts:
+    return []
   try:
     with _panics_are_errors():
       return tokenizer.encode_batch(list(texts), add_special_tokens=False)
-  except Exception as error:  # of tokenizers: a bare Exception, a TypeError
+  except Exception as error:  # the library raises bare Exception and TypeError
     bad = next((text for text in texts if not _fits(tokenizer, text)), "")
     raise ValueError(
       f"The tokenizer cannot read {bad[:60]!r} ({error}). Expected text in"
-      " UTF-8, and a tokenizer that has a token, if only [UNK], for every"
-      " character. Correct the text, or take the tokenizer's files from where"
-      " they came."
+      " UTF-8, and a tokenizer that has a token for every character, at least"
+      " [UNK]. Correct the text, or copy the tokenizer's files again."
     ) from error
 
 
@@ -318,20 +306,20 @@ def _fits(tokenizer: tokenizers.Tokenizer, text: str) -> bool:
 
 @contextlib.contextmanager
 def _panics_are_errors() -> Iterator[None]:
-  """Raises `ValueError` where the compiled tokenizers panic.
+  """Raises `ValueError` if the compiled tokenizers library panics.
 
-  What they raise then is no `Exception`, and passes whoever catches those.
+  A panic raises a `BaseException`, which `except Exception` does not catch.
   """
   try:
     yield
   except BaseException as error:
     if type(error).__name__ != "PanicException":
       raise
-    raise ValueError(f"the tokenizers library ended in: {error}") from error
+    raise ValueError(f"the tokenizers library failed: {error}") from error
 
 
 def _older_kind(path: epath.Path) -> str:
-  """Returns the class of the tokenizer in `path` without a tokenizer.json."""
+  """Returns the class of a tokenizer that has no tokenizer.json."""
   for files, kind in _KINDS.items():
     if all((path / file).exists() for file in files):
       for file in files:
@@ -345,8 +333,8 @@ def _older_kind(path: epath.Path) -> str:
   for name in SENTENCEPIECE:
     if (path / name).exists():
       raise FileNotFoundError(
-        f"{path} has a {name}, but no tokenizer.json, which is the only one of"
-        " the two that is read. Where sentencepiece is installed, write it:"
+        f"{path} has a {name}, but no tokenizer.json, and only the second can"
+        " be read. Where sentencepiece is installed, write it:"
         " transformers.AutoTokenizer.from_pretrained(path)"
         ".save_pretrained(path)."
       )
@@ -358,11 +346,11 @@ def _older_kind(path: epath.Path) -> str:
 
 
 def check_own_files(path: epath.PathLike) -> None:
-  """Raises `ValueError` if a file in `path` is a link that leads elsewhere.
+  """Raises `ValueError` if a file in `path` is a link to outside of it.
 
-  What a tokenizer was read from is written where it is saved or exported: a
-  link could make any file of this machine a part of it. In the hub's cache
-  files are links to its blobs.
+  The files of a tokenizer are copied when it is saved or exported, so a link
+  could make any file of this machine part of it. Links to the blobs in the
+  cache of the Hugging Face Hub are allowed.
   """
   path = epath.Path(path)
   if not artifacts.is_local(path) or not path.exists():
@@ -376,18 +364,18 @@ def check_own_files(path: epath.PathLike) -> None:
     if not file.is_dir() and not target.is_relative_to(home):
       raise ValueError(
         f"{file.name} in {path} is a link to {target}, outside the directory."
-        " Expected files of its own. Copy the file to the place of the link if"
-        " you trust it."
+        " Expected plain files. Replace the link by a copy of the file if you"
+        " trust it."
       )
 
 
 def _check_manifest(path: epath.Path) -> None:
-  """Raises `ValueError` if what `Tokenizer.save` wrote was changed."""
+  """Raises `ValueError` if files that `Tokenizer.save` wrote were changed."""
   manifest = path / artifacts.MANIFEST
   if not manifest.exists() and not os.path.islink(manifest):
     logging.warning(
       "The tokenizer in %s has no %s: an older version wrote it, or it was"
-      " removed. Nobody can tell whether it is as it was written.",
+      " removed. It cannot be checked for changes.",
       *(path, artifacts.MANIFEST),
     )
     return
@@ -404,13 +392,13 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
   """Returns the tokenizer saved in directory `path`.
 
   Args:
-    path: of the directory.
-    ours: whether it has to be what `Tokenizer.save` wrote. If its manifest is
-      missing, it is older, or was made by hand: that is warned of.
+    path: the directory.
+    ours: whether `Tokenizer.save` wrote it, so that its manifest is checked. A
+      missing manifest (an older version wrote it, or a person) is logged.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: its files cannot be read, are links that lead elsewhere, or are
+    FileNotFoundError: there is no tokenizer.
+    ValueError: its files cannot be read, are links to other places, or are
       `ours` and were changed.
   """
   path = epath.Path(path)
@@ -420,7 +408,7 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
   kind = "AutoTokenizer"
   if not (path / "tokenizer.json").exists():
     kind = _older_kind(path)
-  # Imported here: it takes a second, which asking for --help should not.
+  # Imported here, since it takes a second and --help should be fast.
   import transformers
 
   loader = getattr(transformers, kind)
@@ -429,27 +417,27 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
       backend = loader.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
       )
-  except Exception as error:  # transformers raises bare Exception, and others
+  except Exception as error:  # transformers raises bare Exception, too
     raise _unreadable(path, error) from error
   try:
     return Tokenizer(backend)
   except ValueError:
     raise
-  except Exception as error:  # of special tokens that lead round in circles
+  except Exception as error:  # for instance RecursionError
     raise _unreadable(path, error) from error
 
 
 def _unreadable(path: epath.Path, error: Exception) -> ValueError:
   return ValueError(
     f"The tokenizer in {path} cannot be read ({error}). Its files were cut off"
-    " or edited, or it brings code of its own, which is never run; copy them"
-    " again."
+    " or edited, or it needs code of its own, which is never run. Copy the"
+    " files again."
   )
 
 
 @contextlib.contextmanager
 def _in_folder(path: epath.Path) -> Iterator[str]:
-  """Yields a local folder of the files in `path`: itself, or a copy."""
+  """Yields a local folder with the files of `path`: itself, or a copy."""
   if artifacts.is_local(path):
     yield os.fspath(path)
     return
@@ -465,20 +453,20 @@ def train_tokenizer(
 ) -> Tokenizer:
   """Returns a byte-level BPE tokenizer trained on `texts`.
 
-  Byte-level: every text can be written and comes back exactly, so an answer is
+  Byte-level, so every text can be encoded and is decoded exactly: an answer is
   printed as the passage spells it. Sennrich et al. 2016,
   https://arxiv.org/abs/1508.07909; the byte alphabet is GPT-2's.
 
   Args:
-    texts: what to learn frequent pieces from.
-    vocab_size: ids in all: 5 special tokens, 256 bytes, then merges.
-    uncased: reads text in lower case and without accents, as BERT's uncased
-      tokenizers do; what it decodes has neither.
+    texts: the texts to learn frequent pieces from.
+    vocab_size: number of ids: 5 special tokens, 256 bytes, then merges.
+    uncased: convert texts to lower case without accents, as BERT's uncased
+      tokenizers do; decoded texts then have neither.
   """
   import transformers
 
   model = tokenizers.Tokenizer(models.BPE())
-  steps = [normalizers.Prepend(" ")]  # a first word is like any other
+  steps = [normalizers.Prepend(" ")]  # so the first word is like any other
   if uncased:
     steps += [
       normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()

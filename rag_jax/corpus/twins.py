@@ -1,12 +1,14 @@
-"""Passages whose title and text another has, and that are kept once.
+"""Keeps the twins of passages: duplicates, with the same title and text.
 
-In: while a corpus is read, the passages left out, and the row of the one that
-is kept. Out: a directory of them beside the passages, and `Twins`, which finds
-the twins of a passage: they have other ids and perhaps other metadata. So the
-text is still known under their ids when the one that is kept goes.
+Only one passage of each text is indexed. Its twins have other ids and perhaps
+other metadata, and take its place when it is deleted.
 
-    rows.npy        for each twin the row of the passage that is kept
-    passages/       the twins, a passage store; not there if there are none
+In: the twins found while a corpus is read, each with the row of the passage
+that is indexed. Out: a directory beside the passages, and `Twins`, which finds
+the twins of a passage.
+
+    rows.npy        for each twin, the row of the indexed passage
+    passages/       the twins, a passage store; missing if there are none
     manifest.json
 """
 
@@ -18,11 +20,12 @@ from jaxtyping import Int
 import numpy as np
 
 from rag_jax import artifacts
-from rag_jax.corpus import shards
-from rag_jax.corpus.array_rows import read_array
+from rag_jax.corpus.npy_files import read_array
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.store import PassageStore
+from rag_jax.corpus.store import decode
+from rag_jax.corpus.store import encode
 from rag_jax.corpus.store import write_store
 
 _KIND = "passages with the text of others"
@@ -32,17 +35,17 @@ _ROWS, _PASSAGES = "rows.npy", "passages"
 
 
 class Twins:
-  """Twins of passages. In memory are 16 bytes for each.
+  """Twins of passages. They need 16 bytes of memory each.
 
   Attributes:
-    rows: for each, the row of the passage that is kept.
-    passages: the twins; None: there are none.
+    rows: for each twin, the row of the passage that is indexed.
+    passages: the twins; None if there are none.
   """
 
   def __init__(
     self, rows: Int[np.ndarray, "T"], passages: Passages | None = None
   ):
-    """Keeps both; they belong together row by row."""
+    """Keeps both, which have the same order."""
     self.rows, self.passages = rows, passages
     self._order = np.argsort(rows, kind="stable")
 
@@ -53,7 +56,7 @@ class Twins:
     return iter(self.passages or ())
 
   def numbers_of(self, row: int) -> list[int]:
-    """Returns which twins a passage has, in the order that they came in."""
+    """Returns the numbers of a passage's twins, in the order of the corpus."""
     first, last = (
       np.searchsorted(self.rows, row, side, sorter=self._order)
       for side in ("left", "right")
@@ -61,51 +64,50 @@ class Twins:
     return self._order[first:last].tolist()
 
   def of(self, row: int) -> tuple[Passage, ...]:
-    """Returns the twins of a passage, in the order that they came in."""
+    """Returns the twins of a passage, in the order of the corpus."""
     return self.get(self.numbers_of(row))
 
   def get(self, numbers: list[int]) -> tuple[Passage, ...]:
-    """Returns some twins, in the order of their numbers."""
+    """Returns the twins with these numbers."""
     return tuple(self.passages[n] for n in numbers) if self.passages else ()
 
   def each(self, numbers: Sequence[int]) -> Iterator[Passage]:
-    """Yields some twins; they need not fit into memory."""
+    """Yields the twins with these numbers, which need not fit into memory."""
     for number in numbers:
       yield from self.get([number])
 
   def number_of(self, id: str) -> int | None:
-    """Returns which twin has this id; None if there is none."""
+    """Returns the number of the twin with this id; None if there is none."""
     return self.passages.row_of(id) if self.passages else None
 
 
 class TwinsWriter:
-  """Takes twins while passages are written; they wait on the disk."""
+  """Collects twins in a temporary file while the passages are written."""
 
   def __init__(self):
-    """Begins without any."""
     self._file = tempfile.TemporaryFile()  # noqa: SIM115, closed by `close`
     self._rows: list[int] = []
 
   def add(self, twin: Passage, row: int) -> None:
-    """Takes a twin and the row of the passage that is kept."""
-    self._file.write(shards.encode(twin) + b"\n")
+    """Adds a twin and the row of the passage that is indexed."""
+    self._file.write(encode(twin) + b"\n")
     self._rows.append(row)
 
   def write(self, directory: epath.Path) -> None:
-    """Writes them to a directory, replacing what an interrupted build left."""
+    """Writes the twins to a directory, over what an interrupted build left."""
     self._file.seek(0)
-    lines = (shards.decode(line) for line in self._file)
+    lines = (decode(line) for line in self._file)
     write_twins(directory, lines, np.array(self._rows, np.int64))
 
   def close(self) -> None:
-    """Removes what waits."""
+    """Removes the temporary file."""
     self._file.close()
 
 
 def write_twins(
   directory: epath.Path, twins: Iterable[Passage], rows: Int[np.ndarray, "T"]
 ) -> None:
-  """Writes twins and the rows of the passages that are kept, in one order.
+  """Writes twins and the rows of the indexed passages, in the same order.
 
   Raises:
     OSError: the disk is full.
@@ -126,10 +128,10 @@ def write_twins(
 
 
 def open_twins(directory: epath.Path) -> Twins:
-  """Returns what `write_twins` wrote.
+  """Opens a directory that `write_twins` wrote.
 
   Raises:
-    FileNotFoundError: there are none.
+    FileNotFoundError: nothing was written there.
     ValueError: a file is missing, cut off or changed.
   """
   content = artifacts.read_manifest(
@@ -140,7 +142,7 @@ def open_twins(directory: epath.Path) -> Twins:
   if rows.ndim != 1 or rows.dtype != np.int64 or np.any(rows < 0):
     raise ValueError(
       f"{directory / _ROWS} holds {rows.dtype} of shape {rows.shape}; expected"
-      f" rows of passages, int64 from 0 on. {_REMEDY}"
+      f" the rows of passages, int64 and not negative. {_REMEDY}"
     )
   passages = PassageStore(directory / _PASSAGES) if len(rows) else None
   if not content["num_twins"] == len(rows) == len(passages or ()):

@@ -1,9 +1,9 @@
-"""Texts as words, for search by words.
+"""Splits texts into words, for search by words and comparison of answers.
 
-In: a text in any language. Out: its words, in one form, as `Bm25Index` counts
-them. Where words are written without spaces, as in Chinese, Japanese, Korean or
-Thai, pairs of neighbouring characters stand for them: no dictionary is needed,
-and a question and a passage are cut alike.
+In: a text in any language. Out: its words in a normal form, as `Bm25Index`
+counts them. In Chinese, Japanese, Korean, Thai and similar scripts, pairs of
+neighbouring characters are used as words: this needs no dictionary, and
+questions and passages are split in the same way.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +17,8 @@ import snowballstemmer
 
 from rag_jax.corpus import folding
 
-# Scripts that write no space between words, or, as Korean, between a word and
-# its particles. Lucene's CJKBigramFilter has pairs for the first four:
+# Scripts without spaces between words or, in Korean, between a word and its
+# particles. Lucene's CJKBigramFilter makes pairs of the first four:
 # https://lucene.apache.org/core/9_0_0/analysis/common/org/apache/lucene/analysis/cjk/CJKBigramFilter.html
 _UNSPACED = (
   (0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
@@ -30,24 +30,22 @@ _UNSPACED = (
   (0x3100, 0x312F), (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF),
 )  # fmt: skip
 
-# No character beyond has a meaning of its own in any version of Unicode.
+# Unicode assigns no other characters, except for private use.
 _ASSIGNED = (*range(0x40000), *range(0xE0000, 0xE0200))
 
-
-RULES = (1, 2)  # for what a word is; the last is that of new indexes
+RULES = (1, 2)  # versions of the rule for words; new indexes use the last
 
 
 class WordTokenizer:
-  """Cuts texts into words; calling it again gives the same words.
+  """Splits texts into words.
 
-  A word is a run of letters, digits and marks, after `folding.fold`, which
-  joins the digits of a number too: "STRASSE" is "straße", "1,000" is "1000".
-  (By rule 1, that of older indexes, the texts are in Unicode's normal form
-  NFKC and in lower case, and no more.) Accents stay. A run in a script without
-  spaces is cut into pairs of neighbouring characters, each with its marks; a
-  single one is a word. (Of
-  XQuAD's questions in Chinese, BM25 by pairs ranks the gold passage first for
-  0.936, by single characters for 0.896, by both for 0.935.)
+  A word is a run of letters, digits and marks, after `folding.fold` with digits
+  joined: "STRASSE" equals "straße", and "1,000" equals "1000". (Rule 1, that of
+  older indexes, only applies Unicode's NFKC and lower case.) Accents stay. A
+  run in a script without spaces is split into pairs of neighbouring characters,
+  each with its marks; a single character is a word. (For XQuAD's questions in
+  Chinese, BM25 with pairs ranks the gold passage first for 0.936, with single
+  characters for 0.896, with both for 0.935.)
   """
 
   def __init__(
@@ -56,12 +54,12 @@ class WordTokenizer:
     stop_words: Sequence[str] = (),
     rule: int = RULES[-1],
   ):
-    """Keeps the settings.
+    """Checks the settings.
 
     Args:
-      stemmer: the language whose word endings are cut off, for instance
-        "english", by Snowball (https://snowballstem.org); "" cuts nothing.
-      stop_words: words that are left out, in any case.
+      stemmer: the language of the Snowball stemmer that removes word endings,
+        for instance "english" (https://snowballstem.org); "" removes none.
+      stop_words: words to leave out, in upper or lower case.
       rule: one of `RULES`.
 
     Raises:
@@ -76,15 +74,15 @@ class WordTokenizer:
     languages = snowballstemmer.algorithms()
     if stemmer and stemmer not in languages:
       raise ValueError(
-        f"stemmer={stemmer!r} is no language of the Snowball stemmers."
-        f" Expected one of {sorted(languages)}, or '' to cut off no endings."
+        f"stemmer={stemmer!r} is not a language of the Snowball stemmers."
+        f" Expected one of {sorted(languages)}, or '' to remove no endings."
       )
-    self.stemmer = stemmer
     if rule not in RULES:
       raise ValueError(
-        f"word_rule={rule!r} is no rule for what a word is. Expected one of"
-        f" {RULES}; {RULES[-1]} is that of new indexes. Correct it."
+        f"word_rule={rule!r} is not a known version of the rule for words."
+        f" Expected one of {RULES}; new indexes use {RULES[-1]}. Correct it."
       )
+    self.stemmer = stemmer
     self.stop_words = tuple(stop_words)
     self._fold = _FOLD[rule]
     self._stop = frozenset(
@@ -93,7 +91,7 @@ class WordTokenizer:
     self._stem = _stem_function(stemmer)
 
   def __call__(self, text: str) -> list[str]:
-    """Returns the words of `text`, in their order."""
+    """Returns the words of `text`, in order."""
     words = _words(self._fold(text))
     words = (word for word in words if word not in self._stop)
     return [*map(self._stem, words)] if self._stem else [*words]
@@ -104,10 +102,10 @@ def _stem_function(language: str) -> Callable[[str], str] | None:
     return None
   stemmer, lock = snowballstemmer.stemmer(language), threading.Lock()
 
-  # The frequent words are met again and again, and stemming is slow.
+  # Stemming is slow, and most words occur often.
   @functools.lru_cache(maxsize=1 << 17)
   def stem(word: str) -> str:
-    with lock:  # it keeps the word that it works on in itself
+    with lock:  # the stemmer is not thread-safe
       return stemmer.stemWord(word)
 
   return stem
@@ -121,24 +119,24 @@ _FOLD = {1: _lower, 2: functools.partial(folding.fold, join_digits=True)}
 
 
 def units(text: str, *, numbers: bool = False) -> list[str]:
-  """Returns what a folded text is made of, to look for one in another.
+  """Returns the units of a folded text, for finding one text in another.
 
-  Words of letters, digits and marks; in scripts without spaces each character
-  with its marks, so that a name is found inside a sentence; and every other
-  visible character by itself.
+  Units are words of letters, digits and marks; in scripts without spaces each
+  character with its marks, so that a name is found inside a sentence; and every
+  other visible character.
 
   Args:
-    text: as `folding.fold` returns it.
-    numbers: make one unit of a number with its sign and decimals, "-3.5", and
-      write it without zeros at the end; letters next to it are apart: "5km" is
-      "5", "km".
+    text: a text that `folding.fold` returned.
+    numbers: make a number with its sign and decimals one unit, "-3.5", without
+      zeros at the end of the decimals. Letters next to it are a separate unit:
+      "5km" is "5", "km".
   """
   found = _units(numbers).findall(text)
   return [*map(_plain_number, found)] if numbers else found
 
 
 def _plain_number(unit: str) -> str:
-  """Returns a number with decimals without zeros at its end."""
+  """Returns a unit; if it has decimals, without zeros at their end."""
   whole, point, decimals = unit.partition(".")
   if not point or not decimals.isdecimal():
     return unit
@@ -164,8 +162,8 @@ def _words(text: str) -> Iterator[str]:
 def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
   r"""Returns patterns of a run, and of one character of an unspaced run.
 
-  Not `\w`: it has the underscore, and lacks the vowel signs of many scripts,
-  so that it would cut Hindi words into pieces.
+  `\w` would not do: it includes the underscore and lacks the vowel signs of
+  many scripts, so it would split Hindi words.
   """
   spaced, unspaced, marks = [], [], []
   for code in _ASSIGNED:
@@ -178,8 +176,8 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
       unspaced.append(code)
     else:
       spaced.append(code)
-  # A mark belongs to what it follows. Marks of the spaced scripts can follow
-  # an unspaced character too, such as the voiced sound mark of Japanese.
+  # A mark belongs to the character before it. Marks of spaced scripts can also
+  # follow an unspaced character, such as the voiced sound mark of Japanese.
   unit = f"[{_ranges(unspaced)}][{_ranges(marks)}]*"
   runs = f"(?P<unspaced>(?:{unit})+)|(?P<spaced>[{_ranges(spaced)}]+)"
   return re.compile(runs), re.compile(unit)
@@ -189,14 +187,14 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
 def _units(numbers: bool) -> re.Pattern[str]:
   runs, character = _patterns()
   spaced = runs.pattern.partition("(?P<spaced>")[2].removesuffix(")")
-  # Neither space nor control, nor half of a pair, nor for private use.
+  # Control characters, halves of surrogate pairs, and private use.
   hidden = r"\x00-\x1f\x7f-\x9f\ud800-\uf8ff\U000e0000-\U0010ffff"
   other = rf"(?![{hidden}])\S"
   if not numbers:
     return re.compile(f"{character.pattern}|{spaced}|{other}")
-  # A sign stands at the start, or behind a space, an opening mark, a currency.
+  # A minus sign is at the start or after a space, opening mark or currency.
   sign = "(?<![^\\s\"'(\\[{$\u00a3\u00a5\u20ac])-"
-  begins = r"(?<![^\s($-])"  # a number, with its point
+  begins = r"(?<![^\s($-])"  # where a number like .5 may begin
   number = rf"(?:{sign})?(?:[0-9]+(?:\.[0-9]+)*|{begins}\.[0-9]+)"
   word = f"(?:(?![0-9]){spaced.removesuffix('+')})+"
   return re.compile(f"{character.pattern}|{number}|{word}|{other}")
@@ -205,7 +203,7 @@ def _units(numbers: bool) -> re.Pattern[str]:
 def _ranges(codes: list[int]) -> str:
   """Returns sorted code points as the inside of a character class."""
   parts = []
-  # Where neighbours follow one another, code minus position stays the same.
+  # In a run of consecutive codes, code minus position is constant.
   numbered = itertools.groupby(enumerate(codes), lambda pair: pair[1] - pair[0])
   for _, group in numbered:
     run = [code for _, code in group]

@@ -19,8 +19,8 @@ import numpy as np
 
 from rag_jax.config import Config
 from rag_jax.config_rules import validate
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.passages import Passages
-from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.token_store import keep_tokens
 from rag_jax.corpus.tokenized import TokenizedPassages

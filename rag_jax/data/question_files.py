@@ -14,15 +14,15 @@ from typing import Any
 from etils import epath
 
 from rag_jax.corpus.json_files import squad_id
-from rag_jax.corpus.records import check_fields
-from rag_jax.corpus.records import decode_text
-from rag_jax.corpus.records import find_file
-from rag_jax.corpus.records import read_bytes
-from rag_jax.corpus.records import read_records
-from rag_jax.corpus.records import shorten
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.tables import Rows
 from rag_jax.corpus.tables import sniff_delimiter
+from rag_jax.corpus.text_files import check_fields
+from rag_jax.corpus.text_files import decode_text
+from rag_jax.corpus.text_files import find_file
+from rag_jax.corpus.text_files import read_bytes
+from rag_jax.corpus.text_files import read_records
+from rag_jax.corpus.text_files import shorten
 from rag_jax.json_input import parse_json
 
 ENDS = (".jsonl", ".json", ".csv", ".tsv")

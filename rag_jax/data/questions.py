@@ -14,7 +14,7 @@ from absl import logging
 from etils import epath
 
 from rag_jax.corpus.documents import BUNDLED
-from rag_jax.corpus.records import shorten
+from rag_jax.corpus.text_files import shorten
 from rag_jax.corpus.tfds import TFDS
 from rag_jax.corpus.tfds import open_tfds
 from rag_jax.corpus.tfds import tfds_errors

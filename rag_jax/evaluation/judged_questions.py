@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.records import find_file
-from rag_jax.corpus.records import read_lines
-from rag_jax.corpus.records import read_records
-from rag_jax.corpus.records import shorten
+from rag_jax.corpus.text_files import find_file
+from rag_jax.corpus.text_files import read_lines
+from rag_jax.corpus.text_files import read_records
+from rag_jax.corpus.text_files import shorten
 from rag_jax.corpus.twins import Twins
 from rag_jax.data.question_files import EXPECTED
 from rag_jax.data.question_files import read_question_file

@@ -21,8 +21,8 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax import disk
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.records import read_texts
-from rag_jax.corpus.records import shorten
+from rag_jax.corpus.text_files import read_texts
+from rag_jax.corpus.text_files import shorten
 from rag_jax.corpus.words import RULES
 from rag_jax.corpus.words import WordTokenizer
 from rag_jax.directory_lock import building

@@ -23,7 +23,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax import disk
-from rag_jax.corpus.array_rows import read_array
+from rag_jax.corpus.npy_files import read_array
 from rag_jax.disk import UnwritableError
 
 STORAGE = ("float32", "bfloat16", "int8")  # types of the numbers in the file

@@ -17,7 +17,7 @@ from jaxtyping import Int
 import numpy as np
 
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.records import shorten
+from rag_jax.corpus.text_files import shorten
 from rag_jax.retrieval import exact
 from rag_jax.retrieval.index_core import Found
 

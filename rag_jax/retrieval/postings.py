@@ -20,8 +20,8 @@ from absl import logging
 from etils import epath
 import numpy as np
 
-from rag_jax.corpus.array_rows import ArrayRows
-from rag_jax.corpus.array_rows import read_array
+from rag_jax.corpus.npy_files import ArrayRows
+from rag_jax.corpus.npy_files import read_array
 from rag_jax.disk import UnwritableError
 
 # The start of each word in the next two; the passages with it; the scores.

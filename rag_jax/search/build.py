@@ -22,8 +22,8 @@ from rag_jax.config import IndexConfig
 from rag_jax.corpus.document import DEFAULT_FIELDS
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.documents import read_documents
+from rag_jax.corpus.passage_reader import read_passages
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.reading import read_passages
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.report import CorpusReport
 from rag_jax.corpus.report import Coverage

@@ -18,8 +18,8 @@ from rag_jax.corpus.document import Document
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.passages import own_title
-from rag_jax.corpus.records import shorten
 from rag_jax.corpus.report import CorpusReport
+from rag_jax.corpus.text_files import shorten
 from rag_jax.corpus.twins import Twins
 from rag_jax.retrieval.certificate import Certificate
 from rag_jax.terminal import one_line

@@ -33,8 +33,8 @@ from rag_jax import artifacts
 from rag_jax import disk
 from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.records import check_text
 from rag_jax.corpus.store import PassageStore
+from rag_jax.corpus.text_files import check_text
 from rag_jax.directory_lock import lock
 from rag_jax.json_input import Content
 from rag_jax.models.hybrid import HybridWeights

@@ -21,8 +21,8 @@ import numpy as np
 
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import FieldNames
+from rag_jax.corpus.passage_reader import read_document_passages
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.reading import read_parts
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.report import Coverage
 from rag_jax.corpus.report import raise_empty
@@ -142,7 +142,7 @@ def _read(
   """Yields documents with their passages, split as in the build."""
   plan = directory.content["plan"]
   split = SplitConfig(**plan["split"])
-  return read_parts(
+  return read_document_passages(
     upsert,
     split,
     fields=FieldNames(**plan["fields"]),

@@ -24,7 +24,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax import disk
-from rag_jax.corpus.array_rows import read_array
+from rag_jax.corpus.npy_files import read_array
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.store import PASSAGES_PER_SHARD
 from rag_jax.corpus.store import PassageStore

@@ -22,11 +22,11 @@ from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.config import MeshConfig
+from rag_jax.corpus.passage_reader import is_passages
+from rag_jax.corpus.passage_reader import load_passages
+from rag_jax.corpus.passage_reader import read_passages
 from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.passages import Passages
-from rag_jax.corpus.reading import is_passages
-from rag_jax.corpus.reading import load_passages
-from rag_jax.corpus.reading import read_passages
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.data.experiment import Experiment

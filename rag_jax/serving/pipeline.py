@@ -17,8 +17,8 @@ from jaxtyping import PyTree
 from rag_jax.artifacts import instead_of
 from rag_jax.artifacts import manifest_digest
 from rag_jax.config_json import read_config
-from rag_jax.corpus.records import bad_character
-from rag_jax.corpus.records import shorten
+from rag_jax.corpus.text_files import bad_character
+from rag_jax.corpus.text_files import shorten
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.experiment import check_n_docs
 from rag_jax.data.experiment import open_experiment

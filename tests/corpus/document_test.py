@@ -8,7 +8,7 @@ from rag_jax.corpus.document import DEFAULT_FIELDS
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.document import record_document
 from rag_jax.corpus.documents import read_documents
-from rag_jax.corpus.reading import load_passages
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.report import BadRecords
 
 

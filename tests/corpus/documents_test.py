@@ -4,12 +4,13 @@ import csv
 import gzip
 import json
 
+import corpora
 import pytest
 
 from rag_jax.corpus.documents import Document
 from rag_jax.corpus.documents import FieldNames
 from rag_jax.corpus.documents import read_documents
-from rag_jax.corpus.reading import load_passages
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.report import BadRecords
 
 ROWS = (
@@ -18,39 +19,20 @@ ROWS = (
 )
 
 
-@pytest.fixture
-def write(tmp_path):
-  def write_data(data, name="file.jsonl"):
-    path = tmp_path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return str(path)
-
-  return write_data
-
-
 def jsonl(rows):
   return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def read(path, action="fail", **kwargs):
-  return list(read_documents(path, bad_records=BadRecords(action), **kwargs))
+def read(path, **kwargs):
+  return corpora.read(path, **kwargs)[0]
 
 
 def skipped(path, **kwargs):
-  """The documents that are left, and the report."""
-  bad = BadRecords("skip")
-  return list(read_documents(path, bad_records=bad, **kwargs)), bad.report
+  return corpora.read(path, "skip", **kwargs)
 
 
 def refused(path, *parts, error=ValueError, **kwargs):
-  """Reading fails, and the message has every part in this order."""
-  with pytest.raises(error) as info:
-    read(path, **kwargs)
-  message = str(info.value)
-  for part in parts:
-    assert part in message
-    message = message[message.index(part) :]
+  corpora.assert_fails(lambda: read(path, **kwargs), *parts, error=error)
 
 
 def plain(documents):

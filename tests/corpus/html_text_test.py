@@ -6,8 +6,13 @@ import re
 import pytest
 
 from rag_jax.corpus.html_text import declared_encodings
-from rag_jax.corpus.html_text import html_text
 from rag_jax.corpus.html_text import read_html
+
+
+def html_text(page):
+  found = read_html(page)
+  return found.title, found.text
+
 
 PAGE = """<!DOCTYPE html>
 <html><head><meta charset="utf-8"><title> A

@@ -2,13 +2,13 @@
 
 import json
 
+from corpora import assert_fails
+from corpora import read
 import pytest
 
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.documents import FieldNames
-from rag_jax.corpus.documents import read_documents
 from rag_jax.corpus.json_files import squad_id
-from rag_jax.corpus.report import BadRecords
 
 SQUAD = {
   "version": "1.1",
@@ -26,29 +26,16 @@ SQUAD = {
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(write):
   def write_json(value):
-    path = tmp_path / "x.json"
-    text = value if isinstance(value, bytes) else json.dumps(value).encode()
-    path.write_bytes(text)
-    return str(path)
+    data = value if isinstance(value, bytes) else json.dumps(value)
+    return write(data, "x.json")
 
   return write_json
 
 
-def read(path, action="fail", **kwargs):
-  bad = BadRecords(action)
-  return list(read_documents(path, bad_records=bad, **kwargs)), bad.report
-
-
 def refused(path, *parts):
-  """Reading fails, and the message has every part in this order."""
-  with pytest.raises(ValueError, match=r"x\.json") as info:
-    read(path)
-  message = str(info.value)
-  for part in parts:
-    assert part in message
-    message = message[message.index(part) :]
+  assert_fails(lambda: read(path), *parts)
 
 
 def test_each_paragraph_of_squad_is_a_document(write):
@@ -66,9 +53,9 @@ def test_each_paragraph_of_squad_is_a_document(write):
 @pytest.mark.parametrize(
   ("article", "place", "message"),
   [
-    ("no", "data[1]", "'no' is no article"),
-    ({"title": 7, "paragraphs": []}, "data[1]", "is no article"),
-    ({"paragraphs": {}}, "data[1]", "is no article"),
+    ("no", "data[1]", "'no' is not an article"),
+    ({"title": 7, "paragraphs": []}, "data[1]", "is not an article"),
+    ({"paragraphs": {}}, "data[1]", "is not an article"),
     ({"paragraphs": ["no"]}, "data[1].paragraphs[0]", "no text in 'context'"),
     ({"paragraphs": [{}]}, "data[1].paragraphs[0]", "no text in 'context'"),
     (

@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from rag_jax.corpus import records
+from rag_jax.corpus import text_files
 from rag_jax.corpus.documents import read_documents
-from rag_jax.corpus.records import find_file
-from rag_jax.corpus.records import read_bytes
-from rag_jax.corpus.records import read_lines
 from rag_jax.corpus.report import BadRecords
+from rag_jax.corpus.text_files import find_file
+from rag_jax.corpus.text_files import read_bytes
+from rag_jax.corpus.text_files import read_lines
 
 ROW = b'{"id": "%d", "text": "One sentence of text, and number %d."}\n'
 
@@ -32,10 +32,10 @@ def peak_bytes():
 
 @pytest.fixture
 def small_limits(monkeypatch):
-  monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
-  monkeypatch.setattr(records, "MAX_FILE_BYTES", 5000)
-  monkeypatch.setattr(records, "_GZIP_FREE_BYTES", 2000)
-  monkeypatch.setattr(records, "_BLOCK_BYTES", 100)
+  monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 1000)
+  monkeypatch.setattr(text_files, "MAX_FILE_BYTES", 5000)
+  monkeypatch.setattr(text_files, "_GZIP_FREE_BYTES", 2000)
+  monkeypatch.setattr(text_files, "_BLOCK_BYTES", 100)
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,9 @@ import io
 import json
 import re
 
+from corpora import read
 import docx
 import pytest
-
-from rag_jax.corpus.documents import read_documents
-from rag_jax.corpus.report import BadRecords
 
 RST = """
 The tool
@@ -107,11 +105,6 @@ def word():
     table.cell(i // 2, i % 2).text = text
   document.save(data)
   return data.getvalue()
-
-
-def read(path, action="fail"):
-  bad = BadRecords(action)
-  return list(read_documents(path, bad_records=bad)), bad.report
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ import csv
 import gzip
 import json
 
+from corpora import assert_fails
 import numpy as np
 import pytest
 
 from rag_jax.artifacts import fingerprint_lines
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import PassageList
-from rag_jax.corpus.reading import load_passages
 
 PASSAGES = (
   Passage("a", "Aaron", 'Aaron ( or ; "Ahärôn") is a prophet.'),
@@ -21,29 +22,13 @@ PASSAGES = (
 HEADER = "id\ttext\ttitle\n"
 
 
-@pytest.fixture
-def write(tmp_path):
-  def write_text(text, name="file.jsonl"):
-    path = tmp_path / name
-    path.write_bytes(text.encode())
-    return str(path)
-
-  return write_text
-
-
 def as_jsonl(passages):
   rows = [{"id": p.id, "title": p.title, "text": p.text} for p in passages]
   return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def refused(path, *parts, error=ValueError):
-  """Loading fails, and the message has every part in this order."""
-  with pytest.raises(error) as info:
-    load_passages(path)
-  message = str(info.value)
-  for part in parts:
-    assert part in message
-    message = message[message.index(part) :]
+  assert_fails(lambda: load_passages(path), *parts, error=error)
 
 
 def test_jsonl_gives_the_passages_that_were_written(write):

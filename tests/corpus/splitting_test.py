@@ -9,11 +9,11 @@ import pytest
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import Heading
 from rag_jax.corpus.markdown_text import read_markdown
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.report import CorpusReport
 from rag_jax.corpus.splitting import SplitConfig
-from rag_jax.corpus.splitting import split
+from rag_jax.corpus.splitting import Splitter
 from rag_jax.corpus.splitting import validate
 from rag_jax.corpus.tokenizer import train_tokenizer
 
@@ -39,15 +39,22 @@ def document(text, id="a"):
   return Document(id, "Title", text, (("lang", "en"),), "file:1")
 
 
+def split(documents, settings, **kwargs):
+  splitter = Splitter(settings, **kwargs)
+  return [p for document in documents for p in splitter.split(document)]
+
+
 def texts(text, tokenizer=None, report=None, **settings):
   """The texts of the passages."""
-  passages = split(
-    [document(text)],
-    SplitConfig(**settings),
-    tokenizer=tokenizer,
-    report=report,
-  )
-  return [p.text for p in passages]
+  return [
+    p.text
+    for p in split(
+      [document(text)],
+      SplitConfig(**settings),
+      tokenizer=tokenizer,
+      report=report,
+    )
+  ]
 
 
 def random_text(seed, num_words=1000):

@@ -9,8 +9,8 @@ import sys
 from disks import full_disk
 import pytest
 
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.store import write_store
 
@@ -77,7 +77,7 @@ def test_a_manifest_of_other_content_is_refused(directory, key, value):
   del manifest["sha256"]  # as of a manifest of before
   manifest["content"][key] = value
   (directory / "manifest.json").write_text(json.dumps(manifest))
-  refused(directory, f"no passages that can be read: {key} missing or wrong")
+  refused(directory, f"says {key}=.*; expected")
 
 
 @pytest.mark.parametrize("kind", ["missing", "cut", "flipped", "other"])
@@ -127,7 +127,7 @@ def test_settings_are_checked_before_anything_is_written(tmp_path):
 
   with pytest.raises(ValueError, match=r"passages_per_shard=0.*at least 1"):
     write_store(tmp_path / "s", never(), passages_per_shard=0)
-  with pytest.raises(TypeError, match=r"config.*JSON can hold.*Convert"):
+  with pytest.raises(TypeError, match=r"config.*JSON values.*Convert"):
     write_store(tmp_path / "s", never(), config={"path": object()})
   assert not (tmp_path / "s").exists()
 

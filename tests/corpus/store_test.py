@@ -3,17 +3,17 @@
 import concurrent.futures
 import json
 import random
-import tracemalloc
 
+from corpora import peak_bytes
 import numpy as np
 import pytest
 
 from rag_jax import artifacts
 from rag_jax.corpus import id_table
 from rag_jax.corpus import passages as passages_lib
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import PassageList
-from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.store import is_store
 from rag_jax.corpus.store import write_store
@@ -208,16 +208,6 @@ def test_an_id_twice_is_refused_with_both_rows(
   # Nothing is left of it but the lock, and the next one may be written.
   assert [path.name for path in (tmp_path / "s").iterdir()] == [".lock.tmp"]
   assert len(write_store(tmp_path / "s", PASSAGES)) == P
-
-
-def peak_bytes(work):
-  """Returns the most memory that Python held during `work`."""
-  tracemalloc.start()
-  try:
-    work()
-    return tracemalloc.get_traced_memory()[1]
-  finally:
-    tracemalloc.stop()
 
 
 def test_memory_does_not_grow_with_the_passages(tmp_path, monkeypatch):

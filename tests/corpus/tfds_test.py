@@ -3,19 +3,13 @@
 import json
 import re
 
+from corpora import read
 import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.document import FieldNames
-from rag_jax.corpus.documents import read_documents
-from rag_jax.corpus.report import BadRecords
-
-
-def read(name, action="fail", **kwargs):
-  bad = BadRecords(action)
-  return list(read_documents(name, bad_records=bad, **kwargs)), bad.report
 
 
 def write_tfds(data_dir, name, config, features, splits):

@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 
-from rag_jax.corpus import token_store
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.store import write_store
 from rag_jax.corpus.token_store import keep_tokens
@@ -26,19 +25,6 @@ PASSAGES = [
 @pytest.fixture(scope="module")
 def tokenizer():
   return train_tokenizer([f"{p.title} {p.text}" for p in PASSAGES], 400)
-
-
-@pytest.fixture
-def asked(monkeypatch):
-  """The passages that are tokenised from now on."""
-  asked = []
-  tokenize = token_store.tokenize_rows
-  monkeypatch.setattr(
-    token_store,
-    "tokenize_rows",
-    lambda block, *args: asked.extend(block) or tokenize(block, *args),
-  )
-  return asked
 
 
 def assert_right(kept, tokenizer, length=LENGTH, passages=PASSAGES):

@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import tracemalloc
 
+from corpora import peak_bytes
 from disks import full_disk
 import numpy as np
 import pytest
@@ -151,10 +151,10 @@ def refused(directory, match, *args):
 
 def test_tokens_of_something_else_are_refused(directory, tokenizer, tmp_path):
   changed = [Passage("new", "", "Text."), *PASSAGES[1:]]
-  match = r"made of other passages.*Use the same passages, or write tokens to"
+  match = r"made with other passages.*Use the same passages, or write tokens to"
   refused(directory, match, changed, tokenizer, LENGTH)
   other = train_tokenizer(["another text"], 300)
-  match = r"made of another tokenizer.*Use the same tokenizer"
+  match = r"made with another tokenizer.*Use the same tokenizer"
   refused(directory, match, PASSAGES, other, LENGTH)
   match = rf"another length: {LENGTH}, but {LENGTH + 1} is in use"
   refused(directory, match, PASSAGES, tokenizer, LENGTH + 1)
@@ -223,7 +223,7 @@ class Interrupted(PassageList):
 
 
 def test_an_interrupted_writer_goes_on_where_it_stopped(
-  directory, tokenizer, tmp_path, monkeypatch, caplog
+  directory, tokenizer, tmp_path, asked, caplog
 ):
   path = tmp_path / "part"
   passages = Interrupted(PASSAGES, "memory")
@@ -232,13 +232,7 @@ def test_an_interrupted_writer_goes_on_where_it_stopped(
     write_tokens(path, passages, tokenizer, LENGTH)
   with pytest.raises(FileNotFoundError, match="cut off"):
     open_tokens(path, PASSAGES, tokenizer, LENGTH)
-  asked = []
-  tokenize = token_store.tokenize_rows
-  monkeypatch.setattr(
-    token_store,
-    "tokenize_rows",
-    lambda block, *args: asked.extend(block) or tokenize(block, *args),
-  )
+  asked.clear()
   with caplog.at_level("INFO"):
     write_tokens(path, PASSAGES, tokenizer, LENGTH)
   assert asked == list(PASSAGES[42:])  # the last multiple of 14 before 45
@@ -332,7 +326,9 @@ def test_a_full_disk_is_said_and_what_was_written_stays(
   path = tmp_path / "full"
   with (
     full_disk(1500),
-    pytest.raises(OSError, match=r"cannot be written.*File too.*goes on from"),
+    pytest.raises(
+      OSError, match=r"cannot be written.*File too.*continues from"
+    ),
   ):
     write_tokens(path, PASSAGES, tokenizer, LENGTH)
   note = json.loads((path / ".progress.json.tmp").read_text())
@@ -348,16 +344,6 @@ def test_long_work_says_how_far_it_is(tokenizer, tmp_path, monkeypatch, caplog):
   assert "Tokenised 7 of 60 passages (12%), " in caplog.text
   assert "60 passages tokenised in" in caplog.text
   assert "cut; rows are the ids of title and text, each" in caplog.text
-
-
-def peak_bytes(work):
-  """Returns the most memory that Python held during `work`."""
-  tracemalloc.start()
-  try:
-    work()
-    return tracemalloc.get_traced_memory()[1]
-  finally:
-    tracemalloc.stop()
 
 
 def test_memory_does_not_grow_with_the_passages(

@@ -16,8 +16,8 @@ from tokenizers import models
 from tokenizers import pre_tokenizers
 import transformers
 
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.token_store import open_tokens
 from rag_jax.corpus.token_store import write_tokens
 from rag_jax.corpus.tokenized import TokenizedPassages

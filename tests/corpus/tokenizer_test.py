@@ -17,7 +17,7 @@ from tokenizers import models
 from tokenizers import pre_tokenizers
 import transformers
 
-from rag_jax.corpus.reading import load_passages
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
@@ -227,7 +227,7 @@ def test_another_tokenizer_has_another_fingerprint(tokenizer):
 
 TRAIN = f"""
 import sys
-from rag_jax.corpus.reading import load_passages
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.tokenizer import train_tokenizer
 
 texts = [f"{{p.title}} {{p.text}}" for p in load_passages("world_facts")[:500]]
@@ -331,7 +331,7 @@ def test_a_file_that_was_cut_off_is_refused(tokenizer, name, tmp_path):
   with pytest.raises(
     ValueError,
     match=rf"(?s)The tokenizer in {tmp_path} cannot be read \(.*\). Its files w"
-    "ere cut off or edited, or it brings code of its own, which is never run;",
+    "ere cut off or edited, or it needs code of its own, which is never run.",
   ):
     load_tokenizer(tmp_path)
 
@@ -422,7 +422,7 @@ def test_a_file_upon_which_the_tokenizers_panic_is_an_error(
   # Longer than the tokens, of which it is cut off.
   content["model"]["continuing_subword_prefix"] = "x" * 50
   file.write_text(json.dumps(content))
-  with pytest.raises(ValueError, match=r"cannot be read .*library ended in"):
+  with pytest.raises(ValueError, match=r"cannot be read .*library failed"):
     load_tokenizer(tmp_path)
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rag_jax.corpus.reading import load_passages
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.store import write_store
 from rag_jax.corpus.tokenizer import train_tokenizer

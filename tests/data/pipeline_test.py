@@ -11,7 +11,7 @@ import pytest
 
 from rag_jax.config import Config
 from rag_jax.config import DataConfig
-from rag_jax.corpus.reading import load_passages
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data import pipeline

@@ -16,7 +16,7 @@ import tokenizers
 import torch
 import transformers
 
-from rag_jax.corpus.reading import load_passages
+from rag_jax.corpus.passage_reader import load_passages
 
 PASSAGES = tuple(load_passages("world_facts")[:1200:50])
 QUESTIONS = (

@@ -17,8 +17,8 @@ from tokenizers import trainers
 import transformers
 
 from rag_jax.config import DataConfig
+from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.reading import load_passages
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.data.context import ContextBuilder

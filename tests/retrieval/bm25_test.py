@@ -15,7 +15,7 @@ import pytest
 
 from rag_jax import artifacts
 from rag_jax.corpus.passages import Passage
-from rag_jax.corpus.records import shorten
+from rag_jax.corpus.text_files import shorten
 from rag_jax.corpus.words import WordTokenizer
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings

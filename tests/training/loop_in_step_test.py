@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rag_jax.corpus.reading import load_passages
+from rag_jax.corpus.passage_reader import load_passages
 
 # Of 40 passages 12 in a step: every one has its turn in 4 steps.
 SETTINGS = {

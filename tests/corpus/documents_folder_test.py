@@ -2,29 +2,18 @@
 
 import gzip
 import os
+import pathlib
 import re
 
+from corpora import read
 import pytest
 
 from rag_jax.corpus.document import Document
-from rag_jax.corpus.documents import read_documents
-from rag_jax.corpus.report import BadRecords
 
 
 @pytest.fixture
-def write(tmp_path):
-  def write_data(name, data):
-    path = tmp_path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-  return write_data
-
-
-def read(path, action="fail"):
-  bad = BadRecords(action)
-  return list(read_documents(path, bad_records=bad)), bad.report
+def write(write):
+  return lambda name, data: pathlib.Path(write(data, name))
 
 
 def test_files_are_read_by_their_end_at_any_depth_in_order(write, tmp_path):

@@ -1,7 +1,6 @@
-"""A .npy file that is written row by row, and mapped into memory to be read.
+"""Writes .npy files row by row, and maps them into memory for reading.
 
-In: blocks of rows of an array whose length is known. Out: the file, and what it
-holds.
+In: blocks of rows of an array whose shape is known. Out: the file; its array.
 """
 
 import io
@@ -15,7 +14,7 @@ import numpy as np
 
 from rag_jax.artifacts import is_local
 
-# NumPy reads the header of a file as Python, and lets the errors of that pass.
+# NumPy parses the header of a file as Python, and lets these errors through.
 _NOT_NPY = (
   ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError,
   EOFError, SyntaxError, RecursionError, tokenize.TokenError,
@@ -24,14 +23,14 @@ _NOT_NPY = (
 
 
 def read_array(path: epath.PathLike, remedy: str) -> np.ndarray:
-  """Returns the array of a .npy file; a local one is mapped, not read.
+  """Returns the array of a .npy file; a local file is mapped into memory.
 
   Args:
     path: an existing file.
-    remedy: a sentence for the end of the message: what to do next.
+    remedy: the last sentence of the message: what to do next.
 
   Raises:
-    ValueError: it is no array that can be read without running code.
+    ValueError: the file is not an array, or can only be read by running code.
   """
   path = epath.Path(path)
   try:
@@ -44,8 +43,8 @@ def read_array(path: epath.PathLike, remedy: str) -> np.ndarray:
       raise ValueError("it is an archive of several")
   except _NOT_NPY as error:
     raise ValueError(
-      f"{path} is no array that NumPy can read ({error}). Expected what rag_jax"
-      f" wrote. {remedy}"
+      f"{path} is no array that NumPy can read ({error}). Expected a file that"
+      f" rag_jax wrote. {remedy}"
     ) from error
   return array
 
@@ -53,8 +52,8 @@ def read_array(path: epath.PathLike, remedy: str) -> np.ndarray:
 class ArrayRows:
   """Appends rows to a .npy file.
 
-  By writing, not by mapping the file into memory: where the disk is full, a
-  write raises `OSError`, and a page of a mapped file kills the process.
+  It writes to the file instead of mapping it into memory: on a full disk, a
+  write raises `OSError`, but a mapped page kills the process.
   """
 
   def __init__(
@@ -65,47 +64,44 @@ class ArrayRows:
     *,
     num_done: int = 0,
   ):
-    """Opens the file at row `num_done`, and drops what lies behind it.
+    """Opens the file after row `num_done`, and drops all later rows.
 
     Raises:
-      ValueError: `num_done` rows were not written before.
+      ValueError: the file does not hold `num_done` such rows.
     """
     self._row_shape, self._dtype = shape[1:], np.dtype(dtype)
-    header = io.BytesIO()
+    buffer = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(self._dtype)
     np.lib.format.write_array_header_1_0(
-      header,
-      {
-        "descr": np.lib.format.dtype_to_descr(self._dtype),
-        "fortran_order": False,
-        "shape": shape,
-      },
+      buffer, {"descr": descr, "fortran_order": False, "shape": shape}
     )
-    row_bytes = self._dtype.itemsize * int(np.prod(self._row_shape))
-    done = len(header.getvalue()) + num_done * row_bytes
+    header = buffer.getvalue()
     if not num_done:
       self._file = open(path, "wb")  # noqa: SIM115, closed by `close`
-      self._file.write(header.getvalue())
+      self._file.write(header)
       return
+    row_bytes = self._dtype.itemsize * int(np.prod(self._row_shape))
+    done = len(header) + num_done * row_bytes
     with open(path, "rb") as file:
-      start = file.read(len(header.getvalue()))
-    if start != header.getvalue() or os.path.getsize(path) < done:
+      start = file.read(len(header))
+    if start != header or os.path.getsize(path) < done:
       raise ValueError(
         f"{path} does not hold {num_done} rows of {self._dtype} and shape"
-        f" {self._row_shape}, though they were said to be written. Expected"
-        " the file as it was left. Remove it and begin again."
+        f" {self._row_shape}, although they were noted as written. Expected the"
+        " file as it was left. Remove it and start again."
       )
     self._file = open(path, "r+b")  # noqa: SIM115, closed by `close`
     self._file.truncate(done)
     self._file.seek(done)
 
   def append(self, rows: np.ndarray) -> None:
-    """Writes rows behind the last."""
+    """Writes rows after the last one."""
     assert rows.shape[1:] == self._row_shape, rows.shape
     data = np.ascontiguousarray(rows, self._dtype)
     self._file.write(data.reshape(-1).view(np.uint8).data)
 
   def flush(self) -> None:
-    """Waits until the disk has the rows."""
+    """Waits until the rows are on the disk."""
     self._file.flush()
     os.fsync(self._file.fileno())
 

@@ -1,12 +1,12 @@
-"""Text files, line by line, with the place of everything that is wrong.
+"""Reads text files and records; errors name the file and the line.
 
 In: the path of a UTF-8 file, gzip-compressed if its name ends in .gz. Out: its
-text, its lines, or the JSON objects on them, each with its line number. What a
-file can make us hold in memory is limited, whoever wrote it.
+text, its lines, or the JSON object on each line, with line numbers. The memory
+that a file can make us use is limited, even if it was written to fill memory.
 """
 
 import codecs
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import difflib
 import functools
 import gzip
@@ -24,7 +24,7 @@ from rag_jax.corpus.report import BadRecords
 from rag_jax.disk import instead_of
 from rag_jax.json_input import parse_json
 
-# What `json` makes of each kind of value, and what to call it.
+# The Python types of JSON values, and their names in messages.
 _TYPE_NAMES: dict[type, str] = {
   str: "a string",
   int: "a whole number",
@@ -37,15 +37,15 @@ _TYPE_NAMES: dict[type, str] = {
 
 _GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 
-MAX_LINE_BYTES = 1 << 26  # 64 MiB: a line, and with it a record
-MAX_FILE_BYTES = 1 << 30  # 1 GiB: a file that is read whole, decompressed
-# Text becomes 3 to 20 times smaller with gzip, a file of one line repeated a
-# few hundred times, zeros 1,030 times.
+MAX_LINE_BYTES = 1 << 26  # 64 MiB: of a line, and so of a record
+MAX_FILE_BYTES = 1 << 30  # 1 GiB: of a file that is read whole, decompressed
+# gzip makes text 3 to 20 times smaller, a file of one repeated line a few
+# hundred times, and zeros 1,030 times.
 MAX_GZIP_RATIO = 250
-_GZIP_FREE_BYTES = 1 << 26  # that may come out of a .gz whatever the ratio
+_GZIP_FREE_BYTES = 1 << 26  # the ratio is not checked up to this size
 _BLOCK_BYTES = 1 << 22
 
-# What is no plain file, and would be waited for, or read, without an end.
+# Reading from these would wait or run forever.
 _SPECIAL = {
   stat.S_IFIFO: "a FIFO (named pipe)",
   stat.S_IFSOCK: "a socket",
@@ -58,18 +58,18 @@ FieldTypes = Mapping[str, type | tuple[type, ...]]
 
 def shorten(value: object, width: int = 60) -> str:
   """Returns `repr(value)`, cut to `width` characters."""
-  # A string is cut first: the repr of a whole book is another book.
+  # A string is cut first, since it may be a whole book.
   shown = repr(value[:width] if isinstance(value, str) else value)
   return shown if len(shown) <= width else shown[: width - 3] + "..."
 
 
 def special_file(path: epath.PathLike) -> str:
-  """Returns what `path` is, or "" if it is a plain file, a folder, nothing."""
+  """Returns the kind of special file at `path`, or "" if it is none."""
   if not is_local(path):
     return ""
   try:
     mode = os.stat(path).st_mode
-  except OSError:  # nothing, or a link to nothing: opening it says so
+  except OSError:  # missing, or a broken link: opening it will raise
     return ""
   return _SPECIAL.get(stat.S_IFMT(mode), "")
 
@@ -79,17 +79,17 @@ def find_file(path: epath.PathLike, expected: str) -> epath.Path:
 
   Args:
     path: where the file should be; `~` is the home folder.
-    expected: which files are read, for the message.
+    expected: which files can be read, for the message.
 
   Raises:
-    FileNotFoundError: there is nothing; names the nearest files there are.
+    FileNotFoundError: there is no such file; names similar ones.
     ValueError: it is a folder, a FIFO, a socket or a device.
   """
   found = epath.Path(path).expanduser()
   if special := special_file(found):
     raise ValueError(
-      f"{path} is {special}, not a file. Expected {expected}. Write what comes"
-      " out of it to a file, and give that."
+      f"{path} is {special}, not a file. Expected {expected}. Write its output"
+      " to a file, and give the path of that file."
     )
   if found.is_dir():
     inside = sorted(p.name for p in found.iterdir())
@@ -119,7 +119,7 @@ def find_file(path: epath.PathLike, expected: str) -> epath.Path:
 
 
 def bad_character(value: object) -> str:
-  """Returns which character of a JSON value no tokenizer can take, or ""."""
+  """Returns a character in a JSON value that no tokenizer accepts, or ""."""
   if isinstance(value, str):
     if "\0" in value:
       return "a NUL character (\\u0000)"
@@ -135,18 +135,18 @@ def bad_character(value: object) -> str:
 
 
 def check_text(text: str, what: str) -> None:
-  """Raises `ValueError` if no tokenizer can take `text`.
+  """Raises `ValueError` if no tokenizer accepts `text`.
 
   Args:
-    text: for instance a question. What a command line gives us that is not
-      UTF-8 is half of a surrogate pair to Python.
-    what: it is, for the message.
+    text: for instance a question. Python reads bytes of a command line that
+      are not UTF-8 as halves of surrogate pairs.
+    what: what the text is, for the message.
   """
   if bad := bad_character(text):
     raise ValueError(
       f"{what} holds {bad}, in {shorten(text)}. Expected text in UTF-8 without"
-      " NUL characters. Remove the character, or set the terminal, or convert"
-      " the file, to UTF-8."
+      " NUL characters. Remove the character, or convert the file or set the"
+      " terminal to UTF-8."
     )
 
 
@@ -167,20 +167,20 @@ def _decode(raw: bytes, where: str, offset: int) -> str:
 
 
 def conversion(raw: bytes) -> str:
-  """Returns how a file that holds `raw` is converted to UTF-8."""
+  """Returns advice on how to convert a file that holds `raw` to UTF-8."""
   if name := likely_encoding(raw):
     return (
       f"It looks like {name}. Convert the file, for instance with"
       f" `iconv -f {name} -t UTF-8`."
     )
   return (
-    "Convert the file, for instance with `iconv -f LATIN1 -t UTF-8` if it is of"
-    " Western Europe."
+    "Convert the file, for instance with `iconv -f LATIN1 -t UTF-8` if it is in"
+    " a Western European language."
   )
 
 
 def _is_wide(raw: bytes) -> bool:
-  """Returns whether a file that begins with `raw` is UTF-16 without a mark."""
+  """Returns whether a file that begins with `raw` is UTF-16 without a BOM."""
   return (
     b"\0" in raw[:512]
     and not bom_encoding(raw)
@@ -189,7 +189,7 @@ def _is_wide(raw: bytes) -> bool:
 
 
 def _damaged(place: str, error: Exception) -> ValueError:
-  """Returns the error for gzip data that cannot be read on from `place`."""
+  """Returns the error for gzip data that cannot be read beyond `place`."""
   return ValueError(
     f"{place}: the gzip data is damaged or cut off ({error}). Expected a"
     " complete .gz file. Download or compress it again."
@@ -197,11 +197,16 @@ def _damaged(place: str, error: Exception) -> ValueError:
 
 
 class _GzipBombError(Exception):
-  """A .gz file became larger than any text would."""
+  """A .gz file became larger than compressed text would."""
 
 
 def _check_ratio(file: BinaryIO, num_bytes: int) -> None:
-  """Raises `_GzipBombError` if too much came out of a compressed file."""
+  """Raises `_GzipBombError` if a compressed file became too large.
+
+  Args:
+    file: the compressed file, read up to here.
+    num_bytes: how many bytes it became so far.
+  """
   if num_bytes <= _GZIP_FREE_BYTES:
     return
   compressed = max(file.tell(), 1)
@@ -214,10 +219,19 @@ def _check_ratio(file: BinaryIO, num_bytes: int) -> None:
 
 def _bomb(place: str, error: Exception) -> ValueError:
   return ValueError(
-    f"{place}: {error}. Expected text, which gzip makes some 3 to 20 times"
+    f"{place}: {error}. Expected text, which gzip makes about 3 to 20 times"
     " smaller: this file was made to fill memory or disk. Do not use it; if you"
     " made it yourself, decompress it first (gunzip)."
   )
+
+
+def _decompressed(
+  path: epath.Path, file: BinaryIO
+) -> tuple[Any, Callable[[int], None]]:
+  """Returns the content of `file`, and a check of how many bytes it became."""
+  if path.suffix.lower() != ".gz":
+    return file, lambda num_bytes: None
+  return gzip.GzipFile(fileobj=file), functools.partial(_check_ratio, file)
 
 
 def read_lines(
@@ -225,49 +239,42 @@ def read_lines(
 ) -> Iterator[tuple[int, str]]:
   r"""Yields (line number, line with its line end) of a UTF-8 file.
 
-  Lines end in \n alone: text may hold U+2028 and its like. A byte order mark
-  is dropped. Files whose name ends in .gz are decompressed on the way.
+  Only \n ends a line, since texts may hold U+2028 and similar characters. A
+  byte order mark is dropped. A file whose name ends in .gz is decompressed.
 
   Args:
     path: an existing file.
     bad_records: what to do with a line that is not UTF-8 or longer than
-      `MAX_LINE_BYTES`, and with the rest of a file where its gzip data is
-      damaged, or grows more than text does; None raises.
+      `MAX_LINE_BYTES`, and with the rest of a .gz file whose data is damaged or
+      grows more than text does; None raises.
 
   Raises:
-    ValueError: names the line, and the byte, where it is no such file.
+    ValueError: the file is not like that; names the line and the byte.
   """
   path, bad = epath.Path(path), bad_records or BadRecords("fail")
-  name = str(path)  # once: it takes as long as to read a line
+  name = str(path)  # not per line: it takes as long as reading one
   line, offset = 0, 0
   with path.open("rb") as file:
-    stream = raw_file = cast(BinaryIO, file)
-    if path.suffix.lower() == ".gz":
-      stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw_file))
-    zipped = stream is not raw_file
+    stream, check_size = _decompressed(path, cast(BinaryIO, file))
     read = functools.partial(stream.readline, MAX_LINE_BYTES + 1)
     try:
       for raw in iter(read, b""):
         line, start, offset = line + 1, offset, offset + len(raw)
-        if zipped:
-          _check_ratio(raw_file, offset)
+        check_size(offset)
         if len(raw) > MAX_LINE_BYTES:
           bad.refuse("undecodable", _too_long(f"{name}:{line}"))
           while raw and not raw.endswith(b"\n"):  # the rest of the line
             raw = stream.readline(_BLOCK_BYTES)
             offset += len(raw)
-            if zipped:
-              _check_ratio(raw_file, offset)
+            check_size(offset)
           continue
         if line == 1 and _is_wide(raw):
-          bad.refuse(
-            "undecodable",
-            ValueError(
-              f"{name}:1: every other byte is NUL. Expected UTF-8 text."
-              f" {conversion(raw)}"
-            ),
+          problem = ValueError(
+            f"{name}:1: every other byte is NUL. Expected UTF-8 text."
+            f" {conversion(raw)}"
           )
-          return  # none of its lines is one
+          bad.refuse("undecodable", problem)
+          return  # no line can be read
         try:
           text = _decode(raw, f"{name}:{line}", start)
         except ValueError as error:
@@ -285,33 +292,35 @@ def read_lines(
 def _too_long(where: str) -> ValueError:
   return ValueError(
     f"{where}: the line has more than {MAX_LINE_BYTES:,} bytes. Expected one"
-    " record a line. Is it a file of another kind, or without line ends? Write"
-    " a line end behind each record, or split what is longer."
+    " record per line. Is it another kind of file, or one without line ends?"
+    " Write a line end after each record, or split longer records."
   )
 
 
 def read_bytes(path: epath.PathLike) -> bytes:
-  """Returns what a file holds, decompressed if its name ends in .gz.
+  """Returns the content of a file, decompressed if its name ends in .gz.
 
   Raises:
-    ValueError: the gzip data is damaged, or there are more bytes than
+    ValueError: the gzip data is damaged, or the content is larger than
       `MAX_FILE_BYTES`.
   """
   path = epath.Path(path)
+  too_large = ValueError(
+    f"{path}:1: the file holds more than {MAX_FILE_BYTES:,} bytes, and would be"
+    " read into memory whole. Expected a smaller file. Split it, or write its"
+    " records to a .jsonl file, one per line, which may have any size."
+  )
   blocks, num_bytes = list[bytes](), 0
   with path.open("rb") as file:
-    stream = raw_file = cast(BinaryIO, file)
-    if path.suffix.lower() == ".gz":
-      stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw_file))
-    elif path.stat().length > MAX_FILE_BYTES:
-      raise _too_large(path)
+    stream, check_size = _decompressed(path, cast(BinaryIO, file))
+    if stream is file and path.stat().length > MAX_FILE_BYTES:
+      raise too_large
     try:
       while block := stream.read(_BLOCK_BYTES):
         num_bytes += len(block)
-        if stream is not raw_file:
-          _check_ratio(raw_file, num_bytes)
+        check_size(num_bytes)
         if num_bytes > MAX_FILE_BYTES:
-          raise _too_large(path)
+          raise too_large
         blocks.append(block)
     except _GzipBombError as error:
       raise _bomb(f"{path}:1", error) from error
@@ -320,43 +329,27 @@ def read_bytes(path: epath.PathLike) -> bytes:
   return b"".join(blocks)
 
 
-def _too_large(path: epath.Path) -> ValueError:
-  return ValueError(
-    f"{path}:1: the file holds more than {MAX_FILE_BYTES:,} bytes, and would be"
-    " read into memory whole. Expected a smaller one. Write its records to a"
-    " .jsonl file, one a line, which may have any size, or split it."
-  )
-
-
 def decode_text(raw: bytes, path: epath.PathLike) -> str:
   """Returns the text of the UTF-8 file `path`, without a byte order mark.
 
   Raises:
-    ValueError: names the line, and the byte, that is not UTF-8.
+    ValueError: the file is not UTF-8; names the line and the byte.
   """
   try:
-    return raw.decode("utf-8-sig")
-  except UnicodeDecodeError:
-    pass
-  if bom_encoding(raw):  # nothing in it is a line of its own
-    _decode(raw, f"{path}:1", 0)
-  offset = 0
-  for line, part in enumerate(raw.split(b"\n"), start=1):
-    try:
-      part.decode()
-    except UnicodeDecodeError:
-      _decode(
-        part + b"\n" + raw[offset + len(part) + 1 :], f"{path}:{line}", offset
-      )
-    offset += len(part) + 1
-  # A byte of a longer character is never a line end.
-  raise AssertionError(f"{path} is UTF-8 line by line, but not as a whole.")
+    return raw.decode().removeprefix("\ufeff")
+  except UnicodeDecodeError as error:
+    place = error.start
+  if bom_encoding(raw) not in ("", "utf-8"):  # it has no lines that we can find
+    place = 0
+  start = raw.rfind(b"\n", 0, place) + 1
+  line = raw.count(b"\n", 0, place) + 1
+  return _decode(raw[start:], f"{path}:{line}", start)  # raises
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
-  """Returns the object that one line holds."""
+  """Returns the JSON object on one line."""
   remedy = (
-    "Expected one complete JSON object a line. Correct or remove the line; if"
+    "Expected one complete JSON object per line. Correct or remove the line; if"
     " it is the last one, the file may be cut off: copy it again."
   )
   try:
@@ -399,7 +392,7 @@ def _check_field(
   if bad := bad_character(value):
     raise ValueError(
       f"{where}: field {name!r} holds {bad}, in {shorten(value)}. Expected"
-      " text that can be written as UTF-8. Remove the character."
+      " text in UTF-8 without NUL characters. Remove the character."
     )
 
 
@@ -415,30 +408,28 @@ def check_fields(
   Args:
     record: the object.
     where: its file and line, for the message.
-    required: fields that it has, with their type or types.
-    optional: fields that have this type if they are there.
+    required: fields that it must have, with their type or types.
+    optional: fields that it may have, with their type or types.
   """
-  for name, types in required.items():
-    if name not in record:
+  for name, types in (*required.items(), *(optional or {}).items()):
+    if name in record:
+      _check_field(record, name, types, where)
+    elif name in required:
       raise ValueError(
         f"{where}: no field {name!r}; the record has {sorted(record)}."
         f" Expected {name!r} to be {_describe(types)}. Add or rename the"
         " field."
       )
-    _check_field(record, name, types, where)
-  for name, types in (optional or {}).items():
-    if name in record:
-      _check_field(record, name, types, where)
 
 
 def read_texts(path: epath.PathLike) -> list[str]:
-  """Returns the lines of a file that are not empty, trimmed; questions or ids.
+  """Returns the lines of a file that are not empty, trimmed.
 
   Raises:
-    FileNotFoundError: there is no such file; names the nearest ones.
+    FileNotFoundError: there is no such file; names similar ones.
     ValueError: as `read_lines`.
   """
-  file = find_file(path, "a file of one text a line")
+  file = find_file(path, "a file with one text per line")
   lines = (line.strip() for _, line in read_lines(file))
   return [line for line in lines if line]
 
@@ -452,17 +443,16 @@ def read_records(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields (line number, JSON object) of a .jsonl or .jsonl.gz file.
 
-  Blank lines are skipped; fields that are not named are left alone.
+  Blank lines are skipped; other fields are not checked.
 
   Args:
     path: an existing file.
-    required: fields that every record has, with their type or types.
-    optional: fields that have this type if they are there.
-    bad_records: what to do with a record that is not like that; None raises.
+    required: fields that every record must have, with their type or types.
+    optional: fields that records may have, with their type or types.
+    bad_records: what to do with a record that cannot be used; None raises.
 
   Raises:
-    ValueError: a record is not like that; says `path:line`, what is wrong,
-      what was expected and what to do.
+    ValueError: a record cannot be used; begins with `path:line`.
   """
   bad, name = bad_records or BadRecords("fail"), str(path)
   for line, text in read_lines(path, bad_records=bad):
@@ -470,10 +460,7 @@ def read_records(
     if not text:
       continue
     where = f"{name}:{line}"
-    try:
+    with bad.refusing("bad_record"):
       record = _parse(text, where)
       check_fields(record, where, required=required, optional=optional)
-    except ValueError as error:
-      bad.refuse("bad_record", error)
-      continue
-    yield line, record
+      yield line, record

@@ -6,21 +6,11 @@ import sys
 
 import pytest
 
-from rag_jax.corpus.reading import read_passages
+from rag_jax.corpus.passage_reader import read_passages
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
 
 NONE = SplitConfig(method="none")
-
-
-@pytest.fixture
-def write(tmp_path):
-  def write_rows(rows, name="x.jsonl"):
-    path = tmp_path / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-  return write_rows
 
 
 def row(id, text, title=""):
@@ -107,7 +97,7 @@ def test_texts_that_were_met_can_be_kept(write):
 @pytest.mark.parametrize("rows", [[], [{"id": "a"}], [row("a", " ")]])
 def test_an_empty_corpus_is_an_error_that_says_what_was_dropped(write, rows):
   path = write(rows)
-  with pytest.raises(ValueError, match=r"x\.jsonl holds no passages") as info:
+  with pytest.raises(ValueError, match=r"jsonl holds no passages") as info:
     read(path, action="skip")
   assert "Expected at least one document" in str(info.value)
   dropped = f"{path}:1: " in str(info.value)
@@ -145,7 +135,7 @@ def test_what_comes_in_goes_out_or_is_counted(write, tmp_path):
 # ru_maxrss of `resource` begins with that of the process that started it.)
 _MEASURE = """
 import sys
-from rag_jax.corpus.reading import read_passages
+from rag_jax.corpus.passage_reader import read_passages
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
 path, hold, settings = sys.argv[1], sys.argv[2] == "hold", SplitConfig()

@@ -1,8 +1,9 @@
-"""A corpus to passages: read as they are, or split, counted, each text once.
+"""Reads a corpus as passages.
 
-In: the path or name of a corpus. Out: its passages: `load_passages` returns all
-of them, `read_passages` splits documents and yields one after the other, so
-that memory does not grow with their number.
+In: the path or name of a corpus. Out: its passages. `load_passages` returns all
+of them, one per document. `read_passages` splits documents, drops duplicates
+and yields one passage after the other, so that memory does not grow with their
+number.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.passages import own_title
-from rag_jax.corpus.records import find_file
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.report import raise_empty
 from rag_jax.corpus.splitting import Encoder
@@ -29,12 +29,13 @@ from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.splitting import Splitter
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.store import is_store
+from rag_jax.corpus.text_files import find_file
 from rag_jax.disk import instead_of
 
 _ENDS = (".jsonl", ".json", ".tsv", ".csv")
 _EXPECTED = (
   f"one of the bundled corpora {sorted(BUNDLED)}, or a file whose name ends in"
-  f" one of {list(_ENDS)}, perhaps with .gz behind, or the directory of a"
+  f" one of {list(_ENDS)}, perhaps followed by .gz, or the directory of a"
   " passage store"
 )
 
@@ -49,39 +50,37 @@ def read_passages(
   drop_duplicate_texts: bool = True,
   on_twin: Callable[[Passage, int], None] | None = None,
 ) -> Iterator[Passage]:
-  """Yields the passages of a corpus; every id is there once.
+  """Yields the passages of a corpus; no two have the same id.
 
-  What was read, split, cut and dropped stands in `bad_records.report`, which
-  is complete when the last passage was drawn.
+  `bad_records.report` counts what was read, split, cut and dropped. It is
+  complete after the last passage.
 
   Args:
     path: what `read_documents` reads.
     settings: how documents are split.
     fields: names of the fields of JSON and TFDS records.
-    bad_records: what to do with a record that cannot be used, or whose id an
-      earlier one has.
+    bad_records: what to do with a record that cannot be used, or that has the
+      id of an earlier one.
     tokenizer: counts tokens, if `settings.unit` is "tokens".
-    drop_duplicate_texts: leave passages out whose title and text an earlier
-      one has (a title that is but a file's name is none); they are counted,
-      and never an error. False keeps them, as is needed where judgements name
-      passages by id, as BEIR's.
-    on_twin: takes each passage that is left out so, and which of those that
-      were yielded has its title and text.
+    drop_duplicate_texts: leave out passages with the title and text of an
+      earlier one. They are counted, and never an error. A title that is only a
+      file's name is not compared. Set it to False where relevance judgements
+      name passages by id, as BEIR's do.
+    on_twin: called with each passage that is left out as a duplicate, and the
+      number of the yielded passage that has its title and text.
 
   Raises:
-    FileNotFoundError: there is no such file; names the nearest ones.
+    FileNotFoundError: there is no such file; names similar ones.
     ImportError: TFDS needs a package that is not installed.
     OSError: there is no room for temporary files.
     ValueError: a record cannot be used and `bad_records` says "fail" (names
-      the file and line); the settings are not possible; or, at the end, there
-      was no passage at all.
+      the file and line); the settings are not possible; or the corpus has no
+      passage (known at the end).
   """
   report = bad_records.report
-  with contextlib.ExitStack() as stack:
-    texts = Seen()
-    stack.callback(texts.close)
-    found = 0
-    for document, passage in read_parts(
+  found = 0
+  with contextlib.closing(Seen()) as texts:
+    for document, passage in read_document_passages(
       path,
       settings,
       fields=fields,
@@ -104,7 +103,7 @@ def read_passages(
     raise_empty(str(path), report)
 
 
-def read_parts(
+def read_document_passages(
   path: epath.PathLike,
   settings: SplitConfig,
   *,
@@ -114,23 +113,17 @@ def read_parts(
 ) -> Iterator[tuple[Document, Passage]]:
   """Yields the passages of a corpus, each with its document.
 
-  Every id is there once, texts as often as the corpus has them. Arguments and
-  errors are those of `read_passages`; an empty corpus yields nothing.
+  No two have the same id; duplicate texts are kept. Arguments and errors are
+  those of `read_passages`, but an empty corpus yields nothing.
   """
   report = bad_records.report
   splitter = Splitter(settings, tokenizer=tokenizer, report=report)
-  with contextlib.ExitStack() as stack:
-    ids = Seen()
-    stack.callback(ids.close)
+  with contextlib.closing(Seen()) as ids:
 
     def is_new(id: str, where: str) -> bool:
       first = ids.add(where, id)
       if first:
-        error = ValueError(
-          f"{where}: the id {id!r} is that of {first} too. Expected one"
-          " passage an id. Rename or remove one of the two."
-        )
-        bad_records.refuse("duplicate_id", error)
+        bad_records.refuse("duplicate_id", _same_id(id, where, first))
       return not first
 
     for document in read_documents(
@@ -139,16 +132,25 @@ def read_parts(
       if not is_new(document.id, document.where):
         continue
       for passage in splitter.split(document):
-        # "a#1" may be part of "a", or a document of that name.
+        # "a#1" may be a passage of "a", or a document with that id.
         if passage.id == document.id or is_new(passage.id, document.where):
           yield document, passage
+
+
+def _same_id(id: str, where: str, first: str) -> ValueError:
+  return ValueError(
+    f"{where}: the id {id!r} is that of {first} too. Expected one passage per"
+    " id. Rename or remove one of the two."
+  )
 
 
 def _find(name_or_path: str) -> epath.Path:
   """Returns the file to read.
 
   Raises:
-    ValueError: a bundled corpus was meant, and there is none of that name.
+    FileNotFoundError: there is no such file; names similar ones.
+    ValueError: a bundled corpus was meant, but none has that name; or the file
+      has another format.
   """
   if name_or_path in BUNDLED:
     return BUNDLED[name_or_path] / "passages.jsonl"
@@ -174,9 +176,9 @@ def _find(name_or_path: str) -> epath.Path:
 
 
 def is_passages(name_or_path: str) -> bool:
-  """Returns whether `load_passages` is meant, and not a reader of documents.
+  """Returns whether `load_passages` should read this, not `read_documents`.
 
-  What does not exist is, so that its message names what is near.
+  True for a missing path, so that its message suggests similar names.
   """
   if name_or_path.startswith("tfds:"):
     return False
@@ -191,37 +193,31 @@ def is_passages(name_or_path: str) -> bool:
 def load_passages(name_or_path: str) -> Passages:
   """Returns the passages of a bundled corpus, of a file or of a store.
 
-  Each document of a file is one passage. Its metadata is left out: whoever
-  reads into memory does not filter.
+  Each document of a file becomes one passage in memory, without its metadata,
+  which is only used to filter searches.
 
   Args:
     name_or_path: "world_facts"; or a .jsonl, .json, .tsv or .csv file, perhaps
-      with .gz behind, as `read_documents` reads it, into memory; or
-      the directory of a `PassageStore`, opened.
+      followed by .gz, which `read_documents` reads; or the directory of a
+      `PassageStore`, which is opened.
 
   Raises:
-    FileNotFoundError: there is no such file; names the nearest ones.
-    ValueError: there is no such corpus, or a record cannot be used (with its
-      line), or two have the same id (with both lines), or there are none.
+    FileNotFoundError: there is no such file; names similar ones.
+    ValueError: there is no such corpus; a record cannot be used (names its
+      line); two have the same id (names both lines); or there are none.
   """
   folder = epath.Path(name_or_path).expanduser()
   is_folder = bool(name_or_path) and folder.is_dir()
   if name_or_path not in BUNDLED and is_folder and is_store(folder):
     return PassageStore(folder)
-  path = _find(name_or_path)
+  path, bad_records = _find(name_or_path), BadRecords()
   passages: list[Passage] = []
-  places: dict[str, str] = {}
-  for document in read_documents(path, bad_records=BadRecords()):
+  places: dict[str, str] = {}  # faster than `Seen`
+  for document in read_documents(path, bad_records=bad_records):
     first = places.setdefault(document.id, document.where)
     if first != document.where:
-      raise ValueError(
-        f"{document.where}: the id {document.id!r} is that of {first} too."
-        " Expected one passage an id. Rename or remove one of the two."
-      )
+      raise _same_id(document.id, document.where, first)
     passages.append(Passage(document.id, document.title, document.text))
   if not passages:
-    raise ValueError(
-      f"{path} holds no passages. Expected at least one. Is it the right file,"
-      " and was it copied completely?"
-    )
+    raise_empty(str(path), bad_records.report)
   return PassageList(passages, origin=name_or_path)

@@ -2,28 +2,25 @@
 
 import gzip
 import json
-import re
+import pathlib
 
+from corpora import assert_fails
 import pytest
 
-from rag_jax.corpus.records import bad_character
-from rag_jax.corpus.records import find_file
-from rag_jax.corpus.records import read_lines
-from rag_jax.corpus.records import read_records
-from rag_jax.corpus.records import read_texts
-from rag_jax.corpus.records import shorten
+from rag_jax.corpus.text_files import bad_character
+from rag_jax.corpus.text_files import decode_text
+from rag_jax.corpus.text_files import find_file
+from rag_jax.corpus.text_files import read_lines
+from rag_jax.corpus.text_files import read_records
+from rag_jax.corpus.text_files import read_texts
+from rag_jax.corpus.text_files import shorten
 
 GOOD = b'{"id": "a", "text": "one"}\n'
 
 
 @pytest.fixture
-def write(tmp_path):
-  def write_bytes(data, name="file.jsonl"):
-    path = tmp_path / name
-    path.write_bytes(data)
-    return path
-
-  return write_bytes
+def write(write):
+  return lambda data, name="file.jsonl": pathlib.Path(write(data, name))
 
 
 def read(path, **optional):
@@ -33,12 +30,7 @@ def read(path, **optional):
 
 def refused(path, line, *parts, **optional):
   """Reading fails, and the message has `path:line` and every part in order."""
-  with pytest.raises(ValueError, match=re.escape(f"{path}:{line}: ")) as info:
-    read(path, **optional)
-  message = str(info.value)
-  for part in parts:
-    assert part in message
-    message = message[message.index(part) :]
+  assert_fails(lambda: read(path, **optional), f"{path}:{line}: ", *parts)
 
 
 def test_records_come_with_their_line_and_blank_lines_are_skipped(write):
@@ -132,6 +124,12 @@ def test_bytes_that_are_not_utf8_are_named_with_their_offset(write):
     *(2, f"byte 0xe9 at offset {offset} of the file is not UTF-8"),
     *("Expected UTF-8 text", "iconv"),
   )
+
+
+def test_the_line_of_a_bad_byte_is_right_behind_a_byte_order_mark_too():
+  with pytest.raises(ValueError, match=r"x\.txt:2: byte 0xe9 at offset 9 of"):
+    decode_text(b"\xef\xbb\xbfone\nca\xe9", "x.txt")
+  assert decode_text(b"\xef\xbb\xbfone", "x.txt") == "one"
 
 
 def test_compressed_data_without_the_name_for_it_is_recognised(write):

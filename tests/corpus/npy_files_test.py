@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rag_jax.corpus.array_rows import ArrayRows
+from rag_jax.corpus.npy_files import ArrayRows
 
 ROWS = np.random.default_rng(0).integers(0, 60_000, (10, 3)).astype(np.uint16)
 
