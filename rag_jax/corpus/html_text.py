@@ -291,11 +291,8 @@ class _Lines:
   def end_heading(self, first: int, level: int) -> None:
     """Ends a heading; of a long one, only the first line counts.
 
-    A long heading was probably never closed and holds the text after it.
-
-    Args:
-      first: how many lines were complete before it.
-      level: of the heading.
+    A long heading was probably never closed and holds the text after it. When
+    it began, `first` lines were complete.
     """
     self.end_line()
     new = self.done[first:]
@@ -314,10 +311,9 @@ class _Lines:
     self.headings += [Heading(start, end, level, title), *inner]
 
   def end_pre(self, first: int) -> None:
-    """Ends preformatted text, and drops the blank lines at its end.
+    """Ends preformatted text that began after `first` complete lines.
 
-    Args:
-      first: how many lines were complete before it.
+    Drops the blank lines at its end.
     """
     self.end_line()
     while len(self.done) > first and not self.done[-1]:

@@ -30,9 +30,7 @@ _EXPECTED = (
 def squad_id(article: int, paragraph: int) -> str:
   """Returns our id for a paragraph of a SQuAD file, which has no ids.
 
-  Args:
-    article: position in the file's list "data", from 0.
-    paragraph: position in the article's list "paragraphs", from 0.
+  Both arguments are positions in the file's lists, from 0.
   """
   return f"{article}/{paragraph}"
 

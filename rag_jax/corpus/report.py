@@ -119,12 +119,7 @@ class CorpusReport:
     self.count("left_out", f"{place}: {num_chars} characters")
 
   def drop(self, kind: str, place: str) -> None:
-    """Counts one record that is left out.
-
-    Args:
-      kind: a key of `dropped`.
-      place: file and line, and what is wrong there.
-    """
+    """Counts a record that is left out under `kind`, a key of `dropped`."""
     self.dropped[kind] += 1
     self.note(kind, place)
 
@@ -230,7 +225,7 @@ class BadRecords:
 
     Args:
       kind: a key of `CorpusReport.dropped`.
-      error: its message begins with file and line.
+      error: names file and line first.
     """
     if self.action == "fail":
       raise error

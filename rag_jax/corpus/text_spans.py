@@ -82,13 +82,9 @@ def inside_word(text: str, place: int) -> bool:
 def word_spans(
   text: str, start: int = 0, end: int | None = None, *, max_chars: int
 ) -> Iterator[Span]:
-  """Yields where the words of `text` are.
+  """Yields the spans of the words in `text[start:end]`.
 
-  Args:
-    text: any text.
-    start: where to begin.
-    end: where to stop; None means the end of the text.
-    max_chars: a longer run without white space counts as several words.
+  A run of more than `max_chars` without white space counts as several words.
   """
   stop = len(text) if end is None else end
   for match in _words(max_chars).finditer(text, start, stop):

@@ -87,11 +87,7 @@ def open_tokens(
 ) -> TokenizedPassages:
   """Opens a directory that `write_tokens` wrote, mapped into memory.
 
-  Args:
-    directory: a local directory; it may have been moved.
-    passages: the passages that were tokenised.
-    tokenizer: the tokenizer that was used.
-    length: tokens per row, with the start token.
+  Arguments are those of `write_tokens`; the directory may have been moved.
 
   Raises:
     FileNotFoundError: nothing was written there, or it was interrupted.
@@ -267,11 +263,7 @@ def keep_tokens(
   directory. One process writes it while others wait; if it dies, the next one
   continues. The folder can be deleted when nobody uses it.
 
-  Args:
-    folder: a local folder.
-    passages: a store, or any other sequence.
-    tokenizer: for the ids.
-    length: as in `write_tokens`.
+  Arguments are those of `write_tokens`; `folder` is local.
 
   Raises:
     ValueError: the folder is in a bucket, or a file there is damaged.

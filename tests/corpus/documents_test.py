@@ -162,6 +162,16 @@ BAD_LINES = {
     "1, a whole",
     "bad_record",
   ),
+  "id is a fraction": (
+    jsonl([{"id": 1.5, "text": "x"}]),
+    "field 'id' is 1.5",
+    "bad_record",
+  ),
+  "title is a number": (
+    jsonl([{"id": "x", "title": 7, "text": "x"}]),
+    "field 'title' is 7",
+    "bad_record",
+  ),
   "empty id": (
     jsonl([{"id": " ", "text": "x"}]),
     "the id of the",

@@ -153,28 +153,6 @@ def test_an_empty_text_is_refused_with_its_line(write, text):
   )
 
 
-def test_an_empty_id_is_refused_with_its_line(write):
-  refused(
-    write(as_jsonl([Passage(" ", "", "x")])),
-    ":1: the id of the document is ' '",
-  )
-
-
-@pytest.mark.parametrize("field", ["id", "text"])
-def test_id_and_text_are_required(write, field):
-  record = {"id": "a", "title": "", "text": "x"}
-  del record[field]
-  refused(write(json.dumps(record)), f":1: no field '{field}'")
-
-
-@pytest.mark.parametrize(
-  ("field", "value"), [("id", 1.5), ("title", 7), ("text", 3)]
-)
-def test_each_field_has_its_type(write, field, value):
-  record = {"id": "a", "title": "", "text": "x"} | {field: value}
-  refused(write(json.dumps(record)), f":1: field '{field}' is {value}")
-
-
 def test_a_title_that_is_null_is_none(write):
   path = write('{"id": "a", "title": null, "text": "x"}')
   assert load_passages(str(path))[0] == Passage("a", "", "x")

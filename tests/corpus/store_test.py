@@ -84,15 +84,6 @@ def test_the_fingerprint_is_that_of_the_passages_in_memory(store):
   assert store.fingerprint == PASSAGES.fingerprint
 
 
-def test_metadata_changes_the_fingerprint_and_none_leaves_it():
-  plain = PassageList([Passage("a", "t", "x")], "memory")
-  empty = PassageList([Passage("a", "t", "x", ())], "memory")
-  tagged = PassageList([Passage("a", "t", "x", (("k", "v"),))], "memory")
-  other = PassageList([Passage("a", "t", "x", (("k", "w"),))], "memory")
-  assert plain.fingerprint == empty.fingerprint
-  assert len({p.fingerprint for p in (plain, tagged, other)}) == 3
-
-
 def test_a_passage_is_found_by_its_id(store):
   for expected in PASSAGES:
     assert store.by_id(expected.id) == expected
