@@ -262,8 +262,13 @@ class GeneratorConfig(TransformerConfig):
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class OptimizerConfig(_Settings):
-  """AdamW."""
+  """AdamW, or Adafactor, which needs almost no memory for its state."""
 
+  # "adamw" keeps two numbers per parameter; "adafactor" (arXiv:1804.04235) one
+  # per row and per column of a matrix, and no momentum.
+  kind: str = choice("adamw", "adafactor")
+  # Of AdamW's first moment; "bfloat16" saves 2 bytes per parameter.
+  momentum_dtype: str = choice("float32", "bfloat16")
   peak_lr: float = 3e-5  # of the generator [checkpoint] 3e-5
   retriever_lr: float = 3e-5  # of the retriever, at its peak [checkpoint] 3e-5
   # Of the two weights of index.hybrid, at its peak: 0.01 changes a weight by at
@@ -272,7 +277,7 @@ class OptimizerConfig(_Settings):
   warmup_steps: int = 500
   schedule: str = choice("linear", "constant", "cosine")
   end_lr_ratio: float = 0.0  # of the peak, at the last step
-  b1: float = number(0.9, below=1)
+  b1: float = number(0.9, below=1)  # this and the next two: of AdamW
   b2: float = number(0.999, below=1)
   eps: float = 1e-8
   weight_decay: float = 0.0  # on matrices; never on biases, norms, scales
@@ -403,6 +408,18 @@ class TrainConfig(_Settings):
   # Tokens of the vocabulary whose logits are in memory at a time; 0: all. A
   # chunk needs less memory, but computes logits twice.
   vocab_chunk: int = 0
+  # Compile one layer and run it in a loop, instead of compiling every layer. It
+  # is for models of many layers, whose programs take minutes to compile.
+  scan_layers: bool = False
+  # What each layer keeps for the backward pass, from the most memory to the
+  # least: everything, its products with weights, queries, keys, values and
+  # outputs of attention, or only its input. It computes the rest again.
+  remat: str = choice("none", "dots", "attention", "full")
+  # Parts that a batch is computed in, one after the other. Their gradients add
+  # up to that of the whole batch; activations need memory for one part only.
+  accumulate: int = number(1, least=1)
+  # Random numbers of dropout. "rbg" is the faster one on TPUs.
+  dropout_prng: str = choice("threefry2x32", "rbg")
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)

@@ -293,6 +293,19 @@ def _cross_problems(c: Config) -> Iterator[str]:
       "hf_loss=True needs all logits, but train.vocab_chunk="
       f"{c.train.vocab_chunk}. Set it to 0."
     )
+  if c.hf_loss and c.exclude_bos_score and c.train.accumulate > 1:
+    yield (
+      "exclude_bos_score=True looks at the first tokens of a whole batch, but"
+      f" train.accumulate={c.train.accumulate} computes it in parts. Set it to"
+      " 1."
+    )
+  if (
+    c.optimizer.kind == "adafactor" and c.optimizer.momentum_dtype != "float32"
+  ):
+    yield (
+      f"optimizer.momentum_dtype={c.optimizer.momentum_dtype!r} is for AdamW,"
+      " but optimizer.kind='adafactor' keeps no momentum. Set it to 'float32'."
+    )
   if c.data.context_style == "rag" and c.warmup.num_steps:
     yield (
       f"warmup.num_steps={c.warmup.num_steps} masks tokens, which"

@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -23,6 +24,9 @@ from rag_jax.models.partitioning import named
 Keys = Float[Array, "B N H S"]
 Values = Float[Array, "B N S H"]
 Bias = Float[Array, "#B N T S"]
+
+# What the backward pass finds in memory with train.remat="attention".
+KEPT = ("query", "key", "value", "mixed")
 
 
 def identity_init(
@@ -181,7 +185,8 @@ class Attention(nn.Module):
 
   def keys_values(self, memory: Float[Array, "B S D"]) -> tuple[Keys, Values]:
     """Returns the keys and values of `memory`."""
-    key, value = self.key(memory), self.value(memory)  # B S N H
+    key = checkpoint_name(self.key(memory), "key")  # B S N H
+    value = checkpoint_name(self.value(memory), "value")
     return jnp.moveaxis(key, 1, -1), jnp.moveaxis(value, 1, -2)
 
   def attend(
@@ -199,7 +204,7 @@ class Attention(nn.Module):
     zero, as in transformers; T5 takes the mean of the masked values.
     """
     c = self.config
-    query = self.query(x)  # B T N H
+    query = checkpoint_name(self.query(x), "query")  # B T N H
     if c.scale_attention:
       query *= c.head_size**-0.5
     # Softmax in float32: bfloat16 keeps 8 bits of mantissa.
@@ -222,6 +227,7 @@ class Attention(nn.Module):
     attn_probs = jax.nn.softmax(attn_logits, axis=-1).astype(self.dtype)
     attn_probs = self.drop(attn_probs, deterministic=deterministic)
     mixed = jnp.einsum("BNTS,BNSH->BTNH", attn_probs, value)
+    mixed = checkpoint_name(mixed, "mixed")
     if c.scale_attention:  # T5 takes the mean
       mixed = jnp.where(jnp.any(mask, axis=-1)[..., None, None], mixed, 0.0)
     return self.out(mixed)

@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from rag_jax.config import EncoderConfig
 from rag_jax.config import TransformerConfig
 from rag_jax.models.attention import identity_init
+from rag_jax.models.layers import UNROLLED
+from rag_jax.models.layers import LayerLoop
 from rag_jax.models.layers import TransformerLayer
 from rag_jax.models.layers import check_positions
 from rag_jax.models.partitioning import INIT_STD
@@ -47,6 +49,7 @@ class RetrieverEncoder(nn.Module):
 
   config: EncoderConfig  # `vocab_size` and `max_positions` must be set
   dtype: DTypeLike = jnp.bfloat16
+  loop: LayerLoop = UNROLLED
 
   @nn.compact
   def __call__(
@@ -89,13 +92,11 @@ class RetrieverEncoder(nn.Module):
       )(x)
     x = nn.Dropout(c.dropout)(x, deterministic=deterministic)
     x = constrain(x, "batch", "length", "embed")
-    layer = layer_config(c)
-    for i in range(c.num_layers):
-      x = TransformerLayer(
-        layer,
-        dtype=self.dtype,
-        name=f"layer_{i}",
-      )(x, mask[:, None, :], deterministic=deterministic)
+    layers = [
+      TransformerLayer(layer_config(c), dtype=self.dtype, name=f"layer_{i}")
+      for i in range(c.num_layers)
+    ]
+    x = self.loop.run(layers, x, mask[:, None, :], deterministic=deterministic)
     pooled = self._pool(x.astype(jnp.float32), mask)  # N D
     if c.projection_dim:
       square = c.projection_dim == c.embed_dim

@@ -18,6 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rag_jax.config import GeneratorConfig
+from rag_jax.models.layers import UNROLLED
+from rag_jax.models.layers import LayerLoop
 from rag_jax.models.layers import check_positions
 from rag_jax.models.partitioning import INIT_STD
 from rag_jax.models.partitioning import constrain
@@ -43,6 +45,7 @@ class Generator(nn.Module):
 
   config: GeneratorConfig  # `vocab_size` and `decoder_start_id` must be set
   dtype: DTypeLike = jnp.bfloat16
+  loop: LayerLoop = UNROLLED
 
   def setup(self):
     c = self.config
@@ -51,13 +54,14 @@ class Generator(nn.Module):
     self.token_embedding = table(
       embedding_init=named(nn.initializers.normal(std), "vocab", "embed")
     )
-    self.encoder = Stack(c, cross=False, dtype=self.dtype)
+    stack = functools.partial(Stack, dtype=self.dtype, loop=self.loop)
+    self.encoder = stack(c, cross=False)
     decoder = c.frozen(
       num_layers=c.num_decoder_layers or c.num_layers,
       num_heads=c.num_decoder_heads or c.num_heads,
       mlp_dim=c.decoder_mlp_dim or c.mlp_dim,
     )
-    self.decoder = Stack(decoder, cross=True, dtype=self.dtype)
+    self.decoder = stack(decoder, cross=True)
     if not c.tied_output:
       self.lm_head = table(embedding_init=dense_init("vocab", "embed"))
     if c.logits_bias:

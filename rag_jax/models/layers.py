@@ -3,6 +3,7 @@
 In: activations [N, T, D], where N is B or B*K. Out: the same shape.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import typing
@@ -13,11 +14,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rag_jax.config import TransformerConfig
+from rag_jax.models.attention import KEPT
 from rag_jax.models.attention import Attention
 from rag_jax.models.partitioning import INIT_STD
+from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 
 # The axis names "B T S D N H" are those of DESIGN: here B may stand for B*K.
@@ -232,3 +235,103 @@ class TransformerLayer(nn.Module):
     x = self._after(x, y, norm, True)
     norm = self.mlp_norm
     return self._after(x, self.mlp(inner(x, norm)), norm, True), cache
+
+
+# By `train.remat`: which intermediate values the backward pass finds in memory.
+# It computes all others again, from the input of each layer.
+REMAT = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  # The products with weights, not those of attention.
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names(*KEPT),
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerLoop:
+  """How a program runs the layers of a stack. Their output stays the same.
+
+  Attributes:
+    scan: True compiles one layer and runs it once per layer, over parameters
+      that are stacked inside the program. False compiles every layer: a program
+      larger by about the number of layers, which takes longer to compile.
+    remat: a key of `REMAT`.
+  """
+
+  scan: bool = False
+  remat: str = "none"
+
+  def run(
+    self,
+    layers: Sequence[TransformerLayer],
+    x: Float[Array, "B T D"],
+    mask: Bool[Array, "#B #T T"],
+    *inputs: Any,
+    deterministic: bool,
+  ) -> Float[Array, "B T D"]:
+    """Returns `x` after all layers.
+
+    The parameters of a model are one subtree per layer, "layer_0" and so on,
+    however the layers run. Freezing by name, checkpoints, and the weights of
+    other libraries therefore do not depend on it.
+
+    Args:
+      layers: bound modules, which differ only in their parameters.
+      x: the input of the first layer.
+      mask: True where self-attention is allowed.
+      *inputs: the arguments of a layer after `mask`, the same for all layers.
+      deterministic: whether to turn dropout off.
+    """
+    axes = "batch", "length", "embed"
+    if self == UNROLLED or len(layers) < 2 or layers[0].is_initializing():
+      for layer in layers:
+        x = layer(x, mask, *inputs, deterministic=deterministic)
+        x = constrain(x, *axes)
+      return x
+    layer = layers[0].clone(parent=None, name=None)
+    params = [layer.variables["params"] for layer in layers]
+    keys = None
+    if not deterministic and layers[0].has_rng("dropout"):
+      keys = jax.random.split(layers[0].make_rng("dropout"), len(layers))
+
+    def body(x: Array, of_layer: Any) -> tuple[Array, None]:
+      params, key = of_layer
+      y = layer.apply(
+        {"params": params},
+        x,
+        mask,
+        *inputs,
+        deterministic=deterministic,
+        rngs={} if key is None else {"dropout": key},
+      )
+      assert isinstance(y, jax.Array)
+      return constrain(y, *axes), None
+
+    # A loop in the program keeps the compiler from undoing the recomputation.
+    body = jax.checkpoint(
+      body, policy=REMAT[self.remat], prevent_cse=not self.scan
+    )
+    if self.scan:
+      return jax.lax.scan(body, x, (_stacked(params, layer.dtype), keys))[0]
+    for i, of_layer in enumerate(params):
+      x, _ = body(x, (of_layer, None if keys is None else keys[i]))
+    return x
+
+
+UNROLLED = LayerLoop()
+
+
+def _stacked(params: Sequence[PyTree], dtype: DTypeLike) -> PyTree:
+  """Returns the parameters of layers, stacked along a new first dimension.
+
+  Kernels are stacked in the `dtype` they are multiplied in: a copy in float32
+  would need twice the memory.
+  """
+
+  def stack(path: tuple[Any, ...], *arrays: Array) -> Array:
+    if path[-1].key == "kernel":
+      arrays = tuple(jnp.asarray(x, dtype) for x in arrays)
+    return jnp.stack(arrays)
+
+  return jax.tree_util.tree_map_with_path(stack, *params)

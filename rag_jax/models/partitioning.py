@@ -7,6 +7,7 @@ from typing import Any, Literal
 from flax import linen as nn
 from flax.linen import spmd
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -80,8 +81,15 @@ def check_devices(config: Config, num_devices: int) -> MeshConfig:
     )
   _check_split(config, mesh)
   shards = data * mesh.fsdp
+  parts = config.train.accumulate
+  if config.train.batch_size % (shards * parts):
+    raise ValueError(
+      f"train.batch_size={config.train.batch_size} must be a multiple of"
+      f" {shards * parts}: the {shards} devices that the batch is split over"
+      f" (mesh.data={data} x mesh.fsdp={mesh.fsdp}) times train.accumulate="
+      f"{parts}, so that each device gets an equal share of every part."
+    )
   sizes = {
-    "train.batch_size": config.train.batch_size,
     "eval.batch_size": config.eval.batch_size,
     "index.embed_batch_size": config.index.embed_batch_size,
   }
@@ -242,6 +250,28 @@ def place_batch(
     )
 
   return jax.tree.map(place, batch)
+
+
+def batch_parts(batch: PyTree, num_parts: int) -> PyTree:
+  """Returns arrays [B, ...] as [num_parts, B / num_parts, ...].
+
+  Inside a program for a mesh, each device takes the rows of every part from the
+  rows of the batch that it holds: nothing moves between devices.
+
+  Args:
+    batch: arrays of B rows, a multiple of num_parts times the number of devices
+      that the batch is split over.
+    num_parts: number of parts.
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+  shards = sizes.get("data", 1) * sizes.get("fsdp", 1)
+
+  def split(x: Array) -> Array:
+    x = x.reshape(shards, num_parts, -1, *x.shape[1:])
+    x = jnp.swapaxes(x, 0, 1).reshape(num_parts, -1, *x.shape[3:])
+    return spmd.with_logical_constraint(x, (None, "batch"), rules=AXIS_RULES)
+
+  return jax.tree.map(split, batch)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -20,6 +20,8 @@ from rag_jax.models.batch import RagBatch
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.generator import Generator
 from rag_jax.models.hybrid import HybridScores
+from rag_jax.models.layers import UNROLLED
+from rag_jax.models.layers import LayerLoop
 from rag_jax.models.partitioning import named
 from rag_jax.models.pointer import Copy
 from rag_jax.models.pointer import mix_targets
@@ -232,6 +234,7 @@ def build_model(
   """
   dtype = compute_dtype(config.train.compute_dtype)
   e, g = config.encoder, config.generator
+  loop = LayerLoop(config.train.scan_layers, config.train.remat)
 
   def tower() -> RetrieverEncoder:
     return build_encoder(
@@ -241,6 +244,7 @@ def build_model(
         config.data.question_length, config.data.passage_length
       ),
       dtype=dtype,
+      loop=loop,
     )
 
   return RagModel(
@@ -251,6 +255,7 @@ def build_model(
       vocab_size=vocab_size,
       decoder_start_id=decoder_start_id,
       dtype=dtype,
+      loop=loop,
     ),
     score_scale=e.score_scale,
     learn_score_scale=e.learn_score_scale,
@@ -268,6 +273,7 @@ def build_encoder(
   vocab_size: int,
   max_positions: int,
   dtype: DTypeLike,
+  loop: LayerLoop = UNROLLED,
 ) -> RetrieverEncoder:
   """Returns one tower; the arguments replace sizes of 0 in `config`."""
   return RetrieverEncoder(
@@ -276,6 +282,7 @@ def build_encoder(
       max_positions=config.max_positions or max_positions,
     ),
     dtype=dtype,
+    loop=loop,
   )
 
 
@@ -285,6 +292,7 @@ def build_generator(
   vocab_size: int,
   decoder_start_id: int,
   dtype: DTypeLike,
+  loop: LayerLoop = UNROLLED,
 ) -> Generator:
   """Returns only the generator; arguments as in `build_model`."""
   start = config.decoder_start_id
@@ -294,4 +302,5 @@ def build_generator(
       decoder_start_id=decoder_start_id if start < 0 else start,
     ),
     dtype=dtype,
+    loop=loop,
   )

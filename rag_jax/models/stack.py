@@ -18,7 +18,9 @@ from rag_jax.config import GeneratorConfig
 from rag_jax.models.attention import Bias
 from rag_jax.models.attention import previous_bias_init
 from rag_jax.models.attention import relative_bias
+from rag_jax.models.layers import UNROLLED
 from rag_jax.models.layers import LayerCache
+from rag_jax.models.layers import LayerLoop
 from rag_jax.models.layers import TransformerLayer
 from rag_jax.models.layers import make_norm
 from rag_jax.models.partitioning import constrain
@@ -72,6 +74,7 @@ class Stack(nn.Module):
   config: GeneratorConfig
   cross: bool  # a decoder
   dtype: DTypeLike
+  loop: LayerLoop = UNROLLED
 
   def setup(self):
     c = self.config
@@ -181,9 +184,8 @@ class Stack(nn.Module):
     x = self.enter(x, positions, deterministic)
     x = constrain(x, "batch", "length", "embed")
     bias = self.bias(positions, positions)
-    for layer in self.layers:
-      x = layer(x, mask, memory, memory_mask, bias, deterministic=deterministic)
-      x = constrain(x, "batch", "length", "embed")
+    inputs = mask, memory, memory_mask, bias
+    x = self.loop.run(self.layers, x, *inputs, deterministic=deterministic)
     return self.leave(x, deterministic)
 
   def init_cache(

@@ -34,7 +34,6 @@ from rag_jax.retrieval.index_versions import IndexVersions
 from rag_jax.retrieval.retriever import RetrieverSnapshots
 from rag_jax.retrieval.retriever import fingerprint
 from rag_jax.training import search_in_step
-from rag_jax.training import step as step_lib
 from rag_jax.training.checkpoint import Checkpointer
 from rag_jax.training.checkpoint_checks import check_end
 from rag_jax.training.checkpoint_checks import check_identity
@@ -114,6 +113,9 @@ class _Run:
     self._validate = validate
     self._stop = stop
     self._key = jax.random.key(config.seed)
+    self._dropout_key = jax.random.key(
+      config.seed, impl=config.train.dropout_prng
+    )
     self._snapshots = RetrieverSnapshots(experiment.mesh)
     self._trains_passages = config.encoder.train_passage_encoder
     self._versions = IndexVersions(
@@ -232,13 +234,13 @@ class _Run:
       state_layout,
       self._experiment.mesh,
       stage.name,
-      stage.in_step.update if stage.in_step else step_lib.update,
+      stage.update_fn,
       jax.process_count() > 1,
     )
     compiled = update.lower(
       state,
       self._to_devices(first.batch, stage),
-      self._key,
+      self._dropout_key,
       *self._stop.to_send(self._experiment.mesh),
     ).compile()
     if main:  # compiles what validation needs, outside the clock
@@ -373,7 +375,7 @@ class _Run:
         state, metrics = update(
           state,
           self._to_devices(prepared.batch, stage),
-          self._key,
+          self._dropout_key,
           *self._stop.to_send(self._experiment.mesh),
         )
         self._stop.receive(metrics)

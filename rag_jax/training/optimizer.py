@@ -1,4 +1,4 @@
-"""AdamW with separate learning rates for retriever and generator.
+"""AdamW or Adafactor, with learning rates of their own for both models.
 
 The two weights of a hybrid retriever's scores have a third one.
 """
@@ -79,13 +79,13 @@ def make_optimizer(
   num_steps: int,
   freeze: Sequence[str] = (),
 ) -> optax.GradientTransformation:
-  """Returns AdamW for `params` over `num_steps` steps.
+  """Returns the optimizer of `params` over `num_steps` steps.
 
   The gradient is clipped by its global norm over the trained parameters. Weight
   decay applies only to matrices, never to biases, norms and scales.
 
   Args:
-    config: learning rates, schedule and AdamW's numbers.
+    config: kind, learning rates, schedule and AdamW's numbers.
     params: the parameters, or their shapes.
     num_steps: of the whole stage.
     freeze: path prefixes of parameters that do not train.
@@ -93,7 +93,16 @@ def make_optimizer(
   labels = parameter_labels(params, freeze)
   frozen = jax.tree.map(lambda label: label == "frozen", labels)
 
-  def adamw(peak_lr: float) -> optax.GradientTransformation:
+  def part(peak_lr: float) -> optax.GradientTransformation:
+    if config.kind == "adafactor":
+      # Without its own scale by the size of a parameter, so that a learning
+      # rate means what it means with AdamW: updates of about that size.
+      return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(config.weight_decay, _decays),
+        optax.scale_by_learning_rate(schedule(config, peak_lr, num_steps)),
+      )
     return optax.adamw(
       schedule(config, peak_lr, num_steps),
       b1=config.b1,
@@ -101,16 +110,17 @@ def make_optimizer(
       eps=config.eps,
       weight_decay=config.weight_decay,
       mask=_decays,
+      mu_dtype=config.momentum_dtype,
     )
 
   parts: dict[Hashable, optax.GradientTransformation] = {
-    "generator": adamw(config.peak_lr),
-    "retriever": adamw(config.retriever_lr),
+    "generator": part(config.peak_lr),
+    "retriever": part(config.retriever_lr),
     "frozen": optax.set_to_zero(),
   }
   # Only if it is needed, since every part is saved in the checkpoints.
   if hybrid.PARAMS in jax.tree.leaves(labels):
-    parts[hybrid.PARAMS] = adamw(config.hybrid_lr)
+    parts[hybrid.PARAMS] = part(config.hybrid_lr)
   clip = (
     optax.clip_by_global_norm(config.clip_norm)
     if config.clip_norm

@@ -67,6 +67,7 @@ class InStep:
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     stage: str,
+    accumulate: int = 1,
   ) -> tuple[TrainState, Metrics]:
     """Applies one gradient update, as `step.update`, after its own search.
 
@@ -84,6 +85,7 @@ class InStep:
       loss_fn=loss_fn,
       optimizer=optimizer,
       stage=stage,
+      accumulate=accumulate,
     )
     arrays = self.refresh(index.arrays, state)
     mean, most = device_refresh.staleness(arrays, state.step)

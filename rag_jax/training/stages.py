@@ -25,10 +25,13 @@ from rag_jax.models.partitioning import process_rows
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.search_in_step import InStep
 from rag_jax.training.search_in_step import open_in_step
+from rag_jax.training.state import TrainState
 from rag_jax.training.step import LossFn
+from rag_jax.training.step import Metrics
 from rag_jax.training.step import cloze_loss
 from rag_jax.training.step import hf_loss
 from rag_jax.training.step import marginal_loss
+from rag_jax.training.step import update
 
 WARMUP, TRAIN = "warmup", "train"
 
@@ -45,6 +48,13 @@ class Stage:
   # (step, retriever's params, index, document ids) -> batch of that step
   prepare: Callable[..., Prepared]
   in_step: InStep | None = None  # None: documents are searched between steps
+  accumulate: int = 1  # parts that the gradient of a batch is computed in
+
+  @property
+  def update_fn(self) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The update of a step, for `compile_update`."""
+    update_fn = self.in_step.update if self.in_step else update
+    return functools.partial(update_fn, accumulate=self.accumulate)
 
 
 def stage_optimizer(
@@ -134,6 +144,7 @@ def make_stages(
       loss_fn=_main_loss(experiment),
       prepare=batches.prepare,
       in_step=in_step,
+      accumulate=config.train.accumulate,
     )
   )
   return stages

@@ -103,15 +103,8 @@ def make_state(
   mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, TrainState]:
   """Returns the state before the first step, and the sharding of each array."""
-  # Adam's moments are sharded like their parameters; counters are replicated.
-  abstract = jax.eval_shape(optimizer.init, params)
-  opt_layout = optax.tree.map_params(
-    optimizer,
-    lambda moment, sharding: moment if _is_masked(moment) else sharding,
-    abstract,
-    layout,
-    transform_non_params=lambda _: replicated(mesh),
-    is_leaf=_is_masked,
+  opt_layout = _like_parameters(
+    jax.eval_shape(optimizer.init, params), params, layout, replicated(mesh)
   )
   opt_state = jax.jit(optimizer.init, out_shardings=opt_layout)(params)
   step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
@@ -124,9 +117,38 @@ def make_state(
   return state, TrainState(**layouts)
 
 
-def _is_masked(node: object) -> bool:
-  """Whether `node` stands for a parameter that an optimizer leaves alone."""
-  return isinstance(node, optax.MaskedNode)
+def _like_parameters(
+  opt_state: PyTree,
+  params: PyTree,
+  layout: PyTree,
+  other: jax.sharding.Sharding,
+) -> PyTree:
+  """Returns the sharding of each array of the optimizer state.
+
+  An array with the name and the shape of a parameter, such as Adam's moments,
+  is split like it. Others are `other`: counters, and Adafactor's means, which
+  are as small as a row of a matrix.
+  """
+  known = {
+    (*_names(path), x.shape): sharding
+    for (path, x), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(params),
+      jax.tree.leaves(layout),
+      strict=True,
+    )
+  }
+
+  def find(path: tuple[Any, ...], x: Any) -> jax.sharding.Sharding:
+    names = _names(path)
+    matches = (known.get((*names[i:], x.shape)) for i in range(len(names)))
+    return next(filter(None, matches), other)
+
+  return jax.tree_util.tree_map_with_path(find, opt_state)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+  """Returns the keys of dicts in the path of an array."""
+  return tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
 
 
 def abstract_state(state: TrainState, layout: TrainState) -> TrainState:

@@ -16,6 +16,7 @@ from rag_jax.losses import in_batch_contrastive_nll
 from rag_jax.losses import marginal_token_nll
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.hybrid import learned_weights
+from rag_jax.models.partitioning import batch_parts
 from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import replicated
 from rag_jax.models.rag import RagModel
@@ -171,6 +172,40 @@ def cloze_loss(
   return loss, metrics
 
 
+def _accumulated(
+  grad_fn: Callable[..., tuple[PyTree, Metrics]],
+  params: PyTree,
+  batch: RagBatch,
+  dropout_key: Key[Array, ""],
+  stage: str,
+  num_parts: int,
+) -> tuple[PyTree, Metrics]:
+  """Returns the gradient and the metrics of a batch, from those of its parts.
+
+  The loss is a mean over target tokens. The gradient of each part therefore
+  counts by its share of the target tokens, and so does its loss. Other metrics
+  are means over rows.
+  """
+  num_tokens = jnp.sum(batch.target_mask)
+
+  def add(
+    grads: PyTree, part: tuple[Array, RagBatch]
+  ) -> tuple[PyTree, Metrics]:
+    i, rows = part
+    share = jnp.sum(rows.target_mask) / num_tokens
+    key = jax.random.fold_in(dropout_key, i)
+    more, metrics = grad_fn(params, rows, key)
+    grads = jax.tree.map(lambda x, y: x + share * y, grads, more)
+    loss = f"{stage}/loss"
+    return grads, metrics | {loss: metrics[loss] * share * num_parts}
+
+  parts = jnp.arange(num_parts), batch_parts(batch, num_parts)
+  grads, metrics = jax.lax.scan(
+    add, jax.tree.map(jnp.zeros_like, params), parts
+  )
+  return grads, jax.tree.map(jnp.mean, metrics)
+
+
 def update(
   state: TrainState,
   batch: RagBatch,
@@ -179,12 +214,28 @@ def update(
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,
   stage: str,
+  accumulate: int = 1,
 ) -> tuple[TrainState, Metrics]:
-  """Applies one gradient update. Pure; `compile_update` jits it."""
+  """Applies one gradient update. Pure; `compile_update` jits it.
+
+  Args:
+    state: before the update.
+    batch: its arrays have B rows.
+    key: random key of the run; each step has its own dropout.
+    loss_fn: a loss per target token.
+    optimizer: makes the update of a gradient.
+    stage: prefix of the metrics.
+    accumulate: parts of B / accumulate rows that the gradient is computed in,
+      one after the other. It equals that of the whole batch.
+  """
   dropout_key = jax.random.fold_in(key, state.step)
-  (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-    state.params, batch, dropout_key
-  )
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+  if accumulate > 1:
+    grads, metrics = _accumulated(
+      grad_fn, state.params, batch, dropout_key, stage, accumulate
+    )
+  else:
+    grads, metrics = grad_fn(state.params, batch, dropout_key)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics |= {f"{stage}/grad_norm": optax.tree.norm(grads)}

@@ -36,8 +36,9 @@ _REMOVE = "Remove it, or choose another --workdir."
 
 _MAY_DIFFER = frozenset({
   "train.log_steps", "train.validate_steps", "train.checkpoint_steps",
-  "train.keep_checkpoints", "train.vocab_chunk", "index.embed_batch_size",
-  "data.token_cache",
+  "train.keep_checkpoints", "train.vocab_chunk", "train.scan_layers",
+  "train.remat", "train.accumulate", "train.dropout_prng",
+  "index.embed_batch_size", "data.token_cache",
 })  # fmt: skip
 _SECTIONS_MAY_DIFFER = ("eval.", "mesh.", "decoding.")
 # Errors raised for a wrong setting or file. After any other error, such as a

@@ -2,6 +2,7 @@
 
 import math
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from linen import apply
@@ -126,3 +127,115 @@ def test_dropout_is_a_function_of_its_key():
   np.testing.assert_array_equal(run(0, X, mask), result)
   assert np.any(run(1, X, mask) != result)
   assert np.any(apply(layer, params, X, mask) != result)
+
+
+class Stack(nn.Module):
+  """Three decoder layers."""
+
+  loop: layers.LayerLoop = layers.UNROLLED
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x, mask, memory, memory_mask, deterministic=True):
+    """Returns the output."""
+    stack = [
+      layers.TransformerLayer(
+        make_config(dropout=self.dropout),
+        cross=True,
+        dtype=jnp.float32,
+        name=f"layer_{i}",
+      )
+      for i in range(3)
+    ]
+    inputs = mask, memory, memory_mask
+    return self.loop.run(stack, x, *inputs, deterministic=deterministic)
+
+
+CAUSAL = np.tril(np.ones((B, T, T), bool))
+STACK_ARGS = tuple(map(jnp.asarray, (X, CAUSAL, MEMORY, MEMORY_MASK)))
+LOOPS = [layers.LayerLoop(scan=True, remat=remat) for remat in layers.REMAT]
+LOOPS += [layers.LayerLoop(remat="full")]
+
+
+def output_and_gradients(loop, params, x, mask, memory, memory_mask, seed=None):
+  """Of the parameters and of both inputs; with dropout if there is a seed."""
+  module = Stack(loop, dropout=0.0 if seed is None else 0.5)
+  rngs = {} if seed is None else {"dropout": jax.random.key(seed)}
+
+  def run(params, x, memory):
+    y = module.apply(
+      {"params": params},
+      *(x, mask, memory, memory_mask),
+      deterministic=seed is None,
+      rngs=rngs,
+    )
+    return jnp.sum(jnp.sin(y)), y
+
+  grad_fn = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
+  (_, y), grads = jax.jit(grad_fn)(params, x, memory)
+  return y, grads
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=str)
+def test_however_layers_run_output_and_gradients_are_the_same(loop):
+  params = random_params(Stack(), *STACK_ARGS)
+  y, grads = output_and_gradients(layers.UNROLLED, params, *STACK_ARGS)
+  other_y, other_grads = output_and_gradients(loop, params, *STACK_ARGS)
+  np.testing.assert_allclose(other_y, y, rtol=1e-5, atol=1e-6)
+  for one, other in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True
+  ):
+    np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=str)
+def test_however_layers_run_they_are_born_the_same(loop):
+  one = fresh_params(Stack(), *STACK_ARGS)
+  other = fresh_params(Stack(loop), *STACK_ARGS)
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_the_dropout_of_a_loop_is_the_same_when_it_is_computed_again():
+  loop = layers.LayerLoop(scan=True, remat="full")
+  params = random_params(Stack(), *STACK_ARGS)
+  y, grads = output_and_gradients(loop, params, *STACK_ARGS, seed=0)
+  # The backward pass computes the same dropout again: without recomputation the
+  # gradients are the same.
+  kept = layers.LayerLoop(scan=True)
+  same_y, same_grads = output_and_gradients(kept, params, *STACK_ARGS, seed=0)
+  np.testing.assert_allclose(same_y, y, rtol=1e-5, atol=1e-6)
+  for one, other in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(same_grads), strict=True
+  ):
+    np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+  other_y, _ = output_and_gradients(loop, params, *STACK_ARGS, seed=1)
+  assert np.any(other_y != y)
+
+
+def test_a_loop_over_layers_makes_a_program_of_one_layer():
+  params = random_params(Stack(), *STACK_ARGS)
+
+  def products(loop):
+    def loss(params):
+      return jnp.sum(Stack(loop).apply({"params": params}, *STACK_ARGS))
+
+    return jax.jit(jax.grad(loss)).lower(params).as_text().count("dot_general")
+
+  every = products(layers.UNROLLED)
+  # The first layer has no gradient of its input to compute; the loop has.
+  assert products(layers.LayerLoop(scan=True)) <= every / 3 + 1
+
+
+def test_what_is_not_kept_for_the_backward_pass_needs_no_memory():
+  sizes = {}
+  args = [jnp.repeat(x, 64, axis=0) for x in STACK_ARGS]
+  params = random_params(Stack(), *STACK_ARGS)
+  for remat in layers.REMAT:
+    module = Stack(layers.LayerLoop(scan=True, remat=remat))
+
+    def loss(params, module=module):
+      return jnp.sum(module.apply({"params": params}, *args))
+
+    compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+    sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
+  assert sizes["full"] < sizes["attention"] < sizes["dots"] < sizes["none"]

@@ -24,6 +24,7 @@ from rag_jax.config import OptimizerConfig
 from rag_jax.models import partitioning
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.rag import build_model
+from rag_jax.training import step
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.state import init_params
 from rag_jax.training.state import make_state
@@ -32,6 +33,8 @@ from rag_jax.training.step import marginal_loss
 
 ONE = "1x1x1"  # data x fsdp x tensor
 MESHES = [ONE, "8x1x1", "2x4x1", "2x2x2", "1x1x8"]
+# The same, with layers in a loop, recomputation, and gradients in two parts.
+LOOPED = "2x2x1 looped"
 OTHERS = pytest.mark.parametrize("mesh", MESHES[1:])
 STEPS = 3
 
@@ -39,13 +42,19 @@ B, K, C, T, Q, L, D, F = 8, 2, 6, 4, 3, 4, 16, 32
 V, ENCODER_V = 21, 24  # only one is a multiple of `tensor`
 
 
-def make_model():
+def make_model(looped):
   config = Config()
+  if looped:
+    config.train.scan_layers, config.train.remat = True, "attention"
   config.encoder = EncoderConfig(
-    embed_dim=D, num_heads=8, mlp_dim=F, projection_dim=D, dropout=0.3
+    embed_dim=D,
+    num_heads=8,
+    mlp_dim=F,
+    projection_dim=D,
+    dropout=0.0 if looped else 0.3,
   )
   config.generator = GeneratorConfig(
-    num_layers=1,
+    num_layers=2,
     embed_dim=D,
     num_heads=8,
     mlp_dim=F,
@@ -93,12 +102,13 @@ def contrast(mesh):
 
 def train(name):
   """Returns what happens on the mesh called `name`, as JSON can hold it."""
-  data, fsdp, tensor = map(int, name.split("x"))
+  shape, *looped = name.split()
+  data, fsdp, tensor = map(int, shape.split("x"))
   mesh = partitioning.make_mesh(
     MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
     jax.devices()[: data * fsdp * tensor],
   )
-  model, batch = make_model(), make_batch()
+  model, batch = make_model(looped), make_batch()
   arrays = jax.tree.map(jnp.asarray, batch)
   params, layout = init_params(
     lambda key: model.init(key, arrays)["params"], jax.random.key(0), mesh
@@ -133,6 +143,7 @@ def train(name):
     state_layout,
     mesh,
     "train",
+    functools.partial(step.update, accumulate=2 if looped else 1),
   )
   history = []
   for _ in range(STEPS):

@@ -285,3 +285,53 @@ def test_shapes_of_parameters_are_enough_to_make_the_optimizer():
     for tree in (params, shapes)
   ]
   assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
+def test_adafactor_keeps_a_mean_per_row_and_column_of_a_matrix():
+  params = {"generator": {"kernel": np.ones((256, 192), np.float32)}}
+  optimizer = optimizer_lib.make_optimizer(
+    constant(kind="adafactor"), params, 10
+  )
+  state = jax.eval_shape(optimizer.init, params)
+  sizes = [x.size for x in jax.tree.leaves(state)]
+  assert sum(sizes) < 256 + 192 + 10
+
+
+def test_an_update_of_adafactor_is_about_the_learning_rate():
+  rng = np.random.default_rng(1)
+  params = make_params()
+  grads = jax.tree.map(
+    lambda x: rng.normal(size=np.shape(x)).astype(np.float32), params
+  )
+  config = constant(kind="adafactor", peak_lr=0.1, retriever_lr=0.01)
+  for path, move in moves(config, grads, ("log_score_scale",)).items():
+    lr = 0.1 if path.startswith("generator") else 0.01
+    expected = 0 if path == "log_score_scale" else lr
+    size = np.sqrt(np.mean(move**2))
+    np.testing.assert_allclose(size, expected, rtol=0.05, err_msg=path)
+
+
+def test_adafactor_decays_matrices_as_adamw_does():
+  grads = jax.tree.map(np.zeros_like, make_params())
+  decay = {"peak_lr": 0.1, "retriever_lr": 0.1, "weight_decay": 0.5}
+  adamw = moves(constant(**decay), grads)
+  adafactor = moves(constant(kind="adafactor", **decay), grads)
+  assert any(map(np.any, adamw.values()))
+  for path, move in adamw.items():
+    np.testing.assert_allclose(adafactor[path], move, rtol=1e-6, err_msg=path)
+
+
+def test_the_first_moment_may_be_of_bfloat16():
+  params = make_params()
+  configs = constant(), constant(momentum_dtype="bfloat16")
+  sizes = []
+  for config in configs:
+    optimizer = optimizer_lib.make_optimizer(config, params, 10)
+    state = jax.eval_shape(optimizer.init, params)
+    moments = [x for x in jax.tree.leaves(state) if x.dtype != jnp.int32]
+    sizes.append(sum(x.size * x.dtype.itemsize for x in moments))
+  number = sum(np.size(x) for x in jax.tree.leaves(params))
+  assert sizes == [8 * number, 6 * number]
+  one, other = (moves(config, num_updates=3) for config in configs)
+  for path, move in one.items():
+    np.testing.assert_allclose(other[path], move, rtol=1e-2, err_msg=path)

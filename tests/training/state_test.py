@@ -105,6 +105,18 @@ def test_moments_lie_beside_their_parameters_and_counters_everywhere(made):
   assert sorted(moments) == sorted(2 * trains)  # Adam's mean and square
 
 
+def test_the_means_of_adafactor_are_on_every_device(fresh, mesh):
+  params, layout = fresh
+  optimizer = make_optimizer(OptimizerConfig(kind="adafactor"), params, 10)
+  state, state_layout = make_state(params, layout, optimizer, mesh)
+  assert jax.tree.structure(state) == jax.tree.structure(state_layout)
+  for path, sharding in jax.tree_util.tree_leaves_with_path(
+    state_layout.opt_state
+  ):
+    if "v_row" in name_of(path) or "v_col" in name_of(path):
+      assert sharding == partitioning.replicated(mesh), name_of(path)
+
+
 def test_a_new_state_has_made_no_update(made, fresh):
   state, _, _ = made
   assert state.step == 0

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from rag_jax import losses
+from rag_jax import losses_hf
 from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
@@ -243,6 +244,68 @@ def test_the_warm_up_adds_infilling_and_contrast(params):
     grads[0.0]["generator"],
     grads[0.5]["generator"],
   )
+
+
+@pytest.mark.parametrize("hf", [False, True])
+def test_the_parts_of_a_batch_add_up_to_the_whole(params, hf):
+  """Gradients and metrics, though the parts have 7 and 3 target tokens."""
+  if hf:
+    nll_fn = losses_hf.HF_NLL_FNS["rag_sequence"]
+    loss_fn = functools.partial(step_lib.hf_loss, model=MODEL, nll_fn=nll_fn)
+  else:
+    loss_fn = functools.partial(
+      step_lib.marginal_loss, model=MODEL, nll_fn=losses.marginal_token_nll
+    )
+
+  @functools.partial(jax.jit, static_argnames="accumulate")
+  def moved(params, batch, accumulate):
+    state = TrainState(
+      step=jnp.int32(0), params=params, opt_state=SGD.init(params)
+    )
+    state, metrics = step_lib.update(
+      state,
+      batch,
+      jax.random.key(0),
+      loss_fn=loss_fn,
+      optimizer=SGD,
+      stage="train",
+      accumulate=accumulate,
+    )
+    return state.params, metrics
+
+  whole, metrics = moved(params, make_batch(), 1)
+  for num_parts in (2, 4):
+    parts, summed = moved(params, make_batch(), num_parts)
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+      parts,
+      whole,
+    )
+    assert set(summed) == set(metrics)
+    for name, value in metrics.items():
+      np.testing.assert_allclose(summed[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_every_part_of_a_batch_has_its_own_dropout(params):
+  model = make_model(dropout=0.5)
+  keys = []
+
+  def spy(params, batch, key):
+    data = jax.random.key_data(key)
+    jax.debug.callback(lambda data: keys.append(data.tolist()), data)
+    return step_lib.marginal_loss(
+      params, batch, key, model=model, nll_fn=losses.marginal_token_nll
+    )
+
+  state = TrainState(
+    step=jnp.int32(0), params=params, opt_state=SGD.init(params)
+  )
+  run = functools.partial(
+    step_lib.update, loss_fn=spy, optimizer=SGD, stage="train", accumulate=4
+  )
+  jax.block_until_ready(jax.jit(run)(state, make_batch(), jax.random.key(0)))
+  jax.effects_barrier()
+  assert len({tuple(key) for key in keys}) == 4
 
 
 @pytest.mark.parametrize(
