@@ -1,0 +1,208 @@
+"""How much arithmetic one training step is, counted from the config.
+
+In: a config and the shapes of a step. Out: the FLOPs of each part, forward and
+backward, and the tokens that the step reads.
+
+Counted are the multiplications and additions of matrix products, on padding
+too, by all devices together, each product once: what rematerialisation or
+vocabulary chunks compute again is left out. This is the convention of model
+FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311,
+appendix B). A product of two tensors that both have gradients costs twice as
+much backward as forward.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from rag_jax.config import Config
+from rag_jax.config import EncoderConfig
+from rag_jax.models.encoders import layer_config
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepShapes:
+  """The sizes of one step of the main stage, over all devices."""
+
+  num_questions: int  # B
+  n_docs: int  # K; 0 = closed book
+  question_length: int  # Q
+  passage_length: int  # L
+  context_length: int  # C
+  target_length: int  # T
+  num_passages: int  # P
+
+  @property
+  def num_contexts(self) -> int:
+    """B*K; a closed-book question has one context, which holds no passage."""
+    return self.num_questions * max(self.n_docs, 1)
+
+
+class Flops(NamedTuple):
+  """The FLOPs of a part of a step."""
+
+  forward: float
+  backward: float
+
+
+def step_shapes(config: Config, num_passages: int) -> StepShapes:
+  """Returns the shapes of the steps that `config` describes."""
+  return StepShapes(
+    num_questions=config.train.batch_size,
+    n_docs=config.data.n_docs,
+    question_length=config.data.question_length,
+    passage_length=config.data.passage_length,
+    context_length=config.data.context_length,
+    target_length=config.data.target_length,
+    num_passages=num_passages,
+  )
+
+
+def step_tokens(shapes: StepShapes) -> int:
+  """Returns the tokens that pass through a model in one step, with padding.
+
+  Questions and passages in the retriever, contexts in the generator's encoder,
+  and targets in its decoder, once for each document. Every document counts
+  whether its embedding is computed or comes from the index.
+  """
+  s = shapes
+  questions = s.num_questions * s.question_length if s.n_docs else 0
+  passages = s.num_questions * s.n_docs * s.passage_length
+  contexts = s.num_contexts * (s.context_length + s.target_length)
+  return questions + passages + contexts
+
+
+def step_flops(
+  config: Config, shapes: StepShapes, vocab_size: int
+) -> dict[str, Flops]:
+  """Returns the FLOPs of each part of one step of the main stage.
+
+  The parts are: `question_encoder`, `passage_encoder`, `doc_scores`;
+  `generator_encoder`, `generator_decoder_self`, `generator_decoder_cross`,
+  `generator_decoder_mlp`, `pointer`, `logits`; and, with index.refresh_rows,
+  `search` and `refresh`. A part that the step does not have is 0. Documents
+  whose embeddings come from the index cost no passage encoder. Parameters that
+  optimizer.freeze names have a gradient that the step computes, so they count.
+
+  Args:
+    config: sizes of the layers.
+    shapes: of the step.
+    vocab_size: number of the generator's token ids, if generator.vocab_size is
+      0. The retriever's vocabulary costs no products.
+  """
+  s = shapes
+  flops = {
+    name: Flops(forward, 2 * forward)
+    for name, forward in (
+      _retriever(config, s) | _generator(config, s, vocab_size)
+    ).items()
+  }
+  rows = config.index.refresh_rows
+  search = _tower(config.encoder, s.num_questions, s.question_length)
+  search += 2 * s.num_questions * s.num_passages * _embedding_dim(config)
+  refresh = _tower(config.encoder, min(rows, s.num_passages), s.passage_length)
+  flops["search"] = Flops(search if rows else 0, 0)
+  flops["refresh"] = Flops(refresh if rows else 0, 0)
+  return flops
+
+
+def total_flops(flops: dict[str, Flops]) -> float:
+  """Returns the FLOPs of all parts, forward and backward."""
+  return float(sum(part.forward + part.backward for part in flops.values()))
+
+
+def _retriever(config: Config, s: StepShapes) -> dict[str, int]:
+  """Returns the forward FLOPs of the retriever inside the loss."""
+  if not s.n_docs:
+    return dict.fromkeys(
+      ("question_encoder", "passage_encoder", "doc_scores"), 0
+    )
+  docs = s.num_questions * s.n_docs
+  embeds = config.encoder.train_passage_encoder
+  return {
+    "question_encoder": _tower(
+      config.encoder, s.num_questions, s.question_length
+    ),
+    "passage_encoder": (
+      _tower(config.encoder, docs, s.passage_length) if embeds else 0
+    ),
+    "doc_scores": 2 * docs * _embedding_dim(config),
+  }
+
+
+def _embedding_dim(config: Config) -> int:
+  return config.encoder.projection_dim or config.encoder.embed_dim
+
+
+def _tower(e: EncoderConfig, rows: int, length: int) -> int:
+  """Returns the forward FLOPs of embedding `rows` of `length` tokens."""
+  layer = layer_config(e)
+  width = layer.num_heads * layer.head_size
+  tokens = rows * length
+  total = e.num_layers * (
+    _projections(tokens, tokens, e.embed_dim, width)
+    + _attention(rows, length, length, width)
+    + _mlp(tokens, e.embed_dim, e.mlp_dim, layer.gated)
+  )
+  if e.pooling == "pooler":
+    total += 2 * rows * e.embed_dim**2
+  if e.pooling == "learned":
+    total += 2 * tokens * e.embed_dim  # the weights
+  if e.pooling in ("learned", "mean"):
+    total += 2 * tokens * e.embed_dim
+  return total + 2 * rows * e.embed_dim * e.projection_dim
+
+
+def _generator(
+  config: Config, s: StepShapes, vocab_size: int
+) -> dict[str, int]:
+  """Returns the forward FLOPs of the generator."""
+  g = config.generator
+  n, d = s.num_contexts, g.embed_dim
+  contexts, targets = n * s.context_length, n * s.target_length
+  heads = g.num_decoder_heads or g.num_heads
+  width = g.num_heads * g.head_size
+  decoder_width = heads * (g.head_dim or d // heads)
+  layers = g.num_decoder_layers or g.num_layers
+  encoder = (
+    _projections(contexts, contexts, d, width)
+    + _attention(n, s.context_length, s.context_length, width)
+    + _mlp(contexts, d, g.mlp_dim, g.gated)
+  )
+  own = _projections(targets, targets, d, decoder_width) + _attention(
+    n, s.target_length, s.target_length, decoder_width
+  )
+  cross = _projections(targets, contexts, d, decoder_width) + _attention(
+    n, s.target_length, s.context_length, decoder_width
+  )
+  mlp = _mlp(targets, d, g.decoder_mlp_dim or g.mlp_dim, g.gated)
+  pointer = (
+    2 * d * d * (3 * contexts + 2 * targets)  # its five kernels
+    + _attention(n, s.target_length, s.context_length, d)
+    + 4 * targets * d  # the two modes
+  )
+  return {
+    "generator_encoder": g.num_layers * encoder,
+    "generator_decoder_self": layers * own,
+    "generator_decoder_cross": layers * cross,
+    "generator_decoder_mlp": layers * mlp,
+    "pointer": pointer if g.pointer else 0,
+    "logits": 2 * targets * d * (g.vocab_size or vocab_size),
+  }
+
+
+def _projections(queries: int, keys: int, dim: int, width: int) -> int:
+  """Returns the forward FLOPs of the four kernels of attention."""
+  return 4 * (queries + keys) * dim * width  # query, out; key, value
+
+
+def _attention(rows: int, queries: int, keys: int, width: int) -> int:
+  """Returns the forward FLOPs of the logits and of the weighted sums.
+
+  A causal mask leaves half of the products without effect; they count, because
+  they are computed.
+  """
+  return 4 * rows * queries * keys * width
+
+
+def _mlp(tokens: int, dim: int, mlp_dim: int, gated: bool) -> int:
+  return 2 * (3 if gated else 2) * tokens * dim * mlp_dim
