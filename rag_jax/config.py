@@ -89,6 +89,9 @@ class DataConfig(_Settings):
   # DPR .tsv file (psgs_w100.tsv), which are read into memory; or a passage
   # store of any size, such as the folder passages/ of rag-jax build-index.
   passages: str = "world_facts"
+  # How many passages there are; a run refuses other files. 0: any number.
+  # rag-jax plan needs it, since it reads no passages.
+  num_passages: int = 0
   # Local folder for the token ids of a passage store, which take 3 to 5 bytes
   # per token of passage_length; runs can share it. "" = in the workdir.
   token_cache: str = ""

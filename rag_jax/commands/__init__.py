@@ -11,4 +11,5 @@ PROGRAM = "rag-jax"
 # build_index.py, and tools/build_index.py runs the same `main`.
 COMMANDS = (
   "train", "ask", "build-index", "search", "update-index", "convert-hf",
+  "plan",
 )  # fmt: skip

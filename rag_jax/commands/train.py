@@ -8,8 +8,6 @@ at the end model, index, results.json and learning_curves.png. The same command
 again continues from the last checkpoint; Ctrl-C saves a checkpoint first.
 """
 
-import os
-import re
 import sys
 from typing import Any
 
@@ -17,11 +15,9 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from rag_jax import config_json
-from rag_jax.api.configs import run_config
 from rag_jax.api.runs import train
-from rag_jax.artifacts import instead_of
 from rag_jax.commands import command
+from rag_jax.commands.config_flag import check_config
 from rag_jax.evaluation.report import table
 from rag_jax.training.interrupt import StoppedEarlyError
 from rag_jax.training.workdir import keep_compiled
@@ -65,24 +61,6 @@ def main(argv: list[str]) -> None:
   print(f"Ask it: rag-jax ask --workdir={_WORKDIR.value}")
 
 
-def _check(argv: list[str]) -> None:
-  """Raises an exception if the config file or a setting is not one.
-
-  Before absl reads them, whose own exceptions end in a stack trace.
-  """
-  config_json.check_overrides(argv)
-  given = re.findall(r"^--?config(?:=|\n)(.+)$", "\n".join(argv), re.MULTILINE)
-  for name in given:
-    filename, *argument = name.split(":", 1)
-    if not os.path.isfile(filename):
-      raise FileNotFoundError(
-        f"There is no config file {filename}. Expected a Python file with a"
-        " function get_config, like configs/quickstart.py."
-        f" {instead_of(filename)} Correct --config."
-      )
-    run_config(filename, *argument)
-
-
 def _overridden() -> dict[str, Any]:
   """Returns the config file's values of settings that flags override."""
   names = config_flags.get_override_values(flags.FLAGS["config"])
@@ -95,7 +73,7 @@ def run() -> None:
   try:
     command.run(
       main,
-      check=_check,
+      check=check_config,
       interrupted="Stopped. Run the same command again to continue.",
     )
   except StoppedEarlyError as stopped:

@@ -94,34 +94,35 @@ class Experiment:
 
   def init(self, key: jax.Array) -> PyTree:
     """Returns fresh parameters, boxed with their logical axes."""
-    batch = jax.tree.map(jax.numpy.asarray, self.example_batch())
+    batch = jax.tree.map(jax.numpy.asarray, example_batch(self.config))
     return self.model.init(key, batch)["params"]
 
-  def example_batch(self) -> RagBatch:
-    """Returns a batch of one question, from which shapes are derived."""
-    data = self.config.data
-    k = max(data.n_docs, 1)
 
-    def tokens(*shape: int) -> tuple[np.ndarray, np.ndarray]:
-      return np.zeros(shape, np.int32), np.ones(shape, bool)
+def example_batch(config: Config) -> RagBatch:
+  """Returns a batch of one question, from which shapes are derived."""
+  data = config.data
+  k = max(data.n_docs, 1)
 
-    context, context_mask = tokens(1, k, data.context_length)
-    target, target_mask = tokens(1, data.target_length)
-    # With the retriever's arrays even for a closed-book model: it has untrained
-    # retriever parameters, so that its generator starts from the same values.
-    question, question_mask = tokens(1, data.question_length)
-    doc, doc_mask = tokens(1, k, data.passage_length)
-    return RagBatch(
-      context_tokens=context,
-      context_mask=context_mask,
-      target_tokens=target,
-      target_mask=target_mask,
-      question_tokens=question,
-      question_mask=question_mask,
-      doc_tokens=doc,
-      doc_mask=doc_mask,
-      bm25_scores=None if self.bm25 is None else np.zeros((1, k), np.float32),
-    )
+  def tokens(*shape: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(shape, np.int32), np.ones(shape, bool)
+
+  context, context_mask = tokens(1, k, data.context_length)
+  target, target_mask = tokens(1, data.target_length)
+  # With the retriever's arrays even for a closed-book model: it has untrained
+  # retriever parameters, so that its generator starts from the same values.
+  question, question_mask = tokens(1, data.question_length)
+  doc, doc_mask = tokens(1, k, data.passage_length)
+  return RagBatch(
+    context_tokens=context,
+    context_mask=context_mask,
+    target_tokens=target,
+    target_mask=target_mask,
+    question_tokens=question,
+    question_mask=question_mask,
+    doc_tokens=doc,
+    doc_mask=doc_mask,
+    bm25_scores=np.zeros((1, k), np.float32) if config.index.hybrid else None,
+  )
 
 
 def open_experiment(
@@ -160,6 +161,12 @@ def open_experiment(
   if passages is None:
     passages = load_passages(config.data.passages)
   check_n_docs(config.data.n_docs, passages)
+  if config.data.num_passages not in (0, len(passages)):
+    raise ValueError(
+      f"{passages.origin} has {len(passages)} passages, but data.num_passages="
+      f"{config.data.num_passages}. Correct data.passages, or set"
+      " data.num_passages=0 to take any number."
+    )
   initial = initial or Initial()
   opened = passages, tokenizer_path, initial
   # One process first: it may write the tokenizers that the others then open.

@@ -98,7 +98,8 @@ def make_optimizer(
       # Without its own scale by the size of a parameter, so that a learning
       # rate means what it means with AdamW: updates of about that size.
       return optax.chain(
-        optax.scale_by_factored_rms(),
+        # The kernels of attention end in the size of a head, often 64.
+        optax.scale_by_factored_rms(min_dim_size_to_factor=64),
         optax.clip_by_block_rms(1.0),
         optax.add_decayed_weights(config.weight_decay, _decays),
         optax.scale_by_learning_rate(schedule(config, peak_lr, num_steps)),

@@ -22,6 +22,7 @@ from rag_jax.data.step_batches import StepBatches
 from rag_jax.losses import MARGINAL_NLL_FNS
 from rag_jax.losses_hf import HF_NLL_FNS
 from rag_jax.models.partitioning import process_rows
+from rag_jax.models.rag import RagModel
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.search_in_step import InStep
 from rag_jax.training.search_in_step import open_in_step
@@ -141,7 +142,7 @@ def make_stages(
       num_steps=config.train.num_steps,
       batch_size=config.train.batch_size,
       first_step=config.warmup.num_steps,
-      loss_fn=_main_loss(experiment),
+      loss_fn=main_loss(config, experiment.model, experiment.tokenizer.bos_id),
       prepare=batches.prepare,
       in_step=in_step,
       accumulate=config.train.accumulate,
@@ -150,24 +151,27 @@ def make_stages(
   return stages
 
 
-def _main_loss(experiment: Experiment) -> LossFn:
-  """Returns the loss that the config chooses."""
-  config = experiment.config
+def main_loss(config: Config, model: RagModel, bos_id: int | None) -> LossFn:
+  """Returns the loss of the main stage.
+
+  Args:
+    config: chooses the loss.
+    model: of retriever and generator.
+    bos_id: the generator's begin token, which exclude_bos_score leaves out.
+  """
   if config.hf_loss:
     nll_fn = HF_NLL_FNS[config.loss]
     if config.exclude_bos_score:
-      nll_fn = functools.partial(
-        nll_fn, excluded_bos=experiment.tokenizer.bos_id
-      )
+      nll_fn = functools.partial(nll_fn, excluded_bos=bos_id)
     return functools.partial(
       hf_loss,
-      model=experiment.model,
+      model=model,
       nll_fn=nll_fn,
       label_smoothing=config.label_smoothing,
     )
   return functools.partial(
     marginal_loss,
-    model=experiment.model,
+    model=model,
     nll_fn=MARGINAL_NLL_FNS[config.loss],
     label_smoothing=config.label_smoothing,
     vocab_chunk=config.train.vocab_chunk,

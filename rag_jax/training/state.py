@@ -103,18 +103,36 @@ def make_state(
   mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, TrainState]:
   """Returns the state before the first step, and the sharding of each array."""
+  state_layout = state_layouts(params, layout, optimizer, mesh)
+  make = jax.jit(optimizer.init, out_shardings=state_layout.opt_state)
+  step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+  state = TrainState(step=step, params=params, opt_state=make(params))
+  return state, state_layout
+
+
+def state_layouts(
+  params: PyTree,
+  layout: PyTree,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+) -> TrainState:
+  """Returns the sharding of each array of a state, without an index.
+
+  Args:
+    params: the parameters, or their shapes.
+    layout: the sharding of each parameter.
+    optimizer: made for `params`.
+    mesh: devices.
+  """
   opt_layout = _like_parameters(
     jax.eval_shape(optimizer.init, params), params, layout, replicated(mesh)
   )
-  opt_state = jax.jit(optimizer.init, out_shardings=opt_layout)(params)
-  step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-  state = TrainState(step=step, params=params, opt_state=opt_state)
   layouts: dict[str, Any] = {
     "step": replicated(mesh),
     "params": layout,
     "opt_state": opt_layout,
   }
-  return state, TrainState(**layouts)
+  return TrainState(**layouts)
 
 
 def _like_parameters(

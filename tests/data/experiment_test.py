@@ -10,6 +10,7 @@ import pytest
 from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.data.experiment import check_n_docs
+from rag_jax.data.experiment import example_batch
 from rag_jax.data.experiment import open_experiment
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.bm25 import Bm25Settings
@@ -50,7 +51,7 @@ def test_the_tokenizer_learns_from_passages_and_questions(experiment):
 
 
 def test_the_example_has_the_shapes_of_the_config(experiment):
-  batch = experiment.example_batch()
+  batch = example_batch(experiment.config)
   assert batch.context_tokens.shape == (1, 2, 40)
   assert batch.target_tokens.shape == (1, 8)
   assert batch.question_tokens.shape == (1, 16)
@@ -167,11 +168,11 @@ def test_missing_passages_are_refused(tiny):
 
 def test_words_are_indexed_only_if_they_are_searched(experiment, tiny):
   assert experiment.bm25 is None
-  assert experiment.example_batch().bm25_scores is None
+  assert example_batch(experiment.config).bm25_scores is None
   assert set(experiment.identity) == {"passages", "tokenizer"}
   hybrid = open_experiment(tiny.config(index__hybrid=True))
   assert hybrid.bm25.num_passages == 40
-  assert hybrid.example_batch().bm25_scores.shape == (1, 2)
+  assert example_batch(hybrid.config).bm25_scores.shape == (1, 2)
   new = {"hybrid/log_dense": (), "hybrid/log_bm25": ()}
   found = {k.removesuffix("/value"): v for k, v in shapes(hybrid).items()}
   known = {k.removesuffix("/value"): v for k, v in shapes(experiment).items()}

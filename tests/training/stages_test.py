@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rag_jax.data.experiment import example_batch
 from rag_jax.losses import marginal_sequence_nll
 from rag_jax.losses import marginal_token_nll
 from rag_jax.losses_hf import hf_rag_sequence_nll
@@ -124,7 +125,7 @@ def test_the_config_chooses_the_marginal_likelihood(name, nll_fn, tiny):
   given = experiment.model
   model = FixedModel(given.question_encoder, None, given.generator)
   experiment = dataclasses.replace(experiment, model=model)
-  batch = jax.tree.map(jnp.asarray, experiment.example_batch())
+  batch = jax.tree.map(jnp.asarray, example_batch(experiment.config))
   loss_fn = make_stages(experiment, tiny.split("train"))[-1].loss_fn
   loss, metrics = loss_fn({}, batch, jax.random.key(0))
   out = FixedModel.out()
@@ -136,7 +137,7 @@ def test_the_config_chooses_the_marginal_likelihood(name, nll_fn, tiny):
 def test_the_loss_of_hugging_face_is_a_choice(tiny):
   config = tiny.config(loss="rag_sequence", hf_loss=True, label_smoothing=0.1)
   experiment, _, _ = tiny.open(config)
-  batch = jax.tree.map(jnp.asarray, experiment.example_batch())
+  batch = jax.tree.map(jnp.asarray, example_batch(experiment.config))
   params = nn.meta.unbox(experiment.init(jax.random.key(0)))
   loss_fn = make_stages(experiment, tiny.split("train"))[-1].loss_fn
   loss, _ = jax.jit(loss_fn)(params, batch, jax.random.key(0))
