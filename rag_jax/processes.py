@@ -7,12 +7,13 @@ All processes call every function here, in the same order; otherwise the program
 hangs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import json
 from typing import Any, TypeVar, cast
 
 import jax
 from jax.experimental import multihost_utils
-from jaxtyping import Int
+from jaxtyping import Int, Num
 import numpy as np
 
 _T = TypeVar("_T")
@@ -22,6 +23,11 @@ def wait_for_all(what: str) -> None:
   """Returns when every process of the program has called this with `what`."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
+
+
+def is_first() -> bool:
+  """Returns whether this is the process that writes and prints."""
+  return jax.process_index() == 0
 
 
 def from_first(value: int) -> int:
@@ -47,21 +53,60 @@ def sum_counts(counts: dict[str, int]) -> dict[str, int]:
   return dict(zip(counts, totals.tolist(), strict=True))
 
 
+def from_each(value: Any) -> list[Any]:
+  """Returns the `value` of every process, which JSON can hold, in order."""
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  gather = multihost_utils.process_allgather
+  sizes = np.asarray(gather(np.int32(len(data)))).tolist()
+  padded = np.zeros(max(sizes), np.uint8)
+  padded[: len(data)] = data
+  rows = np.asarray(gather(padded))
+  return [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(rows, sizes, strict=True)
+  ]
+
+
+def share(
+  items: Sequence[_T], act: Callable[[Sequence[_T]], list[Any]]
+) -> list[Any]:
+  """Returns `act(items)`, in all processes, each of which does a part of it.
+
+  Args:
+    items: the same in all processes.
+    act: some items -> a result for each, which JSON can hold. It must not
+      communicate with other processes.
+  """
+  count = jax.process_count()
+  if count == 1:
+    return act(items)
+  mine = items[jax.process_index() :: count]
+  results = [None] * len(items)
+  for process, part in enumerate(from_each(act(mine) if mine else [])):
+    results[process::count] = part
+  return results
+
+
 def join_rows(
-  local: Int[np.ndarray, "n K"], rows: Int[np.ndarray, "b"], num_rows: int
-) -> Int[np.ndarray, "B K"]:
+  local: Num[np.ndarray, "n K"], rows: Int[np.ndarray, "b"], num_rows: int
+) -> Num[np.ndarray, "B K"]:
   """Returns an array of which each process has some rows.
 
   Args:
-    local: the rows of this process; no value is negative.
+    local: the rows of this process: int32 from -1, or float32.
     rows: their row numbers in the whole array; processes may share rows.
     num_rows: of the whole array.
   """
   if jax.process_count() == 1:
     return local
   if not local.shape[1]:
-    return np.zeros((num_rows, 0), np.int32)
-  whole = np.full((num_rows, local.shape[1]), -1, np.int32)
+    return np.zeros((num_rows, 0), local.dtype)
+  is_float = np.issubdtype(local.dtype, np.floating)
+  lowest = np.finfo(np.float32).min if is_float else -1
+  dtype = np.float32 if is_float else np.int32
+  whole = np.full((num_rows, local.shape[1]), lowest, dtype)
   whole[rows] = local
   everywhere = np.asarray(multihost_utils.process_allgather(whole))
   return everywhere.max(axis=0)

@@ -56,8 +56,9 @@ def train(
 
   An interrupted run continues from its newest undamaged checkpoint, and ends
   with the same parameters. The model of a run that has ended is only evaluated
-  again. On a pod, call `jax.distributed.initialize()` before, in a process on
-  each host, with the same arguments for `train`.
+  again. On a pod, run `rag-jax train --distributed` on each host. From Python,
+  call `rag_jax.pod.join` before, in a process on each host, with the same
+  arguments for `train`.
 
   Args:
     config: of the experiment, a `Config`. It is not changed.

@@ -13,12 +13,13 @@ answers from other passages without training again.
 
 Several questions are several arguments. With `-`, questions are read from
 standard input, one per line; without a question, at a prompt. --json prints one
-JSON object per answer. Only the user's cache directory (~/.cache/rag_jax) is
-written to: compiled programs, and converted weights of a --model that has them
-as a pickle only.
+JSON object per answer. With --distributed on every host of a pod, each answers
+a share of the questions, and the first host prints all answers. Only the user's
+cache directory (~/.cache/rag_jax) is written to: compiled programs, and
+converted weights of a --model that has them as a pickle only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import os
 import pathlib
 import sys
@@ -30,6 +31,9 @@ from absl import logging
 from rag_jax.api import pickles
 from rag_jax.commands import command
 from rag_jax.decoding.rag import MODES
+from rag_jax.pod import joined
+from rag_jax.processes import is_first
+from rag_jax.processes import share
 from rag_jax.serving.explanation import SURE
 from rag_jax.serving.explanation import explain
 from rag_jax.serving.explanation import to_json
@@ -78,6 +82,7 @@ _STREAM = flags.DEFINE_bool(
   "stream", None, "Show an answer on stderr while it is written, but not in"
   " beam search or RAG-Sequence. By default if stderr is a terminal.",
 )  # fmt: skip
+command.define_pod_flags()
 _SHOWN_CHARS = 39  # of an unfinished answer; a character may take two columns
 
 
@@ -162,11 +167,44 @@ def _open() -> RagPipeline:
   )
 
 
+def _answer_on_hosts(arguments: list[str]) -> None:
+  """Answers on all hosts of a pod, each a share; the first one prints.
+
+  Raises:
+    ValueError: there is no question to share.
+  """
+  questions = list(command.questions(arguments))
+  if not questions:
+    raise ValueError(
+      "--distributed was given without a question; expected questions that the"
+      " hosts can share. Give them as arguments, or - for standard input."
+    )
+  pipeline = _open()
+
+  def answer(some: Sequence[str]) -> list[str]:
+    texts = []
+    for question in some:
+      (found,) = pipeline.answer(question, n_docs=_N_DOCS.value)
+      if _JSON.value:
+        texts.append(to_json(found, _SURE.value, pipeline.least_score))
+      else:
+        shown = explain(found, _SURE.value, pipeline.least_score)
+        texts.append(f"{question}\n{shown}")
+    return texts
+
+  texts = share(questions, answer)
+  if is_first():
+    print("\n".join(text.rstrip("\n") for text in texts))
+
+
 def main(argv: list[str]) -> None:
   """Runs the command."""
   if not flags.FLAGS["verbosity"].present:
     # Answers alone; --verbosity=0 also says how long each took.
     logging.set_verbosity(logging.WARNING)
+  if joined():
+    _answer_on_hosts(argv[1:])
+    return
   pipeline = _open()
   streams = sys.stderr.isatty() if _STREAM.value is None else _STREAM.value
   on_text = _show if streams and not _JSON.value else None

@@ -13,6 +13,9 @@ A passage is as much of a section as the encoder reads; --split changes that.
 
 The same command again continues an interrupted build. At the end it prints the
 certificate: what the index was measured to find.
+
+With --distributed on every host of a pod, whose hosts all see --output, all
+chips embed the passages.
 """
 
 import dataclasses
@@ -27,6 +30,8 @@ from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
 from rag_jax.corpus.text_files import read_texts
+from rag_jax.processes import is_first
+from rag_jax.processes import wait_for_all
 from rag_jax.retrieval.embeddings import STORAGE
 from rag_jax.search.build import BuildConfig
 from rag_jax.search.directory import word_settings
@@ -113,6 +118,7 @@ _CACHE_DIR = flags.DEFINE_string(
 _WAIT = flags.DEFINE_bool(
   "wait", False, "Wait for another process that writes there."
 )
+command.define_pod_flags()
 flags.mark_flags_as_required(["corpus", "encoder", "output"])
 
 
@@ -163,12 +169,16 @@ def main(argv: list[str]) -> None:
     questions=read_texts(_QUESTIONS.value) if _QUESTIONS.value else [],
     wait=_WAIT.value,
   )
+  if not is_first():
+    wait_for_all("the first process has certified the index")
+    return
   certificate = directory.certificate
   if _FIT_HYBRID.value and not (certificate and certificate.modes):
     directory.fit_hybrid(_FIT_HYBRID.value)
   assert directory.certificate is not None
   print(directory.certificate.table())
   print(f"{len(directory.passages)} passages can be searched in {output}.")
+  wait_for_all("the first process has certified the index")
 
 
 def run() -> None:

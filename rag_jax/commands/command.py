@@ -4,17 +4,20 @@ In: the `main` of a command, or of a script in tools/. Out: its exit status: 0
 for --help; 1 for an error that a user can correct, with a message instead of a
 stack trace. Everything that a command prints or logs goes through
 rag_jax/terminal.py, so that no passage, id or question can control the
-terminal.
+terminal. A command with the flags of `define_pod_flags` joins the other hosts
+here, before its `main`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import ctypes
+import dataclasses
 import os
 import pathlib
 import re
 import signal
 import sys
+import traceback
 from typing import Any, TextIO, cast
 
 from absl import app
@@ -87,6 +90,82 @@ def define_word_flags() -> Callable[[], dict[str, Any]]:
   }
 
 
+def define_pod_flags() -> None:
+  """Defines the flags with which a command runs on every host of a pod."""
+  flags.DEFINE_bool(
+    "distributed", False, "On every host of a pod: join the other hosts first."
+  )
+  flags.DEFINE_string(
+    "coordinator", "", "With --distributed where JAX finds no pod itself (it"
+    " does on Cloud TPU, GKE, Slurm, Open MPI): HOST:PORT of process 0.",
+  )  # fmt: skip
+  flags.DEFINE_integer(
+    "num_processes", 0, "As --coordinator: how many processes there are."
+  )
+  flags.DEFINE_integer(
+    "process_id", -1, "As --coordinator: the number of this process, from 0."
+  )
+  flags.DEFINE_integer(
+    "join_secs", 300, "Seconds to wait for all hosts to join.", lower_bound=1
+  )
+
+
+# Flags that may differ between the hosts of a pod, besides those of absl.
+_OF_A_HOST = frozenset({"process_id", "cache_dir", "join_secs"})
+
+
+def _join_pod(argv: list[str]) -> None:
+  """Joins the other hosts, if the command has --distributed and it is given.
+
+  Raises:
+    ValueError: there are none, or they run something else.
+  """
+  values = flags.FLAGS.flag_values_dict()
+  if not values.get("distributed"):
+    return
+  from rag_jax import pod  # imports JAX, which --help does not wait for
+
+  pod.join(
+    _settings(argv),
+    coordinator=values["coordinator"],
+    num_processes=values["num_processes"],
+    process_id=values["process_id"],
+    join_secs=values["join_secs"],
+  )
+
+
+def _settings(argv: list[str]) -> dict[str, str]:
+  """Returns, by name, what has to be equal on all hosts of a pod."""
+  settings = {"the arguments": repr(argv[1:])}
+  for name, value in flags.FLAGS.flag_values_dict().items():
+    module = flags.FLAGS.find_module_defining_flag(name) or ""
+    if name in _OF_A_HOST or module.startswith("absl"):
+      continue
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+      tree = dataclasses.asdict(value)
+      settings |= {
+        f"--{name}.{path}": repr(leaf) for path, leaf in _leaves(tree)
+      }
+    else:
+      settings[f"--{name}"] = repr(value)
+  return settings
+
+
+def _leaves(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+  """Yields ("optimizer.peak_lr", 1e-4) of every setting."""
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from ((f"{name}.{path}", leaf) for path, leaf in _leaves(value))
+    else:
+      yield name, value
+
+
+def _end_pod(status: int, message: str) -> None:
+  """Ends all processes, if this one has joined others."""
+  if "rag_jax.pod" in sys.modules:
+    sys.modules["rag_jax.pod"].end(status, message)
+
+
 def questions(arguments: Sequence[str]) -> Iterator[str]:
   """Yields the questions of a command line; of standard input if it is "-".
 
@@ -112,10 +191,12 @@ def run(
   arguments: str = "",
   check: Callable[[list[str]], None] = lambda argv: None,
   interrupted: str = "",
+  agreed: tuple[type[Exception], ...] = (),
 ) -> None:
   """Runs `main` with the flags of the command line.
 
   If a command has the flag --debug, it shows the stack trace of every error.
+  With --distributed an error on one host ends the command on all of them.
 
   Args:
     main: of the command, in the module that defines its flags.
@@ -123,6 +204,8 @@ def run(
       "": none.
     check: checks the arguments before absl reads them.
     interrupted: the message after Ctrl-C.
+    agreed: exceptions that all hosts of a pod raise together, so that none has
+      to end the others. They are not handled here.
   """
   sys.stdout = cast(TextIO, terminal.PrintableStream(sys.stdout))
   terminal.clean_log()
@@ -133,6 +216,7 @@ def run(
         f"Unexpected arguments: {argv[1:]}. Expected flags alone, such as"
         " --NAME=VALUE; --help lists them. Remove the others."
       )
+    _join_pod(argv)
     main(argv)
     sys.stdout.flush()
 
@@ -150,12 +234,19 @@ def run(
   except KeyboardInterrupt:
     if interrupted:
       print(interrupted, file=sys.stderr)
+    _end_pod(128 + signal.SIGINT, "somebody pressed Ctrl-C.")
     sys.exit(128 + signal.SIGINT)
-  except _MENDABLE as error:
-    if "--debug" in sys.argv:
+  except agreed:
+    raise
+  except Exception as error:
+    message = terminal.printable(f"{type(error).__name__}: {error}")
+    if "--debug" in sys.argv or not isinstance(error, _MENDABLE):
+      if "rag_jax.pod" in sys.modules:
+        traceback.print_exc()
+      _end_pod(1, message)
       raise
-    message = f"{type(error).__name__}: {error}"
-    print(terminal.printable(message), file=sys.stderr)
+    print(message, file=sys.stderr)
+    _end_pod(1, message)
     sys.exit(1)
 
 

@@ -12,8 +12,12 @@ again in memory. Give them to rag-jax build-index to keep them.
 --fit_hybrid=FILE fits the weights of hybrid search to questions with known
 passages or answers, finds the best mode, and stores both with the index.
 --mode=best uses that mode.
+
+With --distributed on every host of a pod, each searches for a share of the
+questions, and the first host prints all answers.
 """
 
+from collections.abc import Sequence
 import itertools
 import json
 import textwrap
@@ -25,9 +29,13 @@ from rag_jax.api.search_directory import SearchDirectory
 from rag_jax.commands import command
 from rag_jax.corpus.passages import Passage
 from rag_jax.evaluation.search_modes import fit_search_modes
+from rag_jax.processes import first_alone
+from rag_jax.processes import is_first
+from rag_jax.processes import share
 from rag_jax.retrieval.filters import describe_metadata
 from rag_jax.retrieval.filters import parse_conditions
 from rag_jax.search.directory import MODES
+from rag_jax.search.directory import Hit
 from rag_jax.terminal import one_line
 
 _INDEX = flags.DEFINE_string("index", None, "The directory to search.")
@@ -41,6 +49,7 @@ _FILTER = flags.DEFINE_multi_string(
 _FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
 _words = command.define_word_flags()
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object per question.")
+command.define_pod_flags()
 flags.mark_flag_as_required("index")
 
 _WIDTH = 80  # columns of the output
@@ -63,14 +72,46 @@ def _wrapped(text: str) -> str:
   return "\n".join(itertools.chain.from_iterable(lines))
 
 
+def _text(question: str, hits: Sequence[Hit]) -> str:
+  """Returns what is printed for a question."""
+  if _JSON.value:
+    rows = [
+      {
+        "id": hit.passage.id,
+        "title": hit.passage.title,
+        "text": hit.passage.text,
+        "score": hit.score,
+        "metadata": _metadata(hit.passage),
+        "also": list(hit.also),
+      }
+      for hit in hits
+    ]
+    return json.dumps({"question": question, "passages": rows})
+  lines = [question]
+  if not hits:
+    lines.append("\n          No passage was found.")
+  for hit in hits:
+    title = one_line(hit.passage.title)
+    title = f"{title}  " if title else ""
+    ids = ", ".join(map(one_line, (hit.passage.id, *hit.also)))
+    lines.append(f"\n{hit.score:8.3f}  {title}[{ids}]")
+    lines.append(textwrap.indent(_wrapped(hit.passage.text), " " * 10))
+  return "\n".join(lines)
+
+
+def _fit_hybrid() -> None:
+  modes = fit_search_modes(_INDEX.value or "", _FIT_HYBRID.value or "")
+  print("\n".join(f"{name}: {value}" for name, value in modes.rows()))
+
+
 def main(argv: list[str]) -> None:
   """Runs the command."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   questions = list(command.questions(argv[1:]))
   if _FIT_HYBRID.value:
-    modes = fit_search_modes(_INDEX.value or "", _FIT_HYBRID.value)
-    print("\n".join(f"{name}: {value}" for name, value in modes.rows()))
+    # One host writes to the directory before the others read it.
+    first_alone("fit", lambda: _fit_hybrid() if is_first() else None)
     if not questions:
       return
   if not questions:
@@ -79,36 +120,19 @@ def main(argv: list[str]) -> None:
   if _MODE.value != "dense":
     directory.set_words(**_words())
   filters = _FILTER.value or []
-  found = directory.search(
-    questions, _N_DOCS.value, mode=_MODE.value, filters=filters
-  )
-  if filters and not any(found):
-    conditions = parse_conditions(filters)
-    logging.warning("%s", describe_metadata(directory.passages, conditions))
-  for number, (question, hits) in enumerate(zip(questions, found, strict=True)):
-    if _JSON.value:
-      rows = [
-        {
-          "id": hit.passage.id,
-          "title": hit.passage.title,
-          "text": hit.passage.text,
-          "score": hit.score,
-          "metadata": _metadata(hit.passage),
-          "also": list(hit.also),
-        }
-        for hit in hits
-      ]
-      print(json.dumps({"question": question, "passages": rows}))
-      continue
-    print(f"{'' if not number else chr(10)}{question}")
-    if not hits:
-      print("\n          No passage was found.")
-    for hit in hits:
-      title = one_line(hit.passage.title)
-      title = f"{title}  " if title else ""
-      ids = ", ".join(map(one_line, (hit.passage.id, *hit.also)))
-      print(f"\n{hit.score:8.3f}  {title}[{ids}]")
-      print(textwrap.indent(_wrapped(hit.passage.text), " " * 10))
+
+  def search(some: Sequence[str]) -> list[str]:
+    found = directory.search(
+      list(some), _N_DOCS.value, mode=_MODE.value, filters=filters
+    )
+    if filters and not any(found):
+      conditions = parse_conditions(filters)
+      logging.warning("%s", describe_metadata(directory.passages, conditions))
+    return [_text(*pair) for pair in zip(some, found, strict=True)]
+
+  texts = share(questions, search)
+  if is_first():
+    print(("\n" if _JSON.value else "\n\n").join(texts))
 
 
 def run() -> None:

@@ -30,9 +30,7 @@ _CACHE_DIR = flags.DEFINE_string(
   "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
 flags.DEFINE_bool("debug", False, "Show where an error came from.")
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "On every host of a pod: join the other hosts first."
-)
+command.define_pod_flags()
 _RESUME_FROM = flags.DEFINE_integer(
   "resume_from", None, "Step of a checkpoint to go back to, with other learning"
   " rates and the like. Later checkpoints are set aside.",
@@ -46,8 +44,6 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
-  if _DISTRIBUTED.value:
-    jax.distributed.initialize()
   if _MIN_INDEX_RECALL.value is not None:
     _CONFIG.value.index.min_recall = _MIN_INDEX_RECALL.value
   keep_compiled(_CACHE_DIR.value or "")
@@ -57,6 +53,8 @@ def main(argv: list[str]) -> None:
     resume_from=_RESUME_FROM.value,
     overridden=_overridden(),
   )
+  if jax.process_index():
+    return
   print(table(results))
   print(f"Ask it: rag-jax ask --workdir={_WORKDIR.value}")
 
@@ -75,6 +73,7 @@ def run() -> None:
       main,
       check=check_config,
       interrupted="Stopped. Run the same command again to continue.",
+      agreed=(StoppedEarlyError,),
     )
   except StoppedEarlyError as stopped:
     print(stopped, file=sys.stderr)

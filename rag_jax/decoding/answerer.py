@@ -2,11 +2,16 @@
 
 In: questions, parameters, an index. Out: one `Answer` per question: the text,
 its log-probability, and the documents with prior and posterior.
+
+The devices of a mesh share each batch. Of several processes each searches for
+its own rows of the batch, and all of them get all answers.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Any
 
+import jax
 from jaxtyping import Float, Int, PyTree
 import numpy as np
 
@@ -16,8 +21,13 @@ from rag_jax.decoding.ranking import Generated
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.decoding.streaming import can_stream
 from rag_jax.decoding.streaming import stream
+from rag_jax.models.hybrid import HybridWeights
 from rag_jax.models.hybrid import hybrid_scores
 from rag_jax.models.hybrid import learned_weights
+from rag_jax.models.partitioning import batch_shards
+from rag_jax.models.partitioning import place_batch
+from rag_jax.models.partitioning import process_rows
+from rag_jax.processes import join_rows
 from rag_jax.processes import to_host
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import find_docs
@@ -76,6 +86,7 @@ class Answerer:
     self._context = experiment.context
     self._embedder = experiment.embedder
     self._bm25 = experiment.bm25
+    self._mesh = experiment.mesh
     self._decode = decoder or make_decoder(experiment)
 
   def embed(
@@ -89,7 +100,11 @@ class Answerer:
       width = padded_length(longest, tokens.shape[1])
       tokens, mask = tokens[:, :width], mask[:, :width]
     retriever = {k: v for k, v in params.items() if k != "generator"}
-    return self._embedder.questions(retriever, tokens, mask)
+    # Filled up with the last question, so that the devices get equal shares.
+    num, shards = len(questions), batch_shards(self._mesh)
+    filled = np.minimum(np.arange(-(-num // shards) * shards), num - 1)
+    inputs = self._spread((tokens[filled], mask[filled]), len(filled))
+    return self._embedder.questions(retriever, *inputs)[:num]
 
   def search(
     self,
@@ -100,8 +115,42 @@ class Answerer:
   ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B R"]]:
     """Returns the passage numbers of each question, and its embedding."""
     embeddings = self.embed(params, questions)
-    found = find_docs(index, self._bm25, params, embeddings, questions, n_docs)
-    return found, embeddings
+    rows = self._rows(index, len(questions))
+    found = find_docs(
+      index,
+      self._bm25,
+      params,
+      embeddings[rows],
+      [questions[int(row)] for row in rows],
+      n_docs,
+    )
+    return self._join(found, rows, len(questions)), embeddings
+
+  def _rows(self, index: Index, num_rows: int) -> Int[np.ndarray, "b"]:
+    """Returns the rows of a batch that this process searches for."""
+    if index.collective or not self._is_spread(num_rows):
+      return np.arange(num_rows)
+    return process_rows(self._mesh, num_rows)
+
+  def _join(
+    self, local: np.ndarray, rows: Int[np.ndarray, "b"], num_rows: int
+  ) -> np.ndarray:
+    """Returns all rows of a batch, of which this process has `rows`."""
+    if not self._is_spread(num_rows) or len(rows) == num_rows:
+      return local
+    return join_rows(local, rows, num_rows)
+
+  def _is_spread(self, num_rows: int) -> bool:
+    """Returns whether the devices of the mesh share a batch of this size."""
+    return self._mesh.size > 1 and num_rows % batch_shards(self._mesh) == 0
+
+  def _spread(self, batch: PyTree, num_rows: int) -> PyTree:
+    """Returns arrays on the devices that share them, or as they are."""
+    if not self._is_spread(num_rows):
+      return batch
+    rows = process_rows(self._mesh, num_rows)
+    local = jax.tree.map(lambda x: x[rows], batch)
+    return place_batch(local, self._mesh, num_rows)
 
   def best_scores(
     self,
@@ -163,7 +212,7 @@ class Answerer:
 
   def _write(
     self,
-    inputs: tuple[PyTree, np.ndarray, np.ndarray, np.ndarray],
+    inputs: tuple[PyTree, Any, Any, Any],
     on_text: Callable[[str], None] | None,
   ) -> Generated:
     """Returns what the decoder makes of `inputs`; says what it writes."""
@@ -186,14 +235,20 @@ class Answerer:
     doc_ids: Int[np.ndarray, "B K"],
   ) -> Float[np.ndarray, "B K"]:
     """Returns doc_scores as the model computes them in training."""
+    num_rows = len(questions)
+    rows = self._rows(index, num_rows)
+    docs = doc_ids[rows]
     # From the float32 embeddings: the scores of an index may be quantised.
-    scores = np.einsum("BR,BKR->BK", embeddings, index.embeddings[doc_ids])
+    scores = np.einsum("BR,BKR->BK", embeddings[rows], index.embeddings[docs])
     weights = learned_weights(params)
     if weights is None:
-      return scores
+      return self._join(scores, rows, num_rows)
     assert self._bm25 is not None
-    bm25_scores = self._bm25.score(questions, doc_ids)
-    return np.asarray(hybrid_scores(weights, scores, bm25_scores))
+    bm25_scores = self._bm25.score([questions[int(row)] for row in rows], docs)
+    # Numbers, because other processes compute this for other rows.
+    weights = HybridWeights(*map(float, weights))
+    scores = np.asarray(hybrid_scores(weights, scores, bm25_scores))
+    return self._join(scores, rows, num_rows)
 
   def _answer_batch(
     self,
@@ -218,7 +273,10 @@ class Answerer:
       )
     doc_ids = retrieved[:, :n_docs]
     contexts, mask = self._context.contexts(context_ids, doc_ids)
-    out = self._write((params, doc_scores, contexts, mask), on_text)
+    batch: Any = doc_scores, contexts, mask
+    if on_text is None:
+      batch = self._spread(batch, batch_size)
+    out = self._write((params, batch[0], batch[1], batch[2]), on_text)
     tokens, lengths, log_probs, given = (
       to_host(x)[:, 0]  # the best of each question
       for x in (out.tokens, out.lengths, out.log_probs, out.token_log_probs)

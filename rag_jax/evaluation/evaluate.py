@@ -19,6 +19,7 @@ from rag_jax.evaluation.report import RECALL_K
 from rag_jax.evaluation.report import AnswerRecord
 from rag_jax.evaluation.report import summarise
 from rag_jax.evaluation.retrieval import answer_recall_at_k
+from rag_jax.processes import share
 from rag_jax.retrieval.certificate import Certificate
 from rag_jax.retrieval.certify import certify
 from rag_jax.retrieval.certify import exact_search
@@ -129,14 +130,22 @@ class Evaluator:
   ) -> float:
     """Returns how much of the exact top 5 the index finds, from 0 to 1.
 
-    Both search by embeddings only, even with index.hybrid.
+    Both search by embeddings only, even with index.hybrid. Several processes
+    share the questions.
     """
     k = min(RECALL_K, index.num_passages)
     texts = [q.question for q in questions]
     embeddings = self._answerer.embed(params, texts)
-    found, _ = index.search(embeddings, k)
-    expected = exact_search(index, embeddings, k)
-    return float(np.mean(index_recall_at_k(found, expected, k)))
+
+    def recalls(rows: Sequence[int]) -> list[float]:
+      some = embeddings[np.asarray(rows)]
+      found, _ = index.search(some, k)
+      expected = exact_search(index, some, k)
+      return index_recall_at_k(found, expected, k).tolist()
+
+    rows = range(len(texts))
+    found = recalls(rows) if index.collective else share(rows, recalls)
+    return float(np.mean(found))
 
   def certify(
     self, params: PyTree, index: Index, questions: Sequence[Question]

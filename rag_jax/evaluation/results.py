@@ -21,10 +21,13 @@ from rag_jax.evaluation.plots import learning_curves
 from rag_jax.evaluation.report import CERTIFICATE
 from rag_jax.evaluation.report import write_results
 from rag_jax.models.hybrid import learned_weights
+from rag_jax.processes import is_first
+from rag_jax.processes import wait_for_all
 from rag_jax.retrieval.certify import check_min_recall
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import RetrieverSnapshots
+from rag_jax.retrieval.shared_embedding import remove_shared
 from rag_jax.training.checkpoint import Checkpointer
 from rag_jax.training.clock import Clock
 from rag_jax.training.metrics import peak_memory_bytes
@@ -32,6 +35,7 @@ from rag_jax.training.search_in_step import abstract_index
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import stage_optimizer
 from rag_jax.training.state import abstract_state
+from rag_jax.training.state import free
 from rag_jax.training.state import init_params
 from rag_jax.training.state import make_state
 from rag_jax.training.workdir import Workdir
@@ -141,6 +145,7 @@ def _best_params(
     abstract = dataclasses.replace(
       abstract, index=abstract_index(experiment, params)
     )
+  free(state)
   state, _ = checkpoints.restore(abstract, step)
   logging.info("The best checkpoint is the one of step %d.", step)
   return state.params, step
@@ -165,7 +170,12 @@ def _final_index(
     index = load_index(config.index.path)
   else:
     retriever = RetrieverSnapshots(experiment.mesh).take(params)
-    index = experiment.index_builder.build(retriever)
+    index = experiment.index_builder.build(
+      retriever, directory=workdir.indexes, devices=jax.local_devices()
+    )
+    wait_for_all("the passages are embedded")
+    if is_first():
+      remove_shared(workdir.indexes)
   if not config.index.path or index.certificate is None:
     index.certificate = evaluator.certify(params, index, questions)
   if not config.index.path and jax.process_index() == 0:

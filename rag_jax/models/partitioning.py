@@ -201,6 +201,11 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+  """Returns into how many parts `batch_sharding` splits a batch."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def process_rows(
   mesh: jax.sharding.Mesh, num_rows: int, process_index: int | None = None
 ) -> Int[np.ndarray, "b"]:

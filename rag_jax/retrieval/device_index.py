@@ -116,6 +116,8 @@ class RefreshedIndex(DeviceIndex):
   calls.
   """
 
+  collective = True
+
   def __init__(
     self,
     arrays: device.DeviceArrays,

@@ -9,16 +9,20 @@ device embeds an equal share, and only its own rows: no embedding is sent to
 another device.
 """
 
+from collections.abc import Iterator
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from rag_jax.retrieval.device import DeviceArrays
 from rag_jax.retrieval.device import placed_tokens
 from rag_jax.retrieval.device import to_int8
+from rag_jax.retrieval.index_core import LARGEST
 
 
 def refresh_period(num_passages: int, num_rows: int) -> int:
@@ -64,6 +68,42 @@ def due_rows(
     in_specs=(PartitionSpec(axes), PartitionSpec()),
     out_specs=PartitionSpec(axes),
   )(arrays.embedded_at, step)
+
+
+def all_rows(
+  arrays: DeviceArrays, lengths: Int[np.ndarray, "P"], num_rows: int
+) -> Iterator[tuple[Int[Array, "M"], int]]:
+  """Yields batches of rows, together all, and the tokens of the longest row.
+
+  As in `due_rows`, each device gets rows that it holds, and N for an unused
+  entry. Those of similar length are together.
+
+  Args:
+    arrays: the index, with N rows.
+    lengths: tokens of each passage.
+    num_rows: per device and batch; M is as many for each device.
+  """
+  mesh, total = arrays.mesh, len(arrays.embedded_at)
+  own = total // mesh.size  # rows of a device
+  padded = np.zeros(total, np.int32)
+  padded[: len(lengths)] = lengths
+  padded = padded.reshape(mesh.size, own)
+  order = np.argsort(padded, axis=1, kind="stable")
+  first = own * np.arange(mesh.size)[:, None]
+  sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  for start in range(0, own, num_rows):
+    part = order[:, start : start + num_rows]
+    longest = np.take_along_axis(padded, part, axis=1).max()
+    rows = np.full((mesh.size, num_rows), total, np.int32)
+    ids = first + part
+    rows[:, : part.shape[1]] = np.where(ids < len(lengths), ids, total)
+    if longest:  # else this is padding alone
+      yield (
+        jax.make_array_from_callback(
+          (rows.size,), sharding, rows.reshape(-1).__getitem__
+        ),
+        int(longest),
+      )
 
 
 def own_passages(
@@ -138,6 +178,25 @@ def refresh_rows(
     embeddings=put(arrays.embeddings, rows, stored),
     embedded_at=put(arrays.embedded_at, rows, steps),
   )
+
+
+def empty_arrays(abstract: DeviceArrays) -> DeviceArrays:
+  """Returns arrays of zeros, as `device.abstract_arrays` describes them."""
+
+  def zeros() -> DeviceArrays:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  return jax.jit(zeros, out_shardings=shardings)()
+
+
+def count_bad(
+  arrays: DeviceArrays, rows: Int[Array, "M"], embeddings: Float[Array, "M R"]
+) -> Int[Array, ""]:
+  """Returns how many new rows hold NaN, infinity or too large a number."""
+  # Written so that NaN, which compares as False, is bad as well.
+  bad = ~jnp.all(jnp.abs(embeddings) <= LARGEST, axis=1)
+  return jnp.sum(bad & (rows < len(arrays.embedded_at)))
 
 
 def staleness(

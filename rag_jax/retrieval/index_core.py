@@ -28,7 +28,7 @@ REMEDY = (
 Found = tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K"]]
 
 _BLOCK_ROWS = 65_536  # checked at a time
-_LARGEST = 1e15  # larger numbers could overflow float32 in an inner product
+LARGEST = 1e15  # larger numbers could overflow float32 in an inner product
 _TYPES = {
   "kind": str,
   "num_passages": int,
@@ -117,7 +117,10 @@ class Index(abc.ABC):
     embeddings: [P, R] in float32, an array or `Rows`. They are not copied.
     memory_bytes: the memory that searching takes.
     build_cost: what the build took; None for an index that was loaded.
+    collective: whether all processes have to make the same calls.
   """
+
+  collective = False
 
   def __init__(
     self, info: IndexInfo, embeddings: Float[Any, "P R"], memory_bytes: int
@@ -244,7 +247,7 @@ def check_finite(
   if len(bad):
     raise ValueError(
       f"The embeddings of {len(bad)} of {len(embeddings)} {role}s hold NaN,"
-      f" infinity or numbers above {_LARGEST:g}: rows"
+      f" infinity or numbers above {LARGEST:g}: rows"
       f" {name_rows(bad + first_row)}. Expected finite numbers. Check the"
       f" {role} encoder: its training may have diverged; go back to an earlier"
       f" checkpoint.{note}"
@@ -272,7 +275,7 @@ def bad_rows(embeddings: Float[Any, "P R"]) -> np.ndarray:
   """Returns the numbers of the rows [P, R] that cannot be scored."""
   bad = [
     # Written so that NaN, which compares as False, is bad as well.
-    ~np.all(np.abs(embeddings[i : i + _BLOCK_ROWS]) <= _LARGEST, axis=1)
+    ~np.all(np.abs(embeddings[i : i + _BLOCK_ROWS]) <= LARGEST, axis=1)
     for i in range(0, len(embeddings), _BLOCK_ROWS)
   ]
   return np.flatnonzero(np.concatenate(bad)) if bad else np.zeros(0, np.int64)

@@ -12,11 +12,13 @@ from concurrent import futures
 
 from absl import logging
 from etils import epath
+import jax
 from jaxtyping import PyTree
 
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import IndexBuilder
+from rag_jax.retrieval.shared_embedding import remove_shared
 
 
 class IndexVersions:
@@ -38,7 +40,8 @@ class IndexVersions:
 
     Args:
       builder: embeds the passages and builds the index.
-      directory: where versions are saved with a checkpoint.
+      directory: where versions are saved with a checkpoint. All processes see
+        it, and share the embedding of each version through files there.
       refresh_steps: steps between the starts of two builds; 0 to keep the first
         version.
       swap_steps: steps from the start of a build to its first use. A build that
@@ -59,8 +62,12 @@ class IndexVersions:
     self.index: Index | None = None
 
   def start(self, retriever_params: PyTree) -> None:
-    """Builds version 0 and waits for it."""
-    self.index = self._builder.build(retriever_params)
+    """Builds version 0 on all local devices, and waits for it."""
+    self.index = self._builder.build(
+      retriever_params,
+      directory=self._directory,
+      devices=jax.local_devices(),
+    )
 
   def adopt(self, index: Index) -> None:
     """Uses `index`, which was built elsewhere and is not saved again.
@@ -77,10 +84,15 @@ class IndexVersions:
     return bool(refresh) and step > 0 and step % refresh == 0
 
   def refresh(self, step: int, retriever_params: PyTree) -> None:
-    """Starts the build of the version of `step` in the thread."""
+    """Starts the build of the version of `step` in the thread.
+
+    It uses one local device, while all of them train.
+    """
     assert self._next is None, "the last version has not been swapped in"
     self._next_version = step
-    self._next = self._thread.submit(self._builder.build, retriever_params)
+    self._next = self._thread.submit(
+      self._builder.build, retriever_params, directory=self._directory
+    )
 
   def swap_if_due(self, step: int) -> None:
     """Switches to the next version if `step` is the first to use it."""
@@ -119,10 +131,14 @@ class IndexVersions:
       self._next.set_result(indexes[1])
 
   def remove_except(self, versions: set[int]) -> None:
-    """Deletes all saved versions but these."""
+    """Deletes all saved versions but these.
+
+    All processes have called `save`, so that none is embedding.
+    """
     self._saved &= versions
     if not self._writes or not self._directory.exists():
       return
+    remove_shared(self._directory)
     for path in self._directory.iterdir():
       if path.name.isdigit() and int(path.name) not in versions:
         path.rmtree()

@@ -7,7 +7,10 @@ parameters, so that a thread can do it while the devices train.
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+from typing import Any
 
+from absl import logging
+from etils import epath
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,25 +28,51 @@ from rag_jax.retrieval.certify import check_min_recall
 from rag_jax.retrieval.hybrid import HybridRetriever
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import build_index
+from rag_jax.retrieval.shared_embedding import PREFIX
+from rag_jax.retrieval.shared_embedding import embed_shared
 
 PassageTokens = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
-_SORTED_PASSAGES = 65_536  # tokenized, and sorted by length, at a time
+# Tokenized, and sorted by length, at a time; what one of several hosts embeds.
+_SORTED_PASSAGES = 16_384
 
 
 class RetrieverSnapshots:
-  """Copies the retriever's parameters out of a training state."""
+  """Copies the retriever's parameters out of a training state.
+
+  The log says once what the copies cost.
+  """
 
   def __init__(self, mesh: jax.sharding.Mesh):
     # A real copy, on every device: the next train step donates its input.
     self._copy = jax.jit(
       lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=replicated(mesh)
     )
+    self._logged: set[bool] = set()
 
-  def take(self, params: PyTree) -> PyTree:
-    """Returns the retriever's parameters on one local device."""
-    retriever = {k: v for k, v in params.items() if k != "generator"}
-    return jax.tree.map(lambda x: x.addressable_data(0), self._copy(retriever))
+  def take(self, params: PyTree, *, embeds_passages: bool = True) -> PyTree:
+    """Returns the retriever's parameters on one local device.
+
+    Args:
+      params: of the whole model, on the mesh.
+      embeds_passages: False leaves out a passage encoder of its own, which
+        questions do not need. A copy for questions is taken in every step.
+    """
+    left_out = {"generator"} | (
+      set() if embeds_passages else {"passage_encoder"}
+    )
+    retriever = {k: v for k, v in params.items() if k not in left_out}
+    copy = jax.tree.map(lambda x: x.addressable_data(0), self._copy(retriever))
+    if embeds_passages not in self._logged:
+      self._logged.add(embeds_passages)
+      size = sum(x.nbytes for x in jax.tree.leaves(copy)) / 2**20
+      what = "passages, for each index" if embeds_passages else "questions"
+      logging.info(
+        "A copy of the parameters that embed %s takes %.1f MiB: of every device"
+        " while it is made, and then of one device of each host%s.",
+        *(what, size, "" if embeds_passages else ", two in turn"),
+      )
+    return copy
 
 
 def find_docs(
@@ -127,10 +156,10 @@ class Embedder:
   def questions(
     self,
     retriever_params: PyTree,
-    tokens: Int[np.ndarray, "B Q"],
-    mask: Bool[np.ndarray, "B Q"],
+    tokens: Int[Any, "B Q"],
+    mask: Bool[Any, "B Q"],
   ) -> Float[np.ndarray, "B R"]:
-    """Returns question embeddings."""
+    """Returns question embeddings; the tokens are anywhere, or on a mesh."""
     return to_host(self._questions(retriever_params, tokens, mask))
 
   def passages(
@@ -138,19 +167,41 @@ class Embedder:
     retriever_params: PyTree,
     passage_tokens: PassageTokens,
     num_passages: int,
+    *,
+    folder: epath.PathLike = "",
+    devices: Sequence[Any] = (),
   ) -> Float[np.ndarray, "P R"]:
     """Returns the embeddings of passages 0 to num_passages - 1.
 
-    `passage_tokens` maps passage ids to (tokens, mask), both [N, L], real
-    tokens first.
+    They do not depend on the number of processes or devices.
+
+    Args:
+      retriever_params: on one device.
+      passage_tokens: passage ids -> (tokens, mask), both [N, L], real tokens
+        first.
+      num_passages: P.
+      folder: as in `embed_shared`, through which all processes share the work;
+        "": this process embeds all.
+      devices: of this process, which share the batches; (): that of the
+        parameters. Each gets a copy of the parameters.
     """
+    more = []
+    if devices:
+      leaves = jax.tree.leaves(retriever_params)
+      here = {device for leaf in leaves for device in leaf.devices()}
+      others = [device for device in devices if device not in here]
+      more = [jax.device_put(retriever_params, device) for device in others]
+
+    def embed(rows: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N R"]:
+      return self.rows(retriever_params, passage_tokens, rows, more=more)
+
     blocks = [
       np.arange(start, min(start + _SORTED_PASSAGES, num_passages))
       for start in range(0, num_passages, _SORTED_PASSAGES)
     ]
-    return np.concatenate(
-      [self.rows(retriever_params, passage_tokens, rows) for rows in blocks]
-    )
+    if folder and jax.process_count() > 1:
+      return embed_shared(embed, blocks, folder)
+    return np.concatenate([embed(rows) for rows in blocks])
 
   def rows(
     self,
@@ -158,23 +209,25 @@ class Embedder:
     passage_tokens: PassageTokens,
     rows: Int[np.ndarray, "N"],
     on_block: Callable[[int], None] = lambda num_passages: None,
+    *,
+    more: Sequence[PyTree] = (),
   ) -> Float[np.ndarray, "N R"]:
     """Returns the embeddings of the passages `rows`, in this order.
 
     All their tokens, [N, L], are in memory at once. Arguments as in `passages`;
-    `on_block` is called with the number of passages of each batch.
+    `on_block` is called with the number of passages of each batch. `more` are
+    copies of the parameters, on other devices, which take turns with the first.
     """
     tokens, mask = passage_tokens(rows)
     lengths = mask.sum(axis=1)
     order = np.argsort(lengths, kind="stable")
-    blocks = []
-    for part, block in self._blocks(
-      retriever_params, tokens, mask, lengths, order
-    ):
-      # Waits for the block before, while this one is computed.
+    blocks, copies = [], (retriever_params, *more)
+    for part, block in self._blocks(copies, tokens, mask, lengths, order):
+      # Waits for an earlier block, while each device computes one.
       blocks.append(block[: len(part)])
-      if len(blocks) > 1:
-        blocks[-2] = np.asarray(blocks[-2])
+      if len(blocks) > len(copies):
+        earlier = -1 - len(copies)
+        blocks[earlier] = np.asarray(blocks[earlier])
       on_block(len(part))
     embeddings = np.concatenate([np.asarray(block) for block in blocks])
     result = np.empty_like(embeddings)
@@ -183,14 +236,14 @@ class Embedder:
 
   def _blocks(
     self,
-    params: PyTree,
+    copies: Sequence[PyTree],
     tokens: np.ndarray,
     mask: np.ndarray,
     lengths: np.ndarray,
     order: np.ndarray,
   ) -> Iterator[tuple[np.ndarray, jax.Array]]:
     """Yields the rows of each batch and its embeddings, not yet computed."""
-    for start in range(0, len(order), self.batch_size):
+    for number, start in enumerate(range(0, len(order), self.batch_size)):
       part = order[start : start + self.batch_size]
       # The last batch is padded with its last passage, to have the same size.
       filled = np.pad(part, (0, self.batch_size - len(part)), mode="edge")
@@ -198,7 +251,7 @@ class Embedder:
       batch = tokens[filled, :width], mask[filled, :width]
       if self._mesh is not None:
         batch = jax.device_put(batch, batch_sharding(self._mesh))
-      yield part, self._passages(params, *batch)
+      yield part, self._passages(copies[number % len(copies)], *batch)
 
 
 def padded_length(length: int, longest: int) -> int:
@@ -232,23 +285,47 @@ class IndexBuilder:
   n_docs: int = 1
 
   def build(
-    self, retriever_params: PyTree, mesh: jax.sharding.Mesh | None = None
+    self,
+    retriever_params: PyTree,
+    *,
+    directory: epath.PathLike = "",
+    devices: Sequence[Any] = (),
   ) -> Index:
     """Embeds all passages and returns their index.
 
-    An index of kind "device" is sharded over `mesh`; None is one local device.
+    An index that the host searches needs all rows in every process, because
+    each searches for its own questions: 4 * P * R bytes of float32, and what
+    the index adds. So with several processes they share the embedding alone, if
+    they are given a directory. (The index that a train step searches is built
+    by search_in_step.py, with no row on a host.)
+
+    Args:
+      retriever_params: on one device.
+      directory: which all processes see. With several processes, all call this
+        with the same arguments, and exchange their rows in a folder there,
+        until `remove_shared`. "": each process embeds everything.
+      devices: of this process, which embed; (): that of the parameters.
 
     Raises:
       ValueError: as `check`.
     """
+    weights = fingerprint(retriever_params)
+    folder = ""
+    if directory:
+      kind = [weights, self.passages_fingerprint, self.embedder.batch_size]
+      name = artifacts.fingerprint_lines(map(str, kind))
+      folder = epath.Path(directory) / f"{PREFIX}{name[:16]}"
     index = build_index(
       self.embedder.passages(
-        retriever_params, self.passage_tokens, self.num_passages
+        retriever_params,
+        self.passage_tokens,
+        self.num_passages,
+        folder=folder,
+        devices=devices,
       ),
       self.config,
-      encoder_fingerprint=fingerprint(retriever_params),
+      encoder_fingerprint=weights,
       passages_fingerprint=self.passages_fingerprint,
-      mesh=mesh,
     )
     self.check(index)
     return index

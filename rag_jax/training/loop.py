@@ -50,6 +50,7 @@ from rag_jax.training.stages import make_stages
 from rag_jax.training.stages import stage_optimizer
 from rag_jax.training.state import TrainState
 from rag_jax.training.state import abstract_state
+from rag_jax.training.state import free
 from rag_jax.training.state import init_params
 from rag_jax.training.state import make_state
 from rag_jax.training.step import compile_update
@@ -208,12 +209,13 @@ class _Run:
       if stage.in_step:
         kept = search_in_step.abstract_index(self._experiment, params)
         abstract = dataclasses.replace(abstract, index=kept)
+      free(state)
       state, _ = self._checkpoints.restore(abstract, latest)
       doc_ids = self._own_rows(extra["doc_ids"], stage)
     step = int(state.step)
     if stage.in_step:
       state, state_layout = search_in_step.place_index(
-        self._experiment, state, state_layout, self._snapshots
+        self._experiment, state, state_layout, stage.in_step
       )
     elif main and not (
       extra or self._experiment.closed_book or self._config.index.path
@@ -315,7 +317,9 @@ class _Run:
 
   def _retriever_params(self, params: PyTree) -> PyTree | None:
     closed_book = self._experiment.closed_book
-    return None if closed_book else self._snapshots.take(params)
+    if closed_book:
+      return None
+    return self._snapshots.take(params, embeds_passages=False)
 
   def _to_devices(self, batch: PyTree, stage: Stage) -> PyTree:
     return place_batch(batch, self._experiment.mesh, stage.batch_size)

@@ -6,6 +6,7 @@ This is one program: no passage, embedding or score goes through the host.
 """
 
 import dataclasses
+import functools
 import typing
 from typing import Any
 
@@ -13,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key, PyTree
+import numpy as np
 import optax
 
 from rag_jax.corpus.tokenized import TokenizedPassages
@@ -27,7 +29,7 @@ from rag_jax.retrieval import device
 from rag_jax.retrieval import device_index
 from rag_jax.retrieval import device_refresh
 from rag_jax.retrieval.index import Index
-from rag_jax.retrieval.retriever import RetrieverSnapshots
+from rag_jax.retrieval.retriever import padded_length
 from rag_jax.training.state import TrainState
 from rag_jax.training.step import LossFn
 from rag_jax.training.step import Metrics
@@ -150,6 +152,57 @@ class InStep:
     )
     return device_refresh.refresh_rows(arrays, rows, embeddings, state.step)
 
+  def embed_all(
+    self,
+    arrays: device.DeviceArrays,
+    params: PyTree,
+    lengths: Int[np.ndarray, "P"],
+    num_rows: int,
+  ) -> device.DeviceArrays:
+    """Returns `arrays` with every passage embedded by `params`, as of step 0.
+
+    Each device embeds its own rows, in its own memory: no process ever holds
+    the embeddings of others, or any in float32 on the host.
+
+    Args:
+      arrays: with the tokens of the passages; they are donated.
+      params: of the training state, sharded as there.
+      lengths: tokens of each passage.
+      num_rows: passages per batch and device.
+
+    Raises:
+      ValueError: an embedding is NaN, infinite or huge.
+    """
+    start = 0 if self.bos_id is None else 1
+
+    @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+    def embed(
+      arrays: device.DeviceArrays, params: PyTree, rows: jax.Array, width: int
+    ) -> tuple[device.DeviceArrays, jax.Array]:
+      tokens, mask = device_refresh.own_passages(arrays, rows)
+      embeddings: Any = self.model.apply(
+        {"params": params},
+        *add_start(tokens[:, :width], mask[:, :width], self.bos_id),
+        method="embed_passages",
+      )
+      bad = device_refresh.count_bad(arrays, rows, embeddings)
+      now = jnp.zeros((), jnp.int32)
+      return device_refresh.refresh_rows(arrays, rows, embeddings, now), bad
+
+    longest, bad = device.placed_tokens(arrays)[0].shape[1], []
+    for rows, length in device_refresh.all_rows(arrays, lengths, num_rows):
+      width = padded_length(length + start, longest + start) - start
+      arrays, some = embed(arrays, params, rows, width)
+      bad.append(some)
+    if num_bad := sum(int(some) for some in bad):
+      raise ValueError(
+        f"The embeddings of {num_bad} of {arrays.num_passages} passages hold"
+        " NaN, infinity or huge numbers. Expected finite numbers. Check the"
+        " passage encoder: its training may have diverged; go back to an"
+        " earlier checkpoint."
+      )
+    return arrays
+
 
 def open_in_step(experiment: Experiment) -> InStep | None:
   """Returns the search inside the step, or None if the config has none."""
@@ -168,7 +221,7 @@ def place_index(
   experiment: Experiment,
   state: TrainState,
   layout: TrainState,
-  snapshots: RetrieverSnapshots,
+  in_step: InStep,
 ) -> tuple[TrainState, TrainState]:
   """Returns the state with an index to search, and the sharding of each array.
 
@@ -177,21 +230,33 @@ def place_index(
     state: with the index of a checkpoint, or without one; then every passage is
       embedded.
     layout: sharding of each array, without the index.
-    snapshots: copies the retriever's parameters.
+    in_step: embeds them.
+
+  Raises:
+    ValueError: an embedding is no number, or the recall of the index is below
+      index.min_recall.
   """
-  index = state.index
+  index, built = state.index, state.index is None
   if index is None:
-    built = experiment.index_builder.build(
-      snapshots.take(state.params), experiment.mesh
-    )
-    assert isinstance(built, device_index.DeviceIndex)
-    index = StepIndex(built.arrays)
+    abstract = abstract_index(experiment, state.params)
+    assert abstract is not None
+    index = StepIndex(device_refresh.empty_arrays(abstract.arrays))
   index = _with_tokens(experiment, index)
+  if built:
+    passages = experiment.context.retriever_passages
+    arrays = in_step.embed_all(
+      index.arrays,
+      state.params,
+      np.asarray(passages.lengths),
+      experiment.config.index.embed_batch_size,
+    )
+    index = dataclasses.replace(index, arrays=arrays)
   shardings = jax.tree.map(lambda x: x.sharding, index)
-  return (
-    dataclasses.replace(state, index=index),
-    dataclasses.replace(layout, index=shardings),
-  )
+  state = dataclasses.replace(state, index=index)
+  found = searched(experiment, state, None)
+  if built and found is not None:
+    experiment.index_builder.check(found)
+  return state, dataclasses.replace(layout, index=shardings)
 
 
 def _with_tokens(experiment: Experiment, index: StepIndex) -> StepIndex:

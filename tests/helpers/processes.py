@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 _EIGHT_DEVICES = {
@@ -77,15 +78,60 @@ def pytest_on_eight_devices(file, names):
   return done.stdout
 
 
+def free_port():
+  """Returns a port of this machine that no program uses now."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
+
+
+def run_hosts(commands, *, timeout=120, **environment):
+  """Returns (exit status, stdout and stderr, seconds) of programs run together.
+
+  Args:
+    commands: arguments of Python, per program.
+    timeout: seconds after which a program counts as hanging.
+    environment: added to that of this process.
+  """
+  kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  path = os.pathsep.join([str(ROOT), os.path.dirname(__file__)])
+  kept |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, **environment}
+  start = time.monotonic()
+  done = [None] * len(commands)
+  with contextlib.ExitStack() as files:
+    # Not pipes: who waits for one process does not empty those of the others.
+    logs = [files.enter_context(tempfile.TemporaryFile("w+"))
+            for _ in commands]  # fmt: skip
+    started = [
+      subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=kept, stdout=log, stderr=subprocess.STDOUT,
+      )
+      for command, log in zip(commands, logs, strict=True)
+    ]  # fmt: skip
+    try:
+      while None in done:
+        assert time.monotonic() < start + timeout, "a process hangs"
+        for i, process in enumerate(started):
+          if done[i] is None and process.poll() is not None:
+            logs[i].seek(0)
+            secs = time.monotonic() - start
+            done[i] = process.returncode, logs[i].read(), secs
+        time.sleep(0.1)
+    finally:
+      for process in started:
+        process.kill()
+        process.wait()
+  return done
+
+
 def run_on_hosts(file, *arguments, count, cache, num_devices=4, timeout=900):
   """Returns what each process prints of a program that `count` run together.
 
   The program calls `join_hosts` before it uses JAX. Together its processes have
   `num_devices` simulated devices; what they compile is kept in `cache`.
   """
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
+  port = free_port()
   settings = {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(num_devices // count),

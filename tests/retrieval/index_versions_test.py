@@ -20,7 +20,7 @@ class Builder(IndexBuilder):
     self.may_build.set()
     self.building = threading.Event()
 
-  def build(self, retriever_params):
+  def build(self, retriever_params, *, directory="", devices=()):
     """Waits until it may."""
     self.building.set()
     assert self.may_build.wait(20)
@@ -166,7 +166,7 @@ def test_a_build_is_given_the_parameters_of_its_own_step(make):
 def test_a_build_that_fails_is_raised_where_it_is_needed(make, monkeypatch):
   versions = started(make)
 
-  def fail(params):
+  def fail(params, **_):
     raise ValueError("the passage encoder diverged")
 
   monkeypatch.setattr(versions._builder, "build", fail)

@@ -206,6 +206,30 @@ def test_a_snapshot_outlives_the_parameters_that_the_next_step_takes(
   )
 
 
+def test_a_copy_for_questions_leaves_out_the_passage_encoder_and_is_logged(
+  untied, embedder, monkeypatch
+):
+  _, params = untied
+  lines = []
+  monkeypatch.setattr(
+    retriever_lib.logging, "info", lambda text, *args: lines.append(text % args)
+  )
+  copies = RetrieverSnapshots(make_mesh(MeshConfig(data=1)))
+  for _ in range(2):
+    whole = copies.take(params)
+    part = copies.take(params, embeds_passages=False)
+  assert whole.keys() - part.keys() == {"passage_encoder"}
+  tokens, mask = tokens_of(range(3))
+  np.testing.assert_array_equal(
+    embedder.questions(part, tokens, mask),
+    embedder.questions(whole, tokens, mask),
+  )
+  assert len(lines) == 2  # once each
+  for line, copy in zip(lines, (whole, part), strict=True):
+    size = sum(x.nbytes for x in jax.tree.leaves(copy)) / 2**20
+    assert f"takes {size:.1f} MiB" in line
+
+
 SHARDED = """
 import jax
 from jax.sharding import NamedSharding

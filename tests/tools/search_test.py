@@ -3,6 +3,9 @@
 import json
 import re
 
+from processes import ROOT
+from processes import free_port
+from processes import run_hosts
 from processes import run_tool
 import pytest
 from small_encoder import write_encoder
@@ -158,3 +161,45 @@ def test_an_encoder_that_is_not_there_is_a_message(folder):
   assert process.returncode == 1
   assert "There is no directory" in process.stderr
   assert "Traceback" not in process.stderr
+
+
+def test_two_hosts_build_and_search_as_one_does(folder, built):
+  def on_two(tool, *arguments):
+    port = free_port()
+    return run_hosts(
+      [
+        (ROOT / "tools" / tool, "--distributed", "--num_processes=2",
+         f"--process_id={number}", f"--coordinator=localhost:{port}",
+         *arguments)
+        for number in range(2)
+      ],
+      timeout=300,
+      HF_HUB_OFFLINE="1",
+    )  # fmt: skip
+
+  pair = on_two(
+    "build_index.py",
+    f"--corpus={folder / 'documents'}",
+    f"--encoder={folder / 'encoder'}",
+    f"--output={folder / 'of two'}",
+    "--kind=exact",
+  )
+  for number, (status, text, _) in enumerate(pair):
+    assert status == 0, text
+    assert ("3 passages can be searched" in text) == (not number)
+  asked = ("--json", "how high is the mount?", "who can leave?", "the oven")
+  alone = run_tool("search.py", f"--index={folder / 'index'}", *asked)
+  (_, first, _), (_, second, _) = on_two(
+    "search.py", f"--index={folder / 'of two'}", *asked
+  )
+
+  def answers(text):
+    lines = [x for x in text.splitlines() if x.startswith('{"question')]
+    return [
+      (line["question"], [p["id"] for p in line["passages"]])
+      for line in map(json.loads, lines)
+    ]
+
+  assert len(answers(alone.stdout)) == 3
+  assert answers(first) == answers(alone.stdout)
+  assert not answers(second)

@@ -1,11 +1,13 @@
 """A run that was stopped and resumed is one that was not, to the last bit."""
 
 import dataclasses
+import gc
 import json
 import re
 import shutil
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,6 +66,27 @@ def test_what_a_stop_saves_is_the_state_of_an_uninterrupted_run(
 ):
   step = name_of(STOPS[where])
   tiny_run.assert_bit_equal(attempts[-1].state(step), uninterrupted.state(step))
+
+
+def test_a_restored_state_takes_the_place_of_the_fresh_one(
+  tiny, tmp_path, monkeypatch
+):
+  config = tiny.config(train__checkpoint_steps=5)
+  tiny.train(tmp_path / "run", config, stop_at=("train", 5))
+  restore, found = Checkpointer.restore, []
+
+  def watched(checkpoints, abstract, step=None):
+    gc.collect()
+    mine = [x for x in jax.live_arrays() if id(x) not in before]
+    shapes = {x.shape for x in jax.tree.leaves(abstract) if x.ndim > 1}
+    found.append(sum(x.nbytes for x in mine if x.shape in shapes))
+    return restore(checkpoints, abstract, step)
+
+  monkeypatch.setattr(Checkpointer, "restore", watched)
+  gc.collect()
+  before = {id(x) for x in jax.live_arrays()}
+  tiny.train(tmp_path / "run", config, stop_at=("train", 7))
+  assert found == [0]
 
 
 def test_the_end_is_that_of_an_uninterrupted_run(
