@@ -403,6 +403,11 @@ class TrainConfig(_Settings):
   # Tokens of the vocabulary whose logits are in memory at a time; 0: all. A
   # chunk needs less memory, but computes logits twice.
   vocab_chunk: int = 0
+  # What a device can do at most in bfloat16, in TFLOP/s, to compute train/mfu;
+  # 0.0: from the table in chips.py, which has TPUs and some GPUs, but no CPU.
+  peak_tflops: float = 0.0
+  # (first, last) of the steps to profile into WORKDIR/profile; (): none.
+  profile_steps: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
