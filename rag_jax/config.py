@@ -423,6 +423,11 @@ class TrainConfig(_Settings):
   accumulate: int = number(1, least=1)
   # Random numbers of dropout. "rbg" is the faster one on TPUs.
   dropout_prng: str = choice("threefry2x32", "rbg")
+  # What a device can do at most in bfloat16, in TFLOP/s, to compute train/mfu;
+  # 0.0: from the table in chips.py, which has TPUs and some GPUs, but no CPU.
+  peak_tflops: float = 0.0
+  # (first, last) of the steps to profile into WORKDIR/profile; (): none.
+  profile_steps: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)

@@ -52,8 +52,11 @@ def type_problem(name: str, field: dataclasses.Field, value: Any) -> str:
   if "choices" in field.metadata:
     return check_choice(name, value, field.metadata["choices"])
   if typing.get_origin(field.type) is tuple:
-    good = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
-    return "" if good else f"{name}={value!r} is not a tuple of str."
+    item, _ = typing.get_args(field.type)
+    good = isinstance(value, tuple) and all(type(v) is item for v in value)
+    return (
+      "" if good else f"{name}={value!r} is not a tuple of {item.__name__}."
+    )
   accepted, expected = {
     bool: (bool, "True or False"),
     int: (int, "a whole number"),
@@ -252,6 +255,18 @@ def _in_step_problems(c: Config) -> Iterator[str]:
     )
 
 
+def _profile_problem(c: Config) -> str:
+  """Returns what is wrong with train.profile_steps, or ""."""
+  steps, num_steps = c.train.profile_steps, c.train.num_steps
+  if not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= num_steps):
+    return ""
+  return (
+    f"train.profile_steps={steps} is no range of the steps 1 to"
+    f" train.num_steps={num_steps}; expected (first, last), for instance"
+    " (10, 12), or () to profile none."
+  )
+
+
 def _generation_problem(text: str) -> str:
   """Returns what is wrong with decoding.generation_config, or ""."""
   try:
@@ -346,6 +361,8 @@ def _cross_problems(c: Config) -> Iterator[str]:
   yield from _index_problems(c.index)
   yield from _hybrid_problems(c)
   yield from _in_step_problems(c)
+  if problem := _profile_problem(c):
+    yield problem
   if c.exclude_bos_score and not (c.hf_loss and c.loss == "rag_sequence"):
     yield (
       "exclude_bos_score=True is for hf_loss=True and loss='rag_sequence', but"

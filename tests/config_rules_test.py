@@ -127,6 +127,17 @@ NAN, INF = float("nan"), float("inf")
     ("optimizer.freeze", "generator", " is not a tuple of str."),
     ("optimizer.freeze", ["generator"], " is not a tuple of str."),
     ("optimizer.freeze", ("generator", 1), " is not a tuple of str."),
+    ("train.profile_steps", "2,3", " is not a tuple of int."),
+    ("train.profile_steps", (2.0, 3.0), " is not a tuple of int."),
+    *(
+      (
+        "train.profile_steps",
+        steps,
+        " is no range of the steps 1 to train.num_steps=1000; expected (first,"
+        " last), for instance (10, 12), or () to profile none.",
+      )
+      for steps in ((3,), (0, 3), (4, 3), (4, 1001))
+    ),
     ("seed", -1, " must be at least 0."),
     ("data.n_docs", -1, " must be at least 0."),
     ("optimizer.clip_norm", -0.5, " must be at least 0."),

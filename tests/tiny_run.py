@@ -90,7 +90,7 @@ def get_config():
 '''
 
 _WATCHED = ("log_steps", "validate_steps", "checkpoint_steps",
-            "keep_checkpoints")  # fmt: skip
+            "keep_checkpoints", "peak_tflops", "profile_steps")  # fmt: skip
 
 
 class Tiny:

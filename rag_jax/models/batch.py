@@ -4,7 +4,9 @@ import typing
 from typing import Any
 
 import flax.struct
-from jaxtyping import Bool, Float, Int
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 
 # Not type-checked, because JAX also builds it from shapes and shardings.
@@ -31,3 +33,17 @@ class RagBatch:
   doc_mask: Bool[Any, "B K L"] | None = None
   doc_embeddings: Float[Any, "B K R"] | None = None
   bm25_scores: Float[Any, "B K"] | None = None
+
+
+def padding_share(batch: RagBatch) -> Float[Array, ""]:
+  """Returns the share of a batch's tokens that are padding, from 0 to 1.
+
+  Of questions, passages, contexts and targets together, as they are stored: the
+  target once per question.
+  """
+  masks: list[Any] = [
+    batch.context_mask, batch.target_mask, batch.question_mask, batch.doc_mask
+  ]  # fmt: skip
+  masks = jax.tree.leaves(masks)  # without None
+  real = sum((jnp.sum(mask) for mask in masks), start=jnp.zeros((), jnp.int32))
+  return 1 - real / sum(mask.size for mask in masks)

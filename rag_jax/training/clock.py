@@ -29,6 +29,8 @@ class Clock:
   cut: dict[str, int] = dataclasses.field(
     default_factory=lambda: dict.fromkeys(COUNTS, 0)
   )
+  # Seconds per kind of work, up to the last checkpoint: see ledger.py.
+  ledger: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class CutCounter:

@@ -42,8 +42,10 @@ from rag_jax.training.clock import CutCounter
 from rag_jax.training.divergence import DivergenceCheck
 from rag_jax.training.interrupt import StoppedEarlyError
 from rag_jax.training.interrupt import StopRequest
+from rag_jax.training.ledger import Ledger
 from rag_jax.training.metrics import MetricWriter
 from rag_jax.training.metrics import Progress
+from rag_jax.training.profiling import Profiler
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import Stage
 from rag_jax.training.stages import make_stages
@@ -54,6 +56,8 @@ from rag_jax.training.state import free
 from rag_jax.training.state import init_params
 from rag_jax.training.state import make_state
 from rag_jax.training.step import compile_update
+from rag_jax.training.utilisation import Utilisation
+from rag_jax.training.utilisation import memory
 from rag_jax.training.workdir import Workdir
 from rag_jax.training.workdir import learning_of
 
@@ -94,6 +98,7 @@ def train(
       run.all_stages(stages, resume_from)
     finally:
       run.close()
+      run.log_ledger()
   return run.clock
 
 
@@ -109,6 +114,7 @@ class _Run:
     stop: StopRequest,
   ):
     config = experiment.config
+    self._ledger = Ledger()
     self._experiment = experiment
     self._config = config
     self._validate = validate
@@ -143,8 +149,26 @@ class _Run:
     self._best: float | None = None  # metric of a checkpoint
     self._went_back_to: list[int] = []  # by --resume_from
     self._divergence = DivergenceCheck(self._checkpoints, experiment.mesh)
+    self._utilisation = Utilisation(
+      config,
+      num_passages=len(experiment.passages),
+      vocab_size=experiment.model.generator.config.vocab_size,
+      devices=list(experiment.mesh.devices.flat),
+    )
+    self._profiler = Profiler(
+      config.train.profile_steps,
+      workdir.profile,
+      enabled=jax.process_index() == 0,
+    )
+    self._has_trained = False
+
+  def log_ledger(self) -> None:
+    """Logs where the time went, if there was a step."""
+    if self._has_trained:
+      logging.info("%s", self._ledger.line())
 
   def close(self) -> None:
+    self._profiler.close()
     self._versions.close()
     self._writer.close()
     self._checkpoints.close()
@@ -171,6 +195,7 @@ class _Run:
       self._went_back_to += extra.get("went_back_to", [])
       self._writer.truncate_after(extra["stage"], extra["stage_step"])
       self.clock = Clock(**extra["clock"])
+      self._ledger.continue_from(self.clock.ledger)
       self._cut = CutCounter(self.clock.cut)
       best = self._checkpoints.best_step()
       self._best = None if best is None else self._checkpoints.metric(best)
@@ -210,25 +235,28 @@ class _Run:
         kept = search_in_step.abstract_index(self._experiment, params)
         abstract = dataclasses.replace(abstract, index=kept)
       free(state)
-      state, _ = self._checkpoints.restore(abstract, latest)
+      with self._ledger.span("checkpoint"):
+        state, _ = self._checkpoints.restore(abstract, latest)
       doc_ids = self._own_rows(extra["doc_ids"], stage)
     step = int(state.step)
-    if stage.in_step:
-      state, state_layout = search_in_step.place_index(
-        self._experiment, state, state_layout, stage.in_step
-      )
-    elif main and not (
-      extra or self._experiment.closed_book or self._config.index.path
-    ):
-      self._versions.start(self._snapshots.take(state.params))
+    with self._ledger.span("refresh"):
+      if stage.in_step:
+        state, state_layout = search_in_step.place_index(
+          self._experiment, state, state_layout, stage.in_step
+        )
+      elif main and not (
+        extra or self._experiment.closed_book or self._config.index.path
+      ):
+        self._versions.start(self._snapshots.take(state.params))
     if step >= stage.num_steps:
       if main and not stage.num_steps and not extra:
         self._save_unchanged(stage, state)
       return state.params
     index = self._versions.index if main else None
-    first = stage.prepare(
-      step, self._retriever_params(state.params), index, doc_ids
-    )
+    with self._ledger.span("data_wait"):
+      first = stage.prepare(
+        step, self._retriever_params(state.params), index, doc_ids
+      )
     logging.info("Compiling the %s step.", stage.name)
     update = compile_update(
       stage.loss_fn,
@@ -239,16 +267,17 @@ class _Run:
       stage.update_fn,
       jax.process_count() > 1,
     )
-    compiled = update.lower(
-      state,
-      self._to_devices(first.batch, stage),
-      self._dropout_key,
-      *self._stop.to_send(self._experiment.mesh),
-    ).compile()
-    if main:  # compiles what validation needs, outside the clock
-      self._validate(
-        state.params, search_in_step.searched(self._experiment, state, index)
-      )
+    with self._ledger.span("compile"):
+      compiled = update.lower(
+        state,
+        self._to_devices(first.batch, stage),
+        self._dropout_key,
+        *self._stop.to_send(self._experiment.mesh),
+      ).compile()
+      if main:  # compiles what validation needs, outside the clock
+        self._validate(
+          state.params, search_in_step.searched(self._experiment, state, index)
+        )
     return self._steps(stage, compiled, state, step, first)
 
   def _save_unchanged(self, stage: Stage, state: TrainState) -> None:
@@ -353,6 +382,7 @@ class _Run:
     config = self._config.train
     main = stage.name == TRAIN
     versions = self._versions if main and self._versions.index else None
+    span, self._has_trained = self._ledger.span, True
     ahead = Ahead()
     progress = Progress(stage.batch_size, first_step=step)
     start = time.perf_counter()
@@ -368,7 +398,10 @@ class _Run:
     try:
       while step < stage.num_steps:
         if versions:
-          versions.swap_if_due(step)
+          with span("refresh"):
+            versions.swap_if_due(step)
+        if main:
+          self._profiler.before(step + 1)
         index = versions.index if versions else None
         last = step + 1 == stage.num_steps
         # After the last step too, since a later command may extend the run.
@@ -376,16 +409,19 @@ class _Run:
         # Before the update, which donates the parameters it is given.
         outside = more and not stage.in_step
         retriever = self._retriever_params(state.params) if outside else None
-        state, metrics = update(
-          state,
-          self._to_devices(prepared.batch, stage),
-          self._dropout_key,
-          *self._stop.to_send(self._experiment.mesh),
-        )
+        with span("step"):
+          state, metrics = update(
+            state,
+            self._to_devices(prepared.batch, stage),
+            self._dropout_key,
+            *self._stop.to_send(self._experiment.mesh),
+          )
         self._stop.receive(metrics)
         if more:
           ahead.submit(stage.prepare, step + 1, retriever, index)
         step += 1
+        if main:
+          self._profiler.after(step, state.step)
         self._cut.add(prepared.cut)
         if stage.in_step:
           self._cut.add_contexts(
@@ -398,14 +434,16 @@ class _Run:
         validate = main and _is_due(step, config.validate_steps, last)
         log = _is_due(step, config.log_steps, last) or validate
         if log:
-          values = {k: float(v) for k, v in metrics.items()}
+          with span("step"):  # waits until it is done
+            values = {k: float(v) for k, v in metrics.items()}
           self._divergence.check_metrics(values, stage, step)
+          speed = progress.questions_per_sec(step)
           values |= {
             f"{stage.name}/data_wait_secs": waited / (step - logged_step),
-            f"{stage.name}/questions_per_second": progress.questions_per_sec(
-              step
-            ),
+            f"{stage.name}/questions_per_second": speed,
           }
+          values |= self._utilisation.mfu(speed) if main else {}
+          values |= memory(stage.name, jax.local_devices())
           if versions:
             values["train/index_staleness_steps"] = (
               step - versions.version if self._trains_passages else 0
@@ -416,28 +454,34 @@ class _Run:
           waited, logged_step = 0.0, step
         if validate:
           began = time.perf_counter()
-          with progress.paused():
+          with progress.paused(), span("validation"):
             searched = search_in_step.searched(self._experiment, state, index)
             values |= self._validate(state.params, searched)
           paused += time.perf_counter() - began
         if log:
+          values |= self._ledger.metrics()
           self._writer.write(step, stage.name, values)
           logging.info(
             "%s", progress.line(step, stage.num_steps, stage.name, values)
           )
         tick()
         due = _is_due(step, config.checkpoint_steps, last and main)
-        stopping = self._stop.agreed()
+        with span("step"):
+          stopping = self._stop.agreed()
         due |= self._is_best(values) or bool(stopping)
         if due:
-          # Otherwise diverged checkpoints could replace all good ones.
-          self._divergence.check_metrics(metrics, stage, step)
-          loss = float(metrics[f"{stage.name}/loss"])
-          self._save(stage, step, state, ahead, versions, values, loss)
+          with span("step"):
+            # Otherwise diverged checkpoints could replace all good ones.
+            self._divergence.check_metrics(metrics, stage, step)
+            loss = float(metrics[f"{stage.name}/loss"])
+          with span("checkpoint"):
+            self._save(stage, step, state, ahead, versions, values, loss)
         if stopping and not (last and main):
           raise StoppedEarlyError(stopping, stage.first_step + step)
         if not last:
-          prepared, secs = ahead.take(lambda s=state: s.step.is_ready())
+          with span("step"):
+            prepared, secs = ahead.take(lambda s=state: s.step.is_ready())
+            self._ledger.move("data_wait", secs)
           waited += secs
     finally:
       ahead.close()
@@ -471,6 +515,7 @@ class _Run:
       rows = process_rows(self._experiment.mesh, stage.batch_size)
       doc_ids = join_rows(pending.doc_ids, rows, stage.batch_size).tolist()
     self.clock.cut = self._cut.total()
+    self.clock.ledger = self._ledger.secs()
     # The same in every process, except for clock and index files, where those
     # of the first process count.
     extra = {

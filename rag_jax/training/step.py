@@ -15,6 +15,7 @@ from rag_jax.losses import doc_log_prior
 from rag_jax.losses import in_batch_contrastive_nll
 from rag_jax.losses import marginal_token_nll
 from rag_jax.models.batch import RagBatch
+from rag_jax.models.batch import padding_share
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.models.partitioning import batch_parts
 from rag_jax.models.partitioning import batch_sharding
@@ -239,6 +240,7 @@ def update(
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics |= {f"{stage}/grad_norm": optax.tree.norm(grads)}
+  metrics |= {f"{stage}/padding": padding_share(batch)}
   new_state = TrainState(
     step=state.step + 1, params=params, opt_state=opt_state
   )

@@ -30,7 +30,7 @@ LOCK = ".lock"
 _OWN = frozenset({
   LOCK, METRICS_FILE, "config.json", "checkpoints", "indexes", "model",
   "index", "tokenizer", "tokens", "tensorboard", "results.json",
-  "learning_curves.png",
+  "learning_curves.png", "profile",
 })  # fmt: skip
 _REMOVE = "Remove it, or choose another --workdir."
 
@@ -38,7 +38,8 @@ _MAY_DIFFER = frozenset({
   "train.log_steps", "train.validate_steps", "train.checkpoint_steps",
   "train.keep_checkpoints", "train.vocab_chunk", "train.scan_layers",
   "train.remat", "train.accumulate", "train.dropout_prng",
-  "index.embed_batch_size", "data.token_cache",
+  "train.peak_tflops", "train.profile_steps", "index.embed_batch_size",
+  "data.token_cache",
 })  # fmt: skip
 _SECTIONS_MAY_DIFFER = ("eval.", "mesh.", "decoding.")
 # Errors raised for a wrong setting or file. After any other error, such as a
@@ -110,6 +111,11 @@ class Workdir:
   def tokens(self) -> epath.Path:
     """The cache directory of a passage store's tokens."""
     return self.path / "tokens"
+
+  @property
+  def profile(self) -> epath.Path:
+    """The directory of the profile of train.profile_steps."""
+    return self.path / "profile"
 
   @property
   def metrics(self) -> epath.Path:
