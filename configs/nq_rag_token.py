@@ -75,6 +75,5 @@ def get_config() -> Config:
   t.checkpoint_steps = 1000
   t.compute_dtype = "bfloat16"
   t.scan_layers = True
-  t.remat = "full"
-  t.dropout_prng = "rbg"
+  t.remat = "attention"
   return c

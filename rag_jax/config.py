@@ -421,7 +421,8 @@ class TrainConfig(_Settings):
   # Parts that a batch is computed in, one after the other. Their gradients add
   # up to that of the whole batch; activations need memory for one part only.
   accumulate: int = number(1, least=1)
-  # Random numbers of dropout. "rbg" is the faster one on TPUs.
+  # Generator of dropout's random numbers. "rbg" is the faster one on a single
+  # TPU or GPU; "threefry2x32" is split over several, and gives the same there.
   dropout_prng: str = choice("threefry2x32", "rbg")
   # What a device can do at most in bfloat16, in TFLOP/s, to compute train/mfu;
   # 0.0: from the table in chips.py, which has TPUs and some GPUs, but no CPU.

@@ -124,7 +124,7 @@ def lock(
     try:
       yield
     finally:
-      taken.release()
+      release_lock(taken)
 
 
 def take_lock(
@@ -135,11 +135,12 @@ def take_lock(
   remedy: str,
   wait: bool = False,
 ) -> filelock.BaseFileLock:
-  """Returns a lock, which this process holds until it calls `release`.
+  """Returns a lock, which this process holds until it calls `release_lock`.
 
-  When the process dies, the lock is released. The lock file stays, and only
-  says who took the lock last. A file system without locks is used with a
-  warning.
+  When the process dies, the lock is released. The lock file always stays: if it
+  were removed, a process that waits for it and one that makes it anew would
+  both get a lock. It says who took the lock, until it is released. A file
+  system without locks is used with a warning.
 
   Args:
     path: of the lock file, local. Made if it does not exist.
@@ -177,6 +178,14 @@ def take_lock(
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
     json.dump(holder, note)
   return taken
+
+
+def release_lock(taken: filelock.BaseFileLock) -> None:
+  """Releases a lock of `take_lock`; its file no longer says who held it."""
+  if taken.is_locked:
+    with contextlib.suppress(OSError):
+      os.truncate(taken.lock_file, 0)
+  taken.release()
 
 
 def _holder(text: str) -> str:

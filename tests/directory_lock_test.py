@@ -41,6 +41,14 @@ def test_a_second_one_is_refused_until_the_first_ends(tmp_path):
     pass
 
 
+def test_the_file_of_a_released_lock_does_not_say_who_held_it(tmp_path):
+  with build(tmp_path):
+    assert str(os.getpid()) in (tmp_path / ".lock.tmp").read_text()
+  assert (tmp_path / ".lock.tmp").read_text() == ""
+  with build(tmp_path):
+    assert str(os.getpid()) in (tmp_path / ".lock.tmp").read_text()
+
+
 def test_a_refused_folder_of_others_is_left_as_it_was(tmp_path):
   (tmp_path / "mine.txt").write_text("x")
   with pytest.raises(ValueError, match=r"other files .*mine\.txt"):

@@ -19,7 +19,7 @@ cache directory (~/.cache/rag_jax) is written to: compiled programs, and
 converted weights of a --model that has them as a pickle only.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import os
 import pathlib
 import sys
@@ -40,6 +40,7 @@ from rag_jax.serving.explanation import to_json
 from rag_jax.serving.open_model import default_passage_encoder
 from rag_jax.serving.open_model import is_search_directory
 from rag_jax.serving.pipeline import RagPipeline
+from rag_jax.serving.pipeline import check_questions
 from rag_jax.terminal import one_line
 from rag_jax.training.workdir import keep_compiled
 from rag_jax.weights.hub import HUB_PREFIX
@@ -100,11 +101,16 @@ def _prompt() -> Iterator[str]:
     yield question
 
 
-def _questions(arguments: list[str]) -> Iterator[str]:
-  if arguments:
-    yield from command.questions(arguments)
-  else:
-    yield from _prompt()
+def _questions(arguments: list[str]) -> Iterable[str]:
+  """Returns the questions; those of the command line are checked before."""
+  if not arguments:
+    return _prompt()
+  questions = command.questions(arguments)
+  if arguments == ["-"]:
+    return questions
+  questions = list(questions)
+  check_questions(questions)
+  return questions
 
 
 def _show(text: str) -> None:
@@ -174,6 +180,7 @@ def _answer_on_hosts(arguments: list[str]) -> None:
     ValueError: there is no question to share.
   """
   questions = list(command.questions(arguments))
+  check_questions(questions)
   if not questions:
     raise ValueError(
       "--distributed was given without a question; expected questions that the"
@@ -205,10 +212,11 @@ def main(argv: list[str]) -> None:
   if joined():
     _answer_on_hosts(argv[1:])
     return
+  questions = _questions(argv[1:])
   pipeline = _open()
   streams = sys.stderr.isatty() if _STREAM.value is None else _STREAM.value
   on_text = _show if streams and not _JSON.value else None
-  for number, question in enumerate(_questions(argv[1:])):
+  for number, question in enumerate(questions):
     start = time.perf_counter()
     (answer,) = pipeline.answer(question, n_docs=_N_DOCS.value, on_text=on_text)
     if on_text:

@@ -10,6 +10,7 @@ import rag_jax
 from rag_jax import terminal
 from rag_jax.commands import COMMANDS
 from rag_jax.commands import PROGRAM
+from rag_jax.commands.stopping import ending_quietly
 
 
 def main() -> None:
@@ -24,7 +25,9 @@ def main() -> None:
   elif name == "--version":
     print(rag_jax.__version__)
   elif name in COMMANDS:
-    importlib.import_module(_module(name)).run()
+    with ending_quietly("Stopped."):  # imports take seconds
+      module = importlib.import_module(_module(name))
+    module.run()
   else:
     print(_no_command(name) if name else _overview(), file=sys.stderr)
     sys.exit(1)

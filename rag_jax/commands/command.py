@@ -25,6 +25,7 @@ from absl import flags
 
 from rag_jax import terminal
 from rag_jax.commands import PROGRAM
+from rag_jax.commands.stopping import ending_quietly
 from rag_jax.corpus.text_files import check_text
 
 # Constants of malloc.h. All threads use one heap, since only the first heap can
@@ -190,7 +191,7 @@ def run(
   *,
   arguments: str = "",
   check: Callable[[list[str]], None] = lambda argv: None,
-  interrupted: str = "",
+  interrupted: str = "Stopped.",
   agreed: tuple[type[Exception], ...] = (),
 ) -> None:
   """Runs `main` with the flags of the command line.
@@ -220,6 +221,18 @@ def run(
     main(argv)
     sys.stdout.flush()
 
+  with ending_quietly(interrupted):
+    _run(main, checked, arguments, check, agreed)
+
+
+def _run(
+  main: Callable[[list[str]], None],
+  checked: Callable[[list[str]], None],
+  arguments: str,
+  check: Callable[[list[str]], None],
+  agreed: tuple[type[Exception], ...],
+) -> None:
+  """Runs `checked`, which calls `main`; prints an error as one message."""
   try:
     given = sys.argv[1:]
     flags_alone = given[: given.index("--")] if "--" in given else given
@@ -232,10 +245,8 @@ def run(
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still buffered
     sys.exit(128 + signal.SIGPIPE)
   except KeyboardInterrupt:
-    if interrupted:
-      print(interrupted, file=sys.stderr)
     _end_pod(128 + signal.SIGINT, "somebody pressed Ctrl-C.")
-    sys.exit(128 + signal.SIGINT)
+    raise
   except agreed:
     raise
   except Exception as error:

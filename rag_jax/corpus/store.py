@@ -222,7 +222,7 @@ class _Writer:
             f"Rows {first[passage.id]} and {row} of the {self.num_passages}"
             f" passages for {self._directory} both have the id"
             f" {passage.id!r}. Expected one passage per id; rename or remove"
-            " one, and write the store again."
+            " one, and run the same command again."
           )
 
   def close(self) -> None:
@@ -251,7 +251,7 @@ class _full_disk:  # noqa: N801, used like a function
         f"The passages cannot be written to {self._directory} ({error})."
         " Expected a disk with room for their texts and 32 bytes more for each."
         " What was written so far is removed. Free some space, or choose"
-        " another directory, and write the store again."
+        " another directory, and run the same command again."
       ) from error
 
 

@@ -80,6 +80,12 @@ def check_devices(config: Config, num_devices: int) -> MeshConfig:
       " or mesh.data=0 to use all remaining devices."
     )
   _check_split(config, mesh)
+  if config.train.dropout_prng == "rbg" and num_devices > 1:
+    raise ValueError(
+      "train.dropout_prng='rbg' is for one device: of several, each would make"
+      f" the random numbers of all {num_devices}, since the compiler does not"
+      " split its generator. Use 'threefry2x32'."
+    )
   shards = data * mesh.fsdp
   parts = config.train.accumulate
   if config.train.batch_size % (shards * parts):

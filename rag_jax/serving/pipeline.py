@@ -196,8 +196,7 @@ class RagPipeline:
     """
     several = isinstance(questions, Sequence) and not isinstance(questions, str)
     questions = list(questions) if several else [questions]
-    for number, question in enumerate(questions, start=1):
-      _check_question(question, f"Question {number} of {len(questions)}")
+    check_questions(questions)
     if type(n_docs) is not int or n_docs < 0:
       raise ValueError(
         f"n_docs={n_docs}; expected 1 or more, or 0 for as many as in training."
@@ -254,6 +253,12 @@ def _check_tokenizer(run: Workdir, digest: str) -> None:
       f" it had when the model in {run.model} was trained; expected the same"
       " files. Put the old files back, or train again."
     )
+
+
+def check_questions(questions: Sequence[Any]) -> None:
+  """Raises an exception if a question cannot be asked; see `answer`."""
+  for number, question in enumerate(questions, start=1):
+    _check_question(question, f"Question {number} of {len(questions)}")
 
 
 def _check_question(question: Any, name: str) -> None:

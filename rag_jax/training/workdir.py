@@ -20,6 +20,7 @@ from rag_jax.config_json import differences
 from rag_jax.config_json import read_config
 from rag_jax.config_json import write_config
 from rag_jax.config_rules import fields
+from rag_jax.directory_lock import release_lock
 from rag_jax.directory_lock import take_lock
 from rag_jax.processes import first_alone
 from rag_jax.training.metrics import METRICS_FILE
@@ -125,7 +126,7 @@ class Workdir:
   def close(self) -> None:
     """Releases the lock. The lock file stays."""
     if self._lock is not None:
-      self._lock.release()
+      release_lock(self._lock)
 
   def begin(self) -> None:
     """Marks the start of training: an error no longer removes the folder."""

@@ -1,6 +1,7 @@
 """tools/ask.py as a person or a script runs it."""
 
 import json
+import os
 import re
 
 from processes import run_tool
@@ -146,6 +147,21 @@ def test_what_is_wrong_is_one_message(learned, tmp_path, arguments, message):
   arguments = [a.replace("BROKEN", str(broken)) for a in arguments]
   process = ask(learned.workdir, *arguments)
   assert_refused(process, message.replace("BROKEN", str(broken)))
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([FRANCE, ""], "ValueError: Question 2 of 2 is empty: ''. Ask something"),
+    ([FRANCE, b"\xff"], "ValueError: Question 2 of the command line holds "),
+  ],
+)
+def test_all_questions_are_checked_before_anything_is_opened(
+  tmp_path, arguments, message
+):
+  assert_refused(
+    ask(tmp_path / "nothing", *map(os.fsdecode, arguments)), message
+  )
 
 
 def test_a_run_or_a_checkpoint_is_named_and_a_checkpoint_has_a_corpus(tmp_path):
