@@ -45,6 +45,7 @@ class Stage:
   # (step, retriever's params, index, document ids) -> batch of that step
   prepare: Callable[..., Prepared]
   in_step: InStep | None = None  # None: documents are searched between steps
+  batches: QuestionBatches | None = None  # of the main stage
 
 
 def stage_optimizer(
@@ -134,6 +135,7 @@ def make_stages(
       loss_fn=_main_loss(experiment),
       prepare=batches.prepare,
       in_step=in_step,
+      batches=batches,
     )
   )
   return stages
