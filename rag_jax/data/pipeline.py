@@ -19,6 +19,7 @@ from rag_jax.config import Config
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.informal import informal
 from rag_jax.data.questions import Question
+from rag_jax.data.substitution import Change
 from rag_jax.data.substitution import Substitution
 from rag_jax.models.batch import RagBatch
 from rag_jax.retrieval.bm25 import Bm25Index
@@ -154,7 +155,6 @@ class QuestionBatches:
   ) -> Prepared:
     rows = self.rows(step)
     texts, question_ids, context_ids = self.asked(step, rows)
-    fields: dict[str, Any] = {}
     if index is None:
       doc_ids = np.zeros((len(rows), 0), np.int32)
     else:
@@ -176,17 +176,10 @@ class QuestionBatches:
         [ids], [context_ids[b]] = self._context.encode_questions([text])
         if self._renames:
           question_ids[b] = ids
+    fields: dict[str, Any] = {}
     if index is not None:
-      tokens, mask = self._context.questions(question_ids)
-      fields |= {"question_tokens": tokens, "question_mask": mask}
-      if self._bm25 is not None:
-        fields["bm25_scores"] = self._bm25.score(texts, doc_ids)
-      if self._frozen_passages:
-        fields["doc_embeddings"] = index.embeddings[doc_ids]
-      else:
-        fields["doc_tokens"], fields["doc_mask"] = self._context.passages(
-          doc_ids, changes if self._renames else ()
-        )
+      renamed = changes if self._renames else ()
+      fields = self._retrieved(texts, question_ids, doc_ids, index, renamed)
     context_tokens, context_mask = self._context.contexts(
       context_ids, doc_ids, changes
     )
@@ -206,6 +199,51 @@ class QuestionBatches:
       ),
       doc_ids,
     )
+
+  def _retrieved(
+    self,
+    texts: Sequence[str],
+    question_ids: Sequence[list[int]],
+    doc_ids: Int[np.ndarray, "B K"],
+    index: Index | None,
+    changes: Sequence[Change] = (),
+  ) -> dict[str, Any]:
+    """Returns the fields of a `RagBatch` that the retriever reads."""
+    tokens, mask = self._context.questions(question_ids)
+    fields: dict[str, Any] = {"question_tokens": tokens, "question_mask": mask}
+    if self._bm25 is not None:
+      fields["bm25_scores"] = self._bm25.score(texts, doc_ids)
+    if self._frozen_passages:
+      assert index is not None
+      fields["doc_embeddings"] = index.embeddings[doc_ids]
+    else:
+      fields["doc_tokens"], fields["doc_mask"] = self._context.passages(
+        doc_ids, changes
+      )
+    return fields
+
+  def compared(
+    self, step: int, doc_ids: Int[np.ndarray, "B K"], index: Index | None
+  ) -> tuple[RagBatch, RagBatch]:
+    """Returns the questions of `step` with documents, and without any.
+
+    Nothing is substituted in them, since an answer that was put into documents
+    is known from nowhere else.
+
+    Args:
+      step: of the main stage.
+      doc_ids: the documents of each question.
+      index: has their embeddings; only used if these are not trained.
+    """
+    rows = self.rows(step)
+    with self._context.counting():
+      texts, question_ids, context_ids = self.asked(step, rows)
+      targets = self._context.targets([self._answer_ids[i] for i in rows])
+      nothing = np.zeros((len(rows), 0), np.int32)
+      alone = RagBatch(*self._context.contexts(context_ids, nothing), *targets)
+      contexts = self._context.contexts(context_ids, doc_ids)
+      fields = self._retrieved(texts, question_ids, doc_ids, index)
+    return RagBatch(*contexts, *targets, **fields), alone
 
 
 class Ahead:

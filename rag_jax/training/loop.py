@@ -40,6 +40,7 @@ from rag_jax.training.checkpoint_checks import check_identity
 from rag_jax.training.clock import Clock
 from rag_jax.training.clock import CutCounter
 from rag_jax.training.divergence import DivergenceCheck
+from rag_jax.training.health import RetrievalHealth
 from rag_jax.training.interrupt import StoppedEarlyError
 from rag_jax.training.interrupt import StopRequest
 from rag_jax.training.ledger import Ledger
@@ -161,6 +162,8 @@ class _Run:
       enabled=jax.process_index() == 0,
     )
     self._has_trained = False
+    self._questions = questions
+    self._health: RetrievalHealth | None = None  # of the main stage
 
   def log_ledger(self) -> None:
     """Logs where the time went, if there was a step."""
@@ -168,12 +171,14 @@ class _Run:
       logging.info("%s", self._ledger.line())
 
   def close(self) -> None:
-    self._profiler.close()
+    if self._health is not None:
+      self._health.close()
     self._versions.close()
     self._writer.close()
     self._checkpoints.close()
     if self._kept_indexes:
       self._remove_indexes([])
+    self._profiler.close()
 
   def all_stages(
     self, stages: list[Stage], resume_from: int | None = None
@@ -253,6 +258,12 @@ class _Run:
         self._save_unchanged(stage, state)
       return state.params
     index = self._versions.index if main else None
+    if main and not self._experiment.closed_book:
+      assert stage.batches is not None
+      self._health = RetrievalHealth(
+        self._experiment, self._questions, stage.batches
+      )
+      self._health.rank_shift = extra.get("rank_shift")
     with self._ledger.span("data_wait"):
       first = stage.prepare(
         step, self._retriever_params(state.params), index, doc_ids
@@ -278,6 +289,8 @@ class _Run:
         self._validate(
           state.params, search_in_step.searched(self._experiment, state, index)
         )
+      if self._health is not None:
+        self._health.compile(state.params, index)
     return self._steps(stage, compiled, state, step, first)
 
   def _save_unchanged(self, stage: Stage, state: TrainState) -> None:
@@ -382,6 +395,7 @@ class _Run:
     config = self._config.train
     main = stage.name == TRAIN
     versions = self._versions if main and self._versions.index else None
+    health = self._health
     span, self._has_trained = self._ledger.span, True
     ahead = Ahead()
     progress = Progress(stage.batch_size, first_step=step)
@@ -399,7 +413,12 @@ class _Run:
       while step < stage.num_steps:
         if versions:
           with span("refresh"):
+            old = versions.index
             versions.swap_if_due(step)
+            if health and old and versions.index and versions.index is not old:
+              health.refreshed(
+                old, versions.index, self._snapshots.take(state.params)
+              )
         if main:
           self._profiler.before(step + 1)
         index = versions.index if versions else None
@@ -417,6 +436,7 @@ class _Run:
             *self._stop.to_send(self._experiment.mesh),
           )
         self._stop.receive(metrics)
+        doc_ids = metrics.pop(search_in_step.DOC_IDS, prepared.doc_ids)
         if more:
           ahead.submit(stage.prepare, step + 1, retriever, index)
         step += 1
@@ -448,15 +468,25 @@ class _Run:
             values["train/index_staleness_steps"] = (
               step - versions.version if self._trains_passages else 0
             )
+            values["train/index_staleness_max_steps"] = values[
+              "train/index_staleness_steps"
+            ]
             values["train/distinct_docs"] = (
-              np.unique(prepared.doc_ids).size / prepared.doc_ids.size
+              np.unique(doc_ids).size / doc_ids.size
             )
+          if health:
+            if stage.in_step:  # of all processes
+              rows = process_rows(self._experiment.mesh, stage.batch_size)
+              doc_ids = np.asarray(doc_ids)[rows]
+            values |= health.metrics(step, doc_ids, values)
           waited, logged_step = 0.0, step
         if validate:
           began = time.perf_counter()
           with progress.paused(), span("validation"):
             searched = search_in_step.searched(self._experiment, state, index)
             values |= self._validate(state.params, searched)
+            if health:
+              values |= health.utility(state.params, step, doc_ids, index)
           paused += time.perf_counter() - began
         if log:
           values |= self._ledger.metrics()
@@ -526,6 +556,7 @@ class _Run:
       "clock": dataclasses.asdict(self.clock),
       "identity": self._identity,
       "went_back_to": self._went_back_to,
+      "rank_shift": self._health and self._health.newest_rank_shift(),
       "config": dataclasses.asdict(self._config),
       "metrics": {k: v for k, v in values.items() if math.isfinite(v)},
     }

@@ -35,6 +35,8 @@ from rag_jax.training.step import LossFn
 from rag_jax.training.step import Metrics
 from rag_jax.training.step import update
 
+DOC_IDS = "doc_ids"  # among the metrics of an update; it is no number
+
 
 # Unchecked, because JAX makes it of shapes and shardings too.
 @typing.no_type_check
@@ -96,6 +98,7 @@ class InStep:
       f"{stage}/index_staleness_max_steps": most,
       f"{stage}/distinct_docs": _share_of_distinct(ids),
       f"{stage}/contexts_cut": num_cut / ids.size,
+      DOC_IDS: ids,
     }
     return dataclasses.replace(
       state, index=dataclasses.replace(index, arrays=arrays)

@@ -50,6 +50,7 @@ class Stage:
   prepare: Callable[..., Prepared]
   in_step: InStep | None = None  # None: documents are searched between steps
   accumulate: int = 1  # parts that the gradient of a batch is computed in
+  batches: QuestionBatches | None = None  # of the main stage
 
   @property
   def update_fn(self) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -146,6 +147,7 @@ def make_stages(
       prepare=batches.prepare,
       in_step=in_step,
       accumulate=config.train.accumulate,
+      batches=batches,
     )
   )
   return stages

@@ -161,6 +161,11 @@ def test_the_clock_goes_on_over_all_attempts(attempts):
   assert 0 < clocks[-1] < attempts[-1].clock.train_secs
   clock = attempts[-1].clock
   assert 0 < clock.question_secs < clock.train_secs
+  ledgers = [
+    sum(v for name, v in record.items() if name.startswith("ledger/"))
+    for record in attempts[-1].metrics
+  ]
+  assert ledgers == sorted(ledgers)
 
 
 def test_a_finished_run_is_not_trained_again(attempts, tiny):

@@ -27,6 +27,7 @@ from rag_jax.models.rag import build_model
 from rag_jax.retrieval.device import place_arrays
 from rag_jax.retrieval.device import place_tokens
 from rag_jax.training.optimizer import make_optimizer
+from rag_jax.training.search_in_step import DOC_IDS
 from rag_jax.training.search_in_step import InStep
 from rag_jax.training.search_in_step import StepIndex
 from rag_jax.training.state import init_params
@@ -254,6 +255,7 @@ def train(name):
   state, history = training.state, []
   for _ in range(STEPS):
     state, metrics = training.step(state)
+    metrics.pop(DOC_IDS)
     history.append({k: float(v) for k, v in metrics.items()})
   arrays = state.index.arrays
   return {
