@@ -26,6 +26,7 @@ import json
 import logging as python_logging
 import math
 import os
+import sys
 from typing import Any
 
 from absl import logging
@@ -87,6 +88,9 @@ class Checkpointer:
     self._thread = futures.ThreadPoolExecutor(1)
     self._saving: futures.Future[None] | None = None
     python_logging.getLogger("absl").addFilter(_orbax_warnings_only)
+    python_logging.getLogger("asyncio").addFilter(_no_full_disk)
+    if not isinstance(sys.unraisablehook, _ExceptClosedLoop):
+      sys.unraisablehook = _ExceptClosedLoop(sys.unraisablehook)
 
   def save(
     self,
@@ -526,3 +530,33 @@ def _orbax_warnings_only(record: python_logging.LogRecord) -> bool:
   """
   from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
   return record.levelno == python_logging.WARNING or not from_orbax
+
+
+def _no_full_disk(record: python_logging.LogRecord) -> bool:
+  """Returns whether to log `record`: not that orbax found the disk full.
+
+  Orbax writes each array in a task of asyncio and raises the first error, which
+  becomes an `UnwritableError`. The tasks that failed as well are reported by
+  asyncio, each with a stack trace, when they are deleted.
+  """
+  error = record.exc_info[1] if record.exc_info else None
+  return not ("never retrieved" in record.getMessage() and disk.is_full(error))
+
+
+class _ExceptClosedLoop:
+  """Shows errors that nobody can catch, but not those of a save that failed.
+
+  The first array that cannot be written ends the event loop of the save. The
+  threads of TensorStore that are still writing then find it closed.
+  """
+
+  def __init__(self, show: Callable[[Any], object]):
+    self._show = show
+
+  def __call__(self, unraisable: Any) -> None:
+    closed = isinstance(unraisable.exc_value, RuntimeError) and (
+      str(unraisable.exc_value) == "Event loop is closed"
+    )
+    # Code in Python would be named by `object`.
+    if not closed or unraisable.object is not None:
+      self._show(unraisable)

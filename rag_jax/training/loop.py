@@ -8,6 +8,7 @@ the same parameters as an uninterrupted one.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import json
 import math
@@ -142,9 +143,10 @@ class _Run:
     self._divergence = DivergenceCheck(self._checkpoints, experiment.mesh)
 
   def close(self) -> None:
-    self._versions.close()
-    self._writer.close()
-    self._checkpoints.close()
+    with contextlib.ExitStack() as stack:  # closes each, whichever fails
+      stack.callback(self._checkpoints.close)
+      stack.callback(self._writer.close)
+      self._versions.close()
     if self._kept_indexes:
       self._remove_indexes([])
 
