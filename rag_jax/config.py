@@ -405,7 +405,8 @@ class TrainConfig(_Settings):
   log_steps: int = number(10, least=1)
   validate_steps: int = 100  # 0: only at the end
   checkpoint_steps: int = 100  # 0: only at the end
-  # Number of newest checkpoints to keep; the best one is kept too.
+  # Number of newest checkpoints to keep; the best one is kept too, and the
+  # newest one after which the loss was still good.
   keep_checkpoints: int = number(2, least=1)
   compute_dtype: str = choice("auto", "float32", "bfloat16")
   # Tokens of the vocabulary whose logits are in memory at a time; 0: all. A

@@ -197,6 +197,14 @@ def _not_plain(path: epath.PathLike, remedy: str) -> str:
   return f"{path} is {what}; expected a file of its own. {remedy}"
 
 
+def is_full(error: object) -> bool:
+  """Returns whether an error says that a disk or a quota is full."""
+  if isinstance(error, OSError) and error.errno is not None:
+    return error.errno in _FULL
+  # Libraries raise other types, with the words of the system.
+  return any(os.strerror(number) in str(error) for number in _FULL)
+
+
 class UnwritableError(OSError):
   """The disk is full or may not be written to; the message says what to do."""
 
@@ -222,7 +230,7 @@ def explaining(
   except UnwritableError:
     raise
   except OSError as error:
-    if error.errno in _FULL or (
+    if is_full(error) or (
       # NumPy raises this for a write that was cut short.
       error.errno is None and str(error).endswith(" written")
     ):

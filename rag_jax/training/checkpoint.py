@@ -26,6 +26,7 @@ import json
 import logging as python_logging
 import math
 import os
+import sys
 from typing import Any
 
 from absl import logging
@@ -87,6 +88,9 @@ class Checkpointer:
     self._thread = futures.ThreadPoolExecutor(1)
     self._saving: futures.Future[None] | None = None
     python_logging.getLogger("absl").addFilter(_orbax_warnings_only)
+    python_logging.getLogger("asyncio").addFilter(_no_full_disk)
+    if not isinstance(sys.unraisablehook, _ExceptClosedLoop):
+      sys.unraisablehook = _ExceptClosedLoop(sys.unraisablehook)
 
   def save(
     self,
@@ -95,6 +99,7 @@ class Checkpointer:
     extra: Mapping[str, Any],
     metric: float | None = None,
     loss: float | None = None,
+    proven: int | None = None,
   ) -> None:
     """Copies the state to the host and starts writing a checkpoint.
 
@@ -109,6 +114,8 @@ class Checkpointer:
       loss: training loss of the step. If no checkpoint has a metric, the one
         with the lowest loss is kept too: when a run diverges slowly, the latest
         few are all bad.
+      proven: step of a complete checkpoint that is kept until a later one is
+        proven, since nobody knows yet whether the state is good.
 
     Raises:
       UnwritableError: this checkpoint or the previous one could not be written.
@@ -120,6 +127,8 @@ class Checkpointer:
     if step < 0:
       raise ValueError(f"step={step} must be at least 0; it names a folder.")
     self.wait()
+    if proven is not None and self._process_index == 0:
+      self._remove_old(proven)  # so that there is room for the new one
     check_state(state)
     check_extra(extra)
     if not math.isfinite(metric or 0.0):
@@ -151,10 +160,16 @@ class Checkpointer:
     with _saying_what_to_do(folder):
       manager = self._manager(create=True)
       manager.save(step, args=items, force=True)  # the caller chose the step
-    self._saving = self._thread.submit(self._complete, manager, step, content)
+    self._saving = self._thread.submit(
+      self._complete, manager, step, content, proven
+    )
 
   def _complete(
-    self, manager: ocp.CheckpointManager, step: int, content: dict[str, Any]
+    self,
+    manager: ocp.CheckpointManager,
+    step: int,
+    content: dict[str, Any],
+    proven: int | None,
   ) -> None:
     """Writes the manifest when orbax has finished; removes old checkpoints."""
     folder = self._folder(step)
@@ -165,7 +180,7 @@ class Checkpointer:
         artifacts.write_manifest(
           folder, kind=_KIND, format=FORMAT, content=content
         )
-        self._remove_old(step)
+        self._remove_old(step, proven)
 
   def wait(self) -> None:
     """Blocks until every save is complete.
@@ -346,6 +361,35 @@ class Checkpointer:
     """Returns the metric of a complete step, without checking its files."""
     return self._noted(step, "metric")
 
+  def loss(self, step: int) -> float | None:
+    """Returns the loss of a complete step, without checking its files."""
+    return self._noted(step, "loss")
+
+  def left(self) -> list[tuple[int, str, float | None, list[int]]]:
+    """Returns the complete checkpoints that --resume_from set aside.
+
+    In ascending order, of each: its step, the name of its folder, its loss and
+    the index versions that it needs.
+    """
+    found = []
+    for path in self._directory.glob(f"*.left*/{artifacts.MANIFEST}"):
+      with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+        content = json.loads(path.read_bytes())["content"]
+        needed = read_settings(path.parent / _EXTRA_FILE)["index_versions"]
+        name = path.parent.name
+        found.append((content["step"], name, content["loss"], needed))
+    return sorted(found, key=lambda checkpoint: checkpoint[:2])
+
+  def how_to_use_left(self, name: str) -> str:
+    """Returns what to do to resume from the folder `name` in `left()`."""
+    step, _, _ = name.partition(".")
+    folder = self._directory / step
+    first = f"remove {folder}, " if folder.exists() else ""
+    return (
+      f"{first}rename {self._directory / name}, which is from before that, to"
+      f" {folder}, and run the command with --resume_from={step}."
+    )
+
   def _rank(self, step: int) -> tuple[bool, float, int]:
     """Returns a sort key for steps: those without a metric come first."""
     metric = self.metric(step)
@@ -486,15 +530,15 @@ class Checkpointer:
           return earlier
     return None
 
-  def _remove_old(self, saved: int) -> None:
-    """Removes all checkpoints but the latest few, the best and `saved`."""
+  def _remove_old(self, saved: int, proven: int | None = None) -> None:
+    """Removes all checkpoints but the latest few, the best and these two."""
     complete, incomplete = self._find()
     best = self._best_of(complete)
     if best is None:
       losses = {step: self._noted(step, "loss") for step in complete}
       rated = [step for step in complete if losses[step] is not None]
       best = min(rated, key=lambda step: losses[step], default=None)
-    keep = {saved, best, *complete[-self._keep_last :]}
+    keep = {saved, proven, best, *complete[-self._keep_last :]}
     old = [step for step in complete if step not in keep]
     for step in old + [step for step in incomplete if step < saved]:
       folder = self._folder(step)
@@ -526,3 +570,33 @@ def _orbax_warnings_only(record: python_logging.LogRecord) -> bool:
   """
   from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
   return record.levelno == python_logging.WARNING or not from_orbax
+
+
+def _no_full_disk(record: python_logging.LogRecord) -> bool:
+  """Returns whether to log `record`: not that orbax found the disk full.
+
+  Orbax writes each array in a task of asyncio and raises the first error, which
+  becomes an `UnwritableError`. The tasks that failed as well are reported by
+  asyncio, each with a stack trace, when they are deleted.
+  """
+  error = record.exc_info[1] if record.exc_info else None
+  return not ("never retrieved" in record.getMessage() and disk.is_full(error))
+
+
+class _ExceptClosedLoop:
+  """Shows errors that nobody can catch, but not those of a save that failed.
+
+  The first array that cannot be written ends the event loop of the save. The
+  threads of TensorStore that are still writing then find it closed.
+  """
+
+  def __init__(self, show: Callable[[Any], object]):
+    self._show = show
+
+  def __call__(self, unraisable: Any) -> None:
+    closed = isinstance(unraisable.exc_value, RuntimeError) and (
+      str(unraisable.exc_value) == "Event loop is closed"
+    )
+    # Code in Python would be named by `object`.
+    if not closed or unraisable.object is not None:
+      self._show(unraisable)

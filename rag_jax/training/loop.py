@@ -8,6 +8,7 @@ the same parameters as an uninterrupted one.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import json
 import math
@@ -149,7 +150,13 @@ class _Run:
     self._kept_indexes: dict[int, list[int]] = {}  # by checkpoint
     self._best: float | None = None  # metric of a checkpoint
     self._went_back_to: list[int] = []  # by --resume_from
-    self._divergence = DivergenceCheck(self._checkpoints, experiment.mesh)
+    self._divergence = DivergenceCheck(
+      self._checkpoints,
+      workdir,
+      experiment.mesh,
+      vocab_size=experiment.model.generator.config.vocab_size,
+      warmup_steps=config.warmup.num_steps,
+    )
     self._utilisation = Utilisation(
       config,
       num_passages=len(experiment.passages),
@@ -171,20 +178,22 @@ class _Run:
       logging.info("%s", self._ledger.line())
 
   def close(self) -> None:
-    if self._health is not None:
-      self._health.close()
-    self._versions.close()
-    self._writer.close()
-    self._checkpoints.close()
+    with contextlib.ExitStack() as stack:  # closes each, whichever fails
+      stack.callback(self._profiler.close)
+      stack.callback(self._checkpoints.close)
+      stack.callback(self._writer.close)
+      if self._health is not None:
+        stack.callback(self._health.close)
+      self._versions.close()
     if self._kept_indexes:
       self._remove_indexes([])
-    self._profiler.close()
 
   def all_stages(
     self, stages: list[Stage], resume_from: int | None = None
   ) -> None:
     """Runs every stage, from the newest checkpoint or from `resume_from`."""
     if resume_from is not None:
+      self._divergence.check_start(resume_from)
       self._go_back(resume_from)
     latest = self._checkpoints.newest_whole(self._open_indexes)
     extra = {} if latest is None else self._checkpoints.read_extra(latest)
@@ -197,6 +206,9 @@ class _Run:
           " Expected every host to see the same --workdir. Mount it there."
         )
       check_end(stages[-1], latest)
+      self._divergence.check_start(latest)
+      self._divergence.begin_at(latest)
+      self._divergence.lowest = extra.get("lowest_loss", {})
       self._went_back_to += extra.get("went_back_to", [])
       self._writer.truncate_after(extra["stage"], extra["stage_step"])
       self.clock = Clock(**extra["clock"])
@@ -437,6 +449,7 @@ class _Run:
           )
         self._stop.receive(metrics)
         doc_ids = metrics.pop(search_in_step.DOC_IDS, prepared.doc_ids)
+        self._divergence.follow(metrics, stage, step + 1)
         if more:
           ahead.submit(stage.prepare, step + 1, retriever, index)
         step += 1
@@ -559,6 +572,7 @@ class _Run:
       "rank_shift": self._health and self._health.newest_rank_shift(),
       "config": dataclasses.asdict(self._config),
       "metrics": {k: v for k, v in values.items() if math.isfinite(v)},
+      "lowest_loss": self._divergence.lowest,
     }
     self._writer.sync()
     kept_state = search_in_step.without_tokens(state)
@@ -567,7 +581,10 @@ class _Run:
     if versions:
       self._remove_indexes(index_versions)
       self._kept_indexes[name] = index_versions
-    self._checkpoints.save(name, kept_state, extra, metric, loss)
+    self._checkpoints.save(
+      name, kept_state, extra, metric, loss, self._divergence.proven
+    )
+    self._divergence.begin_at(name)
     if self._is_best(values):
       self._best = metric
 

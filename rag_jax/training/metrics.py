@@ -22,6 +22,8 @@ from etils import epath
 
 from rag_jax import artifacts
 from rag_jax import disk
+from rag_jax.training.tensorboard_files import close_writer
+from rag_jax.training.tensorboard_files import open_writer
 
 METRICS_FILE = "metrics.jsonl"
 STAGES = ("warmup", "train")  # in the order in which a run passes them
@@ -36,7 +38,6 @@ _REMEDY = (
 # In a bucket each write uploads the whole file, and more than one a second to
 # the same object is refused.
 _BUCKET_SECS = 10.0
-_TENSORBOARD_SECS = 30
 
 
 class MetricWriter:
@@ -140,14 +141,20 @@ class MetricWriter:
       os.fsync(self._file.fileno())
 
   def close(self) -> None:
-    """Writes lines that are still in memory; no `write` may follow."""
-    if self._file is not None:
-      self._file.close()
-    elif self._enabled:
-      self._upload()
-    for tensorboard in self._tensorboards.values():
-      if tensorboard is not None:
-        tensorboard.close()
+    """Writes lines that are still in memory; no `write` may follow.
+
+    Raises:
+      OSError: they cannot be written. Everything is closed nevertheless.
+    """
+    with contextlib.ExitStack() as stack:  # closes each, whichever fails
+      for tensorboard in self._tensorboards.values():
+        if tensorboard is not None:
+          stack.callback(close_writer, tensorboard)
+      self._tensorboards = {}
+      if self._file is not None:
+        self._file.close()
+      elif self._enabled:
+        self._upload()
 
   def __enter__(self) -> "MetricWriter":
     return self
@@ -200,19 +207,11 @@ class MetricWriter:
   def _tensorboard(self, stage: str) -> Any:
     """Returns the `SummaryWriter` of a stage; None if it cannot be opened."""
     if stage not in self._tensorboards:
-      # Imported here, since processes that write nothing do not need it.
-      from tensorboardX import SummaryWriter
-
       # One TensorBoard run per stage: each counts its steps from 0, and purging
       # the steps of one must not affect the other.
       try:
-        self._tensorboards[stage] = SummaryWriter(
-          logdir=os.fspath(self._workdir / "tensorboard" / stage),
-          purge_step=self._purge_steps.get(stage),
-          max_queue=0,  # unbounded: training never waits for a full disk
-          flush_secs=_TENSORBOARD_SECS,
-          # Names have a time in seconds; a quick restart must not overwrite.
-          filename_suffix=f".{os.getpid()}",
+        self._tensorboards[stage] = open_writer(
+          self._workdir / "tensorboard" / stage, self._purge_steps.get(stage)
         )
       except ImportError as e:  # the client of a bucket
         logging.warning(

@@ -1,6 +1,8 @@
 """Checkpoints that were damaged or cut off are found before they are used."""
 
+import errno
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -328,3 +330,54 @@ def test_a_full_disk_is_one_message_and_leaves_what_was_saved(three, directory):
   assert again.newest_whole() == 30
   again.save(40, make_state(40), EXTRA)
   assert again.steps() == [20, 30, 40]
+
+
+_FILLS_THE_DISK = """
+import gc
+import sys
+from absl import logging  # as in a command
+import jax.numpy as jnp
+from disks import full_disk
+from rag_jax.training.checkpoint import Checkpointer
+saved = Checkpointer(sys.argv[1], keep_last=1)
+state = {str(i): jnp.arange(900.0) + i for i in range(50)}
+with full_disk(2000):
+  try:
+    saved.save(1, state, {})
+    saved.close()
+  except OSError as error:
+    print(error)
+gc.collect()
+"""
+
+
+def test_a_full_disk_shows_no_stack_traces_of_orbax(tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-c", _FILLS_THE_DISK, tmp_path],
+    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=200,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count("could not be saved:") == 1
+  assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+  ("error", "shown"),
+  [
+    (OSError(errno.ENOSPC, "No space left on device"), False),
+    (ValueError("X: Failed to write: Disk quota exceeded [28]"), False),
+    (OSError(errno.EIO, "Input/output error"), True),
+    (KeyError("a bug"), True),
+  ],
+)
+def test_of_tasks_that_failed_unseen_only_a_full_disk_is_silent(
+  directory, caplog, error, shown
+):
+  Checkpointer(directory, keep_last=1)
+  text = "Task exception was never retrieved"
+  logging.getLogger("asyncio").error(text, exc_info=error)
+  assert (text in caplog.text) == shown

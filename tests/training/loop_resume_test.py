@@ -20,6 +20,7 @@ from rag_jax.training.divergence import DivergenceCheck
 from rag_jax.training.loop import train
 from rag_jax.training.stages import Stage
 from rag_jax.training.state import TrainState
+from rag_jax.training.workdir import Workdir
 from rag_jax.training.workdir import open_workdir
 from rag_jax.weights.model_files import save_model
 
@@ -331,6 +332,10 @@ def test_a_damaged_older_checkpoint_stops_neither_a_run_nor_its_saves(
   tiny_run.assert_bit_equal(run.state(), uninterrupted.state())
 
 
+# The loss of step 9 is that of the parameters in checkpoint 12.
+AFTER_8 = r"--resume_from=10, or to an earlier one: 2, 4, 6, 8\.$"
+
+
 @pytest.fixture
 def diverged(tiny, tmp_path):
   """The folder of a run that diverged after step 8 of its main stage."""
@@ -339,7 +344,7 @@ def diverged(tiny, tmp_path):
     return metrics | {"train/loss": np.float32(np.inf)} if step > 8 else metrics
 
   config = tiny.config(train__checkpoint_steps=2, train__keep_checkpoints=100)
-  with pytest.raises(FloatingPointError, match="--resume_from=12, or another"):
+  with pytest.raises(FloatingPointError, match=AFTER_8):
     tiny.train(tmp_path / "run", config, spoil=spoil)
   return tmp_path / "run"
 
@@ -404,7 +409,9 @@ def test_parameters_that_ran_away_are_not_saved(value, message, tmp_path):
   params = {"generator": {"lm": jnp.array([0.0, value])}}
   state = TrainState(jnp.int32(2), params, {"count": jnp.int32(2)})
   stage = Stage("train", 4, 8, 0, lambda *_: None, lambda *_: None)
-  check = DivergenceCheck(saved, mesh)
+  check = DivergenceCheck(
+    saved, Workdir(tmp_path), mesh, vocab_size=600, warmup_steps=0
+  )
   if not message:
     check.check_state(state, stage, 2)
     return

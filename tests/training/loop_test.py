@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_good_checkpoints(
     match=r"train/loss is not finite at step 6 of train: the run diverged\..*"
     r" Lower optimizer\.peak_lr or optimizer\.retriever_lr, or set"
     r" optimizer\.clip_norm, and go back to a checkpoint from before the loss"
-    r" rose: --resume_from=8, or another of \[6, 8\]\.",
+    r" rose: --resume_from=6\.$",
   ):
     tiny.train(tmp_path / "run", config, spoil=spoil)
 

@@ -4,10 +4,12 @@ import contextlib
 import json
 import math
 import os
+import pathlib
 import re
 import signal
 import subprocess
 import sys
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -475,3 +477,58 @@ def test_peak_memory_is_in_bytes_and_never_falls(monkeypatch):
   assert max(before, block.nbytes) <= after < 2**40
   monkeypatch.setattr(sys, "platform", "darwin")
   assert metrics_lib.peak_memory_bytes() == pytest.approx(after / 1024, rel=0.2)
+
+
+_FILLS_THE_DISK = """
+import sys
+from disks import full_disk
+from rag_jax.training.metrics import MetricWriter
+writer = MetricWriter(sys.argv[1])
+writer.write(1, "train", {"train/loss": 1.0})
+with full_disk(2000):
+  try:
+    for step in range(2, 400):
+      writer.write(step, "train", {"train/loss": 1.0})
+  except OSError as error:
+    print("write", error.strerror)
+  try:
+    writer.close()
+  except OSError as error:
+    print("close", error.strerror)
+"""
+
+
+def test_a_full_disk_is_an_error_of_write_and_close_and_nothing_else(tmp_path):
+  here = pathlib.Path(__file__)
+  done = subprocess.run(
+    [sys.executable, "-c", _FILLS_THE_DISK, tmp_path / "run"],
+    env=os.environ
+    | {
+      "PYTHONPATH": os.pathsep.join(
+        map(str, (here.parents[2], here.parents[1] / "helpers"))
+      )
+    },
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=100,
+  )
+  assert done.returncode == 0
+  assert done.stderr == ""
+  assert done.stdout == "write File too large\nclose File too large\n"
+
+
+def test_other_errors_of_a_thread_are_still_shown(tmp_path, monkeypatch):
+  shown = []
+  monkeypatch.setattr(threading, "excepthook", shown.append)
+  writer = MetricWriter(tmp_path)
+  writer.write(1, "train", {"train/loss": 1.0})
+
+  def fail():
+    raise OSError("of another thread")
+
+  thread = threading.Thread(target=fail)
+  thread.start()
+  thread.join()
+  writer.close()
+  assert [str(args.exc_value) for args in shown] == ["of another thread"]
