@@ -450,7 +450,8 @@ def test_every_config_is_valid_and_comes_back_from_json(make_config):
 def test_the_model_of_every_config_takes_its_batches(make_config):
   config = make_config()
   data = config.data
-  b, k, v = 2, max(data.n_docs, 1), config.tokenizer.vocab_size
+  b, k = 2, max(data.n_docs, 1)
+  v = config.generator.vocab_size or config.tokenizer.vocab_size
 
   def tokens(name, *shape):
     return {

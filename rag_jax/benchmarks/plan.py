@@ -135,6 +135,7 @@ class Plan:
       "collectives": (
         [dataclasses.asdict(c) for c in costs.collectives] if costs else None
       ),
+      "compiler_cycles_per_chip": costs.cycles if costs else None,
       "secs_by_limit": self.secs_by_limit,
       "step_secs_estimate": self.step_secs,
       "mfu_estimate": self.mfu,
@@ -666,6 +667,9 @@ def report(plan: Plan) -> str:
     lines += ["", f"{'Traffic of a chip and step':<34}{'GB':>9}"]
     lines.append(f"  {'memory':<32}{traffic:9.2f}")
     lines += map(_collective_line, plan.costs.collectives)
+    if plan.costs.cycles:
+      cycles = plan.costs.cycles / 1e6
+      lines += ["", f"The compiler itself expects {cycles:.0f} million cycles."]
   lines += ["", "Step, if each resource alone were the limit, at its peak"]
   for name, secs in plan.secs_by_limit.items():
     lines.append(f"  {name:<32}{secs:9.4f} s")

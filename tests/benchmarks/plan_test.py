@@ -126,7 +126,11 @@ def test_a_config_without_sizes_is_refused():
 
 SEARCHES = {
   "between steps": {},
-  "in the step": {"index.kind": "device", "index.refresh_rows": 8},
+  "in the step": {
+    "index.kind": "device",
+    "index.refresh_rows": 8,
+    "data.substitute_answers": 0.0,
+  },
   "frozen passages": {
     "encoder.tied": False,
     "encoder.train_passage_encoder": False,

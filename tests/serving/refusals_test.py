@@ -284,7 +284,7 @@ def test_impossible_numbers_of_documents_are_refused(pipeline, n_docs, message):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("", r"corpus\.jsonl holds no passages\. Expected at least one\."),
+    ("", r"corpus\.jsonl holds no passages: .* Expected at least one"),
     (
       '{"id": "a", "title": "A", "text": "b"}\n{"id": "b", "title": ',
       r"corpus\.jsonl:2: not valid JSON .*Expected one complete JSON object",

@@ -100,7 +100,7 @@ def test_an_update_follows_the_gradient_and_counts_one_step():
   point = jax.random.normal(jax.random.fold_in(key, 7), (3,))
   np.testing.assert_allclose(state.params["x"], x - 0.25 * (x - point))
   assert state.step == 8
-  assert set(metrics) == {"toy/loss", "toy/grad_norm"}
+  assert set(metrics) == {"toy/loss", "toy/grad_norm", "toy/padding"}
   np.testing.assert_allclose(
     metrics["toy/grad_norm"], np.linalg.norm(x - point), rtol=1e-6
   )
