@@ -1,4 +1,4 @@
-r"""Says whether a config fits a TPU topology, and how fast it can be at best.
+r"""Says whether a config fits TPUs, and how fast it can be.
 
   rag-jax plan --config=configs/nq_rag_token.py --topology=v5e:8x8
 

@@ -88,14 +88,15 @@ def check_devices(config: Config, num_devices: int) -> MeshConfig:
     )
   shards = data * mesh.fsdp
   parts = config.train.accumulate
-  if config.train.batch_size % (shards * parts):
+  if parts > 1 and config.train.batch_size % (shards * parts):
     raise ValueError(
       f"train.batch_size={config.train.batch_size} must be a multiple of"
-      f" {shards * parts}: the {shards} devices that the batch is split over"
-      f" (mesh.data={data} x mesh.fsdp={mesh.fsdp}) times train.accumulate="
-      f"{parts}, so that each device gets an equal share of every part."
+      f" {shards * parts}: train.accumulate={parts} times the {shards} devices"
+      f" that the batch is split over (mesh.data={data} x mesh.fsdp="
+      f"{mesh.fsdp}), so that each device gets an equal share of every part."
     )
   sizes = {
+    "train.batch_size": config.train.batch_size,
     "eval.batch_size": config.eval.batch_size,
     "index.embed_batch_size": config.index.embed_batch_size,
   }

@@ -146,6 +146,8 @@ class DivergenceCheck:
     """
 
     def act() -> None:
+      if step not in self._checkpoints.steps():
+        return  # refused by who reads it
       loss = self._checkpoints.loss(step)
       good, _ = self._good()
       if loss is None or step in good:

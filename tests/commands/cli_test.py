@@ -65,7 +65,8 @@ def test_every_command_is_a_tool_too():
   modules = {path.stem for path in (ROOT / "rag_jax/commands").glob("*.py")}
   names = {name.replace("-", "_") for name in COMMANDS}
   assert names <= tools
-  assert modules - names == {"__init__", "cli", "command"}
+  others = {"__init__", "cli", "command", "config_flag", "stopping"}
+  assert modules - names == others
 
 
 def test_the_version_is_that_of_the_package(monkeypatch, capsys):
@@ -84,7 +85,7 @@ def test_without_a_command_the_list_is_an_error(monkeypatch, capsys):
   [
     ("trian", " Did you mean 'train'? "),
     ("build_index", " Did you mean 'build-index'? "),
-    ("x\x1b[2J", " convert-hf. rag-jax --help"),
+    ("x\x1b[2J", " plan. rag-jax --help"),
   ],
 )
 def test_an_unknown_command_is_refused(monkeypatch, capsys, given, hint):

@@ -162,7 +162,12 @@ def test_the_tuned_index_can_be_certified_and_saved(tuned, tmp_path):
 
 
 def test_a_target_that_no_search_reaches_is_said_not_to_be_reached(tuned):
-  result = dataclasses.replace(tuned, target_recall=1.0)
+  # On a busy machine the search of all passages may be the fastest.
+  trials = tuple(t for t in tuned.trials if t.recall.mean < 1.0)
+  best = max(trials, key=lambda t: t.recall.mean)
+  result = dataclasses.replace(
+    tuned, target_recall=1.0, trials=trials, chosen=best
+  )
   assert result.chosen.recall.mean < 1.0
   assert not result.reached
   assert "1 is NOT reached" in result.table()

@@ -148,7 +148,8 @@ def test_answers_are_found_word_for_word(tiny):
 def test_a_healthy_run_is_not_reported(uninterrupted, caplog):
   detector = CollapseWarning(batch_size=8, n_docs=2, num_passages=40)
   for record in of_train(uninterrupted) * 3:
-    detector.look(record["step"], record)
+    values = {k: v for k, v in record.items() if k.startswith("train/")}
+    detector.look(record["step"], values)
   assert not caplog.records
 
 

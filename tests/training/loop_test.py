@@ -84,9 +84,9 @@ def test_how_long_an_index_takes_changes_nothing(
 ):
   build = IndexBuilder.build
 
-  def build_slowly(self, retriever_params):
+  def build_slowly(self, retriever_params, **where):
     time.sleep(0.4)  # longer than the steps until the swap
-    return build(self, retriever_params)
+    return build(self, retriever_params, **where)
 
   monkeypatch.setattr(IndexBuilder, "build", build_slowly)
   slow = tiny.train(tiny.root / "slow", tiny.config())
