@@ -89,8 +89,7 @@ class DataConfig(_Settings):
   # DPR .tsv file (psgs_w100.tsv), which are read into memory; or a passage
   # store of any size, such as the folder passages/ of rag-jax build-index.
   passages: str = "world_facts"
-  # How many passages there are; a run refuses other files. 0: any number.
-  # rag-jax plan needs it, since it reads no passages.
+  # Expected number; a run refuses another, and plans need it. 0: any.
   num_passages: int = 0
   # Local folder for the token ids of a passage store, which take 3 to 5 bytes
   # per token of passage_length; runs can share it. "" = in the workdir.
@@ -270,8 +269,7 @@ class OptimizerConfig(_Settings):
   # "adamw" keeps two numbers per parameter; "adafactor" (arXiv:1804.04235) one
   # per row and per column of a matrix, and no momentum.
   kind: str = choice("adamw", "adafactor")
-  # Of AdamW's first moment; "bfloat16" saves 2 bytes per parameter.
-  momentum_dtype: str = choice("float32", "bfloat16")
+  momentum_dtype: str = choice("float32", "bfloat16")  # AdamW's first moment
   peak_lr: float = 3e-5  # of the generator [checkpoint] 3e-5
   retriever_lr: float = 3e-5  # of the retriever, at its peak [checkpoint] 3e-5
   # Of the two weights of index.hybrid, at its peak: 0.01 changes a weight by at
@@ -412,15 +410,13 @@ class TrainConfig(_Settings):
   # Tokens of the vocabulary whose logits are in memory at a time; 0: all. A
   # chunk needs less memory, but computes logits twice.
   vocab_chunk: int = 0
-  # Compile one layer and run it in a loop, instead of compiling every layer. It
-  # is for models of many layers, whose programs take minutes to compile.
+  # Compile one layer and run it in a loop: for models of many layers.
   scan_layers: bool = False
-  # What each layer keeps for the backward pass, from the most memory to the
-  # least: everything, its products with weights, queries, keys, values and
-  # outputs of attention, or only its input. It computes the rest again.
+  # What each layer keeps for the backward pass: everything, its products with
+  # weights, the inputs and outputs of attention, or its own input alone.
   remat: str = choice("none", "dots", "attention", "full")
-  # Parts that a batch is computed in, one after the other. Their gradients add
-  # up to that of the whole batch; activations need memory for one part only.
+  # Parts that a batch of the main stage is computed in, one after the other, to
+  # save memory. The gradient is that of the whole batch.
   accumulate: int = number(1, least=1)
   # Generator of dropout's random numbers. "rbg" is the faster one on a single
   # TPU or GPU; "threefry2x32" is split over several, and gives the same there.

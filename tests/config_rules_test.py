@@ -218,6 +218,26 @@ def test_soar_can_only_be_what_scann_opens_again():
   ]
 
 
+def test_a_setting_without_effect_is_refused():
+  settings = {"optimizer__momentum_dtype": "bfloat16"}
+  validate(make(**settings))
+  assert refused(make(**settings, optimizer__kind="adafactor")) == [
+    "  optimizer.momentum_dtype='bfloat16' is for AdamW, but optimizer.kind="
+    "'adafactor' keeps no momentum. Set it to 'float32'."
+  ]
+
+
+def test_what_looks_at_a_whole_batch_is_not_computed_in_parts():
+  settings = {
+    "hf_loss": True, "exclude_bos_score": True, "loss": "rag_sequence"
+  }  # fmt: skip
+  validate(make(**settings))
+  assert refused(make(**settings, train__accumulate=2)) == [
+    "  exclude_bos_score=True looks at the first tokens of a whole batch, but"
+    " train.accumulate=2 computes it in parts. Set it to 1."
+  ]
+
+
 def test_a_span_has_to_fit_into_the_target_if_there_is_a_warmup():
   settings = {"warmup__span_max_tokens": 16, "data__target_length": 16}
   assert refused(make(**settings, warmup__num_steps=1)) == [

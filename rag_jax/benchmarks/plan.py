@@ -9,58 +9,35 @@ libtpu (`pip install 'rag_jax[tpu]'`); without it the memory is estimated from
 the sizes of arrays, which is coarser.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
-import importlib.util
-import math
-import os
 import re
 from typing import Any
 
 from absl import logging
-from flax import linen as nn
 import jax
-from jax.experimental import topologies
-import jax.numpy as jnp
-from jaxtyping import PyTree
-import numpy as np
 
+from rag_jax.benchmarks.abstract_step import AbstractStep
+from rag_jax.benchmarks.abstract_step import has_compiler
+from rag_jax.benchmarks.abstract_step import topology_devices
 from rag_jax.benchmarks.hlo_costs import Collective
 from rag_jax.benchmarks.hlo_costs import Costs
 from rag_jax.benchmarks.hlo_costs import program_costs
+from rag_jax.benchmarks.memory_estimate import estimated_parts
 from rag_jax.chips import Chip
-from rag_jax.chips import chip_of_topology
 from rag_jax.config import Config
 from rag_jax.config_rules import validate
-from rag_jax.data.experiment import example_batch
-from rag_jax.data.step_batches import QuestionBatch
-from rag_jax.models.batch import RagBatch
 from rag_jax.models.flops import step_flops
 from rag_jax.models.flops import step_shapes
 from rag_jax.models.flops import total_flops
-from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import check_devices
-from rag_jax.models.partitioning import make_mesh
-from rag_jax.models.partitioning import shardings
-from rag_jax.models.rag import RagModel
-from rag_jax.models.rag import build_model
-from rag_jax.retrieval import device
-from rag_jax.retrieval import device_index
-from rag_jax.training.search_in_step import InStep
-from rag_jax.training.search_in_step import StepIndex
-from rag_jax.training.stages import TRAIN
-from rag_jax.training.stages import main_loss
-from rag_jax.training.stages import stage_optimizer
-from rag_jax.training.state import TrainState
-from rag_jax.training.state import state_layouts
-from rag_jax.training.step import compile_update
-from rag_jax.training.step import update
 
-_BOS = 0  # any id; it changes no shape
 _USABLE = 0.984  # of the memory: the runtime keeps 256 MiB of 16 GiB
+# In the message of the compiler: temporaries, or all of the memory.
 _OUT_OF_MEMORY = re.compile(
-  r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE
+  r"(HLO temporaries \(|Used )([\d.]+)([KMGT]?)\)? (?:exceeds|of) [^.]*?"
+  r"[\d.]+[KMGT]?"
 )
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -82,7 +59,8 @@ class Plan:
   problem: str
   flops_parts: Mapping[str, float]  # of the model, without recomputation
   recomputed_flops: float
-  costs: Costs | None  # None: it was not compiled
+  compiled: bool  # or refused by the compiler; False: estimated
+  costs: Costs | None  # of the program; None: there is none
   program: str = dataclasses.field(default="", repr=False)  # optimized HLO
 
   @property
@@ -119,7 +97,7 @@ class Plan:
       "topology": self.topology,
       "num_chips": self.num_chips,
       "mesh": dataclasses.asdict(config.mesh),
-      "compiled": costs is not None,
+      "compiled": self.compiled,
       "hbm_bytes_per_chip": self.hbm_peak,
       "hbm_capacity_bytes": self.chip.hbm_bytes,
       "hbm_parts": dict(self.hbm_parts),
@@ -174,20 +152,28 @@ def make_plan(config: Config, topology: str, num_passages: int) -> Plan:
     num_chips=len(devices),
     config=config,
     num_passages=num_passages,
+    compiled=True,
     flops_parts=_flops(config, num_passages, len(devices)),
     recomputed_flops=_recomputed(config, num_passages) / len(devices),
   )
   try:
     compiled = step.compile()
   except jax.errors.JaxRuntimeError as error:
-    found = _OUT_OF_MEMORY.search(str(error))
-    if not found:
+    if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    used = int(float(found[1]) * _UNITS[found[2].upper()])
-    parts["activations"] = max(used - sum(parts.values()), 0)
-    problem = f"The compiler: {found[0]}."
+    estimate = estimated_parts(
+      config, num_chips=len(devices), num_passages=num_passages
+    )
+    parts["activations"] = _activations(
+      str(error), sum(parts.values()), estimate["activations"]
+    )
+    peak = sum(parts.values())
     return plan(
-      hbm_parts=parts, hbm_peak=used, fits=False, problem=problem, costs=None
+      hbm_parts=parts,
+      hbm_peak=peak,
+      fits=False,
+      problem=f"{_too_large(peak, chip)} The compiler: {_first_line(error)}",
+      costs=None,
     )
   memory: Any = compiled.memory_analysis()
   peak = getattr(memory, "peak_memory_in_bytes", 0) or (
@@ -263,45 +249,6 @@ def with_settings(config: Config, changes: Mapping[str, Any]) -> Config:
   return config
 
 
-def has_compiler() -> bool:
-  """Returns whether libtpu, the compiler for TPUs, is installed."""
-  return importlib.util.find_spec("libtpu") is not None
-
-
-def topology_devices(topology: str) -> tuple[Chip, Sequence[Any]]:
-  """Returns the chip of a topology, and its devices.
-
-  Without libtpu the devices are stand-ins, as many as the topology has.
-
-  Raises:
-    ValueError: there is no such topology.
-  """
-  chip = chip_of_topology(topology)
-  if not chip.name.startswith("v"):
-    raise ValueError(
-      f"{topology!r} is no TPU topology. Expected one such as 'v5e:4x4', since"
-      " the compiler of a plan is that of TPUs."
-    )
-  sizes = re.fullmatch(r"\w+:(\d+(?:x\d+)*)", topology)
-  if not sizes:
-    raise ValueError(
-      f"The topology {topology!r} does not say how many chips there are."
-      f" Expected their number in each direction, as in '{chip.name}:4x4'."
-    )
-  if not has_compiler():
-    return chip, range(math.prod(map(int, sizes[1].split("x"))))
-  # Otherwise libtpu asks the cloud which machine this is, for minutes.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  try:
-    found = topologies.get_topology_desc(topology, platform="tpu")
-  except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-    raise ValueError(
-      f"The compiler knows no topology {topology!r}: {error}. Expected sizes"
-      f" that Cloud TPU offers, as in '{chip.name}:4x4'; v4 and v5p have three."
-    ) from error
-  return chip, found.devices
-
-
 def refresh_period(config: Config, num_passages: int) -> float | None:
   """Returns the steps in which all passages are embedded again, once.
 
@@ -312,94 +259,6 @@ def refresh_period(config: Config, num_passages: int) -> float | None:
   if config.index.refresh_rows:
     return num_passages / config.index.refresh_rows
   return float(config.index.refresh_steps)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class AbstractStep:
-  """One step of the main stage, with shapes in place of arrays."""
-
-  config: Config
-  model: RagModel
-  mesh: jax.sharding.Mesh
-  state: TrainState
-  batch: RagBatch | QuestionBatch
-
-  @classmethod
-  def make(
-    cls, config: Config, devices: Sequence[Any], num_passages: int
-  ) -> "AbstractStep":
-    """Returns the step of `config` on `devices`."""
-    mesh = make_mesh(check_devices(config, len(devices)), devices)
-    model, boxed = _model(config)
-    params = nn.meta.unbox(boxed)
-    optimizer = stage_optimizer(config, TRAIN, params)
-    layout = state_layouts(params, shardings(boxed, mesh), optimizer, mesh)
-    kinds: dict[str, Any] = {
-      "step": jax.ShapeDtypeStruct((), jnp.int32),
-      "params": params,
-      "opt_state": jax.eval_shape(optimizer.init, params),
-    }
-    state = jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=sharding
-      ),
-      TrainState(**kinds),
-      layout,
-    )
-    if config.index.refresh_rows:
-      index = _index(config, mesh, num_passages)
-      state = dataclasses.replace(state, index=index)
-    return cls(config, model, mesh, state, _batch(config, mesh))
-
-  def compile(self) -> jax.stages.Compiled:
-    """Returns the compiled program."""
-    config = self.config
-    in_step = InStep(
-      self.model, config.data.n_docs, config.index.refresh_rows, None
-    )
-    update_fn = in_step.update if config.index.refresh_rows else update
-    jitted = compile_update(
-      main_loss(config, self.model, _BOS),
-      stage_optimizer(config, TRAIN, self.state.params),
-      jax.tree.map(lambda x: x.sharding, self.state),
-      self.mesh,
-      TRAIN,
-      functools.partial(update_fn, accumulate=config.train.accumulate),
-    )
-    key = jax.eval_shape(
-      lambda: jax.random.key(0, impl=config.train.dropout_prng)
-    )
-    traced = jitted.trace(self.state, self.batch, key)
-    platform = "tpu" if "tpu" in self._kind.lower() else "cpu"
-    return traced.lower(lowering_platforms=(platform,)).compile()
-
-  @property
-  def _kind(self) -> str:
-    return self.mesh.devices.flat[0].device_kind
-
-  def hbm_parts(self) -> dict[str, int]:
-    """Returns the bytes per chip of the arguments of a step."""
-    index = self.state.index
-    parts = {
-      "parameters": self.state.params,
-      "optimizer": self.state.opt_state,
-      "batch": self.batch,
-    }
-    if index is not None:
-      own = index.arrays
-      parts["index"] = own.embeddings, own.scales, own.embedded_at
-      parts["tokens"] = (
-        *(own.tokens, own.lengths),
-        *(index.context_tokens, index.context_lengths),
-      )
-    return {name: _bytes_per_chip(tree) for name, tree in parts.items()}
-
-
-def _bytes_per_chip(tree: PyTree) -> int:
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(tree)
-  )
 
 
 def _check(config: Config, num_passages: int) -> None:
@@ -418,84 +277,6 @@ def _check(config: Config, num_passages: int) -> None:
       " since a plan reads no tokenizer, checkpoint or passage. Set them, for"
       f" instance --config.{missing[0]}=N."
     )
-
-
-def _model(config: Config) -> tuple[RagModel, PyTree]:
-  """Returns the model and its boxed, abstract parameters."""
-  model = build_model(
-    config,
-    vocab_size=config.generator.vocab_size,
-    retriever_vocab_size=config.encoder.vocab_size,
-    decoder_start_id=_BOS,
-  )
-  batch = jax.tree.map(jnp.asarray, example_batch(config))
-
-  def init(key: jax.Array) -> PyTree:
-    return model.init(key, batch)["params"]
-
-  return model, jax.eval_shape(init, jax.random.key(0))
-
-
-def _index(
-  config: Config, mesh: jax.sharding.Mesh, num_passages: int
-) -> StepIndex:
-  arrays = device.abstract_arrays(
-    num_passages,
-    config.encoder.projection_dim or config.encoder.embed_dim,
-    mesh,
-    **device_index.settings_of(config.index),
-  )
-  rows, sharding = arrays.embedded_at.shape[0], arrays.embedded_at.sharding
-
-  def tokens(vocab_size: int) -> tuple[Any, Any]:
-    dtype = np.uint16 if vocab_size <= 2**16 else np.int32
-    length = config.data.passage_length
-    return (
-      jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding),
-      jax.ShapeDtypeStruct((rows,), np.int32, sharding=sharding),
-    )
-
-  own, lengths = tokens(config.encoder.vocab_size)
-  arrays = dataclasses.replace(arrays, tokens=own, lengths=lengths)
-  if not config.encoder.init_from:  # one tokenizer for both
-    return StepIndex(arrays)
-  return StepIndex(arrays, *tokens(config.generator.vocab_size))
-
-
-def _batch(config: Config, mesh: jax.sharding.Mesh) -> RagBatch | QuestionBatch:
-  """Returns the batch of a step, as the data room makes it."""
-  b, sharding = config.train.batch_size, batch_sharding(mesh)
-
-  def rows(dtype: Any, *tail: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((b, *tail), dtype, sharding=sharding)
-
-  whole = jax.tree.map(
-    lambda x: rows(x.dtype, *x.shape[1:]), example_batch(config)
-  )
-  if config.index.refresh_rows:
-    length = config.data.context_length
-    return QuestionBatch(
-      question_tokens=whole.question_tokens,
-      question_mask=whole.question_mask,
-      head_tokens=rows(jnp.int32, length),
-      head_mask=rows(bool, length),
-      target_tokens=whole.target_tokens,
-      target_mask=whole.target_mask,
-    )
-  if not config.data.n_docs:
-    return dataclasses.replace(
-      whole, question_tokens=None, question_mask=None, doc_tokens=None,
-      doc_mask=None,
-    )  # fmt: skip
-  if not config.encoder.train_passage_encoder:
-    dim = config.encoder.projection_dim or config.encoder.embed_dim
-    return dataclasses.replace(
-      whole,
-      doc_tokens=None,
-      doc_mask=None,
-      doc_embeddings=rows(jnp.float32, config.data.n_docs, dim),
-    )
-  return whole
 
 
 def _flops(
@@ -527,84 +308,6 @@ def _recomputed(config: Config, num_passages: int) -> float:
   return again
 
 
-def estimated_parts(
-  config: Config, *, num_chips: int, num_passages: int
-) -> dict[str, int]:
-  """Returns the bytes per chip of each part of a step, without a compiler.
-
-  Activations are what the layers keep for the backward pass, twice the largest
-  layer, the logits, and the gradients.
-  """
-  mesh = check_devices(config, num_chips)
-  split = mesh.fsdp * mesh.tensor
-  _, boxed = _model(config)
-  params = nn.meta.unbox(boxed)
-  optimizer = stage_optimizer(config, TRAIN, params)
-
-  def size(tree: PyTree) -> int:
-    return sum(
-      math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-
-  e, g, d = config.encoder, config.generator, config.data
-  rows = config.train.batch_size / (
-    mesh.data * mesh.fsdp * config.train.accumulate
-  )
-  docs = rows * max(d.n_docs, 1)
-  width = 2 if config.train.compute_dtype == "bfloat16" else 4
-  kept = [
-    _kept(config, e.num_layers, docs, d.passage_length, e, width),
-    _kept(config, e.num_layers, rows, d.question_length, e, width),
-    _kept(config, g.num_layers, docs, d.context_length, g, width),
-    _kept(
-      config,
-      g.num_decoder_layers or g.num_layers,
-      docs,
-      d.target_length,
-      g,
-      width,
-    ),
-  ]
-  logits = docs * d.target_length * (config.train.vocab_chunk or g.vocab_size)
-  activations = sum(layers for layers, _ in kept) / mesh.tensor
-  activations += 2 * max(one for _, one in kept) / mesh.tensor
-  activations += 8 * logits / mesh.tensor + size(params) / split
-  if config.train.accumulate > 1:
-    activations += size(params) / split
-  parts = {
-    "parameters": size(params) / split,
-    "optimizer": size(jax.eval_shape(optimizer.init, params)) / split,
-    "activations": activations,
-  }
-  if config.index.refresh_rows:
-    storage = {"float32": 4, "bfloat16": 2, "int8": 1}
-    dim = e.projection_dim or e.embed_dim
-    each = dim * storage[config.index.device_storage]
-    towers = 2 if e.init_from else 1
-    share = num_passages / num_chips
-    parts["index"] = share * each
-    parts["tokens"] = share * towers * (2 * d.passage_length + 4)
-  return {name: int(value) for name, value in parts.items()}
-
-
-def _kept(
-  config: Config, num_layers: int, rows: float, length: int, sizes: Any,
-  width: int,
-) -> tuple[float, float]:  # fmt: skip
-  """Returns the bytes that layers keep, and those that one of them works on."""
-  tokens = rows * length * width
-  dim, mlp, heads = sizes.embed_dim, sizes.mlp_dim, sizes.num_heads
-  attention = rows * heads * length**2 * (4 + width)
-  everything = tokens * (12 * dim + 3 * mlp) + attention
-  per_layer = {
-    "none": everything,
-    "dots": tokens * (6 * dim + 2 * mlp),
-    "attention": tokens * 5 * dim,
-    "full": tokens * dim,
-  }[config.train.remat]
-  return num_layers * per_layer, everything
-
-
 def _estimated(
   config: Config, topology: str, chip: Chip, num_chips: int, num_passages: int
 ) -> Plan:
@@ -630,8 +333,28 @@ def _estimated(
     problem="" if fits else _too_large(peak, chip),
     flops_parts=_flops(config, num_passages, num_chips),
     recomputed_flops=_recomputed(config, num_passages) / num_chips,
+    compiled=False,
     costs=None,
   )
+
+
+def _activations(message: str, arguments: int, estimate: int) -> int:
+  """Returns the bytes beside the arguments that did not fit.
+
+  Args:
+    message: of the compiler.
+    arguments: bytes of the arguments.
+    estimate: for a message without a number.
+  """
+  found = _OUT_OF_MEMORY.search(message)
+  if not found:
+    return estimate
+  size = int(float(found[2]) * _UNITS[found[3]])
+  return size if found[1] != "Used " else max(size - arguments, 0)
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
 
 
 def _too_large(peak: int, chip: Chip) -> str:
@@ -644,9 +367,10 @@ def _too_large(peak: int, chip: Chip) -> str:
 def report(plan: Plan) -> str:
   """Returns the plan as text for a person."""
   c, chip = plan.config, plan.chip
+  chips = f"{plan.num_chips} chip{'s' if plan.num_chips > 1 else ''}"
   mesh = f"data={c.mesh.data} x fsdp={c.mesh.fsdp} x tensor={c.mesh.tensor}"
   lines = [
-    f"{plan.topology}: {plan.num_chips} chips, mesh {mesh},"
+    f"{plan.topology}: {chips}, mesh {mesh},"
     f" {c.train.batch_size} questions per step, {c.data.n_docs} documents each",
     "",
     f"{'Memory of a chip':<34}{'GiB':>9}",

@@ -13,6 +13,7 @@ import pathlib
 from typing import Any
 
 from absl import flags
+import jax
 from ml_collections import config_flags
 
 from rag_jax.benchmarks import plan as plans
@@ -44,6 +45,8 @@ flags.mark_flags_as_required(["config", "topology"])
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
+  # Nothing runs; a TPU that JAX looks for is not here.
+  jax.config.update("jax_platforms", "cpu")
   topology = _TOPOLOGY.value or ""
   output = _writable("output", _OUTPUT.value or "")
   program = _writable("program", _PROGRAM.value or "")

@@ -284,7 +284,7 @@ class LayerLoop:
       deterministic: whether to turn dropout off.
     """
     axes = "batch", "length", "embed"
-    if self == UNROLLED or len(layers) < 2 or layers[0].is_initializing():
+    if self == UNROLLED or not layers or layers[0].is_initializing():
       for layer in layers:
         x = layer(x, mask, *inputs, deterministic=deterministic)
         x = constrain(x, *axes)

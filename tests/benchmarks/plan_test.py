@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from rag_jax.api.configs import run_config
+from rag_jax.benchmarks import abstract_step
 from rag_jax.benchmarks import plan as plans
+from rag_jax.benchmarks.abstract_step import AbstractStep
+from rag_jax.benchmarks.memory_estimate import estimated_parts
 from rag_jax.config import Config
 from rag_jax.retrieval.retriever import RetrieverSnapshots
 from rag_jax.training.stages import make_stages
@@ -38,7 +41,8 @@ def make_config(**changes):
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-  monkeypatch.setattr(plans, "has_compiler", lambda: False)
+  for module in (plans, abstract_step):
+    monkeypatch.setattr(module, "has_compiler", lambda: False)
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -96,6 +100,43 @@ def test_settings_are_found_with_which_a_large_step_fits():
   assert plans.make_plan(changed, "v5e:2x2", 0).fits
 
 
+# What libtpu 0.0.50 says, and what its predecessors said.
+TEMPORARIES = (
+  "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the"
+  " total memory required for HLO temporaries (83.01G) exceeds available HBM"
+  " (15.75G). HLO module: jit_on_mesh.\nSee https://openxla.org/xla/errors"
+)
+ALL = (
+  "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.29G of"
+  " 15.75G hbm. Exceeded hbm capacity by 2.54G."
+)
+
+
+@pytest.mark.parametrize(
+  "message", [TEMPORARIES, ALL, "RESOURCE_EXHAUSTED: too large"]
+)
+def test_a_program_that_its_compiler_refuses_does_not_fit(message, monkeypatch):
+  def refuse(self):
+    raise jax.errors.JaxRuntimeError(message)
+
+  devices = plans.topology_devices("v5e:1x1")[0], jax.devices()[:1]
+  monkeypatch.setattr(plans, "topology_devices", lambda _: devices)
+  monkeypatch.setattr(plans, "has_compiler", lambda: True)
+  monkeypatch.setattr(AbstractStep, "compile", refuse)
+  plan = plans.make_plan(make_config(), "v5e:1x1", 0)
+  assert not plan.fits
+  assert plan.as_json()["compiled"]
+  arguments = sum(plan.hbm_parts.values()) - plan.hbm_parts["activations"]
+  expected = {
+    TEMPORARIES: 83.01 * 2**30 + arguments,
+    ALL: 18.29 * 2**30,
+  }.get(message, plan.hbm_peak)
+  assert plan.hbm_peak == pytest.approx(expected, abs=2)
+  assert message.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ") in (
+    plans.report(plan)
+  )
+
+
 @pytest.mark.parametrize(
   ("topology", "message"),
   [
@@ -147,9 +188,7 @@ def test_the_step_of_a_plan_is_the_step_of_a_run(search, tiny):
   config = plans.with_settings(
     config, {"encoder.vocab_size": sizes, "generator.vocab_size": sizes}
   )
-  step = plans.AbstractStep.make(
-    config, jax.devices()[:1], len(experiment.passages)
-  )
+  step = AbstractStep.make(config, jax.devices()[:1], len(experiment.passages))
   stage = make_stages(experiment, tiny.split("train"))[-1]
   params, _ = init_params(experiment.init, jax.random.key(0), experiment.mesh)
   assert shapes(step.state.params) == shapes(params)
@@ -181,14 +220,14 @@ def test_the_program_of_a_plan_compiles_and_its_parts_are_counted():
       "train.accumulate": 2,
     }
   )
-  step = plans.AbstractStep.make(config, jax.devices()[:1], 1000)
+  step = AbstractStep.make(config, jax.devices()[:1], 1000)
   memory = step.compile().memory_analysis()
   parts = step.hbm_parts()
   assert set(parts) == {"parameters", "optimizer", "batch", "index", "tokens"}
   # Beside the parts: a counter and a key.
   difference = memory.argument_size_in_bytes - sum(parts.values())
   assert 0 <= difference < 100
-  estimate = plans.estimated_parts(config, num_chips=1, num_passages=1000)
+  estimate = estimated_parts(config, num_chips=1, num_passages=1000)
   for name in ("parameters", "optimizer", "index", "tokens"):
     assert estimate[name] == pytest.approx(parts[name], rel=0.02), name
 
@@ -219,14 +258,14 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path):
     run, cwd=ROOT, capture_output=True, text=True, check=False
   )
   assert result.returncode == 0, result.stderr
-  assert "v5e:1x1: 1 chips" in result.stdout
+  assert "v5e:1x1: 1 chip, mesh" in result.stdout
   assert "libtpu is not installed" in result.stderr
   assert set(json.loads(output.read_text())) >= KEYS
 
 
 RUN_WITHOUT_COMPILER = """
-from rag_jax.benchmarks import plan
+from rag_jax.benchmarks import abstract_step, plan
 from rag_jax.commands.plan import run
-plan.has_compiler = lambda: False
+plan.has_compiler = abstract_step.has_compiler = lambda: False
 run()
 """

@@ -143,6 +143,13 @@ def test_more_documents_than_passages_are_refused(tiny, experiment):
   check_n_docs(40, experiment.passages)
 
 
+def test_another_number_of_passages_than_expected_is_refused(tiny):
+  with pytest.raises(
+    ValueError, match=r"has 40 passages, but data\.num_passages=41\. Correct"
+  ):
+    open_experiment(tiny.config(data__num_passages=41))
+
+
 def test_a_mesh_of_other_devices_is_refused(tiny):
   with pytest.raises(
     ValueError, match=r"mesh\.data=3.*need 3 devices, but there are 1\."

@@ -2,6 +2,7 @@
 
 import json
 
+from corpora import assert_fails
 import pytest
 
 from rag_jax.data.questions import SPLITS
@@ -26,16 +27,6 @@ def folder(tmp_path):
 def write(path, records):
   path.write_text("".join(json.dumps(r) + "\n" for r in records))
   return path
-
-
-def refused(call, *parts, error=ValueError):
-  """The call fails, and the message has every part in this order."""
-  with pytest.raises(error) as info:
-    call()
-  message = str(info.value)
-  for part in parts:
-    assert part in message
-    message = message[message.index(part) :]
 
 
 def test_a_folder_gives_the_questions_that_were_written(folder):
@@ -117,13 +108,15 @@ def test_the_bundled_splits_share_no_question():
 )
 def test_a_bad_record_is_refused_with_its_line(folder, record, parts):
   path = write(folder / "train.jsonl", [*RECORDS, record])
-  refused(lambda: load_questions(str(folder), "train"), f"{path}:4: ", *parts)
+  assert_fails(
+    lambda: load_questions(str(folder), "train"), f"{path}:4: ", *parts
+  )
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
 def test_a_split_without_questions_is_refused(folder, text):
   (folder / "test.jsonl").write_text(text)
-  refused(
+  assert_fails(
     lambda: load_questions(str(folder), "test"),
     *("test.jsonl holds no questions", "Expected at least one", "right file"),
   )
@@ -131,7 +124,7 @@ def test_a_split_without_questions_is_refused(folder, text):
 
 def test_a_missing_split_is_reported_with_what_is_there(folder):
   (folder / "validation.jsonl").rename(folder / "check.jsonl")
-  refused(
+  assert_fails(
     lambda: load_questions(str(folder), "validation"),
     *("have no validation split: there is no validation.jsonl", "Expected"),
     *("holds ['check.jsonl', 'test.jsonl', 'train.jsonl']", "Add or rename"),
@@ -140,16 +133,18 @@ def test_a_missing_split_is_reported_with_what_is_there(folder):
 
 
 def test_an_unknown_split_is_refused_before_anything_is_read():
-  refused(
+  assert_fails(
     lambda: load_questions("/nowhere", "valid"),
     *("no split 'valid' of the questions /nowhere", "Expected one of"),
     *("['train', 'validation', 'test']", "Did you mean 'validation'?"),
   )
-  refused(lambda: load_questions("x", "dev"), "'dev'", "Choose one of them")
+  assert_fails(
+    lambda: load_questions("x", "dev"), "'dev'", "Choose one of them"
+  )
 
 
 def test_a_file_in_the_place_of_a_folder_is_refused(folder):
-  refused(
+  assert_fails(
     lambda: load_questions(str(folder / "train.jsonl"), "train"),
     *("train.jsonl are a file. Expected one of ['world_facts'], a folder",),
     f"Give the folder, {folder},",
@@ -157,7 +152,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused(folder):
 
 
 def test_a_missing_folder_is_reported(tmp_path):
-  refused(
+  assert_fails(
     lambda: load_questions(str(tmp_path / "no"), "train"),
     *("There are no questions", "Expected", "Correct the path"),
     error=FileNotFoundError,
@@ -174,7 +169,7 @@ def test_a_missing_folder_is_reported(tmp_path):
 )
 def test_an_unknown_name_is_refused(tmp_path, monkeypatch, source, hint):
   monkeypatch.chdir(tmp_path)
-  refused(
+  assert_fails(
     lambda: load_questions(source, "train"),
     *(f"There are no questions {source!r}", "['world_facts'], a folder"),
     *("'tfds:natural_questions_open', 'tfds:squad'", hint),

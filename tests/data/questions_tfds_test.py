@@ -2,6 +2,7 @@
 
 import shutil
 
+from corpora import assert_fails
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -16,19 +17,9 @@ from rag_jax.data.questions import load_questions
 NUM_TRAIN, NUM_VALIDATION = 43, 4  # rows of the data set written here
 
 
-def refused(call, *parts, error=ValueError):
-  """The call fails, and the message has every part in this order."""
-  with pytest.raises(error) as info:
-    call()
-  message = str(info.value)
-  for part in parts:
-    assert part in message
-    message = message[message.index(part) :]
-
-
 @pytest.mark.parametrize("name", ["web_questions", "squad/v2.0", "nope", ""])
 def test_a_tfds_data_set_that_is_not_known_to_work_is_refused(name):
-  refused(
+  assert_fails(
     lambda: load_questions(f"tfds:{name}", "train"),
     f"tfds:{name} is not a data set that rag_jax reads",
     "['tfds:natural_questions_open', 'tfds:squad'], which need no TensorFlow",
@@ -37,7 +28,7 @@ def test_a_tfds_data_set_that_is_not_known_to_work_is_refused(name):
 
 
 def test_a_misspelt_tfds_name_gets_a_hint():
-  refused(
+  assert_fails(
     lambda: load_questions("tfds:natural_question_open", "train"),
     "Did you mean 'tfds:natural_questions_open'?",
   )
@@ -104,7 +95,7 @@ def test_tfds_questions_that_cannot_be_used_are_left_out_and_counted(caplog):
 
 def test_a_tfds_split_without_usable_questions_is_refused():
   with mock_rows([squad_row(0, [])]):
-    refused(
+    assert_fails(
       lambda: load_questions("tfds:squad", "test"),
       *("tfds:squad has no questions with an answer among the 1 rows of its",),
       *("test split", "Expected at least one", "prepared again"),
@@ -195,17 +186,19 @@ def test_damaged_tfds_files_are_refused(nq_open, damage):
     path.unlink()
   else:
     path.write_bytes(data if damage == "byte" else data[: len(data) // 2])
-  refused(
+  assert_fails(
     lambda: load_questions("tfds:natural_questions_open", "train"),
     *("tfds:natural_questions_open cannot be read (", "Expected complete"),
     *(f"in {constants.DATA_DIR}. Delete its folder", "TFDS_DATA_DIR"),
   )
 
 
-def test_tfds_files_in_the_format_that_needs_tensorflow_are_refused(nq_open):
+def test_tfds_files_in_the_format_that_needs_tensorflow_are_refused(
+  nq_open,
+):
   info = nq_open / "dataset_info.json"
   info.write_text(info.read_text().replace("array_record", "tfrecord"))
-  refused(
+  assert_fails(
     lambda: load_questions("tfds:natural_questions_open", "train"),
     *("cannot be read (", "TFRECORD", "Expected complete files in the Array"),
     "TFDS_DATA_DIR",
@@ -229,7 +222,7 @@ def test_a_failed_download_says_how_to_prepare_elsewhere(
   monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
   builder = tfds.core.DatasetBuilder
   monkeypatch.setattr(builder, "download_and_prepare", fail)
-  refused(
+  assert_fails(
     lambda: load_questions("tfds:squad", "train"),
     "tfds:squad is not prepared on this machine and could not be downloaded",
     f"({type(error).__name__}: {error}). Expected it in {tmp_path}",
@@ -256,7 +249,7 @@ def test_a_package_that_tfds_misses_is_named(
   monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path))
   builder = tfds.core.DatasetBuilder
   monkeypatch.setattr(builder, "download_and_prepare", fail)
-  refused(
+  assert_fails(
     lambda: load_questions("tfds:squad", "train"),
     f"tfds:squad cannot be prepared: TFDS needs the Python package {package},",
     install,

@@ -104,3 +104,21 @@ def test_the_warmup_batch_counts_if_there_is_a_warmup():
   check_devices(make(**settings), 8)
   with pytest.raises(ValueError, match=r"^warmup.batch_size=4 must be a mul"):
     check_devices(make(**settings, warmup__num_steps=1), 8)
+
+
+def test_the_parts_of_a_batch_have_to_divide_too():
+  settings = {"train__batch_size": 32, "train__accumulate": 4}
+  check_devices(make(**settings), 8)
+  settings["train__batch_size"] = 48
+  with pytest.raises(
+    ValueError,
+    match=r"^train.batch_size=48 must be a multiple of 32: ",
+  ):
+    check_devices(make(**settings), 8)
+
+
+def test_a_generator_that_is_not_split_is_for_one_device():
+  config = make(train__dropout_prng="rbg")
+  check_devices(config, 1)
+  with pytest.raises(ValueError, match=r"each would make.*of all 8.*threefry"):
+    check_devices(config, 8)

@@ -1,0 +1,96 @@
+"""The memory of a training step, estimated from the sizes of its arrays.
+
+In: a config and a number of chips. Out: bytes per chip of each part of a step,
+without a compiler. Coarser than what a compiler says, but it takes seconds.
+"""
+
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jaxtyping import PyTree
+
+from rag_jax.benchmarks.abstract_step import abstract_model
+from rag_jax.config import Config
+from rag_jax.models.partitioning import check_devices
+from rag_jax.training.stages import TRAIN
+from rag_jax.training.stages import stage_optimizer
+
+
+def estimated_parts(
+  config: Config, *, num_chips: int, num_passages: int
+) -> dict[str, int]:
+  """Returns the bytes per chip of each part of a step, without a compiler.
+
+  Activations are what the layers keep for the backward pass, twice the largest
+  layer, the logits, and the gradients.
+  """
+  mesh = check_devices(config, num_chips)
+  split = mesh.fsdp * mesh.tensor
+  _, boxed = abstract_model(config)
+  params = nn.meta.unbox(boxed)
+  optimizer = stage_optimizer(config, TRAIN, params)
+
+  def size(tree: PyTree) -> int:
+    return sum(
+      math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+  e, g, d = config.encoder, config.generator, config.data
+  rows = config.train.batch_size / (
+    mesh.data * mesh.fsdp * config.train.accumulate
+  )
+  docs = rows * max(d.n_docs, 1)
+  width = 2 if config.train.compute_dtype == "bfloat16" else 4
+  kept = [
+    _kept(config, e.num_layers, docs, d.passage_length, e, width),
+    _kept(config, e.num_layers, rows, d.question_length, e, width),
+    _kept(config, g.num_layers, docs, d.context_length, g, width),
+    _kept(
+      config,
+      g.num_decoder_layers or g.num_layers,
+      docs,
+      d.target_length,
+      g,
+      width,
+    ),
+  ]
+  logits = docs * d.target_length * (config.train.vocab_chunk or g.vocab_size)
+  activations = sum(layers for layers, _ in kept) / mesh.tensor
+  activations += 2 * max(one for _, one in kept) / mesh.tensor
+  activations += 8 * logits / mesh.tensor + size(params) / split
+  if config.train.accumulate > 1:
+    activations += size(params) / split
+  parts = {
+    "parameters": size(params) / split,
+    "optimizer": size(jax.eval_shape(optimizer.init, params)) / split,
+    "activations": activations,
+  }
+  if config.index.refresh_rows:
+    storage = {"float32": 4, "bfloat16": 2, "int8": 1}
+    dim = e.projection_dim or e.embed_dim
+    each = dim * storage[config.index.device_storage]
+    towers = 2 if e.init_from else 1
+    share = num_passages / num_chips
+    parts["index"] = share * each
+    parts["tokens"] = share * towers * (2 * d.passage_length + 4)
+  return {name: int(value) for name, value in parts.items()}
+
+
+def _kept(
+  config: Config, num_layers: int, rows: float, length: int, sizes: Any,
+  width: int,
+) -> tuple[float, float]:  # fmt: skip
+  """Returns the bytes that layers keep, and those that one of them works on."""
+  tokens = rows * length * width
+  dim, mlp, heads = sizes.embed_dim, sizes.mlp_dim, sizes.num_heads
+  attention = rows * heads * length**2 * (4 + width)
+  everything = tokens * (12 * dim + 3 * mlp) + attention
+  per_layer = {
+    "none": everything,
+    "dots": tokens * (6 * dim + 2 * mlp),
+    "attention": tokens * 5 * dim,
+    "full": tokens * dim,
+  }[config.train.remat]
+  return num_layers * per_layer, everything
