@@ -4,6 +4,7 @@ The runs are defined in tiny_run.py and learned_run.py, which are imported when
 a test asks for them, so that other tests do not wait for all of rag_jax.
 """
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -68,6 +69,23 @@ def pytest_configure(config):
   # A directory per worker: JAX does not lock the files that it writes.
   if cache and (worker or kept not in os.environ):
     os.environ[kept] = str(cache.mkdir(f"jax_{worker or 'main'}"))
+
+
+# Each compiled program maps about ten regions of memory, and Linux allows 65,530
+# of a process: beyond, JAX crashes.
+_MOST_REGIONS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_let_go():
+  """Frees the programs of the files before, if they are many."""
+  yield
+  regions = pathlib.Path("/proc/self/maps")
+  if "jax" not in sys.modules or not regions.exists():
+    return
+  if len(regions.read_bytes().splitlines()) > _MOST_REGIONS:
+    sys.modules["jax"].clear_caches()
+    gc.collect()
 
 
 def _read(name):

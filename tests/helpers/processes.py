@@ -44,10 +44,10 @@ def run_tool(tool, *arguments, timeout=500, optimized=False, **settings):
   )
 
 
-def run_on_eight_devices(file):
+def run_on_eight_devices(file, *arguments):
   """Returns what a test file prints that is run as a program."""
   done = subprocess.run(
-    [sys.executable, "-W", "error", file],
+    [sys.executable, "-W", "error", file, *map(str, arguments)],
     env=os.environ
     | _EIGHT_DEVICES
     | {
