@@ -81,4 +81,5 @@ def get_config() -> Config:
   t.compute_dtype = "bfloat16"
   t.scan_layers = True
   t.remat = "attention"
+  t.attention_rows = 10
   return c

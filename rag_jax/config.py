@@ -415,6 +415,9 @@ class TrainConfig(_Settings):
   # What each layer keeps for the backward pass: everything, its products with
   # weights, the inputs and outputs of attention, or its own input alone.
   remat: str = choice("none", "dots", "attention", "full")
+  # Rows whose attention each device computes at a time, so that its logits stay
+  # on the chip; 0: all rows of a batch. The results are the same.
+  attention_rows: int = 0
   # Parts that a batch of the main stage is computed in, one after the other, to
   # save memory. The gradient is that of the whole batch.
   accumulate: int = number(1, least=1)

@@ -85,12 +85,14 @@ def _kept(
   """Returns the bytes that layers keep, and those that one of them works on."""
   tokens = rows * length * width
   dim, mlp, heads = sizes.embed_dim, sizes.mlp_dim, sizes.num_heads
-  attention = rows * heads * length**2 * (4 + width)
-  everything = tokens * (12 * dim + 3 * mlp) + attention
+  # The logits of attention; parts of them are not kept.
+  part = config.train.attention_rows
+  logits = min(rows, part or rows) * heads * length**2 * (4 + width)
+  most = tokens * (12 * dim + 3 * mlp)
   per_layer = {
-    "none": everything,
+    "none": most if part else most + logits,
     "dots": tokens * (6 * dim + 2 * mlp),
     "attention": tokens * 5 * dim,
     "full": tokens * dim,
   }[config.train.remat]
-  return num_layers * per_layer, everything
+  return num_layers * per_layer, most + logits

@@ -302,7 +302,9 @@ def _recomputed(config: Config, num_passages: int) -> float:
     for name in parts
     if name not in ("logits", "search", "refresh", "doc_scores", "pointer")
   )
-  again = share[config.train.remat] * layers
+  # In parts, attention repeats one of its two products.
+  in_parts = 0.05 if config.train.attention_rows else 0.0
+  again = max(share[config.train.remat], in_parts) * layers
   if config.train.vocab_chunk:
     again += parts["logits"].forward
   return again

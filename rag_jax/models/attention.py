@@ -3,6 +3,7 @@
 In: activations [N, T, D], where N is B or B*K. Out: the same shape.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -16,7 +17,10 @@ import numpy as np
 
 from rag_jax.config import TransformerConfig
 from rag_jax.models.partitioning import INIT_STD
+from rag_jax.models.partitioning import batch_parts
+from rag_jax.models.partitioning import batch_whole
 from rag_jax.models.partitioning import named
+from rag_jax.models.partitioning import num_batch_parts
 
 # The axis names "B T S D N H" are those of DESIGN: here B may stand for B*K.
 # The axis order is the one that the products in `attend` read. With any other,
@@ -130,6 +134,7 @@ class Attention(nn.Module):
   config: TransformerConfig
   start: str = "normal"  # or "previous", "previous again", "copy": see above
   out_init_scale: float = 1.0  # std of the `out` kernel, in INIT_STD
+  rows: int = 0  # of B whose logits exist at a time, per device; 0: all
   dtype: DTypeLike = jnp.bfloat16  # of activations and matmuls
 
   def setup(self):
@@ -207,30 +212,82 @@ class Attention(nn.Module):
     query = checkpoint_name(self.query(x), "query")  # B T N H
     if c.scale_attention:
       query *= c.head_size**-0.5
-    # Softmax in float32: bfloat16 keeps 8 bits of mantissa.
-    attn_logits = jnp.einsum(
-      "BTNH,BNHS->BNTS", query, key, preferred_element_type=jnp.float32
-    )
-    if bias is not None:
-      attn_logits += bias
     if c.relative_buckets:
       offset = jnp.arange(key.shape[-1]) - jnp.arange(x.shape[1])[:, None]
-      attn_logits += relative_bias(
+      own = relative_bias(
         self.relative_bias,
         offset[None],
         c.relative_max_distance,
         bidirectional=True,
       )
-    attn_logits = jnp.where(
-      mask[:, None], attn_logits, jnp.finfo(jnp.float32).min
-    )
-    attn_probs = jax.nn.softmax(attn_logits, axis=-1).astype(self.dtype)
-    attn_probs = self.drop(attn_probs, deterministic=deterministic)
-    mixed = jnp.einsum("BNTS,BNSH->BTNH", attn_probs, value)
+      bias = own if bias is None else bias + own
+    parts = num_batch_parts(len(query), self.rows)
+    if parts > 1:
+      mixed = self._mix_parts(
+        parts, query, key, value, mask, bias, deterministic
+      )
+    else:
+      drop = functools.partial(self.drop, deterministic=deterministic)
+      mixed = _mix(query, key, value, mask, bias, drop)
     mixed = checkpoint_name(mixed, "mixed")
     if c.scale_attention:  # T5 takes the mean
       mixed = jnp.where(jnp.any(mask, axis=-1)[..., None, None], mixed, 0.0)
     return self.out(mixed)
+
+  def _mix_parts(
+    self,
+    num_parts: int,
+    query: Float[Array, "B T N H"],
+    key: Keys,
+    value: Values,
+    mask: Bool[Array, "#B #T S"],
+    bias: Bias | None,
+    deterministic: bool,
+  ) -> Float[Array, "B T N H"]:
+    """Returns what `_mix` does, from one part of the rows after the other.
+
+    The backward pass computes the logits of each part again. Those of all rows
+    never exist, and those of a part are small enough to stay on the chip.
+    """
+    axes = {
+      "query": ("length", "heads", None),
+      "key": ("heads", None, "length"),
+      "value": ("heads", "length", None),
+      "mask": (None, None),
+      "bias": ("heads", None, None),
+    }
+    inputs = {"query": query, "key": key, "value": value, "mask": mask}
+    if bias is not None:
+      inputs["bias"] = bias
+    of_rows = {
+      name: batch_parts(x, num_parts, *axes[name])
+      for name, x in inputs.items()
+      if len(x) == len(query)
+    }
+    of_all = {"bias": None} | {
+      name: x for name, x in inputs.items() if name not in of_rows
+    }
+    keys = None
+    rate = self.config.attention_dropout
+    if rate and not deterministic:
+      keys = jax.random.split(self.make_rng("dropout"), num_parts)
+
+    def drop(x: Array, key: Array | None) -> Array:
+      if key is None:
+        return x
+      return nn.Dropout(rate, deterministic=False, parent=None).apply(
+        {}, x, rngs={"dropout": key}
+      )
+
+    def mix_part(_: None, part: tuple[dict[str, Array], Array | None]) -> Any:
+      inputs, key = part
+      mix = functools.partial(_mix, drop=functools.partial(drop, key=key))
+      return None, mix(**inputs, **of_all)
+
+    # The loop keeps the compiler from undoing the recomputation.
+    body = jax.checkpoint(mix_part, prevent_cse=False)
+    mixed = jax.lax.scan(body, None, (of_rows, keys))[1]
+    return batch_whole(mixed, *axes["query"])
 
   def __call__(
     self,
@@ -242,3 +299,23 @@ class Attention(nn.Module):
   ) -> Float[Array, "B T D"]:
     key, value = self.keys_values(memory)
     return self.attend(x, key, value, mask, bias, deterministic)
+
+
+def _mix(
+  query: Float[Array, "B T N H"],
+  key: Keys,
+  value: Values,
+  mask: Bool[Array, "#B #T S"],
+  bias: Bias | None,
+  drop: Callable[[Array], Array],
+) -> Float[Array, "B T N H"]:
+  """Returns the means of the values, weighted by attention."""
+  # Softmax in float32: bfloat16 keeps 8 bits of mantissa.
+  logits = jnp.einsum(
+    "BTNH,BNHS->BNTS", query, key, preferred_element_type=jnp.float32
+  )
+  if bias is not None:
+    logits += bias
+  logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
+  probs = drop(jax.nn.softmax(logits, axis=-1).astype(value.dtype))
+  return jnp.einsum("BNTS,BNSH->BTNH", probs, value)

@@ -126,18 +126,20 @@ class TransformerLayer(nn.Module):
   self_start: str = "normal"  # of self-attention; see Attention
   cross_start: str = "normal"
   out_init_scale: float = 1.0  # of self-attention and MLP outputs
+  attention_rows: int = 0  # see Attention
   dtype: DTypeLike = jnp.bfloat16
 
   def setup(self):
     c = self.config
     norm = functools.partial(make_norm, c, dtype=self.dtype)
-    self.self_attention = Attention(
-      c, self.self_start, self.out_init_scale, dtype=self.dtype
+    attention = functools.partial(
+      Attention, rows=self.attention_rows, dtype=self.dtype
     )
+    self.self_attention = attention(c, self.self_start, self.out_init_scale)
     self.self_attention_norm = norm()
     if self.cross:
-      self.cross_attention = Attention(
-        c.frozen(relative_buckets=0), self.cross_start, dtype=self.dtype
+      self.cross_attention = attention(
+        c.frozen(relative_buckets=0), self.cross_start
       )
       self.cross_attention_norm = norm()
     self.mlp = Mlp(c, self.out_init_scale, dtype=self.dtype)
@@ -257,10 +259,13 @@ class LayerLoop:
       that are stacked inside the program. False compiles every layer: a program
       larger by about the number of layers, which takes longer to compile.
     remat: a key of `REMAT`.
+    attention_rows: of how many rows of B the logits of attention exist at a
+      time, on each device; 0: of all.
   """
 
   scan: bool = False
   remat: str = "none"
+  attention_rows: int = 0
 
   def run(
     self,
@@ -289,7 +294,9 @@ class LayerLoop:
         x = layer(x, mask, *inputs, deterministic=deterministic)
         x = constrain(x, *axes)
       return x
-    layer = layers[0].clone(parent=None, name=None)
+    layer = layers[0].clone(
+      parent=None, name=None, attention_rows=self.attention_rows
+    )
     params = [layer.variables["params"] for layer in layers]
     keys = None
     if not deterministic and layers[0].has_rng("dropout"):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 import numpy as np
 
 from rag_jax.config import Config
@@ -155,7 +155,7 @@ def dense_init(
   return named(nn.initializers.normal(std), *axes)
 
 
-def constrain(x: jax.Array, *axes: LogicalAxis) -> jax.Array:
+def constrain(x: jax.Array, *axes: LogicalAxis | None) -> jax.Array:
   """Asks the compiler to lay out activation `x` by its named dimensions."""
   return spmd.with_logical_constraint(x, axes, rules=AXIS_RULES)
 
@@ -264,7 +264,9 @@ def place_batch(
   return jax.tree.map(place, batch)
 
 
-def batch_parts(batch: PyTree, num_parts: int) -> PyTree:
+def batch_parts(
+  batch: PyTree, num_parts: int, *axes: LogicalAxis | None
+) -> PyTree:
   """Returns arrays [B, ...] as [num_parts, B / num_parts, ...].
 
   Inside a program for a mesh, each device takes the rows of every part from the
@@ -274,16 +276,46 @@ def batch_parts(batch: PyTree, num_parts: int) -> PyTree:
     batch: arrays of B rows, a multiple of num_parts times the number of devices
       that the batch is split over.
     num_parts: number of parts.
+    *axes: names of the dimensions after B; none are split if not given.
   """
-  sizes = jax.sharding.get_abstract_mesh().shape
-  shards = sizes.get("data", 1) * sizes.get("fsdp", 1)
+  shards = _shards()
 
   def split(x: Array) -> Array:
     x = x.reshape(shards, num_parts, -1, *x.shape[1:])
     x = jnp.swapaxes(x, 0, 1).reshape(num_parts, -1, *x.shape[3:])
-    return spmd.with_logical_constraint(x, (None, "batch"), rules=AXIS_RULES)
+    return constrain(x, None, "batch", *axes)
 
   return jax.tree.map(split, batch)
+
+
+def batch_whole(
+  parts: Shaped[Array, "parts B *rest"], *axes: LogicalAxis | None
+) -> Shaped[Array, "B2 *rest"]:
+  """Undoes `batch_parts` of an array."""
+  num_parts, _, *rest = parts.shape
+  x = parts.reshape(num_parts, _shards(), -1, *rest)
+  return constrain(jnp.swapaxes(x, 0, 1).reshape(-1, *rest), "batch", *axes)
+
+
+def num_batch_parts(num_rows: int, most: int) -> int:
+  """Returns the smallest number of equal parts of a batch.
+
+  Args:
+    num_rows: B.
+    most: the largest number of rows of a part on each device; 0: no limit.
+  """
+  held, left = divmod(num_rows, _shards())
+  if not most or left:  # devices that hold unequal shares cannot take turns
+    return 1
+  return next(
+    n for n in range(1, held + 1) if not held % n and held // n <= most
+  )
+
+
+def _shards() -> int:
+  """Returns into how many parts the program being traced splits a batch."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return sizes.get("data", 1) * sizes.get("fsdp", 1)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -234,7 +234,8 @@ def build_model(
   """
   dtype = compute_dtype(config.train.compute_dtype)
   e, g = config.encoder, config.generator
-  loop = LayerLoop(config.train.scan_layers, config.train.remat)
+  t = config.train
+  loop = LayerLoop(t.scan_layers, t.remat, t.attention_rows)
 
   def tower() -> RetrieverEncoder:
     return build_encoder(

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 from linen import apply
 from linen import attention_by_hand
 from linen import fresh_params
@@ -176,3 +177,76 @@ def test_previous_attention_adds_the_token_before_rolled_by_half():
   for t in range(1, T):
     expected = np.roll(X[:, t - 1], D // 2, axis=-1) / math.sqrt(D)
     np.testing.assert_allclose(result[:, t], expected, atol=0.02)
+
+
+ROWS, LONG = 6, 5
+
+
+def in_parts(rows, seed=None, **fields):
+  """Returns (params, x, memory, bias) -> output, and arguments for it."""
+  module = Attention(RELATIVE.frozen(**fields), rows=rows, dtype=jnp.float32)
+  x, memory = normal(ROWS, LONG, D), normal(ROWS, S, D, seed=1)
+  mask = np.tile(MASK[:, :1], (ROWS // B, LONG, 1))
+  params = random_params(module, x, memory, mask)
+  params, x, memory, mask, bias = jax.tree.map(
+    jnp.asarray, (params, x, memory, mask, normal(1, N, LONG, S, seed=2))
+  )
+  rngs = {} if seed is None else {"dropout": jax.random.key(seed)}
+
+  def run(params, x, memory, bias):
+    return module.apply(
+      {"params": params},
+      *(x, memory, mask, bias),
+      deterministic=seed is None,
+      rngs=rngs,
+    )
+
+  return run, (params, x, memory, bias)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+def test_in_parts_attention_and_its_gradients_are_the_same(rows):
+  """4 and 5 do not divide the rows: parts of 3 are the largest that do."""
+  found = []
+  for number in (0, rows):
+    run, args = in_parts(number)
+
+    def loss(*args, run=run):
+      y = run(*args)
+      return jnp.sum(jnp.sin(y)), y
+
+    grad_fn = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+    found.append(grad_fn(*args))
+  for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
+
+
+def test_in_parts_the_logits_of_all_rows_never_exist():
+  texts = []
+  for rows in (0, 2):
+    run, args = in_parts(rows)
+    grad_fn = jax.grad(lambda *args, run=run: jnp.sum(run(*args)))
+    texts.append(jax.jit(grad_fn).lower(*args).as_text())
+  whole = f"tensor<{ROWS}x{N}x{LONG}x{S}xf32>"
+  assert whole in texts[0]
+  assert whole not in texts[1]
+  assert f"tensor<2x{N}x{LONG}x{S}xf32>" in texts[1]
+
+
+def test_in_parts_dropout_is_a_function_of_its_key():
+  run, args = in_parts(2, seed=3, attention_dropout=0.5)
+  y = run(*args)
+  np.testing.assert_array_equal(run(*args), y)
+  assert np.any(in_parts(2, seed=4, attention_dropout=0.5)[0](*args) != y)
+  assert np.any(in_parts(2)[0](*args) != y)
+  # The backward pass drops the same.
+  jax.test_util.check_grads(
+    jax.jit(run), args, order=1, modes=["rev"], rtol=1e-2
+  )
+
+
+def test_every_part_drops_other_weights():
+  run, (params, _, memory, bias) = in_parts(1, seed=3, attention_dropout=0.5)
+  x = jnp.zeros((ROWS, LONG, D))
+  rows = run(params, x, jnp.broadcast_to(memory[:1], memory.shape), bias)
+  assert len({np.asarray(row).tobytes() for row in rows}) == ROWS

@@ -154,7 +154,8 @@ class Stack(nn.Module):
 CAUSAL = np.tril(np.ones((B, T, T), bool))
 STACK_ARGS = tuple(map(jnp.asarray, (X, CAUSAL, MEMORY, MEMORY_MASK)))
 LOOPS = [layers.LayerLoop(scan=True, remat=remat) for remat in layers.REMAT]
-LOOPS += [layers.LayerLoop(remat="full")]
+LOOPS += [layers.LayerLoop(remat="full"), layers.LayerLoop(attention_rows=1)]
+LOOPS += [layers.LayerLoop(scan=True, remat="attention", attention_rows=1)]
 
 
 def output_and_gradients(loop, params, x, mask, memory, memory_mask, seed=None):

@@ -33,8 +33,8 @@ from rag_jax.training.step import marginal_loss
 
 ONE = "1x1x1"  # data x fsdp x tensor
 MESHES = [ONE, "8x1x1", "2x4x1", "2x2x2", "1x1x8"]
-# Without dropout; then also with layers in a loop, recomputation, and gradients
-# in two parts.
+# Without dropout; then also with layers in a loop, recomputation, attention in
+# parts, and gradients in two parts.
 STEADY, LOOPED = "1x1x1 steady", "2x2x1 looped"
 OTHERS = pytest.mark.parametrize("mesh", MESHES[1:])
 STEPS = 3
@@ -47,6 +47,7 @@ def make_model(kind):
   config = Config()
   if kind == "looped":
     config.train.scan_layers, config.train.remat = True, "attention"
+    config.train.attention_rows = 1
   config.encoder = EncoderConfig(
     embed_dim=D,
     num_heads=8,
