@@ -44,9 +44,9 @@ _SLOW = (
   "tools/", "training/checkpoint", "training/checkpoint_damage",
   "training/compiled", "training/devices", "training/hosts",
   "training/hybrid", "training/loop", "training/loop_in_step",
-  "training/loop_resume", "training/processes", "training/search_in_step",
-  "training/stages", "training/state", "training/step", "weights/convert",
-  "weights/hostile", "weights/init_from", "weights/load",
+  "training/loop_resume", "training/meshes", "training/processes",
+  "training/search_in_step", "training/stages", "training/state", "training/step",
+  "weights/convert", "weights/hostile", "weights/init_from", "weights/load",
 )  # fmt: skip
 
 
@@ -71,8 +71,8 @@ def pytest_configure(config):
     os.environ[kept] = str(cache.mkdir(f"jax_{worker or 'main'}"))
 
 
-# Each compiled program maps about ten regions of memory, and Linux allows 65,530
-# of a process: beyond, JAX crashes.
+# Each compiled program maps about ten regions of memory. Linux allows a process
+# 65,530 of them: beyond, JAX crashes.
 _MOST_REGIONS = 20_000
 
 

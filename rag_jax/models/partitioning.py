@@ -300,12 +300,15 @@ def batch_whole(
 def num_batch_parts(num_rows: int, most: int) -> int:
   """Returns the smallest number of equal parts of a batch.
 
+  It is 1 if devices hold unequal shares, or if the program being traced was not
+  told its mesh: a part could be the share of one device.
+
   Args:
     num_rows: B.
     most: the largest number of rows of a part on each device; 0: no limit.
   """
   held, left = divmod(num_rows, _shards())
-  if not most or left:  # devices that hold unequal shares cannot take turns
+  if not most or left or jax.sharding.get_abstract_mesh().empty:
     return 1
   return next(
     n for n in range(1, held + 1) if not held % n and held // n <= most

@@ -12,6 +12,21 @@ def normal(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def on_mesh(run):
+  """Returns `run`, traced as part of a program for a mesh of one device."""
+  mesh = jax.sharding.AbstractMesh(
+    (1, 1, 1),
+    ("data", "fsdp", "tensor"),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  )
+
+  def traced(*args):
+    with jax.sharding.use_abstract_mesh(mesh):
+      return run(*args)
+
+  return traced
+
+
 def shapes(module, *args):
   variables = jax.eval_shape(module.init, jax.random.key(0), *args)
   return nn.meta.unbox(variables)["params"]

@@ -10,6 +10,7 @@ from linen import apply
 from linen import attention_by_hand
 from linen import fresh_params
 from linen import normal
+from linen import on_mesh
 from linen import random_params
 import numpy as np
 import pytest
@@ -201,7 +202,7 @@ def in_parts(rows, seed=None, **fields):
       rngs=rngs,
     )
 
-  return run, (params, x, memory, bias)
+  return jax.jit(on_mesh(run)), (params, x, memory, bias)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])

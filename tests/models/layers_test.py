@@ -9,6 +9,7 @@ from linen import apply
 from linen import attention_by_hand
 from linen import fresh_params
 from linen import normal
+from linen import on_mesh
 from linen import random_params
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def output_and_gradients(loop, params, x, mask, memory, memory_mask, seed=None):
     return jnp.sum(jnp.sin(y)), y
 
   grad_fn = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
-  (_, y), grads = jax.jit(grad_fn)(params, x, memory)
+  (_, y), grads = jax.jit(on_mesh(grad_fn))(params, x, memory)
   return y, grads
 
 

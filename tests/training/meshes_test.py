@@ -46,7 +46,7 @@ KINDS = {
 PAIRS = [
   (kind, mesh) for kind, (_, meshes) in KINDS.items() for mesh in meshes[1:]
 ]
-PAIRS = pytest.mark.parametrize("kind, mesh", PAIRS, ids=str)
+BOTH = pytest.mark.parametrize(("kind", "mesh"), PAIRS, ids=str)
 
 
 def make_config(file, kind, mesh):
@@ -80,9 +80,9 @@ def run(file, kind, mesh, root):
 
     def validate(params, index):
       records = evaluator.records(params, index, validation)
-      answers.append([
-        [r.prediction, np.asarray(r.retrieved_ids).tolist()] for r in records
-      ])
+      answers.append(
+        [[r.prediction, np.asarray(r.retrieved_ids).tolist()] for r in records]
+      )
       states.append(jax.tree.map(to_host, params))
       return {"validation/exact_match": 0.0}
 
@@ -120,7 +120,7 @@ def both(results, kind, mesh, name):
   return runs[str(KINDS[kind][1][0])][name], runs[str(mesh)][name]
 
 
-@PAIRS
+@BOTH
 def test_every_step_has_the_same_loss_and_gradient(kind, mesh, results):
   one, other = both(results, kind, mesh, "metrics")
   compared = 0
@@ -133,7 +133,7 @@ def test_every_step_has_the_same_loss_and_gradient(kind, mesh, results):
   assert compared >= 3 * STEPS + 2 * WARMUP_STEPS
 
 
-@PAIRS
+@BOTH
 def test_the_same_documents_are_retrieved(kind, mesh, results):
   one, other = both(results, kind, mesh, "documents")
   assert one == other
@@ -142,7 +142,7 @@ def test_the_same_documents_are_retrieved(kind, mesh, results):
     assert np.shape(one[-1][1]) == (8, 2)
 
 
-@PAIRS
+@BOTH
 def test_validation_answers_alike_from_the_same_documents(kind, mesh, results):
   one, other = both(results, kind, mesh, "answers")
   assert one == other
@@ -150,7 +150,7 @@ def test_validation_answers_alike_from_the_same_documents(kind, mesh, results):
   assert len({tuple(documents) for _, documents in one[-1]}) > 4
 
 
-@PAIRS
+@BOTH
 def test_the_parameters_are_the_same_at_the_end(kind, mesh, results):
   one, other = both(results, kind, mesh, "params")
   assert set(one) == set(other)
