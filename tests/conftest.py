@@ -45,8 +45,9 @@ _SLOW = (
   "training/compiled", "training/devices", "training/hosts",
   "training/hybrid", "training/loop", "training/loop_in_step",
   "training/loop_resume", "training/meshes", "training/processes",
-  "training/search_in_step", "training/stages", "training/state", "training/step",
-  "weights/convert", "weights/hostile", "weights/init_from", "weights/load",
+  "training/search_in_step", "training/stages", "training/state",
+  "training/step", "weights/convert", "weights/hostile",
+  "weights/init_from", "weights/load",
 )  # fmt: skip
 
 
