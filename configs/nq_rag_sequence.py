@@ -1,8 +1,9 @@
 r"""RAG-Sequence on Natural Questions, with 10 documents per question.
 
   python tools/train.py --distributed --config=configs/nq_rag_sequence.py \
-      --workdir=gs://BUCKET/nq_sequence --config.data.passages=psgs/passages \
-      --config.data.questions=nq/
+      --workdir=gs://BUCKET/nq_sequence --config.data.questions=nq/ \
+      --config.data.passages=/shared/wiki/passages \
+      --config.data.token_cache=/shared/tokens
 
 All else as configs/nq_rag_token.py.
 

@@ -1,8 +1,9 @@
 r"""RAG-Token on Natural Questions over all of Wikipedia, on a v5e pod slice.
 
   python tools/train.py --distributed --config=configs/nq_rag_token.py \
-      --workdir=gs://BUCKET/nq --config.data.passages=psgs/passages \
-      --config.data.questions=nq/
+      --workdir=gs://BUCKET/nq --config.data.questions=nq/ \
+      --config.data.passages=/shared/wiki/passages \
+      --config.data.token_cache=/shared/tokens
 
 The sizes of Lewis et al. 2020 (https://arxiv.org/abs/2005.11401): DPR's two
 BERT-base towers, BART-large, 21,015,300 passages of 100 words, 5 documents. As

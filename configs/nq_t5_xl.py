@@ -1,8 +1,9 @@
 r"""RAG-Token with T5 v1.1 XL as generator (3B parameters), on a v5p slice.
 
   python tools/train.py --distributed --config=configs/nq_t5_xl.py \
-      --workdir=gs://BUCKET/nq_t5 --config.data.passages=psgs/passages \
-      --config.data.questions=nq/
+      --workdir=gs://BUCKET/nq_t5 --config.data.questions=nq/ \
+      --config.data.passages=/shared/wiki/passages \
+      --config.data.token_cache=/shared/tokens
 
 Retriever, passages and settings as configs/nq_rag_token.py. Parameters and
 optimizer are split over eight chips.

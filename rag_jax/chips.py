@@ -8,6 +8,7 @@ import dataclasses
 import re
 
 _GIB = 2**30
+CHIPS_PER_HOST = 4  # in the topologies of libtpu
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +23,13 @@ class Chip:
   # at the same time counts once.
   ici_bytes_per_sec: float
   device_kinds: tuple[str, ...]  # `jax.Device.device_kind`
+  # Memory of the host of four chips that slices of several hosts are made of.
+  host_bytes: int = 0  # 0: not in the table
 
 
 # TPUs: "Key chip specifications" in https://cloud.google.com/tpu/docs/v4, v5e,
-# v5p and v6e; interconnects are published in Gbit/s per chip.
+# v5p and v6e; interconnects are published in Gbit/s per chip. Memory of hosts:
+# the machine types ct4p-, ct5lp- and ct5p-hightpu-4t, and ct6e-standard-4t.
 # GPUs: NVIDIA's data sheets, without sparsity; the interconnect is NVLink.
 _CHIPS = (
   Chip(
@@ -35,6 +39,7 @@ _CHIPS = (
     hbm_bytes_per_sec=1.2e12,
     ici_bytes_per_sec=2400e9 / 8,  # six links of a 3D torus
     device_kinds=("TPU v4",),
+    host_bytes=407 * _GIB,
   ),
   Chip(
     name="v5e",
@@ -43,6 +48,7 @@ _CHIPS = (
     hbm_bytes_per_sec=819e9,
     ici_bytes_per_sec=1600e9 / 8,  # four links of a 2D torus
     device_kinds=("TPU v5 lite", "TPU v5e"),
+    host_bytes=192 * _GIB,
   ),
   Chip(
     name="v5p",
@@ -51,6 +57,7 @@ _CHIPS = (
     hbm_bytes_per_sec=2.765e12,
     ici_bytes_per_sec=4800e9 / 8,  # six links of a 3D torus
     device_kinds=("TPU v5", "TPU v5p"),
+    host_bytes=448 * _GIB,
   ),
   Chip(
     name="v6e",
@@ -59,6 +66,7 @@ _CHIPS = (
     hbm_bytes_per_sec=1.64e12,
     ici_bytes_per_sec=3584e9 / 8,  # four links of a 2D torus
     device_kinds=("TPU v6 lite", "TPU v6e"),
+    host_bytes=720 * _GIB,
   ),
   Chip(
     name="a100",

@@ -83,7 +83,7 @@ def commands(path):
   """Returns the command lines of a page, in order, continued lines joined."""
   text = re.sub(r"\\\n\s*", "", path.read_text())
   return re.findall(
-    r"^(?:    )?((?:gcloud|pip|pytest|python|ruff|sed) .*)$", text, re.M
+    r"^(?:    )?((?:gcloud|pip|pytest|python|ruff|sed|xpk) .*)$", text, re.M
   )
 
 

@@ -45,11 +45,13 @@ from rag_jax.training.step import compile_update
 from rag_jax.training.step import update
 
 _BOS = 0  # any id; it changes no shape
-# libtpu would ask the cloud which machine this is, for minutes, and complain.
+# libtpu would ask the cloud which machine this is, for minutes, and complain;
+# and refuse a second program, as if both used the same chips.
 _NO_MACHINE = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
   "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 

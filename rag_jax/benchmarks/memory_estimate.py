@@ -1,12 +1,14 @@
 """The memory of a training step, estimated from the sizes of its arrays.
 
 In: a config and a number of chips. Out: bytes per chip of each part of a step,
-without a compiler. Coarser than what a compiler says, but it takes seconds.
+without a compiler, which is coarser than what a compiler says, but takes
+seconds; and bytes per host of the index that it searches.
 """
 
 import math
 from typing import Any
 
+from absl import logging
 from flax import linen as nn
 import jax
 from jaxtyping import PyTree
@@ -14,8 +16,20 @@ from jaxtyping import PyTree
 from rag_jax.benchmarks.abstract_step import abstract_model
 from rag_jax.config import Config
 from rag_jax.models.partitioning import check_devices
+from rag_jax.retrieval import scann
+from rag_jax.retrieval.sharded import shard_bounds
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import stage_optimizer
+
+USABLE = 0.984  # of a chip's memory: the runtime keeps 256 MiB of 16 GiB
+
+
+def warn_of_estimate() -> None:
+  """Logs that there is no compiler."""
+  logging.warning(
+    "libtpu is not installed: memory is estimated from the sizes of arrays, and"
+    " traffic is left out. pip install 'rag_jax[tpu]' compiles the real step."
+  )
 
 
 def estimated_parts(
@@ -76,6 +90,29 @@ def estimated_parts(
     parts["index"] = share * each
     parts["tokens"] = share * towers * (2 * d.passage_length + 4)
   return {name: int(value) for name, value in parts.items()}
+
+
+def host_parts(config: Config, num_passages: int) -> dict[str, int]:
+  """Returns the bytes of an index in each host's memory; {}: there is none.
+
+  Every host has the whole index, and searches it for its own questions. While
+  the passage encoder learns, the next version is built beside the one in use.
+  An index that is opened (index.path) is memory-mapped, and may have smaller
+  embeddings than the float32 that counts here.
+  """
+  index, encoder = config.index, config.encoder
+  if not config.data.n_docs or not num_passages or index.kind == "device":
+    return {}
+  dim = encoder.projection_dim or encoder.embed_dim
+  parts = {"embeddings": 4 * num_passages * dim}
+  if index.kind != "exact":
+    parts["ScaNN"] = sum(
+      scann.planned_bytes(stop - start, dim, index)
+      for start, stop in shard_bounds(num_passages, index.passages_per_shard)
+    )
+  if encoder.train_passage_encoder:
+    parts["the next version"] = sum(parts.values())
+  return parts
 
 
 def _kept(

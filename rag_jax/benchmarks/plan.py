@@ -15,7 +15,6 @@ import functools
 import re
 from typing import Any
 
-from absl import logging
 import jax
 
 from rag_jax.benchmarks.abstract_step import AbstractStep
@@ -24,7 +23,10 @@ from rag_jax.benchmarks.abstract_step import topology_devices
 from rag_jax.benchmarks.hlo_costs import Collective
 from rag_jax.benchmarks.hlo_costs import Costs
 from rag_jax.benchmarks.hlo_costs import program_costs
+from rag_jax.benchmarks.memory_estimate import USABLE
 from rag_jax.benchmarks.memory_estimate import estimated_parts
+from rag_jax.benchmarks.memory_estimate import host_parts
+from rag_jax.benchmarks.memory_estimate import warn_of_estimate
 from rag_jax.chips import Chip
 from rag_jax.config import Config
 from rag_jax.config_rules import validate
@@ -33,7 +35,7 @@ from rag_jax.models.flops import step_shapes
 from rag_jax.models.flops import total_flops
 from rag_jax.models.partitioning import check_devices
 
-_USABLE = 0.984  # of the memory: the runtime keeps 256 MiB of 16 GiB
+_HOST_USABLE = 0.9  # of a host's memory: the rest is for passages and programs
 # In the message of the compiler: temporaries, or all of the memory.
 _OUT_OF_MEMORY = re.compile(
   r"(HLO temporaries \(|Used )([\d.]+)([KMGT]?)\)? (?:exceeds|of) [^.]*?"
@@ -54,14 +56,39 @@ class Plan:
   # Bytes by part: parameters, optimizer, index, tokens, batch, activations.
   hbm_parts: Mapping[str, int]
   hbm_peak: int
-  fits: bool
+  fits_chip: bool
   # Why not, as the compiler or the estimate says; "" if it fits.
-  problem: str
+  chip_problem: str
+  host_parts: Mapping[str, int]  # bytes of an index that each host searches
   flops_parts: Mapping[str, float]  # of the model, without recomputation
   recomputed_flops: float
   compiled: bool  # or refused by the compiler; False: estimated
   costs: Costs | None  # of the program; None: there is none
   program: str = dataclasses.field(default="", repr=False)  # optimized HLO
+
+  @property
+  def host_problem(self) -> str:
+    """Why the index does not fit into the memory of a host; "" if it does."""
+    needed, there = sum(self.host_parts.values()), self.chip.host_bytes
+    if needed <= _HOST_USABLE * there or not there:
+      return ""
+    return (
+      f"Its index needs {needed / 2**30:.0f} GiB on each host, but a host of"
+      f" {self.chip.name} has {there / 2**30:.0f} GiB. Expected the whole index"
+      " to fit, since every host searches all passages. With index.kind=device"
+      " it is split over the chips; with encoder.train_passage_encoder=False"
+      " there is one version of it alone."
+    )
+
+  @property
+  def fits(self) -> bool:
+    """Whether chips and hosts have enough memory."""
+    return self.fits_chip and not self.host_problem
+
+  @property
+  def problem(self) -> str:
+    """Why it does not fit; "" if it does."""
+    return " ".join(filter(None, (self.chip_problem, self.host_problem)))
 
   @property
   def model_flops(self) -> float:
@@ -101,6 +128,9 @@ class Plan:
       "hbm_bytes_per_chip": self.hbm_peak,
       "hbm_capacity_bytes": self.chip.hbm_bytes,
       "hbm_parts": dict(self.hbm_parts),
+      "host_bytes_per_host": sum(self.host_parts.values()),
+      "host_capacity_bytes": self.chip.host_bytes,
+      "host_parts": dict(self.host_parts),
       "fits": self.fits,
       "problem": self.problem,
       "flops_per_chip": self.model_flops,
@@ -138,6 +168,8 @@ def make_plan(config: Config, topology: str, num_passages: int) -> Plan:
   """
   num_passages = num_passages or config.data.num_passages
   _check(config, num_passages)
+  if config.train.compute_dtype == "auto":  # as it is on TPUs
+    config = with_settings(config, {"train.compute_dtype": "bfloat16"})
   chip, devices = topology_devices(topology)
   mesh_config = check_devices(config, len(devices))
   if not has_compiler():
@@ -152,6 +184,7 @@ def make_plan(config: Config, topology: str, num_passages: int) -> Plan:
     num_chips=len(devices),
     config=config,
     num_passages=num_passages,
+    host_parts=host_parts(config, num_passages),
     compiled=True,
     flops_parts=_flops(config, num_passages, len(devices)),
     recomputed_flops=_recomputed(config, num_passages) / len(devices),
@@ -171,8 +204,10 @@ def make_plan(config: Config, topology: str, num_passages: int) -> Plan:
     return plan(
       hbm_parts=parts,
       hbm_peak=peak,
-      fits=False,
-      problem=f"{_too_large(peak, chip)} The compiler: {_first_line(error)}",
+      fits_chip=False,
+      chip_problem=(
+        f"{_too_large(peak, chip)} The compiler: {_first_line(error)}"
+      ),
       costs=None,
     )
   memory: Any = compiled.memory_analysis()
@@ -188,8 +223,10 @@ def make_plan(config: Config, topology: str, num_passages: int) -> Plan:
   return plan(
     hbm_parts=parts,
     hbm_peak=peak,
-    fits=peak <= _USABLE * chip.hbm_bytes,
-    problem="" if peak <= _USABLE * chip.hbm_bytes else _too_large(peak, chip),
+    fits_chip=peak <= USABLE * chip.hbm_bytes,
+    chip_problem=(
+      "" if peak <= USABLE * chip.hbm_bytes else _too_large(peak, chip)
+    ),
     costs=program_costs(program, axes),
     program=program,
   )
@@ -213,7 +250,7 @@ def suggest(plan: Plan) -> Iterator[tuple[dict[str, Any], Config]]:
     except ValueError:
       continue
     expected = scale * sum(estimate(changed).values())
-    if expected <= _USABLE * plan.chip.hbm_bytes:
+    if expected <= USABLE * plan.chip.hbm_bytes:
       yield changes, changed
 
 
@@ -314,15 +351,12 @@ def _estimated(
   config: Config, topology: str, chip: Chip, num_chips: int, num_passages: int
 ) -> Plan:
   """Returns the plan without a compiler."""
-  logging.warning(
-    "libtpu is not installed: memory is estimated from the sizes of arrays, and"
-    " traffic is left out. pip install 'rag_jax[tpu]' compiles the real step."
-  )
+  warn_of_estimate()
   parts = estimated_parts(
     config, num_chips=num_chips, num_passages=num_passages
   )
   peak = sum(parts.values())
-  fits = peak <= _USABLE * chip.hbm_bytes
+  fits = peak <= USABLE * chip.hbm_bytes
   return Plan(
     topology=topology,
     chip=chip,
@@ -331,8 +365,9 @@ def _estimated(
     num_passages=num_passages,
     hbm_parts=parts,
     hbm_peak=peak,
-    fits=fits,
-    problem="" if fits else _too_large(peak, chip),
+    fits_chip=fits,
+    chip_problem="" if fits else _too_large(peak, chip),
+    host_parts=host_parts(config, num_passages),
     flops_parts=_flops(config, num_passages, num_chips),
     recomputed_flops=_recomputed(config, num_passages) / num_chips,
     compiled=False,
@@ -362,7 +397,7 @@ def _first_line(error: Exception) -> str:
 def _too_large(peak: int, chip: Chip) -> str:
   return (
     f"It needs {peak / 2**30:.2f} GiB, but a {chip.name} chip has"
-    f" {_USABLE * chip.hbm_bytes / 2**30:.2f} GiB for programs."
+    f" {USABLE * chip.hbm_bytes / 2**30:.2f} GiB for programs."
   )
 
 
@@ -381,8 +416,19 @@ def report(plan: Plan) -> str:
     lines.append(f"  {name:<32}{size / 2**30:9.2f}")
   lines.append(
     f"  {'peak':<32}{plan.hbm_peak / 2**30:9.2f} of"
-    f" {chip.hbm_bytes / 2**30:.0f}: {'fits' if plan.fits else 'DOES NOT FIT'}"
+    f" {chip.hbm_bytes / 2**30:.0f}:"
+    f" {'fits' if plan.fits_chip else 'DOES NOT FIT'}"
   )
+  if plan.host_parts:
+    lines += ["", f"{'Index in the memory of each host':<34}{'GiB':>9}"]
+    for name, size in plan.host_parts.items():
+      lines.append(f"  {name:<32}{size / 2**30:9.2f}")
+    total = sum(plan.host_parts.values())
+    lines.append(
+      f"  {'in total':<32}{total / 2**30:9.2f} of"
+      f" {chip.host_bytes / 2**30:.0f}:"
+      f" {'DOES NOT FIT' if plan.host_problem else 'fits'}"
+    )
   lines += ["", f"{'Arithmetic of a chip and step':<34}{'TFLOP':>9}"]
   for name, flops in plan.flops_parts.items():
     if flops:

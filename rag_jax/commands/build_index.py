@@ -15,7 +15,9 @@ The same command again continues an interrupted build. At the end it prints the
 certificate: what the index was measured to find.
 
 With --distributed on every host of a pod, whose hosts all see --output, all
-chips embed the passages.
+chips embed the passages. --config is a file such as configs/wiki_embed.py: its
+encoders, data.passages, data.passage_length and index.* take the place of flags
+that are not given. Its settings are flags too: --config.index.kind=exact.
 """
 
 import dataclasses
@@ -23,9 +25,13 @@ import dataclasses
 from absl import flags
 from absl import logging
 from etils import epath
+from ml_collections import config_flags
 
 from rag_jax.api.search_directory import SearchDirectory
 from rag_jax.commands import command
+from rag_jax.commands.config_flag import check_config
+from rag_jax.config import IndexConfig
+from rag_jax.config_rules import validate
 from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
@@ -39,6 +45,9 @@ from rag_jax.training.workdir import keep_compiled
 
 _SPLIT, _FIELDS, _BUILD = SplitConfig(), FieldNames(), BuildConfig()
 
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "An experiment, for what other flags do not say."
+)
 _CORPUS = flags.DEFINE_string("corpus", None, "Documents to search in.")
 _ENCODER = flags.DEFINE_string(
   "encoder", None, "Embeds passages and questions."
@@ -119,7 +128,54 @@ _WAIT = flags.DEFINE_bool(
   "wait", False, "Wait for another process that writes there."
 )
 command.define_pod_flags()
-flags.mark_flags_as_required(["corpus", "encoder", "output"])
+flags.mark_flag_as_required("output")
+for _name in ("corpus", "encoder"):
+  flags.register_validator(
+    _name,
+    lambda value: value is not None or flags.FLAGS["config"].value is not None,
+    f"Flag --{_name} must have a value other than None, or --config be given.",
+  )
+
+
+def _index_config() -> IndexConfig:
+  """Returns how the index is built; absent flags take the values of --config.
+
+  Raises:
+    ValueError: the config has no encoder, or an index that no directory has.
+  """
+  if _CONFIG.value is None:
+    index = IndexConfig()
+  else:
+    config = validate(_CONFIG.value)
+    index, data, encoder = config.index, config.data, config.encoder
+    own = {} if _ENCODER.present else {
+      "encoder": encoder.passage_init_from or encoder.init_from,
+      "question_encoder": "" if encoder.tied else encoder.init_from,
+    }  # fmt: skip
+    for name, value in {
+      "corpus": data.passages,
+      "passage_length": data.passage_length,
+      "batch_size": index.embed_batch_size,
+      "kind": index.kind,
+      "passages_per_shard": index.passages_per_shard,
+      **own,
+    }.items():
+      if not flags.FLAGS[name].present:
+        setattr(flags.FLAGS, name, value)
+  if not _ENCODER.value:
+    raise ValueError(
+      "The config names no encoder.init_from. Expected a checkpoint that embeds"
+      " the passages. Set it, or give --encoder."
+    )
+  if _KIND.value == "device":
+    raise ValueError(
+      "index.kind='device' is an index in the memory of accelerators, which"
+      " training builds itself. Expected exact, scann or auto, for an index in"
+      " a directory. Give --kind."
+    )
+  return dataclasses.replace(
+    index, kind=_KIND.value, passages_per_shard=_PER_SHARD.value
+  )
 
 
 def _split() -> SplitConfig:
@@ -145,6 +201,7 @@ def main(argv: list[str]) -> None:
   output = epath.Path(_OUTPUT.value or "").expanduser()
   keep_compiled(_CACHE_DIR.value or "")
   config = BuildConfig(
+    index=_index_config(),
     split=_split(),
     fields=FieldNames(
       id=_ID.value or "", title=_TITLE.value or "", text=_TEXT.value or ""
@@ -158,8 +215,6 @@ def main(argv: list[str]) -> None:
     bm25=_BM25.value,
     words=word_settings(**_words()),
   )
-  config.index.kind = _KIND.value
-  config.index.passages_per_shard = _PER_SHARD.value
   directory = SearchDirectory.build(
     _CORPUS.value or "",
     _ENCODER.value or "",
@@ -185,5 +240,7 @@ def run() -> None:
   """Runs `main`."""
   logging.set_verbosity(logging.INFO)
   command.run(
-    main, interrupted="Stopped. Run the same command again to continue."
+    main,
+    check=check_config,
+    interrupted="Stopped. Run the same command again to continue.",
   )

@@ -5,7 +5,8 @@ r"""Says whether a config fits TPUs, and how fast it can be.
 Compiles the real training step for chips that are not here (libtpu: pip install
 'rag_jax[tpu]') and prints the memory, arithmetic and traffic of each chip. If
 the step does not fit, it looks for settings that make it fit. Settings are
-flags, as for training: --config.train.remat=full.
+flags, as for training: --config.train.remat=full. With train.num_steps=0 the
+plan is that of embedding all passages.
 """
 
 import json
@@ -16,6 +17,7 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
+from rag_jax.benchmarks import embedding_plan
 from rag_jax.benchmarks import plan as plans
 from rag_jax.commands import command
 from rag_jax.commands.config_flag import check_config
@@ -50,12 +52,18 @@ def main(argv: list[str]) -> None:
   topology = _TOPOLOGY.value or ""
   output = _writable("output", _OUTPUT.value or "")
   program = _writable("program", _PROGRAM.value or "")
-  plan = plans.make_plan(_CONFIG.value, topology, _NUM_PASSAGES.value or 0)
+  given = _CONFIG.value, topology, _NUM_PASSAGES.value or 0
+  if _CONFIG.value.train.num_steps:
+    plan = plans.make_plan(*given)
+    text = plans.report(plan)
+  else:
+    plan = embedding_plan.make_embedding_plan(*given)
+    text = embedding_plan.report(plan)
   if program and plan.program:
     program.write_text(plan.program, encoding="utf-8")
-  print(plans.report(plan), flush=True)
+  print(text, flush=True)
   result = plan.as_json()
-  if not plan.fits and _SUGGEST.value:
+  if isinstance(plan, plans.Plan) and not plan.fits_chip and _SUGGEST.value:
     result["suggestion"] = _suggested(plan)
   if output:
     output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -69,7 +77,7 @@ def _suggested(plan: plans.Plan) -> dict[str, Any] | None:
     print(f"\nTrying {flags_}", flush=True)
     changed = plans.make_plan(config, plan.topology, plan.num_passages)
     gib = changed.hbm_peak / 2**30
-    if changed.fits:
+    if changed.fits_chip:
       print(
         f"It fits: {gib:.2f} GiB, at best {changed.step_secs:.4f} s per step,"
         f" MFU {changed.mfu:.2f}."

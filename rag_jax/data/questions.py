@@ -153,7 +153,10 @@ def _files_of(split: str, names: Sequence[str]) -> list[str]:
     return own[:1]
   called = "|".join(_CALLED[split])
   ends = "|".join(map(re.escape, QUESTION_ENDS))
-  pattern = re.compile(rf"(.*[-_.])?({called})({ends})(\.gz)?", re.IGNORECASE)
+  # ".qa": DPR's own names, nq-test.qa.csv.
+  pattern = re.compile(
+    rf"(.*[-_.])?({called})(\.qa)?({ends})(\.gz)?", re.IGNORECASE
+  )
   return [name for name in names if pattern.fullmatch(name)]
 
 

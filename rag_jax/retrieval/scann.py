@@ -82,7 +82,8 @@ class ScannIndex(Index):
     super().__init__(
       dataclasses.replace(inner.info, kind="scann", settings=settings),
       inner.embeddings,
-      inner.memory_bytes + _searcher_bytes(inner, settings),
+      inner.memory_bytes
+      + _searcher_bytes(inner.num_passages, inner.embedding_dim, settings),
     )
     self._exact = inner
     self._searcher = searcher
@@ -302,14 +303,21 @@ def _configure(builder: Any, settings: dict[str, Any]) -> Any:
   return builder.reorder(settings["reorder"], quantize=dtype)
 
 
-def _searcher_bytes(inner: exact.ExactIndex, settings: dict[str, Any]) -> int:
+def planned_bytes(
+  num_passages: int, embedding_dim: int, config: IndexConfig
+) -> int:
+  """Returns the bytes that ScaNN would add to the embeddings, without it."""
+  settings = _settings(num_passages, config)
+  return _searcher_bytes(num_passages, embedding_dim, settings)
+
+
+def _searcher_bytes(rows: int, dim: int, settings: dict[str, Any]) -> int:
   """Returns the bytes that ScaNN adds to the embeddings, in memory or on disk.
 
   They are computed, not measured: the centres; per passage its leaf and codes
   (one byte per block, ScaNN 1.4.2), twice with SOAR; and the numbers that
   passages are reordered by.
   """
-  rows, dim = inner.num_passages, inner.embedding_dim
   leaves = settings["num_leaves"]
   if not leaves:
     return 4 * rows * dim

@@ -12,10 +12,14 @@ import pytest
 
 from rag_jax.api.configs import run_config
 from rag_jax.benchmarks import abstract_step
+from rag_jax.benchmarks import embedding_plan
 from rag_jax.benchmarks import plan as plans
 from rag_jax.benchmarks.abstract_step import AbstractStep
 from rag_jax.benchmarks.memory_estimate import estimated_parts
 from rag_jax.config import Config
+from rag_jax.config import IndexConfig
+from rag_jax.retrieval import scann
+from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.retriever import RetrieverSnapshots
 from rag_jax.training.stages import make_stages
 from rag_jax.training.state import init_params
@@ -41,7 +45,7 @@ def make_config(**changes):
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-  for module in (plans, abstract_step):
+  for module in (plans, abstract_step, embedding_plan):
     monkeypatch.setattr(module, "has_compiler", lambda: False)
 
 
@@ -233,7 +237,85 @@ def test_the_program_of_a_plan_compiles_and_its_parts_are_counted():
 
 
 @pytest.mark.usefixtures("no_compiler")
-@pytest.mark.parametrize("name", ["nq_rag_token", "nq_rag_sequence"])
+def test_an_index_that_hosts_search_is_compared_with_their_memory():
+  config = run_config(ROOT / "configs/nq_scann.py")
+  plan = plans.make_plan(config, "v5e:8x8", 0)
+  assert plan.host_parts["embeddings"] == 21_015_300 * 768 * 4
+  assert "  in total" in plans.report(plan)
+  assert plan.as_json()["host_capacity_bytes"] == 192 * 2**30
+  two = plans.with_settings(config, {"encoder.train_passage_encoder": True})
+  refused = plans.make_plan(two, "v5e:8x8", 0)
+  whole = sum(plan.host_parts.values())
+  assert sum(refused.host_parts.values()) == 2 * whole
+  assert refused.fits_chip
+  assert not refused.fits
+  assert "Its index needs 196 GiB on each host, but a host of v5e has 192" in (
+    plans.report(refused)
+  )
+  assert plans.make_plan(two, "v5p:4x4x4", 0).fits
+  in_chips = run_config(ROOT / "configs/nq_rag_token.py")
+  assert not plans.make_plan(in_chips, "v5e:8x8", 0).host_parts
+
+
+@pytest.mark.parametrize("settings", [{}, {"scann_soar_lambda": 1.5}])
+def test_scann_adds_as_many_bytes_as_planned(settings):
+  config = IndexConfig(kind="scann", scann_tree_passages=50)
+  for name, value in settings.items():
+    setattr(config, name, value)
+  embeddings = np.random.default_rng(0).normal(size=(64, 8))
+  index = build_index(
+    embeddings, config, encoder_fingerprint="", passages_fingerprint=""
+  )
+  planned = scann.planned_bytes(64, 8, config)
+  assert index.memory_bytes == 64 * 8 * 4 + planned
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_plan_is_of_the_type_that_auto_means_on_a_tpu():
+  auto, given = (
+    plans.make_plan(make_config(**{"train.compute_dtype": name}), "v5e:1x1", 0)
+    for name in ("auto", "bfloat16")
+  )
+  assert auto.hbm_parts == given.hbm_parts
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_steps_the_embedding_of_all_passages_is_planned():
+  config = run_config(ROOT / "configs/wiki_embed.py")
+  plan = embedding_plan.make_embedding_plan(config, "v5e:8x8", 0)
+  assert plan.fits
+  assert plan.batch_per_chip == config.index.embed_batch_size / 4
+  # Two operations per weight and token, and what attention adds.
+  e, tokens = config.encoder, 21_015_300 * 160
+  weights = e.num_layers * (4 * e.embed_dim**2 + 2 * e.embed_dim * e.mlp_dim)
+  attention = 4 * e.num_layers * e.embed_dim * 160
+  assert plan.flops == tokens * (2 * weights + attention)
+  assert plan.secs == pytest.approx(plan.flops / 64 / 197e12)
+  result = json.loads(json.dumps(plan.as_json()))
+  assert result["storage_bytes"]["bfloat16"] == 21_015_300 * 768 * 2
+  text = embedding_plan.report(plan)
+  assert "They embed 21,015,300 passages of up to 160 tokens" in text
+  assert "--storage=bfloat16" in text
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_batch_that_does_not_fit_says_what_to_lower():
+  config = run_config(ROOT / "configs/wiki_embed.py")
+  config.index.embed_batch_size = 100_000
+  plan = embedding_plan.make_embedding_plan(config, "v5e:8x8", 0)
+  assert not plan.fits
+  assert "Lower index.embed_batch_size" in embedding_plan.report(plan)
+  config.encoder.vocab_size = config.data.num_passages = 0
+  with pytest.raises(
+    ValueError, match=r"encoder\.vocab_size, data\.num_passages"
+  ):
+    embedding_plan.make_embedding_plan(config, "v5e:8x8", 0)
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize(
+  "name", ["nq_rag_token", "nq_rag_sequence", "nq_scann"]
+)
 def test_the_configs_for_pods_fit(name):
   config = run_config(ROOT / "configs" / f"{name}.py")
   plan = plans.make_plan(config, "v5e:8x8", 0)

@@ -3,6 +3,7 @@
 import shutil
 
 from corpora import assert_fails
+from nq_open import prepare_nq_open
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -102,43 +103,17 @@ def test_a_tfds_split_without_usable_questions_is_refused():
     )
 
 
-def prepare_nq_open(data_dir):
-  """Writes a small natural_questions_open as TFDS stores it."""
-  # Otherwise TFDS has two builders of that name.
-  with tfds.core.registered.skip_registration():
-
-    class NaturalQuestionsOpen(tfds.core.GeneratorBasedBuilder):
-      VERSION = tfds.core.Version("1.0.0")
-      # Nothing of it is stored beside its code.
-      pkg_dir_path = None
-      code_path = None
-
-      def _info(self):
-        text = tfds.features.Text()
-        features = {"question": text, "answer": tfds.features.Sequence(text)}
-        return tfds.core.DatasetInfo(
-          builder=self, features=tfds.features.FeaturesDict(features)
-        )
-
-      def _split_generators(self, dl_manager):
-        return {
-          "train": self._generate_examples("train", NUM_TRAIN),
-          "validation": self._generate_examples("dev", NUM_VALIDATION),
-        }
-
-      def _generate_examples(self, name, count):
-        for i in range(count):
-          yield i, {"question": f"{name} é {i}", "answer": [f"a{i}", "b"]}
-
-  builder = NaturalQuestionsOpen(data_dir=data_dir, file_format="array_record")
-  builder.download_and_prepare()
-  return data_dir / "natural_questions_open" / "1.0.0"
+def examples(name, count):
+  return [(f"{name} é {i}", [f"a{i}", "b"]) for i in range(count)]
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-  tfds.disable_progress_bar()
-  return prepare_nq_open(tmp_path_factory.mktemp("prepared"))
+  return prepare_nq_open(
+    tmp_path_factory.mktemp("prepared"),
+    train=examples("train", NUM_TRAIN),
+    validation=examples("dev", NUM_VALIDATION),
+  )
 
 
 @pytest.fixture

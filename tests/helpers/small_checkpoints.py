@@ -1,4 +1,4 @@
-"""Tiny checkpoints as others publish them: DPR's two encoders and a BART."""
+"""Tiny checkpoints as others publish them: DPR's encoders, a BART, a T5."""
 
 import numpy as np
 
@@ -28,6 +28,15 @@ ENCODER = EncoderConfig(
 GENERATOR = GeneratorConfig(
   num_layers=1, embed_dim=8, num_heads=2, mlp_dim=12, max_positions=50,
   vocab_size=V, dropout=0.2, attention_dropout=0.1, activation_dropout=0.3,
+)  # fmt: skip
+# As T5 v1.1.
+T5 = GeneratorConfig(
+  num_layers=2, embed_dim=16, num_heads=2, head_dim=4, mlp_dim=24, gated=True,
+  activation="gelu_new", vocab_size=V, dropout=0.1, attention_dropout=0.1,
+  activation_dropout=0.1, norm="pre", norm_kind="rms", norm_eps=1e-6,
+  use_bias=False, embedding_norm=False, positions="none", relative_buckets=8,
+  relative_shared=True, scale_attention=False, tied_output=False,
+  logits_bias=False, decoder_start_id=0, fixed=(),
 )  # fmt: skip
 # How the generator wants to answer.
 GENERATION = {
@@ -89,3 +98,14 @@ def write_checkpoints(root, texts):
     generation=GENERATION,
   )
   return made
+
+
+def write_t5(root):
+  """Writes "t5" below `root`, beside what `write_checkpoints` wrote."""
+  ids = SpecialIds(pad=0, bos=0, eos=1)
+  export_generator(
+    root / "t5",
+    T5,
+    random_params(generator_architecture(T5, "t5"), 3),
+    tokenizer=TokenizerFiles(str(root / "generator_tokenizer"), ids),
+  )

@@ -203,3 +203,46 @@ def test_two_hosts_build_and_search_as_one_does(folder, built):
   assert len(answers(alone.stdout)) == 3
   assert answers(first) == answers(alone.stdout)
   assert not answers(second)
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    ("quickstart", "The config names no encoder.init_from. Expected a checkp"),
+    ("nq_rag_token", "index.kind='device' is an index in the memory of accel"),
+  ],
+)
+def test_a_config_that_names_no_index_of_a_directory_is_refused(
+  config, message, tmp_path
+):
+  process = run_tool(
+    "build_index.py",
+    f"--config={ROOT / 'configs' / config}.py",
+    f"--output={tmp_path / 'index'}",
+  )
+  assert process.returncode == 1
+  assert process.stderr.startswith(f"ValueError: {message}")
+  assert not (tmp_path / "index").exists()
+
+
+def test_flags_come_before_the_config_of_an_experiment(folder):
+  process = build(
+    folder,
+    f"--config={ROOT / 'configs/wiki_embed.py'}",
+    "--config.index.embed_batch_size=4",
+    "--config.data.passage_length=20",
+    "--kind=exact",
+    output="by_config",
+  )
+  assert process.returncode == 0, process.stderr
+  plan = json.loads((folder / "by_config/manifest.json").read_text())
+  plan = plan["content"]["plan"]
+  assert plan["index"]["kind"] == "exact"
+  assert plan["index"]["passages_per_shard"] == 1_500_000
+  assert (plan["passage_length"], plan["embed_batch_size"]) == (20, 4)
+
+
+def test_without_a_config_corpus_and_encoder_are_required(folder):
+  process = run_tool("build_index.py", f"--output={folder / 'none'}")
+  assert process.returncode == 1
+  assert "Flag --corpus must have a value other than None" in process.stderr

@@ -1,0 +1,39 @@
+r"""RAG-Token on Natural Questions, with ScaNN on the hosts of a v5e pod slice.
+
+  python tools/train.py --distributed --config=configs/nq_scann.py \
+      --workdir=gs://BUCKET/nq_scann --config.data.questions=nq/ \
+      --config.data.passages=/shared/wiki/passages \
+      --config.data.token_cache=/shared/tokens \
+      --config.index.path=/shared/wiki/index
+
+As configs/nq_rag_token.py, but the passage tower stays as DPR trained it, as in
+Lewis et al. 2020: the index is the one that configs/wiki_embed.py built, and
+the hosts search it while the chips train. Each host has the whole index, and
+searches it for its own questions.
+
+Not run, and not compiled yet. `rag-jax plan` estimates 10.6 GiB of 16 per chip
+on v5e:8x8, 98 of 192 GiB per host, and a step of at least 0.065 s of
+arithmetic. It does not say whether the hosts search that fast.
+"""
+
+import pathlib
+import runpy
+
+from rag_jax.config import Config
+
+
+def get_config() -> Config:
+  """Returns the settings of nq_rag_token.py, changed."""
+  token = pathlib.Path(__file__).with_name("nq_rag_token.py")
+  c = runpy.run_path(str(token))["get_config"]()
+  # A learning passage tower needs two versions of the index in each host, which
+  # do not fit: `rag-jax plan` says so.
+  c.encoder.train_passage_encoder = False
+  i = c.index
+  i.kind = "scann"
+  i.refresh_rows = 0
+  i.device_storage = "float32"
+  # As configs/wiki_embed.py: these describe the index that index.path opens.
+  i.passages_per_shard = 1_500_000
+  i.scann_reorder_dtype = "bfloat16"
+  return c
