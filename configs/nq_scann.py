@@ -11,9 +11,11 @@ Lewis et al. 2020: the index is the one that configs/wiki_embed.py built, and
 the hosts search it while the chips train. Each host has the whole index, and
 searches it for its own questions.
 
-Not run, and not compiled yet. `rag-jax plan` estimates 10.6 GiB of 16 per chip
-on v5e:8x8, 98 of 192 GiB per host, and a step of at least 0.065 s of
-arithmetic. It does not say whether the hosts search that fast.
+Not run yet. Its plan (`rag-jax plan`, JAX 0.12, v5e:8x8): 8.7 GiB of 16 per
+chip, 98 of 192 GiB per host, 49 GB of memory traffic and 2.3 GB over the
+interconnect per step. The bound of a step is 0.065 s of arithmetic, at an MFU
+of at most 0.80; the compiler itself expects 326 million cycles. A plan does not
+say whether the hosts search that fast.
 """
 
 import pathlib

@@ -312,6 +312,22 @@ def test_a_batch_that_does_not_fit_says_what_to_lower():
     embedding_plan.make_embedding_plan(config, "v5e:8x8", 0)
 
 
+def test_a_batch_that_the_compiler_refuses_does_not_fit(monkeypatch):
+  def refuse(*_):
+    raise jax.errors.JaxRuntimeError(TEMPORARIES)
+
+  devices = plans.topology_devices("v5e:1x1")[0], jax.devices()[:1]
+  monkeypatch.setattr(embedding_plan, "topology_devices", lambda _: devices)
+  monkeypatch.setattr(embedding_plan, "has_compiler", lambda: True)
+  monkeypatch.setattr(embedding_plan, "_compile", refuse)
+  config = run_config(ROOT / "configs/wiki_embed.py")
+  plan = embedding_plan.make_embedding_plan(config, "v5e:1x1", 0)
+  assert not plan.fits
+  text = embedding_plan.report(plan)
+  assert "Ran out of memory on HBM" in text
+  assert text.endswith("Lower index.embed_batch_size.")
+
+
 @pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize(
   "name", ["nq_rag_token", "nq_rag_sequence", "nq_scann"]
