@@ -167,7 +167,7 @@ class AbstractStep:
     }
     if index is not None:
       own = index.arrays
-      parts["index"] = own.embeddings, own.scales, own.embedded_at
+      parts["index"] = own.embeddings, own.scales, own.norms, own.embedded_at
       parts["tokens"] = (
         *(own.tokens, own.lengths),
         *(index.context_tokens, index.context_lengths),

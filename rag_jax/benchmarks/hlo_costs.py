@@ -7,6 +7,9 @@ body of a loop once; here it counts as often as the loop runs.
 Counted as memory traffic is what each instruction reads and writes outside of
 registers and on-chip memory. A slice of an array counts as the slice alone, and
 an update in place as what is updated.
+
+Of a conditional all branches count. What the program itself calls rare, in a
+`jax.named_scope` of the name `RARELY`, counts as never run.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +20,8 @@ import math
 import re
 
 import numpy as np
+
+from rag_jax.retrieval.device import RARELY
 
 _ARRAY = re.compile(r"\b(pred|[subf]\d+\w*|bf16|c\d+)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -30,6 +35,8 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r"^\w+\[\]\S* constant\((\d+)\)")
+_RARE = re.compile(rf'op_name="[^"]*/{RARELY}/')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CYCLES = re.compile(r'estimated_cycles":"(\d+)"')
 
 # They move nothing themselves.
@@ -149,6 +156,10 @@ class _Program:
         executed[name] = executed.get(name, 0) + times
       for instruction in self._computations.get(name, {}).values():
         number = times
+        if instruction.op in ("while", "conditional") and _RARE.search(
+          instruction.rest
+        ):
+          continue
         if instruction.op == "while":
           number *= self._trips(instruction)
         called = _CALLED.findall(instruction.rest)
@@ -301,9 +312,14 @@ class _Program:
         size = max(_bytes(result), sum(_bytes(x.type) for x in operands))
         axes, number = _axes_of(instruction.rest, axis_sizes)
         sent = size * _SENT[kind](number) if number > 1 else 0.0
-        # The pieces of an asynchronous collective have one channel.
+        # The pieces of an asynchronous collective have one channel; but so do
+        # all collectives that jax.shard_map makes.
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        key = channel[1] if channel else f"{computation}/{instruction.name}"
+        key = f"{computation}/{instruction.name}"
+        if channel:
+          op_name = _OP_NAME.search(instruction.rest)
+          arrays = [match.groups()[:2] for match in _ARRAY.finditer(result)]
+          key = f"{channel[1]} {kind} {arrays} {op_name and op_name[1]}"
         times = runs.get(computation, 0)
         if key not in found or found[key][3] < times:
           found[key] = kind, axes, sent, times

@@ -84,7 +84,7 @@ def estimated_parts(
   if config.index.refresh_rows:
     storage = {"float32": 4, "bfloat16": 2, "int8": 1}
     dim = e.projection_dim or e.embed_dim
-    each = dim * storage[config.index.device_storage]
+    each = dim * storage[config.index.device_storage] + 4  # and the norm
     towers = 2 if e.init_from else 1
     share = num_passages / num_chips
     parts["index"] = share * each

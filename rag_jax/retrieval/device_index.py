@@ -16,6 +16,7 @@ import numpy as np
 
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import device
+from rag_jax.retrieval.device_refresh import with_norms
 from rag_jax.retrieval.embeddings import Rows
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.exact import rank
@@ -73,9 +74,10 @@ class DeviceIndex(Index):
     ids = np.zeros((len(questions), n_docs), np.int32)
     for start in range(0, len(questions), _BLOCK_QUESTIONS):
       block = questions[start : start + _BLOCK_QUESTIONS]
-      # Padded to a power of two, so that few programs are compiled.
-      filled = np.zeros((1 << (len(block) - 1).bit_length(), block.shape[1]))
-      filled[: len(block)] = block
+      # Padded to a power of two, so that few programs are compiled. Not with
+      # zeros, for which all passages are equal: that takes a second search.
+      padding = (1 << (len(block) - 1).bit_length()) - len(block)
+      filled = np.pad(block, ((0, padding), (0, 0)), mode="edge")
       found, _ = _search(self.arrays, np.float32(filled), n_docs=n_docs)
       ids[start : start + len(block)] = np.asarray(found)[: len(block)]
     return rank(questions, self.embeddings, ids)
@@ -126,7 +128,7 @@ class RefreshedIndex(DeviceIndex):
     passages_fingerprint: str,
   ):
     """Takes the arrays; nothing is copied."""
-    self.arrays = arrays
+    self.arrays = with_norms(arrays)  # those of a checkpoint have none
     embeddings = DeviceRows(arrays)
     info = IndexInfo(
       kind="device",
@@ -136,7 +138,7 @@ class RefreshedIndex(DeviceIndex):
       passages_fingerprint=passages_fingerprint,
       settings=settings,
     )
-    Index.__init__(self, info, embeddings, _num_bytes(arrays))
+    Index.__init__(self, info, embeddings, _num_bytes(self.arrays))
 
 
 class DeviceRows(Rows):

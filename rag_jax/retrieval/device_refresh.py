@@ -23,6 +23,7 @@ from rag_jax.retrieval.device import DeviceArrays
 from rag_jax.retrieval.device import placed_tokens
 from rag_jax.retrieval.device import to_int8
 from rag_jax.retrieval.index_core import LARGEST
+from rag_jax.retrieval.one_pass import row_norms
 
 
 def refresh_period(num_passages: int, num_rows: int) -> int:
@@ -173,6 +174,9 @@ def refresh_rows(
     arrays = dataclasses.replace(
       arrays, scales=put(arrays.scales, rows, scales)
     )
+  if arrays.norms is not None:
+    norms = row_norms(stored, scales, jnp)
+    arrays = dataclasses.replace(arrays, norms=put(arrays.norms, rows, norms))
   return dataclasses.replace(
     arrays,
     embeddings=put(arrays.embeddings, rows, stored),
@@ -188,6 +192,17 @@ def empty_arrays(abstract: DeviceArrays) -> DeviceArrays:
 
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   return jax.jit(zeros, out_shardings=shardings)()
+
+
+def with_norms(arrays: DeviceArrays) -> DeviceArrays:
+  """Returns `arrays`, with the norms of the rows if there are none."""
+  if arrays.norms is not None:
+    return arrays
+  norms = jax.jit(
+    lambda rows, scales: row_norms(rows, scales, jnp),
+    out_shardings=arrays.embedded_at.sharding,
+  )(arrays.embeddings, arrays.scales)
+  return dataclasses.replace(arrays, norms=norms)
 
 
 def count_bad(

@@ -45,7 +45,7 @@ class StepIndex:
   """The index that a step searches, with the passages as tokens.
 
   The retriever's tokens are in `arrays`. The generator's are None if they are
-  the same, or in a checkpoint, which leaves out all tokens.
+  the same, or in a checkpoint, which leaves out all tokens, and norms.
   """
 
   arrays: device.DeviceArrays
@@ -244,6 +244,9 @@ def place_index(
     abstract = abstract_index(experiment, state.params)
     assert abstract is not None
     index = StepIndex(device_refresh.empty_arrays(abstract.arrays))
+  index = dataclasses.replace(
+    index, arrays=device_refresh.with_norms(index.arrays)
+  )
   index = _with_tokens(experiment, index)
   if built:
     passages = experiment.context.retriever_passages
@@ -279,10 +282,12 @@ def _with_tokens(experiment: Experiment, index: StepIndex) -> StepIndex:
 
 
 def without_tokens(state: TrainState) -> TrainState:
-  """Returns the state without tokens, which can be made again from passages."""
+  """Returns the state without tokens and norms, which can be made again."""
   if state.index is None:
     return state
-  arrays = dataclasses.replace(state.index.arrays, tokens=None, lengths=None)
+  arrays = dataclasses.replace(
+    state.index.arrays, tokens=None, lengths=None, norms=None
+  )
   return dataclasses.replace(state, index=StepIndex(arrays))
 
 
@@ -294,14 +299,13 @@ def abstract_index(experiment: Experiment, params: PyTree) -> StepIndex | None:
   config = experiment.config.index
   if not config.refresh_rows:
     return None
-  return StepIndex(
-    device.abstract_arrays(
-      len(experiment.passages),
-      experiment.embedder.embedding_dim(params),
-      experiment.mesh,
-      **device_index.settings_of(config),
-    )
+  arrays = device.abstract_arrays(
+    len(experiment.passages),
+    experiment.embedder.embedding_dim(params),
+    experiment.mesh,
+    **device_index.settings_of(config),
   )
+  return StepIndex(dataclasses.replace(arrays, norms=None))
 
 
 def searched(

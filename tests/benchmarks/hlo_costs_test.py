@@ -6,6 +6,7 @@ import pytest
 
 from rag_jax.benchmarks.hlo_costs import Collective
 from rag_jax.benchmarks.hlo_costs import program_costs
+from rag_jax.retrieval.device import RARELY
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 KIB = 1024
@@ -85,6 +86,46 @@ def test_a_group_of_one_device_sends_nothing():
 def test_a_loop_whose_runs_are_not_known_is_reported():
   text = TEXT.replace("s32[] constant(7)", "s32[] parameter(1)")
   assert program_costs(text, MESH).unknown_loops == 1
+
+
+@pytest.mark.parametrize("branch", ["while", "conditional"])
+def test_what_the_program_calls_rare_counts_as_never_run(branch):
+  def run(x, scope):
+    def work(x):
+      # The compilation cache would take programs for one if only names differ.
+      x = len(scope) * x
+      return jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, length=5)[0]
+
+    with jax.named_scope(scope):
+      if branch == "while":
+        return jax.lax.while_loop(lambda x: x[0, 0] > 7, work, x)
+      return jax.lax.cond(x[0, 0] > 7, work, lambda x: x, x)
+
+  x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+  often, rarely = (
+    program_costs(
+      jax.jit(run, static_argnums=1).lower(x, scope).compile().as_text(),
+      {"data": 1},
+    )
+    for scope in ("often", RARELY)
+  )
+  matrix = 4 * 64 * 64
+  assert often.memory_bytes >= 5 * 2 * matrix
+  assert rarely.memory_bytes < 3 * matrix  # copies around it
+  assert often.unknown_loops == (branch == "while")
+  assert rarely.unknown_loops == 0
+
+
+def test_collectives_of_one_channel_are_told_apart():
+  # jax.shard_map gives all of its collectives the same channel.
+  line = next(x for x in TEXT.splitlines() if "all-reduce(" in x)
+  other = line.replace("%reduced", "%others").replace("f32[1,", "s32[1,")
+  again = line.replace("%reduced", "%piece")  # of the same collective
+  text = TEXT.replace(line, "\n".join([line, other, again]))
+  text = text.replace("GROUPS", "replica_groups={{0,1,2,3,4,5,6,7}}")
+  (found,) = program_costs(text, MESH).collectives
+  assert found.num_runs == 2 * 7
+  assert found.bytes_sent == 2 * 7 * KIB * 2 * 7 / 8
 
 
 def test_what_is_no_program_is_refused():

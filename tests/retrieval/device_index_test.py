@@ -1,5 +1,7 @@
 """An index on devices, as the host sees it."""
 
+import dataclasses
+
 from indexes import FINGERPRINTS
 from indexes import assert_equal
 from indexes import content_of
@@ -11,6 +13,7 @@ import pytest
 from several_devices import mesh_of
 
 from rag_jax.config import IndexConfig
+from rag_jax.retrieval import device_index
 from rag_jax.retrieval.device import place_arrays
 from rag_jax.retrieval.device_index import DeviceIndex
 from rag_jax.retrieval.device_index import RefreshedIndex
@@ -82,6 +85,21 @@ def test_settings_that_no_device_index_has_are_refused(tmp_path):
       load_index(tmp_path)
 
 
+def test_a_block_of_questions_is_not_filled_up_with_zeros(monkeypatch):
+  # To which all passages are equal, so that accelerators search twice.
+  blocks = []
+
+  def search(arrays, questions, n_docs):
+    blocks.append(questions)
+    return np.zeros((len(questions), n_docs), int), None
+
+  monkeypatch.setattr(device_index, "_search", search)
+  build(normal(P, R)).search(normal(5, R, seed=1), 2)
+  (questions,) = blocks
+  assert questions.shape == (8, R)
+  assert np.all(np.any(questions != 0, axis=1))
+
+
 def test_embeddings_with_nan_are_refused():
   embeddings = normal(P, R)
   embeddings[5, 2] = np.nan
@@ -94,13 +112,17 @@ def test_arrays_of_a_step_are_an_index_for_the_host(storage):
   settings = settings_of(
     IndexConfig(device_storage=storage, device_chunk_passages=50)
   )
+  arrays = place_arrays(normal(P, R), MESH, **settings)
   index = RefreshedIndex(
-    place_arrays(normal(P, R), MESH, **settings),
+    dataclasses.replace(arrays, norms=None),  # as in a checkpoint
     settings,
     passages_fingerprint="3c4d",
   )
   assert isinstance(index, Index)
   assert index.encoder_fingerprint == ""  # rows are of several weights
+  np.testing.assert_allclose(
+    index.arrays.norms[:P], arrays.norms[:P], rtol=1e-6
+  )
   rows = index.embeddings[:]
   np.testing.assert_allclose(
     rows, normal(P, R), atol={"float32": 0, "int8": 0.02}[storage]

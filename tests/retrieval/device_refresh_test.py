@@ -1,5 +1,6 @@
 """Rows that are embedded again against a loop over them, on several devices."""
 
+import dataclasses
 import re
 
 import jax
@@ -21,6 +22,7 @@ from rag_jax.retrieval.device_refresh import own_passages
 from rag_jax.retrieval.device_refresh import refresh_period
 from rag_jax.retrieval.device_refresh import refresh_rows
 from rag_jax.retrieval.device_refresh import staleness
+from rag_jax.retrieval.device_refresh import with_norms
 
 P, R, L = 203, 16, 5
 STORAGES = pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
@@ -161,6 +163,21 @@ def test_no_row_travels_and_none_is_copied(count):
   assert lowered.memory_analysis().temp_size_in_bytes < 60 * 1000
   run_step(arrays, 1, 60)
   assert arrays.embeddings.is_deleted()
+
+
+@STORAGES
+def test_norms_stay_those_of_the_rows(storage):
+  arrays = run_step(place(1, storage=storage), 1, 60)
+  ids = np.arange(P)[None]
+  rows = np.float64(jax.jit(gather_embeddings)(arrays, ids)[0])
+  np.testing.assert_allclose(
+    arrays.norms[:P], np.linalg.norm(rows, axis=1), rtol=1e-5
+  )
+  # Those of a checkpoint, which has none, are made again.
+  again = with_norms(dataclasses.replace(arrays, norms=None))
+  np.testing.assert_allclose(again.norms, arrays.norms, rtol=1e-6)
+  assert again.norms.sharding == arrays.norms.sharding
+  assert with_norms(arrays) is arrays
 
 
 def test_no_gradient_flows_through_what_is_written():
