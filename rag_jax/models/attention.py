@@ -228,7 +228,7 @@ class Attention(nn.Module):
       )
     else:
       drop = functools.partial(self.drop, deterministic=deterministic)
-      mixed = _mix(query, key, value, mask, bias, drop)
+      mixed = _mix(query, key, value, mask, bias=bias, drop=drop)
     mixed = checkpoint_name(mixed, "mixed")
     if c.scale_attention:  # T5 takes the mean
       mixed = jnp.where(jnp.any(mask, axis=-1)[..., None, None], mixed, 0.0)
@@ -264,7 +264,7 @@ class Attention(nn.Module):
       for name, x in inputs.items()
       if len(x) == len(query)
     }
-    of_all = {"bias": None} | {
+    of_all: dict[str, Any] = {
       name: x for name, x in inputs.items() if name not in of_rows
     }
     keys = None
@@ -275,11 +275,12 @@ class Attention(nn.Module):
     def drop(x: Array, key: Array | None) -> Array:
       if key is None:
         return x
-      return nn.Dropout(rate, deterministic=False, parent=None).apply(
-        {}, x, rngs={"dropout": key}
-      )
+      module = nn.Dropout(rate, deterministic=False, parent=None)
+      dropped = module.apply({}, x, rngs={"dropout": key})
+      assert isinstance(dropped, jax.Array)
+      return dropped
 
-    def mix_part(_: None, part: tuple[dict[str, Array], Array | None]) -> Any:
+    def mix_part(_: None, part: tuple[dict[str, Any], Array | None]) -> Any:
       inputs, key = part
       mix = functools.partial(_mix, drop=functools.partial(drop, key=key))
       return None, mix(**inputs, **of_all)
@@ -306,8 +307,9 @@ def _mix(
   key: Keys,
   value: Values,
   mask: Bool[Array, "#B #T S"],
-  bias: Bias | None,
+  *,
   drop: Callable[[Array], Array],
+  bias: Bias | None = None,
 ) -> Float[Array, "B T N H"]:
   """Returns the means of the values, weighted by attention."""
   # Softmax in float32: bfloat16 keeps 8 bits of mantissa.

@@ -183,14 +183,14 @@ def test_previous_attention_adds_the_token_before_rolled_by_half():
 ROWS, LONG = 6, 5
 
 
-def in_parts(rows, seed=None, **fields):
+def in_parts(rows, seed=None, biases=1, **fields):
   """Returns (params, x, memory, bias) -> output, and arguments for it."""
   module = Attention(RELATIVE.frozen(**fields), rows=rows, dtype=jnp.float32)
   x, memory = normal(ROWS, LONG, D), normal(ROWS, S, D, seed=1)
   mask = np.tile(MASK[:, :1], (ROWS // B, LONG, 1))
   params = random_params(module, x, memory, mask)
   params, x, memory, mask, bias = jax.tree.map(
-    jnp.asarray, (params, x, memory, mask, normal(1, N, LONG, S, seed=2))
+    jnp.asarray, (params, x, memory, mask, normal(biases, N, LONG, S, seed=2))
   )
   rngs = {} if seed is None else {"dropout": jax.random.key(seed)}
 
@@ -205,12 +205,14 @@ def in_parts(rows, seed=None, **fields):
   return jax.jit(on_mesh(run)), (params, x, memory, bias)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 5])
-def test_in_parts_attention_and_its_gradients_are_the_same(rows):
+@pytest.mark.parametrize(
+  ("rows", "biases"), [(1, 1), (2, 1), (4, ROWS), (5, 1)]
+)
+def test_in_parts_attention_and_its_gradients_are_the_same(rows, biases):
   """4 and 5 do not divide the rows: parts of 3 are the largest that do."""
   found = []
   for number in (0, rows):
-    run, args = in_parts(number)
+    run, args = in_parts(number, biases=biases)
 
     def loss(*args, run=run):
       y = run(*args)
