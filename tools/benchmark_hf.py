@@ -3,8 +3,10 @@ r"""Measures training, generating and encoding against transformers in PyTorch.
   python tools/benchmark_hf.py --sizes=base --output=benchmark.json
 
 Both sides have the same random weights and inputs (hf_cases.py) and the same
-CPU cores, and take turns. Prints a table in Markdown; the medians, each run and
-the machine go to --output as JSON. Needs the extra `parity`.
+CPU cores, and take turns. With --questions=xquad.en.json there are also cases
+that start from its questions and paragraphs as text (hf_strings.py). Prints a
+table in Markdown; the medians, each run and the machine go to --output as JSON.
+Needs the extra `parity`.
 """
 
 import gc
@@ -24,9 +26,24 @@ from rag_jax.artifacts import write_atomically
 from rag_jax.benchmarks import trace_costs
 from rag_jax.benchmarks.machine import describe_machine
 from rag_jax.commands import command
+from rag_jax.corpus.text_files import find_file
 
 _SIZES = flags.DEFINE_list("sizes", ["base"], "Of tiny, base and large.")
 _CASES = flags.DEFINE_list("cases", [], "What to measure; empty: everything.")
+_QUESTIONS = flags.DEFINE_string(
+  "questions",
+  "",
+  "File in SQuAD's format, whose questions and paragraphs the cases from"
+  " strings read. Empty: without these cases.",
+)
+_NUM_QUESTIONS = flags.DEFINE_integer(
+  "num_questions", 64, "Of --questions, at equal distances."
+)
+_PASSAGE_WORDS = flags.DEFINE_integer(
+  "passage_words",
+  0,
+  "Words per passage of --questions, as 100 in DPR; 0: each paragraph is one.",
+)
 _REPETITIONS = flags.DEFINE_integer("repetitions", 3, "Runs of each side.")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 _DTYPE = flags.DEFINE_enum(
@@ -65,14 +82,24 @@ def _prepare() -> None:
   Raises:
     ImportError: PyTorch is not installed.
     ValueError: a number is out of range.
-    FileNotFoundError: the output has nowhere to go.
+    FileNotFoundError: the output has nowhere to go, or there are no questions.
   """
-  for flag in (_REPETITIONS, _CORES):
+  for flag in (_REPETITIONS, _CORES, _NUM_QUESTIONS):
     if flag.value < 1:
       raise ValueError(
         f"--{flag.name}={flag.value} measures nothing; expected 1 or more."
         f" Give another, or leave it at {flag.default}."
       )
+  if _QUESTIONS.value:
+    try:
+      find_file(_QUESTIONS.value, "a .json file in SQuAD's format")
+    except (FileNotFoundError, ValueError) as error:
+      raise type(error)(f"--questions={_QUESTIONS.value}: {error}") from None
+  if _PASSAGE_WORDS.value < 0:
+    raise ValueError(
+      f"--passage_words={_PASSAGE_WORDS.value} is negative; expected the words"
+      " of a passage, or 0 for whole paragraphs. Give one of them."
+    )
   if importlib.util.find_spec("torch") is None:
     raise ImportError(
       "PyTorch is not installed; expected it beside transformers, to compare"
@@ -111,15 +138,24 @@ def main(argv: list[str]) -> None:
   if _PROFILE.value:
     trace_costs.dump_programs(folder)
   import hf_cases  # not above: it needs PyTorch
+  import hf_strings
   import torch
 
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   sizes = _choose("sizes", _SIZES.value, list(hf_cases.SIZES))
-  names = list(hf_cases.CASES)
+  cases = hf_cases.CASES | hf_strings.CASES
+  names = list(cases if _QUESTIONS.value else hf_cases.CASES)
   if _PROFILE.value:
-    names = _choose("profile", [_PROFILE.value], names)
+    names = _choose("profile", [_PROFILE.value], list(cases))
   elif _CASES.value:
-    names = _choose("cases", _CASES.value, names)
+    names = _choose("cases", _CASES.value, list(cases))
+  without = [name for name in names if name in hf_strings.CASES]
+  if without and not _QUESTIONS.value:
+    raise ValueError(
+      f"{', '.join(without)}: these cases start from strings, but --questions"
+      " is empty; expected a file in SQuAD's format. Give one, for instance"
+      " --questions=xquad.en.json, or leave these cases out."
+    )
   if _DEVICE.value == "gpu" and not torch.cuda.is_available():
     raise ValueError(
       "--device=gpu, but PyTorch finds no GPU; expected one that PyTorch and"
@@ -139,8 +175,15 @@ def main(argv: list[str]) -> None:
   for size in sizes:
     for name in names:
       benchmark_report.log(f"{name}, size {size}")
-      setup = hf_cases.Setup(hf_cases.SIZES[size], _DTYPE.value, _DEVICE.value)
-      case = hf_cases.CASES[name](setup)
+      setup = hf_cases.Setup(
+        hf_cases.SIZES[size],
+        _DTYPE.value,
+        _DEVICE.value,
+        _QUESTIONS.value,
+        _NUM_QUESTIONS.value,
+        _PASSAGE_WORDS.value,
+      )
+      case = cases[name](setup)
       if _PROFILE.value:
         _profile(case, folder)
         continue

@@ -25,8 +25,9 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 def measure(case: Any, repetitions: int) -> dict[str, Any]:
   """Returns the numbers of one case: medians in seconds, and each run."""
-  first, _ = timed(case.ours)
-  warm_up, _ = timed(case.theirs)
+  first, our_result = timed(case.ours)
+  warm_up, their_result = timed(case.theirs)
+  case.check(our_result, their_result)
   log(f"  first runs: ours {first:.2f} s, Hugging Face {warm_up:.2f} s")
   ours, theirs, same = [], [], []
   for _ in range(repetitions):

@@ -50,6 +50,26 @@ PAD, BOS, EOS = 1, 0, 2  # BART's; DPR's padding is 0
 FIRST_WORD = 5  # ids from here on are neither
 LEARNING_RATE = 1e-5
 
+# The same for both; the length counts the start token.
+OUR_SEARCH = GenerationSettings(
+  max_length=NEW_TOKENS + 1,
+  min_length=NEW_TOKENS + 1,
+  num_beams=4,
+  early_stopping=False,
+  bos_token_id=BOS,
+  eos_token_id=(EOS,),
+  pad_token_id=PAD,
+)
+THEIR_SEARCH = {
+  "max_length": NEW_TOKENS + 1,
+  "min_length": NEW_TOKENS + 1,
+  "n_docs": K,
+  "num_beams": 4,
+  "num_return_sequences": 1,
+  "early_stopping": False,
+  "do_sample": False,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Size:
@@ -78,6 +98,11 @@ class Setup:
   size: Size
   dtype: str  # "float32" or "bfloat16", of both
   device: str  # "cpu" or "gpu", of both
+  # Of hf_strings.py: a file in SQuAD's format, how many of its questions are
+  # asked, and the words of a passage; 0: each paragraph is one.
+  questions: str = ""
+  num_questions: int = 64
+  passage_words: int = 0
 
   @property
   def torch_dtype(self) -> torch.dtype:
@@ -108,6 +133,8 @@ class Case:
   same: Callable[[Any, Any], float]  # of what the two returned
   same_is: str  # what that number means
   note: str = ""
+  # Raises if what the two returned first differs where it must not.
+  check: Callable[[Any, Any], None] = lambda ours, theirs: None
 
 
 def _dpr(size: Size) -> transformers.DPRConfig:
@@ -145,8 +172,8 @@ def _bart(size: Size) -> transformers.BartConfig:
   )
 
 
-def _rag(kind: str, setup: Setup) -> tuple[Any, RagModel, PyTree]:
-  """Returns PyTorch's model, ours, and our parameters on the host."""
+def their_model(kind: str, setup: Setup) -> Any:
+  """Returns PyTorch's RAG with random weights, on the host."""
   torch.manual_seed(0)
   config = transformers.RagConfig.from_question_encoder_generator_configs(
     _dpr(setup.size), _bart(setup.size), n_docs=K
@@ -155,7 +182,12 @@ def _rag(kind: str, setup: Setup) -> tuple[Any, RagModel, PyTree]:
     "rag_token": transformers.RagTokenForGeneration,
     "rag_sequence": transformers.RagSequenceForGeneration,
   }[kind]
-  theirs = cls(config)
+  return cls(config)
+
+
+def _rag(kind: str, setup: Setup) -> tuple[Any, RagModel, PyTree]:
+  """Returns PyTorch's model, ours, and our parameters on the host."""
+  theirs = their_model(kind, setup)
   with tempfile.TemporaryDirectory() as folder:
     theirs.save_pretrained(folder)
     loaded = load_rag(folder)
@@ -211,49 +243,83 @@ def _train(kind: str, setup: Setup) -> Case:
   )
 
 
+class OurTraining:
+  """Takes steps.
+
+  Attributes:
+    state: of the next step.
+  """
+
+  def __init__(self, kind: str, model: RagModel, params: PyTree):
+    """Compiles nothing yet; `params` are copied."""
+    self._mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    layout = jax.tree.map(lambda _: replicated(self._mesh), params)
+    # A copy: the step writes over its state.
+    params = jax.device_put(
+      jax.tree.map(lambda x: jnp.array(x, copy=True), params), layout
+    )
+    settings = OptimizerConfig(
+      peak_lr=LEARNING_RATE,
+      retriever_lr=LEARNING_RATE,
+      warmup_steps=0,
+      schedule="constant",
+    )
+    optimizer = make_optimizer(settings, params, num_steps=1000)
+    self.state, layout = make_state(params, layout, optimizer, self._mesh)
+    loss_fn = functools.partial(
+      marginal_loss, model=model, nll_fn=MARGINAL_NLL_FNS[kind]
+    )
+    self._update = compile_update(
+      loss_fn, optimizer, layout, self._mesh, "train"
+    )
+    self._key = self.place(jax.random.key(0))
+
+  def place(self, batch: PyTree) -> PyTree:
+    """Returns a batch on the device."""
+    return jax.device_put(batch, replicated(self._mesh))
+
+  def step(self, batch: PyTree) -> float:
+    """Takes one step and returns the loss before it."""
+    self.state, metrics = self._update(self.state, batch, self._key)
+    jax.block_until_ready(self.state)
+    return float(metrics["train/loss"])
+
+
 def _our_step(
   kind: str, model: RagModel, params: PyTree, batch: RagBatch
 ) -> Callable[[], float]:
   """Returns a function that takes one step and returns the loss before it."""
-  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  layout = jax.tree.map(lambda _: replicated(mesh), params)
-  # A copy: the step writes over its state.
-  params = jax.device_put(
-    jax.tree.map(lambda x: jnp.array(x, copy=True), params), layout
-  )
-  settings = OptimizerConfig(
-    peak_lr=LEARNING_RATE,
-    retriever_lr=LEARNING_RATE,
-    warmup_steps=0,
-    schedule="constant",
-  )
-  optimizer = make_optimizer(settings, params, num_steps=1000)
-  state, state_layout = make_state(params, layout, optimizer, mesh)
-  del params
-  loss_fn = functools.partial(
-    marginal_loss, model=model, nll_fn=MARGINAL_NLL_FNS[kind]
-  )
-  update = compile_update(loss_fn, optimizer, state_layout, mesh, "train")
-  batch = jax.device_put(batch, replicated(mesh))
-  key = jax.device_put(jax.random.key(0), replicated(mesh))
+  training = OurTraining(kind, model, params)
+  return functools.partial(training.step, training.place(batch))
 
-  def step() -> float:
-    nonlocal state
-    state, metrics = update(state, batch, key)
-    jax.block_until_ready(state)
-    return float(metrics["train/loss"])
 
-  return step
+class TheirTraining:
+  """Takes steps of a model of PyTorch, all of whose dropout is 0."""
+
+  def __init__(self, model: Any, setup: Setup):
+    self._setup = setup
+    self._optimizer = torch.optim.AdamW(
+      model.train().parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True
+    )
+
+  def step(self, loss_fn: Callable[[], torch.Tensor]) -> float:
+    """Takes one step and returns the loss before it."""
+    self._optimizer.zero_grad(set_to_none=True)
+    setup = self._setup
+    low = setup.dtype == "bfloat16"  # of products; parameters are float32
+    with torch.autocast(setup.torch_device, torch.bfloat16, enabled=low):
+      loss = loss_fn()
+    loss.backward()
+    self._optimizer.step()
+    if setup.device == "gpu":
+      torch.cuda.synchronize()
+    return loss.item()
 
 
 def _their_step(
   model: Any, setup: Setup, batch: RagBatch, labels: np.ndarray
 ) -> Callable[[], float]:
   """Returns a function that takes one step and returns the loss before it."""
-  model.train()  # all dropout is 0
-  optimizer = torch.optim.AdamW(
-    model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True
-  )
   questions = setup.tensor(batch.question_tokens)
   docs = setup.tensor(batch.doc_embeddings)
   inputs = {
@@ -262,26 +328,18 @@ def _their_step(
     "labels": setup.tensor(labels),
   }
   num_tokens = float(np.sum(batch.target_mask))
-  low = setup.dtype == "bfloat16"  # of products; parameters are float32
 
-  def step() -> float:
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(setup.torch_device, torch.bfloat16, enabled=low):
-      embedding = model.question_encoder(
-        questions, attention_mask=torch.ones_like(questions)
-      )[0]
-      doc_scores = torch.bmm(
-        embedding[:, None].to(docs.dtype), docs.transpose(1, 2)
-      )[:, 0]
-      out = model(**inputs, doc_scores=doc_scores, reduce_loss=True)
-      loss = out.loss / num_tokens
-    loss.backward()
-    optimizer.step()
-    if setup.device == "gpu":
-      torch.cuda.synchronize()
-    return loss.item()
+  def loss() -> torch.Tensor:
+    embedding = model.question_encoder(
+      questions, attention_mask=torch.ones_like(questions)
+    )[0]
+    doc_scores = torch.bmm(
+      embedding[:, None].to(docs.dtype), docs.transpose(1, 2)
+    )[:, 0]
+    out = model(**inputs, doc_scores=doc_scores, reduce_loss=True)
+    return out.loss / num_tokens
 
-  return step
+  return functools.partial(TheirTraining(model, setup).step, loss)
 
 
 def _generate(kind: str, mode: str, setup: Setup, note: str = "") -> Case:
@@ -291,17 +349,7 @@ def _generate(kind: str, mode: str, setup: Setup, note: str = "") -> Case:
   rng = np.random.default_rng(0)
   contexts = rng.integers(FIRST_WORD, setup.size.vocab, (B, K, C), np.int32)
   doc_scores = rng.normal(0, 2, (B, K)).astype(np.float32)
-  length = NEW_TOKENS + 1  # with the start token
-  settings = GenerationSettings(
-    max_length=length,
-    min_length=length,
-    num_beams=4,
-    early_stopping=False,
-    bos_token_id=BOS,
-    eos_token_id=(EOS,),
-    pad_token_id=PAD,
-  )
-  decoder = RagDecoder(model.generator, settings, mode)
+  decoder = RagDecoder(model.generator, OUR_SEARCH, mode)
   params = setup.place({"generator": params["generator"]})
   inputs = jax.device_put((doc_scores, contexts, np.ones_like(contexts, bool)))
   their_inputs = {
@@ -317,20 +365,16 @@ def _generate(kind: str, mode: str, setup: Setup, note: str = "") -> Case:
     with torch.inference_mode():
       tokens = theirs.generate(
         **their_inputs,
-        max_length=length,
-        min_length=length,
-        n_docs=K,
-        num_beams=4,
-        num_return_sequences=1,
-        early_stopping=False,
-        do_sample=False,
+        **THEIR_SEARCH,
       )
     return tokens[:, 1:].cpu().numpy()  # without the start token
 
-  def same(ours: np.ndarray, hf: np.ndarray) -> float:
-    return float(np.mean(ours == hf)) if ours.shape == hf.shape else 0.0
+  return Case(ours, hf, equal_tokens, "share of equal tokens", note)
 
-  return Case(ours, hf, same, "share of equal tokens", note)
+
+def equal_tokens(ours: np.ndarray, hf: np.ndarray) -> float:
+  """Returns the share of equal tokens."""
+  return float(np.mean(ours == hf)) if ours.shape == hf.shape else 0.0
 
 
 def _encode_passages(setup: Setup) -> Case:

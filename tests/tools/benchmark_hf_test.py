@@ -4,10 +4,13 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+
+from rag_jax.corpus.passage_reader import load_passages
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "benchmark_hf.py"
@@ -19,6 +22,12 @@ CASES = [
   "generate_rag_sequence_fast_beam4",
   "encode_passages",
 ]
+FROM_STRINGS = [
+  "train_rag_token_strings",
+  "generate_rag_token_beam4_strings",
+  "generate_rag_sequence_thorough_beam4_strings",
+]
+CHOICES = CASES + FROM_STRINGS
 NUMBERS = ("ours_secs", "hf_secs", "ratio", "compile_secs")
 SHARE = "share of equal tokens"
 
@@ -111,6 +120,76 @@ def test_the_table_is_markdown_with_a_row_for_each_case(measured):
   assert "no fast decoding" in measured[0]
 
 
+@pytest.fixture(scope="module")
+def from_strings(tmp_path_factory):
+  """The cases from strings at size tiny: what was printed, and the rows."""
+  folder = tmp_path_factory.mktemp("strings")
+  articles = [
+    {
+      "title": passage.title,
+      "paragraphs": [
+        {
+          "context": passage.text,
+          "qas": [
+            {
+              "id": passage.id,
+              "question": f"What is said about {passage.title}?",
+              "answers": [
+                {"text": " ".join(passage.text.split()[:2]), "answer_start": 0}
+              ],
+            }
+          ],
+        }
+      ],
+    }
+    for passage in load_passages("world_facts")[:600:50]
+  ]
+  questions = folder / "questions.json"
+  questions.write_text(json.dumps({"version": "1.1", "data": articles}))
+  output = folder / "tiny.json"
+  process = run(
+    "--sizes=tiny",
+    "--repetitions=1",
+    "--cores=1",
+    "--num_questions=6",
+    f"--questions={questions}",
+    f"--cases={','.join(FROM_STRINGS)}",
+    f"--output={output}",
+  )
+  assert process.returncode == 0, process.stderr
+  return process.stdout, json.loads(output.read_text())["rows"]
+
+
+@pytest.mark.parity
+def test_from_strings_both_sides_find_read_and_write_the_same(from_strings):
+  _, rows = from_strings
+  assert [row["case"] for row in rows] == FROM_STRINGS
+  assert all(row[name] > 0 for name in NUMBERS for row in rows)
+  train, token, sequence = rows
+  assert train["same"] < 1e-4
+  assert token["same_is"] == SHARE
+  assert token["same"] == 1.0
+  # transformers reads the padding; where ours does too, all is equal.
+  assert 0 <= sequence["same"] <= 1
+  assert "100.0% of our tokens are equal" in sequence["note"]
+
+
+@pytest.mark.parity
+def test_from_strings_the_note_says_what_each_side_pads_to(from_strings):
+  printed, rows = from_strings
+  for row in rows:
+    assert row["note"] in printed
+    said = re.search(
+      r"(\d+) at most; 0 of 30 are cut at 300 by both. It is padded to (\d+)"
+      r" here, and to 300 by RagRetriever",
+      row["note"],
+    )
+    longest, padded = int(said[1]), int(said[2])
+    assert 0 <= padded - longest < 8  # nothing real is cut
+    assert padded % 8 == 0
+    assert padded < 300
+
+
 @pytest.mark.parity
 def test_a_profile_says_which_operations_take_the_time(tmp_path):
   name = "generate_rag_token_beam4"
@@ -134,12 +213,12 @@ def test_a_profile_says_which_operations_take_the_time(tmp_path):
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
-    ("--cases=train_rag", f"--cases=train_rag names ['train_rag']; {CASES}"),
+    ("--cases=train_rag", f"--cases=train_rag names ['train_rag']; {CHOICES}"),
     (
       "--sizes=tiny,huge",
       "--sizes=tiny,huge names ['huge']; ['tiny', 'base', 'large']",
     ),
-    ("--profile=all", f"--profile=all names ['all']; {CASES}"),
+    ("--profile=all", f"--profile=all names ['all']; {CHOICES}"),
   ],
 )
 def test_an_unknown_name_is_refused_with_the_choices(argument, message):
@@ -157,6 +236,36 @@ def test_an_output_that_has_nowhere_to_go_is_refused_before_measuring(tmp_path):
   assert process.returncode == 1
   assert process.stderr.splitlines()[-1].startswith(
     f"FileNotFoundError: --output={tmp_path}/no/such.json: there is no folder"
+  )
+
+
+def test_missing_questions_are_refused_with_the_name_of_the_file(tmp_path):
+  (tmp_path / "xquad.en.json").write_text("{}")
+  process = run(f"--questions={tmp_path}/xquad.json")
+  assert process.returncode == 1
+  assert process.stderr.splitlines()[-1] == (
+    f"FileNotFoundError: --questions={tmp_path}/xquad.json: There is no file"
+    f" {tmp_path}/xquad.json. Expected a .json file in SQuAD's format. The"
+    f" nearest names in {tmp_path} are ['xquad.en.json']; correct the path."
+  )
+
+
+@pytest.mark.parity
+def test_a_case_from_strings_without_questions_is_refused():
+  process = run(f"--cases={CASES[0]},{FROM_STRINGS[0]}")
+  assert process.returncode == 1
+  assert process.stderr.splitlines()[-1].startswith(
+    f"ValueError: {FROM_STRINGS[0]}: these cases start from strings, but"
+    " --questions is empty; expected a file in SQuAD's format."
+  )
+
+
+def test_a_negative_number_of_words_is_refused():
+  process = run("--passage_words=-1")
+  assert process.returncode == 1
+  assert process.stderr.splitlines()[-1].startswith(
+    "ValueError: --passage_words=-1 is negative; expected the words of a"
+    " passage, or 0 for whole paragraphs."
   )
 
 
