@@ -7,11 +7,11 @@ for a train step or an index of kind "device" (device_index.py).
 Each device scores its own rows. Only the best are communicated: ids and scores
 of B x K x devices passages, never of B x P.
 
-An accelerator multiplies once in bfloat16, which is enough to find passages
-among which the best are. They are scored again in float32. How far the product
-may be wrong is known (one_pass.py), so each device proves that it left none of
-the best behind. Questions for which it cannot, since many passages are nearly
-as good, it searches again at full precision.
+If bfloat16 or int8 is stored, an accelerator multiplies once, in bfloat16. This
+is enough to find passages among which the best are; they are scored again in
+float32. How far the product may be wrong is known (one_pass.py), so each device
+proves that it left none of the best behind. Questions for which it cannot, as
+many passages are nearly as good, it searches again at full precision.
 """
 
 from collections.abc import Callable
@@ -208,9 +208,10 @@ def search_device(
   """
   check_dim(question_embeddings.shape, arrays.embeddings.shape[1])
   check_n_docs(n_docs, arrays.num_passages)
-  # A CPU has no faster product in bfloat16. The devices may be those of a plan.
-  platform = arrays.mesh.devices.flat[0].platform
-  one_pass = platform != "cpu" and arrays.norms is not None
+  # On a CPU it is no faster. XLA for TPUs would copy float32 rows to round them.
+  on_cpu = arrays.mesh.devices.flat[0].platform == "cpu"
+  rounds = arrays.embeddings.dtype == jnp.float32
+  one_pass = not (on_cpu or rounds or arrays.norms is None)
   ids, scores, _ = _search(arrays, question_embeddings, n_docs, one_pass)
   return ids, scores
 
@@ -329,16 +330,9 @@ def _search(
   arrays: DeviceArrays,
   questions: Float[Array, "B R"],
   n_docs: int,
-  one_pass: bool,
+  one_pass: bool,  # choose passages by one product in bfloat16
 ) -> tuple[Int[Array, "B K"], Float[Array, "B K"], Int[Array, "devices"]]:
-  """Returns what `search_device` does, and the questions searched again.
-
-  Args:
-    arrays: the index.
-    questions: their embeddings.
-    n_docs: K.
-    one_pass: whether passages are chosen by one product in bfloat16.
-  """
+  """Returns what `search_device` does, and the questions searched again."""
   arrays = dataclasses.replace(arrays, tokens=None, lengths=None)
   rows, all_rows = PartitionSpec(arrays.mesh.axis_names), PartitionSpec()
   search = jax.shard_map(
@@ -361,77 +355,84 @@ def _search_shard(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the best of all devices; runs on each."""
   axes = shard.mesh.axis_names
-  search = functools.partial(_best_of_shard, shard, n_docs)
-  best, others = search(questions, one_pass)
-  unproven = jnp.zeros(len(questions), bool)
   # An approximate search may leave passages behind in any case.
-  if one_pass and shard.recall_target == 1 and others is not None:
-    # At least n_docs passages have this score or a higher one, on some device.
-    reached = jax.lax.pmax(best[0][:, -1], axes)
+  proves = one_pass and shard.recall_target == 1
+  kept = min(
+    n_docs + (_SPARE_ONE_PASS if proves else _SPARE), len(shard.embeddings)
+  )
+  found = _scan_chunks(shard, kept, questions, one_pass)
+  best = _score(shard, n_docs, questions, found)
+  unproven = jnp.zeros(len(questions), bool)
+  if proves and kept < len(shard.embeddings):
+    # At least n_docs passages have this score or a higher one, on some device,
+    # and no passage that was left behind has a higher one than `others`.
+    reached, others = jax.lax.pmax(best[0][:, -1], axes), found[0][:, -1]
     unproven = ~(others < reached) & (others > -jnp.inf)
-    # Without communication, because some devices repeat more than others.
-    best = _repeat(
-      lambda some: search(some, False)[0], questions, unproven, best
-    )
+
+    def again() -> tuple[jax.Array, jax.Array]:
+      surely = _search_again(shard, questions, unproven, found)
+      # Sums of the same shapes as above, so that equal rows stay equal.
+      return _score(shard, n_docs, questions, surely)
+
+    with jax.named_scope(RARELY):
+      # Each device decides for itself, so there is no communication in it.
+      best = jax.lax.cond(jnp.any(unproven), again, lambda: best)
   scores, ids = jax.lax.all_gather(best, axes, axis=1, tiled=True)
   scores, ids = _sort(scores, ids, n_docs)
   return ids, scores, jnp.sum(unproven)[None]
 
 
-def _repeat(
-  search: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+def _search_again(
+  shard: DeviceArrays,
   questions: jax.Array,
   unproven: jax.Array,
-  best: tuple[jax.Array, jax.Array],
+  found: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns `best`, with what `search` finds for the unproven questions."""
-  count = len(questions)
+  """Returns `found`, at full precision for unproven questions."""
+  count, kept = found[0].shape
 
   def some(state: tuple) -> tuple:
-    left, *best = state
+    left, *found = state
     # If there are fewer, `count` follows: a row that does not exist.
     (chosen,) = jnp.nonzero(left, size=min(_REPEAT, count), fill_value=count)
-    found = search(questions[jnp.minimum(chosen, count - 1)])
+    block = questions[jnp.minimum(chosen, count - 1)]
+    new = _scan_chunks(shard, kept, block, one_pass=False)
     return left.at[chosen].set(False, mode="drop"), *(
-      x.at[chosen].set(y, mode="drop") for x, y in zip(best, found, strict=True)
+      x.at[chosen].set(y, mode="drop") for x, y in zip(found, new, strict=True)
     )
 
-  with jax.named_scope(RARELY):
-    _, scores, ids = jax.lax.while_loop(
-      lambda state: jnp.any(state[0]), some, (unproven, *best)
-    )
-  return scores, ids
+  return jax.lax.while_loop(
+    lambda state: jnp.any(state[0]), some, (unproven, *found)
+  )[1:]
 
 
-def _best_of_shard(
-  shard: DeviceArrays, n_docs: int, questions: jax.Array, one_pass: bool
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
-  """Returns scores and ids of the best rows of this device, and of the others.
-
-  Of the others it is one number per question, which after one pass none of
-  their scores exceeds; None if there are no others.
-  """
-  embeddings = shard.embeddings
-  count = len(embeddings)
-  first = jax.lax.axis_index(shard.mesh.axis_names) * count  # id of row 0
-  proves = one_pass and shard.recall_target == 1
-  kept = min(n_docs + (_SPARE_ONE_PASS if proves else _SPARE), count)
-  rough, row = _scan_chunks(shard, kept, first, questions, one_pass)
+def _score(
+  shard: DeviceArrays,
+  n_docs: int,
+  questions: jax.Array,
+  found: tuple[jax.Array, jax.Array],  # rough scores, and rows of this device
+) -> tuple[jax.Array, jax.Array]:
+  """Returns float32 scores and ids of the best of what was found."""
+  rough, row = found
   # How a matrix product rounds depends on its shape and on the place of a row
   # in it. With this sum equal rows have equal scores, on any number of devices.
-  found = embeddings[row].astype(jnp.float32)  # B k R
-  scores = jnp.sum(questions[:, None] * found, axis=-1)
+  rows = shard.embeddings[row].astype(jnp.float32)  # B k R
+  scores = jnp.sum(questions[:, None] * rows, axis=-1)
   if shard.scales is not None:
     scores *= shard.scales[row]
   scores = jnp.where(rough > -jnp.inf, _finite(scores), -jnp.inf)
-  best = _sort(scores, first + row, min(n_docs, count))
-  return best, rough[:, -1] if kept < count else None
+  k = min(n_docs, len(shard.embeddings))
+  return _sort(scores, _first_id(shard) + row, k)
+
+
+def _first_id(shard: DeviceArrays) -> jax.Array:
+  """Returns the id of the first row of this device."""
+  return jax.lax.axis_index(shard.mesh.axis_names) * len(shard.embeddings)
 
 
 def _scan_chunks(
   shard: DeviceArrays,
   k: int,
-  first: jax.Array,
   questions: jax.Array,
   one_pass: bool,
 ) -> tuple[jax.Array, jax.Array]:
@@ -441,7 +442,7 @@ def _scan_chunks(
   The scores of one pass are upper bounds, unless the search is approximate.
   """
   size = len(shard.embeddings) // shard.num_chunks
-  exact = shard.recall_target == 1
+  first, exact = _first_id(shard), shard.recall_target == 1
 
   def merge(best: tuple, start: jax.Array) -> tuple[tuple, None]:
     def chunk(x: jax.Array) -> jax.Array:
