@@ -8,9 +8,10 @@ r"""RAG-Sequence on Natural Questions, with 10 documents per question.
 All else as configs/nq_rag_token.py.
 
 Not run yet. Its plan (`rag-jax plan`, JAX 0.12, v5e:8x8): 14.0 GiB of 16 per
-chip, 118 GB of memory traffic and 2.8 GB over the interconnect per step. The
+chip, 107 GB of memory traffic and 2.8 GB over the interconnect per step. The
 bound of a step is 0.184 s of arithmetic, at an MFU of at most 0.81; the
-compiler itself expects 860 million cycles.
+compiler itself expects 983 million cycles. With train.attention_rows=0 it was
+118 GB, but 860 million cycles: time both.
 """
 
 import pathlib

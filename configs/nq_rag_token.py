@@ -11,10 +11,11 @@ in REALM, and other than in the paper, the passage tower learns too: the index
 is in the memory of the chips, the step searches it, and embeds some passages
 again.
 
-Not run yet. Its plan (`rag-jax plan`, JAX 0.12, v5e:8x8): 11.4 GiB of 16 per
-chip, 67 GB of memory traffic and 2.8 GB over the interconnect per step. The
+Not run yet. Its plan (`rag-jax plan`, JAX 0.12, v5e:8x8): 11.5 GiB of 16 per
+chip, 59 GB of memory traffic and 2.8 GB over the interconnect per step. The
 bound of a step is 0.098 s of arithmetic, at an MFU of at most 0.82; the
-compiler itself expects 474 million cycles.
+compiler itself expects 536 million cycles. With train.attention_rows=0 it was
+67 GB, but 474 million cycles: time both.
 """
 
 from rag_jax.config import Config

@@ -364,7 +364,7 @@ def _script_kind(node: LexborNode) -> str:
   if not kinds:
     return ""
   place, other = 0, node.prev
-  while other is not None:
+  while other is not None and place <= len(kinds):  # of thousands
     place += other.is_element_node
     other = other.prev
   return kinds[place - 1] if 1 <= place <= len(kinds) else ""

@@ -14,6 +14,7 @@ import io
 import logging
 import re
 from typing import Any
+import zipfile
 
 from rag_jax.corpus.html_text import Page
 from rag_jax.corpus.html_text import read_html
@@ -26,6 +27,8 @@ _DIRECTIVE = re.compile(r"(?m)^[ \t]*(?:\.\.|.*\|)[ \t]+([\w:+.-]*\w)::")
 _ROLE = re.compile(r":([\w:.+-]*\w):`")
 _ROLE_TARGET = re.compile(r"(?s)\s*<[^<>]*>\Z")
 _HYPHEN = re.compile(r"(\w)[-\u2010]\n(?=[a-zß-öø-ÿ])")
+# A .docx is a zip. One beyond this size and ratio is made to fill the memory.
+_MOST_UNPACKED, _MOST_RATIO = 8 << 20, 100
 _MAX_CELL_TEXT = 20_000  # characters of the output of one notebook cell
 
 
@@ -224,6 +227,13 @@ def read_docx(raw: bytes) -> tuple[Page, int]:
   """Returns the text of a Word document, with its headings and tables."""
   docx = _library("docx", ".docx")
   with _reading("Word document"):
+    with zipfile.ZipFile(io.BytesIO(raw)) as parts:
+      unpacked = sum(part.file_size for part in parts.infolist())
+    if unpacked > max(_MOST_UNPACKED, _MOST_RATIO * len(raw)):
+      raise ValueError(
+        f"its {len(raw):,} bytes hold {unpacked:,}, more than {_MOST_RATIO}"
+        " times as many"
+      )
     document = docx.Document(io.BytesIO(raw))
     body = "\n".join(_blocks(document))
     title = str(document.core_properties.title or "").strip()

@@ -150,12 +150,14 @@ def _first_row(path: epath.PathLike, delimiter: str) -> tuple[str, list[str]]:
 def sniff_delimiter(path: epath.PathLike) -> str:
   """Returns the column separator, by the file's name and its first line.
 
-  DPR's .csv files have tabs. Spreadsheets write semicolons in countries where
-  numbers have decimal commas.
+  DPR's .csv files have tabs, and lists with commas. Spreadsheets write
+  semicolons in countries where numbers have decimal commas.
   """
   if epath.Path(path).name.lower().removesuffix(".gz").endswith(".tsv"):
     return "\t"
   _, line = next(read_lines(path, bad_records=BadRecords("skip")), (0, ""))
+  if "\t" in line.strip():
+    return "\t"
   return max(_DELIMITERS, key=line.count) if line.strip() else ","
 
 

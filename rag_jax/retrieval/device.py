@@ -208,7 +208,7 @@ def search_device(
   """
   check_dim(question_embeddings.shape, arrays.embeddings.shape[1])
   check_n_docs(n_docs, arrays.num_passages)
-  # It is no faster on a CPU. For TPUs, XLA would make a copy of float32 rows.
+  # Few CPUs are faster so. For TPUs, XLA would make a copy of float32 rows.
   on_cpu = arrays.mesh.devices.flat[0].platform == "cpu"
   rounds = arrays.embeddings.dtype == jnp.float32
   one_pass = not (on_cpu or rounds or arrays.norms is None)

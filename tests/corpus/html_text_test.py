@@ -2,6 +2,7 @@
 
 import random
 import re
+import time
 
 import pytest
 
@@ -215,3 +216,14 @@ def test_of_a_broken_page_the_words_outside_of_tags_are_read(seed):
 )
 def test_the_encoding_that_a_page_names_is_that_of_an_element(head, expected):
   assert list(declared_encodings(head.encode())) == expected
+
+
+def test_many_children_of_an_exponent_take_no_longer_each():
+  def secs(count):
+    start = time.process_time()
+    text = read_html(f"<math><msup>{'<mi>x</mi>' * count}</msup></math>").text
+    assert text.count("x") + text.count("ˣ") == count
+    return time.process_time() - start
+
+  secs(10)
+  assert secs(20_000) < 5  # if all before were counted, 20

@@ -4,6 +4,8 @@ import importlib
 import io
 import json
 import re
+import time
+import zipfile
 
 from corpora import read
 import docx
@@ -160,6 +162,17 @@ def test_a_damaged_file_is_named_or_skipped(tmp_path, name, data, message):
   documents, report = read(tmp_path, "skip")
   assert [d.id for d in documents] == ["a.txt"]
   assert report.dropped["undecodable"] == 1
+
+
+def test_a_word_document_that_would_fill_the_memory_is_refused(tmp_path):
+  data = io.BytesIO(word())
+  with zipfile.ZipFile(data, "a", zipfile.ZIP_DEFLATED) as parts:
+    parts.writestr("word/much.xml", b"<a>" * 6_000_000)
+  (tmp_path / "x.docx").write_bytes(data.getvalue())
+  start = time.monotonic()
+  with pytest.raises(ValueError, match=r"hold 18,.* more than 100 times"):
+    read(tmp_path)
+  assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("end", ["rst", "ipynb", "pdf", "docx"])

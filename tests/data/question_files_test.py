@@ -106,6 +106,12 @@ def test_dprs_qas_have_two_columns_and_lists_as_python_writes_them(write, name):
   assert [q.id for q in read_judged_questions(path)] == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize("name", ["qas.csv", "q.tsv"])
+def test_the_first_of_dprs_qas_may_have_many_answers(write, name):
+  path = write("who?\t['A', 'B', 'C', 'D']\nwhen?\t['1999']\n", name)
+  assert pairs(path) == [("who?", ("A", "B", "C", "D")), ("when?", ("1999",))]
+
+
 def test_a_table_may_name_its_columns(write):
   text = 'id,answers,question\n7,"[""Ann"", 3]",Who?\n8,Bob,W?\n'
   found = read(write(text, "q.csv"))
