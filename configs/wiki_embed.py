@@ -15,30 +15,21 @@ alike: 0.84 chip-hours. The embeddings take 32 GB. Reading, tokenizing and
 indexing are work of the first host, and take longer.
 """
 
+import pathlib
+import runpy
+
 from rag_jax.config import Config
 
 
 def get_config() -> Config:
-  """Returns the settings that differ from the defaults."""
+  """Returns settings with the encoders and passages of nq_rag_token.py."""
+  token = pathlib.Path(__file__).with_name("nq_rag_token.py")
+  token = runpy.run_path(str(token))["get_config"]()
   c = Config()
   c.train.num_steps = 0  # nothing is trained: a plan is of the embedding alone
-
-  # The checkpoints give these sizes too; `rag-jax plan` reads only the config.
-  e = c.encoder
-  e.init_from = "hf:facebook/dpr-question_encoder-single-nq-base"
-  e.passage_init_from = "hf:facebook/dpr-ctx_encoder-single-nq-base"
-  e.vocab_size = 30_522
-  e.num_layers = 12
-  e.embed_dim = 768
-  e.num_heads = 12
-  e.mlp_dim = 3072
-  e.max_positions = 512
-  e.num_token_types = 2
-  e.pooling = "cls"
-  e.tied = False
-
-  c.data.num_passages = 21_015_300
-  c.data.passage_length = 160  # of tokens; a passage of 100 words has about 130
+  c.encoder = token.encoder
+  c.data.num_passages = token.data.num_passages
+  c.data.passage_length = token.data.passage_length
 
   c.index.kind = "scann"
   c.index.embed_batch_size = 2048  # of a host, which has four chips

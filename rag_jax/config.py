@@ -407,19 +407,15 @@ class TrainConfig(_Settings):
   # newest one after which the loss was still good.
   keep_checkpoints: int = number(2, least=1)
   compute_dtype: str = choice("auto", "float32", "bfloat16")
-  # Tokens of the vocabulary whose logits are in memory at a time; 0: all. A
-  # chunk needs less memory, but computes logits twice.
+  # Tokens whose logits are in memory at a time, but computed twice; 0: all.
   vocab_chunk: int = 0
   # Compile one layer and run it in a loop: for models of many layers.
   scan_layers: bool = False
-  # What each layer keeps for the backward pass: everything, its products with
-  # weights, the inputs and outputs of attention, or its own input alone.
+  # What a layer keeps for the backward pass, from everything to its input.
   remat: str = choice("none", "dots", "attention", "full")
-  # Rows whose attention each device computes at a time, so that its logits stay
-  # on the chip; 0: all rows of a batch. The results are the same.
+  # Rows whose attention a device computes at a time, in training; 0: all.
   attention_rows: int = 0
-  # Parts that a batch of the main stage is computed in, one after the other, to
-  # save memory. The gradient is that of the whole batch.
+  # Parts that a batch of the main stage is computed in, to save memory.
   accumulate: int = number(1, least=1)
   # Generator of dropout's random numbers. "rbg" is the faster one on a single
   # TPU or GPU; "threefry2x32" is split over several, and gives the same there.

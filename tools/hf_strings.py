@@ -10,16 +10,13 @@ how long a step takes. Both sides read the same ones, and search the same
 embeddings.
 """
 
-import collections
 from collections.abc import Callable, Iterator, Sequence
 import copy
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import pathlib
-import re
 import tempfile
 from typing import Any
 
@@ -29,10 +26,10 @@ from hf_cases import B
 from hf_cases import Case
 from hf_cases import K
 from hf_cases import Setup
+import hf_retriever
 import jax
 from jaxtyping import Float, Int, PyTree
 import numpy as np
-import tokenizers
 import torch
 import transformers
 
@@ -41,7 +38,6 @@ from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.config import MeshConfig
 from rag_jax.corpus.passage_reader import read_passages
-from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.splitting import SplitConfig
@@ -66,82 +62,6 @@ _PASSAGE_TOKENS = 512  # that are embedded: BERT's positions
 _SPREAD = 2.0  # of the scores, as in the cases of fixed shape
 _SAME_SCORE = 0.01  # documents that close may be exchanged by rounding
 _SAME_LOSS = 1e-4  # relative
-_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # BART's order
-
-
-def _save_bert(folder: pathlib.Path, texts: Sequence[str], size: int) -> None:
-  """Writes a BERT tokenizer: characters, and the most frequent words."""
-  lower = [text.lower() for text in texts]
-  words = collections.Counter(re.findall(r"[a-z]+", " ".join(lower)))
-  characters = sorted({c for c in "".join(lower) if not c.isspace()})
-  pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
-  pieces += [f"##{c}" for c in characters if c.isalnum()]
-  pieces += [word for word, _ in words.most_common() if len(word) > 1]
-  folder.mkdir()
-  (folder / "vocab.txt").write_text("\n".join(pieces[:size]) + "\n")
-  settings = {"do_lower_case": True, "model_max_length": 512}
-  (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-def _save_bart(folder: pathlib.Path, texts: Sequence[str], size: int) -> None:
-  """Writes a BART tokenizer, trained on `texts`."""
-  model = tokenizers.ByteLevelBPETokenizer()
-  model.train_from_iterator(
-    texts, vocab_size=size, special_tokens=[*_SPECIAL], show_progress=False
-  )
-  folder.mkdir()
-  model.save_model(os.fspath(folder))
-  (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
-
-
-class _MemoryIndex:
-  """What `RagRetriever` asks of an index: exact search of arrays in memory."""
-
-  def __init__(
-    self, passages: Sequence[Passage], embeddings: Float[np.ndarray, "P R"]
-  ):
-    self._passages, self._embeddings = passages, embeddings
-
-  def init_index(self) -> None:
-    """Does nothing: all is in memory."""
-
-  def get_top_docs(
-    self, question_hidden_states: Float[np.ndarray, "B R"], n_docs: int
-  ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B K R"]]:
-    """Returns numbers and embeddings of the best passages."""
-    scores = question_hidden_states @ self._embeddings.T
-    ids = np.argsort(-scores, axis=1, kind="stable")[:, :n_docs]
-    return ids, self._embeddings[ids]
-
-  def get_doc_dicts(
-    self, doc_ids: Int[np.ndarray, "B K"]
-  ) -> list[dict[str, list[str]]]:
-    """Returns the texts of passages, for each question."""
-    found = [[self._passages[i] for i in row] for row in doc_ids.tolist()]
-    return [
-      {"title": [p.title for p in docs], "text": [p.text for p in docs]}
-      for docs in found
-    ]
-
-
-class _Retriever(transformers.RagRetriever):
-  """`RagRetriever`; its constructor wants `datasets`, to open other indexes."""
-
-  def __init__(
-    self,
-    config: transformers.RagConfig,
-    question_encoder_tokenizer: Any,
-    generator_tokenizer: Any,
-    index: _MemoryIndex,
-  ):
-    self.config = config
-    self.question_encoder_tokenizer = question_encoder_tokenizer
-    self.generator_tokenizer = generator_tokenizer
-    self.index = index
-    self.n_docs = config.n_docs
-    self.batch_size = config.retrieval_batch_size
-    self.ctx_encoder_tokenizer = None
-    self.return_tokenized_docs = False
 
 
 def _spread(
@@ -243,8 +163,8 @@ class _Sides:
       self.theirs.save_pretrained(folder)
       bert_path = path / "question_encoder_tokenizer"
       bart_path = path / "generator_tokenizer"
-      _save_bert(bert_path, texts, setup.size.encoder_vocab)
-      _save_bart(bart_path, texts, setup.size.vocab)
+      hf_retriever.save_bert(bert_path, texts, setup.size.encoder_vocab)
+      hf_retriever.save_bart(bart_path, texts, setup.size.vocab)
       self.bert = transformers.BertTokenizer.from_pretrained(bert_path)
       self.bart = transformers.BartTokenizer.from_pretrained(bart_path)
       loaded = load_rag(folder)
@@ -280,11 +200,11 @@ class _Sides:
         encoder_fingerprint=fingerprint(placed),
         passages_fingerprint=passages.fingerprint,
       )
-      self.retriever = _Retriever(
+      self.retriever = hf_retriever.Retriever(
         self.theirs.config,
         self.bert,
         self.bart,
-        _MemoryIndex(passages, embeddings),
+        hf_retriever.MemoryIndex(passages, embeddings),
       )
       self.theirs.set_retriever(self.retriever)
       self.theirs.to(setup.torch_device)

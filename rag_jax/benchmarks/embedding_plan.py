@@ -21,6 +21,8 @@ from rag_jax.benchmarks.abstract_step import topology_devices
 from rag_jax.benchmarks.hlo_costs import Costs
 from rag_jax.benchmarks.hlo_costs import program_costs
 from rag_jax.benchmarks.memory_estimate import USABLE
+from rag_jax.benchmarks.memory_estimate import check_sizes
+from rag_jax.benchmarks.memory_estimate import memory_table
 from rag_jax.benchmarks.memory_estimate import warn_of_estimate
 from rag_jax.chips import CHIPS_PER_HOST
 from rag_jax.chips import Chip
@@ -51,7 +53,7 @@ class EmbeddingPlan:
   hbm_parts: Mapping[str, int]  # bytes of a chip
   hbm_peak: int
   flops: float  # of all passages, on all chips, if none is short
-  compiled: bool  # False: estimated
+  compiled: bool  # or refused by the compiler; False: estimated
   refused: str  # what the compiler said of a batch that is too large, or ""
   costs: Costs | None  # of one batch; None: there is no program
   program: str = dataclasses.field(default="", repr=False)  # optimized HLO
@@ -83,7 +85,9 @@ class EmbeddingPlan:
     return {name: bytes_of(name, self.num_passages, dim) for name in STORAGE}
 
   def as_json(self) -> dict[str, Any]:
-    """Returns the plan as JSON holds it."""
+    """Returns the plan as JSON holds it; a step embeds one batch per chip."""
+    share = self.batch_per_chip * self.num_chips / self.num_passages
+    flops = self.flops * share / self.num_chips
     return {
       "topology": self.topology,
       "num_chips": self.num_chips,
@@ -94,7 +98,11 @@ class EmbeddingPlan:
       "hbm_capacity_bytes": self.chip.hbm_bytes,
       "hbm_parts": dict(self.hbm_parts),
       "fits": self.fits,
-      "flops": self.flops,
+      "flops_per_chip": flops,
+      "hbm_traffic_bytes_per_chip": self.costs and self.costs.memory_bytes,
+      "collective_bytes_per_chip": 0,
+      "step_secs_estimate": self.secs * share,
+      "mfu_estimate": flops / self.chip.peak_flops / (self.secs * share),
       "secs_by_limit": self.secs_by_limit,
       "embedding_secs_estimate": self.secs,
       "passages_per_sec": self.num_passages / self.secs,
@@ -147,7 +155,7 @@ def make_embedding_plan(
     hbm_parts=parts,
     hbm_peak=sum(parts.values()),
     flops=_flops(config, num_passages),
-    compiled=compiled is not None,
+    compiled=has_compiler(),
     refused=refused,
     costs=program_costs(program, {"data": len(devices)}) if compiled else None,
     program=program,
@@ -165,12 +173,7 @@ def _check(config: Config, num_passages: int) -> None:
     )
     if not value
   ]
-  if missing:
-    raise ValueError(
-      f"The config does not say {', '.join(missing)}. Expected all sizes in it,"
-      " since a plan reads no tokenizer, checkpoint or passage. Set them, for"
-      f" instance --config.{missing[0]}=N."
-    )
+  check_sizes(missing)
 
 
 def _flops(config: Config, num_passages: int) -> float:
@@ -256,16 +259,11 @@ def report(plan: EmbeddingPlan) -> str:
     f"{plan.topology}: {chips}, nothing is trained (train.num_steps=0).",
     f"They embed {plan.num_passages:,} passages of up to"
     f" {c.data.passage_length} tokens, {plan.batch_per_chip} at a time each.",
-    "",
-    f"{'Memory of a chip':<34}{'GiB':>9}",
-  ]
-  for name, size in plan.hbm_parts.items():
-    lines.append(f"  {name:<32}{size / 2**30:9.2f}")
-  lines.append(
-    f"  {'peak':<32}{plan.hbm_peak / 2**30:9.2f} of"
-    f" {chip.hbm_bytes / 2**30:.0f}:"
-    f" {'fits' if plan.fits else 'DOES NOT FIT'}"
-  )
+    *memory_table(
+      "Memory of a chip",
+      plan.hbm_parts, plan.hbm_peak, chip.hbm_bytes, plan.fits,
+    ),
+  ]  # fmt: skip
   lines += ["", f"{'Embeddings on the disk':<34}{'GB':>9}"]
   for name, size in plan.storage_bytes.items():
     lines.append(f"  {'--storage=' + name:<32}{size / 1e9:9.2f}")

@@ -5,6 +5,7 @@ without a compiler, which is coarser than what a compiler says, but takes
 seconds; and bytes per host of the index that it searches.
 """
 
+from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
@@ -30,6 +31,30 @@ def warn_of_estimate() -> None:
     "libtpu is not installed: memory is estimated from the sizes of arrays, and"
     " traffic is left out. pip install 'rag_jax[tpu]' compiles the real step."
   )
+
+
+def check_sizes(missing: Sequence[str]) -> None:
+  """Raises `ValueError` if settings that a plan needs are missing."""
+  if missing:
+    raise ValueError(
+      f"The config does not say {', '.join(missing)}. Expected all sizes in it,"
+      " since a plan reads no tokenizer, checkpoint or passage. Set them, for"
+      f" instance --config.{missing[0]}=N."
+    )
+
+
+def memory_table(
+  title: str, parts: Mapping[str, int], peak: int, capacity: int, fits: bool
+) -> list[str]:
+  """Returns lines for a person: bytes by part, and of them the most at once."""
+  lines = ["", f"{title:<34}{'GiB':>9}"]
+  for name, size in parts.items():
+    lines.append(f"  {name:<32}{size / 2**30:9.2f}")
+  lines.append(
+    f"  {'peak':<32}{peak / 2**30:9.2f} of {capacity / 2**30:.0f}:"
+    f" {'fits' if fits else 'DOES NOT FIT'}"
+  )
+  return lines
 
 
 def estimated_parts(

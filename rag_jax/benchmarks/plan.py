@@ -24,8 +24,10 @@ from rag_jax.benchmarks.hlo_costs import Collective
 from rag_jax.benchmarks.hlo_costs import Costs
 from rag_jax.benchmarks.hlo_costs import program_costs
 from rag_jax.benchmarks.memory_estimate import USABLE
+from rag_jax.benchmarks.memory_estimate import check_sizes
 from rag_jax.benchmarks.memory_estimate import estimated_parts
 from rag_jax.benchmarks.memory_estimate import host_parts
+from rag_jax.benchmarks.memory_estimate import memory_table
 from rag_jax.benchmarks.memory_estimate import warn_of_estimate
 from rag_jax.chips import Chip
 from rag_jax.config import Config
@@ -308,12 +310,7 @@ def _check(config: Config, num_passages: int) -> None:
   ]
   if not num_passages and config.data.n_docs:
     missing.append("data.num_passages")
-  if missing:
-    raise ValueError(
-      f"The config does not say {', '.join(missing)}. Expected all sizes in it,"
-      " since a plan reads no tokenizer, checkpoint or passage. Set them, for"
-      f" instance --config.{missing[0]}=N."
-    )
+  check_sizes(missing)
 
 
 def _flops(
@@ -409,26 +406,16 @@ def report(plan: Plan) -> str:
   lines = [
     f"{plan.topology}: {chips}, mesh {mesh},"
     f" {c.train.batch_size} questions per step, {c.data.n_docs} documents each",
-    "",
-    f"{'Memory of a chip':<34}{'GiB':>9}",
-  ]
-  for name, size in plan.hbm_parts.items():
-    lines.append(f"  {name:<32}{size / 2**30:9.2f}")
-  lines.append(
-    f"  {'peak':<32}{plan.hbm_peak / 2**30:9.2f} of"
-    f" {chip.hbm_bytes / 2**30:.0f}:"
-    f" {'fits' if plan.fits_chip else 'DOES NOT FIT'}"
-  )
-  if plan.host_parts:
-    lines += ["", f"{'Index in the memory of each host':<34}{'GiB':>9}"]
-    for name, size in plan.host_parts.items():
-      lines.append(f"  {name:<32}{size / 2**30:9.2f}")
-    total = sum(plan.host_parts.values())
-    lines.append(
-      f"  {'in total':<32}{total / 2**30:9.2f} of"
-      f" {chip.host_bytes / 2**30:.0f}:"
-      f" {'DOES NOT FIT' if plan.host_problem else 'fits'}"
-    )
+    *memory_table(
+      "Memory of a chip",
+      plan.hbm_parts, plan.hbm_peak, chip.hbm_bytes, plan.fits_chip,
+    ),
+  ]  # fmt: skip
+  if index := plan.host_parts:
+    lines += memory_table(
+      "Index in the memory of each host",
+      index, sum(index.values()), chip.host_bytes, not plan.host_problem,
+    )  # fmt: skip
   lines += ["", f"{'Arithmetic of a chip and step':<34}{'TFLOP':>9}"]
   for name, flops in plan.flops_parts.items():
     if flops:

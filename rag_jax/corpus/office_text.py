@@ -28,7 +28,7 @@ _ROLE = re.compile(r":([\w:.+-]*\w):`")
 _ROLE_TARGET = re.compile(r"(?s)\s*<[^<>]*>\Z")
 _HYPHEN = re.compile(r"(\w)[-\u2010]\n(?=[a-zß-öø-ÿ])")
 # A .docx is a zip. One beyond this size and ratio is made to fill the memory.
-_MOST_UNPACKED, _MOST_RATIO = 8 << 20, 100
+_MOST_UNPACKED, _MOST_RATIO = 2 << 20, 100
 _MAX_CELL_TEXT = 20_000  # characters of the output of one notebook cell
 
 
@@ -226,14 +226,16 @@ def read_pdf(raw: bytes) -> tuple[Page, int]:
 def read_docx(raw: bytes) -> tuple[Page, int]:
   """Returns the text of a Word document, with its headings and tables."""
   docx = _library("docx", ".docx")
+  with _reading("Word document"), zipfile.ZipFile(io.BytesIO(raw)) as parts:
+    unpacked = sum(part.file_size for part in parts.infolist())
+  if unpacked > max(_MOST_UNPACKED, _MOST_RATIO * len(raw)):
+    raise ValueError(
+      f"its {len(raw):,} bytes unpack to {unpacked:,}, more than {_MOST_RATIO}"
+      " times as many. Expected text, which a .docx makes about 10 times"
+      " smaller: this file was made to fill the memory. Do not use it; if it is"
+      " yours, save it as .txt"
+    )
   with _reading("Word document"):
-    with zipfile.ZipFile(io.BytesIO(raw)) as parts:
-      unpacked = sum(part.file_size for part in parts.infolist())
-    if unpacked > max(_MOST_UNPACKED, _MOST_RATIO * len(raw)):
-      raise ValueError(
-        f"its {len(raw):,} bytes hold {unpacked:,}, more than {_MOST_RATIO}"
-        " times as many"
-      )
     document = docx.Document(io.BytesIO(raw))
     body = "\n".join(_blocks(document))
     title = str(document.core_properties.title or "").strip()

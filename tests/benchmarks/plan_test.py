@@ -241,7 +241,7 @@ def test_an_index_that_hosts_search_is_compared_with_their_memory():
   config = run_config(ROOT / "configs/nq_scann.py")
   plan = plans.make_plan(config, "v5e:8x8", 0)
   assert plan.host_parts["embeddings"] == 21_015_300 * 768 * 4
-  assert "  in total" in plans.report(plan)
+  assert plans.report(plan).count("\n  peak ") == 2
   assert plan.as_json()["host_capacity_bytes"] == 192 * 2**30
   two = plans.with_settings(config, {"encoder.train_passage_encoder": True})
   refused = plans.make_plan(two, "v5e:8x8", 0)
@@ -293,6 +293,11 @@ def test_without_steps_the_embedding_of_all_passages_is_planned():
   assert plan.secs == pytest.approx(plan.flops / 64 / 197e12)
   result = json.loads(json.dumps(plan.as_json()))
   assert result["storage_bytes"]["bfloat16"] == 21_015_300 * 768 * 2
+  # A step embeds a batch: all passages take so many steps.
+  steps = 21_015_300 / (plan.batch_per_chip * 64)
+  assert result["step_secs_estimate"] * steps == pytest.approx(plan.secs)
+  assert result["flops_per_chip"] * steps * 64 == pytest.approx(plan.flops)
+  assert result["mfu_estimate"] == pytest.approx(1)  # nothing else is counted
   text = embedding_plan.report(plan)
   assert "They embed 21,015,300 passages of up to 160 tokens" in text
   assert "--storage=bfloat16" in text
