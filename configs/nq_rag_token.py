@@ -14,8 +14,8 @@ again.
 Not run yet. Its plan (`rag-jax plan`, JAX 0.12, v5e:8x8): 11.5 GiB of 16 per
 chip, 59 GB of memory traffic and 2.8 GB over the interconnect per step. The
 bound of a step is 0.098 s of arithmetic, at an MFU of at most 0.82; the
-compiler itself expects 536 million cycles. With train.attention_rows=0 it was
-67 GB, but 474 million cycles: time both.
+compiler itself expects 536 million cycles. With train.attention_rows=0 it is
+67 GB, but 471 million cycles: time both.
 """
 
 from rag_jax.config import Config
