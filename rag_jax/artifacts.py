@@ -199,6 +199,20 @@ def read_manifest(
   return Content(manifest["content"], str(path), remedy)
 
 
+def peek_manifest(directory: epath.PathLike, *, remedy: str) -> dict[str, Any]:
+  """Returns kind, format, content and files, without checking the files.
+
+  Args:
+    directory: what `write_manifest` was called with.
+    remedy: the end of the message: what to do next.
+
+  Raises:
+    OSError: the manifest is missing or cannot be read.
+    ValueError: it was changed or cut off, or is no plain file.
+  """
+  return _parse_manifest(epath.Path(directory) / MANIFEST, remedy)
+
+
 def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
   """Returns `content` as JSON holds it, with its digest.
 

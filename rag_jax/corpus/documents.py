@@ -21,6 +21,7 @@ from rag_jax.corpus.document import FieldNames
 from rag_jax.corpus.document import record_documents
 from rag_jax.corpus.encodings import decode_page
 from rag_jax.corpus.encodings import likely_encoding
+from rag_jax.corpus.folding import is_blank
 from rag_jax.corpus.html_text import Page
 from rag_jax.corpus.html_text import declared_encodings
 from rag_jax.corpus.html_text import read_html
@@ -101,7 +102,7 @@ def _html(raw: bytes, path: epath.Path, report: CorpusReport) -> Page:
     label = next(declared_encodings(raw[:_LABEL_BYTES]), "")
   decoded = decode_page(raw, label)
   if decoded is None:
-    return read_html(decode_text(raw, path))  # raises
+    return read_html(_text(raw, path))  # raises
   if decoded.label:
     says = "no encoding" if decoded.label == "none" else decoded.label
     place = f"{path}:1: says {says}, was read as {decoded.encoding}"
@@ -307,14 +308,14 @@ def _usable(
 ) -> Iterator[Document]:
   """Yields the documents that can be searched for, and counts them."""
   for document in documents:
-    if not document.text.strip():
+    if is_blank(document.text):
       problem = ValueError(
         f"{document.where}: the text of document {document.id!r} is empty."
         " Expected some text. Complete or remove it, or skip such documents:"
         " rag-jax build-index --on_bad_record=skip."
       )
       bad_records.refuse("empty", problem)
-    elif not document.id.strip():
+    elif is_blank(document.id):
       problem = ValueError(
         f"{document.where}: the id of the document is {document.id!r}. Expected"
         " a name or number of its own. Give it one, or skip such documents:"

@@ -7,6 +7,7 @@ The only file that imports webencodings and chardet.
 """
 
 import codecs
+from collections.abc import Mapping
 import dataclasses
 import re
 import unicodedata
@@ -36,6 +37,15 @@ _FEW_LETTERS = 3
 _LEAST_SCORE = 0.1  # chardet's confidence for a guess
 _SURE_SCORE = 0.2  # the same for a page that names no encoding
 _SAMPLE_BYTES = 1 << 14
+_ONE_BYTE = ("windows-", "iso-8859-", "koi8-", "mac", "x-mac-", "ibm866")
+_LETTERS_PER_FLAW = 100  # or fewer, where an encoding is doubted for flaws
+_ALMOST = 0.8  # as good a score
+_BEYOND_ASCII = re.compile(r"(?s)(?=(.)([^\x00-\x7f])(.))")
+# Punctuation that may stand between letters: points, quotes, dashes.
+_IN_WORDS = (
+  "\u00b7\u2022\u2026\u2019\u2018\u00b4\u201c\u201d\u201e"
+  "\u2010\u2011\u2013\u2014"
+)
 _MARKUP = re.compile(rb"(?is)<script.*?</script>|<style.*?</style>|<[^>]*>")
 
 
@@ -74,14 +84,20 @@ def decode_page(raw: bytes, label: str) -> Decoded | None:
   if name := bom_encoding(raw) or _wide(raw):
     text = _decode(raw, name)
     return None if text is None else Decoded(text.removeprefix("\ufeff"), name)
+  if 100 * raw.count(0) > len(raw):
+    return None  # no encoding of pages has so many zeros, but UTF-16
   named = webencodings.lookup(label)
   name = named.name if named else ""
   if name.startswith("utf-16"):  # the label could not have been read
     name = "utf-8"
   elif name == "x-user-defined":
     name = "windows-1252"
-  escapes = name == "iso-2022-jp" and b"\x1b" in raw
-  if not escapes and (text := _decode(raw, "utf-8")) is not None:
+  jis = name == "iso-2022-jp" and b"\x1b" in raw
+  if jis or re.search(rb"\x1b\$[@B]", raw):  # all bytes are those of ASCII
+    text = _decode(raw, "iso-2022-jp")
+    if text is not None:
+      return Decoded(text, "iso-2022-jp", "" if jis else label or "none")
+  if not jis and (text := _decode(raw, "utf-8")) is not None:
     wrong = bool(name) and name != "utf-8" and not raw.isascii()
     return Decoded(text, "utf-8", label if wrong else "")
   text = _decode(raw, name) if name and name != "utf-8" else None
@@ -140,6 +156,8 @@ def _better(raw: bytes, name: str) -> str:
   """
   scores = _scores(raw)
   guess = max(scores, key=scores.__getitem__, default="")
+  if name.startswith(_ONE_BYTE) and (other := _less_flawed(raw, name, scores)):
+    return other
   text = _decode(raw, name) if name else None
   controls = text is not None and re.search("[\x80-\x9f]", text) is not None
   if not guess or scores[guess] < (0.02 if controls else _LEAST_SCORE):
@@ -156,16 +174,81 @@ def _better(raw: bytes, name: str) -> str:
   return guess if enough and scores[guess] >= times * score else ""
 
 
+def _less_flawed(raw: bytes, name: str, scores: Mapping[str, float]) -> str:
+  """Returns an encoding in which words are whole where those of `name` are not.
+
+  Args:
+    raw: a page.
+    name: the encoding of one byte per character that it names.
+    scores: of `raw`.
+  """
+  sample = _sample(raw)
+  flaws, letters = _flaws(_decode(sample, name) or "")
+  if not flaws or _LETTERS_PER_FLAW * flaws < letters:
+    return ""
+  whole = {
+    other: score
+    for other, score in scores.items()
+    if other.startswith(_ONE_BYTE)
+    and score >= _ALMOST * scores.get(name, 0.0)
+    and not _flaws(_decode(sample, other) or "")[0]
+  }
+  return max(whole, key=whole.__getitem__, default="")
+
+
+def _flaws(text: str) -> tuple[int, int]:
+  """Counts what words have in no language, and the letters outside ASCII.
+
+  That is: a symbol between letters, a currency right after one, an upper case
+  letter between lower case ones, two scripts in a word, a control character.
+  """
+  flaws = letters = 0
+  quote = ""  # the last of « and », until it is closed
+  for match in _BEYOND_ASCII.finditer(f" {text} "):
+    before, c, after = match[1], match[2], match[3]
+    kind = unicodedata.category(c)
+    if kind == "Cc":
+      flaws += 1
+    elif c.isalpha():
+      letters += 1
+      inside = before.islower() and after.islower() and c.isupper()
+      other = "LATIN" not in unicodedata.name(c, "") and c not in "µªº"
+      mixed = other and re.search("[A-Za-z]", before + after) is not None
+      flaws += inside or mixed
+    elif c in "«»":
+      closes = quote not in ("", c)
+      flaws += before.isalpha() and after.isalpha() and not closes
+      quote = "" if closes else c
+    elif kind[0] in "PS" and before.isalpha() and c not in _IN_WORDS:
+      money = kind in ("Sc", "Sm") and not before.isascii()
+      flaws += money or after.isalpha()
+  return flaws, letters
+
+
 def _wide(raw: bytes) -> str:
-  """Returns the kind of UTF-16 that bytes without a BOM look like, or ""."""
-  sample = raw[:512]
+  """Returns the kind of UTF-16 that bytes without a BOM look like, or "".
+
+  In UTF-16, markup and spaces have a zero as their first or second byte, and
+  letters of other scripts have none.
+  """
+  sample = raw[: _SAMPLE_BYTES // 2 * 2]
   half = len(sample) / 2
   zeros = sample[::2].count(0), sample[1::2].count(0)
-  if zeros[1] > 0.6 * half and zeros[0] < 0.1 * half:
-    return "utf-16le"
-  if zeros[0] > 0.6 * half and zeros[1] < 0.1 * half:
-    return "utf-16be"
-  return ""
+  few, many = sorted(zeros)
+  if many <= 0.05 * half or few > 0.1 * many:
+    return ""
+  name = "utf-16be" if zeros[0] > zeros[1] else "utf-16le"
+  text = sample.decode(name, "replace")
+  others = sample.replace(b"\0", b"")
+  printable = sum(chr(byte).isprintable() for byte in others if byte < 0x80)
+  is_ascii = many < 0.6 * half and printable > 0.9 * len(others)
+  if is_ascii and not re.search("<[A-Za-z!/?]", text):
+    return ""  # words in ASCII with zeros between
+  strange = sum(
+    unicodedata.category(c) in ("Cc", "Cn", "Co") and not c.isspace()
+    for c in text
+  )
+  return name if strange <= 0.05 * len(text) else ""
 
 
 def _decode(raw: bytes, name: str) -> str | None:
@@ -198,14 +281,19 @@ def _num_letters(raw: bytes, name: str) -> int:
   return sum(not c.isascii() and c.isalpha() for c in text)
 
 
+def _sample(raw: bytes) -> bytes:
+  """Returns the text of a page from its first word outside ASCII on."""
+  text = _MARKUP.sub(b" ", raw)
+  first = re.search(rb"[\x80-\xff]", text)
+  start = max(text.rfind(b" ", 0, first.start()), 0) if first else 0
+  return text[start : start + _SAMPLE_BYTES]
+
+
 def _scores(raw: bytes) -> dict[str, float]:
   """Returns by encoding of the standard how well bytes fit it, from 0 to 1."""
-  sample = _MARKUP.sub(b" ", raw)
-  first = re.search(rb"[\x80-\xff]", sample)
-  if first is None:
+  sample = _sample(raw)
+  if sample.isascii():
     return {}
-  start = max(sample.rfind(b" ", 0, first.start()), 0)
-  sample = sample[start : start + _SAMPLE_BYTES]
   scores: dict[str, float] = {}
   for found in chardet.detect_all(sample, ignore_threshold=True):
     name = (found["encoding"] or "").lower()

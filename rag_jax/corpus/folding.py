@@ -21,13 +21,16 @@ _NOT_DRAWN = (
   (0xFFA0, 0xFFA0), (0xFFF0, 0xFFF8), (0x1BCA0, 0x1BCA3),
   (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF),
 )  # fmt: skip
+_VISIBLE = re.compile(
+  rf"[^\s{''.join(f'{chr(a)}-{chr(b)}' for a, b in _NOT_DRAWN)}]"
+)
 _KASHIDA = "\u0640"  # stretches an Arabic word on paper
 
 # Marks that people type for one another. Modifier letters and single accents
 # are listed since people type them as apostrophes.
 _ALIKE = {
   "'": "\u2018\u2019\u201a\u201b\u2032\u2035\u2039\u203a\u02b9\u02bb\u02bc"
-  "\u02bd\u02c8\u00b4\u02ca\u02cb\u0060\u05f3\u300e\u300f",
+  "\u02bd\u02c8\u00b4\u1ffd\u02ca\u02cb\u0060\u05f3\u300e\u300f",
   '"': "\u201c\u201d\u201e\u201f\u2033\u2036\u02ba\u02ee\u00ab\u00bb\u05f4"
   "\u300a\u300b\u300c\u300d\u301d\u301e\u301f",
   "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u02d7\u058a\u05be\u2e3a"
@@ -83,6 +86,11 @@ _SPACED_GROUPS = re.compile(
 
 _RUN = re.compile(r"\S*[^\x00-\x7f]\S*")  # a word that is not ASCII
 _MAX_CACHED = 32  # characters; longer words hardly ever occur twice
+
+
+def is_blank(text: str) -> bool:
+  """Returns whether `text` has no visible character."""
+  return _VISIBLE.search(text) is None
 
 
 def fold(text: str, *, join_digits: bool = False) -> str:

@@ -89,11 +89,21 @@ class Rows:
       try:
         row = next(self._reader, None)
       except csv.Error as error:
-        problem = ValueError(
-          f"{self.where}: the row that starts here cannot be read ({error})."
-          f" Expected columns of at most {csv.field_size_limit()} characters,"
+        remedy = (
+          f"Expected columns of at most {csv.field_size_limit()} characters,"
           " with every double quote closed and those inside doubled. Correct"
           " the line, or convert longer texts to .jsonl."
+        )
+        if "\r" in self._taken[0][1].rstrip("\r\n"):
+          remedy = (
+            "There is a carriage return (CR) in this line. Expected lines that"
+            " end in LF or CRLF. If all lines of the file end in CR, as those"
+            f" of old programs, convert it: tr '\\r' '\\n' < {self._name} >"
+            " new_file."
+          )
+        problem = ValueError(
+          f"{self.where}: the row that starts here cannot be read ({error})."
+          f" {remedy}"
         )
         problem.__cause__ = error
         self._bad.refuse("bad_record", problem)
@@ -140,9 +150,10 @@ def _first_row(path: epath.PathLike, delimiter: str) -> tuple[str, list[str]]:
   skipping = BadRecords("skip")
   rows = Rows(path, delimiter, bad_records=skipping)
   row = next(iter(rows), None)
-  if row and any(skipping.report.dropped.values()):
-    # The column names are in an earlier line that cannot be read. This raises
-    # the error that names it.
+  dropped = skipping.report.dropped
+  if any(dropped.values()) if row else dropped["bad_record"]:
+    # The column names are in an earlier line that cannot be read, or no line
+    # is a row. This raises the error that names it.
     next(iter(Rows(path, delimiter, bad_records=BadRecords())))
   return (rows.where, row) if row else ("", [])
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from rag_jax.corpus.folding import is_blank
 from rag_jax.corpus.json_files import squad_id
 from rag_jax.corpus.report import BadRecords
 from rag_jax.corpus.tables import Rows
@@ -34,6 +35,8 @@ EXPECTED = (
 
 # Names of the field with the answers; the first one found is used.
 _ANSWERS = ("answers", "golden_answers", "answer")
+# Fields that a file may leave out, or give as null.
+_MAY_BE_NULL = ("id", "relation", "entity", "gold", "target")
 _TABLE_NAMES = ["question", "answers"]
 
 
@@ -172,6 +175,11 @@ def _of_record(record: Mapping[str, Any], where: str) -> FoundQuestion:
   """Returns the question of one JSON object."""
   kilt = "question" not in record and "input" in record
   question = "input" if kilt else "question"
+  record = {  # null is absent
+    name: value
+    for name, value in record.items()
+    if value is not None or name not in _MAY_BE_NULL
+  }
   check_fields(
     record,
     where,
@@ -184,7 +192,7 @@ def _of_record(record: Mapping[str, Any], where: str) -> FoundQuestion:
       "target": str,
     },
   )
-  if not record[question].strip():
+  if is_blank(record[question]):
     raise ValueError(
       f"{where}: the question is empty, {shorten(record[question])}. Expected"
       " text. Complete or remove it."
@@ -227,7 +235,7 @@ def _answer(value: Any, where: str) -> str:
   """
   if type(value) in (int, float):  # true is an int to isinstance
     return json.dumps(value)
-  if not isinstance(value, str) or not value.strip():
+  if not isinstance(value, str) or is_blank(value):
     raise ValueError(
       f"{where}: {shorten(value)} is one of the answers. Expected a list of"
       " strings that are not empty, or numbers, such as"
@@ -293,7 +301,7 @@ def _squad_question(
     required={"question": str, "id": (str, int)},
     optional={"is_impossible": bool},
   )
-  if not record["question"].strip():
+  if is_blank(record["question"]):
     raise ValueError(
       f"{where}: the question is empty. Expected some text. Remove it."
     )

@@ -14,6 +14,7 @@ from absl import logging
 from etils import epath
 
 from rag_jax.corpus.documents import BUNDLED
+from rag_jax.corpus.folding import is_blank
 from rag_jax.corpus.text_files import shorten
 from rag_jax.corpus.tfds import TFDS
 from rag_jax.corpus.tfds import open_tfds
@@ -211,10 +212,10 @@ def _load_tfds(name: str, split: str) -> tuple[Question, ...]:
     answers = dict.fromkeys(map(tfds_text, _TFDS_ANSWERS[name](example)))
     question = Question(
       question=tfds_text(example["question"]),
-      answers=tuple(a for a in answers if a.strip()),
+      answers=tuple(a for a in answers if not is_blank(a)),
       id=tfds_text(example.get("id", "")),
     )
-    if question.question.strip() and question.answers:
+    if not is_blank(question.question) and question.answers:
       questions.append(question)
   # Not an error: a user cannot correct a published data set.
   if len(questions) < len(examples):

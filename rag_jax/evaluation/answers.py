@@ -89,6 +89,8 @@ def normalize_answer(
 ) -> str:
   """Returns the normalised `text`; "" if it has no visible character.
 
+  With "squad", as published, a character that is not drawn is one like others.
+
   Args:
     text: an answer.
     variant: one of `VARIANTS`, which the docstring of this file describes.

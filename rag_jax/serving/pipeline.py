@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from rag_jax.artifacts import instead_of
 from rag_jax.artifacts import manifest_digest
 from rag_jax.config_json import read_config
+from rag_jax.corpus.folding import is_blank
 from rag_jax.corpus.text_files import bad_character
 from rag_jax.corpus.text_files import shorten
 from rag_jax.data.experiment import Experiment
@@ -267,7 +268,7 @@ def _check_question(question: Any, name: str) -> None:
       f"{name} is {shorten(question)}, of type {type(question).__name__};"
       " expected text. Pass one string, or a list of strings."
     )
-  if not question.strip():
+  if is_blank(question):
     raise ValueError(
       f"{name} is empty: {shorten(question)}. Ask something, for instance"
       " 'What is the capital of France?'."

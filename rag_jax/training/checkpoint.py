@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 import contextlib
 import itertools
-import json
 import logging as python_logging
 import math
 import os
 import sys
 from typing import Any
+import warnings
 
 from absl import logging
 from etils import epath
@@ -83,12 +83,16 @@ class Checkpointer:
     self._directory = directory
     self._keep_last = keep_last
     self._process_index = process_index
-    self._reported: set[int] = set()  # incomplete steps already logged
+    self._reported: set[int] = set()  # incomplete or damaged, already logged
     self._whole: set[int] = set()  # steps whose files passed the checks
     self._thread = futures.ThreadPoolExecutor(1)
     self._saving: futures.Future[None] | None = None
     python_logging.getLogger("absl").addFilter(_orbax_warnings_only)
     python_logging.getLogger("asyncio").addFilter(_no_full_disk)
+    # Arrays that were not begun when the disk was full.
+    warnings.filterwarnings(
+      "ignore", "coroutine 'async_serialize_from_host.* was never awaited"
+    )
     if not isinstance(sys.unraisablehook, _ExceptClosedLoop):
       sys.unraisablehook = _ExceptClosedLoop(sys.unraisablehook)
 
@@ -359,11 +363,11 @@ class Checkpointer:
 
   def metric(self, step: int) -> float | None:
     """Returns the metric of a complete step, without checking its files."""
-    return self._noted(step, "metric")
+    return _finite(self._noted(step).get("metric"))
 
   def loss(self, step: int) -> float | None:
     """Returns the loss of a complete step, without checking its files."""
-    return self._noted(step, "loss")
+    return _finite(self._noted(step).get("loss"))
 
   def left(self) -> list[tuple[int, str, float | None, list[int]]]:
     """Returns the complete checkpoints that --resume_from set aside.
@@ -374,10 +378,10 @@ class Checkpointer:
     found = []
     for path in self._directory.glob(f"*.left*/{artifacts.MANIFEST}"):
       with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-        content = json.loads(path.read_bytes())["content"]
+        content = artifacts.peek_manifest(path.parent, remedy="")["content"]
         needed = read_settings(path.parent / _EXTRA_FILE)["index_versions"]
-        name = path.parent.name
-        found.append((content["step"], name, content["loss"], needed))
+        loss = _finite(content.get("loss"))
+        found.append((int(content["step"]), path.parent.name, loss, needed))
     return sorted(found, key=lambda checkpoint: checkpoint[:2])
 
   def how_to_use_left(self, name: str) -> str:
@@ -399,12 +403,27 @@ class Checkpointer:
     rated = [step for step in steps if self.metric(step) is not None]
     return max(rated, key=self._rank, default=None)
 
-  def _noted(self, step: int, name: str) -> Any:
-    """Returns an entry of an unchecked manifest; None if unreadable."""
-    manifest = self._folder(step) / artifacts.MANIFEST
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-      return json.loads(manifest.read_bytes())["content"][name]
-    return None  # damaged, or written by an older version
+  def _noted(self, step: int) -> dict[str, Any]:
+    """Returns the content of a manifest; {} if it is damaged.
+
+    The manifest has a digest of its own. The files that it names are not read.
+    """
+    manifest = self._manifest(step)
+    return {} if manifest is None else manifest["content"]
+
+  def _manifest(self, step: int) -> dict[str, Any] | None:
+    """Returns a manifest whose files are not checked; None if it is damaged."""
+    try:
+      return artifacts.peek_manifest(self._folder(step), remedy="")
+    except (OSError, ValueError) as error:
+      if step not in self._reported:
+        self._reported.add(step)
+        logging.warning(
+          "The manifest of the checkpoint of step %d is damaged: %s Its metric"
+          " and loss are not known, so it is kept, but never counts as best.",
+          *(step, str(error).strip()),
+        )
+      return None
 
   def _choose(self, step: int | None) -> int:
     """Returns the step to read; raises `FileNotFoundError` if it is missing."""
@@ -470,14 +489,10 @@ class Checkpointer:
     Raises:
       ValueError: a newer version of rag_jax wrote them; that is not damage.
     """
-    newer = False
-    manifest = self._folder(step) / artifacts.MANIFEST
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-      newer = json.loads(manifest.read_bytes())["format"] > FORMAT
     try:
       self._read_whole(step)
     except (FileNotFoundError, ValueError) as error:
-      if newer:
+      if (self._manifest(step) or {"format": 0})["format"] > FORMAT:
         raise
       return str(error).strip()
     return ""
@@ -493,8 +508,7 @@ class Checkpointer:
   def _verify(self, step: int) -> dict[str, Any]:
     """Checks every file of a step and returns the content of its manifest."""
     if step in self._whole:  # process 0 checked it, if there are several
-      manifest = self._folder(step) / artifacts.MANIFEST
-      return json.loads(manifest.read_bytes())["content"]
+      return artifacts.peek_manifest(self._folder(step), remedy="")["content"]
     try:
       return self._read_whole(step)
     except (FileNotFoundError, ValueError) as error:
@@ -531,13 +545,17 @@ class Checkpointer:
     return None
 
   def _remove_old(self, saved: int, proven: int | None = None) -> None:
-    """Removes all checkpoints but the latest few, the best and these two."""
+    """Removes all checkpoints but the latest few, the best and these two.
+
+    One whose manifest is damaged stays: it may be the best.
+    """
     complete, incomplete = self._find()
+    complete = [step for step in complete if self._manifest(step) is not None]
     best = self._best_of(complete)
     if best is None:
-      losses = {step: self._noted(step, "loss") for step in complete}
-      rated = [step for step in complete if losses[step] is not None]
-      best = min(rated, key=lambda step: losses[step], default=None)
+      losses = [(self.loss(step), step) for step in complete]
+      rated = [(loss, step) for loss, step in losses if loss is not None]
+      best = min(rated, default=(0.0, None))[1]
     keep = {saved, proven, best, *complete[-self._keep_last :]}
     old = [step for step in complete if step not in keep]
     for step in old + [step for step in incomplete if step < saved]:
@@ -545,6 +563,12 @@ class Checkpointer:
       # Manifest first: if interrupted, the step is incomplete, not damaged.
       (folder / artifacts.MANIFEST).unlink(missing_ok=True)
       folder.rmtree()
+
+
+def _finite(value: Any) -> float | None:
+  """Returns a number of a manifest; None if it is no finite number."""
+  is_number = type(value) in (int, float)
+  return value if is_number and abs(value) <= sys.float_info.max else None
 
 
 @contextlib.contextmanager

@@ -182,6 +182,16 @@ BAD_LINES = {
     "the text of document 'x' is empty",
     "empty",
   ),
+  "a text that is not drawn": (
+    jsonl([{"id": "x", "text": "\u200b \u00ad\ufeff"}]),
+    "the text of document 'x' is empty",
+    "empty",
+  ),
+  "an id that is not drawn": (
+    jsonl([{"id": "\u200b", "text": "x"}]),
+    "the id of the",
+    "bad_record",
+  ),
   "not UTF-8": (
     '{"id": "x", "text": "café"}\n'.encode("latin-1"),
     "byte 0xe9",

@@ -41,6 +41,112 @@ def test_utf16_is_read_with_and_without_its_mark(codec, mark):
   assert (decoded.text, decoded.label) == (page, "")
 
 
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+  "text", [RUSSIAN, GREEK, "Ελλάδα " * 900, "東京 です" * 30, "plain words"]
+)
+def test_utf16_without_a_mark_need_not_be_markup_for_the_most_part(codec, text):
+  page = f"<html><head><title>T</title></head><body><p>{text}"
+  decoded = decode_page(page.encode(codec), "")
+  assert decoded == Decoded(page, codec.replace("16-", "16"))
+
+
+@pytest.mark.parametrize(
+  "raw",
+  [
+    RUSSIAN.encode("utf-32-le"),
+    RUSSIAN.encode("utf-32-be"),
+    b"abc\0de\0" * 50,  # zeros at even and odd places
+    b"abc\0" * 50,  # words in ASCII: no UTF-16, whose letters these could be
+  ],
+)
+def test_bytes_with_many_zeros_are_no_page(raw):
+  assert decode_page(raw, "") is None
+  assert decode_page(raw, "utf-8") is None
+
+
+@pytest.mark.parametrize("label", ["", "utf-8", "x-sjis", "euc-jp"])
+@pytest.mark.parametrize("text", ["東京", "日本の首都は東京です。 Tokyo"])
+def test_japanese_in_seven_bits_is_read_whatever_the_label(text, label):
+  raw = f"<p>{text}</p>".encode("iso2022_jp")
+  decoded = decode_page(raw, label)
+  assert decoded == Decoded(f"<p>{text}</p>", "iso-2022-jp", label or "none")
+
+
+def test_an_escape_that_is_no_japanese_is_left_alone():
+  raw = b"<p>\x1b$B is how it starts</p>\x1b$B!"
+  assert decode_page(raw, "") == Decoded(raw.decode(), "utf-8")
+
+
+SLOVAK = "Kôň žltý ťahá v Košiciach šťastne ďalej, teší sa z radosť lásky. "
+POLISH = "Zażółć gęślą jaźń, gdzie książka i źródło są piękne. "
+FRENCH_WORDS = "L’Académie française a été créée à Paris par un élève naïf. "
+
+
+@pytest.mark.parametrize(
+  ("text", "codec", "encoding", "labels"),
+  [
+    (
+      FRENCH_WORDS,
+      "cp1252",
+      "windows-1252",
+      ["windows-1251", "koi8-r", "windows-1253", "iso-8859-5", "windows-1255"],
+    ),
+    (
+      "Größe, Straße und Übermut führen nach Österreich. ",
+      "cp1252",
+      "windows-1252",
+      ["windows-1251", "iso-8859-7", "x-mac-cyrillic"],
+    ),
+    (SLOVAK, "iso8859_2", "iso-8859-2", ["windows-1250"]),
+    (POLISH, "iso8859_2", "iso-8859-2", ["windows-1250"]),
+    (SLOVAK, "cp1250", "windows-1250", ["iso-8859-2"]),
+    (
+      "Пять языков знает моя тётя Яна, и вся её семья. ",
+      "cp1251",
+      "windows-1251",
+      ["x-mac-cyrillic"],
+    ),
+  ],
+)
+@pytest.mark.parametrize("times", [1, 30])
+def test_words_that_the_label_breaks_are_whole_in_the_right_encoding(
+  text, codec, encoding, labels, times
+):
+  page = "<p>" + times * text
+  for label in labels:
+    decoded = decode_page(page.encode(codec), label)
+    assert decoded == Decoded(page, encoding, label), label
+
+
+@pytest.mark.parametrize(
+  ("text", "codec", "label"),
+  [
+    (SLOVAK, "cp1250", "windows-1250"),
+    (SLOVAK, "iso8859_2", "iso-8859-2"),
+    (POLISH, "cp1250", "windows-1250"),
+    ("Mondta: «igen»és ment. Őrült tűz, öt űrhajó. ", "cp1250", "windows-1250"),
+    (FRENCH_WORDS + "foo®bar 5€ CHF£ ", "cp1252", "windows-1252"),
+    ("Straße: 10€, Größe±1, µm, 20°C, „so“—ja ", "cp1252", "windows-1252"),
+    ("Купил iPhone’ы и CD-диски за 5€, слово»слово. ", "cp1251", "cp1251"),
+    ("Моя тётя Яна и вся её семья. ", "mac_cyrillic", "x-mac-cyrillic"),
+    ("la col·lecció, l´eau, 3ª ºC ", "cp1252", "windows-1252"),
+    ("İstanbul’da ığdır, 5£ ", "cp1254", "windows-1254"),
+    ("ירושלים היא עיר הבירה של ישראל, 5₪. ", "cp1255", "windows-1255"),
+    ("القاهرة هي عاصمة جمهورية مصر العربية. ", "cp1256", "windows-1256"),
+    ("กรุงเทพมหานครเป็นเมืองหลวง ", "cp874", "windows-874"),
+  ],
+)
+@pytest.mark.parametrize("times", [1, 30])
+def test_a_right_label_is_kept_where_words_hold_symbols(
+  text, codec, label, times
+):
+  page = "<p>" + times * text
+  decoded = decode_page(page.encode(codec), label)
+  assert decoded is not None
+  assert (decoded.text, decoded.label) == (page, "")
+
+
 @pytest.mark.parametrize(
   ("text", "codec", "encoding", "labels"),
   [

@@ -8,6 +8,7 @@ import unicodedata
 import pytest
 
 from rag_jax.corpus.folding import fold
+from rag_jax.corpus.folding import is_blank
 
 ALIKE = [
   ("STRASSE straße", "strasse strasse"),
@@ -112,3 +113,18 @@ def test_all_that_is_not_drawn_goes():
 def test_digits_in_groups_are_one_number_if_asked_for(text, expected):
   assert fold(text, join_digits=True) == expected
   assert fold(fold(text, join_digits=True), join_digits=True) == expected
+
+
+def test_every_mark_has_the_form_of_its_canonical_equivalent():
+  for code in range(0x80, 0x30000):
+    composed = unicodedata.normalize("NFC", chr(code))
+    for text in ("a{}b", " {} ", "{}", "1{}2"):
+      expected = fold(text.format(composed))
+      assert fold(text.format(chr(code))) == expected, hex(code)
+
+
+@pytest.mark.parametrize("text", ["", " \t\n", "\u200b", "\u00ad \ufeff\u2060"])
+def test_a_text_without_visible_characters_is_blank(text):
+  assert is_blank(text)
+  assert not is_blank(text + "x" + text)
+  assert not is_blank(text + "\u0301")

@@ -262,3 +262,12 @@ def test_names_of_columns_that_cannot_be_read_are_never_skipped(
   path.write_bytes("id\ttext\ttítulo\n1\tone\tT\n".encode("latin-1"))
   with pytest.raises(ValueError, match=r"corpus.tsv:1: byte 0xed .*iconv"):
     corpora.read(path, action)
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.csv"])
+@pytest.mark.parametrize("action", ["fail", "skip"])
+def test_lines_that_end_in_cr_are_called_that(write, name, action):
+  separator = "\t" if name == "x.tsv" else ","
+  path = write("id,text\r1,a\r2,b\r".replace(",", separator), name)
+  with pytest.raises(ValueError, match=r":1: .*carriage return .*tr '.r' '.n'"):
+    read(path, action)

@@ -248,3 +248,25 @@ def test_two_files_of_a_split_are_refused(write, tmp_path):
     write(DPR_QAS, name)
   with pytest.raises(ValueError, match=r"several files of the test split: \['"):
     load_questions(str(tmp_path), "test")
+
+
+def test_what_is_null_is_absent_but_for_question_and_answers(write):
+  record = {"question": "Who?", "answers": ["Ann"]}
+  empty = dict.fromkeys(["id", "relation", "entity", "gold", "target"])
+  for content, name in (
+    (one_line(record | empty), "q.jsonl"),
+    ([record | empty], "q.json"),
+  ):
+    assert read(write(content, name))[0].answers == ("Ann",)
+    assert read(write(content, name))[0].id == ""
+  for field in ("question", "answers"):
+    with pytest.raises(ValueError, match=field):
+      read(write(one_line(record | {field: None}), "q.jsonl"))
+
+
+@pytest.mark.parametrize("blank", ["\u200b", "\u00ad \ufeff"])
+def test_questions_and_answers_that_are_not_drawn_are_empty(write, blank):
+  record = {"question": "Who?", "answers": ["Ann"]}
+  for bad in ({"question": blank}, {"answers": [blank]}):
+    with pytest.raises(ValueError, match="empty"):
+      read(write(one_line(record | bad), "q.jsonl"))

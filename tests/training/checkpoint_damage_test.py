@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rag_jax import artifacts
 from rag_jax.training.checkpoint import Checkpointer
 
 EXTRA = {"position": 7}
@@ -187,6 +188,7 @@ def test_what_was_cut_off_goes_with_the_old_checkpoints(three, directory):
 KILLED = """
 import os, signal, sys
 import jax.numpy as jnp
+from rag_jax import artifacts
 from rag_jax.training.checkpoint import Checkpointer
 directory, event, part = sys.argv[1:]
 checkpointer = Checkpointer(directory, keep_last=1)
@@ -284,6 +286,88 @@ def test_what_else_is_wrong_counts_too(three):
   assert three.newest_whole(lambda step, extra: wrong.get(step, "")) == 20
 
 
+def as_folder(manifest):
+  manifest.unlink()
+  manifest.mkdir()
+
+
+def with_metric(value):
+  def edit(manifest):
+    text = manifest.read_text()
+    assert '"metric": 0.5' in text
+    manifest.write_text(text.replace('"metric": 0.5', f'"metric": {value}'))
+
+  return edit
+
+
+@pytest.mark.parametrize("best", [1, 2])
+@pytest.mark.parametrize(
+  "damage",
+  [
+    as_folder,
+    lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    lambda path: path.write_bytes(b"\xff\x00garbage"),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_text("[" * 200_000),
+    lambda path: path.write_text('{"format": 99}'),
+    lambda path: path.write_text(path.read_text().replace("0.5", "0.50001")),
+    with_metric('"5"'),
+    with_metric("4.5"),
+    with_metric("[0.5]"),
+    with_metric("1" + 400 * "0"),
+  ],
+)
+def test_a_damaged_manifest_neither_ends_a_run_nor_loses_the_best(
+  directory, caplog, damage, best
+):
+  checkpointer = Checkpointer(directory, keep_last=3)
+  metrics = {1: 0.4, 2: 0.3, 3: 0.2, 3 - best: 0.9, best: 0.5}
+  for step in (1, 2, 3):
+    checkpointer.save(step, make_state(step), EXTRA, metrics[step])
+  checkpointer.close()
+  damage(directory / str(best) / "manifest.json")
+  checkpointer = Checkpointer(directory, keep_last=1)
+  checkpointer.save(4, make_state(4), EXTRA, 0.3)
+  assert checkpointer.steps() == [1, 2, 4]  # one is best, one could have been
+  assert checkpointer.metric(best) is None
+  text = f"The manifest of the checkpoint of step {best} is damaged"
+  assert caplog.text.count(text) == 1
+  reopened = Checkpointer(directory, keep_last=1)
+  assert reopened.newest_whole() == 4
+  assert reopened.best_whole() == reopened.best_step() == 3 - best
+  with pytest.raises(ValueError, match=f"of step {best} cannot be used"):
+    reopened.read_extra(best)
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_of_the_format_is_damage(three, directory, bit):
+  manifest = directory / "30" / "manifest.json"
+  data = bytearray(manifest.read_bytes())
+  data[data.index(b'"format": 1') + 10] ^= 1 << bit
+  manifest.write_bytes(data)
+  assert three.newest_whole() == 20
+
+
+@pytest.mark.parametrize("value", ["5", True, [0.5], 10**400, {}])
+def test_a_metric_that_another_program_signed_is_checked(directory, value):
+  checkpointer = Checkpointer(directory, keep_last=3)
+  for step in (10, 20):
+    extra = EXTRA | {"index_versions": [step]}
+    checkpointer.save(step, make_state(step), extra, 0.5, 2.0)
+  checkpointer.wait()
+  manifest = directory / "20" / "manifest.json"
+  signed = json.loads(manifest.read_text())
+  signed["content"] |= {"metric": value, "loss": value}
+  manifest.write_text(json.dumps(artifacts.with_digest(signed)))
+  assert checkpointer.metric(20) is None
+  assert checkpointer.loss(20) is None
+  assert checkpointer.best_step() == 10
+  checkpointer.set_aside_after(10)
+  assert checkpointer.left() == [(20, "20.left", None, [20])]
+  checkpointer.save(30, make_state(30), EXTRA)
+  assert checkpointer.newest_whole() == 30
+
+
 def test_a_save_reads_no_other_checkpoint(three, directory):
   for path in files_of(directory, 20):
     path.write_bytes(b"")
@@ -338,6 +422,7 @@ import sys
 from absl import logging  # as in a command
 import jax.numpy as jnp
 from disks import full_disk
+from rag_jax import artifacts
 from rag_jax.training.checkpoint import Checkpointer
 saved = Checkpointer(sys.argv[1], keep_last=1)
 state = {str(i): jnp.arange(900.0) + i for i in range(50)}
