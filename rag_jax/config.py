@@ -417,6 +417,9 @@ class TrainConfig(_Settings):
   attention_rows: int = 0
   # Parts that a batch of the main stage is computed in, to save memory.
   accumulate: int = number(1, least=1)
+  # Groups that a device's contexts are sorted into by length, each padded to a
+  # length of its own; 1: all are padded to data.context_length.
+  length_groups: int = number(1, least=1)
   # Generator of dropout's random numbers. "rbg" is the faster one on a single
   # TPU or GPU; "threefry2x32" is split over several, and gives the same there.
   dropout_prng: str = choice("threefry2x32", "rbg")

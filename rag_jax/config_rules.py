@@ -308,6 +308,11 @@ def _cross_problems(c: Config) -> Iterator[str]:
       "hf_loss=True needs all logits, but train.vocab_chunk="
       f"{c.train.vocab_chunk}. Set it to 0."
     )
+  if c.hf_loss and c.train.length_groups > 1:
+    yield (
+      "hf_loss=True reads all contexts at one length, but train.length_groups="
+      f"{c.train.length_groups}. Set it to 1."
+    )
   if c.hf_loss and c.exclude_bos_score and c.train.accumulate > 1:
     yield (
       "exclude_bos_score=True looks at the first tokens of a whole batch, but"

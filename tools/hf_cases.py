@@ -29,6 +29,7 @@ from rag_jax.losses import MARGINAL_NLL_FNS
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.encoders import OneTower
 from rag_jax.models.encoders import RetrieverEncoder
+from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.partitioning import replicated
 from rag_jax.models.rag import RagModel
@@ -39,6 +40,7 @@ from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.state import make_state
 from rag_jax.training.step import compile_update
 from rag_jax.training.step import marginal_loss
+from rag_jax.training.step import update
 from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_rag
 from rag_jax.weights.loaded import LoadedEncoder
@@ -250,7 +252,13 @@ class OurTraining:
     state: of the next step.
   """
 
-  def __init__(self, kind: str, model: RagModel, params: PyTree):
+  def __init__(
+    self,
+    kind: str,
+    model: RagModel,
+    params: PyTree,
+    groups: LengthGroups | None = None,
+  ):
     """Compiles nothing yet; `params` are copied."""
     self._mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     layout = jax.tree.map(lambda _: replicated(self._mesh), params)
@@ -270,7 +278,12 @@ class OurTraining:
       marginal_loss, model=model, nll_fn=MARGINAL_NLL_FNS[kind]
     )
     self._update = compile_update(
-      loss_fn, optimizer, layout, self._mesh, "train"
+      loss_fn,
+      optimizer,
+      layout,
+      self._mesh,
+      "train",
+      functools.partial(update, groups=groups),
     )
     self._key = self.place(jax.random.key(0))
 

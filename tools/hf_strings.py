@@ -50,7 +50,7 @@ from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.ranking import Generated
 from rag_jax.decoding.ranking import HfParity
 from rag_jax.models.batch import RagBatch
-from rag_jax.retrieval.index import Index
+from rag_jax.models.length_groups import choose_groups
 from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.retriever import fingerprint
 from rag_jax.weights.init_from import Initial
@@ -59,6 +59,7 @@ from rag_jax.weights.loaded import LoadedRag
 
 _CONTEXT = 300  # transformers pads every context to it: RagConfig's default
 _PASSAGE_TOKENS = 512  # that are embedded: BERT's positions
+_NUM_GROUPS = 4  # of lengths, in training
 _SPREAD = 2.0  # of the scores, as in the cases of fixed shape
 _SAME_SCORE = 0.01  # documents that close may be exchanged by rounding
 _SAME_LOSS = 1e-4  # relative
@@ -127,6 +128,7 @@ class _Sides:
     retriever: of transformers.
     bert: transformers' tokenizer of questions.
     bart: and of contexts and answers.
+    groups: of lengths that contexts are trained in.
     note: what was padded to what.
   """
 
@@ -243,6 +245,9 @@ class _Sides:
     lengths = context.contexts(context_ids, found)[1].sum(axis=-1)
     num_cut = context.counts["contexts_cut"]
     data.context_length = min(_multiple(int(lengths.max())), _CONTEXT)
+    self.groups = choose_groups(
+      lengths.ravel(), B * K, _NUM_GROUPS, data.context_length
+    )
     data.question_length = _multiple(max(map(len, question_ids)) + 2)
     answers = self.longest.tokenizer.encode(
       [q.answers[0] for q in self.questions]
@@ -258,7 +263,11 @@ class _Sides:
       f" RagRetriever. A question is padded to {data.question_length} here"
     )
     if trains:
-      note += f", and an answer to {data.target_length}"
+      shapes = [f"{rows} to {n}" for rows, n in self.groups.shapes(1)]
+      note += (
+        f", and an answer to {data.target_length}. With train.length_groups="
+        f"{_NUM_GROUPS}, of the {B * K} contexts of a step {', '.join(shapes)}"
+      )
     return note + "; by transformers to the longest of its batch."
 
   def batches(self) -> Iterator[list[Question]]:
@@ -285,7 +294,7 @@ def _train(kind: str, setup: Setup) -> Case:
   """One step of RAG, from questions and answers."""
   sides = _Sides(kind, setup, trains=True)
   return Case(
-    _our_step(kind, sides.ours, sides.params, sides.index, sides.batches()),
+    _our_step(kind, sides),
     _their_step(sides, setup),
     _loss_difference,
     "relative difference of the loss",
@@ -313,15 +322,12 @@ def _check_losses(ours: float, hf: float) -> None:
     )
 
 
-def _our_step(
-  kind: str,
-  experiment: Experiment,
-  params: PyTree,
-  index: Index,
-  batches: Iterator[list[Question]],
-) -> Callable[[], float]:
+def _our_step(kind: str, sides: _Sides) -> Callable[[], float]:
   """Returns a function that takes one step and returns the loss before it."""
-  training = hf_cases.OurTraining(kind, experiment.model, params)
+  experiment, index, batches = sides.ours, sides.index, sides.batches()
+  training = hf_cases.OurTraining(
+    kind, experiment.model, sides.params, sides.groups
+  )
   context = experiment.context
 
   def step() -> float:

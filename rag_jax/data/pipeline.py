@@ -94,6 +94,18 @@ class QuestionBatches:
     order = grain.MapDataset.range(len(questions)).seed(config.seed).shuffle()
     self._order = order.repeat().batch(batch_size)
 
+  def context_lengths(self, num: int) -> Int[np.ndarray, "num"]:
+    """Returns the tokens of contexts of random questions and passages."""
+    rng = np.random.default_rng(self._seed)
+    ids = [
+      self._context_ids[i] for i in rng.integers(len(self._texts), size=num)
+    ]
+    num_docs = min(self._n_docs, 1)
+    rows = rng.integers(len(self._context.tokenized), size=(num, num_docs))
+    with self._context.counting():  # these are not cut for a model
+      _, mask = self._context.contexts(ids, rows)
+    return mask[:, 0].sum(axis=-1)
+
   def rows(self, step: int) -> Int[np.ndarray, "B"]:
     """Returns which questions this process reads at `step`."""
     rows = self._order[step]

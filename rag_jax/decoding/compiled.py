@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
+import numpy as np
 
 from rag_jax.decoding.candidates import CandidateTree
 from rag_jax.decoding.candidates import score_tree
@@ -29,6 +30,11 @@ from rag_jax.decoding.search import SearchState
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.losses import doc_log_prior
 from rag_jax.models.generator import Generator
+
+_MANY_CONTEXTS = 16  # B*K from which on they are encoded by length
+_ONE_LENGTH = 64  # tokens that contexts are not shortened to less than
+_PARTS = 4  # that contexts are encoded in
+_NUM_LENGTHS = 8  # that these are padded to
 
 
 # Unchecked, because JAX makes it of shapes too.
@@ -96,14 +102,76 @@ class Plan:
     return search.start(cache, b, k, key)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def encode(
+  generator: Generator,
+  params: PyTree,
+  context_tokens: Int[Array | np.ndarray, "B K C"],
+  context_mask: Bool[Array | np.ndarray, "B K C"],
+) -> Memory:
+  """Returns the encoder's output for each context.
+
+  Of many contexts in host memory the shorter ones are padded to fewer tokens
+  than C; what is returned for padding is then 0.
+  """
+  b, k, c = context_tokens.shape
+  if (
+    isinstance(context_mask, np.ndarray)
+    and b * k >= _MANY_CONTEXTS
+    and c > _ONE_LENGTH
+  ):
+    return _encode_by_length(generator, params, context_tokens, context_mask)
+  return _encode(generator, params, context_tokens, context_mask)
+
+
+def _encode_by_length(
+  generator: Generator,
+  params: PyTree,
+  context_tokens: Int[Array | np.ndarray, "B K C"],
+  context_mask: Bool[np.ndarray, "B K C"],
+) -> Memory:
+  """Returns what `_encode` does; compiles `_NUM_LENGTHS` programs at most."""
+  b, k, c = context_tokens.shape
+  tokens = np.asarray(context_tokens).reshape(b * k, c)
+  mask = context_mask.reshape(b * k, c)
+  lengths = np.max(np.where(mask, np.arange(1, c + 1), 1), axis=1)
+  order = np.argsort(lengths, kind="stable")
+  num, step = -(-b * k // _PARTS), -(-c // _NUM_LENGTHS)
+  states = jnp.zeros((b * k, c, generator.config.embed_dim), generator.dtype)
+  for start in range(0, b * k, num):
+    # Filled up with the last, so that all parts have one shape.
+    rows = order[np.minimum(np.arange(start, start + num), b * k - 1)]
+    width = min(-(-lengths[rows[-1]] // step) * step, c)
+    states = _encode_rows(
+      generator, params, states, tokens[rows, :width], mask[rows, :width], rows
+    )
+  return Memory(
+    states.reshape(b, k, c, -1),
+    jnp.asarray(context_mask),
+    jnp.asarray(context_tokens),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _encode_rows(
+  generator: Generator,
+  params: PyTree,
+  states: Float[Array, "N C D"],
+  tokens: Int[Array, "M S"],
+  mask: Bool[Array, "M S"],
+  rows: Int[Array, "M"],
+) -> Float[Array, "N C D"]:
+  """Returns `states` with those of some contexts of at most S tokens."""
+  made: Any = generator.apply({"params": params}, tokens, mask, method="encode")
+  return states.at[rows, : tokens.shape[1]].set(made)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(
   generator: Generator,
   params: PyTree,
   context_tokens: Int[Array, "B K C"],
   context_mask: Bool[Array, "B K C"],
 ) -> Memory:
-  """Returns the encoder's output for each context."""
   b, k, c = context_tokens.shape
   states = generator.apply(
     {"params": params},

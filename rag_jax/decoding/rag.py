@@ -176,7 +176,7 @@ class RagDecoder:
     if self.mode == "fid":  # the contexts joined to a single long one
       b = len(tokens)
       memory, scores = memory.reshape(b, 1), jnp.zeros((b, 1))
-    return Prepared(params, scores, memory)
+    return Prepared(params, jnp.asarray(scores), memory)
 
   def _check_docs(self, num_retrieved: int) -> int:
     """Returns how many of the retrieved documents are read."""
@@ -226,7 +226,6 @@ class RagDecoder:
     )
 
 
-def _first(x: Array | np.ndarray, num: int) -> Array:
+def _first(x: Array | np.ndarray, num: int) -> Array | np.ndarray:
   """Returns the first `num` documents, without a copy if these are all."""
-  x = jnp.asarray(x)
   return x if x.shape[1] == num else x[:, :num]

@@ -35,15 +35,24 @@ class RagBatch:
   bm25_scores: Float[Any, "B K"] | None = None
 
 
-def padding_share(batch: RagBatch) -> Float[Array, ""]:
+def padding_share(
+  batch: RagBatch, context_size: Float[Array, ""] | int | None = None
+) -> Float[Array, ""]:
   """Returns the share of a batch's tokens that are padding, from 0 to 1.
 
   Of questions, passages, contexts and targets together, as they are stored: the
   target once per question.
+
+  Args:
+    batch: of any size.
+    context_size: tokens that its contexts are computed as; None: B*K*C.
   """
   masks: list[Any] = [
     batch.context_mask, batch.target_mask, batch.question_mask, batch.doc_mask
   ]  # fmt: skip
   masks = jax.tree.leaves(masks)  # without None
   real = sum((jnp.sum(mask) for mask in masks), start=jnp.zeros((), jnp.int32))
-  return 1 - real / sum(mask.size for mask in masks)
+  size = sum(mask.size for mask in masks)
+  if context_size is not None:
+    size = size - batch.context_mask.size + context_size
+  return 1 - real / size

@@ -30,11 +30,23 @@ class StepShapes:
   context_length: int  # C
   target_length: int  # T
   num_passages: int  # P
+  # (contexts, length) of train.length_groups; (): all have the length C.
+  context_groups: tuple[tuple[int, int], ...] = ()
 
   @property
   def num_contexts(self) -> int:
     """B*K; a closed-book question has one context, which holds no passage."""
     return self.num_questions * max(self.n_docs, 1)
+
+  @property
+  def contexts(self) -> tuple[tuple[int, int], ...]:
+    """(contexts, length) of each group."""
+    return self.context_groups or ((self.num_contexts, self.context_length),)
+
+  @property
+  def context_tokens(self) -> int:
+    """Tokens of all contexts, with padding."""
+    return sum(rows * length for rows, length in self.contexts)
 
 
 class Flops(NamedTuple):
@@ -67,7 +79,7 @@ def step_tokens(shapes: StepShapes) -> int:
   s = shapes
   questions = s.num_questions * s.question_length if s.n_docs else 0
   passages = s.num_questions * s.n_docs * s.passage_length
-  contexts = s.num_contexts * (s.context_length + s.target_length)
+  contexts = s.context_tokens + s.num_contexts * s.target_length
   return questions + passages + contexts
 
 
@@ -158,26 +170,27 @@ def _generator(
   """Returns the forward FLOPs of the generator."""
   g = config.generator
   n, d = s.num_contexts, g.embed_dim
-  contexts, targets = n * s.context_length, n * s.target_length
+  contexts, targets = s.context_tokens, n * s.target_length
   heads = g.num_decoder_heads or g.num_heads
   width = g.num_heads * g.head_size
   decoder_width = heads * (g.head_dim or d // heads)
   layers = g.num_decoder_layers or g.num_layers
   encoder = (
     _projections(contexts, contexts, d, width)
-    + _attention(n, s.context_length, s.context_length, width)
+    + sum(_attention(rows, c, c, width) for rows, c in s.contexts)
     + _mlp(contexts, d, g.mlp_dim, g.gated)
   )
   own = _projections(targets, targets, d, decoder_width) + _attention(
     n, s.target_length, s.target_length, decoder_width
   )
-  cross = _projections(targets, contexts, d, decoder_width) + _attention(
-    n, s.target_length, s.context_length, decoder_width
+  cross = _projections(targets, contexts, d, decoder_width) + sum(
+    _attention(rows, s.target_length, c, decoder_width)
+    for rows, c in s.contexts
   )
   mlp = _mlp(targets, d, g.decoder_mlp_dim or g.mlp_dim, g.gated)
   pointer = (
     2 * d * d * (3 * contexts + 2 * targets)  # its five kernels
-    + _attention(n, s.target_length, s.context_length, d)
+    + sum(_attention(rows, s.target_length, c, d) for rows, c in s.contexts)
     + 4 * targets * d  # the two modes
   )
   return {

@@ -278,7 +278,7 @@ def batch_parts(
     num_parts: number of parts.
     *axes: names of the dimensions after B; none are split if not given.
   """
-  shards = _shards()
+  shards = num_shards()
 
   def split(x: Array) -> Array:
     x = x.reshape(shards, num_parts, -1, *x.shape[1:])
@@ -293,7 +293,7 @@ def batch_whole(
 ) -> Shaped[Array, "B2 *rest"]:
   """Undoes `batch_parts` of an array."""
   num_parts, _, *rest = parts.shape
-  x = parts.reshape(num_parts, _shards(), -1, *rest)
+  x = parts.reshape(num_parts, num_shards(), -1, *rest)
   return constrain(jnp.swapaxes(x, 0, 1).reshape(-1, *rest), "batch", *axes)
 
 
@@ -307,7 +307,7 @@ def num_batch_parts(num_rows: int, most: int) -> int:
     num_rows: B.
     most: the largest number of rows of a part on each device; 0: no limit.
   """
-  held, left = divmod(num_rows, _shards())
+  held, left = divmod(num_rows, num_shards())
   if not most or left or jax.sharding.get_abstract_mesh().empty:
     return 1
   return next(
@@ -315,7 +315,7 @@ def num_batch_parts(num_rows: int, most: int) -> int:
   )
 
 
-def _shards() -> int:
+def num_shards() -> int:
   """Returns into how many parts the program being traced splits a batch."""
   sizes = jax.sharding.get_abstract_mesh().shape
   return sizes.get("data", 1) * sizes.get("fsdp", 1)

@@ -22,8 +22,8 @@ from rag_jax.models.generator import Generator
 from rag_jax.models.hybrid import HybridScores
 from rag_jax.models.layers import UNROLLED
 from rag_jax.models.layers import LayerLoop
+from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.partitioning import named
-from rag_jax.models.pointer import Copy
 from rag_jax.models.pointer import mix_targets
 from rag_jax.models.vocabulary import chunked_log_probs
 
@@ -128,46 +128,53 @@ class RagModel(nn.Module):
     """
     b, k, _ = batch.context_tokens.shape
     doc_scores = self.doc_scores(batch, deterministic)
-    target_logits = self.generator.logits(*self._states(batch, deterministic))
+    states = self.generator.states(*_by_context(batch), deterministic)
+    target_logits = self.generator.logits(*states)
     return RagOutput(
       doc_scores, target_logits.reshape(b, k, *target_logits.shape[1:])
     )
 
   def target_log_probs(
-    self, batch: RagBatch, deterministic: bool = True, vocab_chunk: int = 0
+    self,
+    batch: RagBatch,
+    deterministic: bool = True,
+    vocab_chunk: int = 0,
+    groups: LengthGroups | None = None,
   ) -> RagLogProbs:
     """Returns the document scores and the log-probabilities of the targets.
 
     Used in training to save memory: the logits [B, K, T, V] are computed for
     `vocab_chunk` tokens at a time (0: all), forward and backward.
+
+    Args:
+      batch: as in `__call__`.
+      deterministic: whether to turn dropout off.
+      vocab_chunk: tokens of the vocabulary at a time.
+      groups: that the contexts fit, and are computed in; None: all at once.
     """
     b, k, _ = batch.context_tokens.shape
     doc_scores = self.doc_scores(batch, deterministic)
-    states, copy = self._states(batch, deterministic)
     generator = self.generator
-    targets = jnp.repeat(batch.target_tokens, k, axis=0)
-    log_probs, mean = chunked_log_probs(
-      generator.output_states(states),
-      generator.output_table(),
-      generator.output_bias(),
-      targets,
-      vocab_chunk or generator.config.vocab_size,
-    )
-    if copy is not None:  # config_rules refuses smoothing by `mean`
-      log_probs = mix_targets(copy, log_probs, targets)
+
+    def read(
+      tokens: Int[Array, "N C"], mask: Bool[Array, "N C"], targets: Array
+    ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+      states, copy = generator.states(tokens, mask, targets, deterministic)
+      log_probs, mean = chunked_log_probs(
+        generator.output_states(states),
+        generator.output_table(),
+        generator.output_bias(),
+        targets,
+        vocab_chunk or generator.config.vocab_size,
+      )
+      if copy is not None:  # config_rules refuses smoothing by `mean`
+        log_probs = mix_targets(copy, log_probs, targets)
+      return log_probs, mean
+
+    inputs = _by_context(batch)
+    log_probs, mean = groups.map(read, *inputs) if groups else read(*inputs)
     return RagLogProbs(
       doc_scores, log_probs.reshape(b, k, -1), mean.reshape(b, k, -1)
-    )
-
-  def _states(
-    self, batch: RagBatch, deterministic: bool
-  ) -> tuple[Float[Array, "BK T D"], Copy | None]:
-    b, k, c = batch.context_tokens.shape
-    return self.generator.states(
-      batch.context_tokens.reshape(b * k, c),
-      batch.context_mask.reshape(b * k, c),
-      jnp.repeat(batch.target_tokens, k, axis=0),
-      deterministic,
     )
 
   def doc_scores(
@@ -208,6 +215,18 @@ class RagModel(nn.Module):
       context_tokens.reshape(b * k, c), context_mask.reshape(b * k, c)
     )
     return memory.reshape(b, k, c, -1)
+
+
+def _by_context(
+  batch: RagBatch,
+) -> tuple[Int[Array, "BK C"], Bool[Array, "BK C"], Int[Array, "BK T"]]:
+  """Returns contexts, their masks and their targets, a row per context."""
+  b, k, c = batch.context_tokens.shape
+  return (
+    batch.context_tokens.reshape(b * k, c),
+    batch.context_mask.reshape(b * k, c),
+    jnp.repeat(batch.target_tokens, k, axis=0),
+  )
 
 
 def compute_dtype(name: str) -> DTypeLike:

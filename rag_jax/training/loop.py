@@ -25,6 +25,7 @@ from rag_jax.data.experiment import Experiment
 from rag_jax.data.pipeline import Ahead
 from rag_jax.data.pipeline import Prepared
 from rag_jax.data.questions import Question
+from rag_jax.models.partitioning import batch_shards
 from rag_jax.models.partitioning import place_batch
 from rag_jax.models.partitioning import process_rows
 from rag_jax.processes import from_first
@@ -95,7 +96,7 @@ def train(
   stages = make_stages(experiment, questions)
   workdir.begin()
   with StopRequest() as stop:
-    run = _Run(experiment, questions, workdir, validate, stop)
+    run = _Run(experiment, questions, workdir, validate, stop, stages[-1])
     try:
       run.all_stages(stages, resume_from)
     finally:
@@ -114,6 +115,7 @@ class _Run:
     workdir: Workdir,
     validate: Validate,
     stop: StopRequest,
+    main: Stage,
   ):
     config = experiment.config
     self._ledger = Ledger()
@@ -162,6 +164,7 @@ class _Run:
       num_passages=len(experiment.passages),
       vocab_size=experiment.model.generator.config.vocab_size,
       devices=list(experiment.mesh.devices.flat),
+      context_groups=main.context_groups(batch_shards(experiment.mesh)),
     )
     self._profiler = Profiler(
       config.train.profile_steps,

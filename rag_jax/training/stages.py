@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 
+from absl import logging
 from jaxtyping import PyTree
 import numpy as np
 import optax
@@ -21,6 +22,9 @@ from rag_jax.data.questions import Question
 from rag_jax.data.step_batches import StepBatches
 from rag_jax.losses import MARGINAL_NLL_FNS
 from rag_jax.losses_hf import HF_NLL_FNS
+from rag_jax.models.length_groups import LengthGroups
+from rag_jax.models.length_groups import choose_groups
+from rag_jax.models.partitioning import batch_shards
 from rag_jax.models.partitioning import process_rows
 from rag_jax.models.rag import RagModel
 from rag_jax.training.optimizer import make_optimizer
@@ -34,6 +38,7 @@ from rag_jax.training.step import hf_loss
 from rag_jax.training.step import marginal_loss
 from rag_jax.training.step import update
 
+_NUM_LENGTHS = 2000  # of contexts, from which groups are chosen
 WARMUP, TRAIN = "warmup", "train"
 
 
@@ -50,13 +55,22 @@ class Stage:
   prepare: Callable[..., Prepared]
   in_step: InStep | None = None  # None: documents are searched between steps
   accumulate: int = 1  # parts that the gradient of a batch is computed in
+  groups: LengthGroups | None = None  # None: contexts have one length
   batches: QuestionBatches | None = None  # of the main stage
+
+  def context_groups(self, num_devices: int) -> tuple[tuple[int, int], ...]:
+    """Returns (contexts, length) of the groups of a step, over all devices."""
+    if self.groups is None:
+      return ()
+    return self.groups.shapes(num_devices * self.accumulate)
 
   @property
   def update_fn(self) -> Callable[..., tuple[TrainState, Metrics]]:
     """The update of a step, for `compile_update`."""
     update_fn = self.in_step.update if self.in_step else update
-    return functools.partial(update_fn, accumulate=self.accumulate)
+    return functools.partial(
+      update_fn, accumulate=self.accumulate, groups=self.groups
+    )
 
 
 def stage_optimizer(
@@ -147,10 +161,33 @@ def make_stages(
       prepare=batches.prepare,
       in_step=in_step,
       accumulate=config.train.accumulate,
+      groups=_length_groups(experiment, batches),
       batches=batches,
     )
   )
   return stages
+
+
+def _length_groups(
+  experiment: Experiment, batches: QuestionBatches
+) -> LengthGroups | None:
+  """Returns the groups of lengths that contexts are computed in, if any."""
+  config = experiment.config
+  t, longest = config.train, config.data.context_length
+  if t.length_groups == 1 or not t.num_steps:
+    return None
+  shares = batch_shards(experiment.mesh) * t.accumulate
+  num_rows = t.batch_size * max(config.data.n_docs, 1) // shares
+  lengths = batches.context_lengths(_NUM_LENGTHS)
+  groups = choose_groups(lengths, num_rows, t.length_groups, longest)
+  parts = [f"{rows} of {length}" for rows, length in groups.shapes(1)]
+  logging.info(
+    "The %d contexts that a device computes at a time are padded to these"
+    " numbers of tokens: %s. That is %.0f%% of %d for each.",
+    *(num_rows, ", ".join(parts)),
+    *(100 * groups.places.mean() / longest, longest),
+  )
+  return groups if len(groups.rows) > 1 else None
 
 
 def main_loss(config: Config, model: RagModel, bos_id: int | None) -> LossFn:

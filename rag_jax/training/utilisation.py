@@ -4,6 +4,7 @@ In: the FLOPs of a step, its speed, the devices. Out: metrics.
 """
 
 from collections.abc import Iterable, Sequence
+import dataclasses
 from typing import Any
 
 from rag_jax.chips import chip_of_device
@@ -23,8 +24,11 @@ class Utilisation:
     num_passages: int,
     vocab_size: int,  # of the generator
     devices: Sequence[Any],  # all that train
+    context_groups: tuple[tuple[int, int], ...] = (),  # see StepShapes
   ):
-    shapes = step_shapes(config, num_passages)
+    shapes = dataclasses.replace(
+      step_shapes(config, num_passages), context_groups=context_groups
+    )
     step = total_flops(step_flops(config, shapes, vocab_size))
     self._flops_per_question = step / config.train.batch_size
     self._peak = config.train.peak_tflops * 1e12 * len(devices)

@@ -29,8 +29,8 @@ from rag_jax.training.workdir import open_workdir
 STEPS, WARMUP_STEPS = 20, 4
 # What differs from the tiny experiment, and the meshes: data, fsdp, tensor.
 KINDS = {
-  "RAG-Token, an index on the host, batches in two parts": (
-    {"train.accumulate": 2},
+  "RAG-Token, an index on the host, batches in two parts of three lengths": (
+    {"train.accumulate": 2, "train.length_groups": 3},
     [(1, 1, 1), (2, 2, 1), (1, 2, 4)],
   ),
   "RAG-Sequence, words searched too": (
@@ -39,7 +39,7 @@ KINDS = {
   ),
   "RAG-Token, searched in the step": (
     {"index.kind": "device", "index.refresh_rows": 8,
-     "data.substitute_answers": 0.0},
+     "data.substitute_answers": 0.0, "train.length_groups": 2},
     [(1, 1, 1), (1, 1, 2), (2, 2, 2)],
   ),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """One update by hand, the losses by hand, and thirty updates that learn."""
 
+import dataclasses
 import functools
 
 from flax import linen as nn
@@ -18,6 +19,7 @@ from rag_jax.config import MeshConfig
 from rag_jax.config import OptimizerConfig
 from rag_jax.models import partitioning
 from rag_jax.models.batch import RagBatch
+from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.rag import build_model
 from rag_jax.training import step as step_lib
 from rag_jax.training.optimizer import make_optimizer
@@ -284,6 +286,55 @@ def test_the_parts_of_a_batch_add_up_to_the_whole(params, hf):
     assert set(summed) == set(metrics)
     for name, value in metrics.items():
       np.testing.assert_allclose(summed[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  ("lengths", "accumulate", "ungrouped"),
+  [
+    ([[6, 2], [3, 3], [1, 4], [2, 3]], 1, 0.0),
+    ([[6, 6], [6, 6], [1, 4], [2, 3]], 1, 1.0),
+    ([[6, 2], [3, 3], [6, 6], [6, 3]], 2, 0.5),
+  ],
+)
+def test_groups_of_lengths_change_nothing(
+  params, lengths, accumulate, ungrouped
+):
+  """Whether the contexts of a batch, or of its parts, fit them or not."""
+  mask = np.arange(C) < np.array(lengths)[..., None]
+  batch = dataclasses.replace(make_batch(), context_mask=mask)
+  half = LengthGroups((2, 1, 1), (3, 4, 6))
+  groups = half if accumulate == 2 else LengthGroups((4, 2, 2), (3, 4, 6))
+
+  @functools.partial(jax.jit, static_argnames="groups")
+  def moved(params, batch, groups):
+    return step_lib.update(
+      TrainState(jnp.int32(0), params, SGD.init(params)),
+      batch,
+      jax.random.key(0),
+      loss_fn=functools.partial(
+        step_lib.marginal_loss, model=MODEL, nll_fn=losses.marginal_token_nll
+      ),
+      optimizer=SGD,
+      stage="train",
+      accumulate=accumulate,
+      groups=groups,
+    )
+
+  whole, expected = moved(params, batch, None)
+  state, metrics = moved(params, batch, groups)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+    state.params,
+    whole.params,
+  )
+  assert metrics.pop("train/ungrouped") == ungrouped
+  # Tokens: of contexts, targets, questions, and passages.
+  saved = (1 - ungrouped) * (B * K * C - accumulate * groups.places.sum())
+  size = B * (K * C + T + Q + K * L)
+  real = (1 - expected["train/padding"]) * size
+  expected["train/padding"] = 1 - real / (size - saved)
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
 
 
 def test_every_part_of_a_batch_has_its_own_dropout(params):
