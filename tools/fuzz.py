@@ -4,7 +4,7 @@ r"""Feeds damaged files to everything that reads files, and says what fails.
   python tools/fuzz.py --target=readers --seconds=60
   python tools/fuzz.py --target=hf --seed=7 --first=123 --cases=1
 
-The targets are readers, configs, manifests, hf and html; see
+The targets are readers, configs, manifests, hf, html and office; see
 tools/fuzz_targets.py. A failure is anything but a documented error, a case that
 takes too long, or too much memory. Each is printed with the flags that repeat
 it. Exits with 1 if there was one.

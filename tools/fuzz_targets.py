@@ -22,6 +22,7 @@ import signal
 import struct
 import traceback
 from typing import Any
+import zipfile
 
 import numpy as np
 
@@ -307,6 +308,85 @@ def _read_page(folder: pathlib.Path) -> None:
       list(read_documents(path, bad_records=BadRecords(action)))
 
 
+# --- Word documents and PDF, damaged or made to fill the memory.
+
+_SPACE = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+_PARAGRAPH = "<w:p><w:r><w:t>some text</w:t></w:r></w:p>"
+
+
+def _make_office(folder: pathlib.Path) -> None:
+  with contextlib.suppress(ImportError):
+    import docx
+
+    document = docx.Document()
+    document.add_heading("Head", 1)
+    document.add_paragraph("Some text.")
+    document.add_table(2, 2).cell(0, 0).text = "one"
+    document.save(os.fspath(folder / "x.docx"))
+  with contextlib.suppress(ImportError):
+    import pypdf
+
+    writer = pypdf.PdfWriter()
+    writer.add_blank_page(72, 72)
+    writer.add_metadata({"/Title": "T"})
+    writer.write(os.fspath(folder / "x.pdf"))
+  cell = {"cell_type": "markdown", "metadata": {}, "source": ["# T"]}
+  notebook = {"cells": [cell], "metadata": {}}
+  notebook |= {"nbformat": 4, "nbformat_minor": 5}
+  (folder / "x.ipynb").write_text(json.dumps(notebook))
+
+
+def _large_body(rng: random.Random) -> str:
+  """Returns XML of a Word document: long, deep, wide, or said to be wide."""
+  many = 10 ** rng.randint(1, 6)
+  kind = rng.randrange(5)
+  if kind == 0:
+    return _PARAGRAPH * many
+  if kind == 1:
+    return "<w:tbl><w:tr><w:tc>" * (many % 1_000) + _PARAGRAPH
+  span = f'<w:tcPr><w:gridSpan w:val="{rng.choice([-1, many, 2**31 - 1])}"/>'
+  merged = "<w:vMerge/>" if kind == 2 else ""
+  cell = f"<w:tc>{span}{merged}</w:tcPr>{_PARAGRAPH}</w:tc>"
+  if kind == 3:  # many cells in a row
+    return f"<w:tbl><w:tr>{cell * min(many, 10_000)}</w:tr></w:tbl>"
+  return f"<w:tbl>{f'<w:tr>{cell}</w:tr>' * min(many, 10_000)}</w:tbl>"
+
+
+def _damage_office(rng: random.Random, folder: pathlib.Path) -> str:
+  files = sorted(folder.iterdir())
+  chosen = rng.choice(files)
+  for path in files:
+    if path != chosen:
+      path.unlink()
+  if chosen.suffix != ".docx" or rng.random() < 0.2:
+    chosen.write_bytes(damage_bytes(rng, chosen.read_bytes()))
+    return f"{chosen.name}: {chosen.read_bytes()[:300]!r}"
+  with zipfile.ZipFile(chosen) as archive:
+    parts = {name: archive.read(name) for name in archive.namelist()}
+  if rng.random() < 0.5:
+    name, body = "word/document.xml", _large_body(rng)
+    text = f'<w:document xmlns:w="{_SPACE}"><w:body>{body}</w:body>'
+    parts[name] = f"{text}</w:document>".encode()
+  else:
+    name = rng.choice(sorted(parts))
+    parts[name] = damage_bytes(rng, parts[name])
+  if rng.random() < 0.3:  # a picture, which does not shrink
+    parts["word/picture.png"] = rng.randbytes(300_000)
+  with zipfile.ZipFile(chosen, "w", zipfile.ZIP_DEFLATED) as archive:
+    for part, data in parts.items():
+      archive.writestr(part, data)
+  return f"{name}: {parts[name][:300]!r}"
+
+
+def _read_office(folder: pathlib.Path) -> None:
+  (path,) = folder.iterdir()
+  for action in BadRecords.ACTIONS:
+    # A missing extra says how to install it.
+    with contextlib.suppress(ImportError), _documented(str(path)):
+      for document in read_documents(path, bad_records=BadRecords(action)):
+        f"{document.title}{document.text}".encode()
+
+
 # --- Configs.
 
 
@@ -486,6 +566,7 @@ TARGETS = {
   "manifests": Target(_make_artifacts, _damage_artifact, _read_artifacts),
   "hf": Target(_make_checkpoints, _damage_checkpoint, _read_checkpoint),
   "html": Target(_make_pages, _one_file, _read_page),
+  "office": Target(_make_office, _damage_office, _read_office),
 }
 
 

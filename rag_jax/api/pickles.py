@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from typing import Any
 import zipfile
+import zlib
 
 from absl import logging
 import ml_dtypes
@@ -156,6 +157,7 @@ def _load(path: pathlib.Path, origin: str) -> dict[str, Any]:
       " convert the checkpoint where it is installed, with"
       " rag-jax convert-hf --input=... --output=DIR, and give that directory."
     ) from error
+  _check_archive(path, origin)
   try:
     content = torch.load(
       path,
@@ -186,6 +188,25 @@ def _load(path: pathlib.Path, origin: str) -> dict[str, Any]:
       " weights alone, in that way."
     )
   return content
+
+
+def _check_archive(path: pathlib.Path, origin: str) -> None:
+  """Raises `ValueError` if a checksum is wrong: torch compares none."""
+  if not zipfile.is_zipfile(path):
+    return
+  try:
+    with zipfile.ZipFile(path) as archive:
+      wrong = archive.testzip()
+  # What zipfile and zlib raise for damaged archives.
+  except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError,
+          NotImplementedError, RuntimeError):  # fmt: skip
+    return  # torch says more about it
+  if wrong is not None:
+    raise ValueError(
+      f"{origin} is damaged: {wrong} in it does not have its checksum. Expected"
+      " the file as torch.save wrote it. Copy it again; if it was saved after"
+      " torch.serialization.set_crc32_options(False), save it again without."
+    )
 
 
 def _array(name: str, tensor: Any, origin: str) -> np.ndarray:

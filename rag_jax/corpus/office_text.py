@@ -227,8 +227,13 @@ def read_docx(raw: bytes) -> tuple[Page, int]:
   """Returns the text of a Word document, with its headings and tables."""
   docx = _library("docx", ".docx")
   with _reading("Word document"), zipfile.ZipFile(io.BytesIO(raw)) as parts:
-    unpacked = sum(part.file_size for part in parts.infolist())
-  if unpacked > max(_MOST_UNPACKED, _MOST_RATIO * len(raw)):
+    # Each part by itself: a picture, which does not shrink, hides no other.
+    unpacked = sum(
+      part.file_size
+      for part in parts.infolist()
+      if part.file_size > _MOST_RATIO * part.compress_size
+    )
+  if unpacked > _MOST_UNPACKED:
     raise ValueError(
       f"its {len(raw):,} bytes unpack to {unpacked:,}, more than {_MOST_RATIO}"
       " times as many. Expected text, which a .docx makes about 10 times"
@@ -237,28 +242,54 @@ def read_docx(raw: bytes) -> tuple[Page, int]:
     )
   with _reading("Word document"):
     document = docx.Document(io.BytesIO(raw))
-    body = "\n".join(_blocks(document))
+    body = "\n".join(_blocks(document, _tags(document)))
     title = str(document.core_properties.title or "").strip()
   page = read_html(body)
   return dataclasses.replace(page, title=title or page.title), 0
 
 
-def _blocks(container: Any) -> Iterator[str]:
+def _tags(document: Any) -> dict[str | None, str]:
+  """Returns the HTML tag of each style that is not "p", by the style's id.
+
+  One pass over all styles: python-docx would search them for each paragraph.
+  """
+  tags: dict[str | None, str] = {}
+  for style in document.styles.element.style_lst:
+    name = style.name_val or ""
+    level = re.fullmatch(r"(?i)heading ([1-6])", name)
+    if level or name == "Title":
+      tags[style.styleId] = f"h{level[1]}" if level else "h1"
+  return tags
+
+
+def _blocks(container: Any, tags: dict[str | None, str]) -> Iterator[str]:
   """Yields paragraphs and tables of a Word document as HTML, in order."""
   for block in container.iter_inner_content():
     if hasattr(block, "rows"):
       yield "<table>"
       for row in block.rows:
-        cells = {cell._tc: cell for cell in row.cells}  # merged cells once
-        inner = ("\n".join(_blocks(cell)) for cell in cells.values())
-        yield "<tr>" + "".join(f"<td>{one}</td>" for one in inner) + "</tr>"
+        yield f"<tr>{''.join(_row_cells(row, block, tags))}</tr>"
       yield "</table>"
       continue
-    style = (block.style.name or "") if block.style is not None else ""
-    level = re.fullmatch(r"(?i)heading ([1-6])", style)
-    tag = f"h{level[1]}" if level else "h1" if style == "Title" else "p"
+    tag = tags.get(block._p.style, "p")
     text = html.escape(block.text).replace("\n", "<br>")
     yield f"<{tag}>{text}</{tag}>" if text.strip() else ""
+
+
+def _row_cells(
+  row: Any, table: Any, tags: dict[str | None, str]
+) -> Iterator[str]:
+  """Yields the cells of a row; the text of merged cells in the first alone.
+
+  `row.cells` repeats a cell for each column and row it spans. A file may say
+  that there are billions, or repeat a long text in each of many rows.
+  """
+  table_module = _library("docx.table", ".docx")
+  for element in row._tr.tc_lst:
+    inner = ""
+    if element.vMerge != "continue":
+      inner = "\n".join(_blocks(table_module._Cell(element, table), tags))
+    yield f"<td>{inner}</td>"
 
 
 READERS: dict[str, Callable[[Any], tuple[Page, int]]] = {

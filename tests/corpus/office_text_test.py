@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import random
 import re
 import time
 import zipfile
@@ -168,12 +169,57 @@ def test_a_word_document_that_would_fill_the_memory_is_refused(tmp_path):
   data = io.BytesIO(word())
   with zipfile.ZipFile(data, "a", zipfile.ZIP_DEFLATED) as parts:
     parts.writestr("word/much.xml", b"<a>" * 6_000_000)
+    # Beside it, what would make the ratio of the whole file small.
+    parts.writestr("word/picture.png", random.Random(0).randbytes(300_000))
   (tmp_path / "x.docx").write_bytes(data.getvalue())
   start = time.monotonic()
   message = r"x\.docx:1: its .* unpack to 18,.* Do not use it"
   with pytest.raises(ValueError, match=message):
     read(tmp_path)
   assert time.monotonic() - start < 5
+
+
+def word_with(body):
+  """Returns a Word document with an XML body."""
+  whole, data = zipfile.ZipFile(io.BytesIO(word())), io.BytesIO()
+  space = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+  text = f'<w:document xmlns:w="{space}"><w:body>{body}</w:body></w:document>'
+  with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as parts:
+    for name in whole.namelist():
+      main = name == "word/document.xml"
+      parts.writestr(name, text if main else whole.read(name))
+  return data.getvalue()
+
+
+def cell(text, merge="", span=1):
+  return (
+    f'<w:tc><w:tcPr><w:gridSpan w:val="{span}"/>{merge}</w:tcPr>'
+    f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p></w:tc>"
+  )
+
+
+@pytest.mark.parametrize("columns", [2, 2**31 - 1])
+def test_cells_that_are_merged_are_read_once(columns, tmp_path):
+  start, more = '<w:vMerge w:val="restart"/>', "<w:vMerge/>"
+  rows = [cell("a", start) + cell("b"), *[cell("", more) + cell("c")] * 2_000]
+  body = "".join(f"<w:tr>{r}</w:tr>" for r in [cell("top", "", columns), *rows])
+  (tmp_path / "x.docx").write_bytes(word_with(f"<w:tbl>{body}</w:tbl>"))
+  (document,), _ = read(tmp_path / "x.docx")
+  assert document.text.split() == ["top", "a", "b", *["c"] * 2_000]
+
+
+def test_many_short_paragraphs_of_many_styles_are_read_fast(tmp_path):
+  words = [str(i) for i in range(4_000)]
+  body = "".join(
+    f'<w:p><w:pPr><w:pStyle w:val="s{w}"/></w:pPr><w:r><w:t>{w}</w:t></w:r>'
+    "</w:p>"
+    for w in words
+  )
+  (tmp_path / "x.docx").write_bytes(word_with(body))
+  start = time.process_time()
+  (document,), _ = read(tmp_path / "x.docx")
+  assert time.process_time() - start < 3  # 0.3; python-docx's search takes 6
+  assert document.text.split() == words
 
 
 @pytest.mark.parametrize("end", ["rst", "ipynb", "pdf", "docx"])

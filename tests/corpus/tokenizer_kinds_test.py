@@ -147,11 +147,12 @@ def test_outer_spaces_stay_as_hugging_face_leaves_them(tmp_path):
   assert tokenizer.decode([0, *row, 2, 1]) == "paris"
 
 
-def test_a_sentencepiece_model_alone_is_refused_with_a_way_out(tmp_path):
-  (tmp_path / "spiece.model").write_bytes(b"model")
+@pytest.mark.parametrize("name", ["spiece.model", "sentencepiece.bpe.model"])
+def test_a_sentencepiece_model_alone_is_refused_with_a_way_out(name, tmp_path):
+  (tmp_path / name).write_bytes(b"model")
   with pytest.raises(
     FileNotFoundError,
-    match=rf"{tmp_path} has a spiece.model, but no tokenizer.json, .* Where"
+    match=rf"{tmp_path} has a {name}, but no tokenizer.json, .* Where"
     " sentencepiece is installed, write it:",
   ):
     load_tokenizer(tmp_path)

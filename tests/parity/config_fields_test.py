@@ -11,6 +11,7 @@ import shutil
 import pytest
 from small_checkpoints import ENCODER
 from small_checkpoints import GENERATOR
+from small_checkpoints import T5
 from small_checkpoints import random_params
 import transformers
 
@@ -21,12 +22,15 @@ from rag_jax.weights.config_fields import USED
 from rag_jax.weights.config_fields import field_notes
 from rag_jax.weights.config_fields import without_effect
 from rag_jax.weights.config_values import ConfigValues
+from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import open_directory
+from rag_jax.weights.encoder_configs import bert_config
 from rag_jax.weights.encoder_configs import read_encoder_config
 from rag_jax.weights.encoder_configs import read_special_ids
 from rag_jax.weights.encoder_tensors import dpr
 from rag_jax.weights.export import export_rag
 from rag_jax.weights.generation_settings import read_generation
+from rag_jax.weights.generator_configs import generator_config
 from rag_jax.weights.generator_configs import read_generator_config
 from rag_jax.weights.generator_configs import read_generator_ids
 from rag_jax.weights.generator_configs import with_default_ids
@@ -209,3 +213,43 @@ def test_older_settings_that_are_not_supported_are_refused(tmp_path):
   assert "num_beam_groups" not in settings
   with pytest.raises(ValueError, match="support: encoder_no_repeat_ngram_size"):
     GenerationSettings.from_dict(settings)
+
+
+def test_positions_that_are_relative_keys_are_refused():
+  for model_type in ("bert", "dpr"):
+    content = CLASSES[model_type]().to_dict()
+    content["position_embedding_type"] = "relative_key_query"
+    with pytest.raises(ValueError, match="supports only position_embedding_ty"):
+      read_encoder_config(ConfigValues(content, "c"), has_pooler=True)
+
+
+_ENCODER_LEFT = dict.fromkeys(
+  ("add_cross_attention", "is_decoder", "is_encoder_decoder"), False
+)
+# What an export leaves to the defaults of transformers, which are what it has.
+LEFT = {
+  "bert": {**_ENCODER_LEFT},
+  "dpr": {**_ENCODER_LEFT},
+  "bart": {
+    "decoder_layerdrop": 0.0, "encoder_layerdrop": 0.0, "is_decoder": False,
+  },
+  "t5": {"is_decoder": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_an_export_leaves_nothing_out_that_changes_what_is_computed(kind):
+  ids = SpecialIds(pad=1, bos=0, eos=2)
+  if kind in ("bert", "dpr"):
+    name = "BertModel" if kind == "bert" else "DPRQuestionEncoder"
+    ours = bert_config(ENCODER, name, ids)
+  else:
+    ours = generator_config(T5 if kind == "t5" else GENERATOR, kind, ids)
+  theirs = CLASSES[kind](**ours).to_dict()
+  wrong = {k: (v, theirs[k]) for k, v in ours.items()
+           if k in theirs and theirs[k] != v}  # fmt: skip
+  # T5 of version 5 sets it to True, and keeps its meaning under another name.
+  renamed = {"tie_word_embeddings"} if kind == "t5" else set()
+  assert wrong.keys() - {"dtype", "torch_dtype"} <= renamed
+  left = theirs.keys() - ours.keys() - without_effect(kind)
+  assert {name: theirs[name] for name in left} == LEFT[kind]

@@ -183,10 +183,18 @@ class Bomb:
     return (print, ("It was run.",))
 
 
+def flip(file):
+  """Changes one bit of the weights, which torch does not notice."""
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 64
+  file.write_bytes(data)
+
+
 @pytest.mark.parametrize(
   ("spoil", "message"),
   [
     (lambda f: f.write_bytes(f.read_bytes()[:-5000]), "cannot be read as wei"),
+    (lambda f: flip(f), "bin is damaged: .*data/.* does not have its checksum"),
     (lambda f: f.write_bytes(b"no pickle"), "cannot be read as weights"),
     (
       lambda f: f.write_bytes(pickle.dumps({"a": Bomb()}, 2)),
