@@ -43,6 +43,7 @@ def get_config() -> Config:
   c.optimizer.clip_norm = 0.1
 
   c.train.batch_size = 64
+  c.train.length_groups = 4  # contexts have about half of the 300 tokens
   c.train.num_steps = 20_000
   c.train.validate_steps = 1000
   c.train.checkpoint_steps = 1000

@@ -238,6 +238,15 @@ def test_what_looks_at_a_whole_batch_is_not_computed_in_parts():
   ]
 
 
+def test_groups_of_lengths_are_for_our_losses():
+  validate(make(train__length_groups=4))
+  assert refused(make(train__length_groups=4, hf_loss=True)) == [
+    "  hf_loss=True reads all contexts at one length, but"
+    " train.length_groups=4. Set it to 1."
+  ]
+  assert refused(make(train__length_groups=0))
+
+
 def test_a_span_has_to_fit_into_the_target_if_there_is_a_warmup():
   settings = {"warmup__span_max_tokens": 16, "data__target_length": 16}
   assert refused(make(**settings, warmup__num_steps=1)) == [
