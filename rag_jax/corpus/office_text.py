@@ -29,6 +29,7 @@ _ROLE_TARGET = re.compile(r"(?s)\s*<[^<>]*>\Z")
 _HYPHEN = re.compile(r"(\w)[-\u2010]\n(?=[a-zß-öø-ÿ])")
 # A .docx is a zip. One beyond this size and ratio is made to fill the memory.
 _MOST_UNPACKED, _MOST_RATIO = 2 << 20, 100
+_MOST_TEXT = 1 << 27  # bytes of its XML, of which a tree is made
 _MAX_CELL_TEXT = 20_000  # characters of the output of one notebook cell
 
 
@@ -233,12 +234,22 @@ def read_docx(raw: bytes) -> tuple[Page, int]:
       for part in parts.infolist()
       if part.file_size > _MOST_RATIO * part.compress_size
     )
+    texts = sum(
+      part.file_size
+      for part in parts.infolist()
+      if part.filename.lower().endswith((".xml", ".rels"))
+    )
   if unpacked > _MOST_UNPACKED:
     raise ValueError(
       f"its {len(raw):,} bytes unpack to {unpacked:,}, more than {_MOST_RATIO}"
       " times as many. Expected text, which a .docx makes about 10 times"
       " smaller: this file was made to fill the memory. Do not use it; if it is"
       " yours, save it as .txt"
+    )
+  if texts > _MOST_TEXT:
+    raise ValueError(
+      f"its parts in XML have {texts:,} bytes, which take many times as much"
+      f" memory. Expected {_MOST_TEXT:,} at most. Split it, or save it as .txt"
     )
   with _reading("Word document"):
     document = docx.Document(io.BytesIO(raw))

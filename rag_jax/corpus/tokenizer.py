@@ -64,7 +64,8 @@ SENTENCEPIECE = (
 
 # For messages.
 TOKENIZER_KINDS = "tokenizer.json, " + ", ".join(
-  " with ".join(files) for files in (*_KINDS, SENTENCEPIECE[:1])
+  " with ".join(files)
+  for files in (*_KINDS, *((name,) for name in SENTENCEPIECE))
 )
 
 

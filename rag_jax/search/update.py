@@ -69,12 +69,14 @@ def update_search_directory(
       " documents or ids. Give --upsert, --delete or --compact."
     )
   with locked(path, again="update again", wait=wait) as directory:
-    passage_encoder = _passage_encoder(directory, encoder)
+    passage_encoder = _passage_encoder(directory, encoder, bool(upsert))
     plan = directory.content["plan"]
     bad_records = BadRecords(on_bad_record or plan["on_bad_record"])
     changes = find_changes(
       directory.passages,
-      _read(directory, upsert, bad_records, passage_encoder) if upsert else (),
+      _read(directory, upsert, bad_records, passage_encoder)
+      if upsert and passage_encoder
+      else (),
       delete,
       drop_duplicate_texts=plan["drop_duplicate_texts"],
       report=bad_records.report,
@@ -112,12 +114,25 @@ def _warn_of_twins(directory: OpenedDirectory) -> None:
     )
 
 
-def _passage_encoder(directory: OpenedDirectory, encoder: str) -> TextEncoder:
-  """Returns the encoder that embedded the passages of a directory."""
+def _passage_encoder(
+  directory: OpenedDirectory, encoder: str, needed: bool
+) -> TextEncoder | None:
+  """Returns the encoder that embedded the passages of a directory.
+
+  None if it is neither in the directory nor `needed`.
+  """
   wanted = directory.content["passage_encoder_fingerprint"]
   if not encoder:
     if directory.encoder.fingerprint == wanted:
       return directory.encoder
+    if not needed:
+      logging.warning(
+        "%s does not hold the encoder of its passages. How much of them is not"
+        " embedded is no longer known after these are deleted; with --encoder"
+        " it would be.",
+        directory.path,
+      )
+      return None
     raise ValueError(
       f"{directory.path} holds the encoder of questions alone; its passages"
       f" were embedded by another one, with fingerprint {wanted!r}. Expected"
@@ -189,7 +204,7 @@ def keep_modes(
 def _write(
   directory: OpenedDirectory,
   changes: Changes,
-  encoder: TextEncoder,
+  encoder: TextEncoder | None,
   questions: Sequence[str],
 ) -> None:
   """Writes a complete version, and only then puts it into use."""
@@ -272,11 +287,11 @@ def _add_version(
 
 
 def _coverage(
-  directory: OpenedDirectory, changes: Changes, encoder: TextEncoder
+  directory: OpenedDirectory, changes: Changes, encoder: TextEncoder | None
 ) -> Coverage | None:
   """Returns how many tokens are embedded after the changes; None: unknown."""
   certificate = directory.index.certificate
-  if certificate is None or certificate.coverage is None:
+  if certificate is None or certificate.coverage is None or encoder is None:
     return None
   tokens, lost = certificate.coverage.tokens, certificate.coverage.lost
   length = directory.content["plan"]["passage_length"] or encoder.max_tokens
@@ -292,7 +307,7 @@ def _coverage(
 
 
 def _embed(
-  directory: OpenedDirectory, changes: Changes, encoder: TextEncoder
+  directory: OpenedDirectory, changes: Changes, encoder: TextEncoder | None
 ) -> Float[np.ndarray, "N R"]:
   """Returns the embeddings of the added passages.
 
@@ -304,6 +319,9 @@ def _embed(
   if np.any(same >= 0):
     embeddings[same >= 0] = directory.index.embeddings[same[same >= 0]]
   todo = np.flatnonzero(same < 0)
+  if not len(todo):
+    return embeddings
+  assert encoder is not None, "it is needed for what is put in"
   plan = directory.content["plan"]
   length = plan["passage_length"] or encoder.max_tokens
   embedder = encoder.passage_embedder(plan["embed_batch_size"])

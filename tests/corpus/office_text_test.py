@@ -12,6 +12,8 @@ from corpora import read
 import docx
 import pytest
 
+from rag_jax.corpus import office_text
+
 RST = """
 The tool
 ========
@@ -177,6 +179,17 @@ def test_a_word_document_that_would_fill_the_memory_is_refused(tmp_path):
   with pytest.raises(ValueError, match=message):
     read(tmp_path)
   assert time.monotonic() - start < 5
+
+
+def test_a_word_document_of_too_much_text_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(office_text, "_MOST_TEXT", 1_000_000)
+  (tmp_path / "x.docx").write_bytes(word())
+  read(tmp_path)
+  text = " ".join(map(str, range(100_000)))
+  large = word_with(f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p>")
+  (tmp_path / "x.docx").write_bytes(large)
+  with pytest.raises(ValueError, match=r"XML have .*Expected 1,000,000 at"):
+    read(tmp_path)
 
 
 def word_with(body):

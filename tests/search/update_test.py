@@ -419,6 +419,12 @@ def test_dpr_needs_the_encoder_of_its_passages_again(corpus, texts, tmp_path):
     update(path, upsert=up)
   with pytest.raises(ValueError, match="other is not what embedded the pass"):
     update(path, upsert=up, encoder=str(other))
+  # What is deleted is not embedded.
+  gone = OpenedDirectory(path).passages[0].id
+  assert update(path, delete=[gone]).embedded == 0
+  left = OpenedDirectory(path)
+  assert gone not in {passage.id for passage in left.passages}
+  assert left.index.certificate.coverage is None
   assert update(path, upsert=up, encoder=str(passages)).embedded == 2
   assert len(OpenedDirectory(path).search(["the yaks"], 1)[0]) == 1
 
