@@ -240,7 +240,7 @@ def _wide(raw: bytes) -> str:
   name = "utf-16be" if zeros[0] > zeros[1] else "utf-16le"
   text = sample.decode(name, "replace")
   others = sample.replace(b"\0", b"")
-  printable = sum(chr(byte).isprintable() for byte in others if byte < 0x80)
+  printable = len(re.findall(rb"[\t\n\r -~]", others))
   is_ascii = many < 0.6 * half and printable > 0.9 * len(others)
   if is_ascii and not re.search("<[A-Za-z!/?]", text):
     return ""  # words in ASCII with zeros between
