@@ -93,8 +93,8 @@ def test_the_bundled_splits_share_no_question():
       ["field 'id' is 1.5", "a string or a whole number"],
     ),
     (
-      {"question": "Who?", "answers": ["x"], "relation": None},
-      ["field 'relation' is None, null", "Expected a string"],
+      {"question": "Who?", "answers": ["x"], "relation": 7},
+      ["field 'relation' is 7", "Expected a string"],
     ),
     (
       {"question": "Who?", "answers": ["x"], "entity": 3},
