@@ -86,5 +86,5 @@ def test_an_edited_passage_changes_the_answer(workdir, tmp_path):
   edited = corpus.replace("The capital is Paris", "The capital is Marseille")
   assert edited != corpus
   (tmp_path / "edited.jsonl").write_text(edited)
-  answers = ask(workdir, f"--corpus={tmp_path / 'edited.jsonl'}", *FRANCE[:3])
-  assert [a["text"] for a in answers.values()] == ["Marseille"] * 3
+  answers = ask(workdir, f"--corpus={tmp_path / 'edited.jsonl'}", *FRANCE)
+  assert [a["text"] for a in answers.values()] == ["Marseille"] * 4

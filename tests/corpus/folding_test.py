@@ -118,6 +118,8 @@ def test_digits_in_groups_are_one_number_if_asked_for(text, expected):
 def test_every_mark_has_the_form_of_its_canonical_equivalent():
   for code in range(0x80, 0x30000):
     composed = unicodedata.normalize("NFC", chr(code))
+    if composed == chr(code):
+      continue
     for text in ("a{}b", " {} ", "{}", "1{}2"):
       expected = fold(text.format(composed))
       assert fold(text.format(chr(code))) == expected, hex(code)
