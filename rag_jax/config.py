@@ -417,14 +417,11 @@ class TrainConfig(_Settings):
   attention_rows: int = 0
   # Parts that a batch of the main stage is computed in, to save memory.
   accumulate: int = number(1, least=1)
-  # Groups that a device's contexts are sorted into by length, each padded to a
-  # length of its own; 1: all are padded to data.context_length.
+  # Lengths that contexts are padded to, in groups; 1: data.context_length.
   length_groups: int = number(1, least=1)
-  # Generator of dropout's random numbers. "rbg" is the faster one on a single
-  # TPU or GPU; "threefry2x32" is split over several, and gives the same there.
+  # Of dropout. "rbg" is faster on a single TPU or GPU, but not for several.
   dropout_prng: str = choice("threefry2x32", "rbg")
-  # What a device can do at most in bfloat16, in TFLOP/s, to compute train/mfu;
-  # 0.0: from the table in chips.py, which has TPUs and some GPUs, but no CPU.
+  # Peak TFLOP/s of a device in bfloat16, for train/mfu; 0.0: that in chips.py.
   peak_tflops: float = 0.0
   # (first, last) of the steps to profile into WORKDIR/profile; (): none.
   profile_steps: tuple[int, ...] = ()
