@@ -22,12 +22,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 import contextlib
 import itertools
-import logging as python_logging
 import math
 import os
 import sys
 from typing import Any
-import warnings
 
 from absl import logging
 from etils import epath
@@ -40,6 +38,7 @@ from rag_jax.json_input import read_settings
 from rag_jax.processes import first_alone
 from rag_jax.processes import from_first
 from rag_jax.processes import wait_for_all
+from rag_jax.training import orbax_messages
 from rag_jax.training.checkpoint_checks import arrays_of
 from rag_jax.training.checkpoint_checks import check_extra
 from rag_jax.training.checkpoint_checks import check_fit
@@ -87,14 +86,7 @@ class Checkpointer:
     self._whole: set[int] = set()  # steps whose files passed the checks
     self._thread = futures.ThreadPoolExecutor(1)
     self._saving: futures.Future[None] | None = None
-    python_logging.getLogger("absl").addFilter(_orbax_warnings_only)
-    python_logging.getLogger("asyncio").addFilter(_no_full_disk)
-    # Arrays that were not begun when the disk was full.
-    warnings.filterwarnings(
-      "ignore", "coroutine 'async_serialize_from_host.* was never awaited"
-    )
-    if not isinstance(sys.unraisablehook, _ExceptClosedLoop):
-      sys.unraisablehook = _ExceptClosedLoop(sys.unraisablehook)
+    orbax_messages.quieten()
 
   def save(
     self,
@@ -585,42 +577,3 @@ def _saying_what_to_do(folder: epath.Path) -> Iterator[None]:
       " change its permissions, and run the same command again: it resumes from"
       " the previous checkpoint."
     ) from error
-
-
-def _orbax_warnings_only(record: python_logging.LogRecord) -> bool:
-  """Returns whether to log `record`; of orbax's records, only warnings.
-
-  Orbax logs 60 info lines per save, and also raises the errors it logs.
-  """
-  from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
-  return record.levelno == python_logging.WARNING or not from_orbax
-
-
-def _no_full_disk(record: python_logging.LogRecord) -> bool:
-  """Returns whether to log `record`: not that orbax found the disk full.
-
-  Orbax writes each array in a task of asyncio and raises the first error, which
-  becomes an `UnwritableError`. The tasks that failed as well are reported by
-  asyncio, each with a stack trace, when they are deleted.
-  """
-  error = record.exc_info[1] if record.exc_info else None
-  return not ("never retrieved" in record.getMessage() and disk.is_full(error))
-
-
-class _ExceptClosedLoop:
-  """Shows errors that nobody can catch, but not those of a save that failed.
-
-  The first array that cannot be written ends the event loop of the save. The
-  threads of TensorStore that are still writing then find it closed.
-  """
-
-  def __init__(self, show: Callable[[Any], object]):
-    self._show = show
-
-  def __call__(self, unraisable: Any) -> None:
-    closed = isinstance(unraisable.exc_value, RuntimeError) and (
-      str(unraisable.exc_value) == "Event loop is closed"
-    )
-    # Code in Python would be named by `object`.
-    if not closed or unraisable.object is not None:
-      self._show(unraisable)
