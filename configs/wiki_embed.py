@@ -34,7 +34,8 @@ def get_config() -> Config:
   c.index.kind = "scann"
   c.index.embed_batch_size = 2048  # of a host, which has four chips
   # ScaNN copies what it indexes: a part at a time keeps the first host's memory
-  # near the size of the embeddings.
-  c.index.passages_per_shard = 1_500_000
+  # near the size of the embeddings. The hosts that train hold some of the 64
+  # shards each, as many on each if there are 8, 16, 32 or 64.
+  c.index.passages_per_shard = 330_000
   c.index.scann_reorder_dtype = "bfloat16"
   return c

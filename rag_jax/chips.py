@@ -111,3 +111,8 @@ def chip_of_device(device_kind: str) -> Chip | None:
     if kind in (known.lower() for known in chip.device_kinds):
       return chip
   return None
+
+
+def num_hosts(num_chips: int) -> int:
+  """Returns how many hosts a topology of so many chips has."""
+  return max(num_chips // CHIPS_PER_HOST, 1)

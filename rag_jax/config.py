@@ -327,7 +327,7 @@ class IndexConfig(_Settings):
   swap_steps: int = 5  # from the start of a rebuild to its first use
   embed_batch_size: int = number(512, least=1)  # passages embedded at a time
   # Most passages per searcher on the host. More passages get several searchers,
-  # built one after the other; 0: one searcher.
+  # of which each host of a pod holds some. 0: one, of all, on every host.
   passages_per_shard: int = 0
   # Refuse to train or evaluate with an index whose recall is lower, 0 to 1: in
   # its certificate at data.n_docs, or at 5 for the questions of an evaluation;
@@ -419,6 +419,7 @@ class TrainConfig(_Settings):
   accumulate: int = number(1, least=1)
   # Lengths that contexts are padded to, in groups; 1: data.context_length.
   length_groups: int = number(1, least=1)
+  pack_contexts: bool = False  # several into a row of the generator's encoder
   # Of dropout. "rbg" is faster on a single TPU or GPU, but not for several.
   dropout_prng: str = choice("threefry2x32", "rbg")
   # Peak TFLOP/s of a device in bfloat16, for train/mfu; 0.0: that in chips.py.

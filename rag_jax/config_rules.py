@@ -313,6 +313,13 @@ def _cross_problems(c: Config) -> Iterator[str]:
       "hf_loss=True reads all contexts at one length, but train.length_groups="
       f"{c.train.length_groups}. Set it to 1."
     )
+  if c.train.pack_contexts and (c.hf_loss or c.train.length_groups > 1):
+    yield (
+      "train.pack_contexts=True puts several contexts into a row, but with"
+      f" hf_loss={c.hf_loss} and train.length_groups={c.train.length_groups}"
+      " each has its own. Set it to False, or hf_loss=False and"
+      " train.length_groups=1."
+    )
   if c.hf_loss and c.exclude_bos_score and c.train.accumulate > 1:
     yield (
       "exclude_bos_score=True looks at the first tokens of a whole batch, but"

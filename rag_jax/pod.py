@@ -40,10 +40,11 @@ GRACE_SECS = 4.0  # in which a process that fails too can print its own error
 # Packages whose version has to be the same on all hosts.
 _USED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _COMPARE_SECS = 120  # for every process to say what it runs
+_WAIT_SECS = 60  # between two lines of the log about what is waited for
 _SHOWN = 5  # differing settings in a message
 _FOLDER = "rag_jax"  # in the store
-_FAILED, _HOSTS, _SETTINGS = (
-  f"{_FOLDER}/{name}/" for name in ("failed", "hosts", "settings")
+_FAILED, _HOSTS, _SETTINGS, _PUBLISHED = (
+  f"{_FOLDER}/{name}/" for name in ("failed", "hosts", "settings", "published")
 )
 _JOINED: list[int] = []  # the number of this process, once it has joined
 
@@ -127,6 +128,50 @@ def code_version() -> dict[str, str]:
     "the code of rag_jax": digest.hexdigest()[:12],
     "the version of Python": platform.python_version(),
   } | versions
+
+
+def publish(name: str, value: str) -> None:
+  """Shows `value` to all processes, under a name that is not taken yet.
+
+  Threads may call this and `published`, because no device takes part.
+  """
+  _store().key_value_set(f"{_PUBLISHED}{name}", value)
+
+
+def published(name: str, what: str) -> str:
+  """Returns what a process has published under `name`; waits for it.
+
+  There is no limit: a process that ends or dies ends this one too.
+
+  Args:
+    name: as the other process gave it.
+    what: what that process does until then, for the log.
+  """
+  while True:
+    try:
+      wait = _WAIT_SECS * 1000
+      return _store().blocking_key_value_get(f"{_PUBLISHED}{name}", wait)
+    except jax.errors.JaxRuntimeError as error:
+      if "DEADLINE_EXCEEDED" not in str(error):
+        raise
+      logging.info("Still waiting until %s.", what)
+
+
+def own_address() -> str:
+  """Returns the IP address at which the other processes reach this one.
+
+  It is the one of the network on which this process reaches process 0.
+  """
+  coordinator = distributed.global_state.coordinator_address
+  assert coordinator, "join first"
+  host, _, port = coordinator.rpartition(":")
+  found = socket.getaddrinfo(
+    host.strip("[]"), int(port), type=socket.SOCK_DGRAM
+  )
+  family, kind, protocol, _, address = found[0]
+  with socket.socket(family, kind, protocol) as probe:
+    probe.connect(address)  # sends nothing
+    return probe.getsockname()[0]
 
 
 def check_same(settings: Mapping[str, str]) -> None:

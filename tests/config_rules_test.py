@@ -245,6 +245,10 @@ def test_groups_of_lengths_are_for_our_losses():
     " train.length_groups=4. Set it to 1."
   ]
   assert refused(make(train__length_groups=0))
+  validate(make(train__pack_contexts=True))
+  for other in ({"hf_loss": True}, {"train__length_groups": 2}):
+    [problem] = refused(make(train__pack_contexts=True, **other))
+    assert "train.pack_contexts=True puts several contexts" in problem
 
 
 def test_a_span_has_to_fit_into_the_target_if_there_is_a_warmup():

@@ -283,7 +283,7 @@ class OurTraining:
       layout,
       self._mesh,
       "train",
-      functools.partial(update, groups=groups),
+      functools.partial(update, context_layout=groups),
     )
     self._key = self.place(jax.random.key(0))
 

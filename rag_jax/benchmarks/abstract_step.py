@@ -84,8 +84,10 @@ def topology_devices(topology: str) -> tuple[Chip, Sequence[Any]]:
     return chip, range(math.prod(map(int, sizes[1].split("x"))))
   for name, value in _NO_MACHINE.items():
     os.environ.setdefault(name, value)
+  # JAX uses both cores of a v4 chip as one device; the compiler has to be told.
+  one_device = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
   try:
-    found = topologies.get_topology_desc(topology, platform="tpu")
+    found = topologies.get_topology_desc(topology, platform="tpu", **one_device)
   except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
     raise ValueError(
       f"The compiler knows no topology {topology!r}: {error}. Expected sizes"

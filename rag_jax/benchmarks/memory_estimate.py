@@ -117,24 +117,27 @@ def estimated_parts(
   return {name: int(value) for name, value in parts.items()}
 
 
-def host_parts(config: Config, num_passages: int) -> dict[str, int]:
-  """Returns the bytes of an index in each host's memory; {}: there is none.
+def host_parts(
+  config: Config, num_passages: int, num_hosts: int
+) -> dict[str, int]:
+  """Returns the bytes of an index in a host's memory; {}: there is none.
 
-  Every host has the whole index, and searches it for its own questions. While
-  the passage encoder learns, the next version is built beside the one in use.
-  An index that is opened (index.path) is memory-mapped, and may have smaller
-  embeddings than the float32 that counts here.
+  Of an index in shards (index.passages_per_shard) each host has some, and that
+  with the most counts; of any other, each host has the whole. While the passage
+  encoder learns, the next version is built beside the one in use. An index that
+  is opened (index.path) is memory-mapped, and may have smaller embeddings than
+  the float32 that counts here.
   """
   index, encoder = config.index, config.encoder
   if not config.data.n_docs or not num_passages or index.kind == "device":
     return {}
   dim = encoder.projection_dim or encoder.embed_dim
-  parts = {"embeddings": 4 * num_passages * dim}
+  shards = shard_bounds(num_passages, index.passages_per_shard)
+  most = -(-len(shards) // num_hosts)
+  sizes = [stop - start for start, stop in shards[:most]]
+  parts = {"embeddings": 4 * sum(sizes) * dim}
   if index.kind != "exact":
-    parts["ScaNN"] = sum(
-      scann.planned_bytes(stop - start, dim, index)
-      for start, stop in shard_bounds(num_passages, index.passages_per_shard)
-    )
+    parts["ScaNN"] = sum(scann.planned_bytes(n, dim, index) for n in sizes)
   if encoder.train_passage_encoder:
     parts["the next version"] = sum(parts.values())
   return parts

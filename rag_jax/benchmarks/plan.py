@@ -30,6 +30,7 @@ from rag_jax.benchmarks.memory_estimate import host_parts
 from rag_jax.benchmarks.memory_estimate import memory_table
 from rag_jax.benchmarks.memory_estimate import warn_of_estimate
 from rag_jax.chips import Chip
+from rag_jax.chips import num_hosts
 from rag_jax.config import Config
 from rag_jax.config_rules import validate
 from rag_jax.models.flops import step_flops
@@ -72,14 +73,15 @@ class Plan:
   def host_problem(self) -> str:
     """Why the index does not fit into the memory of a host; "" if it does."""
     needed, there = sum(self.host_parts.values()), self.chip.host_bytes
+    share = self.num_passages // num_hosts(self.num_chips)
     if needed <= _HOST_USABLE * there or not there:
       return ""
     return (
       f"Its index needs {needed / 2**30:.0f} GiB on each host, but a host of"
-      f" {self.chip.name} has {there / 2**30:.0f} GiB. Expected the whole index"
-      " to fit, since every host searches all passages. With index.kind=device"
-      " it is split over the chips; with encoder.train_passage_encoder=False"
-      " there is one version of it alone."
+      f" {self.chip.name} has {there / 2**30:.0f} GiB. Expected what each host"
+      f" holds to fit. With index.passages_per_shard={share} or less the hosts"
+      " hold a part each; with index.kind=device the chips do; with"
+      " encoder.train_passage_encoder=False there is one version of it alone."
     )
 
   @property
@@ -186,7 +188,7 @@ def make_plan(config: Config, topology: str, num_passages: int) -> Plan:
     num_chips=len(devices),
     config=config,
     num_passages=num_passages,
-    host_parts=host_parts(config, num_passages),
+    host_parts=host_parts(config, num_passages, num_hosts(len(devices))),
     compiled=True,
     flops_parts=_flops(config, num_passages, len(devices)),
     recomputed_flops=_recomputed(config, num_passages) / len(devices),
@@ -364,7 +366,7 @@ def _estimated(
     hbm_peak=peak,
     fits_chip=fits,
     chip_problem="" if fits else _too_large(peak, chip),
-    host_parts=host_parts(config, num_passages),
+    host_parts=host_parts(config, num_passages, num_hosts(num_chips)),
     flops_parts=_flops(config, num_passages, num_chips),
     recomputed_flops=_recomputed(config, num_passages) / num_chips,
     compiled=False,

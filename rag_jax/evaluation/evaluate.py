@@ -22,9 +22,9 @@ from rag_jax.evaluation.retrieval import answer_recall_at_k
 from rag_jax.processes import share
 from rag_jax.retrieval.certificate import Certificate
 from rag_jax.retrieval.certify import certify
-from rag_jax.retrieval.certify import exact_search
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.recall import index_recall_at_k
+from rag_jax.retrieval.sharded import exact_search
 
 _REACHED = 0.995  # share of questions whose best passage reaches least_score
 _LEAST_QUESTIONS = 50  # fewer are too few to estimate least_score
@@ -140,7 +140,7 @@ class Evaluator:
     def recalls(rows: Sequence[int]) -> list[float]:
       some = embeddings[np.asarray(rows)]
       found, _ = index.search(some, k)
-      expected = exact_search(index, some, k)
+      expected, _ = exact_search(index, some, k)
       return index_recall_at_k(found, expected, k).tolist()
 
     rows = range(len(texts))

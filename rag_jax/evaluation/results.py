@@ -167,7 +167,8 @@ def _final_index(
   if experiment.closed_book:
     return None
   if config.index.path:
-    index = load_index(config.index.path)
+    index = load_index(config.index.path, spread=True)
+    index.connect()
   else:
     retriever = RetrieverSnapshots(experiment.mesh).take(params)
     index = experiment.index_builder.build(
@@ -178,7 +179,7 @@ def _final_index(
       remove_shared(workdir.indexes)
   if not config.index.path or index.certificate is None:
     index.certificate = evaluator.certify(params, index, questions)
-  if not config.index.path and jax.process_index() == 0:
+  if not config.index.path and (is_first() or index.is_spread):
     index.save(workdir.index)
   check_min_recall(index, config.index.min_recall, config.data.n_docs)
   return index

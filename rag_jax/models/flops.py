@@ -32,6 +32,7 @@ class StepShapes:
   num_passages: int  # P
   # (contexts, length) of train.length_groups; (): all have the length C.
   context_groups: tuple[tuple[int, int], ...] = ()
+  packed_rows: int = 0  # of C tokens, with train.pack_contexts; 0: not packed
 
   @property
   def num_contexts(self) -> int:
@@ -44,9 +45,21 @@ class StepShapes:
     return self.context_groups or ((self.num_contexts, self.context_length),)
 
   @property
+  def encoder_rows(self) -> tuple[tuple[int, int], ...]:
+    """(rows, length) as the generator's encoder reads them."""
+    if self.packed_rows:
+      return ((self.packed_rows, self.context_length),)
+    return self.contexts
+
+  @property
   def context_tokens(self) -> int:
-    """Tokens of all contexts, with padding."""
+    """Tokens of all contexts, with padding, as the decoder attends to them."""
     return sum(rows * length for rows, length in self.contexts)
+
+  @property
+  def encoder_tokens(self) -> int:
+    """Tokens that the generator's encoder reads, with padding."""
+    return sum(rows * length for rows, length in self.encoder_rows)
 
 
 class Flops(NamedTuple):
@@ -79,7 +92,7 @@ def step_tokens(shapes: StepShapes) -> int:
   s = shapes
   questions = s.num_questions * s.question_length if s.n_docs else 0
   passages = s.num_questions * s.n_docs * s.passage_length
-  contexts = s.context_tokens + s.num_contexts * s.target_length
+  contexts = s.encoder_tokens + s.num_contexts * s.target_length
   return questions + passages + contexts
 
 
@@ -176,9 +189,9 @@ def _generator(
   decoder_width = heads * (g.head_dim or d // heads)
   layers = g.num_decoder_layers or g.num_layers
   encoder = (
-    _projections(contexts, contexts, d, width)
-    + sum(_attention(rows, c, c, width) for rows, c in s.contexts)
-    + _mlp(contexts, d, g.mlp_dim, g.gated)
+    _projections(s.encoder_tokens, s.encoder_tokens, d, width)
+    + sum(_attention(rows, c, c, width) for rows, c in s.encoder_rows)
+    + _mlp(s.encoder_tokens, d, g.mlp_dim, g.gated)
   )
   own = _projections(targets, targets, d, decoder_width) + _attention(
     n, s.target_length, s.target_length, decoder_width

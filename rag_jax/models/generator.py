@@ -21,6 +21,7 @@ from rag_jax.config import GeneratorConfig
 from rag_jax.models.layers import UNROLLED
 from rag_jax.models.layers import LayerLoop
 from rag_jax.models.layers import check_positions
+from rag_jax.models.packing import Packing
 from rag_jax.models.partitioning import INIT_STD
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
@@ -124,15 +125,30 @@ class Generator(nn.Module):
     context_tokens: Int[Array, "N C"],
     context_mask: Bool[Array, "N C"],
     deterministic: bool = True,
+    packing: Packing | None = None,
   ) -> Float[Array, "N C D"]:
-    """Returns the encoder's states, which the decoder attends to."""
+    """Returns the encoder's states, which the decoder attends to.
+
+    Args:
+      context_tokens: of the contexts.
+      context_mask: True on real tokens.
+      deterministic: whether to turn dropout off.
+      packing: that the contexts fit; None: each has a row of its own.
+    """
     self._check_positions(context_tokens.shape[1], "Contexts")
-    return self.encoder(
-      self._embed(context_tokens),
-      context_mask[:, None, :],
-      jnp.arange(context_tokens.shape[1]),
-      deterministic=deterministic,
-    )
+
+    def encode(
+      tokens: Int[Array, "M C"],
+      mask: Bool[Array, "M #C C"],
+      positions: Int[Array, "*#M C"],
+    ) -> Float[Array, "M C D"]:
+      x = self._embed(tokens)
+      return self.encoder(x, mask, positions, deterministic=deterministic)
+
+    if packing is not None:
+      return packing.encode(encode, context_tokens, context_mask)
+    places = jnp.arange(context_tokens.shape[1])
+    return encode(context_tokens, context_mask[:, None, :], places)
 
   def states(
     self,
@@ -140,13 +156,15 @@ class Generator(nn.Module):
     context_mask: Bool[Array, "N C"],
     target_tokens: Int[Array, "N T"],
     deterministic: bool = True,
+    packing: Packing | None = None,
   ) -> tuple[Float[Array, "N T D"], Copy | None]:
     """Returns the inputs of `logits` at each position.
 
     These are the decoder's states, and the pointer's output if there is one.
+    Arguments as in `encode`.
     """
     self._check_positions(target_tokens.shape[1], "Targets")
-    memory = self.encode(context_tokens, context_mask, deterministic)
+    memory = self.encode(context_tokens, context_mask, deterministic, packing)
     inputs = self.shift_right(target_tokens)
     length = inputs.shape[1]
     # No padding mask: padding is at the end, so the causal mask hides it from

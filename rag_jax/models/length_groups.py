@@ -10,10 +10,10 @@ In: tokens [N, C], N contexts. Out: what a function of contexts returns, in the
 order of the contexts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ import numpy as np
 
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import num_shards
+
+_T = TypeVar("_T")
 
 _MULTIPLE = 8  # of lengths, as the tiles of a TPU
 _MAX_UNITS = 32  # boundaries between groups that are tried
@@ -48,13 +50,18 @@ class LengthGroups:
     return tuple((num_shares * rows, length) for rows, length in pairs)
 
   @property
+  def num_tokens(self) -> int:
+    """The tokens that a device computes, with padding."""
+    return int(self.places.sum())
+
+  @property
   def places(self) -> Int[np.ndarray, "n"]:
     """The tokens for each of a device's contexts, in the order of lengths."""
     return np.repeat(self.lengths, self.rows)
 
   def fit(self, mask: Bool[Array, "N C"]) -> Bool[Array, ""]:
     """Returns whether the contexts of every device fit into the groups."""
-    ordered = jnp.sort(_by_device(_lengths(mask)), axis=1)
+    ordered = jnp.sort(by_device(context_lengths(mask)), axis=1)
     return jnp.all(ordered <= self.places)
 
   def map(
@@ -72,21 +79,21 @@ class LengthGroups:
       mask: True on real tokens.
       *rows: more arrays [N, ...], which `fn` takes too.
     """
-    order = jnp.argsort(_by_device(_lengths(mask)), axis=1)
+    order = jnp.argsort(by_device(context_lengths(mask)), axis=1)
     outputs, start = [], 0
     for num, length in zip(self.rows, self.lengths, strict=True):
       chosen = order[:, start : start + num]
       start += num
       part = [_take(x, chosen) for x in (tokens, mask, *rows)]
       made = fn(*(x[:, :length] for x in part[:2]), *part[2:])
-      outputs.append(jax.tree.map(_by_device, made))
+      outputs.append(jax.tree.map(by_device, made))
     back = jnp.argsort(order, axis=1)
     return jax.tree.map(
       lambda *x: _take(jnp.concatenate(x, axis=1), back, split=True), *outputs
     )
 
 
-def _by_device(x: Array) -> Array:
+def by_device(x: Array) -> Array:
   """Returns an array [N, ...] as [devices, N / devices, ...]."""
   x = x.reshape(num_shards(), -1, *x.shape[1:])
   return constrain(x, "batch", *[None] * (x.ndim - 1))
@@ -94,12 +101,12 @@ def _by_device(x: Array) -> Array:
 
 def _take(x: Array, rows: Int[Array, "S n"], *, split: bool = False) -> Array:
   """Returns rows of each device as one array; `split` if `x` is by device."""
-  x = jax.vmap(lambda a, i: a[i])(x if split else _by_device(x), rows)
+  x = jax.vmap(lambda a, i: a[i])(x if split else by_device(x), rows)
   x = x.reshape(-1, *x.shape[2:])
   return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
-def _lengths(mask: Bool[Array, "N C"]) -> Int[Array, "N"]:
+def context_lengths(mask: Bool[Array, "N C"]) -> Int[Array, "N"]:
   """Returns the number of tokens up to the last real one."""
   places = jnp.arange(1, mask.shape[1] + 1)
   return jnp.max(jnp.where(mask, places, 0), axis=1)
@@ -121,17 +128,41 @@ def choose_groups(
     num_groups: at most.
     longest: data.context_length.
   """
-  rng = np.random.default_rng(0)
-  ordered = np.sort(rng.choice(lengths, (_NUM_BATCHES, num_rows)), axis=1)
-  best, least = LengthGroups((num_rows,), (longest,)), num_rows * longest
+  ordered = np.sort(draw_batches(lengths, num_rows), axis=1)
+  choices = []
   for share in _FITTING:
     needed = np.quantile(ordered, share, axis=0, method="higher")
     groups = _least_padding(needed.astype(int), num_groups, longest)
-    places = groups.places
-    fit = np.mean(np.all(ordered <= places, axis=1))
-    mean = fit * places.sum() + (1 - fit) * num_rows * longest
+    fit = np.mean(np.all(ordered <= groups.places, axis=1))
+    choices.append((groups, groups.num_tokens, float(fit)))
+  found = fewest_tokens(choices, num_rows * longest)
+  return found or LengthGroups((num_rows,), (longest,))
+
+
+def draw_batches(
+  lengths: Int[np.ndarray, "samples"], num_rows: int
+) -> Int[np.ndarray, "batches n"]:
+  """Returns the lengths of the contexts in batches, drawn from `lengths`."""
+  rng = np.random.default_rng(0)
+  return rng.choice(lengths, (_NUM_BATCHES, num_rows))
+
+
+def fewest_tokens(
+  choices: Sequence[tuple[_T, int, float]], whole: int
+) -> _T | None:
+  """Returns the choice of fewest tokens per batch on average.
+
+  None if none has fewer than `whole`.
+
+  Args:
+    choices: with the tokens of a batch that fits, and the share that fits.
+    whole: tokens of a batch that does not.
+  """
+  best, least = None, float(whole)
+  for choice, tokens, fit in choices:
+    mean = fit * tokens + (1 - fit) * whole
     if mean < least:
-      best, least = groups, mean
+      best, least = choice, mean
   return best
 
 

@@ -23,9 +23,13 @@ from rag_jax.models.hybrid import HybridScores
 from rag_jax.models.layers import UNROLLED
 from rag_jax.models.layers import LayerLoop
 from rag_jax.models.length_groups import LengthGroups
+from rag_jax.models.packing import Packing
 from rag_jax.models.partitioning import named
 from rag_jax.models.pointer import mix_targets
 from rag_jax.models.vocabulary import chunked_log_probs
+
+# How contexts are computed without most of their padding.
+ContextLayout = LengthGroups | Packing
 
 
 # Not type-checked, because JAX also builds it from shapes and stacked arrays.
@@ -139,7 +143,7 @@ class RagModel(nn.Module):
     batch: RagBatch,
     deterministic: bool = True,
     vocab_chunk: int = 0,
-    groups: LengthGroups | None = None,
+    context_layout: ContextLayout | None = None,
   ) -> RagLogProbs:
     """Returns the document scores and the log-probabilities of the targets.
 
@@ -150,7 +154,8 @@ class RagModel(nn.Module):
       batch: as in `__call__`.
       deterministic: whether to turn dropout off.
       vocab_chunk: tokens of the vocabulary at a time.
-      groups: that the contexts fit, and are computed in; None: all at once.
+      context_layout: that the contexts fit, and are computed in; None: each
+        has a row of C tokens.
     """
     b, k, _ = batch.context_tokens.shape
     doc_scores = self.doc_scores(batch, deterministic)
@@ -159,7 +164,10 @@ class RagModel(nn.Module):
     def read(
       tokens: Int[Array, "N C"], mask: Bool[Array, "N C"], targets: Array
     ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-      states, copy = generator.states(tokens, mask, targets, deterministic)
+      packing = context_layout if isinstance(context_layout, Packing) else None
+      states, copy = generator.states(
+        tokens, mask, targets, deterministic, packing
+      )
       log_probs, mean = chunked_log_probs(
         generator.output_states(states),
         generator.output_table(),
@@ -172,7 +180,10 @@ class RagModel(nn.Module):
       return log_probs, mean
 
     inputs = _by_context(batch)
-    log_probs, mean = groups.map(read, *inputs) if groups else read(*inputs)
+    if isinstance(context_layout, LengthGroups):
+      log_probs, mean = context_layout.map(read, *inputs)
+    else:
+      log_probs, mean = read(*inputs)
     return RagLogProbs(
       doc_scores, log_probs.reshape(b, k, -1), mean.reshape(b, k, -1)
     )

@@ -183,7 +183,9 @@ class Stack(nn.Module):
     """Returns the output of all layers for tokens `x` at `positions`."""
     x = self.enter(x, positions, deterministic)
     x = constrain(x, "batch", "length", "embed")
-    bias = self.bias(positions, positions)
+    # An encoder's rows may hold several contexts; offsets are within each.
+    places = positions if self.cross else jnp.arange(x.shape[1])
+    bias = self.bias(places, places)
     inputs = mask, memory, memory_mask, bias
     x = self.loop.run(self.layers, x, *inputs, deterministic=deterministic)
     return self.leave(x, deterministic)

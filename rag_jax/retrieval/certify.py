@@ -13,13 +13,13 @@ import numpy as np
 from rag_jax.retrieval.certificate import PASSAGES
 from rag_jax.retrieval.certificate import QUESTIONS
 from rag_jax.retrieval.certificate import Certificate
-from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.index_core import Index
 from rag_jax.retrieval.recall import Recall
 from rag_jax.retrieval.recall import index_recall_at_k
 from rag_jax.retrieval.recall import mean_recall
 from rag_jax.retrieval.resources import num_cpus
 from rag_jax.retrieval.resources import queries_per_second
+from rag_jax.retrieval.sharded import exact_search
 
 _SEED = 0  # for the sample: the same index and questions give the same recall
 _SPEED_K = 10  # passages per question, when speed is measured
@@ -134,16 +134,6 @@ def check_min_recall(index: Index, minimum: float, k: int) -> None:
     )
 
 
-def exact_search(
-  index: Index, questions: Float[np.ndarray, "B R"], n_docs: int
-) -> Int[np.ndarray, "B K"]:
-  """Returns the ids that exact search finds in the embeddings of `index`."""
-  exact = ExactIndex(
-    index.embeddings, encoder_fingerprint="", passages_fingerprint=""
-  )
-  return exact.search(questions, n_docs)[0]
-
-
 def _recalls(
   index: Index,
   sample: np.ndarray,
@@ -151,7 +141,7 @@ def _recalls(
   depths: Sequence[int],
 ) -> tuple[Recall, ...]:
   more = own is not None
-  truth = exact_search(index, sample, depths[-1] + more)
+  truth, _ = exact_search(index, sample, depths[-1] + more)
   if own is not None:
     truth = _without(truth, own)
   recalls = []

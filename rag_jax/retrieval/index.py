@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import logging
 from etils import epath
+import jax
 from jax.sharding import Mesh
 from jaxtyping import Shaped
 import numpy as np
@@ -28,6 +29,9 @@ from rag_jax.retrieval.index_core import Index
 from rag_jax.retrieval.index_core import IndexInfo
 from rag_jax.retrieval.index_core import check_finite
 from rag_jax.retrieval.index_core import check_passages
+from rag_jax.retrieval.remote_shards import RemoteShard
+from rag_jax.retrieval.remote_shards import owned_shards
+from rag_jax.retrieval.remote_shards import share_shards
 from rag_jax.retrieval.resources import BuildMeter
 
 _KINDS = {
@@ -68,6 +72,7 @@ def build_index(
   encoder_fingerprint: str,
   passages_fingerprint: str,
   mesh: Mesh | None = None,
+  num_passages: int = 0,
 ) -> Index:
   """Returns an index of passage embeddings, of the kind that `config` names.
 
@@ -78,13 +83,16 @@ def build_index(
     encoder_fingerprint: identifies the weights that embedded the passages.
     passages_fingerprint: identifies the passages.
     mesh: the devices of an index of kind "device"; None for one local device.
+    num_passages: P, if `embeddings` holds the rows that `own_rows` names and
+      no others. All processes call this, and share the index. 0: all rows.
 
   Raises:
     ValueError: there are no passages, the embeddings are not numbers [P, R], or
       some are NaN or infinite.
   """
   kind = resolve_kind(config.kind)
-  _check_embeddings(embeddings)
+  if len(embeddings) or not num_passages:  # a process may have no shard
+    _check_embeddings(embeddings)
   if isinstance(embeddings, np.ndarray):
     embeddings = np.ascontiguousarray(embeddings, np.float32)
   build = functools.partial(
@@ -98,15 +106,41 @@ def build_index(
     mesh=mesh,
   )
   meter = BuildMeter()
-  per_shard = _passages_per_shard(kind, config, len(embeddings))
+  total = num_passages or len(embeddings)
+  per_shard = _passages_per_shard(kind, config, total)
   if per_shard:
-    bounds = sharded.shard_bounds(len(embeddings), per_shard)
-    shards = [build(embeddings[start:stop]) for start, stop in bounds]
-    index = sharded.ShardedIndex(shards)
+    bounds = sharded.shard_bounds(total, per_shard)
+    numbers = owned_shards(len(bounds)) if num_passages else range(len(bounds))
+    first = bounds[numbers.start][0] if numbers else 0
+    shards = {}
+    for number in numbers:
+      start, stop = bounds[number]
+      shards[number] = build(embeddings[start - first : stop - first])
+    every = [shards.get(i) or RemoteShard() for i in range(len(bounds))]
+    if num_passages:
+      share_shards(every, f"{encoder_fingerprint} {passages_fingerprint}")
+    index = sharded.ShardedIndex(every)
   else:
     index = build(embeddings)
   index.build_cost = meter.cost()
   return index
+
+
+def own_rows(config: IndexConfig, num_passages: int) -> range:
+  """Returns the rows of an index that this process holds.
+
+  All, unless there are several processes and `index.passages_per_shard` splits
+  the index. Then each process has some shards, and searches them for all.
+  """
+  per_shard = _passages_per_shard(
+    resolve_kind(config.kind), config, num_passages
+  )
+  if jax.process_count() == 1 or not per_shard:
+    return range(num_passages)
+  bounds = sharded.shard_bounds(num_passages, per_shard)
+  shards = owned_shards(len(bounds))
+  ends = [0, *(stop for _, stop in bounds)]
+  return range(ends[shards.start], ends[shards.stop])
 
 
 def build_index_directory(
@@ -155,6 +189,7 @@ def load_index(
   encoder_fingerprint: str = "",
   passages_fingerprint: str = "",
   mesh: Mesh | None = None,
+  spread: bool = False,
 ) -> Index:
   """Opens the index in directory `path`, whatever its kind.
 
@@ -163,6 +198,8 @@ def load_index(
     encoder_fingerprint: of the weights that embed passages now; "" for any.
     passages_fingerprint: of the passages that ids stand for; "" for any.
     mesh: the devices of an index of kind "device"; None for one local device.
+    spread: whether each process opens some shards, of an index in shards. They
+      are searched after all processes have called `Index.connect`.
 
   Raises:
     FileNotFoundError: no index was built there, or its build was interrupted.
@@ -194,7 +231,9 @@ def load_index(
     REMEDY,
   )
   if info.kind == sharded.KIND:
-    index = sharded.ShardedIndex.load(path, info, _KINDS)
+    index = sharded.ShardedIndex.load(
+      path, info, _KINDS, spread and jax.process_count() > 1
+    )
   elif info.kind == "device":
     index = device_index.DeviceIndex.load(path, info, mesh)
   else:

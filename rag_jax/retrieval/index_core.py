@@ -93,17 +93,28 @@ class IndexInfo:
 
     The certificate, if there is one, is completed with the size of the files.
     """
-    content = {name: getattr(self, name) for name in _TYPES}
     certificate = self.certificate
     if certificate is not None:
       certificate = dataclasses.replace(
         certificate, disk_bytes=artifacts.directory_bytes(path)
       )
-      content["certificate"] = certificate.to_content()
+    info = dataclasses.replace(self, certificate=certificate)
     artifacts.write_manifest(
-      path, kind=ARTIFACT, format=FORMAT, content=content
+      path, kind=ARTIFACT, format=FORMAT, content=info.to_content()
     )
-    return dataclasses.replace(self, certificate=certificate)
+    return info
+
+  @property
+  def identity(self) -> str:
+    """Identifies the weights and the passages."""
+    return f"{self.encoder_fingerprint} {self.passages_fingerprint}"
+
+  def to_content(self) -> dict[str, Any]:
+    """Returns what `from_content` reads."""
+    content = {name: getattr(self, name) for name in _TYPES}
+    if self.certificate is not None:
+      content["certificate"] = self.certificate.to_content()
+    return content
 
 
 class Index(abc.ABC):
@@ -118,9 +129,12 @@ class Index(abc.ABC):
     memory_bytes: the memory that searching takes.
     build_cost: what the build took; None for an index that was loaded.
     collective: whether all processes have to make the same calls.
+    is_spread: whether the processes hold a part of it each, and all of them
+      have to call `save`.
   """
 
   collective = False
+  is_spread = False
 
   def __init__(
     self, info: IndexInfo, embeddings: Float[Any, "P R"], memory_bytes: int
@@ -186,6 +200,13 @@ class Index(abc.ABC):
   @certificate.setter
   def certificate(self, certificate: Certificate | None) -> None:
     self.info = dataclasses.replace(self.info, certificate=certificate)
+
+  def connect(self) -> None:
+    """Called by all processes, once, after each has opened a spread index.
+
+    In the same order for all indexes. Returns when all have called it.
+    """
+    assert not self.is_spread
 
   def save(self, path: epath.PathLike) -> None:
     """Writes the index to directory `path`, its manifest last."""

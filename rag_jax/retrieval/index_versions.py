@@ -75,6 +75,7 @@ class IndexVersions:
     Raises:
       ValueError: its recall is below index.min_recall.
     """
+    index.connect()
     self._builder.check(index)
     self.index, self._adopted = index, True
 
@@ -112,15 +113,18 @@ class IndexVersions:
     for version, index in versions.items():
       # An existing directory is no reason to skip it: a run that continues from
       # an earlier checkpoint, with other settings, finds one of other weights.
-      if version not in self._saved and self._writes:
+      writes = self._writes or index.is_spread
+      if version not in self._saved and writes:
         index.save(self._path(version))
         self._saved.add(version)
     return sorted(versions)
 
   def restore(self, versions: list[int], passages_fingerprint: str) -> None:
-    """Opens the versions whose names `save` returned."""
+    """Opens the versions whose names `save` returned; `connect` comes next."""
     indexes = [
-      load_index(self._path(v), passages_fingerprint=passages_fingerprint)
+      load_index(
+        self._path(v), passages_fingerprint=passages_fingerprint, spread=True
+      )
       for v in versions
     ]
     self.index, self.version = indexes[0], versions[0]
@@ -129,6 +133,13 @@ class IndexVersions:
       self._next_version = versions[1]
       self._next = futures.Future()
       self._next.set_result(indexes[1])
+
+  def connect(self) -> None:
+    """Connects the versions that every process has restored."""
+    if self.index is not None:
+      self.index.connect()
+    if self._next is not None:
+      self._next.result().connect()
 
   def remove_except(self, versions: set[int]) -> None:
     """Deletes all saved versions but these.

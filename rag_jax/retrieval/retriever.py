@@ -28,6 +28,7 @@ from rag_jax.retrieval.certify import check_min_recall
 from rag_jax.retrieval.hybrid import HybridRetriever
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import build_index
+from rag_jax.retrieval.index import own_rows
 from rag_jax.retrieval.shared_embedding import PREFIX
 from rag_jax.retrieval.shared_embedding import embed_shared
 
@@ -170,7 +171,8 @@ class Embedder:
     *,
     folder: epath.PathLike = "",
     devices: Sequence[Any] = (),
-  ) -> Float[np.ndarray, "P R"]:
+    kept: range | None = None,
+  ) -> Float[np.ndarray, "N R"]:
     """Returns the embeddings of passages 0 to num_passages - 1.
 
     They do not depend on the number of processes or devices.
@@ -184,6 +186,7 @@ class Embedder:
         "": this process embeds all.
       devices: of this process, which share the batches; (): that of the
         parameters. Each gets a copy of the parameters.
+      kept: with a folder, the passages that this process needs; None: all.
     """
     more = []
     if devices:
@@ -200,7 +203,7 @@ class Embedder:
       for start in range(0, num_passages, _SORTED_PASSAGES)
     ]
     if folder and jax.process_count() > 1:
-      return embed_shared(embed, blocks, folder)
+      return embed_shared(embed, blocks, folder, kept)
     return np.concatenate([embed(rows) for rows in blocks])
 
   def rows(
@@ -293,11 +296,11 @@ class IndexBuilder:
   ) -> Index:
     """Embeds all passages and returns their index.
 
-    An index that the host searches needs all rows in every process, because
-    each searches for its own questions: 4 * P * R bytes of float32, and what
-    the index adds. So with several processes they share the embedding alone, if
-    they are given a directory. (The index that a train step searches is built
-    by search_in_step.py, with no row on a host.)
+    Several processes share the work, if they are given a directory. An index in
+    shards (index.passages_per_shard) is spread over them: each holds some of
+    the shards. Of any other index that a host searches each holds all rows, 4 *
+    P * R bytes of float32, and what the index adds. (The index that a train
+    step searches is built by search_in_step.py, with no row on a host.)
 
     Args:
       retriever_params: on one device.
@@ -315,6 +318,9 @@ class IndexBuilder:
       kind = [weights, self.passages_fingerprint, self.embedder.batch_size]
       name = artifacts.fingerprint_lines(map(str, kind))
       folder = epath.Path(directory) / f"{PREFIX}{name[:16]}"
+    shared = bool(folder) and jax.process_count() > 1
+    kept = own_rows(self.config, self.num_passages) if shared else None
+    is_spread = kept is not None and len(kept) < self.num_passages
     index = build_index(
       self.embedder.passages(
         retriever_params,
@@ -322,10 +328,12 @@ class IndexBuilder:
         self.num_passages,
         folder=folder,
         devices=devices,
+        kept=kept,
       ),
       self.config,
       encoder_fingerprint=weights,
       passages_fingerprint=self.passages_fingerprint,
+      num_passages=self.num_passages if is_spread else 0,
     )
     self.check(index)
     return index

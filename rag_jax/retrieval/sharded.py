@@ -18,9 +18,12 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax.processes import is_first
+from rag_jax.processes import wait_for_all
 from rag_jax.retrieval.certificate import Certificate
 from rag_jax.retrieval.embeddings import JoinedRows
 from rag_jax.retrieval.embeddings import is_in
+from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.index_core import ARTIFACT
 from rag_jax.retrieval.index_core import FORMAT
 from rag_jax.retrieval.index_core import REMEDY
@@ -28,6 +31,9 @@ from rag_jax.retrieval.index_core import Found
 from rag_jax.retrieval.index_core import Index
 from rag_jax.retrieval.index_core import IndexInfo
 from rag_jax.retrieval.index_core import check_search
+from rag_jax.retrieval.remote_shards import RemoteShard
+from rag_jax.retrieval.remote_shards import owned_shards
+from rag_jax.retrieval.remote_shards import share_shards
 
 KIND = "sharded"  # several indexes of another kind
 _FOLDER = "shards"
@@ -40,11 +46,13 @@ class ShardedIndex(Index):
   """Host indexes (the shards), which together hold all rows, in order.
 
   With exact search the result equals that of a single index, bit for bit: a
-  score does not depend on the shard.
+  score does not depend on the shard. Some may be in other processes.
   """
 
   def __init__(self, shards: Sequence[Any]):
     self.shards = list(shards)
+    remote = [isinstance(shard, RemoteShard) for shard in shards]
+    self.is_spread = any(remote)
     embeddings = JoinedRows([shard.embeddings for shard in shards])
     first = shards[0].info
     info = dataclasses.replace(
@@ -55,18 +63,41 @@ class ShardedIndex(Index):
       certificate=None,
     )
     super().__init__(info, embeddings, sum(s.memory_bytes for s in shards))
-    # NumPy and ScaNN release the GIL while they multiply.
-    workers = min(len(self.shards), os.cpu_count() or 1)
+    # NumPy and ScaNN release the GIL while they multiply. Remote shards only
+    # wait.
+    workers = sum(remote) + min(remote.count(False), os.cpu_count() or 1)
     self._threads = futures.ThreadPoolExecutor(workers, "shard")
+
+  def connect(self) -> None:
+    """Lets the processes search their shards for each other; see `Index`."""
+    if self.is_spread:
+      share_shards(self.shards, self.info.identity)
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
   ) -> Found:
     """Returns the best passages of all shards; see `Index.search`."""
+    return self._best(
+      question_embeddings, n_docs, lambda shard, *args: shard.search(*args)
+    )
+
+  def exact_search(
+    self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
+  ) -> Found:
+    """Returns what exact search finds in the embeddings of all shards."""
+    return self._best(question_embeddings, n_docs, exact_search)
+
+  def _best(
+    self,
+    question_embeddings: np.ndarray,
+    n_docs: int,
+    search: Callable[[Any, np.ndarray, int], Found],
+  ) -> Found:
+    """Returns the best of what `search` finds in each shard."""
     questions = check_search(self.info, question_embeddings, n_docs)
     found = self._threads.map(
-      lambda shard: shard.search(
-        questions, min(n_docs, shard.info.num_passages)
+      lambda shard: search(
+        shard, questions, min(n_docs, shard.info.num_passages)
       ),
       self.shards,
     )
@@ -80,12 +111,25 @@ class ShardedIndex(Index):
     return merge(np.concatenate(ids, 1), np.concatenate(scores, 1), n_docs)
 
   def save(self, path: epath.PathLike) -> None:
-    """Writes the index to directory `path`, its manifest last."""
-    path = artifacts.start_directory(path)
+    """Writes the index to directory `path`, its manifest last.
+
+    If it is spread, all processes write their shards.
+    """
+    path = epath.Path(path)
+    wait = wait_for_all if self.is_spread else lambda what: None
+    writes = not self.is_spread or is_first()
+    if writes:
+      artifacts.start_directory(path)
+    wait("the directory of an index is there")
     for i, shard in enumerate(self.shards):
-      (_folder(path, i) / _INPUTS).unlink(missing_ok=True)
-      shard.save(_folder(path, i))
-    self.certificate = _write_manifest(path, len(self.shards), self.certificate)
+      if not isinstance(shard, RemoteShard):
+        (_folder(path, i) / _INPUTS).unlink(missing_ok=True)
+        shard.save(_folder(path, i))
+    wait("the shards of an index are saved")
+    if writes:
+      count, certificate = len(self.shards), self.certificate
+      self.certificate = _write_manifest(path, count, certificate)
+    wait("an index is saved")
 
   @classmethod
   def load(
@@ -93,6 +137,7 @@ class ShardedIndex(Index):
     path: epath.PathLike,
     info: IndexInfo,
     kinds: Mapping[str, Any],
+    spread: bool = False,
   ) -> "ShardedIndex":
     """Opens what `save` or `build_directory` wrote.
 
@@ -101,6 +146,7 @@ class ShardedIndex(Index):
       info: its manifest. `index.load_index` has checked it, and every file of
         every shard.
       kinds: the index classes that a shard may have, by kind.
+      spread: whether this process opens its share alone; see `connect`.
 
     Raises:
       ValueError: the shards do not fit together.
@@ -124,12 +170,25 @@ class ShardedIndex(Index):
       IndexInfo.from_content(content, os.fspath(folder), kinds)
       for folder, content in zip(folders, contents, strict=True)
     ]
+    own = owned_shards(len(infos)) if spread else range(len(infos))
     return cls(
       [
-        kinds[info.kind].load(folder, info)
-        for folder, info in zip(folders, infos, strict=True)
+        kinds[info.kind].load(folder, info) if i in own else RemoteShard(info)
+        for i, (folder, info) in enumerate(zip(folders, infos, strict=True))
       ]
     )
+
+
+def exact_search(
+  index: Index, questions: Float[np.ndarray, "B R"], n_docs: int
+) -> Found:
+  """Returns what exact search finds in the embeddings of `index`."""
+  if isinstance(index, ShardedIndex | RemoteShard):
+    return index.exact_search(questions, n_docs)
+  exact = ExactIndex(
+    index.embeddings, encoder_fingerprint="", passages_fingerprint=""
+  )
+  return exact.search(questions, n_docs)
 
 
 def shard_bounds(

@@ -35,32 +35,37 @@ def embed_shared(
   embed: EmbedRows,
   blocks: Sequence[Int[np.ndarray, "N"]],
   folder: epath.PathLike,
-) -> Float[np.ndarray, "P R"]:
-  """Returns all rows, of which each process embeds every n-th block.
+  kept: range | None = None,
+) -> Float[np.ndarray, "N R"]:
+  """Returns rows, of which each process embeds every n-th block.
 
-  All processes call it with the same arguments; it returns when all rows are
-  there. What an interrupted call has embedded is used again.
+  All processes call it with the same arguments, but for `kept`; it returns when
+  the rows are there. What an interrupted call has embedded is used again.
 
-  Memory: the result, which every process holds whole: 4 * P * R bytes, 64 GB
-  for 21 million passages and R = 768. The files take as much of the disk.
+  Memory: the result: 4 * P * R bytes for all rows, 64 GB for 21 million
+  passages and R = 768. The files take as much of the disk.
 
   Args:
     embed: passage ids -> their embeddings in float32.
     blocks: the ids of each block, together 0 to P - 1, in this order.
     folder: its name identifies the parameters and the passages. `remove_shared`
       removes it, when all processes have returned.
+    kept: the passages whose rows are returned; None: all.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   mine, count = jax.process_index(), jax.process_count()
   result = np.zeros((0, 0), np.float32)
-  num_rows = sum(map(len, blocks))
+  kept = range(sum(map(len, blocks))) if kept is None else kept
 
   def keep(rows: Int[np.ndarray, "N"], embeddings: np.ndarray) -> None:
     nonlocal result
-    if not len(result):
-      result = np.empty((num_rows, embeddings.shape[1]), np.float32)
-    result[rows[0] : rows[0] + len(rows)] = embeddings
+    if not result.shape[1]:
+      result = np.empty((len(kept), embeddings.shape[1]), np.float32)
+    start, stop = max(rows[0], kept.start), min(rows[-1] + 1, kept.stop)
+    if start < stop:
+      part = embeddings[start - rows[0] : stop - rows[0]]
+      result[start - kept.start : stop - kept.start] = part
 
   for number in range(mine, len(blocks), count):
     path = _path(folder, number)
@@ -72,11 +77,12 @@ def embed_shared(
     np.save(data, embeddings, allow_pickle=False)
     artifacts.write_atomically(path, data.getvalue())
     keep(blocks[number], embeddings)
-  for number in range(len(blocks)):
-    if number % count != mine:
+  for number, rows in enumerate(blocks):
+    needed = rows[0] < kept.stop and kept.start <= rows[-1]
+    if number % count != mine and needed:
       path = _path(folder, number)
       _wait(path, number % count)
-      keep(blocks[number], _read(path, len(blocks[number])))
+      keep(rows, _read(path, len(rows)))
   return result
 
 

@@ -17,13 +17,13 @@ import numpy as np
 
 from rag_jax.config import IndexConfig
 from rag_jax.retrieval import scann
-from rag_jax.retrieval.certify import exact_search
 from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.recall import Recall
 from rag_jax.retrieval.recall import index_recall_at_k
 from rag_jax.retrieval.recall import mean_recall
 from rag_jax.retrieval.resources import num_cpus
 from rag_jax.retrieval.resources import queries_per_second
+from rag_jax.retrieval.sharded import exact_search
 
 _REORDER_FACTORS = (32, 16, 8, 4, 2, 1)  # k times this many are scored again
 _BISECT_TO = 0.1  # relative accuracy of the number of leaves to search
@@ -241,7 +241,7 @@ class _Search:
   ):
     self._target, self._k, self._settings = target_recall, k, settings
     order = np.random.default_rng(settings.seed).permutation(len(questions))
-    truth = exact_search(index, questions, k)
+    truth, _ = exact_search(index, questions, k)
     deciding = len(order) - max(int(settings.held_out * len(order)), 1)
     tuning_and_check, held_out = np.split(order, [deciding])
     tuning, check = np.split(

@@ -164,7 +164,7 @@ class _Run:
       num_passages=len(experiment.passages),
       vocab_size=experiment.model.generator.config.vocab_size,
       devices=list(experiment.mesh.devices.flat),
-      context_groups=main.context_groups(batch_shards(experiment.mesh)),
+      contexts=main.context_shapes(batch_shards(experiment.mesh)),
     )
     self._profiler = Profiler(
       config.train.profile_steps,
@@ -208,6 +208,7 @@ class _Run:
           f"The checkpoint of step {latest} cannot be used on this host: {why}"
           " Expected every host to see the same --workdir. Mount it there."
         )
+      self._versions.connect()
       check_end(stages[-1], latest)
       self._divergence.check_start(latest)
       self._divergence.begin_at(latest)
@@ -327,6 +328,7 @@ class _Run:
         self._config.index.path,
         encoder_fingerprint=fingerprint(self._snapshots.take(params)),
         passages_fingerprint=self._experiment.passages.fingerprint,
+        spread=True,
       )
     )
 

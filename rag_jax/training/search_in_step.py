@@ -23,8 +23,8 @@ from rag_jax.data.step_batches import QuestionBatch
 from rag_jax.data.step_batches import add_start
 from rag_jax.data.step_batches import join_contexts
 from rag_jax.models.batch import RagBatch
-from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.partitioning import constrain
+from rag_jax.models.rag import ContextLayout
 from rag_jax.models.rag import RagModel
 from rag_jax.retrieval import device
 from rag_jax.retrieval import device_index
@@ -73,7 +73,7 @@ class InStep:
     optimizer: optax.GradientTransformation,
     stage: str,
     accumulate: int = 1,
-    groups: LengthGroups | None = None,
+    context_layout: ContextLayout | None = None,
   ) -> tuple[TrainState, Metrics]:
     """Applies one gradient update, as `step.update`, after its own search.
 
@@ -92,7 +92,7 @@ class InStep:
       optimizer=optimizer,
       stage=stage,
       accumulate=accumulate,
-      groups=groups,
+      context_layout=context_layout,
     )
     arrays = self.refresh(index.arrays, state)
     mean, most = device_refresh.staleness(arrays, state.step)

@@ -7,6 +7,7 @@ it, and the main stage.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+from typing import Any
 
 from absl import logging
 from jaxtyping import PyTree
@@ -24,8 +25,10 @@ from rag_jax.losses import MARGINAL_NLL_FNS
 from rag_jax.losses_hf import HF_NLL_FNS
 from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.length_groups import choose_groups
+from rag_jax.models.packing import choose_packing
 from rag_jax.models.partitioning import batch_shards
 from rag_jax.models.partitioning import process_rows
+from rag_jax.models.rag import ContextLayout
 from rag_jax.models.rag import RagModel
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.search_in_step import InStep
@@ -55,21 +58,24 @@ class Stage:
   prepare: Callable[..., Prepared]
   in_step: InStep | None = None  # None: documents are searched between steps
   accumulate: int = 1  # parts that the gradient of a batch is computed in
-  groups: LengthGroups | None = None  # None: contexts have one length
+  # None: contexts have one length, and a row each.
+  context_layout: ContextLayout | None = None
   batches: QuestionBatches | None = None  # of the main stage
 
-  def context_groups(self, num_devices: int) -> tuple[tuple[int, int], ...]:
-    """Returns (contexts, length) of the groups of a step, over all devices."""
-    if self.groups is None:
-      return ()
-    return self.groups.shapes(num_devices * self.accumulate)
+  def context_shapes(self, num_devices: int) -> dict[str, Any]:
+    """Returns the fields of `StepShapes` that the layout of contexts sets."""
+    num_shares = num_devices * self.accumulate
+    layout = self.context_layout
+    if isinstance(layout, LengthGroups):
+      return {"context_groups": layout.shapes(num_shares)}
+    return {"packed_rows": num_shares * layout.rows} if layout else {}
 
   @property
   def update_fn(self) -> Callable[..., tuple[TrainState, Metrics]]:
     """The update of a step, for `compile_update`."""
     update_fn = self.in_step.update if self.in_step else update
     return functools.partial(
-      update_fn, accumulate=self.accumulate, groups=self.groups
+      update_fn, accumulate=self.accumulate, context_layout=self.context_layout
     )
 
 
@@ -161,24 +167,32 @@ def make_stages(
       prepare=batches.prepare,
       in_step=in_step,
       accumulate=config.train.accumulate,
-      groups=_length_groups(experiment, batches),
+      context_layout=_context_layout(experiment, batches),
       batches=batches,
     )
   )
   return stages
 
 
-def _length_groups(
+def _context_layout(
   experiment: Experiment, batches: QuestionBatches
-) -> LengthGroups | None:
-  """Returns the groups of lengths that contexts are computed in, if any."""
+) -> ContextLayout | None:
+  """Returns how contexts are computed with less padding, if they are."""
   config = experiment.config
   t, longest = config.train, config.data.context_length
-  if t.length_groups == 1 or not t.num_steps:
+  if not t.num_steps or (t.length_groups == 1 and not t.pack_contexts):
     return None
   shares = batch_shards(experiment.mesh) * t.accumulate
   num_rows = t.batch_size * max(config.data.n_docs, 1) // shares
   lengths = batches.context_lengths(_NUM_LENGTHS)
+  if t.pack_contexts:
+    packing = choose_packing(lengths, num_rows, longest)
+    logging.info(
+      "The %d contexts that a device computes at a time are packed into %d rows"
+      " of %d tokens.",
+      *(num_rows, packing.rows if packing else num_rows, longest),
+    )
+    return packing
   groups = choose_groups(lengths, num_rows, t.length_groups, longest)
   parts = [f"{rows} of {length}" for rows, length in groups.shapes(1)]
   logging.info(

@@ -18,17 +18,17 @@ from rag_jax.losses import marginal_token_nll
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.batch import padding_share
 from rag_jax.models.hybrid import learned_weights
-from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.partitioning import batch_parts
 from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import num_shards
 from rag_jax.models.partitioning import replicated
+from rag_jax.models.rag import ContextLayout
 from rag_jax.models.rag import RagModel
 from rag_jax.training.interrupt import SIGNAL
 from rag_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
-# Share of the batches whose contexts did not fit into the groups.
+# Share of the batches whose contexts did not fit into the layout.
 UNGROUPED = "train/ungrouped"
 LossFn = Callable[[PyTree, RagBatch, Key[Array, ""]], tuple[Array, Metrics]]
 
@@ -59,12 +59,12 @@ def marginal_loss(
   nll_fn: Callable[..., Float[Array, "B"]],
   label_smoothing: float = 0.0,
   vocab_chunk: int = 0,
-  groups: LengthGroups | None = None,
+  context_layout: ContextLayout | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
   """Returns -log p(y|x) per target token, in nats, and the metrics to log.
 
   `nll_fn` is one of `losses.MARGINAL_NLL_FNS`. The contexts have to fit into
-  the `groups`, if there are any.
+  the `context_layout`, if there is one.
   """
   out = _apply(
     model,
@@ -72,7 +72,7 @@ def marginal_loss(
     dropout_key,
     batch,
     vocab_chunk=vocab_chunk,
-    groups=groups,
+    context_layout=context_layout,
     method="target_log_probs",
   )
   nll = nll_fn(
@@ -216,19 +216,22 @@ def _accumulated(
 
 
 def _gradient(
-  loss_fn: Callable[..., tuple[Array, Metrics]], groups: LengthGroups | None
+  loss_fn: Callable[..., tuple[Array, Metrics]],
+  context_layout: ContextLayout | None,
 ) -> Callable[..., tuple[PyTree, Metrics]]:
   """Returns (params, batch, key) -> gradient and metrics of a loss."""
   whole = jax.grad(loss_fn, has_aux=True)
-  if groups is None:
+  if context_layout is None:
     return whole
-  grouped = jax.grad(functools.partial(loss_fn, groups=groups), has_aux=True)
+  grouped = jax.grad(
+    functools.partial(loss_fn, context_layout=context_layout), has_aux=True
+  )
 
   def grad_fn(
     params: PyTree, batch: RagBatch, key: Key[Array, ""]
   ) -> tuple[PyTree, Metrics]:
     mask = batch.context_mask
-    fit = groups.fit(mask.reshape(-1, mask.shape[-1]))
+    fit = context_layout.fit(mask.reshape(-1, mask.shape[-1]))
     # Not inside the gradient, which would keep what both need in memory.
     grads, metrics = jax.lax.cond(fit, grouped, whole, params, batch, key)
     return grads, metrics | {UNGROUPED: 1.0 - fit}
@@ -245,7 +248,7 @@ def update(
   optimizer: optax.GradientTransformation,
   stage: str,
   accumulate: int = 1,
-  groups: LengthGroups | None = None,
+  context_layout: ContextLayout | None = None,
 ) -> tuple[TrainState, Metrics]:
   """Applies one gradient update. Pure; `compile_update` jits it.
 
@@ -258,11 +261,11 @@ def update(
     stage: prefix of the metrics.
     accumulate: parts of B / accumulate rows that the gradient is computed in,
       one after the other. It equals that of the whole batch.
-    groups: that the contexts of a part are computed in if they fit; `loss_fn`
+    context_layout: of the contexts of a part, if they fit into it; `loss_fn`
       then takes them too. None: all have the length C.
   """
   dropout_key = jax.random.fold_in(key, state.step)
-  grad_fn = _gradient(loss_fn, groups)
+  grad_fn = _gradient(loss_fn, context_layout)
   if accumulate > 1:
     grads, metrics = _accumulated(
       grad_fn, state.params, batch, dropout_key, stage, accumulate
@@ -273,10 +276,10 @@ def update(
   params = optax.apply_updates(state.params, updates)
   metrics |= {f"{stage}/grad_norm": optax.tree.norm(grads)}
   size = None
-  if groups is not None:
+  if context_layout is not None:
     whole, parts = batch.context_mask.size, accumulate * num_shards()
     share = metrics[UNGROUPED]
-    size = share * whole + (1 - share) * parts * int(groups.places.sum())
+    size = share * whole + (1 - share) * parts * context_layout.num_tokens
   metrics |= {f"{stage}/padding": padding_share(batch, size)}
   new_state = TrainState(
     step=state.step + 1, params=params, opt_state=opt_state

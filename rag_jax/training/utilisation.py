@@ -3,7 +3,7 @@
 In: the FLOPs of a step, its speed, the devices. Out: metrics.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -24,10 +24,10 @@ class Utilisation:
     num_passages: int,
     vocab_size: int,  # of the generator
     devices: Sequence[Any],  # all that train
-    context_groups: tuple[tuple[int, int], ...] = (),  # see StepShapes
+    contexts: Mapping[str, Any] | None = None,  # more fields of StepShapes
   ):
     shapes = dataclasses.replace(
-      step_shapes(config, num_passages), context_groups=context_groups
+      step_shapes(config, num_passages), **(contexts or {})
     )
     step = total_flops(step_flops(config, shapes, vocab_size))
     self._flops_per_question = step / config.train.batch_size

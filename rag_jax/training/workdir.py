@@ -39,7 +39,7 @@ _MAY_DIFFER = frozenset({
   "train.log_steps", "train.validate_steps", "train.checkpoint_steps",
   "train.keep_checkpoints", "train.vocab_chunk", "train.scan_layers",
   "train.remat", "train.accumulate", "train.length_groups",
-  "train.dropout_prng",
+  "train.pack_contexts", "train.dropout_prng",
   "train.peak_tflops", "train.profile_steps", "index.embed_batch_size",
   "data.token_cache",
 })  # fmt: skip

@@ -240,6 +240,12 @@ def test_the_program_of_a_plan_compiles_and_its_parts_are_counted():
 def test_an_index_that_hosts_search_is_compared_with_their_memory():
   config = run_config(ROOT / "configs/nq_scann.py")
   plan = plans.make_plan(config, "v5e:8x8", 0)
+  # Each of the 16 hosts has four of the 64 shards.
+  assert plan.host_parts["embeddings"] == pytest.approx(
+    21_015_300 * 768 * 4 / 16, rel=1e-5
+  )
+  config.index.passages_per_shard = 0
+  plan = plans.make_plan(config, "v5e:8x8", 0)
   assert plan.host_parts["embeddings"] == 21_015_300 * 768 * 4
   assert plans.report(plan).count("\n  peak ") == 2
   assert plan.as_json()["host_capacity_bytes"] == 192 * 2**30

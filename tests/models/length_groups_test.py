@@ -97,7 +97,10 @@ def test_pointers_and_relative_positions_read_the_same(fields):
 
   def read(groups):
     return model.apply(
-      {"params": params}, batch, groups=groups, method="target_log_probs"
+      {"params": params},
+      batch,
+      context_layout=groups,
+      method="target_log_probs",
     )
 
   jax.tree.map(

@@ -2,9 +2,10 @@
 
 Run as a program, by each of two processes, this file trains a tiny model to its
 end, then once more with a stop that one host is asked for, and prints digests
-of everything that the checkpoints hold. On the host, words are searched too. In
-the step, `tensor` goes over both hosts: they load the same rows of each batch;
-and it does not divide the vocabulary.
+of everything that the checkpoints hold. On the host, words are searched too,
+and each host holds some shards of the index. In the step, `tensor` goes over
+both hosts: they load the same rows of each batch; and it does not divide the
+vocabulary.
 """
 
 import hashlib
@@ -32,6 +33,7 @@ from rag_jax.training.workdir import open_workdir
 KINDS = {
   "on the host": {
     "mesh.data": 2, "mesh.fsdp": 2, "index.hybrid": True,
+    "index.passages_per_shard": 12,
   },
   "in the step": {
     "mesh.tensor": 4, "generator.vocab_size": 601, "index.kind": "device",
@@ -113,6 +115,10 @@ class Runs:
         return self.saved, stopped.signum
     return self.saved, 0
 
+  def shared(self):
+    """Returns the shards of indexes that were saved by the second host."""
+    return self._root.glob("whole/**/shards/00001")
+
 
 def main(config_file, root, kind):
   host = join_hosts()
@@ -123,6 +129,8 @@ def main(config_file, root, kind):
     runs.train("stopped", 0, 1),
     runs.train("stopped", 0, -1),
   ]
+  if kind == "on the host":
+    assert list(runs.shared())
   json.dump(found, sys.stdout)
 
 

@@ -34,7 +34,8 @@ KINDS = {
     [(1, 1, 1), (2, 2, 1), (1, 2, 4)],
   ),
   "RAG-Sequence, words searched too": (
-    {"loss": "rag_sequence", "index.hybrid": True, "decoding.num_beams": 2},
+    {"loss": "rag_sequence", "index.hybrid": True, "decoding.num_beams": 2,
+     "train.pack_contexts": True},
     [(1, 1, 1), (4, 2, 1)],
   ),
   "RAG-Token, searched in the step": (

@@ -20,6 +20,7 @@ from rag_jax.config import OptimizerConfig
 from rag_jax.models import partitioning
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.length_groups import LengthGroups
+from rag_jax.models.packing import Packing
 from rag_jax.models.rag import build_model
 from rag_jax.training import step as step_lib
 from rag_jax.training.optimizer import make_optimizer
@@ -288,6 +289,7 @@ def test_the_parts_of_a_batch_add_up_to_the_whole(params, hf):
       np.testing.assert_allclose(summed[name], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
   ("lengths", "accumulate", "ungrouped"),
   [
@@ -296,17 +298,18 @@ def test_the_parts_of_a_batch_add_up_to_the_whole(params, hf):
     ([[6, 2], [3, 3], [6, 6], [6, 3]], 2, 0.5),
   ],
 )
-def test_groups_of_lengths_change_nothing(
-  params, lengths, accumulate, ungrouped
+def test_groups_of_lengths_and_packed_rows_change_nothing(
+  params, lengths, accumulate, ungrouped, packed
 ):
   """Whether the contexts of a batch, or of its parts, fit them or not."""
   mask = np.arange(C) < np.array(lengths)[..., None]
   batch = dataclasses.replace(make_batch(), context_mask=mask)
-  half = LengthGroups((2, 1, 1), (3, 4, 6))
-  groups = half if accumulate == 2 else LengthGroups((4, 2, 2), (3, 4, 6))
+  half = LengthGroups((2, 1, 1), (3, 4, 6)), Packing(3, 6)
+  whole = LengthGroups((4, 2, 2), (3, 4, 6)), Packing(5, 6)
+  layout = (half if accumulate == 2 else whole)[packed]
 
-  @functools.partial(jax.jit, static_argnames="groups")
-  def moved(params, batch, groups):
+  @functools.partial(jax.jit, static_argnames="layout")
+  def moved(params, batch, layout):
     return step_lib.update(
       TrainState(jnp.int32(0), params, SGD.init(params)),
       batch,
@@ -317,19 +320,19 @@ def test_groups_of_lengths_change_nothing(
       optimizer=SGD,
       stage="train",
       accumulate=accumulate,
-      groups=groups,
+      context_layout=layout,
     )
 
-  whole, expected = moved(params, batch, None)
-  state, metrics = moved(params, batch, groups)
+  alone, expected = moved(params, batch, None)
+  state, metrics = moved(params, batch, layout)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
     state.params,
-    whole.params,
+    alone.params,
   )
   assert metrics.pop("train/ungrouped") == ungrouped
   # Tokens: of contexts, targets, questions, and passages.
-  saved = (1 - ungrouped) * (B * K * C - accumulate * groups.places.sum())
+  saved = (1 - ungrouped) * (B * K * C - accumulate * layout.num_tokens)
   size = B * (K * C + T + Q + K * L)
   real = (1 - expected["train/padding"]) * size
   expected["train/padding"] = 1 - real / (size - saved)

@@ -1,0 +1,150 @@
+"""Packed contexts are read as if each had a row of its own."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rag_jax.config import Config
+from rag_jax.config import EncoderConfig
+from rag_jax.config import GeneratorConfig
+from rag_jax.models.batch import RagBatch
+from rag_jax.models.packing import Packing
+from rag_jax.models.packing import _num_rows
+from rag_jax.models.packing import choose_packing
+from rag_jax.models.rag import build_model
+
+C = 8
+
+
+def make_contexts(lengths):
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(1, 100, (len(lengths), C), np.int32)
+  mask = np.arange(C) < np.array(lengths)[:, None]
+  return jnp.asarray(tokens), jnp.asarray(mask)
+
+
+def spy(seen):
+  def encode(tokens, mask, positions):
+    seen.update(tokens=tokens, mask=mask, positions=positions)
+    return tokens[..., None].astype(jnp.float32)
+
+  return encode
+
+
+def test_contexts_share_rows_and_come_back_in_their_places():
+  tokens, mask = make_contexts([3, 8, 1, 4, 0, 2])
+  seen = {}
+  packing = Packing(rows=3, length=C)
+  assert packing.fit(mask)
+  states = packing.encode(spy(seen), tokens, mask)
+  np.testing.assert_array_equal(states[..., 0], tokens * mask)
+  # The longest first, each into the first row with room.
+  np.testing.assert_array_equal(
+    seen["tokens"],
+    [
+      tokens[1],
+      [*tokens[3, :4], *tokens[0, :3], *tokens[2, :1]],
+      [*tokens[5, :2], 0, 0, 0, 0, 0, 0],
+    ],
+  )
+  np.testing.assert_array_equal(
+    seen["positions"],
+    [range(8), [0, 1, 2, 3, 0, 1, 2, 0], [0, 1, 0, 0, 0, 0, 0, 0]],
+  )
+  whose = np.array([[1] * 8, [3, 3, 3, 3, 0, 0, 0, 2], [5, 5] + [-1] * 6])
+  same = (whose[:, :, None] == whose[:, None]) & (whose >= 0)[:, None]
+  np.testing.assert_array_equal(seen["mask"], same)
+
+
+def test_a_token_that_the_mask_leaves_out_is_in_its_place_and_not_read():
+  tokens, mask = make_contexts([4, 3])
+  mask = mask.at[0, 1].set(False)
+  seen = {}
+  Packing(rows=1, length=C).encode(spy(seen), tokens, mask)
+  np.testing.assert_array_equal(seen["positions"], [[0, 1, 2, 3, 0, 1, 2, 0]])
+  assert not seen["mask"][0, :, 1].any()
+  assert seen["mask"][0, 0, [0, 2, 3]].all()
+
+
+def test_contexts_fit_if_first_fit_decreasing_needs_no_more_rows():
+  rng = np.random.default_rng(0)
+  for trial in range(60):
+    lengths = rng.integers(0, C + 1, 7)
+    needed = _num_rows(lengths, C)
+    # Each row but one is more than half full, or nothing would be in it.
+    assert -(-lengths.sum() // C) <= max(needed, 1) <= len(lengths), trial
+    mask = make_contexts(lengths)[1]
+    for rows in range(1, 8):
+      assert bool(Packing(rows, C).fit(mask)) == (rows >= needed), lengths
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {},
+    {"pointer": True},
+    {"positions": "none", "relative_buckets": 8, "gated": True},
+    {"positions": "none", "relative_buckets": 8, "relative_shared": True,
+     "norm": "pre", "norm_kind": "rms", "scale_attention": False},
+  ],
+  ids=str,
+)  # fmt: skip
+def test_losses_and_gradients_are_those_of_rows_of_their_own(fields):
+  config = Config()
+  sizes = {"num_layers": 2, "embed_dim": 8, "num_heads": 2, "mlp_dim": 8}
+  config.encoder = EncoderConfig(**sizes)
+  config.generator = GeneratorConfig(**sizes, max_positions=8, **fields)
+  model = build_model(config, vocab_size=100, decoder_start_id=2)
+  tokens, mask = make_contexts([2, 5, 1, 8, 2, 4])
+  batch = RagBatch(
+    context_tokens=tokens.reshape(2, 3, 8),
+    context_mask=mask.reshape(2, 3, 8),
+    target_tokens=tokens.reshape(2, 3, 8)[:, 1, :4],  # some can be copied
+    target_mask=jnp.ones((2, 4), bool),
+  )
+  params = nn.meta.unbox(model.init(jax.random.key(0), batch))["params"]
+  params = jax.tree.map(lambda x: x + 0.3 * jnp.sin(jnp.arange(x.size)).reshape(
+    x.shape), params)  # fmt: skip
+
+  @jax.jit(static_argnames="packing")
+  def read(params, packing):
+    out = model.apply(
+      {"params": params}, batch, context_layout=packing,
+      method="target_log_probs",
+    )  # fmt: skip
+    return jnp.mean(out.log_probs * jnp.arange(1, 5)), out
+
+  packing = Packing(rows=3, length=8)
+  assert packing.fit(mask)
+  found = jax.grad(read, has_aux=True)(params, packing)
+  expected = jax.grad(read, has_aux=True)(params, None)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    found,
+    expected,
+  )
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 20])
+def test_the_packing_of_fewest_tokens_is_chosen(num_rows):
+  lengths = np.random.default_rng(1).integers(2, 60, 400)
+  packing = choose_packing(lengths, num_rows, 64)
+  batches = np.random.default_rng(2).choice(lengths, (300, num_rows))
+  needed = np.array([_num_rows(batch, 64) for batch in batches])
+
+  def mean(rows):
+    return np.mean(np.where(needed <= rows, rows, num_rows))
+
+  if num_rows == 1:
+    assert packing is None
+    return
+  least = min(map(mean, range(1, num_rows + 1)))
+  assert mean(packing.rows) < 1.05 * least
+  if num_rows == 20:
+    assert mean(packing.rows) < 0.7 * num_rows
+
+
+def test_contexts_of_full_length_are_not_packed():
+  assert choose_packing(np.full(100, 64), 20, 64) is None
