@@ -29,9 +29,9 @@ from rag_jax.losses import MARGINAL_NLL_FNS
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.encoders import OneTower
 from rag_jax.models.encoders import RetrieverEncoder
-from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.partitioning import replicated
+from rag_jax.models.rag import ContextLayout
 from rag_jax.models.rag import RagModel
 from rag_jax.models.rag import build_encoder
 from rag_jax.models.rag import build_generator
@@ -257,7 +257,7 @@ class OurTraining:
     kind: str,
     model: RagModel,
     params: PyTree,
-    groups: LengthGroups | None = None,
+    context_layout: ContextLayout | None = None,
   ):
     """Compiles nothing yet; `params` are copied."""
     self._mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -283,7 +283,7 @@ class OurTraining:
       layout,
       self._mesh,
       "train",
-      functools.partial(update, context_layout=groups),
+      functools.partial(update, context_layout=context_layout),
     )
     self._key = self.place(jax.random.key(0))
 

@@ -50,7 +50,7 @@ from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.ranking import Generated
 from rag_jax.decoding.ranking import HfParity
 from rag_jax.models.batch import RagBatch
-from rag_jax.models.length_groups import choose_groups
+from rag_jax.models.packing import choose_packing
 from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.retriever import fingerprint
 from rag_jax.weights.init_from import Initial
@@ -59,7 +59,6 @@ from rag_jax.weights.loaded import LoadedRag
 
 _CONTEXT = 300  # transformers pads every context to it: RagConfig's default
 _PASSAGE_TOKENS = 512  # that are embedded: BERT's positions
-_NUM_GROUPS = 4  # of lengths, in training
 _SPREAD = 2.0  # of the scores, as in the cases of fixed shape
 _SAME_SCORE = 0.01  # documents that close may be exchanged by rounding
 _SAME_LOSS = 1e-4  # relative
@@ -128,7 +127,7 @@ class _Sides:
     retriever: of transformers.
     bert: transformers' tokenizer of questions.
     bart: and of contexts and answers.
-    groups: of lengths that contexts are trained in.
+    packing: of contexts, in training; None: each has a row of its own.
     note: what was padded to what.
   """
 
@@ -245,8 +244,11 @@ class _Sides:
     lengths = context.contexts(context_ids, found)[1].sum(axis=-1)
     num_cut = context.counts["contexts_cut"]
     data.context_length = min(_multiple(int(lengths.max())), _CONTEXT)
-    self.groups = choose_groups(
-      lengths.ravel(), B * K, _NUM_GROUPS, data.context_length
+    self.packing = choose_packing(
+      lengths.ravel(),
+      B * K,
+      data.context_length,
+      self._config.generator.embed_dim,
     )
     data.question_length = _multiple(max(map(len, question_ids)) + 2)
     answers = self.longest.tokenizer.encode(
@@ -263,10 +265,11 @@ class _Sides:
       f" RagRetriever. A question is padded to {data.question_length} here"
     )
     if trains:
-      shapes = [f"{rows} to {n}" for rows, n in self.groups.shapes(1)]
+      note += f", and an answer to {data.target_length}"
+    if trains and self.packing:
       note += (
-        f", and an answer to {data.target_length}. With train.length_groups="
-        f"{_NUM_GROUPS}, of the {B * K} contexts of a step {', '.join(shapes)}"
+        f". With train.pack_contexts, the {B * K} contexts of a step are put"
+        f" into {self.packing.rows} rows of {self.packing.length} tokens"
       )
     return note + "; by transformers to the longest of its batch."
 
@@ -326,7 +329,7 @@ def _our_step(kind: str, sides: _Sides) -> Callable[[], float]:
   """Returns a function that takes one step and returns the loss before it."""
   experiment, index, batches = sides.ours, sides.index, sides.batches()
   training = hf_cases.OurTraining(
-    kind, experiment.model, sides.params, sides.groups
+    kind, experiment.model, sides.params, sides.packing
   )
   context = experiment.context
 

@@ -32,7 +32,10 @@ class StepShapes:
   num_passages: int  # P
   # (contexts, length) of train.length_groups; (): all have the length C.
   context_groups: tuple[tuple[int, int], ...] = ()
-  packed_rows: int = 0  # of C tokens, with train.pack_contexts; 0: not packed
+  packed_rows: tuple[int, int] = (
+    0,
+    0,
+  )  # (rows, length), if contexts are packed
 
   @property
   def num_contexts(self) -> int:
@@ -47,9 +50,7 @@ class StepShapes:
   @property
   def encoder_rows(self) -> tuple[tuple[int, int], ...]:
     """(rows, length) as the generator's encoder reads them."""
-    if self.packed_rows:
-      return ((self.packed_rows, self.context_length),)
-    return self.contexts
+    return (self.packed_rows,) if self.packed_rows[0] else self.contexts
 
   @property
   def context_tokens(self) -> int:

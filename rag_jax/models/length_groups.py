@@ -135,7 +135,7 @@ def choose_groups(
     groups = _least_padding(needed.astype(int), num_groups, longest)
     fit = np.mean(np.all(ordered <= groups.places, axis=1))
     choices.append((groups, groups.num_tokens, float(fit)))
-  found = fewest_tokens(choices, num_rows * longest)
+  found = cheapest(choices, num_rows * longest)
   return found or LengthGroups((num_rows,), (longest,))
 
 
@@ -147,20 +147,20 @@ def draw_batches(
   return rng.choice(lengths, (_NUM_BATCHES, num_rows))
 
 
-def fewest_tokens(
-  choices: Sequence[tuple[_T, int, float]], whole: int
+def cheapest(
+  choices: Sequence[tuple[_T, float, float]], whole: float
 ) -> _T | None:
-  """Returns the choice of fewest tokens per batch on average.
+  """Returns the choice of least cost per batch on average.
 
-  None if none has fewer than `whole`.
+  None if none costs less than `whole`.
 
   Args:
-    choices: with the tokens of a batch that fits, and the share that fits.
-    whole: tokens of a batch that does not.
+    choices: with the cost of a batch that fits, and the share that fits.
+    whole: cost of a batch that does not.
   """
-  best, least = None, float(whole)
-  for choice, tokens, fit in choices:
-    mean = fit * tokens + (1 - fit) * whole
+  best, least = None, whole
+  for choice, cost, fit in choices:
+    mean = fit * cost + (1 - fit) * whole
     if mean < least:
       best, least = choice, mean
   return best

@@ -1,11 +1,11 @@
 """Several contexts in one row of the generator's encoder: less padding.
 
-Each device puts its contexts into fewer rows of data.context_length tokens, the
-longest first, each into the first row with room. A context attends to its own
-tokens alone, and its positions begin at 0. The number of rows is fixed before
-the program is compiled; `choose_packing` chooses it from the lengths of
-contexts of the data, so that nearly every batch fits. A batch that does not is
-computed without packing.
+Each device puts its contexts into fewer, longer rows, the longest context
+first, each into the first row with room. A context attends to its own tokens
+alone, and its positions begin at 0. The number and length of the rows are fixed
+before the program is compiled; `choose_packing` chooses them from the lengths
+of contexts of the data, so that nearly every batch fits. A batch that does not
+is computed without packing.
 
 In: tokens [N, C], N contexts. Out: the states of the encoder, [N, C, D], 0 past
 the end of a context.
@@ -20,13 +20,15 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 import numpy as np
 
 from rag_jax.models.length_groups import by_device
+from rag_jax.models.length_groups import cheapest
 from rag_jax.models.length_groups import context_lengths
 from rag_jax.models.length_groups import draw_batches
-from rag_jax.models.length_groups import fewest_tokens
 from rag_jax.models.partitioning import constrain
 
-# (tokens [M, C], mask [M, C, C], positions [M, C]) -> states [M, C, D]
-Encode = Callable[[Array, Array, Array], Float[Array, "M C D"]]
+# (tokens [M, S], mask [M, S, S], positions [M, S]) -> states [M, S, D]
+Encode = Callable[[Array, Array, Array], Float[Array, "M S D"]]
+
+_LONGEST = 4  # times data.context_length: attention grows with a row's length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Packing:
 
   Attributes:
     rows: of each device.
-    length: tokens of a row, data.context_length.
+    length: S, tokens of a row; no context is longer.
   """
 
   rows: int
@@ -71,14 +73,14 @@ class Packing:
     nowhere = self.num_tokens
     index = jnp.where(within, starts[..., None] + places, nowhere)  # S n C
 
-    def pack(values: Array) -> Shaped[Array, "M C"]:  # of [S, n, C] or [n, 1]
+    def pack(values: Array) -> Shaped[Array, "M S"]:  # of [S, n, C] or [n, 1]
       empty = jnp.zeros(self.num_tokens, values.dtype)
       put = jax.vmap(lambda i, x: empty.at[i].set(x, mode="drop"))
       rows = put(index, jnp.broadcast_to(values, index.shape))
       return _rows(rows.reshape(-1, self.length))
 
     context = pack(1 + jnp.arange(index.shape[1])[:, None])
-    allowed = context[:, :, None] == context[:, None]  # M C C
+    allowed = context[:, :, None] == context[:, None]  # M S S
     allowed &= ((context > 0) & pack(by_device(mask)))[:, None]
     states = encode(pack(by_device(tokens)), allowed, pack(places))
     shape = (len(index), self.num_tokens, states.shape[-1])
@@ -114,34 +116,45 @@ def _rows(x: Array) -> Array:
 
 
 def choose_packing(
-  lengths: Int[np.ndarray, "samples"], num_rows: int, longest: int
+  lengths: Int[np.ndarray, "samples"], num_rows: int, longest: int, dim: int
 ) -> Packing | None:
-  """Returns the packing that computes the fewest tokens per batch on average.
+  """Returns the packing of least arithmetic per batch on average.
 
-  None if no packing computes fewer than contexts in rows of their own.
+  None if no packing has less than contexts in rows of their own.
 
   Args:
     lengths: of contexts of the data.
     num_rows: n, contexts that a device computes at a time.
     longest: data.context_length.
+    dim: D, of the encoder. The wider it is, the less its attention counts.
   """
-  needed = np.array([
-    _num_rows(batch, longest) for batch in draw_batches(lengths, num_rows)
-  ])  # fmt: skip
-  choices = [
-    (Packing(rows, longest), rows * longest, float(np.mean(needed <= rows)))
-    for rows in range(int(needed.min()), num_rows)
-  ]
-  return fewest_tokens(choices, num_rows * longest)
+  batches = draw_batches(lengths, num_rows)
+
+  def cost(rows: int, length: int) -> float:
+    # A token has 24 D^2 FLOPs in a layer's kernels, and 4 S D in attention.
+    return float(rows * length * (6 * dim + length))
+
+  choices = []
+  for length in range(longest, (1 + _LONGEST) * longest, longest):
+    needed = _num_rows(batches, length)
+    choices += [
+      (
+        Packing(rows, length),
+        cost(rows, length),
+        float(np.mean(needed <= rows)),
+      )
+      for rows in range(max(int(needed.min()), 1), num_rows)
+    ]
+  return cheapest(choices, cost(num_rows, longest))
 
 
-def _num_rows(lengths: Int[np.ndarray, "n"], longest: int) -> int:
-  """Returns how many rows first-fit-decreasing fills."""
-  free: list[int] = []
-  for length in sorted(lengths.tolist(), reverse=True):
-    row = next((i for i, room in enumerate(free) if room >= length), None)
-    if row is None:
-      free.append(longest - length)
-    else:
-      free[row] -= length
-  return len(free)
+def _num_rows(
+  batches: Int[np.ndarray, "batches n"], length: int
+) -> Int[np.ndarray, "batches"]:
+  """Returns how many rows first-fit-decreasing fills for each batch."""
+  each = np.arange(len(batches))
+  free = np.full(batches.shape, length)
+  for column in np.sort(batches, axis=1)[:, ::-1].T:
+    row = np.argmax(free >= column[:, None], axis=1)
+    free[each, row] -= column
+  return np.sum(free < length, axis=1)

@@ -25,6 +25,7 @@ from rag_jax.losses import MARGINAL_NLL_FNS
 from rag_jax.losses_hf import HF_NLL_FNS
 from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.length_groups import choose_groups
+from rag_jax.models.packing import Packing
 from rag_jax.models.packing import choose_packing
 from rag_jax.models.partitioning import batch_shards
 from rag_jax.models.partitioning import process_rows
@@ -68,7 +69,9 @@ class Stage:
     layout = self.context_layout
     if isinstance(layout, LengthGroups):
       return {"context_groups": layout.shapes(num_shares)}
-    return {"packed_rows": num_shares * layout.rows} if layout else {}
+    if layout is None:
+      return {}
+    return {"packed_rows": (num_shares * layout.rows, layout.length)}
 
   @property
   def update_fn(self) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -186,11 +189,13 @@ def _context_layout(
   num_rows = t.batch_size * max(config.data.n_docs, 1) // shares
   lengths = batches.context_lengths(_NUM_LENGTHS)
   if t.pack_contexts:
-    packing = choose_packing(lengths, num_rows, longest)
+    dim = config.generator.embed_dim
+    packing = choose_packing(lengths, num_rows, longest, dim)
+    shape = packing or Packing(num_rows, longest)
     logging.info(
-      "The %d contexts that a device computes at a time are packed into %d rows"
-      " of %d tokens.",
-      *(num_rows, packing.rows if packing else num_rows, longest),
+      "The %d contexts of up to %d tokens that a device computes at a time are"
+      " put into %d rows of %d tokens.",
+      *(num_rows, longest, shape.rows, shape.length),
     )
     return packing
   groups = choose_groups(lengths, num_rows, t.length_groups, longest)
