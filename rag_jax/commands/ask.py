@@ -14,9 +14,10 @@ answers from other passages without training again.
 Several questions are several arguments. With `-`, questions are read from
 standard input, one per line; without a question, at a prompt. --json prints one
 JSON object per answer. With --distributed on every host of a pod, each answers
-a share of the questions, and the first host prints all answers. Only the user's
-cache directory (~/.cache/rag_jax) is written to: compiled programs, and
-converted weights of a --model that has them as a pickle only.
+a share of the questions; the first host reads standard input, and prints all
+answers. Only the user's cache directory (~/.cache/rag_jax) is written to:
+compiled programs, and converted weights of a --model that has them as a pickle
+only.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,10 +31,12 @@ from absl import logging
 
 from rag_jax.api import pickles
 from rag_jax.commands import command
+from rag_jax.decoding.answerer import Answer
 from rag_jax.decoding.rag import MODES
 from rag_jax.pod import joined
 from rag_jax.processes import is_first
 from rag_jax.processes import share
+from rag_jax.processes import told_by_first
 from rag_jax.serving.explanation import SURE
 from rag_jax.serving.explanation import explain
 from rag_jax.serving.explanation import to_json
@@ -173,13 +176,21 @@ def _open() -> RagPipeline:
   )
 
 
+def _text(pipeline: RagPipeline, answer: Answer) -> str:
+  """Returns what is printed for an answer."""
+  how = answer, _SURE.value, pipeline.least_score
+  if _JSON.value:
+    return f"{to_json(*how)}\n"
+  return f"{answer.question}\n{explain(*how)}"
+
+
 def _answer_on_hosts(arguments: list[str]) -> None:
   """Answers on all hosts of a pod, each a share; the first one prints.
 
   Raises:
     ValueError: there is no question to share.
   """
-  questions = list(command.questions(arguments))
+  questions = told_by_first(lambda: list(command.questions(arguments)))
   check_questions(questions)
   if not questions:
     raise ValueError(
@@ -189,19 +200,12 @@ def _answer_on_hosts(arguments: list[str]) -> None:
   pipeline = _open()
 
   def answer(some: Sequence[str]) -> list[str]:
-    texts = []
-    for question in some:
-      (found,) = pipeline.answer(question, n_docs=_N_DOCS.value)
-      if _JSON.value:
-        texts.append(to_json(found, _SURE.value, pipeline.least_score))
-      else:
-        shown = explain(found, _SURE.value, pipeline.least_score)
-        texts.append(f"{question}\n{shown}")
-    return texts
+    found = (pipeline.answer(q, n_docs=_N_DOCS.value)[0] for q in some)
+    return [_text(pipeline, answer) for answer in found]
 
   texts = share(questions, answer)
   if is_first():
-    print("\n".join(text.rstrip("\n") for text in texts))
+    print(("" if _JSON.value else "\n").join(texts), end="")
 
 
 def main(argv: list[str]) -> None:
@@ -222,13 +226,9 @@ def main(argv: list[str]) -> None:
     if on_text:
       _show("")
     logging.info("Answered in %.3f s.", time.perf_counter() - start)
-    if _JSON.value:
-      print(to_json(answer, _SURE.value, pipeline.least_score), flush=True)
-      continue
-    print(f"{'' if not number else chr(10)}{question}")
-    print(
-      explain(answer, _SURE.value, pipeline.least_score), end="", flush=True
-    )
+    if number and not _JSON.value:
+      print()
+    print(_text(pipeline, answer), end="", flush=True)
 
 
 def run() -> None:

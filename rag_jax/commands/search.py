@@ -14,7 +14,7 @@ passages or answers, finds the best mode, and stores both with the index.
 --mode=best uses that mode.
 
 With --distributed on every host of a pod, each searches for a share of the
-questions, and the first host prints all answers.
+questions; the first host reads standard input, and prints all answers.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ from rag_jax.evaluation.search_modes import fit_search_modes
 from rag_jax.processes import first_alone
 from rag_jax.processes import is_first
 from rag_jax.processes import share
+from rag_jax.processes import told_by_first
 from rag_jax.retrieval.filters import describe_metadata
 from rag_jax.retrieval.filters import parse_conditions
 from rag_jax.search.directory import MODES
@@ -108,7 +109,7 @@ def main(argv: list[str]) -> None:
   """Runs the command."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-  questions = list(command.questions(argv[1:]))
+  questions = told_by_first(lambda: list(command.questions(argv[1:])))
   if _FIT_HYBRID.value:
     # One host writes to the directory before the others read it.
     first_alone("fit", lambda: _fit_hybrid() if is_first() else None)

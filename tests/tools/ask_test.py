@@ -5,6 +5,7 @@ import os
 import re
 
 from processes import run_tool
+from processes import run_tool_on_hosts
 import pytest
 
 FRANCE = "What is the capital of France?"
@@ -180,3 +181,43 @@ def test_a_run_may_be_named_as_a_model_and_searched_with_beams(learned):
     "ask.py", f"--model={learned.workdir}", "--num_beams=3", "--json", FRANCE
   )
   assert answered(process) == [(FRANCE, "Paris")]
+
+
+def test_two_hosts_answer_as_one_does_and_the_first_prints(learned):
+  asked = f"--workdir={learned.workdir}", FRANCE, PERU, f"{PERU} {FRANCE}"
+  alone = run_tool("ask.py", *asked)
+  assert alone.returncode == 0, alone.stderr
+  (first, text, _), (second, others, _) = run_tool_on_hosts("ask.py", *asked)
+  assert (first, second) == (0, 0), text + others
+  assert alone.stdout in text  # Gloo prints there too
+  assert "p(z|x)" not in others
+
+
+def test_the_first_host_reads_the_questions_for_all(learned):
+  asked = f"--workdir={learned.workdir}", "--json", "-"
+  lines = f"{FRANCE}\n{PERU}\n"
+  alone = run_tool("ask.py", *asked, input=lines)
+  assert alone.returncode == 0, alone.stderr
+  (first, text, _), (second, others, _) = run_tool_on_hosts(
+    "ask.py", *asked, stdin=lines
+  )
+  assert (first, second) == (0, 0), text + others
+  assert alone.stdout in text
+  assert "log_prob" not in others
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ([FRANCE, ""], "Question 2 of 2 is empty"),  # both hosts see it
+    (["--n_docs=-1", FRANCE], "n_docs=-1; expected 1 or more"),  # the first
+  ],
+)
+def test_a_bad_question_ends_both_hosts(learned, arguments, message):
+  for status, text, secs in run_tool_on_hosts(
+    "ask.py", f"--workdir={learned.workdir}", *arguments
+  ):
+    assert status == 1
+    assert message in text
+    assert "Traceback" not in text
+    assert secs < 60
