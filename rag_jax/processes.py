@@ -19,6 +19,10 @@ import numpy as np
 _T = TypeVar("_T")
 
 
+class OtherProcessError(RuntimeError):
+  """Another process of the program failed; repeats its message."""
+
+
 def wait_for_all(what: str) -> None:
   """Returns when every process of the program has called this with `what`."""
   if jax.process_count() > 1:
@@ -67,6 +71,14 @@ def from_each(value: Any) -> list[Any]:
     json.loads(row[:size].tobytes())
     for row, size in zip(rows, sizes, strict=True)
   ]
+
+
+def told_by_first(act: Callable[[], Any]) -> Any:
+  """Returns in all processes what `act` returns, which process 0 alone calls.
+
+  For what others may not have, such as standard input. JSON can hold it.
+  """
+  return from_each(act() if is_first() else None)[0]
 
 
 def share(
@@ -131,7 +143,7 @@ def first_alone(what: str, act: Callable[[], _T]) -> _T:
     act: called once by each process.
 
   Raises:
-    RuntimeError: another process failed in `act`. Its own message says why.
+    OtherProcessError: another process failed in `act`.
   """
   if jax.process_count() == 1:
     return act()
@@ -148,16 +160,13 @@ def _all_or_none(what: str, act: Callable[[], Any]) -> Any:
     result = act()
   except Exception as e:  # of any type: the others must not hang
     error = e
-  failed = np.asarray(
-    multihost_utils.process_allgather(np.int32(error is not None))
-  )
+  why = "" if error is None else f"{type(error).__name__}: {error}"
+  failed = {i: text for i, text in enumerate(from_each(why)) if text}
   if error is not None:
     raise error
-  if failed.any():
-    named = ", ".join(map(str, np.flatnonzero(failed)))
-    raise RuntimeError(
-      f"This process stops because process {named} could not {what}. Expected"
-      " every process of the program to succeed. The message of that process"
-      " says what to do."
+  for process, text in failed.items():
+    raise OtherProcessError(
+      f"This process stops because process {process} could not {what}. It says:"
+      f" {text}"
     )
   return result

@@ -18,7 +18,15 @@ Prints the tables; --output gets results.json, recall_speed.png and report.html,
 which holds all. FAISS is measured too where it is installed (pip install
 faiss-cpu). Tuned systems are tuned with half of the questions and measured with
 the others.
+
+With --distributed on every host of a pod, the device index is spread over all
+chips, which search together; each host embeds a share of the questions, and
+finds by exact search what a share of them should find. The other systems are
+indexes of one host: the first host measures them alone, and the sizes of a
+growing corpus. It prints and writes everything.
 """
+
+from collections.abc import Callable
 
 from absl import flags
 from absl import logging
@@ -27,6 +35,7 @@ from rag_jax.benchmarks.growth import GrowthSettings
 from rag_jax.benchmarks.growth import benchmark_growth
 from rag_jax.benchmarks.growth_report import growth_table
 from rag_jax.benchmarks.growth_report import write_growth
+from rag_jax.benchmarks.report import Benchmark
 from rag_jax.benchmarks.report import write_benchmark
 from rag_jax.benchmarks.run import BenchmarkSettings
 from rag_jax.benchmarks.run import benchmark_directory
@@ -34,7 +43,10 @@ from rag_jax.benchmarks.run import benchmark_embeddings
 from rag_jax.benchmarks.systems import SYSTEMS
 from rag_jax.commands import command
 from rag_jax.evaluation.answers import VARIANTS
+from rag_jax.processes import first_alone
+from rag_jax.processes import is_first
 
+command.define_pod_flags()
 _DEFAULT = BenchmarkSettings(systems=SYSTEMS)
 
 _INDEX = flags.DEFINE_string("index", "", "Directory of tools/build_index.py.")
@@ -90,7 +102,7 @@ def main(argv: list[str]) -> None:
   if all(directory) and not any(arrays):
     benchmark = benchmark_directory(*directory, settings)
   elif all(arrays) and not any(directory) and len(files) > 1:
-    _measure_growth(files, _QUESTION_EMBEDDINGS.value or "")
+    _by_first("measure", lambda: _measure_growth(files, arrays[1] or ""))
     return
   elif all(arrays) and not any(directory):
     benchmark = benchmark_embeddings(files[0], arrays[1], settings)
@@ -98,6 +110,15 @@ def main(argv: list[str]) -> None:
     raise ValueError(
       "Give --index and --questions, or --embeddings and --question_embeddings."
     )
+  _by_first("report", lambda: _report(benchmark))
+
+
+def _by_first(what: str, act: Callable[[], None]) -> None:
+  """Calls `act` on the first host; the others wait, and fail if it fails."""
+  first_alone(what, act if is_first() else lambda: None)
+
+
+def _report(benchmark: Benchmark) -> None:
   if _OUTPUT.value:
     write_benchmark(_OUTPUT.value, benchmark)
   print(benchmark.markdown())

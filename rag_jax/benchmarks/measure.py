@@ -17,6 +17,7 @@ from rag_jax.evaluation.judged_questions import Known
 from rag_jax.evaluation.judged_questions import Mean
 from rag_jax.evaluation.judged_questions import QuestionMetrics
 from rag_jax.evaluation.judged_questions import without_own
+from rag_jax.processes import from_first
 from rag_jax.retrieval.recall import Recall
 from rag_jax.retrieval.recall import index_recall_at_k
 from rag_jax.retrieval.recall import mean_recall
@@ -67,7 +68,8 @@ def measure(
   """Returns the measurements of each system, in their order.
 
   Each system is timed once per round, and every other round reverses the order:
-  other load of the machine then affects all systems alike.
+  other load of the machine then affects all systems alike. All processes of a
+  pod call it, each with the systems that it has, and the same other arguments.
 
   Args:
     systems: all of the same passages and questions.
@@ -162,7 +164,10 @@ def _speeds(
     order = range(len(systems))
     for place in order if number % 2 == 0 else reversed(order):
       for size in BATCHES:
-        speed = queries_per_second(systems[place], rows, k, size, speed_secs)
+        system = systems[place]
+        # So that all processes search equally often.
+        agree = from_first if system.collective else int
+        speed = queries_per_second(system, rows, k, size, speed_secs, agree)
         speeds[place][size].append(speed)
   return speeds
 

@@ -2,6 +2,10 @@
 
 In: a directory of tools/build_index.py with questions, or only embeddings.
 Out: the `Benchmark`. Nothing is written.
+
+All processes of a pod call these functions. They embed a share of the
+questions, and search exactly for it; what they measure, systems.py says. The
+first process returns all measurements, the others what they have.
 """
 
 from collections.abc import Sequence
@@ -11,6 +15,7 @@ from typing import Any
 
 from absl import logging
 from etils import epath
+import jax
 from jaxtyping import Float
 import numpy as np
 
@@ -34,6 +39,7 @@ from rag_jax.evaluation.judged_questions import gold_rows
 from rag_jax.evaluation.judged_questions import read_judged_questions
 from rag_jax.evaluation.regex_answers import REGEX
 from rag_jax.evaluation.regex_answers import check_patterns
+from rag_jax.processes import share
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.search.directory import OpenedDirectory
 
@@ -88,7 +94,8 @@ def benchmark_directory(
   chosen = [asked[row] for row in (*measured, *tuning)]
   logging.info("Embedding %d questions.", len(chosen))
   texts = [question.question for question in chosen]
-  embeddings = directory.embed_questions(texts)
+  vectors = share(texts, lambda some: directory.embed_questions(some).tolist())
+  embeddings = np.array(vectors, np.float32)
   notes: list[str] = []
   known = _known(
     chosen, directory.passages, directory.version.twins, notes, settings
@@ -277,9 +284,12 @@ def _run(
   )
   rows, dim = workload.embeddings.shape
   logging.info("Exact search of %d passages, to compare with.", rows)
-  truth, _ = exact.search(
-    workload.measured.embeddings, min(max(INDEX_DEPTHS), rows)
-  )
+  questions, depth = workload.measured.embeddings, min(max(INDEX_DEPTHS), rows)
+
+  def best(some: Sequence[int]) -> list[list[int]]:
+    return exact.search(questions[list(some)], depth)[0].tolist()
+
+  truth = np.array(share(range(len(questions)), best), np.int32)
   systems = build_systems(
     settings.systems,
     workload,
@@ -288,19 +298,28 @@ def _run(
     k=SPEED_K,
     notes=notes,
   )
-  measured = measure(
-    systems,
-    truth,
-    known,
-    notes=notes,
-    rounds=settings.rounds,
-    speed_secs=settings.speed_secs,
-  )
+  if jax.process_count() > 1:
+    notes.append(
+      f"{jax.process_count()} hosts ran this. The device index is on the"
+      f" {jax.device_count()} chips of all of them, which search together;"
+      " every other system was measured on the first host alone. In training,"
+      " each host searches such an index for its own questions."
+    )
+  measured = []
+  if systems:
+    measured = measure(
+      systems,
+      truth,
+      known,
+      notes=notes,
+      rounds=settings.rounds,
+      speed_secs=settings.speed_secs,
+    )
   return Benchmark(
     inputs=inputs,
     num_passages=rows,
     embedding_dim=dim,
-    num_questions=len(workload.measured.embeddings),
+    num_questions=len(questions),
     num_tuning=len(workload.tuning.embeddings),
     rounds=settings.rounds,
     rows=tuple(measured),

@@ -2,6 +2,9 @@
 
 In: passage embeddings, a BM25 index if there is one, and questions. Out:
 `System`s that return passages for the number of a question.
+
+On a pod, the device index is searched by all processes together, on all chips.
+The others are indexes of one host, which the first process has alone.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -11,14 +14,18 @@ import time
 from typing import Any
 
 from absl import logging
+import jax
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax.benchmarks import faiss_systems
 from rag_jax.config import IndexConfig
 from rag_jax.models.hybrid import HybridWeights
+from rag_jax.processes import is_first
 from rag_jax.retrieval import scann
 from rag_jax.retrieval.bm25 import Bm25Index
+from rag_jax.retrieval.device_index import rows_mesh
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.hybrid import HybridRetriever
 from rag_jax.retrieval.hybrid import Rrf
@@ -36,6 +43,7 @@ SYSTEMS = (
 )  # fmt: skip
 _OF_WORDS = ("bm25", "hybrid", "learned")
 _TUNING = ("tuned", "learned")  # what needs questions of its own
+_COLLECTIVE = ("device",)  # what all processes of a pod search together
 
 # Of ScaNN's leaves, and candidates scored again.
 _SCANN_SEARCHES = (
@@ -56,6 +64,7 @@ class System:
     search: (numbers of questions, k) -> passages [B, K], best first, -1 where
       none was found.
     by_embeddings: whether its results are compared with exact search.
+    collective: whether all processes have to make the same searches.
   """
 
   family: str
@@ -64,6 +73,7 @@ class System:
   by_embeddings: bool
   build_secs: float | None  # None: not built here
   memory_bytes: int
+  collective: bool = False
 
 
 @dataclasses.dataclass(slots=True, frozen=True)
@@ -115,7 +125,7 @@ def build_systems(
   k: int,
   notes: list[str],
 ) -> list[System]:
-  """Builds the systems to measure.
+  """Builds the systems to measure; of a host, in the first process alone.
 
   Args:
     names: of SYSTEMS.
@@ -144,13 +154,15 @@ def build_systems(
   builder = _Builder(workload, target_recall, tune_secs, k, notes)
   systems: list[System] = []
   for name in [name for name in SYSTEMS if name in names]:
+    if name not in _COLLECTIVE and not is_first():
+      continue
     problem = _problem(name, workload)
     if problem:
       notes.append(f"{name} is left out: {problem}.")
       logging.warning("%s", notes[-1])
       continue
     systems += getattr(builder, name)()
-  if not systems:
+  if not systems and is_first():
     raise ValueError(
       f"None of the systems {sorted(names)} can be measured: {' '.join(notes)}"
       " Expected at least one. Choose others."
@@ -201,8 +213,12 @@ class _Builder:
     yield self._of_index("exact", self._exact, "")
 
   def device(self) -> Iterator[System]:
-    index = self._build(IndexConfig(kind="device"))
-    yield self._of_index("device", index, _settings(index), _secs(index))
+    chips = jax.devices()  # of all processes
+    index = self._build(IndexConfig(kind="device"), rows_mesh(chips))
+    settings = _settings(index)
+    if len(chips) > 1:
+      settings += f", {len(chips)} chips of {jax.process_count()} hosts"
+    yield self._of_index("device", index, settings, _secs(index))
 
   def scann(self) -> Iterator[System]:
     index = self._build(IndexConfig(kind="scann"))
@@ -296,13 +312,14 @@ class _Builder:
           memory_bytes=built.memory_bytes,
         )
 
-  def _build(self, config: IndexConfig) -> Index:
+  def _build(self, config: IndexConfig, mesh: Mesh | None = None) -> Index:
     logging.info("Building an index of kind %r.", config.kind)
     return build_index(
       self._workload.embeddings,
       config,
       encoder_fingerprint="",
       passages_fingerprint="",
+      mesh=mesh,
     )
 
   def _of_index(
@@ -316,6 +333,7 @@ class _Builder:
       by_embeddings=True,
       build_secs=secs,
       memory_bytes=index.memory_bytes,
+      collective=index.collective,
     )
 
   def _of_words(

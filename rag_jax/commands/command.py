@@ -251,7 +251,7 @@ def _run(
     raise
   except Exception as error:
     message = terminal.printable(f"{type(error).__name__}: {error}")
-    if "--debug" in sys.argv or not isinstance(error, _MENDABLE):
+    if "--debug" in sys.argv or not _is_mendable(error):
       if "rag_jax.pod" in sys.modules:
         traceback.print_exc()
       _end_pod(1, message)
@@ -259,6 +259,13 @@ def _run(
     print(message, file=sys.stderr)
     _end_pod(1, message)
     sys.exit(1)
+
+
+def _is_mendable(error: Exception) -> bool:
+  """Returns whether a user can correct it, here or on another host."""
+  others = sys.modules.get("rag_jax.processes")  # imports JAX: not for --help
+  of_other = others is not None and isinstance(error, others.OtherProcessError)
+  return of_other or isinstance(error, _MENDABLE)
 
 
 def _help(

@@ -4,6 +4,7 @@ In: passage embeddings. Out: per question the passages that the devices found,
 and a directory that holds the embeddings.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -55,16 +56,18 @@ class DeviceIndex(Index):
       inner: keeps the embeddings in float32 on the host.
       settings: the settings of `device.place_arrays`.
       mesh: the devices; None for one device of this process. With several, do
-        not search in a thread while another program runs on them.
+        not search in a thread while another program runs on them. If they are
+        of several processes, these make the same calls.
     """
     self.arrays = device.place_arrays(
-      inner.embeddings[:], mesh or _one_device(), **settings
+      inner.embeddings[:], mesh or rows_mesh(), **settings
     )
     super().__init__(
       dataclasses.replace(inner.info, kind="device", settings=settings),
       inner.embeddings,
       inner.memory_bytes + _num_bytes(self.arrays),
     )
+    self.collective = self.arrays.mesh.is_multi_process
 
   def search(
     self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
@@ -165,15 +168,18 @@ def _num_bytes(arrays: device.DeviceArrays) -> int:
   return sum(x.nbytes for x in jax.tree.leaves(arrays))
 
 
-def _one_device() -> Mesh:
-  """Returns a mesh of one device of this process.
+def rows_mesh(devices: Sequence[Any] = ()) -> Mesh:
+  """Returns a mesh over which rows are split.
 
-  Only one, because a thread may search while a train step runs on all devices:
-  two programs that both wait for all devices could wait for each other.
+  Args:
+    devices: in any order; (): one of this process. Only one, because a thread
+      may search while a train step runs on all devices: two programs that both
+      wait for all devices could wait for each other.
   """
+  devices = devices or jax.local_devices()[:1]
   return jax.make_mesh(
-    (1,),
+    (len(devices),),
     ("rows",),
     axis_types=(AxisType.Auto,),
-    devices=jax.local_devices()[:1],
+    devices=devices,
   )

@@ -4,6 +4,7 @@ In: an index, or a build. Out: seconds, bytes, questions per second, on this
 machine at that moment.
 """
 
+from collections.abc import Callable
 import dataclasses
 import os
 import time
@@ -48,10 +49,20 @@ def queries_per_second(
   k: int,
   batch_size: int,
   secs: float,
+  agree: Callable[[int], int] = int,
 ) -> float:
   """Returns how many questions `index` answers per second, in batches.
 
   It is computed from the median of as many searches as fit into `secs`.
+
+  Args:
+    index: what is searched.
+    questions: at least one.
+    k: passages per question.
+    batch_size: questions per search.
+    secs: of timing.
+    agree: whether this process would search again -> whether it does: where
+      several processes have to make the same searches, `processes.from_first`.
   """
   # Each batch has other questions, because equal ones would be in the cache.
   order = np.resize(
@@ -60,7 +71,7 @@ def queries_per_second(
   index.search(questions[order[0]], k)  # warms up
   times: list[float] = []
   # At least one search, and a few more unless one takes longer than `secs`.
-  while (
+  while agree(
     not times
     or sum(times) < secs
     or (len(times) < _LEAST_CALLS and max(times) < secs)

@@ -85,12 +85,13 @@ def free_port():
     return free.getsockname()[1]
 
 
-def run_hosts(commands, *, timeout=120, **environment):
+def run_hosts(commands, *, timeout=120, stdin="", **environment):
   """Returns (exit status, stdout and stderr, seconds) of programs run together.
 
   Args:
     commands: arguments of Python, per program.
     timeout: seconds after which a program counts as hanging.
+    stdin: what the first program reads; the others read nothing.
     environment: added to that of this process.
   """
   kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -102,12 +103,16 @@ def run_hosts(commands, *, timeout=120, **environment):
     # Not pipes: who waits for one process does not empty those of the others.
     logs = [files.enter_context(tempfile.TemporaryFile("w+"))
             for _ in commands]  # fmt: skip
+    given = files.enter_context(tempfile.TemporaryFile("w+"))
+    given.write(stdin)
+    given.seek(0)
     started = [
       subprocess.Popen(
         [sys.executable, *map(str, command)],
         env=kept, stdout=log, stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL if number else given,
       )
-      for command, log in zip(commands, logs, strict=True)
+      for number, (command, log) in enumerate(zip(commands, logs, strict=True))
     ]  # fmt: skip
     try:
       while None in done:
@@ -123,6 +128,18 @@ def run_hosts(commands, *, timeout=120, **environment):
         process.kill()
         process.wait()
   return done
+
+
+def run_tool_on_hosts(tool, *arguments, count=2, timeout=300, stdin=""):
+  """Returns what `run_hosts` does, of tools/`tool` on the hosts of a pod."""
+  port = free_port()
+  pod = ("--distributed", f"--num_processes={count}",
+         f"--coordinator=localhost:{port}")  # fmt: skip
+  commands = [
+    (ROOT / "tools" / tool, *pod, f"--process_id={number}", *arguments)
+    for number in range(count)
+  ]
+  return run_hosts(commands, timeout=timeout, stdin=stdin, HF_HUB_OFFLINE="1")
 
 
 def run_on_hosts(file, *arguments, count, cache, num_devices=4, timeout=900):

@@ -4,9 +4,8 @@ import json
 import re
 
 from processes import ROOT
-from processes import free_port
-from processes import run_hosts
 from processes import run_tool
+from processes import run_tool_on_hosts
 import pytest
 from small_encoder import write_encoder
 
@@ -164,20 +163,7 @@ def test_an_encoder_that_is_not_there_is_a_message(folder):
 
 
 def test_two_hosts_build_and_search_as_one_does(folder, built):
-  def on_two(tool, *arguments):
-    port = free_port()
-    return run_hosts(
-      [
-        (ROOT / "tools" / tool, "--distributed", "--num_processes=2",
-         f"--process_id={number}", f"--coordinator=localhost:{port}",
-         *arguments)
-        for number in range(2)
-      ],
-      timeout=300,
-      HF_HUB_OFFLINE="1",
-    )  # fmt: skip
-
-  pair = on_two(
+  pair = run_tool_on_hosts(
     "build_index.py",
     f"--corpus={folder / 'documents'}",
     f"--encoder={folder / 'encoder'}",
@@ -189,7 +175,7 @@ def test_two_hosts_build_and_search_as_one_does(folder, built):
     assert ("3 passages can be searched" in text) == (not number)
   asked = ("--json", "how high is the mount?", "who can leave?", "the oven")
   alone = run_tool("search.py", f"--index={folder / 'index'}", *asked)
-  (_, first, _), (_, second, _) = on_two(
+  (_, first, _), (_, second, _) = run_tool_on_hosts(
     "search.py", f"--index={folder / 'of two'}", *asked
   )
 
