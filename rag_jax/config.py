@@ -15,74 +15,17 @@ here is that of a fresh model. weights/init_from.py has the rules.
 # for the same reason: it cannot override a `Literal`.
 
 import dataclasses
-from typing import Any, TypeVar, cast
 
-
-def choice(default: str, *others: str) -> Any:
-  """Returns a field whose value is one of these strings."""
-  choices = (default, *others)
-  return dataclasses.field(default=default, metadata={"choices": choices})
-
-
-def number(default: int | float, **limits: Any) -> Any:
-  """Returns a numeric field with limits; without any it is at least 0.
-
-  Args:
-    default: of the field.
-    **limits: `least` and `most` are inclusive, `above` and `below` exclusive.
-      `why` is the message about a number outside of these limits.
-  """
-  return dataclasses.field(default=default, metadata=limits)
-
+from rag_jax.settings import Settings
+from rag_jax.settings import choice
+from rag_jax.settings import number
 
 # "gelu" is exact, "gelu_new" its approximation by tanh.
 _ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "tanh")
 
 
-_T = TypeVar("_T", bound="_Settings")
-
-
-class _Settings:
-  """Remembers which of its fields were set, also if to their defaults."""
-
-  __slots__ = ("_set",)
-  _set: set[str] | frozenset[str]  # frozen: no field can be set
-
-  def __post_init__(self):
-    """Forgets the fields that __init__ set, which nobody chose."""
-    object.__setattr__(self, "_set", set())
-
-  def __setattr__(self, name: str, value: Any):
-    chosen = getattr(self, "_set", None)
-    if isinstance(chosen, frozenset):
-      raise dataclasses.FrozenInstanceError(
-        f"{name} is part of a model. Change it in the config, and build the"
-        " model again."
-      )
-    object.__setattr__(self, name, value)
-    if chosen is not None:
-      chosen.add(name)
-
-  def __setstate__(self, state: tuple[None, dict[str, Any]]):
-    """Copies the fields without marking them as set."""
-    for name, value in state[1].items():
-      value = type(value)(value) if name == "_set" else value
-      object.__setattr__(self, name, value)
-
-  def frozen(self: _T, **changes: Any) -> _T:
-    """Returns a read-only copy with `changes`, as a model needs it."""
-    copy: Any = dataclasses.replace(cast(Any, self), **changes)
-    object.__setattr__(copy, "_set", frozenset())
-    return copy
-
-  def is_set(self, name: str) -> bool:
-    """Returns whether field `name` was set, or differs from its default."""
-    default = getattr(type(self)(), name)
-    return name in self._set or getattr(self, name) != default
-
-
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class DataConfig(_Settings):
+class DataConfig(Settings):
   """The data, and the fixed lengths that texts are cut or padded to."""
 
   # Passages: "world_facts" (bundled), a .jsonl file of id, title, text, or a
@@ -138,7 +81,7 @@ class DataConfig(_Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class TokenizerConfig(_Settings):
+class TokenizerConfig(Settings):
   """Where the token ids come from."""
 
   # A saved tokenizer for encoder and generator. "" takes the tokenizer of each
@@ -151,7 +94,7 @@ class TokenizerConfig(_Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class EncoderConfig(_Settings):
+class EncoderConfig(Settings):
   """The retriever: question and passage towers, and how they are compared.
 
   With `init_from`, the fields of the architecture (up to `projection_dim`) are
@@ -189,7 +132,7 @@ class EncoderConfig(_Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class TransformerConfig(_Settings):
+class TransformerConfig(Settings):
   """What all layers of a transformer have in common. Defaults are BART's."""
 
   embed_dim: int = number(128, least=1)  # D
@@ -263,7 +206,7 @@ class GeneratorConfig(TransformerConfig):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class OptimizerConfig(_Settings):
+class OptimizerConfig(Settings):
   """AdamW, or Adafactor, which needs almost no memory for its state."""
 
   # "adamw" keeps two numbers per parameter; "adafactor" (arXiv:1804.04235) one
@@ -289,7 +232,7 @@ class OptimizerConfig(_Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class WarmupConfig(_Settings):
+class WarmupConfig(Settings):
   """The cold start: training on the passages only, before any question.
 
   Inverse cloze with the in-batch contrastive loss teaches the retriever, span
@@ -312,7 +255,7 @@ class WarmupConfig(_Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class IndexConfig(_Settings):
+class IndexConfig(Settings):
   """How passages are searched."""
 
   # "auto": scann if installed. "device" is in the accelerators' memory.
@@ -384,7 +327,7 @@ class IndexConfig(_Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class MeshConfig(_Settings):
+class MeshConfig(Settings):
   """How devices are arranged. data * fsdp * tensor = number of devices."""
 
   data: int = 0  # replicas of the model; 0: from the number of devices
@@ -395,7 +338,7 @@ class MeshConfig(_Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class TrainConfig(_Settings):
+class TrainConfig(Settings):
   """The main stage: maximising the marginal likelihood of the answers."""
 
   num_steps: int = 1000
@@ -429,7 +372,7 @@ class TrainConfig(_Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class DecodingConfig(_Settings):
+class DecodingConfig(Settings):
   """How answers are written, in validation, evaluation and serving."""
 
   # "auto" is "rag_token" or "rag_sequence", as `loss`. "rag_sequence" is
@@ -449,7 +392,7 @@ class DecodingConfig(_Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class EvalConfig(_Settings):
+class EvalConfig(Settings):
   """Validation during training, and the test split at the end."""
 
   batch_size: int = number(64, least=1)  # questions
@@ -465,7 +408,7 @@ class EvalConfig(_Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class Config(_Settings):
+class Config(Settings):
   """One experiment."""
 
   seed: int = number(0, most=2**63 - 1)  # the range of jax.random.key
@@ -473,7 +416,18 @@ class Config(_Settings):
   # has ended, a model directory that rag-jax convert-hf wrote, or a RAG
   # checkpoint. encoder.init_from and generator.init_from take precedence.
   init_from: str = ""
-  loss: str = choice("rag_token", "rag_sequence")  # [checkpoint] of RAG
+  # "fid": the generator reads all documents at once. [checkpoint] of RAG
+  loss: str = choice("rag_token", "rag_sequence", "fid")
+  # How the retriever learns: "marginal", by the gradient of `loss`; "none", not
+  # at all; the others, by a loss of its own (losses.RetrieverLoss).
+  retriever_loss: str = choice(
+    "marginal", "none", "emdr2", "emdr2_token", "pdist", "loop", "replug"
+  )
+  # Of the two distributions over documents in a loss of its own: the prior's,
+  # and that of the generator's scores.
+  retriever_temperature: float = number(1.0, above=0)
+  target_temperature: float = number(1.0, above=0)
+  retriever_weight: float = number(1.0)  # of that loss
   # Of the targets, given each document. [checkpoint] of RAG
   label_smoothing: float = number(0.0, below=1)
   # Hugging Face's loss with its defects (losses_hf.py), to reproduce a

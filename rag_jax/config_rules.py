@@ -187,6 +187,48 @@ def _generator_problems(c: Config) -> Iterator[str]:
     yield "generator.scale_output=True is for generator.tied_output=True."
 
 
+def _objective_problems(c: Config) -> Iterator[str]:
+  """Yields what is wrong with `loss` and `retriever_loss` together."""
+  own = c.retriever_loss not in ("marginal", "none")
+  if c.hf_loss and (c.loss == "fid" or c.retriever_loss != "marginal"):
+    yield (
+      f"hf_loss=True has no loss={c.loss!r} with retriever_loss="
+      f"{c.retriever_loss!r}; Hugging Face's are rag_token and rag_sequence,"
+      " with 'marginal'. Set hf_loss=False."
+    )
+  if c.loss == "fid" and c.retriever_loss == "marginal":
+    yield (
+      "loss='fid' has no p(y|x,z) of single documents, so that its gradient"
+      " does not reach the retriever: retriever_loss='marginal' is for the"
+      " other losses. Set it to 'none', 'emdr2', 'pdist', 'loop' or 'replug'."
+    )
+  if c.loss == "fid" and c.train.length_groups > 1:
+    yield (
+      "loss='fid' joins the contexts of a question, but train.length_groups="
+      f"{c.train.length_groups} separates them. Set it to 1, and perhaps"
+      " train.pack_contexts=True."
+    )
+  if c.retriever_loss == "loop" and c.loss != "fid":
+    yield (
+      "retriever_loss='loop' leaves one document out of all that the generator"
+      f" reads at once, but loss={c.loss!r} reads each alone. Set loss='fid',"
+      " or choose 'pdist'."
+    )
+  if own and not c.data.n_docs:
+    yield (
+      f"retriever_loss={c.retriever_loss!r} trains a retriever, but data.n_docs"
+      "=0 is a closed-book model without one. Set it to 'none' or 'marginal'."
+    )
+  if (
+    own and not c.retriever_loss.startswith("emdr2") and c.train.accumulate > 1
+  ):
+    yield (
+      f"retriever_loss={c.retriever_loss!r} is a mean over questions, but"
+      f" train.accumulate={c.train.accumulate} weighs the parts of a batch by"
+      " their target tokens. Set it to 1, or use 'emdr2'."
+    )
+
+
 def _index_problems(i: IndexConfig) -> Iterator[str]:
   """Yields the problems of the index."""
   if 0.0 < i.scann_soar_overretrieve <= 1.0:
@@ -320,6 +362,7 @@ def _cross_problems(c: Config) -> Iterator[str]:
       " each has its own. Set it to False, or hf_loss=False and"
       " train.length_groups=1."
     )
+  yield from _objective_problems(c)
   if c.hf_loss and c.exclude_bos_score and c.train.accumulate > 1:
     yield (
       "exclude_bos_score=True looks at the first tokens of a whole batch, but"

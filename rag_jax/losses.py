@@ -14,7 +14,10 @@ These are the losses of the paper. Hugging Face's differ in corner cases and in
 label smoothing: see losses_hf.py.
 
 Source: Lewis et al. 2020, https://arxiv.org/abs/2005.11401, section 2.1.
+Other ways for the retriever to learn are in `RetrieverLoss`.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -214,6 +217,76 @@ def doc_posterior(
     jax.nn.softmax(prior + total, axis=-1),
     jax.nn.softmax(prior[:, :, None] + log_probs, axis=1),
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RetrieverLoss:
+  """How the retriever learns from p(y|x,z) of a generator held constant.
+
+  No gradient reaches the generator, nor its p(y|x,z). The loss is a function of
+  the prior p(z|x) = softmax(doc_scores / temperature).
+
+  Attributes:
+    kind: "emdr2", minus log sum_z p(z|x) p(y|x,z) (Sachan et al. 2021,
+      https://arxiv.org/abs/2106.05346); "emdr2_token", the same marginal for
+      each token, as Atlas computes it. Or the divergence of the prior from the
+      softmax of target scores: "pdist", KL(target || prior) with the mean
+      log-likelihood per token, and "loop", the same with the mean loss without
+      the document (Izacard et al. 2022, https://arxiv.org/abs/2208.03299);
+      "replug", KL(prior || target) with the log-likelihood of the whole target
+      (Shi et al. 2023, https://arxiv.org/abs/2301.12652).
+    temperature: of doc_scores.
+    target_temperature: of the target scores.
+    weight: of the loss beside that of the generator.
+  """
+
+  kind: str
+  temperature: float = 1.0
+  target_temperature: float = 1.0
+  weight: float = 1.0
+
+  @property
+  def is_likelihood(self) -> bool:
+    """Whether it is minus log p(y|x), which grows with the target's length.
+
+    The others are divergences: one number per question.
+    """
+    return self.kind in ("emdr2", "emdr2_token")
+
+  def __call__(
+    self,
+    doc_scores: Float[Array, "B K"],
+    log_probs: Float[Array, "B K T"],
+    target_mask: Bool[Array, "B T"],
+  ) -> Float[Array, "B"]:
+    """Returns the loss of each question, in nats, without the weight.
+
+    Args:
+      doc_scores: inner products of question and document.
+      log_probs: log p(y_t | x, z, y_<t); for "loop", of a generator that reads
+        all documents but z.
+      target_mask: True on real tokens.
+    """
+    log_probs = jax.lax.stop_gradient(log_probs)
+    scores = doc_scores.astype(jnp.float32) / self.temperature
+    if self.kind == "emdr2_token":
+      return marginal_token_nll(scores, log_probs, target_mask)
+    if self.kind == "emdr2":
+      return marginal_sequence_nll(scores, log_probs, target_mask)
+    target = jnp.sum(log_probs, axis=-1, where=target_mask[:, None, :])  # B K
+    if self.kind in ("pdist", "loop"):
+      num_tokens = jnp.sum(target_mask, axis=-1, keepdims=True)
+      target /= jnp.maximum(num_tokens, 1)
+    if self.kind == "loop":  # what is missed most explains most
+      target = -target
+    wanted = jax.nn.log_softmax(target / self.target_temperature, axis=-1)
+    prior = doc_log_prior(scores)
+    if self.kind == "replug":
+      wanted, prior = prior, wanted
+    return jnp.sum(jnp.exp(wanted) * (wanted - prior), axis=-1)
+
+
+RETRIEVER_LOSSES = ("emdr2", "emdr2_token", "pdist", "loop", "replug")
 
 
 def in_batch_contrastive_nll(

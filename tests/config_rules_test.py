@@ -108,7 +108,8 @@ NAN, INF = float("nan"), float("inf")
     (
       "loss",
       "rag_tokens",
-      " is not one of ['rag_sequence', 'rag_token']. Did you mean 'rag_token'?",
+      " is not one of ['fid', 'rag_sequence', 'rag_token']. Did you mean"
+      " 'rag_token'?",
     ),
     (
       "encoder.pooling",
@@ -236,6 +237,38 @@ def test_what_looks_at_a_whole_batch_is_not_computed_in_parts():
     "  exclude_bos_score=True looks at the first tokens of a whole batch, but"
     " train.accumulate=2 computes it in parts. Set it to 1."
   ]
+
+
+@pytest.mark.parametrize(
+  ("settings", "problem"),
+  [
+    ({"loss": "fid"}, "retriever_loss='marginal' is for the other losses"),
+    ({"loss": "fid", "retriever_loss": "emdr2", "train__length_groups": 2},
+     "loss='fid' joins the contexts of a question"),
+    ({"loss": "fid", "retriever_loss": "none", "hf_loss": True},
+     "hf_loss=True has no loss='fid'"),
+    ({"hf_loss": True, "retriever_loss": "pdist"}, "with 'marginal'"),
+    ({"retriever_loss": "loop"}, "Set loss='fid', or choose 'pdist'"),
+    ({"retriever_loss": "emdr2", "data__n_docs": 0}, "a closed-book model"),
+    ({"retriever_loss": "replug", "train__accumulate": 2},
+     "is a mean over questions"),
+    ({"retriever_temperature": 0.0}, "retriever_temperature"),
+    ({"target_temperature": -1.0}, "target_temperature"),
+    ({"retriever_loss": "kl"}, "retriever_loss"),
+  ],
+  ids=str,
+)  # fmt: skip
+def test_objectives_that_do_not_exist_are_refused(settings, problem):
+  [found] = refused(make(**settings))
+  assert problem in found
+
+
+def test_objectives_that_exist_are_not_refused():
+  for loss in ("rag_token", "rag_sequence", "fid"):
+    for retriever_loss in ("none", "emdr2", "emdr2_token", "pdist", "replug"):
+      validate(make(loss=loss, retriever_loss=retriever_loss))
+  validate(make(loss="fid", retriever_loss="loop", train__pack_contexts=True))
+  validate(make(retriever_loss="emdr2", train__accumulate=2))
 
 
 def test_groups_of_lengths_are_for_our_losses():

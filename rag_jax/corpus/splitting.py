@@ -12,8 +12,6 @@ import itertools
 from typing import Protocol, runtime_checkable
 
 from rag_jax import config_rules
-from rag_jax.config import choice
-from rag_jax.config import number
 from rag_jax.corpus.document import Document
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.report import CorpusReport
@@ -24,6 +22,8 @@ from rag_jax.corpus.text_spans import line_spans
 from rag_jax.corpus.text_spans import sentence_spans
 from rag_jax.corpus.text_spans import text_between
 from rag_jax.corpus.text_spans import word_spans
+from rag_jax.settings import choice
+from rag_jax.settings import number
 
 # Special tokens that an encoder adds to a passage: a start token, and an end
 # token after the title and after the text.

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
+from rag_jax.config import GeneratorConfig
 from rag_jax.models.encoders import layer_config
 
 
@@ -104,10 +105,12 @@ def step_flops(
 
   The parts are: `question_encoder`, `passage_encoder`, `doc_scores`;
   `generator_encoder`, `generator_decoder_self`, `generator_decoder_cross`,
-  `generator_decoder_mlp`, `pointer`, `logits`; and, with index.refresh_rows,
-  `search` and `refresh`. A part that the step does not have is 0. Documents
-  whose embeddings come from the index cost no passage encoder. Parameters that
-  optimizer.freeze names have a gradient that the step computes, so they count.
+  `generator_decoder_mlp`, `pointer`, `logits`; with loss="fid" and a retriever
+  loss of its own, `retriever_loss`, more passes of the decoder; and, with
+  index.refresh_rows, `search` and `refresh`. A part that the step does not have
+  is 0. Documents whose embeddings come from the index cost no passage encoder.
+  Parameters that optimizer.freeze names have a gradient that the step computes,
+  so they count.
 
   Args:
     config: sizes of the layers.
@@ -116,12 +119,17 @@ def step_flops(
       0. The retriever's vocabulary costs no products.
   """
   s = shapes
+  retriever = _retriever(config, s)
+  learns = retriever if config.retriever_loss != "none" else {}
   flops = {
+    name: Flops(forward, 2 * forward if name in learns else 0)
+    for name, forward in retriever.items()
+  } | {
     name: Flops(forward, 2 * forward)
-    for name, forward in (
-      _retriever(config, s) | _generator(config, s, vocab_size)
-    ).items()
+    for name, forward in _generator(config, s, vocab_size).items()
   }
+  passes = _scoring(config, s, vocab_size)
+  flops["retriever_loss"] = Flops(passes, 0)
   rows = config.index.refresh_rows
   search = _tower(config.encoder, s.num_questions, s.question_length)
   search += 2 * s.num_questions * s.num_passages * _embedding_dim(config)
@@ -183,12 +191,12 @@ def _generator(
 ) -> dict[str, int]:
   """Returns the forward FLOPs of the generator."""
   g = config.generator
-  n, d = s.num_contexts, g.embed_dim
+  d = g.embed_dim
+  # The decoders: with FiD, one per question.
+  n = s.num_questions if config.loss == "fid" else s.num_contexts
   contexts, targets = s.context_tokens, n * s.target_length
-  heads = g.num_decoder_heads or g.num_heads
   width = g.num_heads * g.head_size
-  decoder_width = heads * (g.head_dim or d // heads)
-  layers = g.num_decoder_layers or g.num_layers
+  layers, decoder_width = _decoder(g)
   encoder = (
     _projections(s.encoder_tokens, s.encoder_tokens, d, width)
     + sum(_attention(rows, c, c, width) for rows, c in s.encoder_rows)
@@ -215,6 +223,35 @@ def _generator(
     "pointer": pointer if g.pointer else 0,
     "logits": 2 * targets * d * (g.vocab_size or vocab_size),
   }
+
+
+def _scoring(config: Config, s: StepShapes, vocab_size: int) -> int:
+  """Returns the forward FLOPs of what FiD's retriever learns from.
+
+  The states of contexts, their keys and values are those of the generator's own
+  pass.
+  """
+  if config.loss != "fid" or config.retriever_loss in ("marginal", "none"):
+    return 0
+  alone = dataclasses.replace(config, loss="rag_token")
+  parts = _generator(alone, s, vocab_size)
+  g, targets = config.generator, s.num_contexts * s.target_length
+  layers, width = _decoder(g)
+  queries = layers * _projections(targets, 0, g.embed_dim, width)
+  attention = layers * sum(
+    _attention(rows, s.target_length, c, width) for rows, c in s.contexts
+  )
+  if config.retriever_loss == "loop":  # each pass reads K contexts, not one
+    attention *= s.n_docs
+  names = ("generator_decoder_self", "generator_decoder_mlp", "logits")
+  return queries + attention + sum(parts[name] for name in names)
+
+
+def _decoder(g: GeneratorConfig) -> tuple[int, int]:
+  """Returns the decoder's layers, and the width of their heads together."""
+  heads = g.num_decoder_heads or g.num_heads
+  width = heads * (g.head_dim or g.embed_dim // heads)
+  return g.num_decoder_layers or g.num_layers, width
 
 
 def _projections(queries: int, keys: int, dim: int, width: int) -> int:

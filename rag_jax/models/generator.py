@@ -163,8 +163,24 @@ class Generator(nn.Module):
     These are the decoder's states, and the pointer's output if there is one.
     Arguments as in `encode`.
     """
-    self._check_positions(target_tokens.shape[1], "Targets")
     memory = self.encode(context_tokens, context_mask, deterministic, packing)
+    return self.decode(
+      memory, context_tokens, context_mask, target_tokens, deterministic
+    )
+
+  def decode(
+    self,
+    memory: Float[Array, "N S D"],
+    memory_tokens: Int[Array, "N S"],
+    memory_mask: Bool[Array, "N S"],
+    target_tokens: Int[Array, "N T"],
+    deterministic: bool = True,
+  ) -> tuple[Float[Array, "N T D"], Copy | None]:
+    """Returns what `states` does, given the output of `encode`.
+
+    Several contexts may be joined to a single long one, as in FiD.
+    """
+    self._check_positions(target_tokens.shape[1], "Targets")
     inputs = self.shift_right(target_tokens)
     length = inputs.shape[1]
     # No padding mask: padding is at the end, so the causal mask hides it from
@@ -175,12 +191,12 @@ class Generator(nn.Module):
       causal,
       jnp.arange(length),
       memory,
-      context_mask[:, None, :],
+      memory_mask[:, None, :],
       deterministic=deterministic,
     )
     if not self.config.pointer:
       return states, None
-    source = self.copier.source(context_tokens, context_mask, memory)
+    source = self.copier.source(memory_tokens, memory_mask, memory)
     return states, self.copier(states, inputs, source)
 
   def shift_right(self, target_tokens: Int[Array, "N T"]) -> Int[Array, "N T"]:

@@ -25,6 +25,7 @@ from rag_jax.models.layers import LayerLoop
 from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.packing import Packing
 from rag_jax.models.partitioning import named
+from rag_jax.models.pointer import Copy
 from rag_jax.models.pointer import mix_targets
 from rag_jax.models.vocabulary import chunked_log_probs
 
@@ -159,25 +160,15 @@ class RagModel(nn.Module):
     """
     b, k, _ = batch.context_tokens.shape
     doc_scores = self.doc_scores(batch, deterministic)
-    generator = self.generator
 
     def read(
       tokens: Int[Array, "N C"], mask: Bool[Array, "N C"], targets: Array
     ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
       packing = context_layout if isinstance(context_layout, Packing) else None
-      states, copy = generator.states(
+      states = self.generator.states(
         tokens, mask, targets, deterministic, packing
       )
-      log_probs, mean = chunked_log_probs(
-        generator.output_states(states),
-        generator.output_table(),
-        generator.output_bias(),
-        targets,
-        vocab_chunk or generator.config.vocab_size,
-      )
-      if copy is not None:  # config_rules refuses smoothing by `mean`
-        log_probs = mix_targets(copy, log_probs, targets)
-      return log_probs, mean
+      return self._log_probs(*states, targets, vocab_chunk)
 
     inputs = _by_context(batch)
     if isinstance(context_layout, LengthGroups):
@@ -187,6 +178,67 @@ class RagModel(nn.Module):
     return RagLogProbs(
       doc_scores, log_probs.reshape(b, k, -1), mean.reshape(b, k, -1)
     )
+
+  def joined_log_probs(
+    self,
+    batch: RagBatch,
+    deterministic: bool = True,
+    vocab_chunk: int = 0,
+    context_layout: ContextLayout | None = None,
+    leave_out: bool = False,
+  ) -> RagLogProbs:
+    """Returns the same for a generator that reads all documents at once.
+
+    That is fusion in the decoder (Izacard and Grave 2021,
+    https://arxiv.org/abs/2007.01282): contexts are encoded one by one, and the
+    decoder attends to the states of all. log_probs and mean are [B, 1, T]. The
+    states take as much memory as for RAG, the decoder 1/K of it.
+
+    Args:
+      batch: as in `__call__`.
+      deterministic: whether to turn dropout off.
+      vocab_chunk: tokens of the vocabulary at a time.
+      context_layout: a `Packing` that the contexts fit, or None.
+      leave_out: whether to return [B, K, T] instead: those of a generator that
+        reads all documents but the k-th. K passes of the decoder.
+    """
+    b, k, c = batch.context_tokens.shape
+    assert context_layout is None or isinstance(context_layout, Packing)
+    doc_scores = self.doc_scores(batch, deterministic)
+    tokens, mask, _ = _by_context(batch)
+    memory = self.generator.encode(tokens, mask, deterministic, context_layout)
+    memory = memory.reshape(b, k * c, -1)
+    tokens = tokens.reshape(b, k * c)
+    owner = jnp.arange(k * c) // c
+    targets, found = batch.target_tokens, []
+    for doc in range(k) if leave_out else [-1]:
+      read = mask.reshape(b, k * c) & (owner != doc)
+      states = self.generator.decode(
+        memory, tokens, read, targets, deterministic
+      )
+      found.append(self._log_probs(*states, targets, vocab_chunk))
+    log_probs, mean = (jnp.stack(x, axis=1) for x in zip(*found, strict=True))
+    return RagLogProbs(doc_scores, log_probs, mean)
+
+  def _log_probs(
+    self,
+    states: Float[Array, "N T D"],
+    copy: Copy | None,
+    targets: Int[Array, "N T"],
+    vocab_chunk: int,
+  ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+    """Returns log p of the targets, and its mean over the vocabulary."""
+    generator = self.generator
+    log_probs, mean = chunked_log_probs(
+      generator.output_states(states),
+      generator.output_table(),
+      generator.output_bias(),
+      targets,
+      vocab_chunk or generator.config.vocab_size,
+    )
+    if copy is not None:  # config_rules refuses smoothing by `mean`
+      log_probs = mix_targets(copy, log_probs, targets)
+    return log_probs, mean
 
   def doc_scores(
     self, batch: RagBatch, deterministic: bool

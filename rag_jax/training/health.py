@@ -154,16 +154,19 @@ def compile_utility(
   Above 0, documents help.
   """
   config, mesh = experiment.config, experiment.mesh
-  nll_fn = MARGINAL_NLL_FNS[config.loss]
+  joined = config.loss == "fid"
+  nll_fn = MARGINAL_NLL_FNS["rag_token" if joined else config.loss]
 
   def nll(params: PyTree, batch: RagBatch) -> Float[Array, "B"]:
     out: Any = experiment.model.apply(
       {"params": params},
       batch,
       vocab_chunk=config.train.vocab_chunk,
-      method="target_log_probs",
+      method="joined_log_probs" if joined else "target_log_probs",
     )
-    return nll_fn(out.doc_scores, out.log_probs, batch.target_mask)
+    # One context of all documents: its prior is 1.
+    scores = jnp.zeros_like(out.log_probs[..., 0]) if joined else out.doc_scores
+    return nll_fn(scores, out.log_probs, batch.target_mask)
 
   def utility(
     params: PyTree, batch: RagBatch, alone: RagBatch

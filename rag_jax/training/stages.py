@@ -22,6 +22,7 @@ from rag_jax.data.pipeline import QuestionBatches
 from rag_jax.data.questions import Question
 from rag_jax.data.step_batches import StepBatches
 from rag_jax.losses import MARGINAL_NLL_FNS
+from rag_jax.losses import RetrieverLoss
 from rag_jax.losses_hf import HF_NLL_FNS
 from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.length_groups import choose_groups
@@ -38,6 +39,7 @@ from rag_jax.training.state import TrainState
 from rag_jax.training.step import LossFn
 from rag_jax.training.step import Metrics
 from rag_jax.training.step import cloze_loss
+from rag_jax.training.step import fid_loss
 from rag_jax.training.step import hf_loss
 from rag_jax.training.step import marginal_loss
 from rag_jax.training.step import update
@@ -104,6 +106,8 @@ def stage_optimizer(
   has_index = name == TRAIN or bool(config.index.path)
   if has_index and not config.encoder.train_passage_encoder:
     freeze += ("passage_encoder",)
+  if name == TRAIN and config.retriever_loss == "none":
+    freeze += tuple(part for part in params if part != "generator")
   return make_optimizer(settings, params, num_steps, freeze)
 
 
@@ -227,10 +231,29 @@ def main_loss(config: Config, model: RagModel, bos_id: int | None) -> LossFn:
       nll_fn=nll_fn,
       label_smoothing=config.label_smoothing,
     )
+  settings: dict[str, Any] = {
+    "model": model,
+    "label_smoothing": config.label_smoothing,
+    "vocab_chunk": config.train.vocab_chunk,
+    "retriever": retriever_loss(config),
+  }
+  if config.loss == "fid":
+    return functools.partial(fid_loss, **settings)
   return functools.partial(
     marginal_loss,
-    model=model,
     nll_fn=MARGINAL_NLL_FNS[config.loss],
-    label_smoothing=config.label_smoothing,
-    vocab_chunk=config.train.vocab_chunk,
+    constant_scores=config.retriever_loss != "marginal",
+    **settings,
+  )
+
+
+def retriever_loss(config: Config) -> RetrieverLoss | None:
+  """Returns the loss that the retriever has for itself, if it has one."""
+  if config.retriever_loss in ("marginal", "none"):
+    return None
+  return RetrieverLoss(
+    kind=config.retriever_loss,
+    temperature=config.retriever_temperature,
+    target_temperature=config.target_temperature,
+    weight=config.retriever_weight,
   )

@@ -12,8 +12,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree
 import optax
 
+from rag_jax.losses import RetrieverLoss
 from rag_jax.losses import doc_log_prior
 from rag_jax.losses import in_batch_contrastive_nll
+from rag_jax.losses import marginal_sequence_nll
 from rag_jax.losses import marginal_token_nll
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.batch import padding_share
@@ -23,6 +25,7 @@ from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import num_shards
 from rag_jax.models.partitioning import replicated
 from rag_jax.models.rag import ContextLayout
+from rag_jax.models.rag import RagLogProbs
 from rag_jax.models.rag import RagModel
 from rag_jax.training.interrupt import SIGNAL
 from rag_jax.training.state import TrainState
@@ -60,11 +63,22 @@ def marginal_loss(
   label_smoothing: float = 0.0,
   vocab_chunk: int = 0,
   context_layout: ContextLayout | None = None,
+  retriever: RetrieverLoss | None = None,
+  constant_scores: bool = False,
 ) -> tuple[Float[Array, ""], Metrics]:
   """Returns -log p(y|x) per target token, in nats, and the metrics to log.
 
-  `nll_fn` is one of `losses.MARGINAL_NLL_FNS`. The contexts have to fit into
-  the `context_layout`, if there is one.
+  Args:
+    params: of the model.
+    batch: its contexts have to fit into the `context_layout`, if there is one.
+    dropout_key: a key for this step.
+    model: of retriever and generator.
+    nll_fn: one of `losses.MARGINAL_NLL_FNS`.
+    label_smoothing: of the targets.
+    vocab_chunk: tokens of the vocabulary at a time.
+    context_layout: how the contexts are computed.
+    retriever: a loss of its own for the retriever, added to the generator's.
+    constant_scores: whether the generator's loss has no gradient of the scores.
   """
   out = _apply(
     model,
@@ -75,14 +89,84 @@ def marginal_loss(
     context_layout=context_layout,
     method="target_log_probs",
   )
+  scores = out.doc_scores
+  if constant_scores:
+    scores = jax.lax.stop_gradient(scores)
   nll = nll_fn(
-    out.doc_scores,
+    scores,
     out.log_probs,
     batch.target_mask,
     label_smoothing,
     out.mean,
   )  # B
-  return _per_token(nll, out.doc_scores, batch, params)
+  loss, metrics = _per_token(nll, out.doc_scores, batch, params)
+  return _with_retriever(loss, metrics, retriever, out, batch)
+
+
+def fid_loss(
+  params: PyTree,
+  batch: RagBatch,
+  dropout_key: Key[Array, ""],
+  *,
+  model: RagModel,
+  label_smoothing: float = 0.0,
+  vocab_chunk: int = 0,
+  context_layout: ContextLayout | None = None,
+  retriever: RetrieverLoss | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+  """Returns the loss of a generator that reads all documents at once (FiD).
+
+  In nats per target token, with the metrics to log. The `retriever` learns from
+  the generator without dropout: as it reads each document alone, or for "loop"
+  all but one. Other arguments as in `marginal_loss`.
+  """
+  settings: dict[str, Any] = {
+    "vocab_chunk": vocab_chunk, "context_layout": context_layout
+  }  # fmt: skip
+  out = _apply(
+    model, params, dropout_key, batch, method="joined_log_probs", **settings
+  )
+  nll = marginal_sequence_nll(
+    jnp.zeros_like(out.doc_scores[:, :1]),
+    out.log_probs,
+    batch.target_mask,
+    label_smoothing,
+    out.mean,
+  )  # B
+  loss, metrics = _per_token(nll, out.doc_scores, batch, params)
+  given = out
+  if retriever is not None:
+    how: dict[str, Any] = {"method": "target_log_probs"}
+    if retriever.kind == "loop":
+      how = {"method": "joined_log_probs", "leave_out": True}
+    given = model.apply(
+      {"params": jax.lax.stop_gradient(params)}, batch, **how, **settings
+    )
+    # The scores with gradient, and dropout, are those of the first pass.
+    given = dataclasses.replace(given, doc_scores=out.doc_scores)
+  return _with_retriever(loss, metrics, retriever, given, batch)
+
+
+def _with_retriever(
+  loss: Float[Array, ""],
+  metrics: Metrics,
+  retriever: RetrieverLoss | None,
+  given: RagLogProbs,
+  batch: RagBatch,
+) -> tuple[Float[Array, ""], Metrics]:
+  """Returns the loss and metrics with those of the retriever's own loss.
+
+  A likelihood counts per target token, a divergence per question.
+  """
+  if retriever is None:
+    return loss, metrics
+  added = retriever(given.doc_scores, given.log_probs, batch.target_mask)
+  if retriever.is_likelihood:
+    mean = jnp.sum(added) / jnp.sum(batch.target_mask)
+  else:
+    mean = jnp.mean(added)
+  metrics |= {"train/retriever_loss": mean}
+  return loss + retriever.weight * mean, metrics
 
 
 def hf_loss(

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.config_json import read_config
@@ -230,7 +231,8 @@ def _read_workdir(path: pathlib.Path) -> SavedModel:
   return SavedModel(
     origin=str(path),
     params=params,
-    kind=config.loss if data.n_docs else "generator",
+    # transformers has no class for FiD; its generator is a plain one.
+    kind=config.loss if _is_rag(config) else "generator",
     encoder=config.encoder if data.n_docs else None,
     passage_encoder=None,
     generator=config.generator,
@@ -252,6 +254,10 @@ def _read_workdir(path: pathlib.Path) -> SavedModel:
     max_tokens=max(data.question_length, data.passage_length),
     context_style=data.context_style,
   )
+
+
+def _is_rag(config: Config) -> bool:
+  return bool(config.data.n_docs) and config.loss != "fid"
 
 
 def _tokenizer_of_run(path: pathlib.Path) -> TokenizerFiles:

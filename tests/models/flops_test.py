@@ -6,13 +6,12 @@ import pytest
 
 from rag_jax.config import Config
 from rag_jax.config import MeshConfig
-from rag_jax.losses import MARGINAL_NLL_FNS
 from rag_jax.models import flops as flops_lib
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.rag import build_model
 from rag_jax.retrieval import device
-from rag_jax.training.step import marginal_loss
+from rag_jax.training.stages import main_loss
 
 VOCAB, P = 2048, 1000
 # XLA counts norms, softmaxes, activations and gradients' sums too: here less
@@ -29,7 +28,7 @@ def make_config(**changes):
   e.num_layers, e.embed_dim, e.num_heads, e.mlp_dim = 2, 512, 2, 1024
   g.num_layers, g.embed_dim, g.num_heads, g.mlp_dim = 1, 512, 2, 1536
   for name, value in changes.items():
-    section, field = name.split("__")
+    section, _, field = name.rpartition("__")
     setattr(getattr(config, section) if section else config, field, value)
   return config
 
@@ -93,6 +92,7 @@ CASES = {
     "encoder__train_passage_encoder": False,
   },
   "closed book": {"data__n_docs": 0},
+  "fid": {"loss": "fid", "retriever_loss": "none"},
 }
 
 
@@ -104,8 +104,7 @@ def test_a_step_costs_what_xla_counts(changes):
   params = jax.eval_shape(model.init, key, batch)["params"]
 
   def loss(params, batch, key):
-    nll_fn = MARGINAL_NLL_FNS["rag_token"]
-    return marginal_loss(params, batch, key, model=model, nll_fn=nll_fn)[0]
+    return main_loss(config, model, None)(params, batch, key)
 
   shapes = flops_lib.step_shapes(config, P)
   parts = flops_lib.step_flops(config, shapes, VOCAB)
@@ -113,7 +112,22 @@ def test_a_step_costs_what_xla_counts(changes):
   found = counted(loss, params, batch, key) / forward
   assert 1 <= found < 1 + SHARE
   total = flops_lib.total_flops(parts)
-  found = counted(jax.grad(loss), params, batch, key) / total
+  found = counted(jax.grad(loss, has_aux=True), params, batch, key) / total
+  assert 1 - SHARE / 2 < found < 1 + SHARE
+
+
+@pytest.mark.parametrize("kind", ["pdist", "loop"])
+def test_what_fids_retriever_learns_from_costs_what_xla_counts(kind):
+  config = make_config(loss="fid", retriever_loss=kind)
+  # More layers: XLA finds what passes have in common in the first.
+  config.generator.num_decoder_layers = 3
+  model = build_model(config, vocab_size=VOCAB, decoder_start_id=2)
+  batch, key = make_batch(config), jax.random.key(0)
+  params = jax.eval_shape(model.init, key, batch)["params"]
+  parts = flops_lib.step_flops(config, flops_lib.step_shapes(config, P), VOCAB)
+  assert parts["retriever_loss"].backward == 0
+  forward = sum(part.forward for part in parts.values())
+  found = counted(main_loss(config, model, None), params, batch, key) / forward
   assert 1 - SHARE / 2 < found < 1 + SHARE
 
 
