@@ -14,6 +14,11 @@ import secrets
 import stat
 
 from etils import epath
+import fsspec.config
+
+# The client of a bucket asks each time what a folder holds. It would otherwise
+# remember, and not see what another host has written or removed since.
+fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 TEMP_SUFFIX = ".tmp"  # of files that are not finished; never in a manifest
 

@@ -2,7 +2,8 @@
 
 In: a directory. Out: a `SummaryWriter` of tensorboardX. Where nothing can be
 written, its `close` fails and is tried again at exit, and its thread shows a
-stack trace. Here the error is raised once.
+stack trace. Here the error is raised once. A file in a bucket is not uploaded
+once more when it is forgotten.
 """
 
 import contextlib
@@ -46,16 +47,20 @@ def close_writer(writer: Any) -> None:
   Raises:
     OSError: what it had could not be written. It is closed nevertheless.
   """
+  events = writer.file_writer.event_writer
   try:
     writer.close()
   except OSError:
-    events = writer.file_writer.event_writer
     events._closed = True  # otherwise it is closed again at exit
     events._worker.stop()
     events._event_queue.cancel_join_thread()  # nobody reads it any more
     with contextlib.suppress(OSError):
       events._ev_writer._py_recordio_writer._writer.close()
     raise
+  finally:
+    file = events._ev_writer._py_recordio_writer._writer
+    if hasattr(file, "blob"):  # in a bucket: its finaliser would upload again
+      file.flush = lambda: None
 
 
 class _ExceptFullDisk:

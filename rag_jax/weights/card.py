@@ -5,9 +5,9 @@ Markdown that says what it is, how it is loaded, and what was measured.
 """
 
 from collections.abc import Mapping
-import pathlib
 from typing import Any
 
+from etils import epath
 import jax
 import numpy as np
 
@@ -37,7 +37,7 @@ _PARTS = {
 }
 
 
-def read_results(path: pathlib.Path) -> dict[str, Any]:
+def read_results(path: epath.PathLike) -> dict[str, Any]:
   """Returns what a run measured at its end; {} if nothing is there.
 
   Raises:
@@ -46,7 +46,7 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
   """
   try:
     return artifacts.read_json(
-      path / "results.json",
+      epath.Path(path) / "results.json",
       "Remove it and start the run again with the same workdir.",
     )
   except FileNotFoundError:

@@ -10,6 +10,8 @@ import os
 import pathlib
 from typing import Any
 
+from etils import epath
+
 from rag_jax.weights.card import model_card
 from rag_jax.weights.card import read_results
 from rag_jax.weights.export import export_encoder
@@ -73,7 +75,7 @@ def import_checkpoint(where: Where, output: Where, origin: str = "") -> Report:
     content[name] = part.fields
     content[f"{name}_ids"] = dataclasses.asdict(part.special_ids)
     if part.tokenizer:
-      copy_tokenizer(pathlib.Path(part.tokenizer), output / folders[name])
+      copy_tokenizer(part.tokenizer, output / folders[name])
     if isinstance(part, LoadedGenerator):
       content["generation"] = part.generation
     else:
@@ -122,7 +124,7 @@ def export_model(
     FileNotFoundError: there is no model.
     ValueError: it is damaged, or transformers has no class for it.
   """
-  path = pathlib.Path(source)
+  path = epath.Path(source)
   model = read_saved(path)
   kind = kind or model.kind
   _check_kind(kind, model, path)
@@ -171,7 +173,7 @@ def export_model(
   return load_rag(output).report
 
 
-def _check_kind(kind: str, model: SavedModel, path: pathlib.Path) -> None:
+def _check_kind(kind: str, model: SavedModel, path: epath.Path) -> None:
   possible = []
   if model.encoder and model.generator:
     possible += KINDS[:2]

@@ -335,7 +335,7 @@ def _add_tokenizer(
   folder: str = "",
 ) -> None:
   if tokenizer.path:
-    copy_tokenizer(pathlib.Path(tokenizer.path), path / folder)
+    copy_tokenizer(tokenizer.path, path / folder)
     check_tokenizer(open_directory(path / folder), vocab_size, owner)
 
 

@@ -8,14 +8,13 @@ questions.
 
 import dataclasses
 import os
-import pathlib
 from typing import Any, Literal
 
+from etils import epath
 import flax.traverse_util
 from jaxtyping import PyTree
 import numpy as np
 
-from rag_jax import artifacts
 from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
@@ -178,15 +177,15 @@ def score_scale(e: EncoderConfig, params: PyTree) -> float:
 def is_ours(where: Where) -> bool:
   """Returns whether `where` is a model directory or a workdir of ours."""
   where = os.fspath(where)
-  if where.startswith(HUB_PREFIX) or not artifacts.is_local(where):
+  if where.startswith(HUB_PREFIX):
     return False
-  path = pathlib.Path(where).expanduser()
+  path = epath.Path(where).expanduser()
   return (path / "params.safetensors").exists() or is_workdir(path)
 
 
 def is_workdir(path: Where) -> bool:
   """Returns whether `path` is the workdir of a run that has ended."""
-  path = pathlib.Path(path).expanduser()
+  path = epath.Path(path).expanduser()
   return (path / "config.json").exists() and (path / "model").is_dir()
 
 
@@ -198,7 +197,7 @@ def origin_of(where: Where) -> str:
   """
   if not is_ours(where) or is_workdir(where):
     return os.fspath(where)
-  path = pathlib.Path(where).expanduser()
+  path = epath.Path(where).expanduser()
   return str(read_content(path, _REMEDY).get("from") or os.fspath(where))
 
 
@@ -209,7 +208,7 @@ def read_saved(where: Where) -> SavedModel:
     FileNotFoundError: there is no model.
     ValueError: it is damaged.
   """
-  path = pathlib.Path(where).expanduser()
+  path = epath.Path(where).expanduser()
   if is_workdir(path):
     return _read_workdir(path)
   if is_ours(path):
@@ -221,7 +220,7 @@ def read_saved(where: Where) -> SavedModel:
   )
 
 
-def _read_workdir(path: pathlib.Path) -> SavedModel:
+def _read_workdir(path: epath.Path) -> SavedModel:
   """Returns what a run has trained."""
   params, content = load_model(path / "model")
   config = read_config(path / "config.json", content.get("config"))
@@ -260,7 +259,7 @@ def _is_rag(config: Config) -> bool:
   return bool(config.data.n_docs) and config.loss != "fid"
 
 
-def _tokenizer_of_run(path: pathlib.Path) -> TokenizerFiles:
+def _tokenizer_of_run(path: epath.Path) -> TokenizerFiles:
   tokenizer = load_tokenizer(path, ours=True)
   bos = tokenizer.bos_id
   ids = SpecialIds(
@@ -269,7 +268,7 @@ def _tokenizer_of_run(path: pathlib.Path) -> TokenizerFiles:
   return TokenizerFiles(os.fspath(path), ids)
 
 
-def _read_directory(path: pathlib.Path) -> SavedModel:
+def _read_directory(path: epath.Path) -> SavedModel:
   """Returns what `convert.import_checkpoint` wrote."""
   params, content = load_model(path, _REMEDY)
   if "kind" not in content:

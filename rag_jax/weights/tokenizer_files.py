@@ -5,9 +5,12 @@ tokenizer; and a copy.
 """
 
 import dataclasses
+import os
 import pathlib
 import re
 from typing import Any
+
+from etils import epath
 
 from rag_jax import disk
 from rag_jax.corpus.tokenizer import SENTENCEPIECE
@@ -136,7 +139,7 @@ def _vocab_ids(vocab: Any) -> list[int]:
   return [len(vocab) - 1] if isinstance(vocab, list) and vocab else []
 
 
-def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
+def copy_tokenizer(source: epath.PathLike, target: pathlib.Path) -> list[str]:
   """Copies the files of a tokenizer; returns their names.
 
   Raises:
@@ -144,6 +147,7 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
     ValueError: a file is a link that leads out of `source`.
   """
   check_own_files(source)
+  source = epath.Path(source)
   names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
   if not set(names) & set(_VOCABULARIES):
     raise FileNotFoundError(
@@ -153,6 +157,6 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
     )
   target.mkdir(parents=True, exist_ok=True)
   for name in names:
-    if (source / name).resolve() != (target / name).resolve():
+    if os.path.realpath(source / name) != os.path.realpath(target / name):
       disk.write_atomically(target / name, (source / name).read_bytes())
   return names
