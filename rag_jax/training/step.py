@@ -134,7 +134,7 @@ def fid_loss(
     out.mean,
   )  # B
   loss, metrics = _per_token(nll, out.doc_scores, batch, params)
-  given = out
+  given: Any = out
   if retriever is not None:
     how: dict[str, Any] = {"method": "target_log_probs"}
     if retriever.kind == "loop":
