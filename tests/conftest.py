@@ -32,8 +32,9 @@ _SLOW = (
   "decoding/answerer", "decoding/candidates", "decoding/logits",
   "decoding/rag", "decoding/ranking", "decoding/search", "decoding/streaming",
   "evaluation/evaluate", "evaluation/results", "models/attention",
-  "models/beams", "models/build_model", "models/encoders", "models/flops",
-  "models/generator", "models/meshes", "models/partitioning_devices",
+  "models/beams", "models/build_model", "models/causal", "models/encoders",
+  "models/flops", "models/generator", "models/meshes",
+  "models/partitioning_devices",
   "models/pointer", "models/rag", "old_files", "parity/", "pod_configs",
   "public_api", "quickstart", "readme",
   "retrieval/device", "retrieval/device_index", "retrieval/device_refresh",
@@ -47,7 +48,7 @@ _SLOW = (
   "training/hybrid", "training/loop", "training/loop_in_step",
   "training/loop_resume", "training/meshes", "training/processes",
   "training/search_in_step", "training/stages", "training/state",
-  "training/step", "weights/convert", "weights/hostile",
+  "training/step", "weights/causal", "weights/convert", "weights/hostile",
   "weights/init_from", "weights/load",
 )  # fmt: skip
 

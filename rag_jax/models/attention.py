@@ -25,8 +25,8 @@ from rag_jax.models.partitioning import num_batch_parts
 # The axis names "B T S D N H" are those of DESIGN: here B may stand for B*K.
 # The axis order is the one that the products in `attend` read. With any other,
 # each decoding step would transpose all keys and values again.
-Keys = Float[Array, "B N H S"]
-Values = Float[Array, "B N S H"]
+Keys = Float[Array, "B G H S"]  # G heads: N, or fewer for groups of queries
+Values = Float[Array, "B G S H"]
 Bias = Float[Array, "#B N T S"]
 
 # What the backward pass finds in memory with train.remat="attention".
@@ -221,74 +221,16 @@ class Attention(nn.Module):
         bidirectional=True,
       )
       bias = own if bias is None else bias + own
-    parts = num_batch_parts(len(query), self.rows)
-    if parts > 1:
-      mixed = self._mix_parts(
-        parts, query, key, value, mask, bias, deterministic
-      )
-    else:
-      drop = functools.partial(self.drop, deterministic=deterministic)
-      mixed = _mix(query, key, value, mask, bias=bias, drop=drop)
+    mixed = mix(
+      self.drop,
+      *(query, key, value, mask, bias),
+      rows=self.rows,
+      deterministic=deterministic,
+    )
     mixed = checkpoint_name(mixed, "mixed")
     if c.scale_attention:  # T5 takes the mean
       mixed = jnp.where(jnp.any(mask, axis=-1)[..., None, None], mixed, 0.0)
     return self.out(mixed)
-
-  def _mix_parts(
-    self,
-    num_parts: int,
-    query: Float[Array, "B T N H"],
-    key: Keys,
-    value: Values,
-    mask: Bool[Array, "#B #T S"],
-    bias: Bias | None,
-    deterministic: bool,
-  ) -> Float[Array, "B T N H"]:
-    """Returns what `_mix` does, from one part of the rows after the other.
-
-    The backward pass computes the logits of each part again. Those of all rows
-    never exist, and those of a part are small enough to stay on the chip.
-    """
-    axes = {
-      "query": ("length", "heads", None),
-      "key": ("heads", None, "length"),
-      "value": ("heads", "length", None),
-      "mask": (None, None),
-      "bias": ("heads", None, None),
-    }
-    inputs = {"query": query, "key": key, "value": value, "mask": mask}
-    if bias is not None:
-      inputs["bias"] = bias
-    of_rows = {
-      name: batch_parts(x, num_parts, *axes[name])
-      for name, x in inputs.items()
-      if len(x) == len(query)
-    }
-    of_all: dict[str, Any] = {
-      name: x for name, x in inputs.items() if name not in of_rows
-    }
-    keys = None
-    rate = self.config.attention_dropout
-    if rate and not deterministic:
-      keys = jax.random.split(self.make_rng("dropout"), num_parts)
-
-    def drop(x: Array, key: Array | None) -> Array:
-      if key is None:
-        return x
-      module = nn.Dropout(rate, deterministic=False, parent=None)
-      dropped = module.apply({}, x, rngs={"dropout": key})
-      assert isinstance(dropped, jax.Array)
-      return dropped
-
-    def mix_part(_: None, part: tuple[dict[str, Any], Array | None]) -> Any:
-      inputs, key = part
-      mix = functools.partial(_mix, drop=functools.partial(drop, key=key))
-      return None, mix(**inputs, **of_all)
-
-    # The loop keeps the compiler from undoing the recomputation.
-    body = jax.checkpoint(mix_part, prevent_cse=False)
-    mixed = jax.lax.scan(body, None, (of_rows, keys))[1]
-    return batch_whole(mixed, *axes["query"])
 
   def __call__(
     self,
@@ -302,6 +244,102 @@ class Attention(nn.Module):
     return self.attend(x, key, value, mask, bias, deterministic)
 
 
+def mix(
+  dropout: nn.Dropout,
+  query: Float[Array, "B T N H"],
+  key: Keys,
+  value: Values,
+  mask: Bool[Array, "#B #T S"],
+  bias: Bias | None = None,
+  *,
+  rows: int = 0,
+  soft_cap: float = 0.0,
+  deterministic: bool = True,
+) -> Float[Array, "B T N H"]:
+  """Returns the means of the values, weighted by attention.
+
+  Keys and values may have fewer heads than the queries: each is for as many
+  queries that follow each other.
+
+  Args:
+    dropout: of the weights; a bound module.
+    query: already scaled.
+    key: of S places.
+    value: of S places.
+    mask: True where attention is allowed.
+    bias: added to the logits.
+    rows: of B whose logits exist at a time, on each device; 0: all.
+    soft_cap: logits x become soft_cap * tanh(x / soft_cap); 0.0: no cap.
+    deterministic: whether to turn dropout off.
+  """
+  parts = num_batch_parts(len(query), rows)
+  if parts > 1:
+    keys = None
+    if dropout.rate and not deterministic:
+      keys = jax.random.split(dropout.make_rng("dropout"), parts)
+    return _mix_parts(
+      parts, query, key, value, mask, bias, soft_cap, dropout.rate, keys
+    )
+  drop = functools.partial(dropout, deterministic=deterministic)
+  return _mix(query, key, value, mask, bias=bias, drop=drop, soft_cap=soft_cap)
+
+
+def _mix_parts(
+  num_parts: int,
+  query: Float[Array, "B T N H"],
+  key: Keys,
+  value: Values,
+  mask: Bool[Array, "#B #T S"],
+  bias: Bias | None,
+  soft_cap: float,
+  rate: float,
+  keys: Array | None,
+) -> Float[Array, "B T N H"]:
+  """Returns what `_mix` does, from one part of the rows after the other.
+
+  The backward pass computes the logits of each part again. Those of all rows
+  never exist, and those of a part are small enough to stay on the chip.
+  """
+  axes = {
+    "query": ("length", "heads", None),
+    "key": ("heads", None, "length"),
+    "value": ("heads", "length", None),
+    "mask": (None, None),
+    "bias": ("heads", None, None),
+  }
+  inputs = {"query": query, "key": key, "value": value, "mask": mask}
+  if bias is not None:
+    inputs["bias"] = bias
+  of_rows = {
+    name: batch_parts(x, num_parts, *axes[name])
+    for name, x in inputs.items()
+    if len(x) == len(query)
+  }
+  of_all: dict[str, Any] = {
+    name: x for name, x in inputs.items() if name not in of_rows
+  }
+
+  def drop(x: Array, key: Array | None) -> Array:
+    if key is None:
+      return x
+    module = nn.Dropout(rate, deterministic=False, parent=None)
+    dropped = module.apply({}, x, rngs={"dropout": key})
+    assert isinstance(dropped, jax.Array)
+    return dropped
+
+  def mix_part(_: None, part: tuple[dict[str, Any], Array | None]) -> Any:
+    inputs, key = part
+    mix = functools.partial(
+      _mix, drop=functools.partial(drop, key=key), soft_cap=soft_cap
+    )
+    return None, mix(**inputs, **of_all)
+
+  # The loop keeps the compiler from undoing the recomputation.
+  body = jax.checkpoint(mix_part, prevent_cse=False)
+  mixed = jax.lax.scan(body, None, (of_rows, keys))[1]
+  return batch_whole(mixed, *axes["query"])
+
+
 def _mix(
   query: Float[Array, "B T N H"],
   key: Keys,
@@ -310,14 +348,27 @@ def _mix(
   *,
   drop: Callable[[Array], Array],
   bias: Bias | None = None,
+  soft_cap: float = 0.0,
 ) -> Float[Array, "B T N H"]:
   """Returns the means of the values, weighted by attention."""
+  b, t, n, h = query.shape
+  grouped = key.shape[1] != n
+  if grouped:
+    query = query.reshape(b, t, key.shape[1], -1, h)
   # Softmax in float32: bfloat16 keeps 8 bits of mantissa.
   logits = jnp.einsum(
-    "BTNH,BNHS->BNTS", query, key, preferred_element_type=jnp.float32
-  )
+    "BTGRH,BGHS->BGRTS" if grouped else "BTNH,BNHS->BNTS",
+    *(query, key),
+    preferred_element_type=jnp.float32,
+  ).reshape(b, n, t, -1)
   if bias is not None:
     logits += bias
+  if soft_cap:
+    logits = soft_cap * jnp.tanh(logits / soft_cap)
   logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
   probs = drop(jax.nn.softmax(logits, axis=-1).astype(value.dtype))
-  return jnp.einsum("BNTS,BNSH->BTNH", probs, value)
+  if not grouped:
+    return jnp.einsum("BNTS,BNSH->BTNH", probs, value)
+  probs = probs.reshape(b, key.shape[1], -1, *probs.shape[2:])
+  mixed = jnp.einsum("BGRTS,BGSH->BTGRH", probs, value)
+  return mixed.reshape(b, t, n, h)

@@ -51,15 +51,38 @@ def check_positions(length: int, max_positions: int, what: str) -> None:
     )
 
 
-Norm = nn.LayerNorm | nn.RMSNorm
+class PlusOneRmsNorm(nn.Module):
+  """Gemma's RMS norm, which multiplies by 1 + `scale`.
+
+  Params: `scale` [D], zero at first. It is stored without the 1, so that weight
+  decay and rounding are those of the original.
+  """
+
+  epsilon: float
+  dtype: DTypeLike = jnp.bfloat16
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    scale = self.param("scale", nn.initializers.zeros, x.shape[-1:])
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+    x *= jax.lax.rsqrt(mean_square + self.epsilon)
+    return (x * (1 + scale.astype(jnp.float32))).astype(self.dtype)
+
+
+Norm = nn.LayerNorm | nn.RMSNorm | PlusOneRmsNorm
 
 
 def make_norm(config: TransformerConfig, **kwargs: Any) -> Norm:
-  """Returns a layer norm, or T5's RMS norm without mean and bias.
+  """Returns a layer norm, T5's RMS norm without mean and bias, or Gemma's.
 
-  Both compute in float32 and return `dtype`.
+  All compute in float32 and return `dtype`.
   """
-  kind = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[config.norm_kind]
+  kind = {
+    "layer": nn.LayerNorm,
+    "rms": nn.RMSNorm,
+    "rms_plus_one": PlusOneRmsNorm,
+  }[config.norm_kind]
   return kind(epsilon=config.norm_eps, **kwargs)
 
 
@@ -269,11 +292,11 @@ class LayerLoop:
 
   def run(
     self,
-    layers: Sequence[TransformerLayer],
+    layers: Sequence[Any],
     x: Float[Array, "B T D"],
-    mask: Bool[Array, "#B #T T"],
     *inputs: Any,
     deterministic: bool,
+    each: Sequence[int] = (),
   ) -> Float[Array, "B T D"]:
     """Returns `x` after all layers.
 
@@ -284,14 +307,15 @@ class LayerLoop:
     Args:
       layers: bound modules, which differ only in their parameters.
       x: the input of the first layer.
-      mask: True where self-attention is allowed.
-      *inputs: the arguments of a layer after `mask`, the same for all layers.
+      *inputs: the arguments of a layer after `x`, the same for all layers.
       deterministic: whether to turn dropout off.
+      each: the last argument of each layer, a number; (): there is none.
     """
     axes = "batch", "length", "embed"
+    last = [(number,) for number in each] or [()] * len(layers)
     if self == UNROLLED or not layers or layers[0].is_initializing():
-      for layer in layers:
-        x = layer(x, mask, *inputs, deterministic=deterministic)
+      for layer, own in zip(layers, last, strict=True):
+        x = layer(x, *inputs, *own, deterministic=deterministic)
         x = constrain(x, *axes)
       return x
     layer = layers[0].clone(
@@ -303,12 +327,12 @@ class LayerLoop:
       keys = jax.random.split(layers[0].make_rng("dropout"), len(layers))
 
     def body(x: Array, of_layer: Any) -> tuple[Array, None]:
-      params, key = of_layer
+      params, key, own = of_layer
       y = layer.apply(
         {"params": params},
         x,
-        mask,
         *inputs,
+        *own,
         deterministic=deterministic,
         rngs={} if key is None else {"dropout": key},
       )
@@ -320,9 +344,11 @@ class LayerLoop:
       body, policy=REMAT[self.remat], prevent_cse=not self.scan
     )
     if self.scan:
-      return jax.lax.scan(body, x, (_stacked(params, layer.dtype), keys))[0]
-    for i, of_layer in enumerate(params):
-      x, _ = body(x, (of_layer, None if keys is None else keys[i]))
+      own = tuple(map(jnp.asarray, zip(*last, strict=True)))
+      of_layers = _stacked(params, layer.dtype), keys, own
+      return jax.lax.scan(body, x, of_layers)[0]
+    for i, (of_layer, own) in enumerate(zip(params, last, strict=True)):
+      x, _ = body(x, (of_layer, None if keys is None else keys[i], own))
     return x
 
 
