@@ -28,7 +28,7 @@ from rag_jax import artifacts
 from rag_jax import disk
 
 if typing.TYPE_CHECKING:
-  import transformers
+  from transformers import PreTrainedTokenizerFast as Backend
 
 _KIND = "tokenizer"  # in the manifest
 _FORMAT = 1  # raise when the files change meaning
@@ -62,7 +62,6 @@ SENTENCEPIECE = (
   "sentencepiece.model",
 )  # fmt: skip
 
-# For messages.
 TOKENIZER_KINDS = "tokenizer.json, " + ", ".join(
   " with ".join(files)
   for files in (*_KINDS, *((name,) for name in SENTENCEPIECE))
@@ -80,7 +79,7 @@ class Tokenizer:
     mask_id: stands for a part that is left out.
   """
 
-  def __init__(self, backend: "transformers.PreTrainedTokenizerFast"):
+  def __init__(self, backend: "Backend"):
     self._backend = backend
     self._inner = backend.backend_tokenizer
     # "</s>" in a passage must stay text, or the passage could end early and
@@ -335,9 +334,8 @@ def _older_kind(path: epath.Path) -> str:
     if (path / name).exists():
       raise FileNotFoundError(
         f"{path} has a {name}, but no tokenizer.json, and only the second can"
-        " be read. Where sentencepiece is installed, write it:"
-        " transformers.AutoTokenizer.from_pretrained(path)"
-        ".save_pretrained(path)."
+        " be read. Where sentencepiece is installed, write it: transformers"
+        ".AutoTokenizer.from_pretrained(path).save_pretrained(path)."
       )
   raise FileNotFoundError(
     f"There is no tokenizer in {path}; looked for {TOKENIZER_KINDS}. Expected a"
@@ -402,33 +400,36 @@ def load_tokenizer(path: epath.PathLike, *, ours: bool = False) -> Tokenizer:
     ValueError: its files cannot be read, are links to other places, or are
       `ours` and were changed.
   """
-  path = epath.Path(path)
-  check_own_files(path)
   if ours:
-    _check_manifest(path)
-  kind = "AutoTokenizer"
-  if not (path / "tokenizer.json").exists():
-    kind = _older_kind(path)
-  # Imported here, since it takes a second and --help should be fast.
-  import transformers
-
-  loader = getattr(transformers, kind)
+    check_own_files(path)
+    _check_manifest(epath.Path(path))
   try:
-    with _in_folder(path) as folder, _panics_are_errors():
-      backend = loader.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-      )
-  except Exception as error:  # transformers raises bare Exception, too
-    raise _unreadable(path, error) from error
-  try:
-    return Tokenizer(backend)
-  except ValueError:
+    return Tokenizer(open_tokenizer(path))
+  except (FileNotFoundError, ValueError):
     raise
   except Exception as error:  # for instance RecursionError
     raise _unreadable(path, error) from error
 
 
-def _unreadable(path: epath.Path, error: Exception) -> ValueError:
+def open_tokenizer(path: epath.PathLike) -> "Backend":
+  """Returns the tokenizer of transformers; errors as in `load_tokenizer`."""
+  path = epath.Path(path)
+  check_own_files(path)
+  kind = "AutoTokenizer"
+  if not (path / "tokenizer.json").exists():
+    kind = _older_kind(path)
+  import transformers  # takes a second, and --help should be fast
+
+  try:
+    with _in_folder(path) as folder, _panics_are_errors():
+      return getattr(transformers, kind).from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+      )
+  except Exception as error:  # transformers raises bare Exception, too
+    raise _unreadable(path, error) from error
+
+
+def _unreadable(path: epath.PathLike, error: Exception) -> ValueError:
   return ValueError(
     f"The tokenizer in {path} cannot be read ({error}). Its files were cut off"
     " or edited, or it needs code of its own, which is never run. Copy the"
@@ -454,9 +455,8 @@ def train_tokenizer(
 ) -> Tokenizer:
   """Returns a byte-level BPE tokenizer trained on `texts`.
 
-  Byte-level, so every text can be encoded and is decoded exactly: an answer is
-  printed as the passage spells it. Sennrich et al. 2016,
-  https://arxiv.org/abs/1508.07909; the byte alphabet is GPT-2's.
+  Byte-level, with GPT-2's alphabet, so that every text is decoded exactly: an
+  answer is printed as the passage spells it. https://arxiv.org/abs/1508.07909.
 
   Args:
     texts: the texts to learn frequent pieces from.
