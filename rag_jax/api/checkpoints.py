@@ -15,6 +15,7 @@ from rag_jax.api.pickles import import_any
 from rag_jax.weights import convert
 from rag_jax.weights import load
 from rag_jax.weights.hub import HUB_PREFIX
+from rag_jax.weights.loaded import LoadedCausal
 from rag_jax.weights.loaded import LoadedEncoder
 from rag_jax.weights.loaded import LoadedGenerator
 from rag_jax.weights.loaded import LoadedRag
@@ -34,7 +35,7 @@ _OUTPUT = "a directory to write, for instance 'exports/exportable'"
 
 def load_checkpoint(
   where: epath.PathLike,
-) -> LoadedRag | LoadedEncoder | LoadedGenerator:
+) -> LoadedRag | LoadedEncoder | LoadedGenerator | LoadedCausal:
   """Returns the parameters in a checkpoint, with their config and a report.
 
   Args:
@@ -100,7 +101,7 @@ def export(
     source: the workdir of a run that has ended, or what `import_checkpoint`
       wrote.
     output: the directory to write.
-    kind: "rag_token", "rag_sequence", "generator", "dpr_question",
+    kind: "rag_token", "rag_sequence", "generator", "causal", "dpr_question",
       "dpr_context", "bert" or "sentence_transformers"; "": as it was trained.
     max_shard_bytes: most bytes of a file.
     overwrite: whether to replace an output that is not empty.

@@ -20,6 +20,7 @@ _CLASSES = {
   "rag_token": "RagTokenForGeneration",
   "rag_sequence": "RagSequenceForGeneration",
   "generator": "AutoModelForSeq2SeqLM",
+  "causal": "AutoModelForCausalLM",
   "dpr_question": "DPRQuestionEncoder",
   "dpr_context": "DPRContextEncoder",
   "bert": "AutoModel",
@@ -28,11 +29,13 @@ _TASKS = {
   "rag_token": "question-answering",
   "rag_sequence": "question-answering",
   "generator": "text-generation",
+  "causal": "text-generation",
 }
 _PARTS = {
   "rag_token": ("question_encoder", "passage_encoder", "generator"),
   "rag_sequence": ("question_encoder", "passage_encoder", "generator"),
   "generator": ("generator",),
+  "causal": ("generator",),
   "dpr_context": ("passage_encoder", "question_encoder"),
 }
 
@@ -106,11 +109,19 @@ def model_card(
     "",
     "## Limits",
     "",
-    "It answers from the passages that it is given, and repeats what they say,"
-    " also where they are wrong. No licence is stated here: it follows from"
-    " those of the weights and texts that the model was made of.",
+    f"{_limits(kind)} No licence is stated here: it follows from those of the"
+    " weights and texts that the model was made of.",
   ]
   return "\n".join(lines) + "\n"
+
+
+def _limits(kind: str) -> str:
+  if kind == "causal":
+    return "What it writes can be wrong."
+  return (
+    "It answers from the passages that it is given, and repeats what they say,"
+    " also where they are wrong."
+  )
 
 
 def _library(kind: str) -> str:

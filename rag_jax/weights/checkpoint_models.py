@@ -1,4 +1,4 @@
-"""One model among the tensors of a checkpoint: an encoder or a generator.
+"""One model among the tensors of a checkpoint: an encoder, a generator.
 
 In: its config and the files that hold its tensors, maybe beside others. Out:
 what does not fit, or the model.
@@ -7,6 +7,12 @@ what does not fit, or the model.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rag_jax.weights.causal_configs import explicit_causal
+from rag_jax.weights.causal_configs import num_layers
+from rag_jax.weights.causal_configs import read_causal_config
+from rag_jax.weights.causal_configs import read_causal_ids
+from rag_jax.weights.causal_tensors import causal_architecture
+from rag_jax.weights.causal_tensors import causal_names
 from rag_jax.weights.config_fields import field_notes
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.directory import CheckpointDirectory
@@ -26,6 +32,7 @@ from rag_jax.weights.generator_configs import read_generator_ids
 from rag_jax.weights.generator_tensors import generator_architecture
 from rag_jax.weights.generator_tensors import generator_names
 from rag_jax.weights.generator_tensors import shared_table
+from rag_jax.weights.loaded import LoadedCausal
 from rag_jax.weights.loaded import LoadedEncoder
 from rag_jax.weights.loaded import LoadedGenerator
 from rag_jax.weights.mapping import View
@@ -197,5 +204,47 @@ class GeneratorPart:
       generation=generation,
       report=Report.of(
         taken, note, *notes, *field_notes(self._values, GENERATION_NAMES)
+      ),
+    )
+
+
+class CausalPart:
+  """A decoder-only generator, which is always a whole checkpoint."""
+
+  def __init__(self, values: ConfigValues, files: TensorFiles):
+    model_type = values.text("model_type", "")
+    self._view = _view(files, whole, causal_names(files.names, model_type))
+    self._values = values
+    _check_layers(
+      values.origin, len(files.names), num_layers=num_layers(values)
+    )
+    self._fields = read_causal_config(values)
+    self._architecture = causal_architecture(self._fields, model_type)
+
+  @property
+  def name(self) -> str:
+    """Of its class in transformers."""
+    return self._architecture.name
+
+  def problems(self) -> list[str]:
+    """Returns what does not fit."""
+    return problems(self._view, self._architecture)
+
+  def load(
+    self, tokenizer: CheckpointDirectory | None, generation: dict[str, Any]
+  ) -> LoadedCausal:
+    """Returns the generator. Call it when there are no problems."""
+    note = ""
+    if tokenizer is not None:
+      note = check_tokenizer(tokenizer, self._fields.vocab_size, "generator")
+    taken = take(self._view, self._architecture)
+    return LoadedCausal(
+      fields=explicit_causal(self._fields),
+      params=taken.params,
+      tokenizer=str(tokenizer.path) if tokenizer else "",
+      special_ids=read_causal_ids(self._values),
+      generation=generation,
+      report=Report.of(
+        taken, note, *field_notes(self._values, GENERATION_NAMES)
       ),
     )

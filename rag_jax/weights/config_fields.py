@@ -41,6 +41,34 @@ _T5 = (
   "scale_decoder_outputs",
 )  # fmt: skip
 
+_CAUSAL = (
+  "model_type", "is_encoder_decoder", *_IDS, "vocab_size",
+  "tie_word_embeddings", "per_layer_config",
+)  # fmt: skip
+_ROPE = (
+  *_CAUSAL, "hidden_size", "intermediate_size", "num_hidden_layers",
+  "num_attention_heads", "num_key_value_heads", "head_dim",
+  "max_position_embeddings", "original_max_position_embeddings",
+  "rms_norm_eps", "attention_dropout", "rope_parameters", "rope_theta",
+  "rope_scaling", "partial_rotary_factor",
+)  # fmt: skip
+_LLAMA = (*_ROPE, "hidden_act")
+_QWEN = (
+  *_LLAMA, "use_sliding_window", "sliding_window", "max_window_layers",
+  "layer_types",
+)  # fmt: skip
+_GEMMA = (
+  *_ROPE, "hidden_activation", "attention_bias", "query_pre_attn_scalar",
+  "sliding_window", "layer_types", "final_logit_softcapping",
+  "attn_logit_softcapping", "use_bidirectional_attention",
+)  # fmt: skip
+_GPT2 = (
+  *_CAUSAL, "n_positions", "n_embd", "n_layer", "n_head", "n_inner",
+  "activation_function", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+  "layer_norm_epsilon", "scale_attn_weights", "add_cross_attention",
+  "scale_attn_by_inverse_layer_idx",
+)  # fmt: skip
+
 # The fields that are used, or refused with the values that cannot be.
 USED: dict[str, tuple[str, ...]] = {
   "bert": _ENCODER,
@@ -50,6 +78,12 @@ USED: dict[str, tuple[str, ...]] = {
   "pegasus": _BART,
   "t5": _T5,
   "mt5": _T5,
+  "llama": (*_LLAMA, "attention_bias", "mlp_bias"),
+  "qwen2": _QWEN,
+  "qwen3": (*_QWEN, "attention_bias"),
+  "gemma2": _GEMMA,
+  "gemma3_text": (*_GEMMA, "rope_local_base_freq", "sliding_window_pattern"),
+  "gpt2": _GPT2,
   "rag": (
     "model_type", "question_encoder", "generator", "architectures",
     "tie_word_embeddings", "title_sep", "doc_sep", "n_docs",
@@ -70,7 +104,8 @@ WITHOUT_EFFECT: dict[str, str] = {
   **dict.fromkeys(
     ("_name_or_path", "transformers_version", "tokenizer_class",
      "finetuning_task", "_attn_implementation_autoset", "_num_labels",
-     "task_specific_params", "architectures", "transformers_weights"), _TEXT
+     "task_specific_params", "architectures", "transformers_weights",
+     "_model_name_or_path", "unk_token_id"), _TEXT
   ),
   **dict.fromkeys(
     ("dtype", "torch_dtype", "use_cache", "output_hidden_states", "output_past",
@@ -113,6 +148,26 @@ _ELSEWHERE: dict[str, dict[str, str]] = {
     "prefix": "that of the generator counts",
     "is_encoder_decoder": "always",
     "forced_eos_token_id": "of generation",
+  },
+  "llama": {"pretraining_tp": _OF_PYTORCH},
+  "gemma2": {"hidden_act": "hidden_activation counts"},
+  "gemma3_text": {
+    "hidden_act": "hidden_activation counts",
+    "_sliding_window_pattern": "layer_types counts",
+  },
+  "gpt2": {
+    "n_ctx": "n_positions counts",
+    "reorder_and_upcast_attn": _OF_PYTORCH,
+    **dict.fromkeys(
+      (
+        "summary_type",
+        "summary_use_proj",
+        "summary_activation",
+        "summary_proj_to_labels",
+        "summary_first_dropout",
+      ),
+      _HEADS,
+    ),
   },
   **{
     name: {"num_hidden_layers": "encoder_layers counts"}
@@ -198,6 +253,13 @@ def field_notes(
       yield (
         f"{values.origin} says {name}={values.values[name]}: transformers"
         " leaves whole layers out while training, rag_jax does not"
+      )
+  if model_type == "gpt2":
+    rates = [values.rate(name, 0.1) for name in ("embd_pdrop", "resid_pdrop")]
+    if rates[0] != rates[1]:
+      yield (
+        f"{values.origin} says embd_pdrop={rates[0]}: rag_jax drops out"
+        f" embeddings as it does layers, at resid_pdrop={rates[1]}"
       )
 
 

@@ -157,7 +157,8 @@ def unsupported(origin: str, model_type: Any, architectures: Any) -> ValueError:
     " Supported are, as encoders: dpr (DPRQuestionEncoder, DPRContextEncoder),"
     " bert (BertModel) and sentence-transformers directories of BERT; as"
     " generators: bart, mbart, pegasus, t5 and mt5"
-    " (...ForConditionalGeneration); and rag (RagTokenForGeneration,"
+    " (...ForConditionalGeneration); as decoder-only generators: llama, qwen2,"
+    " qwen3, gemma2, gemma3_text and gpt2; and rag (RagTokenForGeneration,"
     " RagSequenceForGeneration). Take a checkpoint of one of them."
   )
 

@@ -14,15 +14,18 @@ from etils import epath
 
 from rag_jax.weights.card import model_card
 from rag_jax.weights.card import read_results
+from rag_jax.weights.export import export_causal
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_generator
 from rag_jax.weights.export import export_rag
 from rag_jax.weights.load import ENCODER_KINDS
 from rag_jax.weights.load import Where
+from rag_jax.weights.load import load_causal
 from rag_jax.weights.load import load_checkpoint
 from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_generator
 from rag_jax.weights.load import load_rag
+from rag_jax.weights.loaded import LoadedCausal
 from rag_jax.weights.loaded import LoadedEncoder
 from rag_jax.weights.loaded import LoadedGenerator
 from rag_jax.weights.loaded import LoadedRag
@@ -35,7 +38,7 @@ from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
 from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
 from rag_jax.weights.tokenizer_files import copy_tokenizer
 
-KINDS = ("rag_token", "rag_sequence", "generator", *ENCODER_KINDS)
+KINDS = ("rag_token", "rag_sequence", "generator", "causal", *ENCODER_KINDS)
 
 
 def import_checkpoint(where: Where, output: Where, origin: str = "") -> Report:
@@ -51,7 +54,7 @@ def import_checkpoint(where: Where, output: Where, origin: str = "") -> Report:
     ValueError: it is damaged or of an unsupported architecture.
   """
   loaded = load_checkpoint(where)
-  parts: dict[str, LoadedEncoder | LoadedGenerator]
+  parts: dict[str, LoadedEncoder | LoadedGenerator | LoadedCausal]
   content: dict[str, Any] = {"from": origin or os.fspath(where)}
   if isinstance(loaded, LoadedRag):
     parts = {"encoder": loaded.question_encoder, "generator": loaded.generator}
@@ -66,20 +69,22 @@ def import_checkpoint(where: Where, output: Where, origin: str = "") -> Report:
     content["kind"] = loaded.kind
     params = {"question_encoder": loaded.params}
   else:
-    parts = {"generator": loaded}
-    content["kind"] = "generator"
+    kind = "causal" if isinstance(loaded, LoadedCausal) else "generator"
+    parts = {kind: loaded}
+    content["kind"] = kind
     params = {"generator": loaded.params}
   folders = {"encoder": QUESTION_TOKENIZER, "generator": GENERATOR_TOKENIZER}
   output = pathlib.Path(output)
   for name, part in parts.items():
+    owner = "encoder" if isinstance(part, LoadedEncoder) else "generator"
     content[name] = part.fields
-    content[f"{name}_ids"] = dataclasses.asdict(part.special_ids)
+    content[f"{owner}_ids"] = dataclasses.asdict(part.special_ids)
     if part.tokenizer:
-      copy_tokenizer(part.tokenizer, output / folders[name])
-    if isinstance(part, LoadedGenerator):
-      content["generation"] = part.generation
-    else:
+      copy_tokenizer(part.tokenizer, output / folders[owner])
+    if isinstance(part, LoadedEncoder):
       content["max_tokens"] = part.max_tokens
+    else:
+      content["generation"] = part.generation
   save_model(output, params, content)
   return loaded.report
 
@@ -142,6 +147,18 @@ def export_model(
       card=card,
     )
     return load_generator(output).report
+  if kind == "causal":
+    assert model.causal is not None
+    export_causal(
+      output,
+      model.causal,
+      model.params["generator"],
+      tokenizer=model.generator_tokenizer,
+      generation=model.generation,
+      max_shard_bytes=max_shard_bytes,
+      card=card,
+    )
+    return load_causal(output).report
   assert model.encoder is not None
   if kind in ENCODER_KINDS:
     passages = kind == "dpr_context"
@@ -179,6 +196,8 @@ def _check_kind(kind: str, model: SavedModel, path: epath.Path) -> None:
     possible += KINDS[:2]
   if model.generator:
     possible.append("generator")
+  if model.causal:
+    possible.append("causal")
   if model.encoder:
     possible += ENCODER_KINDS
   if kind not in possible:

@@ -21,9 +21,13 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
+from rag_jax.config_causal import CausalConfig
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights import bag_of_words
 from rag_jax.weights.card import CARD
+from rag_jax.weights.causal_configs import causal_config
+from rag_jax.weights.causal_configs import causal_type
+from rag_jax.weights.causal_tensors import causal_architecture
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import MANIFEST_FORMAT
 from rag_jax.weights.directory import MANIFEST_KIND
@@ -138,6 +142,31 @@ def export_generator(
   write_generation(
     path, generation or {}, tokenizer.ids, fields.decoder_start_id
   )
+  _finish(path, config, card)
+
+
+def export_causal(
+  path: Path,
+  fields: CausalConfig,
+  params: PyTree,
+  *,
+  tokenizer: TokenizerFiles = NO_TOKENIZER,
+  generation: Mapping[str, Any] | None = None,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+  card: str = "",
+) -> None:
+  """Writes a decoder-only generator as Llama, Qwen, Gemma or GPT-2.
+
+  Arguments and errors as in `export_generator`; `params` are those of
+  `CausalGenerator`.
+  """
+  model_type = causal_type(fields)
+  config = causal_config(fields, model_type, tokenizer.ids)
+  tensors = put(params, causal_architecture(fields, model_type))
+  path = _start(path)
+  write_tensors(path, tensors, max_shard_bytes)
+  _add_tokenizer(path, tokenizer, fields.vocab_size, "generator")
+  write_generation(path, generation or {}, tokenizer.ids)
   _finish(path, config, card)
 
 

@@ -136,12 +136,20 @@ def write_generation(
   path: pathlib.Path,
   settings: Mapping[str, Any],
   special_ids: SpecialIds,
-  decoder_start_id: int,
+  decoder_start_id: int | None = None,
 ) -> None:
-  """Writes generation_config.json to directory `path`."""
-  start = special_ids.eos if decoder_start_id < 0 else decoder_start_id
+  """Writes generation_config.json to directory `path`.
+
+  Args:
+    path: the directory.
+    settings: they take precedence over the ids.
+    special_ids: of the tokenizer.
+    decoder_start_id: -1: the end token; None: there is no decoder beside.
+  """
   ids = special_ids.to_config()
-  ids["decoder_start_token_id"] = None if start < 0 else start
+  if decoder_start_id is not None:
+    start = special_ids.eos if decoder_start_id < 0 else decoder_start_id
+    ids["decoder_start_token_id"] = None if start < 0 else start
   content = {k: v for k, v in ids.items() if v is not None} | dict(settings)
   artifacts.write_atomically(
     path / GENERATION_CONFIG,

@@ -52,6 +52,7 @@ _T5: dict[str, Any] = {
   "pointer": False,
 }  # fmt: skip
 GENERATOR_TYPES = (*_BART_TYPES, *_T5_TYPES)
+ENCODER_DECODER = "a generator with an encoder"  # for messages
 
 
 def read_generator_config(

@@ -430,6 +430,8 @@ def _start_both(config: Config) -> None:
     return
   if is_ours(where):
     saved = read_saved(where)
+    if saved.causal is not None:
+      raise _no_rag(where, saved.kind)
     if saved.encoder is not None and not encoder.init_from:
       encoder.init_from = where
       if "passage_encoder" in saved.params:
@@ -438,16 +440,19 @@ def _start_both(config: Config) -> None:
   else:
     kind = checkpoint_kind(where)
     if kind != "rag":
-      raise ValueError(
-        f"init_from={where!r} is a checkpoint of kind {kind!r}; expected"
-        " retriever and generator together: the workdir of a run, a model"
-        " directory or a RAG checkpoint. Set encoder.init_from or"
-        " generator.init_from instead."
-      )
+      raise _no_rag(where, kind)
     encoder.init_from = encoder.init_from or where
     has_generator = True
   if has_generator and not config.generator.init_from:
     config.generator.init_from = where
+
+
+def _no_rag(where: str, kind: str) -> ValueError:
+  return ValueError(
+    f"init_from={where!r} is a checkpoint of kind {kind!r}; expected retriever"
+    " and generator together: the workdir of a run, a model directory or a RAG"
+    " checkpoint. Set encoder.init_from or generator.init_from instead."
+  )
 
 
 def _take_scores(config: Config, saved: SavedModel) -> None:

@@ -1,9 +1,9 @@
 """A checkpoint as fields and parameters of ours.
 
 In: a local directory or "hf:ORG/NAME", of transformers; or a workdir or model
-directory of ours. Out: what `config.EncoderConfig` and
-`GeneratorConfig` take, float32 parameters, where the tokenizer lies, and a
-report.
+directory of ours. Out: what `config.EncoderConfig`, `GeneratorConfig` and
+`config_causal.CausalConfig` take, float32 parameters, where the tokenizer lies,
+and a report.
 
 A RAG checkpoint serves as any of its parts. Those of RAG-Token and RAG-Sequence
 have the same tensors: either can be trained and decoded as the other.
@@ -14,6 +14,9 @@ import functools
 import os
 from typing import Literal
 
+from rag_jax.weights.causal_configs import CAUSAL_TYPES
+from rag_jax.weights.causal_configs import with_causal_ids
+from rag_jax.weights.checkpoint_models import CausalPart
 from rag_jax.weights.checkpoint_models import EncoderPart
 from rag_jax.weights.checkpoint_models import GeneratorPart
 from rag_jax.weights.checkpoint_models import Select
@@ -26,8 +29,10 @@ from rag_jax.weights.directory import open_directory
 from rag_jax.weights.encoder_configs import ENCODER_TYPES
 from rag_jax.weights.generation_settings import GENERATION_NAMES
 from rag_jax.weights.generation_settings import read_generation
+from rag_jax.weights.generator_configs import ENCODER_DECODER
 from rag_jax.weights.generator_configs import GENERATOR_TYPES
 from rag_jax.weights.generator_configs import with_default_ids
+from rag_jax.weights.loaded import LoadedCausal
 from rag_jax.weights.loaded import LoadedEncoder
 from rag_jax.weights.loaded import LoadedGenerator
 from rag_jax.weights.loaded import LoadedRag
@@ -51,6 +56,9 @@ Where = str | os.PathLike[str]
 
 PASSAGE_ENCODER = "ctx_encoder"  # folder of the passage encoder in our exports
 
+_DECODER_ONLY = (
+  " Decoder-only generators are converted, but cannot be part of RAG yet."
+)
 _RAG_PARTS = ("question_encoder", "ctx_encoder", "generator")
 _KINDS = {
   "RagTokenForGeneration": "token",
@@ -92,10 +100,28 @@ def load_generator(where: Where) -> LoadedGenerator:
     rag = _Rag(directory, values)
     rag.check("generator")
     return rag.load_generator()
-  _expect(values, GENERATOR_TYPES, "a generator")
+  _expect(values, GENERATOR_TYPES, ENCODER_DECODER)
   part = GeneratorPart(values, TensorFiles(directory))
   check(directory.origin, {part.name: part.problems()})
   generation = read_generation(directory, with_default_ids(values))
+  return part.load(find_tokenizer(directory, ""), generation)
+
+
+def load_causal(where: Where) -> LoadedCausal:
+  """Returns the decoder-only generator of a Llama, Qwen, Gemma or GPT-2.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint, or a part of it is missing.
+    ValueError: it is damaged, or of an unsupported architecture.
+  """
+  if is_ours(where):
+    return read_saved(where).load_causal()
+  directory = open_directory(where)
+  values = _config(directory)
+  _expect(values, CAUSAL_TYPES, "a decoder-only generator")
+  part = CausalPart(values, TensorFiles(directory))
+  check(directory.origin, {part.name: part.problems()})
+  generation = read_generation(directory, with_causal_ids(values))
   return part.load(find_tokenizer(directory, ""), generation)
 
 
@@ -124,7 +150,7 @@ def load_rag(where: Where) -> LoadedRag:
 
 def load_checkpoint(
   where: Where,
-) -> LoadedRag | LoadedEncoder | LoadedGenerator:
+) -> LoadedRag | LoadedEncoder | LoadedGenerator | LoadedCausal:
   """Returns all that a checkpoint holds, whatever it is.
 
   Raises:
@@ -134,6 +160,8 @@ def load_checkpoint(
   """
   if is_ours(where):
     saved = read_saved(where)
+    if saved.causal is not None:
+      return saved.load_causal()
     if saved.generator is None:
       passages = saved.kind == "dpr_context"
       return saved.load_encoder("passage" if passages else "question")
@@ -143,6 +171,8 @@ def load_checkpoint(
     return load_encoder(
       where, "passage" if kind == "dpr_context" else "question"
     )
+  if kind in CAUSAL_TYPES:
+    return load_causal(where)
   return load_rag(where) if kind == "rag" else load_generator(where)
 
 
@@ -181,11 +211,12 @@ def _expect(values: ConfigValues, types: tuple[str, ...], what: str) -> None:
   found = values.values.get("model_type")
   if found in types:
     return
-  if found in (*ENCODER_TYPES, *GENERATOR_TYPES, "rag"):
+  if found in (*ENCODER_TYPES, *GENERATOR_TYPES, *CAUSAL_TYPES, "rag"):
+    hint = _DECODER_ONLY if found in CAUSAL_TYPES else ""
     raise ValueError(
       f"{values.origin} describes model_type={found!r}; expected {what}, one of"
       f" {', '.join(types)}. Give another checkpoint, or load this one as what"
-      " it is."
+      f" it is.{hint}"
     )
   raise unsupported(values.origin, found, values.values.get("architectures"))
 

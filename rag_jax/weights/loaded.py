@@ -42,6 +42,18 @@ class LoadedGenerator:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LoadedCausal:
+  """A decoder-only generator."""
+
+  fields: dict[str, Any]  # for CausalConfig(**fields)
+  params: PyTree  # of CausalGenerator, float32
+  tokenizer: str  # its directory; "" if there is none
+  special_ids: SpecialIds
+  generation: dict[str, Any]  # of generation_config.json
+  report: Report
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RagSettings:
   """The settings in a RAG's config.json, with the defaults of transformers."""
 

