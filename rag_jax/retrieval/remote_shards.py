@@ -12,7 +12,7 @@ The processes know each other by a key that process 0 draws. Messages are JSON
 and arrays, never pickles.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import json
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
@@ -142,30 +142,20 @@ class ShardServer:
             del self._offered[name]
 
 
-class RemoteShard(Index):
-  """A shard that another process holds; see `Index`.
+class _Link:
+  """A connection to the process that has a shard.
 
-  It takes no memory here.
+  Shard and rows have it, but not each other: who lets go of both closes it.
   """
 
-  def __init__(self, info: IndexInfo | None = None):
-    """Takes its description, if that is known before `reach`."""
+  def __init__(self):
     self._lock = threading.Lock()
     self._connection: Connection | None = None
-    self._where = "process that has not been reached yet"
-    if info is not None:
-      self._describe(info)
+    self.peer = "process that has not been reached yet"
 
-  def _describe(self, info: IndexInfo) -> None:
-    super().__init__(info, _RemoteRows(info, self._ask), 0)
-
-  def reach(self, address: tuple[str, int], key: bytes, name: str) -> None:
-    """Waits until the process at `address` offers the shard `name`.
-
-    Raises:
-      RuntimeError: that process cannot be reached, or has another shard.
-    """
-    self._where = f"process at {address[0]}:{address[1]}"
+  def open(self, address: tuple[str, int], key: bytes, name: str) -> Any:
+    """Returns the description of the shard; see `RemoteShard.reach`."""
+    self.peer = f"process at {address[0]}:{address[1]}"
     try:
       connection = _connection(socket.create_connection(address))
       answer_challenge(connection, key)
@@ -174,33 +164,15 @@ class RemoteShard(Index):
       content = json.loads(connection.recv_bytes())
     except _LOST as error:
       raise self._lost(error) from error
-    info = IndexInfo.from_content(content, self._where, [content["kind"]])
-    if not hasattr(self, "info"):
-      self._describe(info)
-    elif _brief(self.info) != _brief(info):
-      raise RuntimeError(
-        f"The {self._where} has another shard of the index ({_brief(info)})"
-        f" than the one described here ({_brief(self.info)}). Expected all"
-        " hosts to see the same files. Mount the same disk on all of them."
-      )
     self._connection = connection
+    return content
 
-  def search(
-    self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
-  ) -> Found:
-    """Returns what the other process finds; see `Index.search`."""
-    ids, scores = self._ask("search", question_embeddings, n_docs)
-    return ids, scores
+  def ask(self, what: str, array: np.ndarray, n_docs: int = 0) -> list[Any]:
+    """Returns the arrays of the reply.
 
-  def exact_search(
-    self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
-  ) -> Found:
-    """Returns what exact search finds there."""
-    ids, scores = self._ask("exact", question_embeddings, n_docs)
-    return ids, scores
-
-  def _ask(self, what: str, array: np.ndarray, n_docs: int = 0) -> list[Any]:
-    """Returns the arrays of the reply."""
+    Raises:
+      RuntimeError: the process ended, or could not answer.
+    """
     assert self._connection is not None, "call reach first"
     try:
       with self._lock:
@@ -210,18 +182,66 @@ class RemoteShard(Index):
       raise self._lost(error) from error
     if "error" in header:
       raise RuntimeError(
-        f"The {self._where} could not answer for its shard of the index:"
+        f"The {self.peer} could not answer for its shard of the index:"
         f" {header['error']}. See its log."
       )
     return arrays
 
   def _lost(self, error: BaseException) -> RuntimeError:
     return RuntimeError(
-      f"The {self._where}, which has a shard of the index, cannot be reached"
+      f"The {self.peer}, which has a shard of the index, cannot be reached"
       f" ({error or type(error).__name__}). Expected every process to run until"
       " the end, and the hosts of a pod to reach each other at all ports. Look"
       " into its log, and at the firewall."
     )
+
+
+class RemoteShard(Index):
+  """A shard that another process holds; see `Index`.
+
+  It takes no memory here.
+  """
+
+  def __init__(self, info: IndexInfo | None = None):
+    """Takes its description, if that is known before `reach`."""
+    self._link = _Link()
+    if info is not None:
+      self._describe(info)
+
+  def _describe(self, info: IndexInfo) -> None:
+    super().__init__(info, _RemoteRows(info, self._link), 0)
+
+  def reach(self, address: tuple[str, int], key: bytes, name: str) -> None:
+    """Waits until the process at `address` offers the shard `name`.
+
+    Raises:
+      RuntimeError: that process cannot be reached, or has another shard.
+    """
+    content = self._link.open(address, key, name)
+    peer = self._link.peer
+    info = IndexInfo.from_content(content, peer, [content["kind"]])
+    if not hasattr(self, "info"):
+      self._describe(info)
+    elif _brief(self.info) != _brief(info):
+      raise RuntimeError(
+        f"The {peer} has another shard of the index ({_brief(info)}) than the"
+        f" one described here ({_brief(self.info)}). Expected all hosts to see"
+        " the same files. Mount the same disk on all of them."
+      )
+
+  def search(
+    self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
+  ) -> Found:
+    """Returns what the other process finds; see `Index.search`."""
+    ids, scores = self._link.ask("search", question_embeddings, n_docs)
+    return ids, scores
+
+  def exact_search(
+    self, question_embeddings: Float[np.ndarray, "B R"], n_docs: int
+  ) -> Found:
+    """Returns what exact search finds there."""
+    ids, scores = self._link.ask("exact", question_embeddings, n_docs)
+    return ids, scores
 
 
 def _brief(info: IndexInfo) -> str:
@@ -234,13 +254,13 @@ def _brief(info: IndexInfo) -> str:
 class _RemoteRows(Rows):
   """The embeddings of a shard, of which rows are fetched when needed."""
 
-  def __init__(self, info: IndexInfo, ask: Callable[..., list[Any]]):
+  def __init__(self, info: IndexInfo, link: _Link):
     shape = info.num_passages, info.embedding_dim
     super().__init__(shape, 4 * shape[0] * shape[1])
-    self._ask = ask
+    self._link = link
 
   def _take(self, numbers: Int[np.ndarray, "*N"]) -> np.ndarray:
-    return self._ask("rows", numbers)[0]
+    return self._link.ask("rows", numbers)[0]
 
 
 def _reply(connection: Connection, shard: Index) -> None:

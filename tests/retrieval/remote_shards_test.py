@@ -4,7 +4,6 @@ Run as a program, by each of three processes, this file builds and opens indexes
 in shards, and prints what its process holds and finds.
 """
 
-import gc
 import json
 import pathlib
 import socket
@@ -91,7 +90,6 @@ def main(root):
     assert_equal(whole.search(questions, 7), opened.search(questions, 7))
     wait_for_all("all have searched")
     del built, opened
-    gc.collect()
     wait_for_all("all have let go")
     server, end = remote_shards._SERVERS[0], time.monotonic() + 20
     while server.offered() and time.monotonic() < end:
@@ -172,7 +170,6 @@ def test_a_shard_is_waited_for_and_let_go_after_its_last_user(server):
   time.sleep(0.2)
   assert server.offered() == ["late"]
   opened.clear()
-  gc.collect()
   end = time.monotonic() + 20
   while server.offered():
     assert time.monotonic() < end
