@@ -134,8 +134,8 @@ def choose_groups(
     needed = np.quantile(ordered, share, axis=0, method="higher")
     groups = _least_padding(needed.astype(int), num_groups, longest)
     fit = np.mean(np.all(ordered <= groups.places, axis=1))
-    choices.append((groups, groups.num_tokens, float(fit)))
-  found = cheapest(choices, num_rows * longest)
+    choices.append((groups, float(groups.num_tokens), float(fit)))
+  found = cheapest(choices, float(num_rows * longest))
   return found or LengthGroups((num_rows,), (longest,))
 
 

@@ -339,7 +339,8 @@ def test_an_index_that_finds_too_little_is_refused_when_it_is_built(
     def search(self, question_embeddings, n_docs):
       return super().search(-question_embeddings, n_docs)
 
-  def build_worst(embeddings, config, **fingerprints):
+  def build_worst(embeddings, config, *, num_passages, **fingerprints):
+    assert not num_passages  # not spread over processes
     return Worst(embeddings, **fingerprints)
 
   monkeypatch.setattr(retriever_lib, "build_index", build_worst)
