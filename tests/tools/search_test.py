@@ -224,7 +224,7 @@ def test_flags_come_before_the_config_of_an_experiment(folder):
   plan = json.loads((folder / "by_config/manifest.json").read_text())
   plan = plan["content"]["plan"]
   assert plan["index"]["kind"] == "exact"
-  assert plan["index"]["passages_per_shard"] == 1_500_000
+  assert plan["index"]["passages_per_shard"] == 330_000
   assert (plan["passage_length"], plan["embed_batch_size"]) == (20, 4)
 
 
