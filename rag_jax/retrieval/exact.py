@@ -95,6 +95,16 @@ class ExactIndex(Index):
     )
 
 
+def search_exactly(
+  index: Index, questions: Float[np.ndarray, "B R"], n_docs: int
+) -> Found:
+  """Returns what exact search finds in the embeddings of an index, here."""
+  exact = ExactIndex(
+    index.embeddings, encoder_fingerprint="", passages_fingerprint=""
+  )
+  return exact.search(questions, n_docs)
+
+
 def rank(
   questions: Float[np.ndarray, "B R"],
   embeddings: Float[Any, "P R"],  # as in ExactIndex

@@ -5,7 +5,7 @@ best passages by both, either by their ranks or by a weighted sum of their
 scores. The two weights can be learned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import math
@@ -29,6 +29,7 @@ from rag_jax.retrieval.index_core import name_rows
 
 _Arrays = jax.Array | np.ndarray
 _LOWEST = np.finfo(np.float32).min
+_QUESTIONS = 32  # whose passages are read at a time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -298,14 +299,26 @@ class HybridRetriever:
     shape = len(unions), width
     ids = np.full(shape, -1, np.int32)
     dense, bm25 = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for row, union in enumerate(unions):
+    for row, (union, found) in enumerate(
+      zip(unions, self._embeddings(unions), strict=True)
+    ):
       here = row, slice(len(union))
       ids[here] = union
-      dense[here] = exact.inner_products(
-        self._dense.embeddings[union], question_embeddings[row]
-      )
+      dense[here] = exact.inner_products(found, question_embeddings[row])
       bm25[here] = self._bm25.score([questions[row]], union[None])[0]
     return Candidates(ids, dense, bm25, ids >= 0)
+
+  def _embeddings(
+    self, unions: Sequence[Int[np.ndarray, "_"]]
+  ) -> Iterator[Float[np.ndarray, "_ R"]]:
+    """Yields the embeddings of each union.
+
+    Those of several questions are read at once: they may lie on other hosts.
+    """
+    for start in range(0, len(unions), _QUESTIONS):
+      part = unions[start : start + _QUESTIONS]
+      rows = self._dense.embeddings[np.concatenate(part)]
+      yield from np.split(rows, np.cumsum([len(x) for x in part]))[:-1]
 
   def _rankings(
     self, question_embeddings: np.ndarray, questions: Sequence[str], n_docs: int

@@ -30,7 +30,7 @@ import numpy as np
 
 from rag_jax import pod
 from rag_jax.retrieval.embeddings import Rows
-from rag_jax.retrieval.exact import ExactIndex
+from rag_jax.retrieval.exact import search_exactly
 from rag_jax.retrieval.index_core import Found
 from rag_jax.retrieval.index_core import Index
 from rag_jax.retrieval.index_core import IndexInfo
@@ -282,10 +282,7 @@ def _look_up(
     return [shard.embeddings[array]]
   if what == "search":
     return shard.search(array, n_docs)
-  exact = ExactIndex(
-    shard.embeddings, encoder_fingerprint="", passages_fingerprint=""
-  )
-  return exact.search(array, n_docs)
+  return search_exactly(shard, array, n_docs)
 
 
 def _send(

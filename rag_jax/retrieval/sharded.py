@@ -23,7 +23,7 @@ from rag_jax.processes import wait_for_all
 from rag_jax.retrieval.certificate import Certificate
 from rag_jax.retrieval.embeddings import JoinedRows
 from rag_jax.retrieval.embeddings import is_in
-from rag_jax.retrieval.exact import ExactIndex
+from rag_jax.retrieval.exact import search_exactly
 from rag_jax.retrieval.index_core import ARTIFACT
 from rag_jax.retrieval.index_core import FORMAT
 from rag_jax.retrieval.index_core import REMEDY
@@ -185,10 +185,7 @@ def exact_search(
   """Returns what exact search finds in the embeddings of `index`."""
   if isinstance(index, ShardedIndex | RemoteShard):
     return index.exact_search(questions, n_docs)
-  exact = ExactIndex(
-    index.embeddings, encoder_fingerprint="", passages_fingerprint=""
-  )
-  return exact.search(questions, n_docs)
+  return search_exactly(index, questions, n_docs)
 
 
 def shard_bounds(

@@ -135,30 +135,22 @@ def export_model(
   _check_kind(kind, model, path)
   name = pathlib.Path(output).absolute().name
   card = model_card(model, kind, name, read_results(path))
-  if kind == "generator":
-    assert model.generator is not None
-    export_generator(
+  if kind in ("generator", "causal"):
+    fields: Any = model.causal if kind == "causal" else model.generator
+    write, load = {
+      "generator": (export_generator, load_generator),
+      "causal": (export_causal, load_causal),
+    }[kind]
+    write(
       output,
-      model.generator,
+      fields,
       model.params["generator"],
       tokenizer=model.generator_tokenizer,
       generation=model.generation,
       max_shard_bytes=max_shard_bytes,
       card=card,
     )
-    return load_generator(output).report
-  if kind == "causal":
-    assert model.causal is not None
-    export_causal(
-      output,
-      model.causal,
-      model.params["generator"],
-      tokenizer=model.generator_tokenizer,
-      generation=model.generation,
-      max_shard_bytes=max_shard_bytes,
-      card=card,
-    )
-    return load_causal(output).report
+    return load(output).report
   assert model.encoder is not None
   if kind in ENCODER_KINDS:
     passages = kind == "dpr_context"

@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -234,6 +235,26 @@ def test_the_program_of_a_plan_compiles_and_its_parts_are_counted():
   estimate = estimated_parts(config, num_chips=1, num_passages=1000)
   for name in ("parameters", "optimizer", "index", "tokens"):
     assert estimate[name] == pytest.approx(parts[name], rel=0.02), name
+
+
+@pytest.mark.parametrize(("topology", "settings"), [
+  ("v4:2x2x1", {"chip_config_name": "megacore"}), ("v5e:2x2", {}),
+  ("v5p:2x2x1", {}),
+])  # fmt: skip
+def test_both_cores_of_a_v4_chip_are_one_device(
+  topology, settings, monkeypatch
+):
+  asked = []
+
+  def describe(name, platform, **more):
+    asked.append((name, platform, more))
+    return types.SimpleNamespace(devices=[None] * 4)
+
+  monkeypatch.setattr(abstract_step, "has_compiler", lambda: True)
+  monkeypatch.setattr(abstract_step, "_NO_MACHINE", {})
+  monkeypatch.setattr(abstract_step.topologies, "get_topology_desc", describe)
+  assert len(abstract_step.topology_devices(topology)[1]) == 4
+  assert asked == [(topology, "tpu", settings)]
 
 
 @pytest.mark.usefixtures("no_compiler")

@@ -2,20 +2,14 @@
 
 import itertools
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax.config import Config
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
-from rag_jax.models.batch import RagBatch
 from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.length_groups import _least_padding
 from rag_jax.models.length_groups import choose_groups
-from rag_jax.models.rag import build_model
 
 GROUPS = LengthGroups(rows=(3, 2, 1), lengths=(2, 5, 8))
 
@@ -67,47 +61,6 @@ def test_a_context_ends_with_its_last_token_whatever_the_mask_leaves_out():
   assert GROUPS.fit(jnp.asarray(mask))
   mask[1, :] = np.arange(8) == 5  # one token, far back
   assert not GROUPS.fit(jnp.asarray(mask))
-
-
-@pytest.mark.parametrize(
-  "fields",
-  [
-    {"pointer": True},
-    {"positions": "none", "relative_buckets": 8, "gated": True},
-    {"positions": "none", "relative_buckets": 8, "relative_shared": True},
-  ],
-  ids=str,
-)
-def test_pointers_and_relative_positions_read_the_same(fields):
-  config = Config()
-  sizes = {"num_layers": 1, "embed_dim": 8, "num_heads": 2, "mlp_dim": 8}
-  config.encoder = EncoderConfig(**sizes)
-  config.generator = GeneratorConfig(**sizes, max_positions=8, **fields)
-  model = build_model(config, vocab_size=100, decoder_start_id=2)
-  tokens, mask = make_contexts([2, 5, 1, 8, 2, 4])
-  batch = RagBatch(
-    context_tokens=tokens.reshape(2, 3, 8),
-    context_mask=mask.reshape(2, 3, 8),
-    target_tokens=tokens.reshape(2, 3, 8)[:, 1, :4],  # some can be copied
-    target_mask=jnp.ones((2, 4), bool),
-  )
-  params = nn.meta.unbox(model.init(jax.random.key(0), batch))["params"]
-  params = jax.tree.map(lambda x: x + 0.3 * jnp.sin(jnp.arange(x.size)).reshape(
-    x.shape), params)  # fmt: skip
-
-  def read(groups):
-    return model.apply(
-      {"params": params},
-      batch,
-      context_layout=groups,
-      method="target_log_probs",
-    )
-
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    read(GROUPS),
-    read(None),
-  )
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 5])

@@ -1,4 +1,4 @@
-"""Packed contexts are read as if each had a row of its own."""
+"""Contexts in packed rows, or in groups of lengths, are read as if alone."""
 
 from flax import linen as nn
 import jax
@@ -10,6 +10,7 @@ from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.models.batch import RagBatch
+from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.packing import Packing
 from rag_jax.models.packing import _num_rows
 from rag_jax.models.packing import choose_packing
@@ -91,8 +92,12 @@ def test_contexts_fit_if_first_fit_decreasing_needs_no_more_rows():
   ],
   ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("rows", [(3, 8), (1, 24)], ids=str)
-def test_losses_and_gradients_are_those_of_rows_of_their_own(fields, rows):
+@pytest.mark.parametrize(
+  "layout",
+  [Packing(3, 8), Packing(1, 24), LengthGroups((3, 2, 1), (2, 5, 8))],
+  ids=str,
+)
+def test_losses_and_gradients_are_those_of_rows_of_their_own(fields, layout):
   config = Config()
   sizes = {"num_layers": 2, "embed_dim": 8, "num_heads": 2, "mlp_dim": 8}
   config.encoder = EncoderConfig(**sizes)
@@ -109,17 +114,16 @@ def test_losses_and_gradients_are_those_of_rows_of_their_own(fields, rows):
   params = jax.tree.map(lambda x: x + 0.3 * jnp.sin(jnp.arange(x.size)).reshape(
     x.shape), params)  # fmt: skip
 
-  @jax.jit(static_argnames="packing")
-  def read(params, packing):
+  @jax.jit(static_argnames="layout")
+  def read(params, layout):
     out = model.apply(
-      {"params": params}, batch, context_layout=packing,
+      {"params": params}, batch, context_layout=layout,
       method="target_log_probs",
     )  # fmt: skip
     return jnp.mean(out.log_probs * jnp.arange(1, 5)), out
 
-  packing = Packing(*rows)
-  assert packing.fit(mask)
-  found = jax.grad(read, has_aux=True)(params, packing)
+  assert layout.fit(mask)
+  found = jax.grad(read, has_aux=True)(params, layout)
   expected = jax.grad(read, has_aux=True)(params, None)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
