@@ -27,11 +27,11 @@ from rag_jax.weights.load import load_causal
 pytestmark = pytest.mark.parity
 
 _STORY = "In a village by the sea there lived a man who owned a small boat. "
-PROMPTS = {
-  "The capital of France is": " Paris",
-  "In 1969, Neil Armstrong": " was",
-  _STORY * 40: None,  # longer than Gemma's window
-}
+PROMPTS = (
+  "The capital of France is",
+  "In 1969, Neil Armstrong",
+  _STORY * 40,  # longer than Gemma's window
+)
 MESSAGES = [{"role": "user", "content": "What is the capital of Peru?"}]
 
 
@@ -78,16 +78,14 @@ def test_logits_of_a_real_model_are_those_of_pytorch(package, tmp_path):
   )
   run = jax.jit(module.apply)
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
-  texts = {
-    tuple(tokenizer(text)["input_ids"]): PROMPTS[text] for text in PROMPTS
-  }
+  texts = [tokenizer(text)["input_ids"] for text in PROMPTS]
   if tokenizer.chat_template:
     ids = Chat(loaded.tokenizer).ids(MESSAGES)
     assert ids == tokenizer.apply_chat_template(
       MESSAGES, add_generation_prompt=True, return_dict=False
     )
-    texts[tuple(ids)] = "The"
-  for ids, word in texts.items():
+    texts.append(ids)
+  for ids in texts:
     with torch.no_grad():
       theirs = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
     tokens = jnp.asarray([ids], jnp.int32)
@@ -97,5 +95,5 @@ def test_logits_of_a_real_model_are_those_of_pytorch(package, tmp_path):
     assert np.max(np.abs(ours - theirs)) < 1e-4 * np.max(np.abs(theirs))
     chosen = np.argmax(ours, axis=-1)
     np.testing.assert_array_equal(chosen, np.argmax(theirs, axis=-1))
-    if word is not None:
-      assert tokenizer.decode(chosen[-1]) == word
+    if len(ids) > 200:  # the story, which a model that can read continues
+      assert np.mean(chosen[100:-1] == np.array(ids[101:])) > 0.95
