@@ -16,12 +16,12 @@ here is that of a fresh model. weights/init_from.py has the rules.
 
 import dataclasses
 
+from rag_jax.config_generators import ACTIVATIONS
+from rag_jax.config_generators import CausalConfig
+from rag_jax.config_generators import GeneratorConfig
 from rag_jax.settings import Settings
 from rag_jax.settings import choice
 from rag_jax.settings import number
-
-# "gelu" is exact, "gelu_new" its approximation by tanh.
-_ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "tanh")
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -61,8 +61,9 @@ class DataConfig(Settings):
   target_length: int = number(16, least=1)  # generator tokens of an answer (T)
   # What the generator reads. "question_first" never cuts the question; "rag" is
   # Hugging Face's: context_prefix title title_sep text doc_sep question, cut on
-  # the right. This and the next three: [checkpoint] of RAG
-  context_style: str = choice("question_first", "rag")
+  # the right; "prompt" is a text that the section `prompt` describes. This and
+  # the next three: [checkpoint] of RAG
+  context_style: str = choice("question_first", "rag", "prompt")
   context_prefix: str = ""
   title_sep: str = " / "
   doc_sep: str = " // "
@@ -78,6 +79,37 @@ class DataConfig(Settings):
   # Share of the training questions that are changed to how people type them:
   # lower case, "what's", no question mark (data/informal.py).
   informal_questions: float = number(0.0, most=1)
+
+
+_TEMPLATE = """\
+{% for passage in passages -%}
+{{ passage.title }}
+{{ passage.text }}
+
+{% endfor -%}
+Question: {{ question }}
+Answer:"""
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
+class PromptConfig(Settings):
+  """The text that the generator reads, with data.context_style="prompt"."""
+
+  # A Jinja template of `question` and `passages`, each with a `title` and a
+  # `text`: one of them, or all data.n_docs with loss="concatenate".
+  template: str = _TEMPLATE
+  # Examples before the question, from a file of JSON lines: {"question": ...,
+  # "answer": ..., "passages": [{"title": ..., "text": ...}]}. "": none.
+  shots: str = ""
+  shot_separator: str = "\n\n"  # after each example
+  # Put prompt and examples into the chat template of the tokenizer, as messages
+  # of user and assistant.
+  chat: bool = False
+  system: str = ""  # the system message of a chat; "": none
+  before_answer: str = " "  # text between the prompt and an answer
+  # An answer also ends at this text, which one token has to hold; "": only at
+  # the end token. "\n" is for models that were not trained to end answers.
+  stop: str = ""
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -111,7 +143,7 @@ class EncoderConfig(Settings):
   embed_dim: int = number(128, least=1)  # D
   num_heads: int = number(4, least=1)
   mlp_dim: int = number(512, least=1)
-  activation: str = choice(*_ACTIVATIONS)
+  activation: str = choice(*ACTIVATIONS)
   norm_eps: float = 1e-12  # BERT's
   num_token_types: int = 0  # BERT has 2; every token gets the first
   pooler: bool = False  # whether there is BERT's pooler: tanh(dense(CLS))
@@ -129,80 +161,6 @@ class EncoderConfig(Settings):
   dropout: float = number(0.0, below=1)
   # Of attention weights [checkpoint]
   attention_dropout: float = number(0.0, below=1)
-
-
-@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class TransformerConfig(Settings):
-  """What all layers of a transformer have in common. Defaults are BART's."""
-
-  embed_dim: int = number(128, least=1)  # D
-  num_heads: int = number(4, least=1)
-  head_dim: int = 0  # H; 0: embed_dim / num_heads
-  mlp_dim: int = number(256, least=1)
-  activation: str = choice(*_ACTIVATIONS)
-  gated: bool = False  # T5 v1.1: the MLP's activation multiplies
-  norm: str = choice("post", "pre")  # after or before the block
-  norm_kind: str = choice("layer", "rms")
-  norm_eps: float = 1e-5
-  use_bias: bool = True  # of dense layers
-  relative_buckets: int = 0  # T5's relative positions; 0: none
-  # Larger distances share the last bucket.
-  relative_max_distance: int = number(128, least=1)
-  scale_attention: bool = True  # divide its logits by sqrt(H); T5 does not
-  # Of layer outputs and embeddings [checkpoint].
-  dropout: float = number(0.0, below=1)
-  # Of attention weights [checkpoint].
-  attention_dropout: float = number(0.0, below=1)
-  # Between the layers of the MLP [checkpoint].
-  activation_dropout: float = number(0.0, below=1)
-
-  @property
-  def head_size(self) -> int:
-    """H, also if `head_dim` is 0."""
-    return self.head_dim or self.embed_dim // self.num_heads
-
-
-@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class GeneratorConfig(TransformerConfig):
-  """The encoder-decoder that writes the answer. Defaults are BART's choices.
-
-  With `init_from`, the architecture is read from the checkpoint. `init` and
-  `position_init` are for a fresh generator.
-  """
-
-  # Weights to start from: a directory or "hf:ORG/NAME" of a BART, T5 or RAG
-  # checkpoint. "" starts fresh.
-  init_from: str = ""
-  vocab_size: int = 0  # rows of the embedding table; 0: the tokenizer's ids
-  num_layers: int = number(2, least=0, most=1000)  # in the encoder
-  num_decoder_layers: int = number(0, least=0, most=1000)  # 0: as many
-  num_decoder_heads: int = 0  # 0: as many
-  decoder_mlp_dim: int = 0  # 0: as wide
-  embedding_norm: bool = True  # BART's layernorm_embedding
-  scale_embedding: bool = False  # multiply embeddings by sqrt(D)
-  positions: str = choice("learned", "none")  # absolute ones
-  position_offset: int = 2  # BART's position 0 is row 2 of the table
-  # Rows of the table, without the offset.
-  max_positions: int = number(1024, least=1)
-  position_init: str = choice("normal", "sinusoid")
-  # True, as in T5: all layers of the encoder share one table, and those of the
-  # decoder another. False: one table per layer, in the encoder only.
-  relative_shared: bool = False
-  tied_output: bool = True  # logits are inner products with the embeddings
-  scale_output: bool = False  # divide the tied output by sqrt(D), as T5 v1.0
-  logits_bias: bool = True  # BART's final_logits_bias
-  # The token that decoding starts with; -1: the end token.
-  decoder_start_id: int = number(-1, least=-1)
-  # A pointer over the context: the next token is generated, or copied from the
-  # context (models/pointer.py). Hugging Face has no such model.
-  pointer: bool = False
-  # "copy": attention starts as an induction head, so that a generator trained
-  # from scratch quotes its documents from the first steps on.
-  init: str = choice("normal", "copy")
-  # Parameters below "generator/" that are not trained, because the original has
-  # constants there: the bias of BART, the sinusoids of Pegasus [checkpoint]. ()
-  # trains all.
-  fixed: tuple[str, ...] = ("final_logits_bias",)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -377,10 +335,12 @@ class DecodingConfig(Settings):
 
   # "auto" is "rag_token" or "rag_sequence", as `loss`. "rag_sequence" is
   # thorough: the candidates of each document are scored under all documents.
-  # "fid" reads all documents at once, "single" only the first.
+  # "fid" reads all documents at once, "concatenate" too, in one context,
+  # "single" only the first.
   mode: str = choice(
-    "auto", "rag_token", "rag_sequence", "rag_sequence_fast", "fid", "single"
-  )
+    "auto", "rag_token", "rag_sequence", "rag_sequence_fast", "fid",
+    "concatenate", "single",
+  )  # fmt: skip
   # 1: greedy search. This and the next three: [checkpoint].
   num_beams: int = number(1, least=1)
   length_penalty: float = 1.0  # scores are divided by length ** this
@@ -416,8 +376,9 @@ class Config(Settings):
   # has ended, a model directory that rag-jax convert-hf wrote, or a RAG
   # checkpoint. encoder.init_from and generator.init_from take precedence.
   init_from: str = ""
-  # "fid": the generator reads all documents at once. [checkpoint] of RAG
-  loss: str = choice("rag_token", "rag_sequence", "fid")
+  # "fid": the generator reads all documents at once, each encoded alone;
+  # "concatenate": all in one context. [checkpoint] of RAG
+  loss: str = choice("rag_token", "rag_sequence", "fid", "concatenate")
   # How the retriever learns: "marginal", by the gradient of `loss`; "none", not
   # at all; the others, by a loss of its own (losses.RetrieverLoss).
   retriever_loss: str = choice(
@@ -437,6 +398,7 @@ class Config(Settings):
   # begin token in all targets of a batch. [checkpoint] of RAG
   exclude_bos_score: bool = False
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
   tokenizer: TokenizerConfig = dataclasses.field(
     default_factory=TokenizerConfig
   )
@@ -444,6 +406,7 @@ class Config(Settings):
   generator: GeneratorConfig = dataclasses.field(
     default_factory=GeneratorConfig
   )
+  causal: CausalConfig = dataclasses.field(default_factory=CausalConfig)
   optimizer: OptimizerConfig = dataclasses.field(
     default_factory=OptimizerConfig
   )

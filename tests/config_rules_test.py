@@ -108,7 +108,7 @@ NAN, INF = float("nan"), float("inf")
     (
       "loss",
       "rag_tokens",
-      " is not one of ['fid', 'rag_sequence', 'rag_token']. Did you mean"
+      " is not one of ['concatenate', 'fid', 'rag_sequence', 'rag_token']. Did you mean"
       " 'rag_token'?",
     ),
     (

@@ -1,7 +1,7 @@
 """The decoder-only generator: one model whose fields make it a known one.
 
 Llama (arXiv:2302.13971), Qwen 2 and 3 (arXiv:2407.10671, arXiv:2505.09388),
-Gemma 2 and 3 (arXiv:2408.00118, arXiv:2503.19786) or GPT-2, as config_causal.py
+Gemma 2 and 3 (arXiv:2408.00118, arXiv:2503.19786) or GPT-2, as a `CausalConfig`
 says. In: tokens [N, S], padded on either side. Out: logits [N, S, V], float32.
 """
 
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from rag_jax.config_causal import CausalConfig
-from rag_jax.config_causal import check_causal
+from rag_jax.config_generators import CausalConfig
+from rag_jax.config_generators import check_causal
 from rag_jax.models.causal_layers import CausalLayer
 from rag_jax.models.causal_layers import KeysValues
 from rag_jax.models.layers import UNROLLED

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rag_jax.config import EncoderConfig
-from rag_jax.config import TransformerConfig
+from rag_jax.config_generators import TransformerConfig
 from rag_jax.models.attention import identity_init
 from rag_jax.models.layers import UNROLLED
 from rag_jax.models.layers import LayerLoop

@@ -21,7 +21,7 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
-from rag_jax.config_causal import CausalConfig
+from rag_jax.config_generators import CausalConfig
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights import bag_of_words
 from rag_jax.weights.card import CARD

@@ -1,8 +1,8 @@
 """A checkpoint as fields and parameters of ours.
 
 In: a local directory or "hf:ORG/NAME", of transformers; or a workdir or model
-directory of ours. Out: what `config.EncoderConfig`, `GeneratorConfig` and
-`config_causal.CausalConfig` take, float32 parameters, where the tokenizer lies,
+directory of ours. Out: what `config.EncoderConfig`, `config.GeneratorConfig`
+and `config.CausalConfig` take, float32 parameters, where the tokenizer lies,
 and a report.
 
 A RAG checkpoint serves as any of its parts. Those of RAG-Token and RAG-Sequence

@@ -9,7 +9,7 @@ import pytest
 from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
-from rag_jax.config import TransformerConfig
+from rag_jax.config_generators import TransformerConfig
 from rag_jax.models import rag
 from rag_jax.models.encoders import layer_config
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rag_jax.config import EncoderConfig
-from rag_jax.config import TransformerConfig
+from rag_jax.config_generators import TransformerConfig
 from rag_jax.models import layers
 from rag_jax.models.encoders import RetrieverEncoder
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rag_jax.config import GeneratorConfig
-from rag_jax.config import TransformerConfig
+from rag_jax.config_generators import TransformerConfig
 from rag_jax.models import layers
 from rag_jax.models.generator import Generator
 from rag_jax.models.stack import sinusoid_init

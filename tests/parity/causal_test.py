@@ -16,7 +16,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from rag_jax.config_causal import CausalConfig
+from rag_jax.config_generators import CausalConfig
 from rag_jax.models.causal import build_causal
 from rag_jax.weights.causal_configs import read_causal_config
 from rag_jax.weights.config_values import ConfigValues

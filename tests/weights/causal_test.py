@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rag_jax.config import Config
-from rag_jax.config_causal import CausalConfig
+from rag_jax.config_generators import CausalConfig
 from rag_jax.serving.pipeline import RagPipeline
 from rag_jax.weights.causal_configs import causal_config
 from rag_jax.weights.causal_configs import causal_type

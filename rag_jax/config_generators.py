@@ -1,16 +1,97 @@
-"""The settings of a decoder-only generator: Llama, Qwen, Gemma, GPT-2.
+"""The settings of the generators: an encoder-decoder, or a decoder alone.
 
-In: what a checkpoint says, or a caller. Out: a `CausalConfig`, which
-models/causal.py computes. Fields are as in config.py.
+`GeneratorConfig` is BART, T5 and their relatives (models/generator.py),
+`CausalConfig` Llama, Qwen, Gemma and GPT-2 (models/causal.py). Fields are as in
+config.py.
 """
 
 # No `from __future__ import annotations` here, as in config.py.
 
 import dataclasses
 
-from rag_jax.config import TransformerConfig
+from rag_jax.settings import Settings
 from rag_jax.settings import choice
 from rag_jax.settings import number
+
+# "gelu" is exact, "gelu_new" its approximation by tanh.
+ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "tanh")
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
+class TransformerConfig(Settings):
+  """What all layers of a transformer have in common. Defaults are BART's."""
+
+  embed_dim: int = number(128, least=1)  # D
+  num_heads: int = number(4, least=1)
+  head_dim: int = 0  # H; 0: embed_dim / num_heads
+  mlp_dim: int = number(256, least=1)
+  activation: str = choice(*ACTIVATIONS)
+  gated: bool = False  # T5 v1.1: the MLP's activation multiplies
+  norm: str = choice("post", "pre")  # after or before the block
+  norm_kind: str = choice("layer", "rms")
+  norm_eps: float = 1e-5
+  use_bias: bool = True  # of dense layers
+  relative_buckets: int = 0  # T5's relative positions; 0: none
+  # Larger distances share the last bucket.
+  relative_max_distance: int = number(128, least=1)
+  scale_attention: bool = True  # divide its logits by sqrt(H); T5 does not
+  # Of layer outputs and embeddings [checkpoint].
+  dropout: float = number(0.0, below=1)
+  # Of attention weights [checkpoint].
+  attention_dropout: float = number(0.0, below=1)
+  # Between the layers of the MLP [checkpoint].
+  activation_dropout: float = number(0.0, below=1)
+
+  @property
+  def head_size(self) -> int:
+    """H, also if `head_dim` is 0."""
+    return self.head_dim or self.embed_dim // self.num_heads
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
+class GeneratorConfig(TransformerConfig):
+  """The encoder-decoder that writes the answer. Defaults are BART's choices.
+
+  With `init_from`, the architecture is read from the checkpoint. `init` and
+  `position_init` are for a fresh generator. If `kind` is "causal", the section
+  `causal` describes a decoder-only generator, and of the fields here only
+  `kind`, `init_from` and `fixed` are used.
+  """
+
+  kind: str = choice("encoder_decoder", "causal")
+  # Weights to start from: a directory or "hf:ORG/NAME" of a BART, T5, RAG,
+  # Llama, Qwen, Gemma or GPT-2 checkpoint. "" starts fresh.
+  init_from: str = ""
+  vocab_size: int = 0  # rows of the embedding table; 0: the tokenizer's ids
+  num_layers: int = number(2, least=0, most=1000)  # in the encoder
+  num_decoder_layers: int = number(0, least=0, most=1000)  # 0: as many
+  num_decoder_heads: int = 0  # 0: as many
+  decoder_mlp_dim: int = 0  # 0: as wide
+  embedding_norm: bool = True  # BART's layernorm_embedding
+  scale_embedding: bool = False  # multiply embeddings by sqrt(D)
+  positions: str = choice("learned", "none")  # absolute ones
+  position_offset: int = 2  # BART's position 0 is row 2 of the table
+  # Rows of the table, without the offset.
+  max_positions: int = number(1024, least=1)
+  position_init: str = choice("normal", "sinusoid")
+  # True, as in T5: all layers of the encoder share one table, and those of the
+  # decoder another. False: one table per layer, in the encoder only.
+  relative_shared: bool = False
+  tied_output: bool = True  # logits are inner products with the embeddings
+  scale_output: bool = False  # divide the tied output by sqrt(D), as T5 v1.0
+  logits_bias: bool = True  # BART's final_logits_bias
+  # The token that decoding starts with; -1: the end token.
+  decoder_start_id: int = number(-1, least=-1)
+  # A pointer over the context: the next token is generated, or copied from the
+  # context (models/pointer.py). Hugging Face has no such model.
+  pointer: bool = False
+  # "copy": attention starts as an induction head, so that a generator trained
+  # from scratch quotes its documents from the first steps on.
+  init: str = choice("normal", "copy")
+  # Parameters below "generator/" that are not trained, because the original has
+  # constants there: the bias of BART, the sinusoids of Pegasus [checkpoint]. ()
+  # trains all.
+  fixed: tuple[str, ...] = ("final_logits_bias",)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -22,7 +103,7 @@ class CausalConfig(TransformerConfig):
   positions.
   """
 
-  vocab_size: int = 0  # rows of the embedding table; must be set
+  vocab_size: int = 0  # rows of the embedding table; 0: the tokenizer's ids
   num_layers: int = number(2, least=0, most=1000)
   # Heads of keys and values, each for as many heads of queries; 1 is
   # multi-query attention (arXiv:1911.02150), between are groups
