@@ -108,8 +108,8 @@ NAN, INF = float("nan"), float("inf")
     (
       "loss",
       "rag_tokens",
-      " is not one of ['concatenate', 'fid', 'rag_sequence', 'rag_token']. Did you mean"
-      " 'rag_token'?",
+      " is not one of ['concatenate', 'fid', 'rag_sequence', 'rag_token']. Did"
+      " you mean 'rag_token'?",
     ),
     (
       "encoder.pooling",
@@ -446,13 +446,16 @@ def test_settings_that_cannot_work_are_refused(settings, problem):
 def changed(field, value):
   """Returns another possible value."""
   if "choices" in field.metadata:
-    return next(c for c in field.metadata["choices"] if c != value)
+    others = [c for c in field.metadata["choices"] if c != value]
+    return others[0] if others else value  # causal.norm has a single choice
   if field.type is bool:
     return not value
   if field.type is int:
     return value + 64
   if field.type is float:
     return value / 2 + 0.125
+  if field.type == tuple[int, ...]:
+    return (3, 4)
   return "some/path" if field.type is str else ("generator/a", "encoder")
 
 

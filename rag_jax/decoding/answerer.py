@@ -321,7 +321,6 @@ def make_decoder(experiment: Experiment) -> RagDecoder:
   generator = experiment.model.generator
   settings = GenerationSettings.from_dict(
     {
-      "decoder_start_token_id": generator.config.decoder_start_id,
       "eos_token_id": tokenizer.eos_id,
       "pad_token_id": tokenizer.pad_id,
     }

@@ -17,6 +17,8 @@ import torch
 import transformers
 
 from rag_jax.config_generators import CausalConfig
+from rag_jax.decoding.rag import RagDecoder
+from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.models.causal import build_causal
 from rag_jax.weights.causal_configs import read_causal_config
 from rag_jax.weights.config_values import ConfigValues
@@ -333,21 +335,16 @@ def test_greedy_decoding_with_a_cache_writes_what_pytorch_generates(
   loaded = load_causal(saved)
   module = build_causal(CausalConfig(**loaded.fields), dtype=jnp.float32)
   tokens, mask = inputs(left=True)
-  variables, steps = {"params": loaded.params}, 8
-
-  def greedy(variables, tokens, mask):
-    logits, cache = module.apply(
-      variables, tokens, mask, steps, method="prefill"
-    )
-
-    def step(carry, _):
-      logits, cache = carry
-      chosen = jnp.argmax(logits, axis=-1)
-      return module.apply(variables, chosen, cache, method="step"), chosen
-
-    return jax.lax.scan(step, (logits, cache), length=steps)[1].T
-
-  found = jax.jit(greedy)(variables, jnp.asarray(tokens, jnp.int32), mask)
+  steps = 8
+  decoder = RagDecoder(
+    module, GenerationSettings(max_new_tokens=steps, pad_token_id=0), "single"
+  )
+  found = decoder(
+    {"generator": loaded.params},
+    np.zeros((len(tokens), 1)),
+    np.asarray(tokens, np.int32)[:, None],
+    mask[:, None],
+  ).tokens[:, 0]
   expected = reference(kind).generate(
     torch.tensor(tokens),
     attention_mask=torch.tensor(mask.astype(np.int64)),
