@@ -157,7 +157,8 @@ def _causal_problems(c: Config) -> Iterator[str]:
   if longest > sizes.max_positions:
     yield (
       f"causal.max_positions={sizes.max_positions} is below the {longest}"
-      f" tokens of a prompt and its answer (data.context_length={data.context_length},"
+      " tokens of a prompt and its answer (data.context_length="
+      f"{data.context_length},"
       f" data.target_length={data.target_length}). Lower the lengths."
     )
   for name, value, bad, why in (

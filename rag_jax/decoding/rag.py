@@ -141,8 +141,8 @@ class RagDecoder:
     self,
     params: PyTree,
     doc_scores: Float[Array | np.ndarray, "B K"],
-    context_tokens: Int[Array | np.ndarray, "B K C"],
-    context_mask: Bool[Array | np.ndarray, "B K C"],
+    context_tokens: Int[Array | np.ndarray, "B k C"],
+    context_mask: Bool[Array | np.ndarray, "B k C"],
     *,
     num_shared: int = 0,
     seed: int | None = None,
@@ -153,7 +153,8 @@ class RagDecoder:
       params: of the whole model; those of the generator are "generator".
       doc_scores: inner products of question and document, best first:
         `settings.n_docs` reads only the first documents.
-      context_tokens: document and question as the generator reads them.
+      context_tokens: document and question as the generator reads them; k is
+        K, or in mode "concatenate" 1.
       context_mask: True on real tokens.
       num_shared: the number of tokens that all contexts begin with, if that is
         known; a decoder-only generator reads these once.
@@ -186,8 +187,8 @@ class RagDecoder:
     self,
     params: PyTree,
     doc_scores: Float[Array | np.ndarray, "B K"],
-    context_tokens: Int[Array | np.ndarray, "B K C"],
-    context_mask: Bool[Array | np.ndarray, "B K C"],
+    context_tokens: Int[Array | np.ndarray, "B k C"],
+    context_mask: Bool[Array | np.ndarray, "B k C"],
     num_shared: int = 0,
   ) -> Prepared:
     """Returns the documents that the mode reads, encoded."""
