@@ -5,6 +5,7 @@ padding and without a cache, and sums over documents as the formulas say:
 Lewis et al. 2020, https://arxiv.org/abs/2005.11401, sections 2.1 and 2.5.
 """
 
+import dataclasses
 import functools
 
 from causal_references import V
