@@ -431,6 +431,38 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
       {"index__refresh_rows": 9, "index__kind": "device", "data__n_docs": 0},
       "index.refresh_rows=9 is for an index, but data.n_docs=0 reads no",
     ),
+    (
+      {"generator__kind": "causal", "loss": "fid", "retriever_loss": "none"},
+      "loss='fid' joins the states of an encoder, but generator.kind='causal'",
+    ),
+    (
+      {"generator__kind": "causal", "decoding__mode": "fid"},
+      "decoding.mode='fid' joins the states of an encoder",
+    ),
+    (
+      {"generator__kind": "causal", "hf_loss": True},
+      "hf_loss=True is of transformers' RAG",
+    ),
+    (
+      {"generator__kind": "causal", "train__pack_contexts": True},
+      "train.pack_contexts=True is of encoders",
+    ),
+    (
+      {"generator__kind": "causal", "generator__pointer": True},
+      "generator.pointer=True is of encoder-decoders",
+    ),
+    (
+      {"generator__kind": "causal", "causal__max_positions": 110},
+      "causal.max_positions=110 is below the 111 tokens of a prompt and its",
+    ),
+    (
+      {"generator__kind": "causal", "causal__num_kv_heads": 3},
+      "num_heads=4 must be a multiple of num_kv_heads=3",
+    ),
+    (
+      {"causal__num_layers": 3},
+      "The section causal describes a decoder-only generator, but",
+    ),
     ({"data": None}, "data is None, expected a DataConfig"),
     ({"generator__relative_buckets": 4}, "relative_buckets=4 must be 0"),
     ({"generator__relative_buckets": 9}, "relative_buckets=9 must be 0"),
