@@ -7,8 +7,8 @@
 It trains nothing: three examples in the prompt show what an answer is, and the
 test split is measured. --config.train.num_steps trains it (RAG-Token: gradients
 into both the question tower and the generator; then leave the examples out,
---config.prompt.shots=""). --config.loss=concatenate puts all documents into one
-prompt. tools/benchmark_causal.py measures all of these; configs/README.md has
+--config.prompt.shots=""). --config.loss=concatenate and
+--config.retriever_loss=none put all documents into one prompt. tools/benchmark_causal.py measures all of these; configs/README.md has
 its table.
 """
 

@@ -101,6 +101,8 @@ class Setup:
     """Returns the experiment of a row."""
     config = copy.deepcopy(self.config)
     config.loss, config.data.n_docs = loss, n_docs
+    if loss == "concatenate":
+      config.retriever_loss = "none"
     return open_experiment(
       config,
       passages=self.passages,
