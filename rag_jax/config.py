@@ -416,3 +416,14 @@ class Config(Settings):
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   decoding: DecodingConfig = dataclasses.field(default_factory=DecodingConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+  @property
+  def generator_sizes(self) -> GeneratorConfig | CausalConfig:
+    """The section that describes the generator's layers."""
+    return self.causal if self.generator.kind == "causal" else self.generator
+
+  @property
+  def contexts_per_question(self) -> int:
+    """How many contexts the generator reads: one holds all, or K one each."""
+    joined = self.loss == "concatenate"
+    return 1 if joined else max(self.data.n_docs, 1)

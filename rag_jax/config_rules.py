@@ -14,8 +14,10 @@ import operator
 import typing
 from typing import Any
 
+from rag_jax.config import CausalConfig
 from rag_jax.config import Config
 from rag_jax.config import IndexConfig
+from rag_jax.config_generators import check_causal
 from rag_jax.config_prompts import prompt_problems
 
 _MAX_INT = 2**31 - 1  # larger than any size
@@ -144,9 +146,50 @@ def _encoder_problems(c: Config) -> Iterator[str]:
     )
 
 
+def _causal_problems(c: Config) -> Iterator[str]:
+  """Yields the problems of a decoder-only generator."""
+  sizes, data = c.causal, c.data
+  try:
+    # A vocabulary of 0 is that of the tokenizer.
+    check_causal(dataclasses.replace(sizes, vocab_size=sizes.vocab_size or 1))
+  except ValueError as error:
+    yield f"causal: {error}"
+  longest = data.context_length + data.target_length - 1
+  if longest > sizes.max_positions:
+    yield (
+      f"causal.max_positions={sizes.max_positions} is below the {longest}"
+      " tokens of a prompt and its answer (data.context_length="
+      f"{data.context_length},"
+      f" data.target_length={data.target_length}). Lower the lengths."
+    )
+  for name, value, bad, why in (
+    ("loss", c.loss, "fid", "joins the states of an encoder"),
+    ("decoding.mode", c.decoding.mode, "fid", "joins the states of an encoder"),
+    ("hf_loss", c.hf_loss, True, "is of transformers' RAG, which has none"),
+    ("train.pack_contexts", c.train.pack_contexts, True, "is of encoders"),
+    ("generator.pointer", c.generator.pointer, True, "is of encoder-decoders"),
+    ("generator.init", c.generator.init, "copy", "is of encoder-decoders"),
+  ):
+    if value == bad:
+      yield (
+        f"{name}={bad!r} {why}, but generator.kind='causal' is a decoder alone."
+        " Change one of them; all documents in one prompt are"
+        " loss='concatenate'."
+      )
+
+
 def _generator_problems(c: Config) -> Iterator[str]:
   """Yields the problems of the generator."""
   g = c.generator
+  if g.kind == "causal":
+    yield from _causal_problems(c)
+    return
+  if c.causal != CausalConfig():
+    yield (
+      "The section causal describes a decoder-only generator, but"
+      " generator.kind='encoder_decoder' does not use it. Set"
+      " generator.kind='causal', or leave the section as it is."
+    )
   for name in ("num_heads", "num_decoder_heads"):
     heads = getattr(g, name)
     if heads and not g.head_dim and g.embed_dim % heads:

@@ -114,8 +114,8 @@ NAN, INF = float("nan"), float("inf")
     (
       "loss",
       "rag_tokens",
-      " is not one of ['concatenate', 'fid', 'rag_sequence', 'rag_token']. Did you mean"
-      " 'rag_token'?",
+      " is not one of ['concatenate', 'fid', 'rag_sequence', 'rag_token']. Did"
+      " you mean 'rag_token'?",
     ),
     (
       "encoder.pooling",
@@ -504,6 +504,38 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
       {"index__refresh_rows": 9, "index__kind": "device", "data__n_docs": 0},
       "index.refresh_rows=9 is for an index, but data.n_docs=0 reads no",
     ),
+    (
+      {"generator__kind": "causal", "loss": "fid", "retriever_loss": "none"},
+      "loss='fid' joins the states of an encoder, but generator.kind='causal'",
+    ),
+    (
+      {"generator__kind": "causal", "decoding__mode": "fid"},
+      "decoding.mode='fid' joins the states of an encoder",
+    ),
+    (
+      {"generator__kind": "causal", "hf_loss": True},
+      "hf_loss=True is of transformers' RAG",
+    ),
+    (
+      {"generator__kind": "causal", "train__pack_contexts": True},
+      "train.pack_contexts=True is of encoders",
+    ),
+    (
+      {"generator__kind": "causal", "generator__pointer": True},
+      "generator.pointer=True is of encoder-decoders",
+    ),
+    (
+      {"generator__kind": "causal", "causal__max_positions": 110},
+      "causal.max_positions=110 is below the 111 tokens of a prompt and its",
+    ),
+    (
+      {"generator__kind": "causal", "causal__num_kv_heads": 3},
+      "num_heads=4 must be a multiple of num_kv_heads=3",
+    ),
+    (
+      {"causal__num_layers": 3},
+      "The section causal describes a decoder-only generator, but",
+    ),
     ({"data": None}, "data is None, expected a DataConfig"),
     ({"generator__relative_buckets": 4}, "relative_buckets=4 must be 0"),
     ({"generator__relative_buckets": 9}, "relative_buckets=9 must be 0"),
@@ -519,13 +551,16 @@ def test_settings_that_cannot_work_are_refused(settings, problem):
 def changed(field, value):
   """Returns another possible value."""
   if "choices" in field.metadata:
-    return next(c for c in field.metadata["choices"] if c != value)
+    others = [c for c in field.metadata["choices"] if c != value]
+    return others[0] if others else value  # causal.norm has a single choice
   if field.type is bool:
     return not value
   if field.type is int:
     return value + 64
   if field.type is float:
     return value / 2 + 0.125
+  if field.type == tuple[int, ...]:
+    return (3, 4)
   return "some/path" if field.type is str else ("generator/a", "encoder")
 
 

@@ -188,7 +188,7 @@ def abstract_model(config: Config) -> tuple[RagModel, PyTree]:
   """Returns the model and its boxed, abstract parameters."""
   model = build_model(
     config,
-    vocab_size=config.generator.vocab_size,
+    vocab_size=config.generator_sizes.vocab_size,
     retriever_vocab_size=config.encoder.vocab_size,
     decoder_start_id=_BOS,
   )
@@ -223,7 +223,7 @@ def _index(
   arrays = dataclasses.replace(arrays, tokens=own, lengths=lengths)
   if not config.encoder.init_from:  # one tokenizer for both
     return StepIndex(arrays)
-  return StepIndex(arrays, *tokens(config.generator.vocab_size))
+  return StepIndex(arrays, *tokens(config.generator_sizes.vocab_size))
 
 
 def _batch(config: Config, mesh: jax.sharding.Mesh) -> RagBatch | QuestionBatch:

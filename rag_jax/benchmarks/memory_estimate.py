@@ -15,6 +15,7 @@ import jax
 from jaxtyping import PyTree
 
 from rag_jax.benchmarks.abstract_step import abstract_model
+from rag_jax.config import CausalConfig
 from rag_jax.config import Config
 from rag_jax.models.partitioning import check_devices
 from rag_jax.retrieval import scann
@@ -76,26 +77,30 @@ def estimated_parts(
       math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
-  e, g, d = config.encoder, config.generator, config.data
+  e, g, d = config.encoder, config.generator_sizes, config.data
   rows = config.train.batch_size / (
     mesh.data * mesh.fsdp * config.train.accumulate
   )
-  docs = rows * max(d.n_docs, 1)
+  docs, contexts = rows * max(d.n_docs, 1), rows * config.contexts_per_question
   width = 2 if config.train.compute_dtype == "bfloat16" else 4
   kept = [
     _kept(config, e.num_layers, docs, d.passage_length, e, width),
     _kept(config, e.num_layers, rows, d.question_length, e, width),
-    _kept(config, g.num_layers, docs, d.context_length, g, width),
-    _kept(
-      config,
-      g.num_decoder_layers or g.num_layers,
-      docs,
-      d.target_length,
-      g,
-      width,
-    ),
   ]
-  logits = docs * d.target_length * (config.train.vocab_chunk or g.vocab_size)
+  if isinstance(g, CausalConfig):
+    length = d.context_length + d.target_length - 1
+    kept.append(_kept(config, g.num_layers, contexts, length, g, width))
+  else:
+    kept += [
+      _kept(config, layers, contexts, length, g, width)
+      for layers, length in (
+        (g.num_layers, d.context_length),
+        (g.num_decoder_layers or g.num_layers, d.target_length),
+      )
+    ]
+  logits = (
+    contexts * d.target_length * (config.train.vocab_chunk or g.vocab_size)
+  )
   activations = sum(layers for layers, _ in kept) / mesh.tensor
   activations += 2 * max(one for _, one in kept) / mesh.tensor
   activations += 8 * logits / mesh.tensor + size(params) / split

@@ -305,9 +305,10 @@ def refresh_period(config: Config, num_passages: int) -> float | None:
 def _check(config: Config, num_passages: int) -> None:
   """Raises `ValueError` unless the config says all that a plan needs."""
   validate(config)
+  generator = "causal" if config.generator.kind == "causal" else "generator"
   missing = [
     f"{name}.vocab_size"
-    for name in ("encoder", "generator")
+    for name in ("encoder", generator)
     if not getattr(config, name).vocab_size
   ]
   if not num_passages and config.data.n_docs:
@@ -320,7 +321,7 @@ def _flops(
 ) -> dict[str, float]:
   """Returns the FLOPs per chip of each part of a step."""
   shapes = step_shapes(config, num_passages)
-  parts = step_flops(config, shapes, config.generator.vocab_size)
+  parts = step_flops(config, shapes, config.generator_sizes.vocab_size)
   return {
     name: total_flops({name: part}) / num_chips for name, part in parts.items()
   }
@@ -329,7 +330,7 @@ def _flops(
 def _recomputed(config: Config, num_passages: int) -> float:
   """Returns the FLOPs of all chips that the backward pass computes again."""
   shapes = step_shapes(config, num_passages)
-  parts = step_flops(config, shapes, config.generator.vocab_size)
+  parts = step_flops(config, shapes, config.generator_sizes.vocab_size)
   # Of the forward pass of the layers: "dots" repeats the products of attention
   # alone, "attention" all but queries, keys and values: about five sixths.
   share = {"none": 0.0, "dots": 0.1, "attention": 0.8, "full": 1.0}

@@ -88,6 +88,9 @@ class Answerer:
     self._bm25 = experiment.bm25
     self._mesh = experiment.mesh
     self._decode = decoder or make_decoder(experiment)
+    config = experiment.config
+    is_prompt = config.data.context_style == "prompt"
+    self._stop = config.prompt.stop if is_prompt else ""
 
   def embed(
     self, params: PyTree, questions: Sequence[str]
@@ -213,18 +216,24 @@ class Answerer:
   def _write(
     self,
     inputs: tuple[PyTree, Any, Any, Any],
+    num_shared: int,
     on_text: Callable[[str], None] | None,
   ) -> Generated:
     """Returns what the decoder makes of `inputs`; says what it writes."""
     if on_text is None or not can_stream(self._decode):
-      return self._decode(*inputs)
-    steps, ids = stream(self._decode, *inputs), []
+      return self._decode(*inputs, num_shared=num_shared)
+    steps, ids = stream(self._decode, *inputs, num_shared=num_shared), []
     while True:
       try:
         ids.append(int(next(steps)[0, 0]))
       except StopIteration as end:
         return end.value
-      on_text(self._tokenizer.decode(np.array(ids)))
+      on_text(self._text(ids))
+
+  def _text(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Returns the text of an answer, which may end in the middle of a token."""
+    text = self._tokenizer.decode(ids)
+    return text.partition(self._stop)[0].strip() if self._stop else text
 
   def _score(
     self,
@@ -276,7 +285,11 @@ class Answerer:
     batch: Any = doc_scores, contexts, mask
     if on_text is None:
       batch = self._spread(batch, batch_size)
-    out = self._write((params, batch[0], batch[1], batch[2]), on_text)
+    out = self._write(
+      (params, batch[0], batch[1], batch[2]),
+      self._context.num_shared(contexts),
+      on_text,
+    )
     tokens, lengths, log_probs, given = (
       to_host(x)[:, 0]  # the best of each question
       for x in (out.tokens, out.lengths, out.log_probs, out.token_log_probs)
@@ -303,7 +316,7 @@ class Answerer:
       answers.append(
         Answer(
           question=question,
-          text=self._tokenizer.decode(ids),
+          text=self._text(ids),
           log_prob=float(log_probs[b]),
           tokens=tuple(self._tokenizer.tokens(ids)),
           token_log_probs=tuple(explained.token_log_probs[b, :size].tolist()),
@@ -321,7 +334,6 @@ def make_decoder(experiment: Experiment) -> RagDecoder:
   generator = experiment.model.generator
   settings = GenerationSettings.from_dict(
     {
-      "decoder_start_token_id": generator.config.decoder_start_id,
       "eos_token_id": tokenizer.eos_id,
       "pad_token_id": tokenizer.pad_id,
     }
@@ -332,7 +344,10 @@ def make_decoder(experiment: Experiment) -> RagDecoder:
     # Training ends its targets with this token.
     ends = (*settings.eos_token_id, tokenizer.eos_id)
     settings = dataclasses.replace(settings, eos_token_id=ends)
-  settings = dataclasses.replace(settings, num_return_sequences=1)
+  ends = dict.fromkeys((*settings.eos_token_id, *experiment.context.stop_ids))
+  settings = dataclasses.replace(
+    settings, eos_token_id=tuple(ends), num_return_sequences=1
+  )
   mode = config.decoding.mode
   return RagDecoder(
     generator, settings, config.loss if mode == "auto" else mode

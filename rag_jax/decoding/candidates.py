@@ -6,18 +6,55 @@ computation: the decoder reads each prefix once, as a node of a tree that
 attends to its ancestors.
 """
 
+from collections.abc import Callable
 import typing
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
 
 from rag_jax.decoding.scorers import log_norm
-from rag_jax.models.generator import Generator
 from rag_jax.models.pointer import Copy
 from rag_jax.models.pointer import mix_targets
+from rag_jax.models.rag import AnyGenerator
+from rag_jax.models.vocabulary import capped
+
+
+# Unchecked, because JAX makes it of shapes too.
+@typing.no_type_check
+@flax.struct.dataclass
+class Memory:
+  """What the decoder looks at: B questions of K documents, or B*K of one."""
+
+  # Of the encoder; or keys and values of the prompts of a decoder alone.
+  states: PyTree[Float[Array, "B K ..."]]
+  mask: Bool[Array, "B K S"]  # True on real tokens
+  tokens: Int[Array, "B K S"]  # what was encoded
+  # Keys and values of what all prompts begin with; the rest does not hold it.
+  shared: PyTree[Float[Array, "1 ..."]] | None = None
+
+  @property
+  def arrays(self) -> tuple:
+    """What methods of a generator take as memory, its mask and tokens."""
+    return self.states, self.mask, self.tokens
+
+  @property
+  def also(self) -> dict:
+    """What those of a decoder-only generator take beside them."""
+    return {} if self.shared is None else {"shared": self.shared}
+
+  def change(self, change: Callable[[Array], Any]) -> "Memory":
+    """Returns the same after a `change` of the axes B and K."""
+    states, mask, tokens = jax.tree.map(change, self.arrays)
+    return Memory(states, mask, tokens, self.shared)
+
+  def joined(self) -> "Memory":
+    """Returns the contexts of each question as one long one."""
+    return self.change(lambda x: x.reshape(len(x), 1, -1, *x.shape[3:]))
+
 
 _VOCAB_CHUNK = 8192  # tokens whose logits are in memory at one time
 
@@ -91,27 +128,27 @@ def build_tree(
 
 
 def score_tree(
-  generator: Generator,
+  generator: AnyGenerator,
   tree: CandidateTree,
   targets: Int[Array, "B C T"],
-  memory: Float[Array, "B K S D"],
-  memory_mask: Bool[Array, "B K S"],
-  memory_tokens: Int[Array, "B K S"],
+  memory: Memory,
 ) -> tuple[Float[Array, "B C T K"], Float[Array, "B C T K"]]:
   """Returns log p(y_t | x, z, y_<t) and the sum of it over the vocabulary.
 
   A method for `generator.apply`. Values after the end of a candidate are
-  meaningless. Hugging Face's label smoothing needs the sum over the vocabulary.
+  meaningless. Hugging Face's label smoothing needs the sum over the vocabulary;
+  it is wrong if logits have a soft cap, which no model of RAG there has.
   """
   states, copy = generator.tree_states(
-    tree.tokens, tree.depths, tree.seen, memory, memory_mask, memory_tokens
+    tree.tokens, tree.depths, tree.seen, *memory.arrays, **memory.also
   )
-  states = states.reshape(*memory.shape[:2], *states.shape[1:])
+  states = states.reshape(*memory.tokens.shape[:2], *states.shape[1:])
   states = generator.output_states(states)  # B K M D
   table, bias = generator.output_table(), generator.output_bias()
   v = len(table)
   bias = jnp.zeros(v) if bias is None else bias.astype(jnp.float32)
-  norm = _chunked_norm(states, table, bias)  # B K M
+  cap = generator.logits_soft_cap
+  norm = _chunked_norm(states, table, bias, cap)  # B K M
 
   b, c, t = targets.shape
   flat = tree.parents.reshape(b, 1, c * t)
@@ -123,7 +160,7 @@ def score_tree(
     "BKCTD,BCTD->BCTK", known, rows, preferred_element_type=jnp.float32
   )
   norm = jnp.moveaxis(norm, 1, -1)  # B C T K
-  log_probs = chosen + bias[targets][..., None] - norm
+  log_probs = capped(chosen + bias[targets][..., None], cap) - norm
   if copy is not None:
     log_probs = _with_copies(copy, log_probs, targets, tree.parents)
   total = jnp.einsum(
@@ -161,6 +198,7 @@ def _chunked_norm(
   states: Float[Array, "B K M D"],
   table: Float[Array, "V D"],
   bias: Float[Array, "V"],
+  soft_cap: float,
 ) -> Float[Array, "B K M"]:
   """Returns the logsumexp over the vocabulary, computed chunk by chunk."""
   norms = []
@@ -169,7 +207,8 @@ def _chunked_norm(
     logits = jnp.einsum(
       "BKMD,VD->BKMV", states, part, preferred_element_type=jnp.float32
     )
-    norms.append(log_norm(logits + bias[start : start + _VOCAB_CHUNK]))
+    logits += bias[start : start + _VOCAB_CHUNK]
+    norms.append(log_norm(capped(logits, soft_cap)))
     # One after the other: together they would need the memory of all.
     states, norms[-1] = jax.lax.optimization_barrier((states, norms[-1]))
   return jax.nn.logsumexp(jnp.stack(norms), axis=0)

@@ -6,16 +6,15 @@ settings, so that decoders with equal ones share their compiled programs.
 
 import dataclasses
 import functools
-import typing
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
 
 from rag_jax.decoding.candidates import CandidateTree
+from rag_jax.decoding.candidates import Memory
 from rag_jax.decoding.candidates import score_tree
 from rag_jax.decoding.logits import PrefixTrie
 from rag_jax.decoding.ranking import Generated
@@ -29,7 +28,8 @@ from rag_jax.decoding.search import Search
 from rag_jax.decoding.search import SearchState
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.losses import doc_log_prior
-from rag_jax.models.generator import Generator
+from rag_jax.models.causal import CausalGenerator
+from rag_jax.models.rag import AnyGenerator
 
 _MANY_CONTEXTS = 16  # B*K from which on they are encoded by length
 _ONE_LENGTH = 64  # tokens that contexts are not shortened to less than
@@ -37,31 +37,11 @@ _PARTS = 4  # that contexts are encoded in
 _NUM_LENGTHS = 8  # that these are padded to
 
 
-# Unchecked, because JAX makes it of shapes too.
-@typing.no_type_check
-@flax.struct.dataclass
-class Memory:
-  """What the decoder looks at: B questions of K documents, or B*K of one."""
-
-  states: Float[Array, "B K S D"]  # of the encoder
-  mask: Bool[Array, "B K S"]  # True on real tokens
-  tokens: Int[Array, "B K S"]  # what was encoded
-
-  def reshape(self, b: int, k: int) -> "Memory":
-    """Returns the same for `b` questions of `k` documents."""
-    d = self.states.shape[-1]
-    return Memory(
-      self.states.reshape(b, k, -1, d),
-      self.mask.reshape(b, k, -1),
-      self.tokens.reshape(b, k, -1),
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """The static values that a search is compiled for."""
 
-  generator: Generator
+  generator: AnyGenerator
   settings: GenerationSettings
   marginal: bool  # over K documents at each token; otherwise K = 1
   hf_parity: bool = False  # see `Search`
@@ -91,11 +71,10 @@ class Plan:
     """Returns the state before the first token, inside a traced function."""
     cache = self.generator.apply(
       {"params": params},
-      memory.states,
-      memory.mask,
-      memory.tokens,
+      *memory.arrays,
       search.width,
       self.settings.num_steps,
+      **memory.also,
       method="init_cache",
     )
     b, k = memory.tokens.shape[:2]
@@ -103,31 +82,62 @@ class Plan:
 
 
 def encode(
-  generator: Generator,
+  generator: AnyGenerator,
   params: PyTree,
   context_tokens: Int[Array | np.ndarray, "B K C"],
   context_mask: Bool[Array | np.ndarray, "B K C"],
+  num_shared: int = 0,
 ) -> Memory:
-  """Returns the encoder's output for each context.
+  """Returns what the decoder looks at in each context.
 
   Of many contexts in host memory the shorter ones are padded to fewer tokens
   than C; what is returned for padding is then 0.
+
+  Args:
+    generator: if it is a decoder alone, it reads what all contexts begin with
+      only once.
+    params: of the generator.
+    context_tokens: of the contexts.
+    context_mask: True on real tokens.
+    num_shared: the number of tokens that all contexts begin with.
   """
+  shared = None
+  if num_shared and isinstance(generator, CausalGenerator):
+    shared = _encode_shared(generator, num_shared, params, context_tokens)
+    context_tokens = context_tokens[:, :, num_shared:]
+    context_mask = context_mask[:, :, num_shared:]
   b, k, c = context_tokens.shape
   if (
     isinstance(context_mask, np.ndarray)
     and b * k >= _MANY_CONTEXTS
     and c > _ONE_LENGTH
   ):
-    return _encode_by_length(generator, params, context_tokens, context_mask)
-  return _encode(generator, params, context_tokens, context_mask)
+    return _encode_by_length(
+      generator, params, context_tokens, context_mask, shared
+    )
+  return _encode(generator, params, context_tokens, context_mask, shared)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode_shared(
+  generator: CausalGenerator,
+  num_shared: int,
+  params: PyTree,
+  context_tokens: Int[Array, "B K C"],
+) -> PyTree[Float[Array, "1 ..."]]:
+  """Returns the keys and values of what all contexts begin with."""
+  tokens = context_tokens[0, :1, :num_shared]
+  return generator.apply(
+    {"params": params}, tokens, jnp.ones_like(tokens, bool), method="encode"
+  )
 
 
 def _encode_by_length(
-  generator: Generator,
+  generator: AnyGenerator,
   params: PyTree,
   context_tokens: Int[Array | np.ndarray, "B K C"],
   context_mask: Bool[np.ndarray, "B K C"],
+  shared: PyTree[Float[Array, "1 ..."]] | None,
 ) -> Memory:
   """Returns what `_encode` does; compiles `_NUM_LENGTHS` programs at most."""
   b, k, c = context_tokens.shape
@@ -136,51 +146,68 @@ def _encode_by_length(
   lengths = np.max(np.where(mask, np.arange(1, c + 1), 1), axis=1)
   order = np.argsort(lengths, kind="stable")
   num, step = -(-b * k // _PARTS), -(-c // _NUM_LENGTHS)
-  states = jnp.zeros((b * k, c, generator.config.embed_dim), generator.dtype)
+  shapes: Any = jax.eval_shape(
+    functools.partial(_apply_encode, generator), params, tokens, mask, shared
+  )
+  states = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   for start in range(0, b * k, num):
     # Filled up with the last, so that all parts have one shape.
     rows = order[np.minimum(np.arange(start, start + num), b * k - 1)]
     width = min(-(-lengths[rows[-1]] // step) * step, c)
-    states = _encode_rows(
-      generator, params, states, tokens[rows, :width], mask[rows, :width], rows
-    )
-  return Memory(
-    states.reshape(b, k, c, -1),
-    jnp.asarray(context_mask),
-    jnp.asarray(context_tokens),
+    part = tokens[rows, :width], mask[rows, :width]
+    states = _encode_rows(generator, params, states, *part, rows, shared)
+  memory = Memory(states, jnp.asarray(mask), jnp.asarray(tokens), shared)
+  return memory.change(lambda x: x.reshape(b, k, *x.shape[1:]))
+
+
+def _apply_encode(
+  generator: AnyGenerator,
+  params: PyTree,
+  tokens: Int[Array, "N C"],
+  mask: Bool[Array, "N C"],
+  shared: PyTree[Float[Array, "1 ..."]] | None,
+) -> PyTree[Float[Array, "N ..."]]:
+  also = {} if shared is None else {"shared": shared}
+  return generator.apply(
+    {"params": params}, tokens, mask, method="encode", **also
   )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _encode_rows(
-  generator: Generator,
+  generator: AnyGenerator,
   params: PyTree,
-  states: Float[Array, "N C D"],
+  states: PyTree[Float[Array, "N ..."]],
   tokens: Int[Array, "M S"],
   mask: Bool[Array, "M S"],
   rows: Int[Array, "M"],
-) -> Float[Array, "N C D"]:
+  shared: PyTree[Float[Array, "1 ..."]] | None,
+) -> PyTree[Float[Array, "N ..."]]:
   """Returns `states` with those of some contexts of at most S tokens."""
-  made: Any = generator.apply({"params": params}, tokens, mask, method="encode")
-  return states.at[rows, : tokens.shape[1]].set(made)
+
+  def put(all_rows: Array, made: Array) -> Array:
+    short = zip(all_rows.shape[1:], made.shape[1:], strict=True)
+    padding = [(0, 0), *((0, long - size) for long, size in short)]
+    return all_rows.at[rows].set(jnp.pad(made, padding))
+
+  made = _apply_encode(generator, params, tokens, mask, shared)
+  return jax.tree.map(put, states, made)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(
-  generator: Generator,
+  generator: AnyGenerator,
   params: PyTree,
   context_tokens: Int[Array, "B K C"],
   context_mask: Bool[Array, "B K C"],
+  shared: PyTree[Float[Array, "1 ..."]] | None,
 ) -> Memory:
   b, k, c = context_tokens.shape
-  states = generator.apply(
-    {"params": params},
-    context_tokens.reshape(b * k, c),
-    context_mask.reshape(b * k, c),
-    method="encode",
-  )
-  states = jnp.asarray(states).reshape(b, k, c, -1)
-  return Memory(states, context_mask, context_tokens)
+  tokens = context_tokens.reshape(b * k, c)
+  mask = context_mask.reshape(b * k, c)
+  states = _apply_encode(generator, params, tokens, mask, shared)
+  memory = Memory(states, mask, tokens, shared)
+  return memory.change(lambda x: x.reshape(b, k, *x.shape[1:]))
 
 
 @jax.jit
@@ -276,7 +303,8 @@ def find_candidates(
   """Searches with each document alone; R = K * W, in the documents' order."""
   b, k, _ = memory.tokens.shape
   search = plan.search(params, None, trie)
-  state = plan.start(search, params, memory.reshape(b * k, 1), key)
+  alone = memory.change(lambda x: x.reshape(b * k, 1, *x.shape[2:]))
+  state = plan.start(search, params, alone, key)
   found = search.finish(search.advance(state, plan.settings.num_steps))
   return jax.tree.map(lambda x: x.reshape(b, -1, *x.shape[2:]), found)
 
@@ -295,7 +323,7 @@ def rank_without_pass(
 class Ranking:
   """What a compiled ranking is made for."""
 
-  generator: Generator
+  generator: AnyGenerator
   settings: GenerationSettings
   parity: HfParity | None = None
 
@@ -315,9 +343,7 @@ def score_and_rank(
     {"params": params},
     tree,
     candidates.tokens,
-    memory.states,
-    memory.mask,
-    memory.tokens,
+    memory,
     method=score_tree,
   )
   return rank_thorough(

@@ -17,15 +17,16 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
 
 from rag_jax.decoding import compiled
+from rag_jax.decoding.candidates import Memory
 from rag_jax.decoding.candidates import build_tree
-from rag_jax.decoding.compiled import Memory
 from rag_jax.decoding.compiled import Plan
 from rag_jax.decoding.compiled import Ranking
 from rag_jax.decoding.logits import PrefixTrie
 from rag_jax.decoding.ranking import Generated
 from rag_jax.decoding.ranking import HfParity
 from rag_jax.decoding.settings import GenerationSettings
-from rag_jax.models.generator import Generator
+from rag_jax.models.causal import CausalGenerator
+from rag_jax.models.rag import AnyGenerator
 from rag_jax.processes import to_host
 
 # "rag_token": each token may come from another document.
@@ -33,9 +34,13 @@ from rag_jax.processes import to_host
 #   under all documents.
 # "rag_sequence_fast": a document contributes only to the sequences that its own
 #   beams wrote.
-# "fid": the decoder attends to all documents at once.
+# "fid": the decoder attends to all documents at once, each encoded alone.
+# "concatenate": the generator reads all documents in one context.
 # "single": only the document with the highest score is read.
-MODES = ("rag_token", "rag_sequence", "rag_sequence_fast", "fid", "single")
+MODES = (
+  "rag_token", "rag_sequence", "rag_sequence_fast", "fid", "concatenate",
+  "single",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,7 @@ class RagDecoder:
 
   def __init__(
     self,
-    generator: Generator,
+    generator: AnyGenerator,
     settings: GenerationSettings,
     mode: str = "rag_token",
     *,
@@ -84,11 +89,23 @@ class RagDecoder:
         f"mode={mode!r} is not a decoding mode, expected one of {list(MODES)}."
         " Choose one."
       )
-    if settings.decoder_start_token_id is None:
-      start = generator.config.decoder_start_id
+    causal = isinstance(generator, CausalGenerator)
+    if causal and mode == "fid":
+      raise ValueError(
+        "mode='fid' joins the states of an encoder for each document, but this"
+        " generator is a decoder alone, which reads one text. Expected a mode"
+        " that gives it one: 'rag_token', 'rag_sequence', 'rag_sequence_fast',"
+        " 'single', or 'concatenate', which puts all documents into one prompt."
+      )
+    if causal and hf_parity is not None:
+      raise ValueError(
+        "hf_parity reproduces transformers' RAG, which has no decoder-only"
+        " generators. Omit it."
+      )
+    if settings.decoder_start_token_id is None and not causal:
+      start = generator.start_id
       settings = dataclasses.replace(settings, decoder_start_token_id=start)
     self.mode = mode
-    self.settings = settings
     self.trie = trie
     self._parity = hf_parity
     self._by_sequence = mode in ("rag_sequence", "rag_sequence_fast")
@@ -103,6 +120,11 @@ class RagDecoder:
       vocab_size=sizes.vocab_size,
       max_positions=sizes.max_positions if learned else 0,
     )
+    if causal:  # after `validate`: it is no token
+      start = {"decoder_start_token_id": generator.start_id}
+      settings = dataclasses.replace(settings, **start)
+      searched = dataclasses.replace(searched, **start)
+    self.settings = settings
     self.plan = Plan(
       generator, searched, mode == "rag_token", hf_parity is not None
     )
@@ -119,9 +141,10 @@ class RagDecoder:
     self,
     params: PyTree,
     doc_scores: Float[Array | np.ndarray, "B K"],
-    context_tokens: Int[Array | np.ndarray, "B K C"],
-    context_mask: Bool[Array | np.ndarray, "B K C"],
+    context_tokens: Int[Array | np.ndarray, "B k C"],
+    context_mask: Bool[Array | np.ndarray, "B k C"],
     *,
+    num_shared: int = 0,
     seed: int | None = None,
   ) -> Generated:
     """Returns the sequences written for each question.
@@ -130,19 +153,22 @@ class RagDecoder:
       params: of the whole model; those of the generator are "generator".
       doc_scores: inner products of question and document, best first:
         `settings.n_docs` reads only the first documents.
-      context_tokens: document and question as the generator reads them.
+      context_tokens: document and question as the generator reads them; k is
+        K, or in mode "concatenate" 1.
       context_mask: True on real tokens.
+      num_shared: the number of tokens that all contexts begin with, if that is
+        known; a decoder-only generator reads these once.
       seed: of sampling; None takes that of the settings.
 
     Raises:
-      ValueError: `settings.n_docs` is above K, or num_return_sequences above
-        the number of candidates.
+      ValueError: `settings.n_docs` is above K, num_return_sequences above the
+        number of candidates, or in mode "concatenate" K is not 1.
     """
     inputs = doc_scores, context_tokens, context_mask
     key = self.key(seed)
     if self.mode == "rag_sequence":
-      return self._thorough(params, inputs, key)
-    batch = self.prepare(params, *inputs)
+      return self._thorough(params, inputs, num_shared, key)
+    batch = self.prepare(params, *inputs, num_shared)
     if self.mode == "rag_sequence_fast":
       found = compiled.find_candidates(
         self.plan, batch.params, self.trie, batch.memory, key
@@ -161,21 +187,31 @@ class RagDecoder:
     self,
     params: PyTree,
     doc_scores: Float[Array | np.ndarray, "B K"],
-    context_tokens: Int[Array | np.ndarray, "B K C"],
-    context_mask: Bool[Array | np.ndarray, "B K C"],
+    context_tokens: Int[Array | np.ndarray, "B k C"],
+    context_mask: Bool[Array | np.ndarray, "B k C"],
+    num_shared: int = 0,
   ) -> Prepared:
     """Returns the documents that the mode reads, encoded."""
     params = params["generator"]
+    if self.mode == "concatenate":
+      if context_tokens.shape[1] != 1:
+        raise ValueError(
+          f"{context_tokens.shape[1]} contexts per question were given, but"
+          " mode='concatenate' reads one, which holds all documents. Expected"
+          " context_tokens [B, 1, C]. Join them, or choose another mode."
+        )
+      doc_scores = jnp.zeros((len(context_tokens), 1))
     num_docs = self._check_docs(context_tokens.shape[1])
     scores, tokens, mask = (
       _first(x, num_docs) for x in (doc_scores, context_tokens, context_mask)
     )
     if self.mode == "single":
       scores, tokens, mask = compiled.best_doc(scores, tokens, mask)
-    memory = compiled.encode(self.plan.generator, params, tokens, mask)
-    if self.mode == "fid":  # the contexts joined to a single long one
-      b = len(tokens)
-      memory, scores = memory.reshape(b, 1), jnp.zeros((b, 1))
+    memory = compiled.encode(
+      self.plan.generator, params, tokens, mask, num_shared
+    )
+    if self.mode == "fid":
+      memory, scores = memory.joined(), jnp.zeros((len(tokens), 1))
     return Prepared(params, jnp.asarray(scores), memory)
 
   def _check_docs(self, num_retrieved: int) -> int:
@@ -196,19 +232,21 @@ class RagDecoder:
       )
     return num_docs
 
-  def _thorough(self, params: PyTree, inputs: tuple, key: Array) -> Generated:
+  def _thorough(
+    self, params: PyTree, inputs: tuple, num_shared: int, key: Array
+  ) -> Generated:
     """Searches, builds the tree of prefixes on the host, and ranks."""
     params, parity = params["generator"], self._parity
     generator = self.plan.generator
     num_docs = self._check_docs(inputs[1].shape[1])
     ranked = (parity and parity.n_docs) or num_docs
     scores, tokens, mask = (_first(x, max(num_docs, ranked)) for x in inputs)
-    memory = compiled.encode(generator, params, tokens, mask)
+    memory = compiled.encode(generator, params, tokens, mask, num_shared)
     searched = memory
     if parity:
       everything = jnp.ones_like(mask)
       searched = compiled.encode(generator, params, tokens, everything)
-    searched = jax.tree.map(lambda x: _first(x, num_docs), searched)
+    searched = searched.change(lambda x: _first(x, num_docs))
     found = compiled.find_candidates(
       self.plan, params, self.trie, searched, key
     )
@@ -220,7 +258,7 @@ class RagDecoder:
       self._ranking,
       params,
       _first(scores, ranked),
-      jax.tree.map(lambda x: _first(x, ranked), memory),
+      memory.change(lambda x: _first(x, ranked)),
       found,
       build_tree(written, lengths, self.settings.start_id),
     )

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from rag_jax.models.generator import Generator
+from rag_jax.models.causal import CausalCache
+from rag_jax.models.rag import AnyGenerator
 from rag_jax.models.stack import DecoderCache
 
 _GROUP = 8  # documents per unrolled sum
 
+Cache = DecoderCache | CausalCache
 Details = tuple[Float[Array, "B W K V"], Float[Array, "B W K"]]
 
 
@@ -60,7 +62,7 @@ class DocScorer:
 
   def __init__(
     self,
-    generator: Generator,
+    generator: AnyGenerator,
     params: PyTree,
     doc_log_probs: Float[Array, "B K"] | None,
     *,
@@ -87,8 +89,8 @@ class DocScorer:
     self,
     tokens: Int[Array, "B W"],
     position: Int[Array, ""],
-    cache: DecoderCache,
-  ) -> tuple[Float[Array, "B W V"], Details, DecoderCache]:
+    cache: Cache,
+  ) -> tuple[Float[Array, "B W V"], Details, Cache]:
     """Returns the scores of the next token after `tokens`."""
     logits, cache = self._apply(tokens, position, cache, method="step")
     norm = log_norm(logits)  # B W K
@@ -100,9 +102,7 @@ class DocScorer:
         scores = scores - norm
     return scores, (logits, norm), cache
 
-  def reorder(
-    self, cache: DecoderCache, beams: Int[Array, "B W"]
-  ) -> DecoderCache:
+  def reorder(self, cache: Cache, beams: Int[Array, "B W"]) -> Cache:
     """Returns the cache of `beams`."""
     return cache.reorder(beams)
 

@@ -255,10 +255,8 @@ class Search:
     )
 
   def _is_end(self, tokens: Int[Array, "*n"]) -> Bool[Array, "*n"]:
-    end = jnp.zeros(tokens.shape, bool)
-    for token in self.settings.eos_token_id:
-      end |= tokens == token
-    return end
+    ends = self.settings.eos_token_id
+    return jnp.any(tokens[..., None] == jnp.array(ends, jnp.int32), axis=-1)
 
   def _advance_nodes(self, nodes: Array | None, tokens: Array) -> Array | None:
     if self._trie is None or nodes is None:

@@ -13,7 +13,8 @@ from rag_jax.decoding import compiled
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.ranking import Generated
 
-_MODES = ("rag_token", "fid", "single")  # that write with all documents
+# Modes that write with all documents.
+_MODES = ("rag_token", "fid", "concatenate", "single")
 
 
 def can_stream(decoder: RagDecoder) -> bool:
@@ -25,9 +26,10 @@ def stream(
   decoder: RagDecoder,
   params: PyTree,
   doc_scores: Float[Array | np.ndarray, "B K"],
-  context_tokens: Int[Array | np.ndarray, "B K C"],
-  context_mask: Bool[Array | np.ndarray, "B K C"],
+  context_tokens: Int[Array | np.ndarray, "B k C"],
+  context_mask: Bool[Array | np.ndarray, "B k C"],
   *,
+  num_shared: int = 0,
   seed: int | None = None,
   chunk_steps: int = 1,
 ) -> Generator[Int[np.ndarray, "B R"], None, Generated]:
@@ -43,6 +45,7 @@ def stream(
     doc_scores: as for the decoder.
     context_tokens: as for the decoder.
     context_mask: as for the decoder.
+    num_shared: as for the decoder.
     seed: of sampling; None takes that of the settings.
     chunk_steps: tokens decoded before the host reads them. Larger chunks are
       faster, and the tokens arrive in larger groups.
@@ -60,7 +63,7 @@ def stream(
   if decoder.mode not in _MODES:
     raise ValueError(
       f"mode={decoder.mode!r} cannot be streamed: candidates are ranked when"
-      " they are complete. Expected 'rag_token', 'fid' or 'single'; or call the"
+      f" they are complete. Expected one of {list(_MODES)}; or call the"
       " decoder."
     )
   if chunk_steps < 1:
@@ -68,7 +71,9 @@ def stream(
       f"chunk_steps={chunk_steps} decodes nothing, expected at least 1."
       " Omit it for one token at a time."
     )
-  batch = decoder.prepare(params, doc_scores, context_tokens, context_mask)
+  batch = decoder.prepare(
+    params, doc_scores, context_tokens, context_mask, num_shared
+  )
   state = compiled.begin(
     decoder.plan,
     batch.params,

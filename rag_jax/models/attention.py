@@ -3,7 +3,7 @@
 In: activations [N, T, D], where N is B or B*K. Out: the same shape.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -21,6 +21,7 @@ from rag_jax.models.partitioning import batch_parts
 from rag_jax.models.partitioning import batch_whole
 from rag_jax.models.partitioning import named
 from rag_jax.models.partitioning import num_batch_parts
+from rag_jax.models.vocabulary import capped
 
 # The axis names "B T S D N H" are those of DESIGN: here B may stand for B*K.
 # The axis order is the one that the products in `attend` read. With any other,
@@ -351,24 +352,85 @@ def _mix(
   soft_cap: float = 0.0,
 ) -> Float[Array, "B T N H"]:
   """Returns the means of the values, weighted by attention."""
+  logits = _logits(query, key)
+  if bias is not None:
+    logits += bias
+  return _means(
+    drop(_weights(logits, mask, soft_cap).astype(value.dtype)), value
+  )
+
+
+def mix_parts(
+  query: Float[Array, "B T N H"],
+  places: Sequence[tuple[Float[Array, "_b G H _s"], Float[Array, "_b G _s H"]]],
+  masks: Sequence[Bool[Array, "B T _s"]],
+  *,
+  soft_cap: float = 0.0,
+) -> Float[Array, "B T N H"]:
+  """Returns what `mix` does, for keys and values in several arrays.
+
+  Args:
+    query: already scaled.
+    places: keys and values. Their first axis may be shorter than B: each row is
+      then for as many rows of the queries, which follow each other.
+    masks: True where attention is allowed, for each of `places`.
+    soft_cap: as in `mix`.
+  """
+  b, t, n, h = query.shape
+  logits = []
+  for key, _ in places:
+    rows = len(key)
+    found = _logits(query.reshape(rows, -1, n, h), key)
+    found = found.reshape(rows, n, b // rows, t, -1)
+    logits.append(jnp.moveaxis(found, 1, 2).reshape(b, n, t, -1))
+  weights = _weights(
+    jnp.concatenate(logits, axis=-1), jnp.concatenate(masks, -1), soft_cap
+  )
+  mixed, start = jnp.zeros((), query.dtype), 0
+  for (_, value), part in zip(places, logits, strict=True):
+    rows, end = len(value), start + part.shape[-1]
+    own = weights[..., start:end].astype(value.dtype)
+    own = own.reshape(rows, b // rows, n, t, -1)
+    own = jnp.moveaxis(own, 2, 1).reshape(rows, n, b // rows * t, -1)
+    mixed += _means(own, value).reshape(b, t, n, h)
+    start = end
+  return mixed
+
+
+def _logits(
+  query: Float[Array, "B T N H"], key: Keys
+) -> Float[Array, "B N T S"]:
+  """Returns the products of queries and keys, in float32."""
   b, t, n, h = query.shape
   grouped = key.shape[1] != n
   if grouped:
     query = query.reshape(b, t, key.shape[1], -1, h)
-  # Softmax in float32: bfloat16 keeps 8 bits of mantissa.
   logits = jnp.einsum(
     "BTGRH,BGHS->BGRTS" if grouped else "BTNH,BNHS->BNTS",
     *(query, key),
     preferred_element_type=jnp.float32,
-  ).reshape(b, n, t, -1)
-  if bias is not None:
-    logits += bias
-  if soft_cap:
-    logits = soft_cap * jnp.tanh(logits / soft_cap)
+  )
+  return logits.reshape(b, n, t, -1)
+
+
+def _weights(
+  logits: Float[Array, "B N T S"],
+  mask: Bool[Array, "#B #T S"],
+  soft_cap: float,
+) -> Float[Array, "B N T S"]:
+  """Returns the softmax, in float32: bfloat16 keeps 8 bits of mantissa."""
+  logits = capped(logits, soft_cap)
   logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
-  probs = drop(jax.nn.softmax(logits, axis=-1).astype(value.dtype))
-  if not grouped:
-    return jnp.einsum("BNTS,BNSH->BTNH", probs, value)
-  probs = probs.reshape(b, key.shape[1], -1, *probs.shape[2:])
-  mixed = jnp.einsum("BGRTS,BGSH->BTGRH", probs, value)
-  return mixed.reshape(b, t, n, h)
+  return jax.nn.softmax(logits, axis=-1)
+
+
+def _means(
+  weights: Float[Array, "B N T S"], value: Values
+) -> Float[Array, "B T N H"]:
+  """Returns the means of the values."""
+  b, n, t, _ = weights.shape
+  if value.shape[1] == n:
+    return jnp.einsum("BNTS,BNSH->BTNH", weights, value)
+  weights = weights.reshape(b, value.shape[1], -1, *weights.shape[2:])
+  mixed = jnp.einsum("BGRTS,BGSH->BTGRH", weights, value)
+  return mixed.reshape(b, t, n, -1)

@@ -4,6 +4,7 @@ In: activations [B, T, D], and which places each token sees. Out: the same
 shape; and keys and values, which the next tokens need.
 """
 
+from collections.abc import Sequence
 import functools
 import typing
 
@@ -19,6 +20,7 @@ from rag_jax.config_generators import CausalConfig
 from rag_jax.models.attention import Keys
 from rag_jax.models.attention import Values
 from rag_jax.models.attention import mix
+from rag_jax.models.attention import mix_parts
 from rag_jax.models.layers import Mlp
 from rag_jax.models.layers import make_norm
 from rag_jax.models.partitioning import constrain
@@ -79,16 +81,10 @@ class CausalAttention(nn.Module):
       constrain(value, "batch", "heads", "length", None),
     )
 
-  def attend(
-    self,
-    x: Float[Array, "B T D"],
-    key: Keys,
-    value: Values,
-    mask: Bool[Array, "#B #T S"],
-    rotation: Rotation | None,
-    deterministic: bool = True,
-  ) -> Float[Array, "B T D"]:
-    """Returns the output projection of the values that `x` attends to."""
+  def queries(
+    self, x: Float[Array, "B T D"], rotation: Rotation | None
+  ) -> Float[Array, "B T N H"]:
+    """Returns the scaled queries of tokens; `rotation` is of their places."""
     c = self.config
     query = self.query(x)  # B T N H
     if c.qk_norm:
@@ -98,14 +94,41 @@ class CausalAttention(nn.Module):
     query = checkpoint_name(query, "query")
     if c.scale_attention:
       query *= (c.query_pre_attn_scalar or c.head_size) ** -0.5
+    return query
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    mask: Bool[Array, "#B T T"],
+    rotation: Rotation | None,
+    deterministic: bool = True,
+  ) -> Float[Array, "B T D"]:
+    """Returns the output for tokens that see each other as `mask` says."""
+    key, value = self.keys_values(x, rotation)
     mixed = mix(
       self.drop,
-      *(query, key, value, mask),
+      *(self.queries(x, rotation), key, value, mask),
       rows=self.rows,
-      soft_cap=c.attention_soft_cap,
+      soft_cap=self.config.attention_soft_cap,
       deterministic=deterministic,
     )
     return self.out(checkpoint_name(mixed, "mixed"))
+
+  def attend(
+    self,
+    x: Float[Array, "B T D"],
+    rotation: Rotation | None,
+    places: Sequence["KeysValues"],
+    masks: Sequence[Bool[Array, "B T _s"]],
+  ) -> Float[Array, "B T D"]:
+    """Returns the output for tokens that see keys and values kept before."""
+    mixed = mix_parts(
+      self.queries(x, rotation),
+      [(kept.key, kept.value) for kept in places],
+      masks,
+      soft_cap=self.config.attention_soft_cap,
+    )
+    return self.out(mixed)
 
 
 # Not type-checked, because JAX also builds it from shapes and stacked arrays.
@@ -153,8 +176,7 @@ class CausalLayer(nn.Module):
     mask = masks[kind]
     rotation = None if rotations is None else rotations[kind]
     y = self.self_attention_norm(x)
-    key, value = self.self_attention.keys_values(y, rotation)
-    y = self.self_attention.attend(y, key, value, mask, rotation, deterministic)
+    y = self.self_attention(y, mask, rotation, deterministic)
     return self._finish(x, y, deterministic)
 
   def _finish(
@@ -170,8 +192,8 @@ class CausalLayer(nn.Module):
       update = self.mlp_post_norm(update)
     return x + self.drop(update, deterministic=deterministic)
 
-  def init_cache(self, num_rows: int, num_places: int) -> KeysValues:
-    """Returns the cache of `num_places` places, all empty."""
+  def empty(self, num_rows: int, num_places: int) -> KeysValues:
+    """Returns keys and values of places where nothing is yet."""
     c = self.config
     size = num_rows, c.kv_heads
     return KeysValues(
@@ -179,30 +201,35 @@ class CausalLayer(nn.Module):
       jnp.zeros((*size, num_places, c.head_size), self.dtype),
     )
 
-  def step(
+  def read(
     self,
     x: Float[Array, "B T D"],
-    mask: Bool[Array, "B T S"],
     rotation: Rotation | None,
-    first: int | Int[Array, ""],
-    cache: KeysValues,
+    before: Sequence[KeysValues],
+    masks: Sequence[Bool[Array, "B T _s"]],
+    own: KeysValues | None = None,
+    first: int | Int[Array, ""] = 0,
   ) -> tuple[Float[Array, "B T D"], KeysValues]:
-    """Returns the output for T new tokens, and the cache with them.
+    """Returns the output for T tokens, and their keys and values.
 
     Args:
-      x: the activations of the new tokens.
-      mask: True on the places of the cache that each sees.
-      rotation: of the positions of the new tokens.
-      first: the place of the first one.
-      cache: of this layer.
+      x: the activations of the tokens.
+      rotation: of their positions.
+      before: keys and values of what stands before them: see
+        `attention.mix_parts`.
+      masks: which places each token sees: those of `before`, and last its own.
+      own: to write the new keys and values into, if there are other places
+        beside theirs; None: there are not.
+      first: the place of the first token in `own`.
     """
     y = self.self_attention_norm(x)
-    write = functools.partial(
-      jax.lax.dynamic_update_slice_in_dim, start_index=first
-    )
-    key, value = self.self_attention.keys_values(y, rotation)
-    cache = KeysValues(
-      write(cache.key, key, axis=-1), write(cache.value, value, axis=-2)
-    )
-    y = self.self_attention.attend(y, cache.key, cache.value, mask, rotation)
-    return self._finish(x, y, True), cache
+    made = KeysValues(*self.self_attention.keys_values(y, rotation))
+    if own is not None:
+      write = functools.partial(
+        jax.lax.dynamic_update_slice_in_dim, start_index=first
+      )
+      made = KeysValues(
+        write(own.key, made.key, axis=-1), write(own.value, made.value, axis=-2)
+      )
+    y = self.self_attention.attend(y, rotation, [*before, made], masks)
+    return self._finish(x, y, True), made

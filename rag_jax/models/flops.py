@@ -14,6 +14,7 @@ much backward as forward.
 import dataclasses
 from typing import NamedTuple
 
+from rag_jax.config import CausalConfig
 from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
@@ -33,15 +34,13 @@ class StepShapes:
   num_passages: int  # P
   # (contexts, length) of train.length_groups; (): all have the length C.
   context_groups: tuple[tuple[int, int], ...] = ()
-  packed_rows: tuple[int, int] = (
-    0,
-    0,
-  )  # (rows, length), if contexts are packed
+  packed_rows: tuple[int, int] = (0, 0)  # (rows, length), if they are packed
+  joined: bool = False  # one context per question holds all its documents
 
   @property
   def num_contexts(self) -> int:
-    """B*K; a closed-book question has one context, which holds no passage."""
-    return self.num_questions * max(self.n_docs, 1)
+    """B*K; or B, of all documents together or without any."""
+    return self.num_questions * (1 if self.joined else max(self.n_docs, 1))
 
   @property
   def contexts(self) -> tuple[tuple[int, int], ...]:
@@ -81,6 +80,7 @@ def step_shapes(config: Config, num_passages: int) -> StepShapes:
     context_length=config.data.context_length,
     target_length=config.data.target_length,
     num_passages=num_passages,
+    joined=config.loss == "concatenate",
   )
 
 
@@ -190,6 +190,8 @@ def _generator(
   config: Config, s: StepShapes, vocab_size: int
 ) -> dict[str, int]:
   """Returns the forward FLOPs of the generator."""
+  if config.generator.kind == "causal":
+    return _causal(config.causal, s, vocab_size)
   g = config.generator
   d = g.embed_dim
   # The decoders: with FiD, one per question.
@@ -222,6 +224,26 @@ def _generator(
     "generator_decoder_mlp": layers * mlp,
     "pointer": pointer if g.pointer else 0,
     "logits": 2 * targets * d * (g.vocab_size or vocab_size),
+  }
+
+
+def _causal(c: CausalConfig, s: StepShapes, vocab_size: int) -> dict[str, int]:
+  """Returns the forward FLOPs of a decoder that reads contexts and targets."""
+  rows = [(num, length + s.target_length - 1) for num, length in s.contexts]
+  tokens = sum(num * length for num, length in rows)
+  width = c.num_heads * c.head_size
+  own = 4 * tokens * c.embed_dim * (width + c.kv_heads * c.head_size)
+  own += sum(_attention(num, length, length, width) for num, length in rows)
+  targets = s.num_contexts * s.target_length
+  none = dict.fromkeys(
+    ("generator_encoder", "generator_decoder_cross", "pointer"), 0
+  )
+  return none | {
+    "generator_decoder_self": c.num_layers * own,
+    "generator_decoder_mlp": (
+      c.num_layers * _mlp(tokens, c.embed_dim, c.mlp_dim, c.gated)
+    ),
+    "logits": 2 * targets * c.embed_dim * (c.vocab_size or vocab_size),
   }
 
 

@@ -100,6 +100,16 @@ class Generator(nn.Module):
     """Returns the bias of the logits, or None."""
     return self.final_logits_bias if self.config.logits_bias else None
 
+  @property
+  def logits_soft_cap(self) -> float:
+    """Logits x become cap * tanh(x / cap); 0.0: no cap."""
+    return 0.0
+
+  @property
+  def start_id(self) -> int:
+    """The decoder's first input."""
+    return self.config.decoder_start_id
+
   def logits(
     self, x: Float[Array, "N T D"], copy: Copy | None = None
   ) -> Float[Array, "N T V"]:

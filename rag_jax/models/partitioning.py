@@ -44,7 +44,10 @@ def _check_split(config: Config, mesh: MeshConfig) -> None:
   bad = []
   for name, part in (
     ("encoder", config.encoder),
-    ("generator", config.generator),
+    (
+      "causal" if config.generator.kind == "causal" else "generator",
+      config.generator_sizes,
+    ),
   ):
     for field, axis in (
       ("num_heads", "tensor"),

@@ -4,6 +4,7 @@ In: a batch. Out: doc_scores [B, K] and target_logits [B, K, T, V], from which
 losses.py computes -log p(y|x).
 """
 
+import dataclasses
 import typing
 
 from flax import linen as nn
@@ -11,12 +12,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from rag_jax.config import Config
 from rag_jax.config import EncoderConfig
 from rag_jax.config import GeneratorConfig
 from rag_jax.models.batch import RagBatch
+from rag_jax.models.causal import CausalGenerator
+from rag_jax.models.causal import build_causal
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.generator import Generator
 from rag_jax.models.hybrid import HybridScores
@@ -29,6 +32,7 @@ from rag_jax.models.pointer import Copy
 from rag_jax.models.pointer import mix_targets
 from rag_jax.models.vocabulary import chunked_log_probs
 
+AnyGenerator = Generator | CausalGenerator
 # How contexts are computed without most of their padding.
 ContextLayout = LengthGroups | Packing
 
@@ -80,7 +84,7 @@ class RagModel(nn.Module):
 
   question_encoder: RetrieverEncoder
   passage_encoder: RetrieverEncoder | None  # None: use the question tower
-  generator: Generator
+  generator: AnyGenerator
   score_scale: float = 1.0
   learn_score_scale: bool = False
   hybrid: HybridScores | None = None  # None: no BM25 scores
@@ -206,16 +210,16 @@ class RagModel(nn.Module):
     assert context_layout is None or isinstance(context_layout, Packing)
     doc_scores = self.doc_scores(batch, deterministic)
     tokens, mask, _ = _by_context(batch)
-    memory = self.generator.encode(tokens, mask, deterministic, context_layout)
+    generator = self.generator
+    assert isinstance(generator, Generator)  # config_rules refuses others
+    memory = generator.encode(tokens, mask, deterministic, context_layout)
     memory = memory.reshape(b, k * c, -1)
     tokens = tokens.reshape(b, k * c)
     owner = jnp.arange(k * c) // c
     targets, found = batch.target_tokens, []
     for doc in range(k) if leave_out else [-1]:
       read = mask.reshape(b, k * c) & (owner != doc)
-      states = self.generator.decode(
-        memory, tokens, read, targets, deterministic
-      )
+      states = generator.decode(memory, tokens, read, targets, deterministic)
       found.append(self._log_probs(*states, targets, vocab_chunk))
     log_probs, mean = (jnp.stack(x, axis=1) for x in zip(*found, strict=True))
     return RagLogProbs(doc_scores, log_probs, mean)
@@ -235,6 +239,7 @@ class RagModel(nn.Module):
       generator.output_bias(),
       targets,
       vocab_chunk or generator.config.vocab_size,
+      generator.logits_soft_cap,
     )
     if copy is not None:  # config_rules refuses smoothing by `mean`
       log_probs = mix_targets(copy, log_probs, targets)
@@ -244,14 +249,14 @@ class RagModel(nn.Module):
     self, batch: RagBatch, deterministic: bool
   ) -> Float[Array, "B K"]:
     """Returns the scores of the documents; 0 for a closed-book batch."""
-    shape = batch.context_tokens.shape[:2]
     if batch.question_tokens is None:
-      return jnp.zeros(shape, jnp.float32)
+      return jnp.zeros(batch.context_tokens.shape[:2], jnp.float32)
     assert batch.question_mask is not None
     doc_embeddings = batch.doc_embeddings
     if batch.doc_tokens is not None:
       assert batch.doc_mask is not None
-      rows = (-1, batch.doc_tokens.shape[-1])
+      *shape, length = batch.doc_tokens.shape
+      rows = (-1, length)
       doc_embeddings = self.embed_passages(
         batch.doc_tokens.reshape(rows),
         batch.doc_mask.reshape(rows),
@@ -271,13 +276,13 @@ class RagModel(nn.Module):
     self,
     context_tokens: Int[Array, "B K C"],
     context_mask: Bool[Array, "B K C"],
-  ) -> Float[Array, "B K C D"]:
-    """Returns the states of the generator's encoder, for each document."""
+  ) -> PyTree[Float[Array, "B K ..."]]:
+    """Returns what the generator's decoder looks at, for each document."""
     b, k, c = context_tokens.shape
     memory = self.generator.encode(
       context_tokens.reshape(b * k, c), context_mask.reshape(b * k, c)
     )
-    return memory.reshape(b, k, c, -1)
+    return jax.tree.map(lambda x: x.reshape(b, k, *x.shape[1:]), memory)
 
 
 def _by_context(
@@ -319,6 +324,20 @@ def build_model(
   t = config.train
   loop = LayerLoop(t.scan_layers, t.remat, t.attention_rows)
 
+  generator: AnyGenerator
+  if g.kind == "causal":
+    size = config.causal.vocab_size or vocab_size
+    causal = dataclasses.replace(config.causal, vocab_size=size)
+    generator = build_causal(causal, dtype=dtype, loop=loop)
+  else:
+    generator = build_generator(
+      g,
+      vocab_size=vocab_size,
+      decoder_start_id=decoder_start_id,
+      dtype=dtype,
+      loop=loop,
+    )
+
   def tower() -> RetrieverEncoder:
     return build_encoder(
       e,
@@ -333,13 +352,7 @@ def build_model(
   return RagModel(
     question_encoder=tower(),
     passage_encoder=None if e.tied else tower(),
-    generator=build_generator(
-      g,
-      vocab_size=vocab_size,
-      decoder_start_id=decoder_start_id,
-      dtype=dtype,
-      loop=loop,
-    ),
+    generator=generator,
     score_scale=e.score_scale,
     learn_score_scale=e.learn_score_scale,
     hybrid=(
@@ -377,7 +390,7 @@ def build_generator(
   dtype: DTypeLike,
   loop: LayerLoop = UNROLLED,
 ) -> Generator:
-  """Returns only the generator; arguments as in `build_model`."""
+  """Returns only an encoder-decoder; arguments as in `build_model`."""
   start = config.decoder_start_id
   return Generator(
     config.frozen(

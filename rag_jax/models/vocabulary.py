@@ -10,7 +10,7 @@ chunk of the vocabulary at a time, forward and backward. The backward pass
 recomputes them, which is one matrix product in four.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +53,13 @@ def chunked_log_probs(
   bias: Float[Array, "V"] | None,
   target_tokens: Int[Array, "N T"],
   chunk_size: int,
+  soft_cap: float = 0.0,
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
   """Returns log-probabilities of the target tokens, and the vocabulary's mean.
 
-  The mean is `losses.mean_log_probs` of the logits, for label smoothing.
-  Arguments and errors as in `chunked_token_log_probs`.
+  The mean is `losses.mean_log_probs` of the logits, for label smoothing. Logits
+  x are soft_cap * tanh(x / soft_cap), unless that is 0. Other arguments and
+  errors as in `chunked_token_log_probs`.
   """
   if chunk_size < 1:
     raise ValueError(
@@ -70,15 +72,27 @@ def chunked_log_probs(
     bias = jnp.zeros(len(table), jnp.float32)
   rows, tokens = hidden.reshape(n * t, d), target_tokens.reshape(n * t)
   if chunk_size >= len(table):
-    log_probs, mean = _whole_log_probs(rows, table, bias, tokens)
+    log_probs, mean = _whole_log_probs(rows, table, bias, tokens, soft_cap)
   else:
-    size = _even(chunk_size, len(table))
-    log_probs, mean = _log_probs(size, rows, table, bias, tokens)
+    chunk = _Chunk(_even(chunk_size, len(table)), soft_cap)
+    log_probs, mean = _log_probs(chunk, rows, table, bias, tokens)
   return log_probs.reshape(n, t), mean.reshape(n, t)
 
 
+class _Chunk(NamedTuple):
+  """How logits are computed; static."""
+
+  size: int  # tokens of the vocabulary at a time
+  soft_cap: float
+
+
+def capped(logits: Float[Array, "*n"], soft_cap: float) -> Float[Array, "*n"]:
+  """Returns soft_cap * tanh(logits / soft_cap); 0.0: no cap."""
+  return soft_cap * jnp.tanh(logits / soft_cap) if soft_cap else logits
+
+
 def _whole_log_probs(
-  hidden: Array, table: Array, bias: Array, tokens: Array
+  hidden: Array, table: Array, bias: Array, tokens: Array, soft_cap: float
 ) -> tuple[Array, Array]:
   """Returns both results [M], M = N*T; the logits are kept for the gradient."""
   logits = jnp.einsum(
@@ -87,7 +101,7 @@ def _whole_log_probs(
     table.astype(hidden.dtype),
     preferred_element_type="float32",
   )
-  logits += bias.astype(jnp.float32)
+  logits = capped(logits + bias.astype(jnp.float32), soft_cap)
   # Not a gather, whose gradient would be a scatter; this one can be fused.
   here = tokens[:, None] == jnp.arange(len(table))
   chosen = jnp.sum(logits, axis=-1, where=here)
@@ -107,9 +121,10 @@ def _even(chunk_size: int, vocab_size: int) -> int:
 
 
 def _chunk(
-  chunk_size: int, i: Array, hidden: Array, table: Array, bias: Array
+  chunk: _Chunk, i: Array, hidden: Array, table: Array, bias: Array
 ) -> tuple[Array, Array, Array, Array]:
   """Returns chunk `i`: its first row, mask of new rows, rows and logits."""
+  chunk_size = chunk.size
   # If V is not a multiple of the size, the last chunk starts early, so that all
   # have one size. Rows shared with the chunk before count only there.
   start = jnp.minimum(i * chunk_size, len(table) - chunk_size)
@@ -120,28 +135,29 @@ def _chunk(
     "MD,VD->MV", hidden, rows, preferred_element_type="float32"
   )
   part = jax.lax.dynamic_slice_in_dim(bias, start, chunk_size)
-  logits = jnp.where(new, logits + part.astype(jnp.float32), _LOWEST)
+  logits = capped(logits + part.astype(jnp.float32), chunk.soft_cap)
+  logits = jnp.where(new, logits, _LOWEST)
   return start, new, rows, logits
 
 
 def _forward(
-  chunk_size: int, hidden: Array, table: Array, bias: Array, tokens: Array
+  chunk: _Chunk, hidden: Array, table: Array, bias: Array, tokens: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
   """Returns both results [M], M = N*T, and what `_backward` needs."""
 
   def add(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
     largest, total, chosen, everything = carry
-    start, new, _, logits = _chunk(chunk_size, i, hidden, table, bias)
+    start, new, _, logits = _chunk(chunk, i, hidden, table, bias)
     before, largest = largest, jnp.maximum(largest, jnp.max(logits, axis=-1))
     total *= jnp.exp(before - largest)
     total += jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1)
-    here = (tokens[:, None] == start + jnp.arange(chunk_size)) & new
+    here = (tokens[:, None] == start + jnp.arange(chunk.size)) & new
     chosen += jnp.sum(logits, axis=-1, where=here)
     everything += jnp.sum(logits, axis=-1, where=new)
     return (largest, total, chosen, everything), None
 
   zeros = jnp.zeros(len(hidden), jnp.float32)
-  chunks = jnp.arange(-(-len(table) // chunk_size))
+  chunks = jnp.arange(-(-len(table) // chunk.size))
   (largest, total, chosen, everything), _ = jax.lax.scan(
     add, (zeros + _LOWEST, zeros, zeros, zeros), chunks
   )
@@ -151,7 +167,7 @@ def _forward(
 
 
 def _backward(
-  chunk_size: int, saved: tuple[Array, ...], by_results: tuple[Array, Array]
+  chunk: _Chunk, saved: tuple[Array, ...], by_results: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, None]:
   """Returns the gradients; a logit's is (is target) minus its probability."""
   hidden, table, bias, tokens, log_norm = saved
@@ -159,10 +175,12 @@ def _backward(
 
   def add(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
     by_hidden, by_table, by_bias = carry
-    start, new, rows, logits = _chunk(chunk_size, i, hidden, table, bias)
-    here = tokens[:, None] == start + jnp.arange(chunk_size)
+    start, new, rows, logits = _chunk(chunk, i, hidden, table, bias)
+    here = tokens[:, None] == start + jnp.arange(chunk.size)
     by_logits = jnp.where(here, by_chosen, 0.0) + by_mean / len(table)
     by_logits -= (by_chosen + by_mean) * jnp.exp(logits - log_norm[:, None])
+    if chunk.soft_cap:  # the slope of tanh is 1 - tanh ** 2
+      by_logits *= 1 - (logits / chunk.soft_cap) ** 2
     by_logits = jnp.where(new, by_logits, 0.0)
     low = by_logits.astype(hidden.dtype)
     by_hidden += jnp.einsum(
@@ -171,18 +189,18 @@ def _backward(
     by_rows = jnp.einsum(
       "MV,MD->VD", low, hidden, preferred_element_type="float32"
     )
-    part = jax.lax.dynamic_slice_in_dim(by_table, start, chunk_size)
+    part = jax.lax.dynamic_slice_in_dim(by_table, start, chunk.size)
     by_table = jax.lax.dynamic_update_slice_in_dim(
       by_table, part + by_rows, start, axis=0
     )
-    part = jax.lax.dynamic_slice_in_dim(by_bias, start, chunk_size)
+    part = jax.lax.dynamic_slice_in_dim(by_bias, start, chunk.size)
     by_bias = jax.lax.dynamic_update_slice_in_dim(
       by_bias, part + jnp.sum(by_logits, axis=0), start, axis=0
     )
     return (by_hidden, by_table, by_bias), None
 
   start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (hidden, table, bias))
-  chunks = jnp.arange(-(-len(table) // chunk_size))
+  chunks = jnp.arange(-(-len(table) // chunk.size))
   (by_hidden, by_table, by_bias), _ = jax.lax.scan(add, start, chunks)
   return (
     by_hidden.astype(hidden.dtype),

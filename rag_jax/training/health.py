@@ -154,7 +154,8 @@ def compile_utility(
   Above 0, documents help.
   """
   config, mesh = experiment.config, experiment.mesh
-  joined = config.loss == "fid"
+  fid = config.loss == "fid"
+  joined = fid or config.loss == "concatenate"
   nll_fn = MARGINAL_NLL_FNS["rag_token" if joined else config.loss]
 
   def nll(params: PyTree, batch: RagBatch) -> Float[Array, "B"]:
@@ -162,7 +163,7 @@ def compile_utility(
       {"params": params},
       batch,
       vocab_chunk=config.train.vocab_chunk,
-      method="joined_log_probs" if joined else "target_log_probs",
+      method="joined_log_probs" if fid else "target_log_probs",
     )
     # One context of all documents: its prior is 1.
     scores = jnp.zeros_like(out.log_probs[..., 0]) if joined else out.doc_scores

@@ -190,10 +190,10 @@ def _context_layout(
   if not t.num_steps or (t.length_groups == 1 and not t.pack_contexts):
     return None
   shares = batch_shards(experiment.mesh) * t.accumulate
-  num_rows = t.batch_size * max(config.data.n_docs, 1) // shares
+  num_rows = t.batch_size * config.contexts_per_question // shares
   lengths = batches.context_lengths(_NUM_LENGTHS)
   if t.pack_contexts:
-    dim = config.generator.embed_dim
+    dim = config.generator_sizes.embed_dim
     packing = choose_packing(lengths, num_rows, longest, dim)
     shape = packing or Packing(num_rows, longest)
     logging.info(
@@ -239,9 +239,11 @@ def main_loss(config: Config, model: RagModel, bos_id: int | None) -> LossFn:
   }
   if config.loss == "fid":
     return functools.partial(fid_loss, **settings)
+  joined = config.loss == "concatenate"
   return functools.partial(
     marginal_loss,
-    nll_fn=MARGINAL_NLL_FNS[config.loss],
+    nll_fn=MARGINAL_NLL_FNS["rag_token" if joined else config.loss],
+    joined=joined,
     constant_scores=config.retriever_loss != "marginal",
     **settings,
   )

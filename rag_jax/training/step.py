@@ -64,6 +64,7 @@ def marginal_loss(
   vocab_chunk: int = 0,
   context_layout: ContextLayout | None = None,
   retriever: RetrieverLoss | None = None,
+  joined: bool = False,
   constant_scores: bool = False,
 ) -> tuple[Float[Array, ""], Metrics]:
   """Returns -log p(y|x) per target token, in nats, and the metrics to log.
@@ -78,6 +79,7 @@ def marginal_loss(
     vocab_chunk: tokens of the vocabulary at a time.
     context_layout: how the contexts are computed.
     retriever: a loss of its own for the retriever, added to the generator's.
+    joined: whether one context holds all documents, so that nothing is summed.
     constant_scores: whether the generator's loss has no gradient of the scores.
   """
   out = _apply(
@@ -90,7 +92,9 @@ def marginal_loss(
     method="target_log_probs",
   )
   scores = out.doc_scores
-  if constant_scores:
+  if joined:
+    scores = jnp.zeros_like(out.log_probs[..., 0])
+  elif constant_scores:
     scores = jax.lax.stop_gradient(scores)
   nll = nll_fn(
     scores,

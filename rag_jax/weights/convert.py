@@ -12,6 +12,7 @@ from typing import Any
 
 from etils import epath
 
+from rag_jax.config import CausalConfig
 from rag_jax.weights.card import model_card
 from rag_jax.weights.card import read_results
 from rag_jax.weights.export import export_causal
@@ -136,7 +137,9 @@ def export_model(
   name = pathlib.Path(output).absolute().name
   card = model_card(model, kind, name, read_results(path))
   if kind in ("generator", "causal"):
-    fields: Any = model.causal if kind == "causal" else model.generator
+    fields: Any = model.generator
+    if kind == "causal":
+      fields = CausalConfig(**model.load_causal().fields)
     write, load = {
       "generator": (export_generator, load_generator),
       "causal": (export_causal, load_causal),

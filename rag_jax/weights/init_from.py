@@ -30,8 +30,9 @@ from rag_jax.corpus.tokenizer import TOKENIZER_KINDS
 from rag_jax.weights.generation_settings import typed_settings
 from rag_jax.weights.load import checkpoint_kind
 from rag_jax.weights.load import has_passage_encoder
+from rag_jax.weights.load import load_any_generator
 from rag_jax.weights.load import load_encoder
-from rag_jax.weights.load import load_generator
+from rag_jax.weights.loaded import LoadedCausal
 from rag_jax.weights.loaded import LoadedEncoder
 from rag_jax.weights.loaded import LoadedGenerator
 from rag_jax.weights.saved import SavedModel
@@ -126,9 +127,9 @@ class Brought:
     )  # fmt: skip
     self.bring(part, name, SAFE_LR, warning)
 
-  def demand(self, part: str, field: str, value: Any) -> None:
-    """Sets a field of `part` that the checkpoint alone decides."""
-    name = f"{part}.{field}"
+  def demand(self, section: str, field: str, value: Any) -> None:
+    """Sets a field of a section that the checkpoint alone decides."""
+    name = f"{section}.{field}"
     old = self._get(name)
     if (
       name in self._overridden and old != value and (old or field not in _OPEN)
@@ -171,6 +172,7 @@ class Brought:
 # Lengths in tokens, if a checkpoint has none: of DPR's passages, and of RAG's
 # fine-tuning.
 _QUESTION, _PASSAGE, _CONTEXT, _TARGET = 128, 256, 300, 25
+_PROMPT = 512  # of a decoder-only generator
 
 # Not part of the shape, so they can be chosen.
 _RATES = ("dropout", "attention_dropout", "activation_dropout")
@@ -230,10 +232,13 @@ def load_initial(
     if not encoder.tied:
       params["passage_encoder"] = _passage_params(config, loaded)
   if generator.init_from:
-    loaded = load_generator(generator.init_from)
+    loaded = load_any_generator(generator.init_from)
     logging.info("%s:\n%s", generator.init_from, loaded.report)
     _check_tokenizer(config, generator.init_from, "generator", loaded.tokenizer)
-    _bring_generator(config, brought, loaded)
+    if isinstance(loaded, LoadedCausal):
+      _bring_causal(config, brought, loaded)
+    else:
+      _bring_generator(config, brought, loaded)
     params["generator"] = loaded.params
     tokenizer = loaded.tokenizer
   if not any(map(_is_fresh, (encoder.init_from, generator.init_from))):
@@ -379,10 +384,7 @@ def _bring_generator(
     _bring_contexts(config, brought, loaded)
   if _is_fresh(config.generator.init_from):
     return
-  brought.bring_lr(part, "optimizer.peak_lr")
-  brought.bring_lr(part, "warmup.peak_lr")
-  for name in ("substitute_answers", "substitute_subjects"):
-    brought.bring(part, f"data.{name}", 0.0)  # it can read already
+  _bring_training(brought)
   limit = config.generator.max_positions
   if config.generator.positions != "learned":
     limit = max(_CONTEXT, _TARGET)
@@ -397,16 +399,56 @@ def _bring_generator(
   brought.bring(part, "data.context_length", length)
   target_chosen = brought.chosen(part, "data.target_length")
   brought.bring(part, "data.target_length", min(_TARGET, limit))
-  typed, rest = typed_settings(loaded.generation)
-  for name, value in typed.items():
-    brought.bring(part, f"decoding.{name}", value)
+  generation = dict(loaded.generation)
   if target_chosen:  # data.target_length then limits answers too
-    rest = {k: v for k, v in rest.items()
-            if k not in ("max_length", "max_new_tokens")}  # fmt: skip
+    for name in ("max_length", "max_new_tokens"):
+      generation.pop(name, None)
   if rag is not None and not rag.do_deduplication:
-    rest["do_deduplication"] = False
+    generation["do_deduplication"] = False
+  _bring_decoding(brought, generation)
+
+
+def _bring_causal(
+  config: Config, brought: Brought, loaded: LoadedCausal
+) -> None:
+  """Sets the architecture and the settings of a decoder-only checkpoint."""
+  part = "generator"
+  brought.demand(part, "kind", "causal")
+  for name, value in loaded.fields.items():
+    if name in _RATES:
+      brought.bring(part, f"causal.{name}", value)
+    else:
+      value = tuple(value) if isinstance(value, (list, tuple)) else value
+      brought.demand("causal", name, value)
+  if _is_fresh(config.generator.init_from):
+    return
+  _bring_training(brought)
+  brought.bring(part, "data.context_style", "prompt")
+  brought.bring(part, "data.target_length", _TARGET)
+  most = config.causal.max_positions - config.data.target_length + 1
+  brought.bring(part, "data.context_length", min(_PROMPT, max(most, 8)))
+  # There they count the prompt too.
+  lengths = "max_length", "min_length", "max_new_tokens", "min_new_tokens"
+  generation = {k: v for k, v in loaded.generation.items() if k not in lengths}
+  _bring_decoding(brought, generation)
+
+
+def _bring_training(brought: Brought) -> None:
+  """Sets how weights are trained that can read already."""
+  part = "generator"
+  brought.bring_lr(part, "optimizer.peak_lr")
+  brought.bring_lr(part, "warmup.peak_lr")
+  for name in ("substitute_answers", "substitute_subjects"):
+    brought.bring(part, f"data.{name}", 0.0)
+
+
+def _bring_decoding(brought: Brought, generation: dict[str, Any]) -> None:
+  """Sets how answers are written, as generation_config.json says."""
+  typed, rest = typed_settings(generation)
+  for name, value in typed.items():
+    brought.bring("generator", f"decoding.{name}", value)
   text = json.dumps(rest, sort_keys=True) if rest else ""
-  brought.bring(part, "decoding.generation_config", text)
+  brought.bring("generator", "decoding.generation_config", text)
 
 
 def _bring_contexts(
@@ -430,13 +472,13 @@ def _start_both(config: Config) -> None:
     return
   if is_ours(where):
     saved = read_saved(where)
-    if saved.causal is not None:
+    if saved.causal is not None and saved.encoder is None:
       raise _no_rag(where, saved.kind)
     if saved.encoder is not None and not encoder.init_from:
       encoder.init_from = where
       if "passage_encoder" in saved.params:
         encoder.tied = False
-    has_generator = saved.generator is not None
+    has_generator = "generator" in saved.params
   else:
     kind = checkpoint_kind(where)
     if kind != "rag":

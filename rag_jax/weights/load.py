@@ -56,9 +56,6 @@ Where = str | os.PathLike[str]
 
 PASSAGE_ENCODER = "ctx_encoder"  # folder of the passage encoder in our exports
 
-_DECODER_ONLY = (
-  " Decoder-only generators are converted, but cannot be part of RAG yet."
-)
 _RAG_PARTS = ("question_encoder", "ctx_encoder", "generator")
 _KINDS = {
   "RagTokenForGeneration": "token",
@@ -105,6 +102,19 @@ def load_generator(where: Where) -> LoadedGenerator:
   check(directory.origin, {part.name: part.problems()})
   generation = read_generation(directory, with_default_ids(values))
   return part.load(find_tokenizer(directory, ""), generation)
+
+
+def load_any_generator(where: Where) -> LoadedGenerator | LoadedCausal:
+  """Returns the generator of a checkpoint, whichever kind it is.
+
+  Errors as in `load_generator`.
+  """
+  if is_ours(where):
+    saved = read_saved(where)
+    is_causal = saved.causal is not None
+    return saved.load_causal() if is_causal else saved.load_generator()
+  is_causal = checkpoint_kind(where) in CAUSAL_TYPES
+  return load_causal(where) if is_causal else load_generator(where)
 
 
 def load_causal(where: Where) -> LoadedCausal:
@@ -212,11 +222,10 @@ def _expect(values: ConfigValues, types: tuple[str, ...], what: str) -> None:
   if found in types:
     return
   if found in (*ENCODER_TYPES, *GENERATOR_TYPES, *CAUSAL_TYPES, "rag"):
-    hint = _DECODER_ONLY if found in CAUSAL_TYPES else ""
     raise ValueError(
       f"{values.origin} describes model_type={found!r}; expected {what}, one of"
       f" {', '.join(types)}. Give another checkpoint, or load this one as what"
-      f" it is.{hint}"
+      " it is."
     )
   raise unsupported(values.origin, found, values.values.get("architectures"))
 

