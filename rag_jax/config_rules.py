@@ -18,6 +18,7 @@ from rag_jax.config import CausalConfig
 from rag_jax.config import Config
 from rag_jax.config import IndexConfig
 from rag_jax.config_generators import check_causal
+from rag_jax.config_prompts import prompt_problems
 
 _MAX_INT = 2**31 - 1  # larger than any size
 _LIMITS = {
@@ -233,7 +234,8 @@ def _generator_problems(c: Config) -> Iterator[str]:
 def _objective_problems(c: Config) -> Iterator[str]:
   """Yields what is wrong with `loss` and `retriever_loss` together."""
   own = c.retriever_loss not in ("marginal", "none")
-  if c.hf_loss and (c.loss == "fid" or c.retriever_loss != "marginal"):
+  joined = c.loss in ("fid", "concatenate")
+  if c.hf_loss and (joined or c.retriever_loss != "marginal"):
     yield (
       f"hf_loss=True has no loss={c.loss!r} with retriever_loss="
       f"{c.retriever_loss!r}; Hugging Face's are rag_token and rag_sequence,"
@@ -244,6 +246,11 @@ def _objective_problems(c: Config) -> Iterator[str]:
       "loss='fid' has no p(y|x,z) of single documents, so that its gradient"
       " does not reach the retriever: retriever_loss='marginal' is for the"
       " other losses. Set it to 'none', 'emdr2', 'pdist', 'loop' or 'replug'."
+    )
+  if c.loss == "concatenate" and c.retriever_loss != "none":
+    yield (
+      "loss='concatenate' has no p(y|x,z) of single documents, from which"
+      f" retriever_loss={c.retriever_loss!r} could learn. Set it to 'none'."
     )
   if c.loss == "fid" and c.train.length_groups > 1:
     yield (
@@ -406,6 +413,7 @@ def _cross_problems(c: Config) -> Iterator[str]:
       " train.length_groups=1."
     )
   yield from _objective_problems(c)
+  yield from prompt_problems(c)
   if c.hf_loss and c.exclude_bos_score and c.train.accumulate > 1:
     yield (
       "exclude_bos_score=True looks at the first tokens of a whole batch, but"
@@ -419,17 +427,18 @@ def _cross_problems(c: Config) -> Iterator[str]:
       f"optimizer.momentum_dtype={c.optimizer.momentum_dtype!r} is for AdamW,"
       " but optimizer.kind='adafactor' keeps no momentum. Set it to 'float32'."
     )
-  if c.data.context_style == "rag" and c.warmup.num_steps:
+  style = c.data.context_style
+  if style != "question_first" and c.warmup.num_steps:
     yield (
       f"warmup.num_steps={c.warmup.num_steps} masks tokens, which"
-      " data.context_style='rag' would lose: its contexts are strings. Set one"
-      " of them to 0 or 'question_first'."
+      f" data.context_style={style!r} would lose: its contexts are strings. Set"
+      " one of them to 0 or 'question_first'."
     )
   for name in ("substitute_answers", "substitute_subjects"):
-    if c.data.context_style == "rag" and getattr(c.data, name):
+    if style != "question_first" and getattr(c.data, name):
       yield (
         f"data.{name}={getattr(c.data, name)} needs"
-        " data.context_style='question_first'."
+        f" data.context_style='question_first', but it is {style!r}."
       )
   if c.warmup.num_steps and (
     c.warmup.span_max_tokens + 1 > c.data.target_length

@@ -18,6 +18,12 @@ from rag_jax.config_rules import validate
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.rag import build_model
 
+JOINED = {
+  "loss": "concatenate",
+  "retriever_loss": "none",
+  "data__context_style": "prompt",
+}
+
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
@@ -247,6 +253,12 @@ def test_what_looks_at_a_whole_batch_is_not_computed_in_parts():
      "loss='fid' joins the contexts of a question"),
     ({"loss": "fid", "retriever_loss": "none", "hf_loss": True},
      "hf_loss=True has no loss='fid'"),
+    ({**JOINED, "hf_loss": True},
+     "hf_loss=True has no loss='concatenate'"),
+    ({**JOINED, "retriever_loss": "marginal"},
+     "loss='concatenate' has no p(y|x,z) of single documents, from which"
+     " retriever_loss='marginal' could learn. Set it to 'none'"),
+    ({**JOINED, "retriever_loss": "emdr2"}, "retriever_loss='emdr2' could"),
     ({"hf_loss": True, "retriever_loss": "pdist"}, "with 'marginal'"),
     ({"retriever_loss": "loop"}, "Set loss='fid', or choose 'pdist'"),
     ({"retriever_loss": "emdr2", "data__n_docs": 0}, "a closed-book model"),
@@ -268,7 +280,68 @@ def test_objectives_that_exist_are_not_refused():
     for retriever_loss in ("none", "emdr2", "emdr2_token", "pdist", "replug"):
       validate(make(loss=loss, retriever_loss=retriever_loss))
   validate(make(loss="fid", retriever_loss="loop", train__pack_contexts=True))
+  validate(make(**JOINED, train__length_groups=4))
   validate(make(retriever_loss="emdr2", train__accumulate=2))
+
+
+PROMPT = {"data__context_style": "prompt"}
+NO_LOOP = {"prompt__template": "{{ question }}"}
+
+
+@pytest.mark.parametrize(
+  ("settings", "problem"),
+  [
+    ({**PROMPT, **NO_LOOP}, "prompt.template='{{ question }}' does not use"),
+    ({**PROMPT, "prompt__template": "{%"}, "prompt.template is no Jinja tem"),
+    ({**PROMPT, "prompt__template": "{{ question }}{{ passages }}{{ n }}"},
+     "prompt.template uses ['n'], but there are only ['passages', 'question']"),
+    ({**PROMPT, "prompt__template": "{{ question }}{{ passages[1] }}"},
+     "prompt.template fails for 0 passages"),
+    ({**PROMPT, "prompt__system": "Be brief."},
+     "prompt.system='Be brief.' is a message of a chat, but prompt.chat=False."
+     " Set prompt.chat=True, or write the text into prompt.template."),
+    ({**PROMPT, "prompt__chat": True, "prompt__before_answer": "\n"},
+     "prompt.before_answer='\\n' is for plain prompts, but with prompt.chat=T"),
+    ({**PROMPT, "prompt__chat": True, "prompt__shot_separator": "#"},
+     "prompt.shot_separator='#' is for plain prompts"),
+    ({"prompt__shots": "a.jsonl"},
+     "prompt.shots='a.jsonl' is for data.context_style='prompt', but it is"
+     " 'question_first'. Set that, or leave out the settings of prompts."),
+    ({"prompt__chat": True}, "prompt.chat='True' is for data.context_style"),
+    ({"prompt__stop": "\n", "data__context_style": "rag"}, "but it is 'rag'"),
+    ({"loss": "concatenate", "retriever_loss": "none"},
+     "loss='concatenate' puts all documents into one prompt, which needs"
+     " data.context_style='prompt', but it is 'question_first'. Set that, or"),
+    ({**PROMPT, "decoding__mode": "concatenate"},
+     "loss='rag_token' and decoding.mode='concatenate': a run reads all doc"),
+    ({**PROMPT, "loss": "concatenate", "retriever_loss": "none",
+      "decoding__mode": "rag_sequence"},
+     "loss='concatenate' and decoding.mode='rag_sequence': a run reads all"),
+    ({**PROMPT, "warmup__num_steps": 1},
+     "warmup.num_steps=1 masks tokens, which data.context_style='prompt' woul"),
+    ({**PROMPT, "data__substitute_answers": 0.5},
+     "data.substitute_answers=0.5 needs data.context_style='question_first',"
+     " but it is 'prompt'."),
+    ({**PROMPT, "data__substitute_subjects": 0.5},
+     "data.substitute_subjects=0.5 needs"),
+    ({**PROMPT, "index__refresh_rows": 9, "index__kind": "device"},
+     "which needs data.context_style='question_first', but it is 'prompt'"),
+  ],
+  ids=str,
+)  # fmt: skip
+def test_prompts_that_cannot_be_are_refused(settings, problem):
+  [found] = refused(make(**settings))
+  assert problem in found
+
+
+def test_prompts_that_can_be_are_not_refused():
+  validate(make(**PROMPT))
+  validate(make(**PROMPT, **NO_LOOP, data__n_docs=0))
+  validate(make(**PROMPT, prompt__chat=True, prompt__system="Be brief."))
+  validate(make(**PROMPT, prompt__shots="a.jsonl", prompt__stop="\n"))
+  validate(make(**JOINED))
+  validate(make(**JOINED, decoding__mode="concatenate"))
+  validate(make(**PROMPT, decoding__mode="rag_sequence"))
 
 
 def test_groups_of_lengths_are_for_our_losses():

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 import jinja2
 
-from rag_jax.corpus.tokenizer import open_tokenizer
+from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.corpus.tokenizer import load_tokenizer
 
 Message = Mapping[str, str]  # "role" and "content"
 
@@ -16,23 +17,43 @@ Message = Mapping[str, str]  # "role" and "content"
 class Chat:
   """The chat template of a tokenizer."""
 
-  def __init__(self, path: epath.PathLike):
-    """Opens the tokenizer in directory `path`.
+  def __init__(self, tokenizer: Tokenizer | epath.PathLike):
+    """Uses `tokenizer`, or opens the one in a directory.
 
     Raises:
       FileNotFoundError: there is no tokenizer.
       ValueError: it cannot be read, or has no chat template.
     """
-    self._tokenizer = open_tokenizer(path)
-    if not self._tokenizer.chat_template:
+    place = ""
+    if not isinstance(tokenizer, Tokenizer):
+      place = f" in {tokenizer}"
+      tokenizer = load_tokenizer(tokenizer)
+    self._tokenizer = tokenizer
+    if not tokenizer.backend.chat_template:
       raise ValueError(
-        f"The tokenizer in {path} has no chat template; looked for"
+        f"The tokenizer{place} has no chat template; looked for"
         " chat_template.jinja, and for chat_template in tokenizer_config.json."
         " Expected that of a model trained on chats. Take such a model, or give"
         " this one plain text."
       )
-    added = self._tokenizer.added_tokens_decoder.values()
-    self._special = [token.content for token in added if token.special]
+
+  def harmless(self, text: str) -> str:
+    """Returns `text` with a space inside of each text of a special token.
+
+    Then "<|end|>" in a message cannot pose as its end: it is "< |end|>".
+    """
+    broken = {
+      special: f"{special[0]} {special[1:]}"
+      for special in self._tokenizer.special_texts
+    }
+    # A token of one character, or of spaces, cannot be broken: it would still
+    # be there. It stays, and `text` refuses it.
+    broken = {old: new for old, new in broken.items() if old not in new}
+    # Again, since overlapping ones are found one after the other.
+    while found := [special for special in broken if special in text]:
+      for special in found:
+        text = text.replace(special, broken[special])
+    return text
 
   def text(self, messages: Sequence[Message], *, answer: bool = True) -> str:
     """Returns the chat as one text.
@@ -43,18 +64,20 @@ class Chat:
 
     Raises:
       ValueError: a message has the text of a special token, with which it could
-        pose as another message; or the template refuses the messages.
+        pose as another message (see `harmless`); or the template refuses the
+        messages.
     """
     for message in messages:
-      found = [x for x in self._special if x in message["content"]]
+      content = message["content"]
+      found = [x for x in self._tokenizer.special_texts if x in content]
       if found:
         raise ValueError(
-          f"The message {message['content'][:60]!r} has the special token"
+          f"The message {content[:60]!r} has the special token"
           f" {found[0]!r}; expected text, which cannot pose as the end of a"
           " message. Remove it."
         )
     try:
-      text = self._tokenizer.apply_chat_template(
+      text = self._tokenizer.backend.apply_chat_template(
         [dict(message) for message in messages],
         tokenize=False,
         add_generation_prompt=answer,
@@ -73,4 +96,4 @@ class Chat:
   ) -> list[int]:
     """Returns the token ids of the chat; arguments and errors as in `text`."""
     text = self.text(messages, answer=answer)
-    return list(self._tokenizer.encode(text, add_special_tokens=False))
+    return self._tokenizer.encode_special([text])[0]

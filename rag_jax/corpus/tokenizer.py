@@ -4,7 +4,7 @@ In: text. Out: token ids, mostly without special tokens, which data/ adds. The
 only file that imports transformers, and only for its tokenizers.
 """
 
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import functools
 import logging as python_logging
@@ -16,7 +16,6 @@ import typing
 
 from absl import logging
 from etils import epath
-import regex
 import tokenizers
 from tokenizers import decoders
 from tokenizers import models
@@ -26,6 +25,8 @@ from tokenizers import trainers
 
 from rag_jax import artifacts
 from rag_jax import disk
+from rag_jax.corpus.word_starts import begins_word
+from rag_jax.corpus.word_starts import word_starts
 
 if typing.TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast as Backend
@@ -42,12 +43,6 @@ _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # Words with the space before them, and single digits, so that tokens seen in
 # training can spell every number.
 _PIECES = r" ?\p{L}[\p{L}\p{M}]*| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+"
-
-# A word: letters and digits, also around a hyphen, apostrophe, comma or period
-# ("1,863", "Guinea-Bissau"), with the marks and joiners that belong to them
-# (Hindi, Persian); or one other character.
-_LETTERS = r"[\p{L}\p{N}][\p{L}\p{N}\p{M}\p{Default_Ignorable_Code_Point}]*"
-_WORD = regex.compile(rf"{_LETTERS}(?:[-'.,]{_LETTERS})*|\S")
 
 # Older checkpoints such as facebook/rag-token-nq have these files instead of a
 # tokenizer.json, and often do not name the class of their tokenizer.
@@ -73,14 +68,17 @@ class Tokenizer:
 
   Attributes:
     vocab_size: number of ids, special tokens included.
-    pad_id: the id of padding.
+    backend: of transformers, with which it shares its state.
+    pad_id: the id of padding; the end token if there is none, as in GPT-2,
+      Llama and Qwen. Masks say what is padding.
     bos_id: the start token, BERT's [CLS]; None if there is none, as in T5.
     eos_id: ends rows and their parts, BERT's [SEP].
-    mask_id: stands for a part that is left out.
+    mask_id: stands for a part that is left out; None if there is neither a mask
+      token nor an unknown one.
   """
 
   def __init__(self, backend: "Backend"):
-    self._backend = backend
+    self.backend = backend
     self._inner = backend.backend_tokenizer
     # "</s>" in a passage must stay text, or the passage could end early and
     # continue as something else. It is not saved with the tokenizer.
@@ -89,26 +87,24 @@ class Tokenizer:
     self._inner.no_truncation()
     self._inner.no_padding()
     self.vocab_size = len(backend)
-    self.pad_id = self._special("pad_token")
     self.bos_id = self._find("bos_token", "cls_token")
-    self.eos_id = self._special("eos_token", "sep_token")
-    self.mask_id = self._special("mask_token", "unk_token")
+    eos_id = self._find("eos_token", "sep_token")
+    if eos_id is None:
+      raise ValueError(
+        "The tokenizer has no eos_token or sep_token; expected one, with which"
+        " texts end. Add it to tokenizer_config.json."
+      )
+    self.eos_id = eos_id
+    pad_id = self._find("pad_token")
+    self.pad_id = eos_id if pad_id is None else pad_id
+    self.mask_id = self._find("mask_token", "unk_token")
 
   def _find(self, *names: str) -> int | None:
     for name in names:
-      token_id = getattr(self._backend, f"{name}_id", None)
+      token_id = getattr(self.backend, f"{name}_id", None)
       if token_id is not None:
         return int(token_id)
     return None
-
-  def _special(self, *names: str) -> int:
-    token_id = self._find(*names)
-    if token_id is not None:
-      return token_id
-    raise ValueError(
-      f"The tokenizer has no {' or '.join(names)}; batches need one. Add it to"
-      " tokenizer_config.json."
-    )
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of each text, without special tokens."""
@@ -120,7 +116,7 @@ class Tokenizer:
     """Returns what `encode` does, and whether each token begins a word."""
     encodings = _encode(self._inner, texts)
     begins = [
-      _begins_word(text, encoding.offsets, _word_starts(text))
+      begins_word(text, encoding.offsets, word_starts(text))
       for text, encoding in zip(texts, encodings, strict=True)
     ]
     return [encoding.ids for encoding in encodings], begins
@@ -134,26 +130,54 @@ class Tokenizer:
     tokens in the string are encoded as such, so the parts must not hold any:
     see `holds_special`.
     """
-    end = str(self._backend.convert_ids_to_tokens(self.eos_id))
+    end = str(self.backend.convert_ids_to_tokens(self.eos_id))
     joined = ["".join(part + end for part in parts) for parts in texts]
     encodings = _encode(self._reading_special, joined)
     begins = []
     for parts, whole, encoding in zip(texts, joined, encodings, strict=True):
       words, start = set[int](), 0
       for part in parts:
-        words |= {start + place for place in _word_starts(part)}
+        words |= {start + place for place in word_starts(part)}
         start += len(part)
         words.add(start)  # the end token
         start += len(end)
-      begins.append(_begins_word(whole, encoding.offsets, words))
+      begins.append(begins_word(whole, encoding.offsets, words))
     return [encoding.ids for encoding in encodings], begins
+
+  def encode_special(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns what `encode` does, but "</s>" in a text is the end token."""
+    return [e.ids for e in _encode(self._reading_special, texts)]
+
+  def encode_prompts(
+    self, texts: Sequence[str], *, ends: bool
+  ) -> list[list[int]]:
+    """Returns whole rows with special tokens, as in `transformers`.
+
+    Args:
+      texts: of any length; special tokens in them stay text.
+      ends: False leaves out the end token if the tokenizer adds one, since the
+        answer follows.
+    """
+    rows = []
+    for encoding in _encode(self._inner, texts):
+      whole = self._inner.post_process(encoding)
+      added = not ends and whole.special_tokens_mask[-1:] == [1]
+      cut = added and whole.ids[-1] == self.eos_id
+      rows.append(whole.ids[: len(whole.ids) - cut])
+    return rows
+
+  def token_ends(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns where the tokens of each text end, as numbers of characters."""
+    encodings = _encode(self._inner, texts)
+    return [[end for _, end in encoding.offsets] for encoding in encodings]
 
   def holds_special(self, text: str) -> bool:
     """Returns whether `text` holds the text of a special token."""
-    return any(special in text for special in self._special_texts)
+    return any(special in text for special in self.special_texts)
 
   @functools.cached_property
-  def _special_texts(self) -> list[str]:
+  def special_texts(self) -> list[str]:
+    """The texts of all special tokens."""
     added = self._inner.get_added_tokens_decoder()
     return [token.content for token in added.values() if token.special]
 
@@ -165,7 +189,7 @@ class Tokenizer:
   @functools.cached_property
   def largest_id(self) -> int:
     """The largest possible id; `vocab_size` - 1 if there are no gaps."""
-    return max(self._backend.get_vocab().values())
+    return max(self.backend.get_vocab().values())
 
   def encode_inputs(
     self, texts: Sequence[str], length: int
@@ -200,7 +224,7 @@ class Tokenizer:
     files set clean_up_tokenization_spaces.
     """
     ids = [int(i) for i in ids]
-    return str(self._backend.decode(ids, skip_special_tokens=True))
+    return str(self.backend.decode(ids, skip_special_tokens=True))
 
   def tokens(self, ids: Iterable[typing.SupportsInt]) -> list[str]:
     """Returns the text of each id by itself, for display."""
@@ -237,7 +261,7 @@ class Tokenizer:
 
   def _save(self, path: epath.Path) -> None:
     try:
-      self._backend.save_pretrained(os.fspath(path))
+      self.backend.save_pretrained(os.fspath(path))
     except OSError:
       raise
     except Exception as error:  # the compiled library raises only this type
@@ -245,31 +269,6 @@ class Tokenizer:
         raise
       number = re.search(r"os error (\d+)", str(error))
       raise OSError(int(number[1]) if number else 0, str(error)) from error
-
-
-def _word_starts(text: str) -> set[int]:
-  return {word.start() for word in _WORD.finditer(text)}
-
-
-def _begins_word(
-  text: str, offsets: Sequence[tuple[int, int]], words: Set[int]
-) -> list[bool]:
-  """Returns whether each token begins a word.
-
-  Args:
-    text: the text that was encoded.
-    offsets: (start, end) of each token in it.
-    words: where its words start.
-  """
-  begins, seen = [], set[int]()
-  for start, end in offsets:
-    # A token may include the space before its word. If several tokens share one
-    # character, the first of them begins the word.
-    piece = text[start:end]
-    place = start + len(piece) - len(piece.lstrip())
-    begins.append(place in words and place not in seen)
-    seen.add(place)
-  return begins
 
 
 def _encode(

@@ -37,7 +37,10 @@ class ClozeBatches:
         f" passages ({len(passages)}), and the warm-up uses each at most once"
         " per batch. Lower it, or skip the warm-up: warmup.num_steps=0."
       )
-    self._tokenizer = tokenizer
+    retriever = context.retriever_passages.tokenizer
+    self._mask_id = _mask_id(tokenizer, "generator")
+    if config.data.n_docs:
+      self._question_mask_id = _mask_id(retriever, "retriever")
     self._end = tokenizer.eos_id
     self._passages = passages
     self._context = context
@@ -92,7 +95,7 @@ class ClozeBatches:
     befores, afters, spans = (
       [parts[i] for i in self._share] for parts in (befores, afters, spans)
     )
-    windows = _masked(befores, self._tokenizer.mask_id, afters)
+    windows = _masked(befores, self._mask_id, afters)
     target_tokens, target_mask = self._context.targets(spans)
     if not config.data.n_docs:  # closed book: the passage is not shown
       docs = np.zeros((len(rows), 0), np.int64)
@@ -101,11 +104,10 @@ class ClozeBatches:
     context_tokens, context_mask = self._context.contexts(
       windows, rows[:, None]
     )
-    retriever = self._context.retriever_passages.tokenizer
     question_tokens, question_mask = self._context.questions(
       _masked(
         self._context.retriever_ids(befores),
-        retriever.mask_id,
+        self._question_mask_id,
         self._context.retriever_ids(afters),
       )
     )
@@ -120,6 +122,22 @@ class ClozeBatches:
       doc_tokens=doc_tokens,
       doc_mask=doc_mask,
     )
+
+
+def _mask_id(tokenizer: Tokenizer, part: str) -> int:
+  """Returns the token that stands for a span.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if tokenizer.mask_id is None:
+    raise ValueError(
+      f"The {part}'s tokenizer has neither mask_token nor unk_token, and the"
+      " warm-up masks spans with one of them; expected one in"
+      " tokenizer_config.json. Use another tokenizer, or skip the warm-up:"
+      " warmup.num_steps=0."
+    )
+  return tokenizer.mask_id
 
 
 def _masked(

@@ -18,7 +18,9 @@ string with the generator's own special tokens around it,
     prefix title title_sep text doc_sep question
 
 Here the question is decoded from the retriever's tokens (BERT's are lower
-case), and is the first to be cut. Cut questions and contexts are counted.
+case), and is the first to be cut. "prompt" is the text that prompts.py writes,
+for language models; one prompt can hold all documents. Cut questions and
+contexts are counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,8 +31,10 @@ from jaxtyping import Bool, Int
 import numpy as np
 
 from rag_jax.config import DataConfig
+from rag_jax.config import PromptConfig
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.data.prompts import PromptBuilder
 from rag_jax.data.substitution import Change
 from rag_jax.data.substitution import substitute
 
@@ -68,6 +72,7 @@ class ContextBuilder:
   Attributes:
     tokenizer: the generator's.
     tokenized: the passages, tokenised with it.
+    prompts: writes the contexts of the style "prompt"; None in others.
     counts: how many questions, contexts and targets were cut so far, except
       those counted by `counting`.
   """
@@ -79,17 +84,28 @@ class ContextBuilder:
     config: DataConfig,
     retriever_passages: TokenizedPassages | None = None,
     target_start: Sequence[int] = (),
+    *,
+    prompt: PromptConfig | None = None,
+    joined: bool = False,
+    ends: bool = False,
   ):
     """Prepares to build arrays.
 
     Args:
       tokenizer: the generator's.
-      passages: tokenised with it. Contexts in the style "rag" use only their
-        strings.
+      passages: tokenised with it. Contexts in the styles "rag" and "prompt"
+        use only their strings.
       config: lengths and style.
       retriever_passages: tokenised with the retriever's tokenizer, if that is
         another one.
       target_start: tokens that every target begins with, before the answer.
+      prompt: of the style "prompt"; None is the default.
+      joined: all documents are in one prompt.
+      ends: prompts end with the end token, since an encoder reads them.
+
+    Raises:
+      ValueError: passages of another tokenizer, or a prompt that cannot be.
+      FileNotFoundError: there is no file with examples for the prompt.
     """
     self._target_start = target_start
     self.tokenizer = tokenizer
@@ -99,12 +115,22 @@ class ContextBuilder:
       retriever_passages = passages
     self._retriever_passages = retriever_passages
     self._retriever = self._retriever_passages.tokenizer
-    self._as_strings = config.context_style == "rag"
+    self._as_strings = config.context_style != "question_first"
     if not self._as_strings and passages.tokenizer is not tokenizer:
       raise ValueError(
         "The passages have ids of another tokenizer than the generator's, which"
         " reads them. Expected passages tokenised with the generator's, and the"
         " others as retriever_passages; or set data.context_style='rag'."
+      )
+    self.prompts = None
+    if config.context_style == "prompt":
+      self.prompts = PromptBuilder(
+        tokenizer,
+        prompt or PromptConfig(),
+        config.context_length,
+        joined=joined,
+        n_docs=config.n_docs,
+        ends=ends,
       )
     self.counts = dict.fromkeys(COUNTS, 0)
     self._apart = threading.local()
@@ -140,9 +166,28 @@ class ContextBuilder:
   ) -> tuple[list[Ids], list[Ids]]:
     """Returns ids for `questions` and ids for `contexts`; often the same."""
     ids = self._retriever.encode(questions)
-    if self.one_tokenizer or self._as_strings:
+    if self.one_tokenizer or self._config.context_style == "rag":
       return ids, ids
     return ids, self.tokenizer.encode(questions)
+
+  def encode_answers(self, answers: Sequence[str]) -> list[Ids]:
+    """Returns ids for `targets`, as an answer follows its context."""
+    before = self.prompts.before_answer if self.prompts else ""
+    return self.tokenizer.encode([before + answer for answer in answers])
+
+  def num_docs(self, n_docs: int) -> int:
+    """Returns how many of `n_docs` documents a context holds."""
+    joined = self.prompts is not None and self.prompts.joined
+    return n_docs if joined else min(n_docs, 1)
+
+  def num_shared(self, tokens: Int[np.ndarray, "B K C"]) -> int:
+    """Returns how many tokens all these contexts are known to begin with."""
+    if self.prompts is None:
+      return 0
+    # The last ones may be merged with what follows.
+    head = self.prompts.head[:-2]
+    same = bool(np.all(tokens[..., : len(head)] == head))
+    return len(head) if same else 0
 
   def retriever_ids(self, ids: Sequence[Ids]) -> list[Ids]:
     """Returns ids of the generator's tokenizer as ids of the retriever's.
@@ -160,8 +205,13 @@ class ContextBuilder:
     """
     data = self._config
     room = data.question_length - 1 - (self._retriever.bos_id is not None)
-    if len(question_ids) > room or self._as_strings:
-      return len(question_ids) > room
+    if len(question_ids) > room:
+      return True
+    if self.prompts is not None:
+      question = self.tokenizer.decode(context_ids)
+      return self.prompts.cuts_question(question, self.num_docs(data.n_docs))
+    if self._as_strings:
+      return False
     room = data.context_length - 1 - (self.tokenizer.bos_id is not None)
     return len(context_ids) > room
 
@@ -237,6 +287,8 @@ class ContextBuilder:
   ) -> tuple[Tokens, Mask]:
     """Returns the generator's input, [B, K, C], and its mask.
 
+    If prompts hold all documents, it is [B, 1, C].
+
     Args:
       question_ids: tokens of B questions, from the generator's tokenizer; in
         the style "rag", from the retriever's. `encode_questions` returns them.
@@ -245,16 +297,19 @@ class ContextBuilder:
       changes: replacements to make in each question's documents.
 
     Raises:
-      ValueError: changes in the style "rag", whose documents are strings.
+      ValueError: changes in a style whose documents are strings.
     """
     if self._as_strings:
       if any(change.replacements for change in changes or ()):
         raise ValueError(
           "Names are changed in the documents' tokens, but with"
-          " data.context_style='rag' the generator reads them as strings."
-          " Set data.substitute_answers=0.0, data.substitute_subjects=0.0 or"
+          f" data.context_style={self._config.context_style!r} the generator"
+          " reads them as strings. Set data.substitute_answers=0.0,"
+          " data.substitute_subjects=0.0 or"
           " data.context_style='question_first'."
         )
+      if self.prompts is not None:
+        return self._prompt_contexts(self.prompts, question_ids, rows)
       return self._string_contexts(question_ids, rows)
     length = self._config.context_length
     tokenizer = self.tokenizer
@@ -318,11 +373,34 @@ class ContextBuilder:
         strings.append((data.context_prefix + question).replace("  ", " "))
     ids, num_cut = self.tokenizer.encode_inputs(strings, data.context_length)
     self._count_here()["contexts_cut"] += num_cut
-    tokens, mask = self._pad(
-      ids, data.context_length, "contexts_cut", self.tokenizer
-    )
-    shape = (len(questions), max(rows.shape[1], 1), data.context_length)
-    return tokens.reshape(shape), mask.reshape(shape)
+    return self._padded_contexts(ids, max(rows.shape[1], 1))
+
+  def _prompt_contexts(
+    self,
+    prompts: PromptBuilder,
+    question_ids: Sequence[Ids],
+    rows: Int[np.ndarray, "B K"],
+  ) -> tuple[Tokens, Mask]:
+    """Returns contexts in the style "prompt", [B, K, C] or [B, 1, C]."""
+    asked, shown = [], []
+    for ids, numbers in zip(question_ids, rows.tolist(), strict=True):
+      docs = [self.tokenized.passages[row] for row in numbers]
+      alone = docs and not prompts.joined
+      groups = [[doc] for doc in docs] if alone else [docs]
+      asked += [self.tokenizer.decode(ids)] * len(groups)
+      shown += groups
+    contexts, num_cut = prompts.encode(asked, shown)
+    self._count_here()["contexts_cut"] += num_cut
+    num_rows = 1 if prompts.joined else max(rows.shape[1], 1)
+    return self._padded_contexts(contexts, num_rows)
+
+  def _padded_contexts(
+    self, contexts: Sequence[Ids], num: int
+  ) -> tuple[Tokens, Mask]:
+    """Returns contexts, `num` of each question in turn, as [B, num, C]."""
+    length = self._config.context_length
+    tokens, mask = self._pad(contexts, length, "contexts_cut", self.tokenizer)
+    return tokens.reshape(-1, num, length), mask.reshape(-1, num, length)
 
 
 def _start(tokenizer: Tokenizer) -> Ids:

@@ -149,7 +149,8 @@ def open_experiment(
     devices: of the mesh; by default all.
     initial: checkpoints to start from.
     reads_tokens: False tokenizes no passage. Possible if there is an index
-      already, and data.context_style="rag" reads the passages as strings.
+      already, and data.context_style is "rag" or "prompt", which read the
+      passages as strings.
 
   Raises:
     ValueError: settings, devices, passages and tokenizer do not fit together.
@@ -197,6 +198,9 @@ def open_experiment(
     config.data,
     retriever_tokenized,
     target_start=target_start(config),
+    prompt=config.prompt,
+    joined="concatenate" in (config.loss, config.decoding.mode),
+    ends=config.generator.kind != "causal",
   )
   model = build_model(
     config,
@@ -281,7 +285,7 @@ def _texts(passages: Passages) -> Iterator[str]:
 def _check_tables(
   config: Config, tokenizer: Tokenizer, retriever_tokenizer: Tokenizer
 ) -> None:
-  """Raises `ValueError` if a tokenizer has more ids than the embeddings."""
+  """Raises `ValueError` if a tokenizer does not fit the embeddings or loss."""
   for name, table, ids in (
     ("encoder", config.encoder.vocab_size, retriever_tokenizer.vocab_size),
     ("generator", config.generator.vocab_size, tokenizer.vocab_size),
@@ -292,6 +296,13 @@ def _check_tables(
         " Use the tokenizer that the checkpoint was trained with"
         " (tokenizer.path=''), or a larger table."
       )
+  if config.hf_loss and tokenizer.pad_id == tokenizer.eos_id:
+    raise ValueError(
+      "hf_loss=True recognises padding by its id, but the generator's tokenizer"
+      f" pads with its end token ({tokenizer.eos_id}), which targets end with."
+      " Expected a pad_token of its own in tokenizer_config.json. Set"
+      " hf_loss=False."
+    )
 
 
 def _check_fresh(config: Config, path: epath.PathLike) -> None:

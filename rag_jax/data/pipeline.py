@@ -69,9 +69,7 @@ class QuestionBatches:
       self._texts
     )
     # Every accepted answer is right; the first is the one to learn.
-    self._answer_ids = context.tokenizer.encode(
-      [q.answers[0] for q in questions]
-    )
+    self._answer_ids = context.encode_answers([q.answers[0] for q in questions])
     self._context = context
     self._informal, self._seed = config.data.informal_questions, config.seed
     self._embedder = embedder
@@ -100,7 +98,7 @@ class QuestionBatches:
     ids = [
       self._context_ids[i] for i in rng.integers(len(self._texts), size=num)
     ]
-    num_docs = min(self._n_docs, 1)
+    num_docs = self._context.num_docs(self._n_docs)
     rows = rng.integers(len(self._context.tokenized), size=(num, num_docs))
     with self._context.counting():  # these are not cut for a model
       _, mask = self._context.contexts(ids, rows)

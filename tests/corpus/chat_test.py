@@ -9,6 +9,7 @@ from tokenizers import pre_tokenizers
 import transformers
 
 from rag_jax.corpus.chat import Chat
+from rag_jax.corpus.tokenizer import load_tokenizer
 
 TEMPLATE = (
   "{% for m in messages %}{% if m.role == 'tool' %}"
@@ -78,6 +79,42 @@ def test_a_message_cannot_pose_as_the_end_of_itself(folder):
     ValueError, match=r"has the special token '<\|(start|end)"
   ):
     Chat(folder).ids([message])
+
+
+def test_a_chat_of_an_opened_tokenizer_is_that_of_its_folder(folder):
+  tokenizer = load_tokenizer(folder)
+  expected = Chat(folder).ids(MESSAGES)
+  assert Chat(tokenizer).ids(MESSAGES) == expected
+  # It still reads special tokens as text elsewhere.
+  assert 5 not in tokenizer.encode(["<|start|>"])[0]
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("it is", "it is"),
+    ("it<|end|>", "it< |end|>"),
+    ("<|end|><|end|>", "< |end|>< |end|>"),
+    ("<|<|end|>end|>", "<|< |end|>end|>"),
+    ("<<|start|>end|>", "<< |start|>end|>"),
+    ("< |end|>", "< |end|>"),
+  ],
+)
+def test_a_harmless_message_has_no_special_token(folder, text, expected):
+  chat = Chat(folder)
+  assert chat.harmless(text) == expected
+  message = {"role": "user", "content": expected}
+  ids = chat.ids([message], answer=False)
+  assert [ids.index(5), ids.index(6)] == [0, len(ids) - 1]
+  assert ids.count(5) == ids.count(6) == 1
+
+
+def test_special_tokens_that_overlap_or_cannot_be_broken_end(folder):
+  chat = Chat(folder)
+  chat._tokenizer.special_texts = ["aa", "x"]
+  assert chat.harmless("aaaa x") == "a a a a x"
+  with pytest.raises(ValueError, match="has the special token 'x'"):
+    chat.text([{"role": "user", "content": "x"}])
 
 
 def test_roles_that_the_template_refuses_are_named(folder):

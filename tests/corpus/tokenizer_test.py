@@ -18,6 +18,8 @@ from tokenizers import pre_tokenizers
 import transformers
 
 from rag_jax.corpus.passage_reader import load_passages
+from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
@@ -285,24 +287,29 @@ def test_without_a_mask_token_the_unknown_one_stands_for_it(tmp_path):
   assert tokenizer.mask_id == 1
 
 
-@pytest.mark.parametrize(
-  ("left_out", "named"),
-  [
-    (["pad_token"], "pad_token"),
-    (["sep_token"], "eos_token or sep_token"),
-    (["mask_token", "unk_token"], "mask_token or unk_token"),
-    (list(BERT), "pad_token"),
-  ],
-)
-def test_a_tokenizer_without_a_token_that_batches_need_is_refused(
-  left_out, named, tmp_path
+def test_without_padding_the_end_token_pads_and_nothing_need_be_a_mask(
+  tmp_path,
 ):
+  only = {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+  tokenizer = load_tokenizer(bert(tmp_path, **only))
+  assert tokenizer.pad_id == tokenizer.eos_id == 3
+  assert tokenizer.mask_id is None
+  # Padding beside a real end token: lengths tell them apart.
+  passages = [Passage("a", "", "paris"), Passage("b", "paris", "is biggest")]
+  tokenized = TokenizedPassages(passages, tokenizer, 9)
+  assert tokenized.tokens[0, :4].tolist() == [5, 3, 3, 3]
+  assert tokenized.lengths.tolist() == [2, 6]
+  assert list(tokenized.titles()) == [[5]]
+
+
+@pytest.mark.parametrize("left_out", [["sep_token"], list(BERT)])
+def test_a_tokenizer_without_an_end_token_is_refused(left_out, tmp_path):
   bert(tmp_path, **{k: v for k, v in BERT.items() if k not in left_out})
   with pytest.raises(
     ValueError,
     match=(
-      f"The tokenizer has no {named}; batches need one. Add it to tokenizer"
-      r"_config\.json"
+      "The tokenizer has no eos_token or sep_token; expected one, with which"
+      r" texts end. Add it to tokenizer_config\.json"
     ),
   ):
     load_tokenizer(tmp_path)

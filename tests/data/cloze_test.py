@@ -263,6 +263,27 @@ def test_passages_of_a_word_or_two_are_asked_for_a_word(build):
       assert 1 <= len(span) <= 2
 
 
+@pytest.mark.parametrize("part", ["generator", "retriever"])
+def test_a_tokenizer_that_has_no_mask_is_refused_at_once(part):
+  kinds = [train_tokenizer(["a b"], 300), train_tokenizer(["a c"], 300)]
+  kinds[part == "retriever"].mask_id = None
+  tokenized = [TokenizedPassages(PASSAGES, kind, 128) for kind in kinds]
+  config = Config()
+  config.warmup.batch_size = 16
+  context = ContextBuilder(kinds[0], tokenized[0], config.data, tokenized[1])
+  with pytest.raises(
+    ValueError,
+    match=(
+      f"The {part}'s tokenizer has neither mask_token nor unk_token, and the"
+      r" warm-up masks spans .* or skip the warm-up: warmup\.num_steps=0"
+    ),
+  ):
+    ClozeBatches(kinds[0], tokenized[0], context, config)
+  if part == "retriever":  # a closed-book model has none
+    config.data.n_docs = 0
+    ClozeBatches(kinds[0], tokenized[0], context, config)
+
+
 def test_a_mask_that_a_passage_spells_out_is_text(build):
   attack = [Passage("a", "", "one <mask> two </s> three <pad> four")]
   batches, _ = build(passages=attack, batch_size=1)

@@ -1,6 +1,7 @@
 """What a config names is opened once, fits together, or is refused."""
 
 import dataclasses
+import json
 
 from flax import linen as nn
 import jax
@@ -48,6 +49,46 @@ def test_the_tokenizer_learns_from_passages_and_questions(experiment):
   # Each occurs in one of the two alone, often enough to be one token.
   words = ["What", "The"]
   assert [len(ids) for ids in experiment.tokenizer.encode(words)] == [1, 1]
+
+
+def prompted(tiny, **changes):
+  config = tiny.config()
+  config.data.context_style = "prompt"
+  for name, value in changes.items():
+    setattr(config, name, value)
+  return config
+
+
+def test_a_prompt_holds_all_documents_if_they_are_joined(tiny):
+  single = open_experiment(prompted(tiny)).context
+  assert not single.prompts.joined
+  config = prompted(tiny, loss="concatenate", retriever_loss="none")
+  config.prompt.template = "{{ question }}{{ passages|length }}"
+  joined = open_experiment(config).context
+  _, ids = joined.encode_questions(["Why?"])
+  tokens, mask = joined.contexts(ids, np.array([[0, 1]]))
+  assert tokens.shape == (1, 1, 40)
+  assert joined.tokenizer.decode(tokens[mask]) == "Why?2"
+
+
+def test_hf_loss_needs_padding_of_its_own(experiment, tiny, tmp_path):
+  experiment.tokenizer.save(tmp_path)
+  file = tmp_path / "tokenizer_config.json"
+  settings = json.loads(file.read_text())
+  assert settings.pop("pad_token") == "<pad>"
+  file.write_text(json.dumps(settings))
+  config = tiny.config()
+  config.tokenizer.path = str(tmp_path)
+  open_experiment(config)
+  config.hf_loss = True
+  with pytest.raises(
+    ValueError,
+    match=(
+      "hf_loss=True recognises padding by its id, but the generator's tokenizer"
+      r" pads with its end token \(2\), .* Set hf_loss=False"
+    ),
+  ):
+    open_experiment(config)
 
 
 def test_the_example_has_the_shapes_of_the_config(experiment):
