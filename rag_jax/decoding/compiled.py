@@ -91,7 +91,8 @@ def encode(
   """Returns what the decoder looks at in each context.
 
   Of many contexts in host memory the shorter ones are padded to fewer tokens
-  than C; what is returned for padding is then 0.
+  than C; what is returned for padding is then 0. Prompts there are cut to about
+  the longest of them.
 
   Args:
     generator: if it is a decoder alone, it reads what all contexts begin with
@@ -107,11 +108,12 @@ def encode(
     context_tokens = context_tokens[:, :, num_shared:]
     context_mask = context_mask[:, :, num_shared:]
   b, k, c = context_tokens.shape
-  if (
-    isinstance(context_mask, np.ndarray)
-    and b * k >= _MANY_CONTEXTS
-    and c > _ONE_LENGTH
-  ):
+  on_host = isinstance(context_mask, np.ndarray)
+  if on_host and isinstance(generator, CausalGenerator):
+    c = min(_length(int(_ends(context_mask).max())), c)
+    context_tokens = context_tokens[:, :, :c]
+    context_mask = context_mask[:, :, :c]
+  if on_host and b * k >= _MANY_CONTEXTS and c > _ONE_LENGTH:
     return _encode_by_length(
       generator, params, context_tokens, context_mask, shared
     )
@@ -132,6 +134,17 @@ def _encode_shared(
   )
 
 
+def _ends(mask: Bool[np.ndarray, "*B C"]) -> Int[np.ndarray, "*B"]:
+  """Returns the number of places up to the last real token, at least 1."""
+  return np.max(np.where(mask, np.arange(1, mask.shape[-1] + 1), 1), axis=-1)
+
+
+def _length(longest: int) -> int:
+  """Returns `longest` rounded up by at most an eighth, to one of a few sizes."""
+  step = max(2 ** (longest.bit_length() - 4), 16)
+  return -(-longest // step) * step
+
+
 def _encode_by_length(
   generator: AnyGenerator,
   params: PyTree,
@@ -143,7 +156,7 @@ def _encode_by_length(
   b, k, c = context_tokens.shape
   tokens = np.asarray(context_tokens).reshape(b * k, c)
   mask = context_mask.reshape(b * k, c)
-  lengths = np.max(np.where(mask, np.arange(1, c + 1), 1), axis=1)
+  lengths = _ends(mask)
   order = np.argsort(lengths, kind="stable")
   num, step = -(-b * k // _PARTS), -(-c // _NUM_LENGTHS)
   shapes: Any = jax.eval_shape(

@@ -30,6 +30,8 @@ Keys = Float[Array, "B G H S"]  # G heads: N, or fewer for groups of queries
 Values = Float[Array, "B G S H"]
 Bias = Float[Array, "#B N T S"]
 
+_LOWEST = float(np.finfo(np.float32).min)  # logit of what may not be seen
+
 # What the backward pass finds in memory with train.remat="attention".
 KEPT = ("query", "key", "value", "mixed")
 
@@ -378,23 +380,31 @@ def mix_parts(
   """
   b, t, n, h = query.shape
   logits = []
-  for key, _ in places:
+  for (key, _), mask in zip(places, masks, strict=True):
     rows = len(key)
-    found = _logits(query.reshape(rows, -1, n, h), key)
-    found = found.reshape(rows, n, b // rows, t, -1)
-    logits.append(jnp.moveaxis(found, 1, 2).reshape(b, n, t, -1))
-  weights = _weights(
-    jnp.concatenate(logits, axis=-1), jnp.concatenate(masks, -1), soft_cap
-  )
-  mixed, start = jnp.zeros((), query.dtype), 0
+    part = _logits(query.reshape(rows, -1, n, h), key)
+    part = part.reshape(rows, n, b // rows, t, -1)
+    mask = mask.reshape(rows, 1, b // rows, t, -1)
+    part = jnp.where(mask, capped(part, soft_cap), _LOWEST)
+    logits.append(part)
+  # One softmax over all parts, without an array that holds them together.
+  largest = functools.reduce(
+    jnp.maximum, [_by_row(jnp.max(part, axis=-1)) for part in logits]
+  )  # B N T
+  mixed, total = 0.0, 0.0
   for (_, value), part in zip(places, logits, strict=True):
-    rows, end = len(value), start + part.shape[-1]
-    own = weights[..., start:end].astype(value.dtype)
-    own = own.reshape(rows, b // rows, n, t, -1)
-    own = jnp.moveaxis(own, 2, 1).reshape(rows, n, b // rows * t, -1)
-    mixed += _means(own, value).reshape(b, t, n, h)
-    start = end
-  return mixed
+    rows = len(value)
+    top = largest.reshape(rows, b // rows, n, t)
+    weights = jnp.exp(part - jnp.moveaxis(top, 2, 1)[..., None])
+    total += _by_row(jnp.sum(weights, axis=-1))
+    weights = weights.astype(value.dtype).reshape(rows, n, b // rows * t, -1)
+    mixed += _means(weights, value).reshape(b, t, n, h).astype(jnp.float32)
+  return (mixed / jnp.moveaxis(total, 1, 2)[..., None]).astype(query.dtype)
+
+
+def _by_row(x: Float[Array, "R N g T"]) -> Float[Array, "B N T"]:
+  """Returns the same numbers, whose rows are g queries after each other."""
+  return jnp.moveaxis(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def _logits(
@@ -420,7 +430,7 @@ def _weights(
 ) -> Float[Array, "B N T S"]:
   """Returns the softmax, in float32: bfloat16 keeps 8 bits of mantissa."""
   logits = capped(logits, soft_cap)
-  logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
+  logits = jnp.where(mask[:, None], logits, _LOWEST)
   return jax.nn.softmax(logits, axis=-1)
 
 
