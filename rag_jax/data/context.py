@@ -175,6 +175,11 @@ class ContextBuilder:
     before = self.prompts.before_answer if self.prompts else ""
     return self.tokenizer.encode([before + answer for answer in answers])
 
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    """The tokens that an answer also ends at; () in other styles."""
+    return self.prompts.stop_ids if self.prompts else ()
+
   def num_docs(self, n_docs: int) -> int:
     """Returns how many of `n_docs` documents a context holds."""
     joined = self.prompts is not None and self.prompts.joined

@@ -54,6 +54,8 @@ def test_the_tokenizer_learns_from_passages_and_questions(experiment):
 def prompted(tiny, **changes):
   config = tiny.config()
   config.data.context_style = "prompt"
+  config.data.substitute_answers = 0.0
+  config.warmup.num_steps = 0
   for name, value in changes.items():
     setattr(config, name, value)
   return config

@@ -403,6 +403,7 @@ def test_the_stop_tokens_hold_the_text(build, opened, stop):
   ]
   builder = build("gpt2", stop=stop)
   assert builder.stop_ids == tuple(expected)
+  assert context(tokenizer, prompt={"stop": stop}).stop_ids == tuple(expected)
   if stop == "\n":
     assert len(expected) > 2  # "\n", "\n\n", ".\n"
 
@@ -525,6 +526,7 @@ def test_an_answer_follows_its_prompt(opened):
   ):
     assert builder.encode_answers(texts) == gpt2.encode(texts)
     assert builder.encode_answers([]) == []
+    assert builder.stop_ids == ()
 
 
 def test_a_question_that_is_cut_is_known(opened):
