@@ -5,11 +5,11 @@
       --config.data.passages=passages.jsonl --config.data.questions=questions/
 
 It trains nothing: three examples in the prompt show what an answer is, and the
-test split is measured. --config.train.num_steps trains it (RAG-Token: gradients
-into both the question tower and the generator; then leave the examples out,
---config.prompt.shots=""). --config.loss=concatenate and
---config.retriever_loss=none put all documents into one prompt. tools/benchmark_causal.py measures all of these; configs/README.md has
-its table.
+test split is measured. --config.train.num_steps trains it: gradients into both
+the question tower and the generator; then leave the examples out, by
+--config.prompt.shots="". All documents are in one prompt with
+--config.loss=concatenate and --config.retriever_loss=none.
+tools/benchmark_causal.py compares all of these: see configs/README.md.
 """
 
 import pathlib
@@ -31,11 +31,12 @@ def get_config() -> Config:
   c.encoder.score_scale = 20.0  # what sentence-transformers trains with
   c.encoder.tied = False
   c.encoder.train_passage_encoder = False
+  c.generator.kind = "causal"
   c.generator.init_from = "hf:HuggingFaceTB/SmolLM2-135M-Instruct"
 
   c.data.n_docs = 3
   c.data.context_style = "prompt"
-  c.data.context_length = 1024
+  c.data.context_length = 1536
   c.data.target_length = 16
   c.prompt.template = _TEMPLATE
   c.prompt.shots = str(pathlib.Path(__file__).parent / "qa_shots.jsonl")

@@ -63,6 +63,9 @@ _QUESTIONS = flags.DEFINE_string(
 _NUM_QUESTIONS = flags.DEFINE_integer(
   "num_questions", 100, "Of --questions, at equal distances."
 )
+_PASSAGE_WORDS = flags.DEFINE_integer(
+  "passage_words", 100, "Words per passage; paragraphs are split."
+)
 _BATCH = flags.DEFINE_integer("batch_size", 8, "Questions read together.")
 _CHECK = flags.DEFINE_integer(
   "check", 0, "Questions whose answers are compared with PyTorch's; 0: none."
@@ -116,6 +119,7 @@ def set_up(
   encoder: str,
   questions: str,
   num_questions: int,
+  passage_words: int,
   **changes: Any,
 ) -> Setup:
   """Returns models, passages and questions.
@@ -125,6 +129,7 @@ def set_up(
     encoder: as the flag.
     questions: as the flag.
     num_questions: as the flag.
+    passage_words: as the flag.
     **changes: settings of the config, as "section__field".
   """
   config = load_config(_CONFIG)
@@ -138,7 +143,7 @@ def set_up(
   bad_records = BadRecords("fail")
   passages = list(
     read_passages(
-      questions, SplitConfig(method="none"), bad_records=bad_records
+      questions, SplitConfig(size=passage_words), bad_records=bad_records
     )
   )
   asked = read_questions(questions)
@@ -301,7 +306,7 @@ def _check_flags() -> None:
         f"--{flag.name} is empty; expected a path. Give one: --help says what"
         " it is for."
       )
-  for flag in (_NUM_QUESTIONS, _BATCH, _REPETITIONS):
+  for flag in (_NUM_QUESTIONS, _PASSAGE_WORDS, _BATCH, _REPETITIONS):
     if flag.value < 1:
       raise ValueError(f"--{flag.name}={flag.value}; expected 1 or more.")
   if not 0 <= _CHECK.value <= _NUM_QUESTIONS.value:
@@ -353,7 +358,8 @@ def main(argv: list[str]) -> None:
       )
     hf_causal.write_package(_WRITE.value, _GENERATOR.value)
   setup = set_up(
-    _GENERATOR.value, _ENCODER.value, _QUESTIONS.value, _NUM_QUESTIONS.value
+    *(_GENERATOR.value, _ENCODER.value, _QUESTIONS.value),
+    *(_NUM_QUESTIONS.value, _PASSAGE_WORDS.value),
   )
   theirs = None
   machine = describe_machine(0.0, ("jax", "torch", "transformers"))

@@ -8,6 +8,7 @@ packages, as directories.
 """
 
 from collections.abc import Sequence
+import copy
 import importlib
 import importlib.util
 import os
@@ -96,18 +97,27 @@ class PyTorchRag:
   @torch.no_grad()
   def _sequence(self, ids: Sequence[Ids], doc_scores: torch.Tensor) -> Ids:
     """Returns the answer with the largest p(y|x) of those of each prompt."""
+    read = [
+      self.model(torch.tensor([row]), use_cache=True, logits_to_keep=1)
+      for row in ids
+    ]
     zero = torch.zeros(1, 1)
     candidates = [self.greedy([[row]], zero)[0] for row in ids]
+    candidates = [list(y) for y in dict.fromkeys(map(tuple, candidates))]
     prior = doc_scores.log_softmax(0)
 
-    def given(prompt: Ids, answer: Ids) -> torch.Tensor:
-      logits = self.model(
-        torch.tensor([prompt + answer]), logits_to_keep=len(answer) + 1
-      ).logits[0, :-1]
+    def given(first: Any, answer: Ids) -> torch.Tensor:
+      logits = first.logits[0]
+      if len(answer) > 1:
+        out = self.model(
+          torch.tensor([answer[:-1]]),
+          past_key_values=copy.deepcopy(first.past_key_values),
+        )
+        logits = torch.cat([logits, out.logits[0]])
       return logits.log_softmax(-1)[range(len(answer)), answer].sum()
 
     scores = [
-      torch.logsumexp(prior + torch.stack([given(p, y) for p in ids]), 0)
+      torch.logsumexp(prior + torch.stack([given(x, y) for x in read]), 0)
       for y in candidates
     ]
     return candidates[int(torch.stack(scores).argmax())]

@@ -344,9 +344,7 @@ def make_decoder(experiment: Experiment) -> RagDecoder:
     # Training ends its targets with this token.
     ends = (*settings.eos_token_id, tokenizer.eos_id)
     settings = dataclasses.replace(settings, eos_token_id=ends)
-  prompts = experiment.context.prompts
-  stop_ids = () if prompts is None else prompts.stop_ids
-  ends = dict.fromkeys((*settings.eos_token_id, *stop_ids))
+  ends = dict.fromkeys((*settings.eos_token_id, *experiment.context.stop_ids))
   settings = dataclasses.replace(
     settings, eos_token_id=tuple(ends), num_return_sequences=1
   )

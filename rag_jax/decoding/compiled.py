@@ -108,12 +108,13 @@ def encode(
     context_tokens = context_tokens[:, :, num_shared:]
     context_mask = context_mask[:, :, num_shared:]
   b, k, c = context_tokens.shape
-  on_host = isinstance(context_mask, np.ndarray)
-  if on_host and isinstance(generator, CausalGenerator):
+  if not isinstance(context_mask, np.ndarray):
+    return _encode(generator, params, context_tokens, context_mask, shared)
+  if isinstance(generator, CausalGenerator):
     c = min(_length(int(_ends(context_mask).max())), c)
     context_tokens = context_tokens[:, :, :c]
     context_mask = context_mask[:, :, :c]
-  if on_host and b * k >= _MANY_CONTEXTS and c > _ONE_LENGTH:
+  if b * k >= _MANY_CONTEXTS and c > _ONE_LENGTH:
     return _encode_by_length(
       generator, params, context_tokens, context_mask, shared
     )
@@ -140,7 +141,7 @@ def _ends(mask: Bool[np.ndarray, "*B C"]) -> Int[np.ndarray, "*B"]:
 
 
 def _length(longest: int) -> int:
-  """Returns `longest` rounded up by at most an eighth, to one of a few sizes."""
+  """Returns `longest` rounded up by an eighth at most, to one of few sizes."""
   step = max(2 ** (longest.bit_length() - 4), 16)
   return -(-longest // step) * step
 
