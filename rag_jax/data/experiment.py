@@ -106,7 +106,9 @@ def example_batch(config: Config) -> RagBatch:
   def tokens(*shape: int) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros(shape, np.int32), np.ones(shape, bool)
 
-  context, context_mask = tokens(1, k, data.context_length)
+  context, context_mask = tokens(
+    1, config.contexts_per_question, data.context_length
+  )
   target, target_mask = tokens(1, data.target_length)
   # With the retriever's arrays even for a closed-book model: it has untrained
   # retriever parameters, so that its generator starts from the same values.
