@@ -134,11 +134,17 @@ class EncoderConfig(Settings):
   """
 
   # Weights to start from: a directory or "hf:ORG/NAME" of a DPR, BERT,
-  # sentence-transformers or RAG checkpoint. "" starts fresh.
+  # RoBERTa, sentence-transformers or RAG checkpoint. "" starts fresh.
   init_from: str = ""
   passage_init_from: str = ""  # of the passage tower; "": as init_from
+  # What an export calls this encoder, beside DPR; the other fields say what it
+  # computes.
+  family: str = choice("bert", "roberta", "xlm-roberta")
   vocab_size: int = 0  # rows of the embedding table; 0: the tokenizer's ids
-  max_positions: int = 0  # rows of the position table; 0: the longest input
+  # Rows of the position table, without the offset; 0: the longest input.
+  max_positions: int = 0
+  # RoBERTa's position 0 is row 2 of the table: its padding token's id, and 1.
+  position_offset: int = number(0, least=0)
   num_layers: int = number(0, least=0, most=1000)  # 0: pooled embeddings
   embed_dim: int = number(128, least=1)  # D
   num_heads: int = number(4, least=1)

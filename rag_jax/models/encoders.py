@@ -75,10 +75,10 @@ class RetrieverEncoder(nn.Module):
     if c.num_layers:
       check_positions(tokens.shape[1], c.max_positions, "Questions or passages")
       x += embed(
-        c.max_positions,
+        c.max_positions + c.position_offset,
         embedding_init=dense_init("position", "embed"),
         name="position_embedding",
-      )(jnp.arange(tokens.shape[1])).astype(self.dtype)
+      )(c.position_offset + jnp.arange(tokens.shape[1])).astype(self.dtype)
       if c.num_token_types:
         x += embed(
           c.num_token_types,

@@ -19,11 +19,11 @@ from rag_jax.weights.directory import CheckpointDirectory
 from rag_jax.weights.encoder_configs import ENCODER_FIELDS
 from rag_jax.weights.encoder_configs import read_encoder_config
 from rag_jax.weights.encoder_configs import read_special_ids
-from rag_jax.weights.encoder_tensors import bert
-from rag_jax.weights.encoder_tensors import bert_names
 from rag_jax.weights.encoder_tensors import dpr
 from rag_jax.weights.encoder_tensors import dpr_names
 from rag_jax.weights.encoder_tensors import dpr_role
+from rag_jax.weights.encoder_tensors import encoder_names
+from rag_jax.weights.encoder_tensors import plain_encoder
 from rag_jax.weights.generation_settings import GENERATION_NAMES
 from rag_jax.weights.generator_configs import LmHead
 from rag_jax.weights.generator_configs import explicit
@@ -59,10 +59,10 @@ def _view(files: TensorFiles, select: Select, rename: Select) -> View:
   return View(files, renamed)
 
 
-def _kind(is_dpr: bool, role: str, modules: Modules | None) -> str:
-  if is_dpr:
+def _kind(model_type: str, role: str, modules: Modules | None) -> str:
+  if model_type == "dpr":
     return "dpr_question" if role == "question" else "dpr_context"
-  return "sentence_transformers" if modules else "bert"
+  return "sentence_transformers" if modules else model_type
 
 
 def _check_layers(origin: str, num_tensors: int, **layers: int) -> None:
@@ -84,7 +84,7 @@ def _check_layers(origin: str, num_tensors: int, **layers: int) -> None:
 
 
 class EncoderPart:
-  """BERT or DPR."""
+  """BERT, a relative, or DPR."""
 
   def __init__(
     self,
@@ -94,15 +94,16 @@ class EncoderPart:
     select: Select = whole,
     modules: Modules | None = None,
   ):
-    is_dpr = values.text("model_type", "") == "dpr"
+    model_type = values.text("model_type", "")
+    is_dpr = model_type == "dpr"
     names = [name for name in map(select, files.names) if name is not None]
     if is_dpr:
       role = dpr_role(names, role)
       rename = dpr_names(names, role)
     else:
-      rename = bert_names(names)
+      rename = encoder_names(names, model_type)
     self._view = _view(files, select, rename)
-    self.kind = _kind(is_dpr, role, modules)
+    self.kind = _kind(model_type, role, modules)
     fields = read_encoder_config(
       values, has_pooler="pooler.dense.weight" in self._view
     )
@@ -110,7 +111,9 @@ class EncoderPart:
       fields.pooling, fields.normalize = modules.pooling, modules.normalize
     self._fields = fields
     _check_layers(values.origin, len(names), num_layers=fields.num_layers)
-    self._architecture = dpr(fields, role) if is_dpr else bert(fields)
+    self._architecture = (
+      dpr(fields, role) if is_dpr else plain_encoder(fields, model_type)
+    )
     self._values, self._modules = values, modules
 
   @property

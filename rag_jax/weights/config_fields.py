@@ -72,6 +72,8 @@ _GPT2 = (
 # The fields that are used, or refused with the values that cannot be.
 USED: dict[str, tuple[str, ...]] = {
   "bert": _ENCODER,
+  "roberta": _ENCODER,
+  "xlm-roberta": _ENCODER,
   "dpr": (*_ENCODER, "projection_dim", "architectures"),
   "bart": _BART,
   "mbart": _BART,
@@ -141,7 +143,10 @@ WITHOUT_EFFECT: dict[str, str] = {
 }  # fmt: skip
 # Those that some models use and these do not.
 _ELSEWHERE: dict[str, dict[str, str]] = {
-  "bert": {"tie_word_embeddings": "of its head for masked words"},
+  **{
+    name: {"tie_word_embeddings": "of its head for masked words"}
+    for name in ("bert", "roberta", "xlm-roberta")
+  },
   "dpr": {"tie_word_embeddings": "of a head that it does not have"},
   "rag": {
     "vocab_size": "that of the generator counts",

@@ -14,11 +14,11 @@ from etils import epath
 
 from rag_jax.weights.card import model_card
 from rag_jax.weights.card import read_results
+from rag_jax.weights.encoder_configs import ENCODER_KINDS
 from rag_jax.weights.export import export_causal
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_generator
 from rag_jax.weights.export import export_rag
-from rag_jax.weights.load import ENCODER_KINDS
 from rag_jax.weights.load import Where
 from rag_jax.weights.load import load_causal
 from rag_jax.weights.load import load_checkpoint

@@ -1,7 +1,7 @@
-"""The tensors of BERT and DPR, for an encoder's fields.
+"""The tensors of BERT, its relatives and DPR, for an encoder's fields.
 
 In: an `EncoderConfig` whose sizes are known. Out: the rules of its parameters,
-under the names of `BertModel` and `DPRQuestionEncoder`.
+under the names of `BertModel`, `DPRQuestionEncoder` and so on.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ import dataclasses
 import re
 
 from rag_jax.config import EncoderConfig
+from rag_jax.weights.encoder_configs import architecture_name
 from rag_jax.weights.mapping import Architecture
 from rag_jax.weights.mapping import Redundant
 from rag_jax.weights.mapping import Rule
@@ -82,7 +83,10 @@ def _bert(e: EncoderConfig, prefix: str) -> Iterator[Rule]:
   rules = [
     table("token_embedding", f"{theirs}.word_embeddings", e.vocab_size, d),
     table(
-      "position_embedding", f"{theirs}.position_embeddings", e.max_positions, d
+      "position_embedding",
+      f"{theirs}.position_embeddings",
+      e.max_positions + e.position_offset,
+      d,
     ),
     *norm("embedding_norm", f"{theirs}.LayerNorm", d),
   ]
@@ -119,11 +123,14 @@ def _bert_redundant(e: EncoderConfig, prefix: str) -> Iterator[Redundant]:
     )
 
 
-def bert(e: EncoderConfig) -> Architecture:
-  """Returns BertModel, whose pooler is zero where the encoder has none."""
+def plain_encoder(e: EncoderConfig, model_type: str) -> Architecture:
+  """Returns BertModel or a relative.
+
+  The pooler is zero where the encoder has none.
+  """
   redundant = [
     *_bert_redundant(e, ""),
-    Redundant(r"cls\..*", "the heads of BERT's own training"),
+    Redundant(r"(cls|lm_head)\..*", "the heads of its own training"),
   ]
   if not e.pooler:
     d = e.embed_dim
@@ -137,7 +144,9 @@ def bert(e: EncoderConfig) -> Architecture:
       )
       for name, shape in (("weight", (d, d)), ("bias", (d,)))
     ]
-  return Architecture("BertModel", tuple(_bert(e, "")), tuple(redundant))
+  return Architecture(
+    architecture_name(model_type), tuple(_bert(e, "")), tuple(redundant)
+  )
 
 
 def dpr(e: EncoderConfig, role: str) -> Architecture:
@@ -165,12 +174,13 @@ def old_spelling(name: str) -> str:
   return _OLD_NORM.sub(lambda m: f"{m[1]}.{new[m[2]]}", name)
 
 
-def bert_names(names: list[str]) -> Callable[[str], str]:
-  """Returns the renaming of a BERT, saved alone or inside a larger model."""
-  inside = any(name.startswith("bert.") for name in names)
+def encoder_names(names: list[str], model_type: str) -> Callable[[str], str]:
+  """Returns the renaming of an encoder, saved alone or in a larger model."""
+  prefix = {"xlm-roberta": "roberta"}.get(model_type, model_type) + "."
+  inside = any(name.startswith(prefix) for name in names)
 
   def rename(name: str) -> str:
-    return old_spelling(name.removeprefix("bert.") if inside else name)
+    return old_spelling(name.removeprefix(prefix) if inside else name)
 
   return rename
 

@@ -27,6 +27,7 @@ from jaxtyping import PyTree
 from rag_jax.config import Config
 from rag_jax.config_rules import validate
 from rag_jax.corpus.tokenizer import TOKENIZER_KINDS
+from rag_jax.weights.encoder_configs import PLAIN_ENCODERS
 from rag_jax.weights.generation_settings import typed_settings
 from rag_jax.weights.load import checkpoint_kind
 from rag_jax.weights.load import has_passage_encoder
@@ -300,12 +301,12 @@ def _bring_encoder(
   part, where = "encoder", config.encoder.init_from
   for name, value in loaded.fields.items():
     if name in _RATES or name == "normalize":
-      warning = "" if name in _RATES or loaded.kind == "bert" else (
+      warning = "" if name in _RATES or loaded.kind in PLAIN_ENCODERS else (
         "embeddings differ from those it was trained to make"
       )  # fmt: skip
       brought.bring(part, f"{part}.{name}", value, warning)
     elif name == "pooling" and _can_pool(config, brought, loaded):
-      if loaded.kind != "bert" and encoder.pooling != value:
+      if loaded.kind not in PLAIN_ENCODERS and encoder.pooling != value:
         brought.note(
           f"encoder.pooling={encoder.pooling!r}, not {value!r}: embeddings"
           " differ from those it was trained to make"

@@ -30,7 +30,7 @@ from rag_jax.weights.load import load_encoder
 
 pytestmark = pytest.mark.parity
 
-V, POSITIONS, PAD, CLS = 101, 12, 0, 3
+V, POSITIONS, CLS = 101, 12, 3
 SIZES = {
   "vocab_size": V,
   "hidden_size": 32,
@@ -65,14 +65,30 @@ CLASSES = {
     {"projection_dim": 7},
   ),
   "dpr_context": (transformers.DPRContextEncoder, transformers.DPRConfig, {}),
+  "roberta": (
+    transformers.RobertaModel,
+    transformers.RobertaConfig,
+    {"type_vocab_size": 1, "layer_norm_eps": 1e-5},
+  ),
+  "other_padding": (  # 9 positions, as many as the longest row
+    transformers.RobertaModel,
+    transformers.RobertaConfig,
+    {"pad_token_id": 2, "num_hidden_layers": 3, "hidden_act": "relu"},
+  ),
+  "xlm-roberta": (
+    transformers.XLMRobertaModel,
+    transformers.XLMRobertaConfig,
+    {"hidden_size": 36, "num_attention_heads": 6, "intermediate_size": 51},
+  ),
 }
 KINDS = pytest.mark.parametrize("kind", list(CLASSES))
+PLAIN = ["bert", "roberta", "xlm-roberta"]
 
 
 @functools.cache
 def reference(kind):
   model_class, config_class, settings = CLASSES[kind]
-  model = model_class(config_class(**SIZES, **settings)).eval()
+  model = model_class(config_class(**SIZES | settings)).eval()
   randomize(model)
   return model
 
@@ -83,16 +99,16 @@ def saved(kind, tmp_path):
   return tmp_path / "theirs"
 
 
-def inputs():
-  """Returns ragged tokens and their mask."""
+def inputs(pad=0):
+  """Returns ragged tokens, with the last id among them, and their mask."""
   mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
   tokens = np.random.default_rng(0).integers(CLS + 1, V, size=mask.shape)
-  tokens[:, 0] = CLS
-  return np.where(mask, tokens, PAD), mask
+  tokens[:, 0], tokens[0, 2] = CLS, V - 1
+  return np.where(mask, tokens, pad), mask
 
 
 def torch_outputs(model):
-  tokens, mask = inputs()
+  tokens, mask = inputs(model.config.pad_token_id or 0)
   with torch.no_grad():
     return model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long())
 
@@ -104,7 +120,7 @@ def compiled(fields):
 
 
 def our_embeddings(loaded, **other):
-  tokens, mask = inputs()
+  tokens, mask = inputs(max(loaded.special_ids.pad, 0))
   return compiled(tuple((loaded.fields | other).items()))(
     {"params": loaded.params}, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
   )
@@ -166,8 +182,7 @@ def test_what_is_written_again_loads_and_is_equal_bit_for_bit(
 ):
   loaded = load_encoder(saved)
   fields = dataclasses.replace(EncoderConfig(), **loaded.fields)
-  export_kind = kind if kind.startswith("dpr") else "bert"
-  export_encoder(tmp_path / "ours", fields, loaded.params, kind=export_kind)
+  export_encoder(tmp_path / "ours", fields, loaded.params, kind=loaded.kind)
   assert_same_tensors(tmp_path / "ours", saved)
   again = load_encoder(tmp_path / "ours")
   assert again.fields == loaded.fields
@@ -179,7 +194,7 @@ def test_what_is_written_again_loads_and_is_equal_bit_for_bit(
 @pytest.mark.parametrize(
   ("pooling", "normalize"), [("cls", False), ("mean", True), ("max", False)]
 )
-@pytest.mark.parametrize("kind", ["bert"])
+@pytest.mark.parametrize("kind", PLAIN)
 def test_a_sentence_transformers_directory_pools_as_it_says(
   kind, saved, pooling, normalize, tmp_path
 ):
@@ -202,7 +217,7 @@ def test_a_sentence_transformers_directory_pools_as_it_says(
 
   loaded = load_encoder(saved)
   assert loaded.max_tokens == 10
-  states = torch_outputs(reference("bert")).last_hidden_state
+  states = torch_outputs(reference(kind)).last_hidden_state
   expected = pooled(states, inputs()[1], pooling)
   if normalize:
     expected = torch.nn.functional.normalize(expected, dim=1)
@@ -219,7 +234,7 @@ def test_a_sentence_transformers_directory_pools_as_it_says(
   again = load_encoder(tmp_path / "ours")
   assert (again.fields, again.max_tokens) == (loaded.fields, 10)
   assert_same_tensors(tmp_path / "ours", saved)
-  loads(transformers.BertModel, tmp_path / "ours")
+  loads(CLASSES[kind][0], tmp_path / "ours")
 
 
 @pytest.mark.parametrize("kind", ["bert"])
@@ -330,6 +345,8 @@ def test_what_a_config_leaves_out_is_the_default_of_transformers():
   """Compared with the classes themselves, so that a change is noticed."""
   for model_type, config_class in (
     ("bert", transformers.BertConfig), ("dpr", transformers.DPRConfig),
+    ("roberta", transformers.RobertaConfig),
+    ("xlm-roberta", transformers.XLMRobertaConfig),
   ):  # fmt: skip
     full = config_class().to_dict()
     empty = ConfigValues({"model_type": model_type}, "config.json")
