@@ -139,7 +139,7 @@ class EncoderConfig(Settings):
   passage_init_from: str = ""  # of the passage tower; "": as init_from
   # What an export calls this encoder, beside DPR; the other fields say what it
   # computes.
-  family: str = choice("bert", "roberta", "xlm-roberta")
+  family: str = choice("bert", "roberta", "xlm-roberta", "distilbert")
   vocab_size: int = 0  # rows of the embedding table; 0: the tokenizer's ids
   # Rows of the position table, without the offset; 0: the longest input.
   max_positions: int = 0

@@ -59,6 +59,13 @@ class _Family:
   pooler: bool = True
 
 
+_DISTILBERT_SIZES = {
+  "vocab_size": ("vocab_size", 30522),
+  "num_layers": ("n_layers", 6),
+  "embed_dim": ("dim", 768),
+  "num_heads": ("n_heads", 12),
+  "mlp_dim": ("hidden_dim", 3072),
+}
 _BERT_IDS, _ROBERTA_IDS = SpecialIds(pad=0), SpecialIds(pad=1, bos=0, eos=2)
 _FAMILIES = {
   "bert": _Family("BertModel", _BERT_IDS),
@@ -68,6 +75,15 @@ _FAMILIES = {
     after_padding=True,
   ),
   "xlm-roberta": _Family("XLMRobertaModel", _ROBERTA_IDS, after_padding=True),
+  "distilbert": _Family(
+    *("DistilBertModel", _BERT_IDS, _DISTILBERT_SIZES),
+    names={
+      name: name for name in ("activation", "dropout", "attention_dropout")
+    },
+    token_types=False,
+    norm_eps=1e-12,
+    pooler=False,
+  ),
   "dpr": _Family("DPRQuestionEncoder", _BERT_IDS, pooler=False),
 }
 ENCODER_TYPES = tuple(_FAMILIES)
@@ -214,6 +230,16 @@ def encoder_config(
 def architecture_name(model_type: str) -> str:
   """Returns the class of a plain encoder in transformers."""
   return _FAMILIES[model_type].architecture
+
+
+def has_pooler(model_type: str) -> bool:
+  """Returns whether the class has BERT's pooler."""
+  return _FAMILIES[model_type].pooler
+
+
+def has_token_types(model_type: str) -> bool:
+  """Returns whether the class has a table of token types."""
+  return _FAMILIES[model_type].token_types
 
 
 def _type_of(architecture: str) -> str:

@@ -60,7 +60,7 @@ from rag_jax.weights.tokenizer_files import copy_tokenizer
 
 EncoderKind = Literal[
   "dpr_question", "dpr_context", "sentence_transformers", "bert", "roberta",
-  "xlm-roberta",
+  "xlm-roberta", "distilbert",
 ]  # fmt: skip
 RagKind = Literal["token", "sequence"]
 Path = str | os.PathLike[str]

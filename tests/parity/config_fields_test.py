@@ -52,6 +52,7 @@ pytestmark = pytest.mark.parity
 CLASSES = {
   "bert": transformers.BertConfig,
   "dpr": transformers.DPRConfig,
+  "distilbert": transformers.DistilBertConfig,
   "roberta": transformers.RobertaConfig,
   "xlm-roberta": transformers.XLMRobertaConfig,
   "bart": transformers.BartConfig,
@@ -262,6 +263,7 @@ _ENCODER_LEFT = dict.fromkeys(
 LEFT = {
   "bert": {**_ENCODER_LEFT},
   "dpr": {**_ENCODER_LEFT},
+  "distilbert": {"is_encoder_decoder": False},
   "roberta": {**_ENCODER_LEFT},
   "xlm-roberta": {**_ENCODER_LEFT},
   "bart": {
@@ -279,6 +281,7 @@ LEFT = {
 }  # fmt: skip
 # What the encoder of a class has to have.
 CHANGES = {
+  "distilbert": {"num_token_types": 0},
   "roberta": {"position_offset": 2},
   "xlm-roberta": {"position_offset": 2},
 }

@@ -133,6 +133,10 @@ FIELDS = EncoderConfig(
     ("BertModel", {"pooler": True}),
     ("BertModel", {"pooler": True, "pooling": "pooler"}),
     ("BertModel", {"num_token_types": 0, "activation": "gelu_new"}),
+    (
+      "DistilBertModel",
+      {"family": "distilbert", "num_token_types": 0, "norm_eps": 1e-12},
+    ),
     ("RobertaModel", {"family": "roberta", "position_offset": 4}),
     ("XLMRobertaModel", {"family": "xlm-roberta", "position_offset": 1}),
   ],
@@ -157,6 +161,7 @@ def test_fields_come_back_in_the_spelling_of_both_versions(
     ("dpr_context", {"pooling": "mean"}, "pooling='mean'; expected pooling 'c"),
     ("dpr_question", {"pooler": True}, "pooler=True; expected pooler False"),
     ("bert", {"position_offset": 2}, "offset=2; expected position_offset 0."),
+    ("distilbert", {}, "num_token_types=2; expected num_token_types 0."),
     ("roberta", {}, "position_offset=0; expected position_offset '1 or more'"),
     ("bert", {"pooling": "max"}, "pooling='max'; expected pooling 'cls' or"),
     ("bert", {"num_layers": 0}, "num_layers=0; expected num_layers '1 or more"),
