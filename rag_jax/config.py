@@ -156,6 +156,16 @@ class EncoderConfig(Settings):
   pooling: str = choice("learned", "cls", "mean", "max", "pooler")
   normalize: bool = False  # divide embeddings by their L2 norm
   projection_dim: int = 0  # R; 0 = no projection, R = D
+  projection_bias: bool = True
+  projection_activation: str = choice("none", "tanh", "relu", "gelu", "silu")
+  # Keep only the first so many numbers of an embedding, before `normalize`:
+  # Matryoshka representations (arXiv:2205.13147). 0: all.
+  truncate_dim: int = number(0, least=0)
+  # Texts that stand before every question and passage, as "query: ".
+  question_prompt: str = ""
+  passage_prompt: str = ""
+  # Between a passage's title and text; "": the end token, as in DPR.
+  title_sep: str = ""
   tied: bool = True  # one tower embeds questions and passages
   train_passage_encoder: bool = True  # False: passages keep their embeddings
   # doc_scores = scale * inner product [checkpoint] 1
@@ -167,6 +177,11 @@ class EncoderConfig(Settings):
   dropout: float = number(0.0, below=1)
   # Of attention weights [checkpoint]
   attention_dropout: float = number(0.0, below=1)
+
+  @property
+  def embedding_dim(self) -> int:
+    """R: how many numbers an embedding has."""
+    return self.truncate_dim or self.projection_dim or self.embed_dim
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)

@@ -104,7 +104,7 @@ class ClozeBatches:
     retriever = self._context.retriever_passages.tokenizer
     question_tokens, question_mask = self._context.questions(
       _masked(
-        self._context.retriever_ids(befores),
+        self._context.retriever_ids(befores, begins=True),
         retriever.mask_id,
         self._context.retriever_ids(afters),
       )

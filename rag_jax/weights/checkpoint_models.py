@@ -39,6 +39,7 @@ from rag_jax.weights.mapping import View
 from rag_jax.weights.mapping import problems
 from rag_jax.weights.mapping import take
 from rag_jax.weights.pooling_modules import Modules
+from rag_jax.weights.pooling_modules import dense_layer
 from rag_jax.weights.report import Report
 from rag_jax.weights.tensors import TensorFiles
 from rag_jax.weights.tokenizer_files import check_tokenizer
@@ -107,8 +108,12 @@ class EncoderPart:
     fields = read_encoder_config(
       values, has_pooler="pooler.dense.weight" in self._view
     )
+    self._dense: View | None = None
     if modules is not None:
-      fields.pooling, fields.normalize = modules.pooling, modules.normalize
+      for name, value in modules.fields.items():
+        setattr(fields, name, value)
+      if modules.dense is not None:
+        self._dense = View(TensorFiles(modules.dense), whole)
     self._fields = fields
     _check_layers(values.origin, len(names), num_layers=fields.num_layers)
     self._architecture = (
@@ -123,7 +128,13 @@ class EncoderPart:
 
   def problems(self) -> list[str]:
     """Returns what does not fit."""
-    return problems(self._view, self._architecture)
+    found = problems(self._view, self._architecture)
+    if self._dense is not None:
+      found += [
+        f"module Dense: {line}"
+        for line in problems(self._dense, dense_layer(self._fields))
+      ]
+    return found
 
   def load(
     self, tokenizer: CheckpointDirectory | None, notes: Sequence[str] = ()
@@ -134,21 +145,26 @@ class EncoderPart:
       note = check_tokenizer(tokenizer, self._fields.vocab_size, "encoder")
     fields = {name: getattr(self._fields, name) for name in ENCODER_FIELDS}
     taken = take(self._view, self._architecture)
-    told = self._modules.notes if self._modules else ()
+    params, told = taken.params, self._modules.notes if self._modules else ()
+    report = Report.of(
+      taken,
+      note,
+      *told,
+      *notes,
+      *field_notes(self._values, GENERATION_NAMES),
+    )
+    if self._dense is not None:
+      taken = take(self._dense, dense_layer(self._fields))
+      params = params | taken.params
+      report += Report.of(taken)
     return LoadedEncoder(
       kind=self.kind,
       fields=fields,
-      params=taken.params,
+      params=params,
       tokenizer=str(tokenizer.path) if tokenizer else "",
       special_ids=read_special_ids(self._values),
       max_tokens=self._modules.max_tokens if self._modules else 0,
-      report=Report.of(
-        taken,
-        note,
-        *told,
-        *notes,
-        *field_notes(self._values, GENERATION_NAMES),
-      ),
+      report=report,
     )
 
 

@@ -8,13 +8,14 @@ directory, and a report of its tensors.
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 from etils import epath
 
 from rag_jax.weights.card import model_card
 from rag_jax.weights.card import read_results
 from rag_jax.weights.encoder_configs import ENCODER_KINDS
+from rag_jax.weights.export import EncoderKind
 from rag_jax.weights.export import export_causal
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_generator
@@ -163,7 +164,7 @@ def export_model(
         fields, score_scale=1.0 if passages else model.score_scale
       ),
       params if passages else question,
-      kind=kind,
+      kind=cast(EncoderKind, kind),
       tokenizer=dataclasses.replace(
         model.question_tokenizer, max_tokens=model.max_tokens
       ),

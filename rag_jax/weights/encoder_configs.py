@@ -104,6 +104,9 @@ ENCODER_FIELDS = tuple(
   if field.name not in _NOT_OF_A_CHECKPOINT
 )
 
+# How texts are read, which transformers has no word for.
+WORDING = ("question_prompt", "passage_prompt", "title_sep")
+
 
 def read_encoder_config(
   values: ConfigValues, *, has_pooler: bool
@@ -130,8 +133,13 @@ def read_encoder_config(
   )
   names, ours = family.names, values.ours()
   types = values.size("type_vocab_size", 2) if family.token_types else 0
+  sizes: dict[str, Any] = {
+    name: values.size(*of) for name, of in family.sizes.items()
+  }
+  told: dict[str, Any] = {name: ours.text(name, "") for name in WORDING}
   encoder = EncoderConfig(
-    **{name: values.size(*of) for name, of in family.sizes.items()},
+    **sizes,
+    **told,
     max_positions=values.size("max_position_embeddings", 512),
     activation=values.activation(names["activation"], "gelu"),
     norm_eps=family.norm_eps or values.number("layer_norm_eps", 1e-12),
@@ -217,6 +225,7 @@ def encoder_config(
     config["position_embedding_type"] = "absolute"
     if not e.num_token_types:
       ours["num_token_types"] = 0
+  ours |= {name: getattr(e, name) for name in WORDING if getattr(e, name)}
   if dpr:
     config["projection_dim"] = e.projection_dim
   elif family.pooler:
@@ -265,9 +274,15 @@ def _check_expressible(
   e: EncoderConfig, architecture: str, family: _Family
 ) -> None:
   """Raises `ValueError` unless the architecture computes this encoder."""
-  supported: dict[str, tuple[Any, ...]] = {"normalize": (False,)}
+  supported: dict[str, tuple[Any, ...]] = {
+    "normalize": (False,), "truncate_dim": (0,)
+  }  # fmt: skip
   if architecture.startswith("DPR"):
     supported |= {"pooling": ("cls",)}
+    if e.projection_dim:
+      supported |= {
+        "projection_bias": (True,), "projection_activation": ("none",)
+      }  # fmt: skip
     remedy = "Choose kind 'sentence_transformers' for another pooling"
   else:
     supported |= {

@@ -32,6 +32,7 @@ from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import MANIFEST_FORMAT
 from rag_jax.weights.directory import MANIFEST_KIND
 from rag_jax.weights.directory import open_directory
+from rag_jax.weights.encoder_configs import PLAIN_ENCODERS
 from rag_jax.weights.encoder_configs import architecture_name
 from rag_jax.weights.encoder_configs import encoder_config
 from rag_jax.weights.encoder_tensors import DPR_PREFIXES
@@ -102,6 +103,11 @@ def export_encoder(
     ValueError: no such model computes this encoder, or the parameters or the
       tokenizer do not fit the fields.
   """
+  if kind not in PLAIN_ENCODERS:
+    fields, params = _truncated(fields, params)
+  modules = {}
+  if kind == "sentence_transformers":
+    modules = {k: x for k, x in params.items() if k == "projection"}
   config, tensors, fields = _encoder(
     fields, params, kind, tokenizer.ids, fields.score_scale
   )
@@ -109,7 +115,7 @@ def export_encoder(
   write_tensors(path, tensors, max_shard_bytes)
   _add_tokenizer(path, tokenizer, fields.vocab_size, "encoder")
   if kind == "sentence_transformers":
-    write_modules(path, fields, tokenizer.max_tokens)
+    write_modules(path, fields, tokenizer.max_tokens, modules)
   _finish(path, config, card)
 
 
@@ -212,8 +218,7 @@ def export_rag(
       " kind 'generator' and kind 'dpr_question'."
     )
   question_config, question, encoder_fields = _encoder(
-    encoder,
-    params["question_encoder"],
+    *_truncated(encoder, params["question_encoder"]),
     "dpr_question",
     model.question_tokenizer.ids,
     model.score_scale,
@@ -258,9 +263,7 @@ def export_rag(
     "is_encoder_decoder": True,
     "question_encoder": question_config,
     "generator": generator_json | {"prefix": prefix},
-    "retrieval_vector_size": (
-      encoder_fields.projection_dim or encoder_fields.embed_dim
-    ),
+    "retrieval_vector_size": (encoder_fields.embedding_dim),
     **said,
   }
   _finish(path, config, card)
@@ -295,10 +298,29 @@ def _encoder(
   inner, family = e, kind
   if kind == "sentence_transformers":  # its modules say the rest
     check_modules(e)
-    inner = dataclasses.replace(e, pooling="cls", normalize=False)
+    inner = dataclasses.replace(
+      e, pooling="cls", normalize=False, projection_dim=0
+    )
+    params = {k: x for k, x in params.items() if k != "projection"}
     family = e.family
   config = encoder_config(inner, architecture_name(family), ids)
   return config, put(params, plain_encoder(e, family)), e
+
+
+def _truncated(
+  e: EncoderConfig, params: PyTree
+) -> tuple[EncoderConfig, PyTree]:
+  """Returns the encoder whose projection leaves out what is cut off."""
+  if not e.truncate_dim:
+    return e, params
+  d, n = e.embed_dim, e.truncate_dim
+  projection = params.get("projection") or {
+    "kernel": np.eye(d, dtype=np.float32),
+    "bias": np.zeros(d, np.float32),
+  }
+  cut = {k: np.asarray(x)[..., :n] for k, x in projection.items()}
+  fields = dataclasses.replace(e, projection_dim=n, truncate_dim=0)
+  return fields, dict(params) | {"projection": cut}
 
 
 def _scaled(

@@ -199,6 +199,22 @@ def test_what_is_written_again_loads_and_is_equal_bit_for_bit(
   assert torch.equal(got[-1], want[-1])
 
 
+MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+
+
+def write_modules(path, *types):
+  """Writes modules.json, and their folders."""
+  folders = ["", *(f"{i}_{name}" for i, name in enumerate(types) if i)]
+  for folder in folders:
+    (path / folder).mkdir(exist_ok=True)
+  (path / "modules.json").write_text(
+    json.dumps([
+      {"idx": i, "path": folder, "type": f"sentence_transformers.models.{name}"}
+      for i, (folder, name) in enumerate(zip(folders, types, strict=True))
+    ])
+  )  # fmt: skip
+
+
 @pytest.mark.parametrize(
   ("pooling", "normalize"), [("cls", False), ("mean", True), ("max", False)]
 )
@@ -207,19 +223,11 @@ def test_a_sentence_transformers_directory_pools_as_it_says(
   kind, saved, pooling, normalize, tmp_path
 ):
   names = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens"}
-  (saved / "1_Pooling").mkdir()
+  write_modules(saved, *MODULES[:2], *MODULES[3:][:normalize])
   (saved / "1_Pooling/config.json").write_text(
     json.dumps({
       f"pooling_mode_{name}": name == names[pooling] for name in names.values()
     })
-  )  # fmt: skip
-  modules = ["Transformer", "Pooling", "Normalize"][: 2 + normalize]
-  paths = ["", "1_Pooling", "2_Normalize"]
-  (saved / "modules.json").write_text(
-    json.dumps([
-      {"idx": i, "path": path, "type": f"sentence_transformers.models.{name}"}
-      for i, (path, name) in enumerate(zip(paths, modules, strict=False))
-    ])
   )  # fmt: skip
   (saved / "sentence_bert_config.json").write_text('{"max_seq_length": 10}')
 
@@ -243,6 +251,75 @@ def test_a_sentence_transformers_directory_pools_as_it_says(
   assert (again.fields, again.max_tokens) == (loaded.fields, 10)
   assert_same_tensors(tmp_path / "ours", saved)
   loads(CLASSES[kind][0], tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+  ("act", "use_bias", "normalize", "size"),
+  [
+    ("Tanh", True, True, 32),
+    ("Identity", False, False, 7),
+    ("GELU", True, 1, 5),
+  ],
+)
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_a_dense_module_comes_after_the_pooling(
+  kind, saved, act, use_bias, normalize, size, tmp_path
+):
+  torch.manual_seed(0)
+  layer = torch.nn.Linear(32, size, bias=use_bias)
+  function = getattr(torch.nn, act)()
+  write_modules(saved, *MODULES[: 3 + normalize])
+  (saved / "1_Pooling/config.json").write_text(
+    json.dumps({"pooling_mode_mean_tokens": True})
+  )
+  (saved / "2_Dense/config.json").write_text(
+    json.dumps({
+      "in_features": 32, "out_features": size, "bias": use_bias,
+      "activation_function": type(function).__module__ + f".{act}",
+    })
+  )  # fmt: skip
+  tensors = {f"linear.{k}": x.detach().numpy()
+             for k, x in layer.named_parameters()}  # fmt: skip
+  safetensors.numpy.save_file(tensors, saved / "2_Dense/model.safetensors")
+  loaded = load_encoder(saved)
+
+  states = torch_outputs(reference(kind)).last_hidden_state
+  with torch.no_grad():
+    expected = function(layer(pooled(states, inputs()[1], "mean")))
+
+  def finished(x):
+    return torch.nn.functional.normalize(x, dim=1) if normalize else x
+
+  assert_close(our_embeddings(loaded), finished(expected))
+  # Matryoshka: sentence-transformers cuts, then normalises.
+  cut = finished(expected[:, :4])
+  assert_close(our_embeddings(loaded, truncate_dim=4), cut)
+
+  fields = dataclasses.replace(EncoderConfig(), **loaded.fields)
+  export = functools.partial(
+    export_encoder, params=loaded.params, kind="sentence_transformers"
+  )
+  export(tmp_path / "ours", fields)
+  assert load_encoder(tmp_path / "ours").fields == loaded.fields
+  assert_same_tensors(tmp_path / "ours", saved)
+  assert_same_tensors(tmp_path / "ours/2_Dense", saved / "2_Dense")
+  # What is cut off is left out of the dense layer.
+  export(tmp_path / "cut", dataclasses.replace(fields, truncate_dim=4))
+  again = load_encoder(tmp_path / "cut")
+  assert again.params["projection"]["kernel"].shape == (32, 4)
+  assert_close(our_embeddings(again), cut)
+
+
+@pytest.mark.parametrize("kind", ["bert"])
+def test_a_cut_without_projection_makes_one(kind, saved, tmp_path):
+  loaded = load_encoder(saved)
+  changes = {"truncate_dim": 6, "pooler": False}
+  fields = EncoderConfig(**loaded.fields | changes)
+  params = {k: x for k, x in loaded.params.items() if k != "pooler"}
+  want = torch_outputs(reference(kind)).last_hidden_state[:, 0, :6]
+  for name in ("dpr_question", "sentence_transformers"):
+    export_encoder(tmp_path / name, fields, params, kind=name)
+    assert_close(our_embeddings(load_encoder(tmp_path / name)), want)
 
 
 @pytest.mark.parametrize("kind", ["bert"])

@@ -131,6 +131,7 @@ FIELDS = EncoderConfig(
     ("DPRQuestionEncoder", {"projection_dim": 5}),
     ("DPRContextEncoder", {"num_token_types": 0}),
     ("BertModel", {"pooler": True}),
+    ("BertModel", {"question_prompt": "q: ", "title_sep": "\n"}),
     ("BertModel", {"pooler": True, "pooling": "pooler"}),
     ("BertModel", {"num_token_types": 0, "activation": "gelu_new"}),
     (
@@ -163,13 +164,19 @@ def test_fields_come_back_in_the_spelling_of_both_versions(
     ("bert", {"position_offset": 2}, "offset=2; expected position_offset 0."),
     ("distilbert", {}, "num_token_types=2; expected num_token_types 0."),
     ("roberta", {}, "position_offset=0; expected position_offset '1 or more'"),
+    ("bert", {"truncate_dim": 3}, "truncate_dim=3; expected truncate_dim 0"),
+    (
+      "dpr_question",
+      {"projection_dim": 3, "projection_activation": "tanh"},
+      "projection_activation='tanh'; expected projection_activation 'none'",
+    ),
     ("bert", {"pooling": "max"}, "pooling='max'; expected pooling 'cls' or"),
     ("bert", {"num_layers": 0}, "num_layers=0; expected num_layers '1 or more"),
     ("bert", {"normalize": True, "projection_dim": 3}, "normalize=True, encod"),
     (
       "sentence_transformers",
-      {"projection_dim": 3},
-      "expected pooling cls, mean, max and projection_dim 0",
+      {"pooling": "pooler"},
+      "expected pooling cls, mean, max and truncate_dim 0",
     ),
     (
       "sentence_transformers",
