@@ -134,11 +134,17 @@ class EncoderConfig(Settings):
   """
 
   # Weights to start from: a directory or "hf:ORG/NAME" of a DPR, BERT,
-  # sentence-transformers or RAG checkpoint. "" starts fresh.
+  # RoBERTa, sentence-transformers or RAG checkpoint. "" starts fresh.
   init_from: str = ""
   passage_init_from: str = ""  # of the passage tower; "": as init_from
+  # What an export calls this encoder, beside DPR; the other fields say what it
+  # computes.
+  family: str = choice("bert", "roberta", "xlm-roberta", "distilbert")
   vocab_size: int = 0  # rows of the embedding table; 0: the tokenizer's ids
-  max_positions: int = 0  # rows of the position table; 0: the longest input
+  # Rows of the position table, without the offset; 0: the longest input.
+  max_positions: int = 0
+  # RoBERTa's position 0 is row 2 of the table: its padding token's id, and 1.
+  position_offset: int = number(0, least=0)
   num_layers: int = number(0, least=0, most=1000)  # 0: pooled embeddings
   embed_dim: int = number(128, least=1)  # D
   num_heads: int = number(4, least=1)
@@ -150,6 +156,16 @@ class EncoderConfig(Settings):
   pooling: str = choice("learned", "cls", "mean", "max", "pooler")
   normalize: bool = False  # divide embeddings by their L2 norm
   projection_dim: int = 0  # R; 0 = no projection, R = D
+  projection_bias: bool = True
+  projection_activation: str = choice("none", "tanh", "relu", "gelu", "silu")
+  # Keep only the first so many numbers of an embedding, before `normalize`:
+  # Matryoshka representations (arXiv:2205.13147). 0: all.
+  truncate_dim: int = number(0, least=0)
+  # Texts that stand before every question and passage, as "query: ".
+  question_prompt: str = ""
+  passage_prompt: str = ""
+  # Between a passage's title and text; "": the end token, as in DPR.
+  title_sep: str = ""
   tied: bool = True  # one tower embeds questions and passages
   train_passage_encoder: bool = True  # False: passages keep their embeddings
   # doc_scores = scale * inner product [checkpoint] 1
@@ -161,6 +177,11 @@ class EncoderConfig(Settings):
   dropout: float = number(0.0, below=1)
   # Of attention weights [checkpoint]
   attention_dropout: float = number(0.0, below=1)
+
+  @property
+  def embedding_dim(self) -> int:
+    """R: how many numbers an embedding has."""
+    return self.truncate_dim or self.projection_dim or self.embed_dim
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)

@@ -136,6 +136,12 @@ def _encoder_problems(c: Config) -> Iterator[str]:
       f" (data.question_length={c.data.question_length},"
       f" data.passage_length={c.data.passage_length}). Lower the lengths."
     )
+  whole = e.projection_dim or e.embed_dim
+  if e.truncate_dim > whole:
+    yield (
+      f"encoder.truncate_dim={e.truncate_dim} is above the {whole} numbers of"
+      " an embedding; set it to at most as many, or to 0 for all."
+    )
   if e.pooling == "pooler" and not e.pooler:
     yield "encoder.pooling='pooler' needs encoder.pooler=True."
   if e.passage_init_from and (e.tied or not e.init_from):

@@ -49,7 +49,7 @@ from rag_jax.retrieval.certify import certify
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.retrieval.index import load_index
 from rag_jax.weights.config_values import SpecialIds
-from rag_jax.weights.encoder_tensors import bert
+from rag_jax.weights.encoder_tensors import plain_encoder
 from rag_jax.weights.export import TokenizerFiles
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_generator
@@ -509,7 +509,7 @@ def _make_checkpoints(folder: pathlib.Path) -> None:
   train_tokenizer(["some text, and more of it"], 400).save(folder / "tokenizer")
   ids = SpecialIds(pad=1, bos=0, eos=2)
   tokenizer = TokenizerFiles(str(folder / "tokenizer"), ids)
-  params = _params(bert(_ENCODER))
+  params = _params(plain_encoder(_ENCODER, "bert"))
   for kind in ("bert", "sentence_transformers"):
     where = folder / kind
     export_encoder(where, _ENCODER, params, kind=kind, tokenizer=tokenizer)

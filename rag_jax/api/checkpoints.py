@@ -102,7 +102,8 @@ def export(
       wrote.
     output: the directory to write.
     kind: "rag_token", "rag_sequence", "generator", "causal", "dpr_question",
-      "dpr_context", "bert" or "sentence_transformers"; "": as it was trained.
+      "dpr_context", "sentence_transformers", or an encoder's model_type such
+      as "bert" or "roberta"; "": as it was trained.
     max_shard_bytes: most bytes of a file.
     overwrite: whether to replace an output that is not empty.
 

@@ -205,7 +205,7 @@ def _index(
 ) -> StepIndex:
   arrays = device.abstract_arrays(
     num_passages,
-    config.encoder.projection_dim or config.encoder.embed_dim,
+    config.encoder.embedding_dim,
     mesh,
     **device_index.settings_of(config.index),
   )
@@ -252,7 +252,7 @@ def _batch(config: Config, mesh: jax.sharding.Mesh) -> RagBatch | QuestionBatch:
       doc_mask=None,
     )  # fmt: skip
   if not config.encoder.train_passage_encoder:
-    dim = config.encoder.projection_dim or config.encoder.embed_dim
+    dim = config.encoder.embedding_dim
     return dataclasses.replace(
       whole,
       doc_tokens=None,

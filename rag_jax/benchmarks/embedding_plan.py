@@ -81,7 +81,7 @@ class EmbeddingPlan:
   @property
   def storage_bytes(self) -> dict[str, int]:
     """The size of all embeddings by the type that they are stored in."""
-    dim = self.config.encoder.projection_dim or self.config.encoder.embed_dim
+    dim = self.config.encoder.embedding_dim
     return {name: bytes_of(name, self.num_passages, dim) for name in STORAGE}
 
   def as_json(self) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def estimated_parts(
   }
   if config.index.refresh_rows:
     storage = {"float32": 4, "bfloat16": 2, "int8": 1}
-    dim = e.projection_dim or e.embed_dim
+    dim = e.embedding_dim
     each = dim * storage[config.index.device_storage] + 4  # and the norm
     towers = 2 if e.init_from else 1
     share = num_passages / num_chips
@@ -136,7 +136,7 @@ def host_parts(
   index, encoder = config.index, config.encoder
   if not config.data.n_docs or not num_passages or index.kind == "device":
     return {}
-  dim = encoder.projection_dim or encoder.embed_dim
+  dim = encoder.embedding_dim
   shards = shard_bounds(num_passages, index.passages_per_shard)
   most = -(-len(shards) // num_hosts)
   sizes = [stop - start for start, stop in shards[:most]]

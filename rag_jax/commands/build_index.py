@@ -7,8 +7,8 @@ r"""Makes a folder or file of text searchable.
 --corpus is a folder of .txt, .md and .html files (and .rst, .ipynb, .pdf and
 .docx, with `pip install 'rag-jax[documents]'`), a .jsonl, .json, .tsv or
 .csv file (also BEIR's, SQuAD's, DPR's), or a name such as tfds:beir/nfcorpus.
---encoder is a directory or a name of the hub: DPR, BERT or
-sentence-transformers.
+--encoder is a directory or a name of the hub: DPR, BERT, RoBERTa, DistilBERT
+or sentence-transformers.
 A passage is as much of a section as the encoder reads; --split changes that.
 
 The same command again continues an interrupted build. At the end it prints the
@@ -41,6 +41,7 @@ from rag_jax.processes import wait_for_all
 from rag_jax.retrieval.embeddings import STORAGE
 from rag_jax.search.build import BuildConfig
 from rag_jax.search.directory import word_settings
+from rag_jax.search.text_encoder import CHOSEN
 from rag_jax.training.workdir import keep_compiled
 
 _SPLIT, _FIELDS, _BUILD = SplitConfig(), FieldNames(), BuildConfig()
@@ -101,6 +102,17 @@ _ID, _TITLE, _TEXT = (
 _LENGTH = flags.DEFINE_integer(
   "passage_length", 0, "Tokens to embed per passage; 0: as the encoder says."
 )
+_QUESTION_PROMPT, _PASSAGE_PROMPT, _TITLE_SEP = (
+  flags.DEFINE_string(name, None, f"{what}. By default as the encoder says.")
+  for name, what in (
+    ("question_prompt", "Text before every question, as 'query: '"),
+    ("passage_prompt", "Text before every passage, as 'passage: '"),
+    ("title_sep", "Text between title and text; '': the end token"),
+  )
+)
+_TRUNCATE_DIM = flags.DEFINE_integer(
+  "truncate_dim", None, "Numbers of an embedding to keep; 0: all."
+)
 _BATCH = flags.DEFINE_integer(
   "batch_size", _BUILD.embed_batch_size, "Passages embedded at a time."
 )
@@ -159,6 +171,7 @@ def _index_config() -> IndexConfig:
       "kind": index.kind,
       "passages_per_shard": index.passages_per_shard,
       **own,
+      **{k: getattr(encoder, k) for k in CHOSEN if encoder.is_set(k)},
     }.items():
       if not flags.FLAGS[name].present:
         setattr(flags.FLAGS, name, value)
@@ -210,6 +223,10 @@ def main(argv: list[str]) -> None:
     drop_duplicate_texts=_DUPLICATES.value,
     passage_length=_LENGTH.value,
     embed_batch_size=_BATCH.value,
+    question_prompt=_QUESTION_PROMPT.value,
+    passage_prompt=_PASSAGE_PROMPT.value,
+    title_sep=_TITLE_SEP.value,
+    truncate_dim=_TRUNCATE_DIM.value,
     storage=_STORAGE.value,
     target_recall=_TARGET_RECALL.value,
     bm25=_BM25.value,

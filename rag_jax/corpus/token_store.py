@@ -20,9 +20,11 @@ from rag_jax.corpus.npy_files import read_array
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.passages import fingerprint_passages
+from rag_jax.corpus.tokenized import PLAIN
 from rag_jax.corpus.tokenized import JoinedBy
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenized import TokenRows
+from rag_jax.corpus.tokenized import Wording
 from rag_jax.corpus.tokenized import find_joining
 from rag_jax.corpus.tokenized import tokenize_rows
 from rag_jax.corpus.tokenizer import Tokenizer
@@ -55,10 +57,13 @@ def _is_own(name: str) -> bool:
 
 
 def _identity(
-  passages: Sequence[Passage], tokenizer: Tokenizer, length: int
+  passages: Sequence[Passage],
+  tokenizer: Tokenizer,
+  length: int,
+  wording: Wording,
 ) -> dict[str, Any]:
   """Returns everything that the rows depend on."""
-  return {
+  identity = {
     "passages": passages.fingerprint
     if isinstance(passages, Passages)
     else fingerprint_passages(passages),
@@ -67,6 +72,9 @@ def _identity(
     "special_ids": [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id],
     "length": length,
   }
+  if wording.of_passages != PLAIN.of_passages:
+    identity["wording"] = list(wording.of_passages)
+  return identity
 
 
 # For messages: what differs, and what to use instead.
@@ -76,6 +84,10 @@ _NAMES = {
   "tokenizer": ("another tokenizer (fingerprint)", "the same tokenizer"),
   "special_ids": ("other special tokens (ids)", "the same tokenizer"),
   "length": ("another length", "the same passage length"),
+  "wording": (
+    "another prompt or separator of titles",
+    "the same encoder.passage_prompt and encoder.title_sep",
+  ),
 }
 
 
@@ -84,6 +96,7 @@ def open_tokens(
   passages: Sequence[Passage],
   tokenizer: Tokenizer,
   length: int,
+  wording: Wording = PLAIN,
 ) -> TokenizedPassages:
   """Opens a directory that `write_tokens` wrote, mapped into memory.
 
@@ -111,12 +124,13 @@ def open_tokens(
       " about how title and text are joined; expected one of"
       f" {list(_JOINED)}. {_REMEDY}"
     )
-  theirs, ours = content.get("made_of"), _identity(passages, tokenizer, length)
+  theirs = content.get("made_of")
+  ours = _identity(passages, tokenizer, length, wording)
   if not isinstance(theirs, dict):
     theirs = {}
-  for key, value in ours.items():
+  for key, (name, same) in _NAMES.items():
+    value = ours.get(key)
     if theirs.get(key) != value:
-      name, same = _NAMES[key]
       raise ValueError(
         f"The tokens in {directory} were made with {name}:"
         f" {theirs.get(key)!r}, but {value!r} is in use. Expected them to be"
@@ -223,6 +237,7 @@ def write_tokens(
   passages: Sequence[Passage],
   tokenizer: Tokenizer,
   length: int,
+  wording: Wording = PLAIN,
   *,
   wait: bool = False,
 ) -> TokenizedPassages:
@@ -236,6 +251,7 @@ def write_tokens(
     passages: a store, or any other sequence.
     tokenizer: for the ids.
     length: tokens per row, with the start token; longer passages are cut.
+    wording: how the passages are read.
     wait: if another process writes there, wait for it and open its result.
 
   Raises:
@@ -247,8 +263,8 @@ def write_tokens(
     directory, kind="token store", own=_is_own, wait=wait
   ) as directory:
     if not (directory / artifacts.MANIFEST).exists():
-      _write(directory, passages, tokenizer, length)
-  return open_tokens(directory, passages, tokenizer, length)
+      _write(directory, passages, tokenizer, length, wording)
+  return open_tokens(directory, passages, tokenizer, length, wording)
 
 
 def keep_tokens(
@@ -256,6 +272,7 @@ def keep_tokens(
   passages: Sequence[Passage],
   tokenizer: Tokenizer,
   length: int,
+  wording: Wording = PLAIN,
 ) -> TokenizedPassages:
   """Returns the tokens of `passages` from a cache, which is filled if needed.
 
@@ -276,10 +293,10 @@ def keep_tokens(
       " mapped into memory. Expected a local folder. Set data.token_cache to"
       " one, for instance beside the passages."
     )
-  identity = _identity(passages, tokenizer, length)
+  identity = _identity(passages, tokenizer, length, wording)
   directory = folder / artifacts.fingerprint_lines([json.dumps(identity)])
   if (directory / artifacts.MANIFEST).exists():  # the disk may be read-only
-    return open_tokens(directory, passages, tokenizer, length)
+    return open_tokens(directory, passages, tokenizer, length, wording)
   try:
     directory.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -288,7 +305,9 @@ def keep_tokens(
       " folder that can be written to. Set data.token_cache to one, or change"
       " the permissions of this one."
     ) from error
-  return write_tokens(directory, passages, tokenizer, length, wait=True)
+  return write_tokens(
+    directory, passages, tokenizer, length, wording, wait=True
+  )
 
 
 def _write(
@@ -296,10 +315,11 @@ def _write(
   passages: Sequence[Passage],
   tokenizer: Tokenizer,
   length: int,
+  wording: Wording = PLAIN,
 ) -> None:
   """Writes all arrays and the manifest."""
-  identity = _identity(passages, tokenizer, length)
-  joined_by = find_joining(passages, tokenizer)
+  identity = _identity(passages, tokenizer, length, wording)
+  joined_by = find_joining(passages, tokenizer, wording)
   width = length - (tokenizer.bos_id is not None)
   files = None
   num_done = 0
@@ -314,7 +334,9 @@ def _write(
     with Progress("Tokenised", len(passages), "passages", num_done) as progress:
       while num_done < len(passages):
         block = passages[num_done : num_done + _BLOCK_ROWS]
-        files.append(tokenize_rows(block, tokenizer, length, joined_by))
+        files.append(
+          tokenize_rows(block, tokenizer, length, joined_by, wording)
+        )
         num_done += len(block)
         progress.update(len(block))
     files.finish()

@@ -5,11 +5,13 @@ in memory, or mapped from the disk by `token_store.py`.
 """
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 from typing import Literal, NamedTuple
 
 from absl import logging
 import numpy as np
 
+from rag_jax.config import EncoderConfig
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.tokenizer import Tokenizer
 
@@ -19,6 +21,58 @@ JoinedBy = Literal["ids", "text"]
 
 _SAMPLE = 256  # passages on which the two are compared
 _BLOCK_ROWS = 1024  # passages tokenised at a time
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wording:
+  """How a retriever's encoder reads questions and passages, as texts.
+
+  Attributes:
+    question_prompt: stands before every question.
+    passage_prompt: stands before every passage.
+    title_sep: between title and text; "": the end token.
+  """
+
+  question_prompt: str = ""
+  passage_prompt: str = ""
+  title_sep: str = ""
+
+  @classmethod
+  def of(cls, e: EncoderConfig) -> "Wording":
+    """Returns that of a config."""
+    return cls(e.question_prompt, e.passage_prompt, e.title_sep)
+
+  @property
+  def of_passages(self) -> tuple[str, str]:
+    """What changes passages."""
+    return self.passage_prompt, self.title_sep
+
+  def questions(self, questions: Sequence[str]) -> list[str]:
+    """Returns the texts to tokenise."""
+    return [self.question_prompt + question for question in questions]
+
+  def passages(self, passages: Sequence[Passage]) -> Sequence[Passage]:
+    """Returns passages with the title and text to tokenise.
+
+    The prompt is part of the text after it, so that the ids are those of one
+    string: SentencePiece marks words by the space before them.
+    """
+    if self.of_passages == ("", ""):
+      return passages
+    return [self._passage(passage) for passage in passages]
+
+  def _passage(self, passage: Passage) -> Passage:
+    title, text = passage.title, passage.text
+    if title and self.title_sep:
+      title, text = "", f"{title}{self.title_sep}{text}"
+    if title:
+      title = self.passage_prompt + title
+    else:
+      text = self.passage_prompt + text
+    return dataclasses.replace(passage, title=title, text=text)
+
+
+PLAIN = Wording()
 
 
 class TokenRows(NamedTuple):
@@ -34,7 +88,9 @@ class TokenRows(NamedTuple):
   num_lost: int | None = None
 
 
-def find_joining(passages: Sequence[Passage], tokenizer: Tokenizer) -> JoinedBy:
+def find_joining(
+  passages: Sequence[Passage], tokenizer: Tokenizer, wording: Wording = PLAIN
+) -> JoinedBy:
   """Returns how to join title and text, so that the ids fit the joined text.
 
   This is "ids", if that gives the same as "text" on a sample of the passages.
@@ -44,7 +100,7 @@ def find_joining(passages: Sequence[Passage], tokenizer: Tokenizer) -> JoinedBy:
   """
   count = min(len(passages), _SAMPLE)
   rows = np.linspace(0, len(passages) - 1, count).astype(int).tolist()
-  sample = [passages[row] for row in rows]
+  sample = wording.passages([passages[row] for row in rows])
   apart, _ = _by_ids(sample, tokenizer)
   joined, _ = _by_text(sample, apart, tokenizer)
   num_other = sum(
@@ -114,11 +170,13 @@ def tokenize_rows(
   tokenizer: Tokenizer,
   length: int,
   joined_by: JoinedBy,
+  wording: Wording = PLAIN,
 ) -> TokenRows:
   """Returns the rows of `passages`, joined as `find_joining` said.
 
   A passage that cannot be joined as text is joined by ids: see `_by_text`.
   """
+  passages = wording.passages(passages)
   rows, words = _by_ids(passages, tokenizer)
   num_by_ids = 0
   if joined_by == "text":
@@ -157,6 +215,8 @@ def tokenize_rows(
 class TokenizedPassages:
   """Title, end token, text, end token of each passage, without a start token.
 
+  Unless its `Wording` says otherwise.
+
   Attributes:
     passages: the passages that were tokenised.
     tokenizer: the tokenizer that made the ids.
@@ -172,13 +232,21 @@ class TokenizedPassages:
   """
 
   def __init__(
-    self, passages: Sequence[Passage], tokenizer: Tokenizer, length: int
+    self,
+    passages: Sequence[Passage],
+    tokenizer: Tokenizer,
+    length: int,
+    wording: Wording = PLAIN,
   ):
     """Tokenizes `passages`; `length` (L) includes the start token."""
-    joined_by = find_joining(passages, tokenizer)
+    joined_by = find_joining(passages, tokenizer, wording)
     blocks = [
       tokenize_rows(
-        passages[start : start + _BLOCK_ROWS], tokenizer, length, joined_by
+        passages[start : start + _BLOCK_ROWS],
+        tokenizer,
+        length,
+        joined_by,
+        wording,
       )
       for start in range(0, len(passages), _BLOCK_ROWS) or [0]
     ]

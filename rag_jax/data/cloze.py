@@ -106,7 +106,7 @@ class ClozeBatches:
     )
     question_tokens, question_mask = self._context.questions(
       _masked(
-        self._context.retriever_ids(befores),
+        self._context.retriever_ids(befores, begins=True),
         self._question_mask_id,
         self._context.retriever_ids(afters),
       )

@@ -32,7 +32,9 @@ import numpy as np
 
 from rag_jax.config import DataConfig
 from rag_jax.config import PromptConfig
+from rag_jax.corpus.tokenized import PLAIN
 from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.tokenized import Wording
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.data.prompts import PromptBuilder
 from rag_jax.data.substitution import Change
@@ -84,6 +86,7 @@ class ContextBuilder:
     config: DataConfig,
     retriever_passages: TokenizedPassages | None = None,
     target_start: Sequence[int] = (),
+    wording: Wording = PLAIN,
     *,
     prompt: PromptConfig | None = None,
     joined: bool = False,
@@ -96,9 +99,10 @@ class ContextBuilder:
       passages: tokenised with it. Contexts in the styles "rag" and "prompt"
         use only their strings.
       config: lengths and style.
-      retriever_passages: tokenised with the retriever's tokenizer, if that is
-        another one.
+      retriever_passages: tokenised with the retriever's tokenizer and wording,
+        if that gives other ids.
       target_start: tokens that every target begins with, before the answer.
+      wording: how the retriever reads questions. The passages have theirs.
       prompt: of the style "prompt"; None is the default.
       joined: all documents are in one prompt.
       ends: prompts end with the end token, since an encoder reads them.
@@ -107,6 +111,7 @@ class ContextBuilder:
       ValueError: passages of another tokenizer, or a prompt that cannot be.
       FileNotFoundError: there is no file with examples for the prompt.
     """
+    self._wording = wording
     self._target_start = target_start
     self.tokenizer = tokenizer
     self.tokenized = passages
@@ -164,11 +169,16 @@ class ContextBuilder:
   def encode_questions(
     self, questions: Sequence[str]
   ) -> tuple[list[Ids], list[Ids]]:
-    """Returns ids for `questions` and ids for `contexts`; often the same."""
-    ids = self._retriever.encode(questions)
-    if self.one_tokenizer or self._config.context_style == "rag":
+    """Returns ids for `questions` and ids for `contexts`; often the same.
+
+    The second are without the retriever's prompt.
+    """
+    ids = self._retriever.encode(self._wording.questions(questions))
+    if not self.one_tokenizer and self._config.context_style != "rag":
+      return ids, self.tokenizer.encode(questions)
+    if not self._wording.question_prompt:
       return ids, ids
-    return ids, self.tokenizer.encode(questions)
+    return ids, self._retriever.encode(questions)
 
   def encode_answers(self, answers: Sequence[str]) -> list[Ids]:
     """Returns ids for `targets`, as an answer follows its context."""
@@ -194,14 +204,24 @@ class ContextBuilder:
     same = bool(np.all(tokens[..., : len(head)] == head))
     return len(head) if same else 0
 
-  def retriever_ids(self, ids: Sequence[Ids]) -> list[Ids]:
+  def retriever_ids(
+    self, ids: Sequence[Ids], *, begins: bool = False
+  ) -> list[Ids]:
     """Returns ids of the generator's tokenizer as ids of the retriever's.
 
     Two different tokenizers convert through text, which loses special tokens.
+
+    Args:
+      ids: of parts of questions.
+      begins: whether these parts begin questions, so that a prompt comes first.
     """
-    if self.one_tokenizer:
+    prompted = begins and bool(self._wording.question_prompt)
+    if self.one_tokenizer and not prompted:
       return list(ids)
-    return self._retriever.encode([self.tokenizer.decode(row) for row in ids])
+    texts = [self.tokenizer.decode(row) for row in ids]
+    return self._retriever.encode(
+      self._wording.questions(texts) if prompted else texts
+    )
 
   def is_cut(self, question_ids: Ids, context_ids: Ids) -> bool:
     """Returns whether a question is too long for the retriever or generator.

@@ -23,7 +23,9 @@ from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.token_store import keep_tokens
+from rag_jax.corpus.tokenized import PLAIN
 from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.tokenized import Wording
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
@@ -181,11 +183,14 @@ def open_experiment(
   kept = config.data.token_cache or tokens_path
   tokenize = functools.partial(_tokenize, passages, length=length, kept=kept)
   if not reads_tokens:
-    tokenize = functools.partial(TokenizedPassages.without_rows, passages)
+    tokenize = functools.partial(_without_rows, passages)
   tokenized = tokenize(tokenizer)
-  retriever_tokenized = tokenized
-  if retriever_tokenizer is not tokenizer:
-    retriever_tokenized = tokenize(retriever_tokenizer)
+  retriever_tokenized, wording = tokenized, Wording.of(config.encoder)
+  if (
+    retriever_tokenizer is not tokenizer
+    or wording.of_passages != PLAIN.of_passages
+  ):
+    retriever_tokenized = tokenize(retriever_tokenizer, wording=wording)
   if retriever_tokenized.num_cut:
     logging.info(
       "%d of %d passages are longer than data.passage_length=%d tokens and"
@@ -200,6 +205,7 @@ def open_experiment(
     config.data,
     retriever_tokenized,
     target_start=target_start(config),
+    wording=wording,
     prompt=config.prompt,
     joined="concatenate" in (config.loss, config.decoding.mode),
     ends=config.generator.kind != "causal",
@@ -262,12 +268,23 @@ def check_n_docs(n_docs: int, passages: Passages) -> None:
 
 
 def _tokenize(
-  passages: Passages, tokenizer: Tokenizer, length: int, kept: epath.PathLike
+  passages: Passages,
+  tokenizer: Tokenizer,
+  length: int,
+  kept: epath.PathLike,
+  wording: Wording = PLAIN,
 ) -> TokenizedPassages:
   """Returns the tokens of `passages`: on disk if the passages are on disk."""
   if kept and isinstance(passages, PassageStore):
-    return keep_tokens(kept, passages, tokenizer, length)
-  return TokenizedPassages(passages, tokenizer, length)
+    return keep_tokens(kept, passages, tokenizer, length, wording)
+  return TokenizedPassages(passages, tokenizer, length, wording)
+
+
+def _without_rows(
+  passages: Passages, tokenizer: Tokenizer, wording: Wording = PLAIN
+) -> TokenizedPassages:
+  """Returns passages of which only the texts are read, in any wording."""
+  return TokenizedPassages.without_rows(passages, tokenizer)
 
 
 def _texts(passages: Passages) -> Iterator[str]:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rag_jax.config import EncoderConfig
 from rag_jax.config_generators import TransformerConfig
 from rag_jax.models.attention import identity_init
+from rag_jax.models.layers import ACTIVATIONS
 from rag_jax.models.layers import UNROLLED
 from rag_jax.models.layers import LayerLoop
 from rag_jax.models.layers import TransformerLayer
@@ -75,10 +76,10 @@ class RetrieverEncoder(nn.Module):
     if c.num_layers:
       check_positions(tokens.shape[1], c.max_positions, "Questions or passages")
       x += embed(
-        c.max_positions,
+        c.max_positions + c.position_offset,
         embedding_init=dense_init("position", "embed"),
         name="position_embedding",
-      )(jnp.arange(tokens.shape[1])).astype(self.dtype)
+      )(c.position_offset + jnp.arange(tokens.shape[1])).astype(self.dtype)
       if c.num_token_types:
         x += embed(
           c.num_token_types,
@@ -104,9 +105,14 @@ class RetrieverEncoder(nn.Module):
       init = identity_init if square else nn.initializers.normal(INIT_STD)
       pooled = nn.Dense(
         c.projection_dim,
+        use_bias=c.projection_bias,
         kernel_init=named(init, "embed", "retrieval"),
         name="projection",
       )(pooled)
+      if c.projection_activation != "none":
+        pooled = ACTIVATIONS[c.projection_activation](pooled)
+    if c.truncate_dim:
+      pooled = pooled[:, : c.truncate_dim]
     if c.normalize:
       # Clipped inside the root: the gradient of sqrt at zero is infinite.
       norm_squared = jnp.sum(pooled**2, axis=-1, keepdims=True)

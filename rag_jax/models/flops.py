@@ -164,7 +164,7 @@ def _retriever(config: Config, s: StepShapes) -> dict[str, int]:
 
 
 def _embedding_dim(config: Config) -> int:
-  return config.encoder.projection_dim or config.encoder.embed_dim
+  return config.encoder.embedding_dim
 
 
 def _tower(e: EncoderConfig, rows: int, length: int) -> int:

@@ -32,7 +32,10 @@ from rag_jax.corpus.store import PassageStore
 from rag_jax.corpus.store import write_store
 from rag_jax.corpus.token_store import open_tokens
 from rag_jax.corpus.token_store import write_tokens
+from rag_jax.corpus.tokenized import PLAIN
 from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.tokenized import Wording
+from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.twins import TwinsWriter
 from rag_jax.directory_lock import building
 from rag_jax.processes import wait_for_all
@@ -53,6 +56,7 @@ from rag_jax.search.directory import KIND
 from rag_jax.search.directory import OpenedDirectory
 from rag_jax.search.directory import write_content
 from rag_jax.search.text_encoder import TextEncoder
+from rag_jax.search.text_encoder import chosen_fields
 from rag_jax.search.text_encoder import open_checkpoint
 from rag_jax.search.text_encoder import save_encoder
 from rag_jax.search.versions import BM25
@@ -89,6 +93,11 @@ class BuildConfig:
   passage_length: int = 0  # tokens that are embedded; 0: as the encoder says
   embed_batch_size: int = 32  # passages
   passages_per_embedding_shard: int = 1024  # most that an interruption loses
+  # Of the encoder, as in `EncoderConfig`; None: as the checkpoint says.
+  question_prompt: str | None = None
+  passage_prompt: str | None = None
+  title_sep: str | None = None
+  truncate_dim: int | None = None
   storage: str = "float32"  # of embeddings; or "bfloat16", "int8"
   index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
   # The index_recall@10 that the ScaNN index is tuned to; 0: no tuning.
@@ -132,9 +141,7 @@ def build_search_directory(
       _tokenize(output / _TOKENS, corpus, inputs, output / PASSAGES)
     wait_for_all("building: the passages are there")
     store = PassageStore(output / PASSAGES)
-    tokenized = open_tokens(
-      output / _TOKENS, store, inputs.passage_encoder.tokenizer, inputs.length
-    )
+    tokenized = open_tokens(output / _TOKENS, *inputs.tokens_of(store))
     _embed(output / INDEX, config, inputs, store, tokenized)
     if first:
       coverage = _report(store, tokenized).coverage
@@ -177,14 +184,22 @@ class _Inputs:
   length: int
   plan: dict[str, Any]
 
+  def tokens_of(
+    self, store: PassageStore
+  ) -> tuple[PassageStore, Tokenizer, int, Wording]:
+    """Returns what decides the tokens to embed."""
+    encoder = self.passage_encoder
+    return store, encoder.tokenizer, self.length, encoder.wording
+
 
 def _open_inputs(
   corpus: str, encoder: str, question_encoder: str, config: BuildConfig
 ) -> _Inputs:
-  passages = open_checkpoint(encoder, "passage")
+  chosen = chosen_fields(dataclasses.asdict(config))
+  passages = open_checkpoint(encoder, "passage", chosen)
   questions = passages
   if question_encoder:
-    questions = open_checkpoint(question_encoder, "question")
+    questions = open_checkpoint(question_encoder, "question", chosen)
   elif passages.kind == "dpr_context":
     raise ValueError(
       f"{encoder} is DPR's encoder of passages; expected also the encoder of"
@@ -200,7 +215,8 @@ def _open_inputs(
     )
   split = config.split
   if split.method == "fit" and split.unit == "tokens" and not split.size:
-    split = dataclasses.replace(split, size=length)
+    prompt = passages.tokenizer.encode([passages.wording.passage_prompt])[0]
+    split = dataclasses.replace(split, size=max(length - len(prompt), 1))
   plan = {
     "corpus": corpus,
     "sources": _sources(corpus),
@@ -209,6 +225,10 @@ def _open_inputs(
     "passage_tokenizer": passages.tokenizer.fingerprint,
     "question_encoder": questions.fingerprint,
     "question_tokenizer": questions.tokenizer.fingerprint,
+    "wording": [
+      questions.wording.question_prompt,
+      *passages.wording.of_passages,
+    ],
     **dataclasses.asdict(config),
     "split": dataclasses.asdict(split),
   }
@@ -254,7 +274,8 @@ def _check_same(
 
   A setting that did not exist at that time counts as its default.
   """
-  found = _plain(dataclasses.asdict(BuildConfig())) | found
+  plain = {"wording": list(dataclasses.astuple(PLAIN))}
+  found = _plain(dataclasses.asdict(BuildConfig())) | plain | found
   if isinstance(found.get("split"), dict):
     found["split"] = dataclasses.asdict(SplitConfig(**found["split"]))
   other = [
@@ -324,7 +345,7 @@ def _tokenize(
 ) -> None:
   """Writes the tokens to embed, and logs how much of the corpus they hold."""
   store = PassageStore(passages)
-  arguments = path, store, inputs.passage_encoder.tokenizer, inputs.length
+  arguments = path, *inputs.tokens_of(store)
   tokenized = write_tokens(*arguments)
   if tokenized.num_lost is None:  # an older rag_jax did not count them
     path.rmtree()

@@ -4,8 +4,9 @@ In: the checkpoint of an encoder, and passages or questions. Out: their tokens
 as the encoder reads them, and their embeddings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
+import types
 from typing import Any, Literal
 
 from etils import epath
@@ -17,6 +18,7 @@ from rag_jax.config import EncoderConfig
 from rag_jax.config import MeshConfig
 from rag_jax.config_rules import replace_fields
 from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.tokenized import Wording
 from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.models.encoders import OneTower
@@ -32,6 +34,8 @@ from rag_jax.weights.model_files import save_model
 
 _TOKENIZER = "tokenizer"  # folder in a saved encoder
 _LONGEST = 256  # tokens, if a checkpoint does not name its longest input
+# Fields that a user may choose for a checkpoint.
+CHOSEN = ("question_prompt", "passage_prompt", "title_sep", "truncate_dim")
 _BATCH = 64  # most questions that are embedded at a time
 _REMEDY = "Build the directory again: rag-jax build-index."
 
@@ -59,6 +63,11 @@ class TextEncoder:
     """Identifies the weights."""
     return retriever.fingerprint(self.params)
 
+  @property
+  def wording(self) -> Wording:
+    """How it reads questions and passages."""
+    return Wording.of(self.model.question_encoder.config)
+
   def passage_embedder(self, batch_size: int) -> Embedder:
     """Returns an embedder of passages on all local devices.
 
@@ -74,8 +83,9 @@ class TextEncoder:
   ) -> tuple[Int[np.ndarray, "N L"], Bool[np.ndarray, "N L"]]:
     """Returns the tokens of passages as the encoder reads them, and the mask.
 
-    <s> title </s> text </s>, as in DPR, or <s> text </s> without a title. A
-    tokenizer without a start token leaves out <s>.
+    <s> title </s> text </s>, as in DPR, or <s> text </s> without a title. Its
+    `wording`, which may change that, is in the tokens already. A tokenizer
+    without a start token leaves out <s>.
     """
     first = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
     body = np.asarray(tokenized.tokens[rows], np.int32)
@@ -93,7 +103,8 @@ class TextEncoder:
     """
     tokenizer = self.tokenizer
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    rows = [[*start, *ids] for ids in tokenizer.encode(questions)]
+    texts = self.wording.questions(questions)
+    rows = [[*start, *ids] for ids in tokenizer.encode(texts)]
     length = padded_length(max(map(len, rows)) + 1, self.max_tokens)
     tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
     lengths = np.zeros(len(rows), np.int32)
@@ -117,10 +128,22 @@ class TextEncoder:
     return np.concatenate(blocks)
 
 
+def chosen_fields(plan: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what the settings of a build say of `CHOSEN`, if anything."""
+  return {k: plan[k] for k in CHOSEN if plan.get(k) is not None}
+
+
 def open_checkpoint(
-  where: epath.PathLike, role: Literal["question", "passage"]
+  where: epath.PathLike,
+  role: Literal["question", "passage"],
+  chosen: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> TextEncoder:
   """Returns the encoder of a checkpoint: a directory or "hf:ORG/NAME".
+
+  Args:
+    where: the checkpoint.
+    role: of the encoder.
+    chosen: fields of `CHOSEN`, instead of what the checkpoint says.
 
   Raises:
     FileNotFoundError: there is no checkpoint, or no tokenizer in it.
@@ -141,7 +164,7 @@ def open_checkpoint(
     )
   return _build(
     loaded.kind,
-    loaded.fields,
+    loaded.fields | dict(chosen),
     {"question_encoder": loaded.params},
     loaded.tokenizer,
     loaded.max_tokens,
@@ -194,6 +217,13 @@ def _build(
   max_tokens: int,
 ) -> TextEncoder:
   config = replace_fields(EncoderConfig(), fields, "encoder")
+  whole = config.projection_dim or config.embed_dim
+  if config.truncate_dim > whole:
+    raise ValueError(
+      f"truncate_dim={config.truncate_dim} numbers of an embedding are to be"
+      f" kept, but the encoder makes {whole}; expected at most as many. Lower"
+      " it, or leave it out to keep all."
+    )
   if not max_tokens:
     max_tokens = min(config.max_positions or _LONGEST, _LONGEST)
   tokenizer = load_tokenizer(tokenizer_path)

@@ -40,6 +40,7 @@ from rag_jax.search.changes import find_changes
 from rag_jax.search.directory import OpenedDirectory
 from rag_jax.search.directory import locked
 from rag_jax.search.text_encoder import TextEncoder
+from rag_jax.search.text_encoder import chosen_fields
 from rag_jax.search.text_encoder import open_checkpoint
 from rag_jax.search.updated_index import UpdatedIndex
 from rag_jax.search.updated_passages import UpdatedPassages
@@ -138,7 +139,8 @@ def _passage_encoder(
       f" were embedded by another one, with fingerprint {wanted!r}. Expected"
       " that encoder too. Give it as --encoder."
     )
-  found = open_checkpoint(encoder, "passage")
+  chosen = chosen_fields(directory.content["plan"])
+  found = open_checkpoint(encoder, "passage", chosen)
   if found.fingerprint != wanted:
     raise ValueError(
       f"{encoder} is not what embedded the passages of {directory.path}: its"
@@ -299,7 +301,9 @@ def _coverage(
   for sign, passages in ((-1, gone), (1, changes.added)):
     for start in range(0, len(passages), _BLOCK):
       some = passages[start : start + _BLOCK]
-      tokenized = TokenizedPassages(some, encoder.tokenizer, length)
+      tokenized = TokenizedPassages(
+        some, encoder.tokenizer, length, encoder.wording
+      )
       tokens += sign * (tokenized.num_tokens or 0)
       lost += sign * (tokenized.num_lost or 0)
   # Which documents the left-out characters came from is not known.
@@ -329,7 +333,10 @@ def _embed(
   for start in range(0, len(todo), _BLOCK):
     some = todo[start : start + _BLOCK]
     tokenized = TokenizedPassages(
-      [changes.added[i] for i in some], encoder.tokenizer, length
+      [changes.added[i] for i in some],
+      encoder.tokenizer,
+      length,
+      encoder.wording,
     )
     embeddings[some] = embedder.rows(
       params,

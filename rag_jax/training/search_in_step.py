@@ -276,7 +276,7 @@ def _with_tokens(experiment: Experiment, index: StepIndex) -> StepIndex:
 
   context = experiment.context
   index = dataclasses.replace(index, arrays=place(context.retriever_passages))
-  if context.one_tokenizer:
+  if context.retriever_passages is experiment.tokenized:
     return index
   generator = place(experiment.tokenized)
   return dataclasses.replace(

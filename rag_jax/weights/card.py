@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from rag_jax import artifacts
+from rag_jax.weights.encoder_configs import PLAIN_ENCODERS
 from rag_jax.weights.saved import SavedModel
 
 CARD = "README.md"
@@ -23,7 +24,7 @@ _CLASSES = {
   "causal": "AutoModelForCausalLM",
   "dpr_question": "DPRQuestionEncoder",
   "dpr_context": "DPRContextEncoder",
-  "bert": "AutoModel",
+  **dict.fromkeys(PLAIN_ENCODERS, "AutoModel"),
 }
 _TASKS = {
   "rag_token": "question-answering",

@@ -19,11 +19,11 @@ from rag_jax.weights.directory import CheckpointDirectory
 from rag_jax.weights.encoder_configs import ENCODER_FIELDS
 from rag_jax.weights.encoder_configs import read_encoder_config
 from rag_jax.weights.encoder_configs import read_special_ids
-from rag_jax.weights.encoder_tensors import bert
-from rag_jax.weights.encoder_tensors import bert_names
 from rag_jax.weights.encoder_tensors import dpr
 from rag_jax.weights.encoder_tensors import dpr_names
 from rag_jax.weights.encoder_tensors import dpr_role
+from rag_jax.weights.encoder_tensors import encoder_names
+from rag_jax.weights.encoder_tensors import plain_encoder
 from rag_jax.weights.generation_settings import GENERATION_NAMES
 from rag_jax.weights.generator_configs import LmHead
 from rag_jax.weights.generator_configs import explicit
@@ -39,6 +39,7 @@ from rag_jax.weights.mapping import View
 from rag_jax.weights.mapping import problems
 from rag_jax.weights.mapping import take
 from rag_jax.weights.pooling_modules import Modules
+from rag_jax.weights.pooling_modules import dense_layer
 from rag_jax.weights.report import Report
 from rag_jax.weights.tensors import TensorFiles
 from rag_jax.weights.tokenizer_files import check_tokenizer
@@ -59,10 +60,10 @@ def _view(files: TensorFiles, select: Select, rename: Select) -> View:
   return View(files, renamed)
 
 
-def _kind(is_dpr: bool, role: str, modules: Modules | None) -> str:
-  if is_dpr:
+def _kind(model_type: str, role: str, modules: Modules | None) -> str:
+  if model_type == "dpr":
     return "dpr_question" if role == "question" else "dpr_context"
-  return "sentence_transformers" if modules else "bert"
+  return "sentence_transformers" if modules else model_type
 
 
 def _check_layers(origin: str, num_tensors: int, **layers: int) -> None:
@@ -84,7 +85,7 @@ def _check_layers(origin: str, num_tensors: int, **layers: int) -> None:
 
 
 class EncoderPart:
-  """BERT or DPR."""
+  """BERT, a relative, or DPR."""
 
   def __init__(
     self,
@@ -94,23 +95,30 @@ class EncoderPart:
     select: Select = whole,
     modules: Modules | None = None,
   ):
-    is_dpr = values.text("model_type", "") == "dpr"
+    model_type = values.text("model_type", "")
+    is_dpr = model_type == "dpr"
     names = [name for name in map(select, files.names) if name is not None]
     if is_dpr:
       role = dpr_role(names, role)
       rename = dpr_names(names, role)
     else:
-      rename = bert_names(names)
+      rename = encoder_names(names, model_type)
     self._view = _view(files, select, rename)
-    self.kind = _kind(is_dpr, role, modules)
+    self.kind = _kind(model_type, role, modules)
     fields = read_encoder_config(
       values, has_pooler="pooler.dense.weight" in self._view
     )
+    self._dense: View | None = None
     if modules is not None:
-      fields.pooling, fields.normalize = modules.pooling, modules.normalize
+      for name, value in modules.fields.items():
+        setattr(fields, name, value)
+      if modules.dense is not None:
+        self._dense = View(TensorFiles(modules.dense), whole)
     self._fields = fields
     _check_layers(values.origin, len(names), num_layers=fields.num_layers)
-    self._architecture = dpr(fields, role) if is_dpr else bert(fields)
+    self._architecture = (
+      dpr(fields, role) if is_dpr else plain_encoder(fields, model_type)
+    )
     self._values, self._modules = values, modules
 
   @property
@@ -120,7 +128,13 @@ class EncoderPart:
 
   def problems(self) -> list[str]:
     """Returns what does not fit."""
-    return problems(self._view, self._architecture)
+    found = problems(self._view, self._architecture)
+    if self._dense is not None:
+      found += [
+        f"module Dense: {line}"
+        for line in problems(self._dense, dense_layer(self._fields))
+      ]
+    return found
 
   def load(
     self, tokenizer: CheckpointDirectory | None, notes: Sequence[str] = ()
@@ -131,21 +145,26 @@ class EncoderPart:
       note = check_tokenizer(tokenizer, self._fields.vocab_size, "encoder")
     fields = {name: getattr(self._fields, name) for name in ENCODER_FIELDS}
     taken = take(self._view, self._architecture)
-    told = self._modules.notes if self._modules else ()
+    params, told = taken.params, self._modules.notes if self._modules else ()
+    report = Report.of(
+      taken,
+      note,
+      *told,
+      *notes,
+      *field_notes(self._values, GENERATION_NAMES),
+    )
+    if self._dense is not None:
+      taken = take(self._dense, dense_layer(self._fields))
+      params = params | taken.params
+      report += Report.of(taken)
     return LoadedEncoder(
       kind=self.kind,
       fields=fields,
-      params=taken.params,
+      params=params,
       tokenizer=str(tokenizer.path) if tokenizer else "",
       special_ids=read_special_ids(self._values),
       max_tokens=self._modules.max_tokens if self._modules else 0,
-      report=Report.of(
-        taken,
-        note,
-        *told,
-        *notes,
-        *field_notes(self._values, GENERATION_NAMES),
-      ),
+      report=report,
     )
 
 

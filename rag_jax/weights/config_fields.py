@@ -72,6 +72,12 @@ _GPT2 = (
 # The fields that are used, or refused with the values that cannot be.
 USED: dict[str, tuple[str, ...]] = {
   "bert": _ENCODER,
+  "roberta": _ENCODER,
+  "xlm-roberta": _ENCODER,
+  "distilbert": (
+    *_ALL, "vocab_size", "dim", "n_layers", "n_heads", "hidden_dim",
+    "activation", "dropout", "attention_dropout", "max_position_embeddings",
+  ),
   "dpr": (*_ENCODER, "projection_dim", "architectures"),
   "bart": _BART,
   "mbart": _BART,
@@ -131,7 +137,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     ("normalize_before", "normalize_embedding", "add_final_layer_norm",
      "add_bias_logits", "static_position_embeddings", "extra_pos_embeddings",
      "do_blenderbot_90_layernorm", "vocab_projection",
-     "gradient_checkpointing"), _OLD
+     "gradient_checkpointing", "tie_weights_"), _OLD
   ),
   "dense_act_fn": "follows from feed_forward_proj",
   "is_gated_act": "follows from feed_forward_proj",
@@ -141,7 +147,16 @@ WITHOUT_EFFECT: dict[str, str] = {
 }  # fmt: skip
 # Those that some models use and these do not.
 _ELSEWHERE: dict[str, dict[str, str]] = {
-  "bert": {"tie_word_embeddings": "of its head for masked words"},
+  **{
+    name: {"tie_word_embeddings": "of its head for masked words"}
+    for name in ("bert", "roberta", "xlm-roberta")
+  },
+  "distilbert": {
+    "tie_word_embeddings": "of its head for masked words",
+    "sinusoidal_pos_embds": _FRESH,
+    "qa_dropout": _HEADS,
+    "seq_classif_dropout": _HEADS,
+  },
   "dpr": {"tie_word_embeddings": "of a head that it does not have"},
   "rag": {
     "vocab_size": "that of the generator counts",

@@ -155,11 +155,12 @@ def unsupported(origin: str, model_type: Any, architectures: Any) -> ValueError:
     f"{origin} describes model_type={shorten(model_type)}"
     f" (architectures={shorten(architectures)}), which rag_jax does not have."
     " Supported are, as encoders: dpr (DPRQuestionEncoder, DPRContextEncoder),"
-    " bert (BertModel) and sentence-transformers directories of BERT; as"
-    " generators: bart, mbart, pegasus, t5 and mt5"
-    " (...ForConditionalGeneration); as decoder-only generators: llama, qwen2,"
-    " qwen3, gemma2, gemma3_text and gpt2; and rag (RagTokenForGeneration,"
-    " RagSequenceForGeneration). Take a checkpoint of one of them."
+    " bert, roberta, xlm-roberta and distilbert (...Model), and"
+    " sentence-transformers directories of these; as generators: bart, mbart,"
+    " pegasus, t5 and mt5 (...ForConditionalGeneration); as decoder-only"
+    " generators: llama, qwen2, qwen3, gemma2, gemma3_text and gpt2; and rag"
+    " (RagTokenForGeneration, RagSequenceForGeneration). Take a checkpoint of"
+    " one of them."
   )
 
 

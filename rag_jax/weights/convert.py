@@ -8,18 +8,19 @@ directory, and a report of its tensors.
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 from etils import epath
 
 from rag_jax.config import CausalConfig
 from rag_jax.weights.card import model_card
 from rag_jax.weights.card import read_results
+from rag_jax.weights.encoder_configs import ENCODER_KINDS
+from rag_jax.weights.export import EncoderKind
 from rag_jax.weights.export import export_causal
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.export import export_generator
 from rag_jax.weights.export import export_rag
-from rag_jax.weights.load import ENCODER_KINDS
 from rag_jax.weights.load import Where
 from rag_jax.weights.load import load_causal
 from rag_jax.weights.load import load_checkpoint
@@ -166,7 +167,7 @@ def export_model(
         fields, score_scale=1.0 if passages else model.score_scale
       ),
       params if passages else question,
-      kind=kind,
+      kind=cast(EncoderKind, kind),
       tokenizer=dataclasses.replace(
         model.question_tokenizer, max_tokens=model.max_tokens
       ),

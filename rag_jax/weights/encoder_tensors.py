@@ -1,7 +1,7 @@
-"""The tensors of BERT and DPR, for an encoder's fields.
+"""The tensors of BERT, its relatives and DPR, for an encoder's fields.
 
 In: an `EncoderConfig` whose sizes are known. Out: the rules of its parameters,
-under the names of `BertModel` and `DPRQuestionEncoder`.
+under the names of `BertModel`, `DPRQuestionEncoder` and so on.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,12 +9,16 @@ import dataclasses
 import re
 
 from rag_jax.config import EncoderConfig
+from rag_jax.weights.encoder_configs import architecture_name
+from rag_jax.weights.encoder_configs import has_pooler
+from rag_jax.weights.encoder_configs import has_token_types
 from rag_jax.weights.mapping import Architecture
 from rag_jax.weights.mapping import Redundant
 from rag_jax.weights.mapping import Rule
 
 DPR_PREFIXES = {"question": "question_encoder.", "passage": "ctx_encoder."}
 
+_HEADS = r"(cls|lm_head|vocab_(transform|layer_norm|projector))\..*"
 _OLD_NORM = re.compile(r"(LayerNorm|layer_norm)\.(gamma|beta)$")
 
 
@@ -56,33 +60,60 @@ def norm(
     yield Rule(f"{ours}/bias", f"{theirs}.bias", (dim,), (dim,))
 
 
-def _bert_layer(e: EncoderConfig, i: int) -> Iterator[Rule]:
-  ours, theirs = f"layer_{i}", f"encoder.layer.{i}"
+# Names of a layer's parts, and where the layers are. Ours -> theirs.
+_LAYER = {
+  "layers": "encoder.layer",
+  "query": "attention.self.query",
+  "key": "attention.self.key",
+  "value": "attention.self.value",
+  "out": "attention.output.dense",
+  "self_attention_norm": "attention.output.LayerNorm",
+  "mlp/up": "intermediate.dense",
+  "mlp/down": "output.dense",
+  "mlp_norm": "output.LayerNorm",
+}
+_LAYERS = {
+  "distilbert": {
+    "layers": "transformer.layer",
+    "query": "attention.q_lin",
+    "key": "attention.k_lin",
+    "value": "attention.v_lin",
+    "out": "attention.out_lin",
+    "self_attention_norm": "sa_layer_norm",
+    "mlp/up": "ffn.lin1",
+    "mlp/down": "ffn.lin2",
+    "mlp_norm": "output_layer_norm",
+  },
+}
+
+
+def _bert_layer(e: EncoderConfig, i: int, model_type: str) -> Iterator[Rule]:
+  names = _LAYERS.get(model_type, _LAYER)
+  ours, theirs = f"layer_{i}", f"{names['layers']}.{i}"
   heads = (e.num_heads, e.embed_dim // e.num_heads)
   dim, wide = (e.embed_dim,), (e.mlp_dim,)
-  for part in ("query", "key", "value"):
+  for part in ("query", "key", "value", "out"):
     yield from dense(
       f"{ours}/self_attention/{part}",
-      f"{theirs}.attention.self.{part}",
-      dim,
-      heads,
+      f"{theirs}.{names[part]}",
+      *((heads, dim) if part == "out" else (dim, heads)),
     )
-  out = f"{theirs}.attention.output"
-  yield from dense(f"{ours}/self_attention/out", f"{out}.dense", heads, dim)
-  yield from norm(
-    f"{ours}/self_attention_norm", f"{out}.LayerNorm", e.embed_dim
-  )
-  yield from dense(f"{ours}/mlp/up", f"{theirs}.intermediate.dense", dim, wide)
-  yield from dense(f"{ours}/mlp/down", f"{theirs}.output.dense", wide, dim)
-  yield from norm(f"{ours}/mlp_norm", f"{theirs}.output.LayerNorm", e.embed_dim)
+  for part, inputs, outputs in (("up", dim, wide), ("down", wide, dim)):
+    their = f"{theirs}.{names[f'mlp/{part}']}"
+    yield from dense(f"{ours}/mlp/{part}", their, inputs, outputs)
+  for part in ("self_attention_norm", "mlp_norm"):
+    yield from norm(f"{ours}/{part}", f"{theirs}.{names[part]}", e.embed_dim)
 
 
-def _bert(e: EncoderConfig, prefix: str) -> Iterator[Rule]:
+def _bert(e: EncoderConfig, prefix: str, model_type: str) -> Iterator[Rule]:
   d, theirs = e.embed_dim, "embeddings"
   rules = [
     table("token_embedding", f"{theirs}.word_embeddings", e.vocab_size, d),
     table(
-      "position_embedding", f"{theirs}.position_embeddings", e.max_positions, d
+      "position_embedding",
+      f"{theirs}.position_embeddings",
+      e.max_positions + e.position_offset,
+      d,
     ),
     *norm("embedding_norm", f"{theirs}.LayerNorm", d),
   ]
@@ -96,20 +127,24 @@ def _bert(e: EncoderConfig, prefix: str) -> Iterator[Rule]:
       )
     )
   for i in range(e.num_layers):
-    rules += _bert_layer(e, i)
+    rules += _bert_layer(e, i, model_type)
   if e.pooler:
     rules += dense("pooler", "pooler.dense", (d,), (d,))
   for rule in rules:
     yield dataclasses.replace(rule, theirs=prefix + rule.theirs)
 
 
-def _bert_redundant(e: EncoderConfig, prefix: str) -> Iterator[Redundant]:
+def _bert_redundant(
+  e: EncoderConfig, prefix: str, model_type: str
+) -> Iterator[Redundant]:
   yield Redundant(
     f"{prefix}embeddings.position_ids",
     "counts the positions",
     kind="positions",
   )
-  if not e.num_token_types:  # BERT adds a row to every token, so one of zeros
+  if not e.num_token_types and has_token_types(
+    model_type
+  ):  # BERT adds a row to every token, so one of zeros
     yield Redundant(
       f"{prefix}embeddings.token_type_embeddings.weight",
       "zeros, because this encoder has no token types",
@@ -119,13 +154,16 @@ def _bert_redundant(e: EncoderConfig, prefix: str) -> Iterator[Redundant]:
     )
 
 
-def bert(e: EncoderConfig) -> Architecture:
-  """Returns BertModel, whose pooler is zero where the encoder has none."""
+def plain_encoder(e: EncoderConfig, model_type: str) -> Architecture:
+  """Returns BertModel or a relative.
+
+  The pooler is zero where the encoder has none.
+  """
   redundant = [
-    *_bert_redundant(e, ""),
-    Redundant(r"cls\..*", "the heads of BERT's own training"),
+    *_bert_redundant(e, "", model_type),
+    Redundant(_HEADS, "the heads of its own training"),
   ]
-  if not e.pooler:
+  if not e.pooler and has_pooler(model_type):
     d = e.embed_dim
     redundant += [
       Redundant(
@@ -137,7 +175,11 @@ def bert(e: EncoderConfig) -> Architecture:
       )
       for name, shape in (("weight", (d, d)), ("bias", (d,)))
     ]
-  return Architecture("BertModel", tuple(_bert(e, "")), tuple(redundant))
+  return Architecture(
+    architecture_name(model_type),
+    tuple(_bert(e, "", model_type)),
+    tuple(redundant),
+  )
 
 
 def dpr(e: EncoderConfig, role: str) -> Architecture:
@@ -146,13 +188,13 @@ def dpr(e: EncoderConfig, role: str) -> Architecture:
   The names are those below the prefix of its kind.
   """
   inner = "bert_model."
-  rules = list(_bert(e, inner))
+  rules = list(_bert(e, inner, "dpr"))
   if e.projection_dim:
     rules += dense(
       "projection", "encode_proj", (e.embed_dim,), (e.projection_dim,)
     )
   redundant = (
-    *_bert_redundant(e, inner),
+    *_bert_redundant(e, inner, "dpr"),
     Redundant(rf"{inner}pooler\..*", "DPR takes the first state as it is"),
   )
   name = {"question": "DPRQuestionEncoder", "passage": "DPRContextEncoder"}
@@ -165,12 +207,13 @@ def old_spelling(name: str) -> str:
   return _OLD_NORM.sub(lambda m: f"{m[1]}.{new[m[2]]}", name)
 
 
-def bert_names(names: list[str]) -> Callable[[str], str]:
-  """Returns the renaming of a BERT, saved alone or inside a larger model."""
-  inside = any(name.startswith("bert.") for name in names)
+def encoder_names(names: list[str], model_type: str) -> Callable[[str], str]:
+  """Returns the renaming of an encoder, saved alone or in a larger model."""
+  prefix = {"xlm-roberta": "roberta"}.get(model_type, model_type) + "."
+  inside = any(name.startswith(prefix) for name in names)
 
   def rename(name: str) -> str:
-    return old_spelling(name.removeprefix("bert.") if inside else name)
+    return old_spelling(name.removeprefix(prefix) if inside else name)
 
   return rename
 

@@ -32,10 +32,12 @@ from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import MANIFEST_FORMAT
 from rag_jax.weights.directory import MANIFEST_KIND
 from rag_jax.weights.directory import open_directory
-from rag_jax.weights.encoder_configs import bert_config
+from rag_jax.weights.encoder_configs import PLAIN_ENCODERS
+from rag_jax.weights.encoder_configs import architecture_name
+from rag_jax.weights.encoder_configs import encoder_config
 from rag_jax.weights.encoder_tensors import DPR_PREFIXES
-from rag_jax.weights.encoder_tensors import bert
 from rag_jax.weights.encoder_tensors import dpr
+from rag_jax.weights.encoder_tensors import plain_encoder
 from rag_jax.weights.generation_settings import GENERATION_CONFIG
 from rag_jax.weights.generation_settings import write_generation
 from rag_jax.weights.generator_configs import generator_config
@@ -58,8 +60,9 @@ from rag_jax.weights.tokenizer_files import check_tokenizer
 from rag_jax.weights.tokenizer_files import copy_tokenizer
 
 EncoderKind = Literal[
-  "dpr_question", "dpr_context", "bert", "sentence_transformers"
-]
+  "dpr_question", "dpr_context", "sentence_transformers", "bert", "roberta",
+  "xlm-roberta", "distilbert",
+]  # fmt: skip
 RagKind = Literal["token", "sequence"]
 Path = str | os.PathLike[str]
 
@@ -80,7 +83,7 @@ def export_encoder(
   max_shard_bytes: int = MAX_SHARD_BYTES,
   card: str = "",
 ) -> None:
-  """Writes an encoder as DPR, BERT or for sentence-transformers.
+  """Writes an encoder as DPR, BERT, a relative or for sentence-transformers.
 
   An encoder without layers becomes a DPR encoder with one that computes the
   same (bag_of_words.py), if its inputs begin with `tokenizer.ids.bos`.
@@ -90,7 +93,8 @@ def export_encoder(
     fields: of the encoder. Its `score_scale` multiplies the embeddings, and
       goes into DPR's projection.
     params: of `RetrieverEncoder`.
-    kind: what loads it.
+    kind: what loads it. For sentence-transformers, `fields.family` says of
+      which class its first module is.
     tokenizer: copied along.
     max_shard_bytes: of one file.
     card: the text of README.md; "": none is written.
@@ -99,6 +103,11 @@ def export_encoder(
     ValueError: no such model computes this encoder, or the parameters or the
       tokenizer do not fit the fields.
   """
+  if kind not in PLAIN_ENCODERS:
+    fields, params = _truncated(fields, params)
+  modules = {}
+  if kind == "sentence_transformers":
+    modules = {k: x for k, x in params.items() if k == "projection"}
   config, tensors, fields = _encoder(
     fields, params, kind, tokenizer.ids, fields.score_scale
   )
@@ -106,7 +115,7 @@ def export_encoder(
   write_tensors(path, tensors, max_shard_bytes)
   _add_tokenizer(path, tokenizer, fields.vocab_size, "encoder")
   if kind == "sentence_transformers":
-    write_modules(path, fields, tokenizer.max_tokens)
+    write_modules(path, fields, tokenizer.max_tokens, modules)
   _finish(path, config, card)
 
 
@@ -209,8 +218,7 @@ def export_rag(
       " kind 'generator' and kind 'dpr_question'."
     )
   question_config, question, encoder_fields = _encoder(
-    encoder,
-    params["question_encoder"],
+    *_truncated(encoder, params["question_encoder"]),
     "dpr_question",
     model.question_tokenizer.ids,
     model.score_scale,
@@ -255,9 +263,7 @@ def export_rag(
     "is_encoder_decoder": True,
     "question_encoder": question_config,
     "generator": generator_json | {"prefix": prefix},
-    "retrieval_vector_size": (
-      encoder_fields.projection_dim or encoder_fields.embed_dim
-    ),
+    "retrieval_vector_size": (encoder_fields.embedding_dim),
     **said,
   }
   _finish(path, config, card)
@@ -285,16 +291,36 @@ def _encoder(
   if kind in _DPR_ROLES:
     role = _DPR_ROLES[kind]
     model = dpr(e, role)
-    config = bert_config(e, model.name, ids)
+    config = encoder_config(e, model.name, ids)
     prefix = DPR_PREFIXES[role]
     tensors = put(params, model)
     return config, {prefix + k: x for k, x in tensors.items()}, e
-  inner = e
+  inner, family = e, kind
   if kind == "sentence_transformers":  # its modules say the rest
     check_modules(e)
-    inner = dataclasses.replace(e, pooling="cls", normalize=False)
-  config = bert_config(inner, "BertModel", ids)
-  return config, put(params, bert(e)), e
+    inner = dataclasses.replace(
+      e, pooling="cls", normalize=False, projection_dim=0
+    )
+    params = {k: x for k, x in params.items() if k != "projection"}
+    family = e.family
+  config = encoder_config(inner, architecture_name(family), ids)
+  return config, put(params, plain_encoder(e, family)), e
+
+
+def _truncated(
+  e: EncoderConfig, params: PyTree
+) -> tuple[EncoderConfig, PyTree]:
+  """Returns the encoder whose projection leaves out what is cut off."""
+  if not e.truncate_dim:
+    return e, params
+  d, n = e.embed_dim, e.truncate_dim
+  projection = params.get("projection") or {
+    "kernel": np.eye(d, dtype=np.float32),
+    "bias": np.zeros(d, np.float32),
+  }
+  cut = {k: np.asarray(x)[..., :n] for k, x in projection.items()}
+  fields = dataclasses.replace(e, projection_dim=n, truncate_dim=0)
+  return fields, dict(params) | {"projection": cut}
 
 
 def _scaled(
@@ -322,11 +348,12 @@ def _scaled(
 def _sized(e: EncoderConfig, params: PyTree) -> EncoderConfig:
   """Returns the fields with the sizes that 0 stands for."""
   sizes = {}
-  for name, table in (
-    ("vocab_size", "token_embedding"), ("max_positions", "position_embedding")
-  ):  # fmt: skip
+  for name, table, unused in (
+    ("vocab_size", "token_embedding", 0),
+    ("max_positions", "position_embedding", e.position_offset),
+  ):
     if not getattr(e, name) and table in params:
-      sizes[name] = len(params[table]["embedding"])
+      sizes[name] = len(params[table]["embedding"]) - unused
   return dataclasses.replace(e, **sizes)
 
 

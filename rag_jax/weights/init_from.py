@@ -27,6 +27,8 @@ from jaxtyping import PyTree
 from rag_jax.config import Config
 from rag_jax.config_rules import validate
 from rag_jax.corpus.tokenizer import TOKENIZER_KINDS
+from rag_jax.weights.encoder_configs import PLAIN_ENCODERS
+from rag_jax.weights.encoder_configs import WORDING
 from rag_jax.weights.generation_settings import typed_settings
 from rag_jax.weights.load import checkpoint_kind
 from rag_jax.weights.load import has_passage_encoder
@@ -176,6 +178,7 @@ _PROMPT = 512  # of a decoder-only generator
 
 # Not part of the shape, so they can be chosen.
 _RATES = ("dropout", "attention_dropout", "activation_dropout")
+_CHOSEN = (*_RATES, *WORDING, "normalize", "truncate_dim")
 _POOLINGS = ("cls", "mean", "max", "pooler")  # that have no parameters
 
 
@@ -230,7 +233,7 @@ def load_initial(
     if is_ours(encoder.init_from):
       _take_scores(config, read_saved(encoder.init_from))
     if not encoder.tied:
-      params["passage_encoder"] = _passage_params(config, loaded)
+      params["passage_encoder"] = _passage_params(config, brought, loaded)
   if generator.init_from:
     loaded = load_any_generator(generator.init_from)
     logging.info("%s:\n%s", generator.init_from, loaded.report)
@@ -278,7 +281,9 @@ def _check_tokenizer(
   )
 
 
-def _passage_params(config: Config, question: LoadedEncoder) -> PyTree:
+def _passage_params(
+  config: Config, brought: Brought, question: LoadedEncoder
+) -> PyTree:
   """Returns the parameters of the passage encoder."""
   encoder = config.encoder
   where = encoder.passage_init_from or encoder.init_from
@@ -286,8 +291,10 @@ def _passage_params(config: Config, question: LoadedEncoder) -> PyTree:
   different = [
     f"{name}={value!r} and {passage.fields[name]!r}"
     for name, value in question.fields.items()
-    if name not in _RATES and passage.fields[name] != value
+    if name not in (*_RATES, *WORDING) and passage.fields[name] != value
   ]
+  for name in ("passage_prompt", "title_sep"):
+    brought.bring("encoder", f"encoder.{name}", passage.fields[name])
   if different:
     raise ValueError(
       f"The encoders {encoder.init_from} and {where} differ in"
@@ -304,13 +311,13 @@ def _bring_encoder(
   encoder, data = config.encoder, config.data
   part, where = "encoder", config.encoder.init_from
   for name, value in loaded.fields.items():
-    if name in _RATES or name == "normalize":
-      warning = "" if name in _RATES or loaded.kind == "bert" else (
+    if name in _CHOSEN:
+      warning = "" if name in _RATES or loaded.kind in PLAIN_ENCODERS else (
         "embeddings differ from those it was trained to make"
       )  # fmt: skip
       brought.bring(part, f"{part}.{name}", value, warning)
     elif name == "pooling" and _can_pool(config, brought, loaded):
-      if loaded.kind != "bert" and encoder.pooling != value:
+      if loaded.kind not in PLAIN_ENCODERS and encoder.pooling != value:
         brought.note(
           f"encoder.pooling={encoder.pooling!r}, not {value!r}: embeddings"
           " differ from those it was trained to make"

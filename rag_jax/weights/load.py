@@ -26,6 +26,7 @@ from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import unsupported
 from rag_jax.weights.directory import CheckpointDirectory
 from rag_jax.weights.directory import open_directory
+from rag_jax.weights.encoder_configs import ENCODER_KINDS
 from rag_jax.weights.encoder_configs import ENCODER_TYPES
 from rag_jax.weights.generation_settings import GENERATION_NAMES
 from rag_jax.weights.generation_settings import read_generation
@@ -47,10 +48,6 @@ from rag_jax.weights.tokenizer_files import GENERATOR_TOKENIZER
 from rag_jax.weights.tokenizer_files import QUESTION_TOKENIZER
 from rag_jax.weights.tokenizer_files import find_tokenizer
 
-ENCODER_KINDS = (
-  "dpr_question", "dpr_context", "bert", "sentence_transformers"
-)  # fmt: skip
-
 Role = Literal["question", "passage"]
 Where = str | os.PathLike[str]
 
@@ -64,7 +61,9 @@ _KINDS = {
 
 
 def load_encoder(where: Where, role: Role = "question") -> LoadedEncoder:
-  """Returns the encoder of a DPR, BERT, sentence-transformers or RAG directory.
+  """Returns the encoder of a directory.
+
+  Of DPR, BERT or a relative, sentence-transformers or RAG.
 
   Args:
     where: a local directory, or "hf:ORG/NAME" of the hub; also the workdir of

@@ -15,8 +15,8 @@ from rag_jax.weights.report import Report
 class LoadedEncoder:
   """A retriever encoder."""
 
-  # What wrote it: "dpr_question", "dpr_context", "bert" or
-  # "sentence_transformers".
+  # What wrote it: "dpr_question", "dpr_context", "sentence_transformers", or a
+  # model_type such as "bert".
   kind: str
   fields: dict[str, Any]  # for dataclasses.replace(config.encoder, **fields)
   params: PyTree  # of RetrieverEncoder, float32

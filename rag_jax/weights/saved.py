@@ -25,6 +25,7 @@ from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights.causal_configs import explicit_causal
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.encoder_configs import ENCODER_FIELDS
+from rag_jax.weights.encoder_configs import ENCODER_KINDS
 from rag_jax.weights.generation_settings import exported_settings
 from rag_jax.weights.generation_settings import settings_of
 from rag_jax.weights.generator_configs import ENCODER_DECODER
@@ -99,15 +100,15 @@ class SavedModel:
       encoder = self.passage_encoder or encoder
       params = self.params.get("passage_encoder", params)
     kind = self.kind
-    if not kind.startswith(("dpr", "bert", "sentence")):  # a part of a model
+    if kind not in ENCODER_KINDS:  # a part of a model
       kind = {"question": "dpr_question", "passage": "dpr_context"}[role]
     fields = {name: getattr(encoder, name) for name in ENCODER_FIELDS}
-    for name, table in (
-      ("vocab_size", "token_embedding"),
-      ("max_positions", "position_embedding"),
+    for name, table, unused in (
+      ("vocab_size", "token_embedding", 0),
+      ("max_positions", "position_embedding", encoder.position_offset),
     ):
       if not fields[name] and table in params:
-        fields[name] = len(params[table]["embedding"])
+        fields[name] = len(params[table]["embedding"]) - unused
     return LoadedEncoder(
       kind=kind,
       fields=fields,

@@ -22,6 +22,7 @@ from rag_jax.corpus.store import write_store
 from rag_jax.corpus.token_store import open_tokens
 from rag_jax.corpus.token_store import write_tokens
 from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.tokenized import Wording
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data.context import ContextBuilder
@@ -156,6 +157,12 @@ def test_tokens_of_something_else_are_refused(directory, tokenizer, tmp_path):
   other = train_tokenizer(["another text"], 300)
   match = r"made with another tokenizer.*Use the same tokenizer"
   refused(directory, match, PASSAGES, other, LENGTH)
+  match = (
+    r"another prompt or .*: None, but \['p: ', ''\].*the same encoder\.pass"
+  )
+  refused(
+    directory, match, PASSAGES, tokenizer, LENGTH, Wording(passage_prompt="p: ")
+  )
   match = rf"another length: {LENGTH}, but {LENGTH + 1} is in use"
   refused(directory, match, PASSAGES, tokenizer, LENGTH + 1)
   tokenizer.save(tmp_path / "same")
@@ -358,3 +365,15 @@ def test_memory_does_not_grow_with_the_passages(
   assert peak_bytes(lambda: TokenizedPassages(*args)) > 2 * limit
   path = tmp_path / "tokens"
   assert peak_bytes(lambda: write_tokens(path, *args)) < limit
+
+
+def test_a_wording_is_stored_and_not_taken_for_none(tokenizer, tmp_path):
+  wording = Wording(passage_prompt="p: ", title_sep=" | ")
+  args = PASSAGES, tokenizer, LENGTH
+  stored = write_tokens(tmp_path / "tokens", *args, wording)
+  expected = TokenizedPassages(*args, wording)
+  np.testing.assert_array_equal(stored.tokens, expected.tokens)
+  with pytest.raises(
+    ValueError, match=r"another prompt .*, but None is in use"
+  ):
+    open_tokens(tmp_path / "tokens", *args)

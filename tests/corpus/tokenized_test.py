@@ -5,6 +5,7 @@ import pytest
 
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.tokenized import Wording
 from rag_jax.corpus.tokenizer import train_tokenizer
 
 PASSAGES = (
@@ -75,3 +76,29 @@ def test_no_passages_are_no_rows(tokenizer):
   tokenized = TokenizedPassages([], tokenizer, 16)
   assert tokenized.tokens.shape == (0, 15)
   assert len(tokenized) == 0
+
+
+def test_a_prompt_is_part_of_what_it_stands_before(tokenizer):
+  tokenized = TokenizedPassages(
+    PASSAGES[:2], tokenizer, 64, Wording("query: ", "passage: ")
+  )
+  title, text, alone = tokenizer.encode(
+    ["passage: Andorra", PASSAGES[0].text, "passage: A text without a title."]
+  )
+  assert [
+    tokens[:length].tolist()
+    for tokens, length in zip(tokenized.tokens, tokenized.lengths, strict=True)
+  ] == [[*title, 2, *text, 2], [*alone, 2]]
+  assert Wording("query: ").questions(["who", ""]) == ["query: who", "query: "]
+
+
+def test_a_title_is_joined_as_it_was_chosen(tokenizer):
+  tokenized = TokenizedPassages(
+    PASSAGES[:2], tokenizer, 64, Wording(passage_prompt="p: ", title_sep=" | ")
+  )
+  for row, text in enumerate(
+    ("p: Andorra | The capital is Andorra la Vella.", f"p: {PASSAGES[1].text}")
+  ):
+    (ids,) = tokenizer.encode([text])
+    size = tokenized.lengths[row]
+    assert tokenized.tokens[row, :size].tolist() == [*ids, 2]

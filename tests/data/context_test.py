@@ -6,6 +6,7 @@ import pytest
 from rag_jax.config import DataConfig
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.tokenized import TokenizedPassages
+from rag_jax.corpus.tokenized import Wording
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.substitution import Change
@@ -226,3 +227,29 @@ def test_contexts_that_are_gathered_are_those_of_a_loop(
     np.testing.assert_array_equal(actual, array)
     assert actual.dtype == array.dtype
   assert gathered.counts == looped.counts
+
+
+@pytest.mark.parametrize("style", ["question_first", "rag"])
+def test_the_retriever_alone_reads_prompts(tokenizer, style):
+  config = DataConfig(context_style=style)
+  length, wording = config.passage_length, Wording("query: ", "passage: ")
+  plain = TokenizedPassages(PASSAGES, tokenizer, length)
+  prompted = TokenizedPassages(PASSAGES, tokenizer, length, wording)
+  builder = ContextBuilder(tokenizer, plain, config, prompted, wording=wording)
+  ids, context_ids = builder.encode_questions(QUESTIONS)
+  assert ids == tokenizer.encode([f"query: {q}" for q in QUESTIONS])
+  assert context_ids == tokenizer.encode(QUESTIONS)
+  tokens, mask = builder.passages(np.array([1]))
+  (passage,) = tokenizer.encode(["passage: No title."])
+  assert tokens[mask].tolist() == [BOS, *passage, EOS]
+  rows = np.array([[0, 2], [1, 0]])
+  for got, expected in zip(
+    builder.contexts(context_ids, rows),
+    ContextBuilder(tokenizer, plain, config).contexts(context_ids, rows),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(got, expected)
+  # A part that begins a question, as in the warm-up.
+  (begins,) = builder.retriever_ids(context_ids[:1], begins=True)
+  assert begins == ids[0]
+  assert builder.retriever_ids(context_ids) == context_ids

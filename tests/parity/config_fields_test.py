@@ -30,7 +30,9 @@ from rag_jax.weights.config_fields import without_effect
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.directory import open_directory
-from rag_jax.weights.encoder_configs import bert_config
+from rag_jax.weights.encoder_configs import ENCODER_TYPES
+from rag_jax.weights.encoder_configs import architecture_name
+from rag_jax.weights.encoder_configs import encoder_config
 from rag_jax.weights.encoder_configs import read_encoder_config
 from rag_jax.weights.encoder_configs import read_special_ids
 from rag_jax.weights.encoder_tensors import dpr
@@ -50,6 +52,9 @@ pytestmark = pytest.mark.parity
 CLASSES = {
   "bert": transformers.BertConfig,
   "dpr": transformers.DPRConfig,
+  "distilbert": transformers.DistilBertConfig,
+  "roberta": transformers.RobertaConfig,
+  "xlm-roberta": transformers.XLMRobertaConfig,
   "bart": transformers.BartConfig,
   "mbart": transformers.MBartConfig,
   "pegasus": transformers.PegasusConfig,
@@ -97,7 +102,7 @@ def read(content, path):
   (path / "config.json").write_text(json.dumps(content))
   values = ConfigValues(content, "c")
   found = [attempt(checkpoint_kind, path), list(field_notes(values))]
-  if content["model_type"] in ("bert", "dpr"):
+  if content["model_type"] in ENCODER_TYPES:
     return [
       *found,
       attempt(read_encoder_config, values, has_pooler=True),
@@ -244,7 +249,7 @@ def test_older_settings_that_are_not_supported_are_refused(tmp_path):
 
 
 def test_positions_that_are_relative_keys_are_refused():
-  for model_type in ("bert", "dpr"):
+  for model_type in ("bert", "roberta", "dpr"):
     content = CLASSES[model_type]().to_dict()
     content["position_embedding_type"] = "relative_key_query"
     with pytest.raises(ValueError, match="supports only position_embedding_ty"):
@@ -258,6 +263,9 @@ _ENCODER_LEFT = dict.fromkeys(
 LEFT = {
   "bert": {**_ENCODER_LEFT},
   "dpr": {**_ENCODER_LEFT},
+  "distilbert": {"is_encoder_decoder": False},
+  "roberta": {**_ENCODER_LEFT},
+  "xlm-roberta": {**_ENCODER_LEFT},
   "bart": {
     "decoder_layerdrop": 0.0, "encoder_layerdrop": 0.0, "is_decoder": False,
   },
@@ -271,6 +279,12 @@ LEFT = {
     "scale_attn_by_inverse_layer_idx": False,
   },
 }  # fmt: skip
+# What the encoder of a class has to have.
+CHANGES = {
+  "distilbert": {"num_token_types": 0},
+  "roberta": {"position_offset": 2},
+  "xlm-roberta": {"position_offset": 2},
+}
 # Those of a class with nothing at a default.
 CAUSAL = CausalConfig(
   vocab_size=90, embed_dim=24, num_heads=2, num_kv_heads=1, head_dim=12,
@@ -283,9 +297,9 @@ CAUSAL = CausalConfig(
 @pytest.mark.parametrize("kind", LEFT)
 def test_an_export_leaves_nothing_out_that_changes_what_is_computed(kind):
   ids = SpecialIds(pad=1, bos=0, eos=2)
-  if kind in ("bert", "dpr"):
-    name = "BertModel" if kind == "bert" else "DPRQuestionEncoder"
-    ours = bert_config(ENCODER, name, ids)
+  if kind in ENCODER_TYPES:
+    encoder = dataclasses.replace(ENCODER, **CHANGES.get(kind, {}))
+    ours = encoder_config(encoder, architecture_name(kind), ids)
   elif kind in CAUSAL_TYPES:
     ours = causal_config(CAUSAL, kind, ids)
   else:

@@ -30,7 +30,7 @@ from rag_jax.weights.load import load_encoder
 
 pytestmark = pytest.mark.parity
 
-V, POSITIONS, PAD, CLS = 101, 12, 0, 3
+V, POSITIONS, CLS = 101, 12, 3
 SIZES = {
   "vocab_size": V,
   "hidden_size": 32,
@@ -48,7 +48,7 @@ def randomize(model):
   with torch.no_grad():
     for name, x in model.named_parameters():
       x.normal_(0.0, 0.2, generator=generator)
-      if name.endswith("LayerNorm.weight"):
+      if name.endswith(("LayerNorm.weight", "layer_norm.weight")):
         x += 1
 
 
@@ -65,14 +65,35 @@ CLASSES = {
     {"projection_dim": 7},
   ),
   "dpr_context": (transformers.DPRContextEncoder, transformers.DPRConfig, {}),
+  "distilbert": (
+    transformers.DistilBertModel,
+    transformers.DistilBertConfig,
+    {"activation": "relu"},
+  ),
+  "roberta": (
+    transformers.RobertaModel,
+    transformers.RobertaConfig,
+    {"type_vocab_size": 1, "layer_norm_eps": 1e-5},
+  ),
+  "other_padding": (  # 9 positions, as many as the longest row
+    transformers.RobertaModel,
+    transformers.RobertaConfig,
+    {"pad_token_id": 2, "num_hidden_layers": 3, "hidden_act": "relu"},
+  ),
+  "xlm-roberta": (
+    transformers.XLMRobertaModel,
+    transformers.XLMRobertaConfig,
+    {"hidden_size": 36, "num_attention_heads": 6, "intermediate_size": 51},
+  ),
 }
 KINDS = pytest.mark.parametrize("kind", list(CLASSES))
+PLAIN = ["bert", "distilbert", "roberta", "xlm-roberta"]
 
 
 @functools.cache
 def reference(kind):
   model_class, config_class, settings = CLASSES[kind]
-  model = model_class(config_class(**SIZES, **settings)).eval()
+  model = model_class(config_class(**SIZES | settings)).eval()
   randomize(model)
   return model
 
@@ -83,16 +104,16 @@ def saved(kind, tmp_path):
   return tmp_path / "theirs"
 
 
-def inputs():
-  """Returns ragged tokens and their mask."""
+def inputs(pad=0):
+  """Returns ragged tokens, with the last id among them, and their mask."""
   mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
   tokens = np.random.default_rng(0).integers(CLS + 1, V, size=mask.shape)
-  tokens[:, 0] = CLS
-  return np.where(mask, tokens, PAD), mask
+  tokens[:, 0], tokens[0, 2] = CLS, V - 1
+  return np.where(mask, tokens, pad), mask
 
 
 def torch_outputs(model):
-  tokens, mask = inputs()
+  tokens, mask = inputs(model.config.pad_token_id or 0)
   with torch.no_grad():
     return model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long())
 
@@ -104,7 +125,7 @@ def compiled(fields):
 
 
 def our_embeddings(loaded, **other):
-  tokens, mask = inputs()
+  tokens, mask = inputs(max(loaded.special_ids.pad, 0))
   return compiled(tuple((loaded.fields | other).items()))(
     {"params": loaded.params}, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
   )
@@ -155,9 +176,12 @@ def test_embeddings_are_those_of_pytorch(kind, saved):
   else:
     states = outputs.last_hidden_state
     assert_close(our_embeddings(loaded), states[:, 0])
-    assert_close(
-      our_embeddings(loaded, pooling="pooler"), outputs.pooler_output
-    )
+    mean = pooled(states, inputs()[1], "mean")
+    assert_close(our_embeddings(loaded, pooling="mean"), mean)
+    if loaded.fields["pooler"]:
+      assert_close(
+        our_embeddings(loaded, pooling="pooler"), outputs.pooler_output
+      )
 
 
 @KINDS
@@ -166,43 +190,50 @@ def test_what_is_written_again_loads_and_is_equal_bit_for_bit(
 ):
   loaded = load_encoder(saved)
   fields = dataclasses.replace(EncoderConfig(), **loaded.fields)
-  export_kind = kind if kind.startswith("dpr") else "bert"
-  export_encoder(tmp_path / "ours", fields, loaded.params, kind=export_kind)
+  export_encoder(tmp_path / "ours", fields, loaded.params, kind=loaded.kind)
   assert_same_tensors(tmp_path / "ours", saved)
   again = load_encoder(tmp_path / "ours")
   assert again.fields == loaded.fields
   model = loads(CLASSES[kind][0], tmp_path / "ours")
   want, got = torch_outputs(reference(kind)), torch_outputs(model)
-  assert torch.equal(got.pooler_output, want.pooler_output)
+  assert torch.equal(got[-1], want[-1])
+
+
+MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+
+
+def write_modules(path, *types):
+  """Writes modules.json, and their folders."""
+  folders = ["", *(f"{i}_{name}" for i, name in enumerate(types) if i)]
+  for folder in folders:
+    (path / folder).mkdir(exist_ok=True)
+  (path / "modules.json").write_text(
+    json.dumps([
+      {"idx": i, "path": folder, "type": f"sentence_transformers.models.{name}"}
+      for i, (folder, name) in enumerate(zip(folders, types, strict=True))
+    ])
+  )  # fmt: skip
 
 
 @pytest.mark.parametrize(
   ("pooling", "normalize"), [("cls", False), ("mean", True), ("max", False)]
 )
-@pytest.mark.parametrize("kind", ["bert"])
+@pytest.mark.parametrize("kind", PLAIN)
 def test_a_sentence_transformers_directory_pools_as_it_says(
   kind, saved, pooling, normalize, tmp_path
 ):
   names = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens"}
-  (saved / "1_Pooling").mkdir()
+  write_modules(saved, *MODULES[:2], *MODULES[3:][:normalize])
   (saved / "1_Pooling/config.json").write_text(
     json.dumps({
       f"pooling_mode_{name}": name == names[pooling] for name in names.values()
     })
   )  # fmt: skip
-  modules = ["Transformer", "Pooling", "Normalize"][: 2 + normalize]
-  paths = ["", "1_Pooling", "2_Normalize"]
-  (saved / "modules.json").write_text(
-    json.dumps([
-      {"idx": i, "path": path, "type": f"sentence_transformers.models.{name}"}
-      for i, (path, name) in enumerate(zip(paths, modules, strict=False))
-    ])
-  )  # fmt: skip
   (saved / "sentence_bert_config.json").write_text('{"max_seq_length": 10}')
 
   loaded = load_encoder(saved)
   assert loaded.max_tokens == 10
-  states = torch_outputs(reference("bert")).last_hidden_state
+  states = torch_outputs(reference(kind)).last_hidden_state
   expected = pooled(states, inputs()[1], pooling)
   if normalize:
     expected = torch.nn.functional.normalize(expected, dim=1)
@@ -219,7 +250,76 @@ def test_a_sentence_transformers_directory_pools_as_it_says(
   again = load_encoder(tmp_path / "ours")
   assert (again.fields, again.max_tokens) == (loaded.fields, 10)
   assert_same_tensors(tmp_path / "ours", saved)
-  loads(transformers.BertModel, tmp_path / "ours")
+  loads(CLASSES[kind][0], tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+  ("act", "use_bias", "normalize", "size"),
+  [
+    ("Tanh", True, True, 32),
+    ("Identity", False, False, 7),
+    ("GELU", True, 1, 5),
+  ],
+)
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_a_dense_module_comes_after_the_pooling(
+  kind, saved, act, use_bias, normalize, size, tmp_path
+):
+  torch.manual_seed(0)
+  layer = torch.nn.Linear(32, size, bias=use_bias)
+  function = getattr(torch.nn, act)()
+  write_modules(saved, *MODULES[: 3 + normalize])
+  (saved / "1_Pooling/config.json").write_text(
+    json.dumps({"pooling_mode_mean_tokens": True})
+  )
+  (saved / "2_Dense/config.json").write_text(
+    json.dumps({
+      "in_features": 32, "out_features": size, "bias": use_bias,
+      "activation_function": type(function).__module__ + f".{act}",
+    })
+  )  # fmt: skip
+  tensors = {f"linear.{k}": x.detach().numpy()
+             for k, x in layer.named_parameters()}  # fmt: skip
+  safetensors.numpy.save_file(tensors, saved / "2_Dense/model.safetensors")
+  loaded = load_encoder(saved)
+
+  states = torch_outputs(reference(kind)).last_hidden_state
+  with torch.no_grad():
+    expected = function(layer(pooled(states, inputs()[1], "mean")))
+
+  def finished(x):
+    return torch.nn.functional.normalize(x, dim=1) if normalize else x
+
+  assert_close(our_embeddings(loaded), finished(expected))
+  # Matryoshka: sentence-transformers cuts, then normalises.
+  cut = finished(expected[:, :4])
+  assert_close(our_embeddings(loaded, truncate_dim=4), cut)
+
+  fields = dataclasses.replace(EncoderConfig(), **loaded.fields)
+  export = functools.partial(
+    export_encoder, params=loaded.params, kind="sentence_transformers"
+  )
+  export(tmp_path / "ours", fields)
+  assert load_encoder(tmp_path / "ours").fields == loaded.fields
+  assert_same_tensors(tmp_path / "ours", saved)
+  assert_same_tensors(tmp_path / "ours/2_Dense", saved / "2_Dense")
+  # What is cut off is left out of the dense layer.
+  export(tmp_path / "cut", dataclasses.replace(fields, truncate_dim=4))
+  again = load_encoder(tmp_path / "cut")
+  assert again.params["projection"]["kernel"].shape == (32, 4)
+  assert_close(our_embeddings(again), cut)
+
+
+@pytest.mark.parametrize("kind", ["bert"])
+def test_a_cut_without_projection_makes_one(kind, saved, tmp_path):
+  loaded = load_encoder(saved)
+  changes = {"truncate_dim": 6, "pooler": False}
+  fields = EncoderConfig(**loaded.fields | changes)
+  params = {k: x for k, x in loaded.params.items() if k != "pooler"}
+  want = torch_outputs(reference(kind)).last_hidden_state[:, 0, :6]
+  for name in ("dpr_question", "sentence_transformers"):
+    export_encoder(tmp_path / name, fields, params, kind=name)
+    assert_close(our_embeddings(load_encoder(tmp_path / name)), want)
 
 
 @pytest.mark.parametrize("kind", ["bert"])
@@ -330,6 +430,9 @@ def test_what_a_config_leaves_out_is_the_default_of_transformers():
   """Compared with the classes themselves, so that a change is noticed."""
   for model_type, config_class in (
     ("bert", transformers.BertConfig), ("dpr", transformers.DPRConfig),
+    ("roberta", transformers.RobertaConfig),
+    ("distilbert", transformers.DistilBertConfig),
+    ("xlm-roberta", transformers.XLMRobertaConfig),
   ):  # fmt: skip
     full = config_class().to_dict()
     empty = ConfigValues({"model_type": model_type}, "config.json")

@@ -405,3 +405,59 @@ def test_what_is_not_there_is_said_before_anything_is_made(
   with pytest.raises((FileNotFoundError, ValueError), match="no"):
     build(paths["corpus"], paths["encoder"], tmp_path / "index")
   assert not (tmp_path / "index").exists()
+
+
+def test_prompts_titles_and_a_cut_are_part_of_what_is_embedded(
+  encoder, tmp_path
+):
+  """As if they stood in the texts; and an update embeds as a build does."""
+
+  def write(name, texts):
+    rows = [("cows", text) for text in texts]
+    if name == "written":
+      rows = [("", f"passage: {title} {text}") for title, text in rows]
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(
+      "".join(
+        json.dumps({"id": str(i), "title": title, "text": text}) + "\n"
+        for i, (title, text) in enumerate(rows)
+      )
+    )
+    return path
+
+  chosen = {"passage_prompt": "passage: ", "title_sep": " "}
+  made = config(question_prompt="query: ", truncate_dim=3, **chosen)
+  opened = {}
+  for name, settings in (("plain", made), ("written", config())):
+    corpus = write(name, ["live", "of the north"])
+    opened[name] = build(corpus, encoder, tmp_path / name, settings)
+    corpus = write(name, ["live", "of the north", "by day and by night"])
+    update_search_directory(tmp_path / name, upsert=str(corpus))
+    opened[name].reload()
+
+  def cut(embeddings):
+    first = embeddings[:, :3]
+    return first / np.linalg.norm(first, axis=1, keepdims=True)
+
+  short, full = opened["plain"], opened["written"]
+  assert [p.id for p in short.passages] == [p.id for p in full.passages]
+  rows = np.arange(3)
+  np.testing.assert_allclose(
+    short.index.embeddings[rows], cut(full.index.embeddings[rows]), rtol=1e-5
+  )
+  ask = OpenedDirectory(tmp_path / "plain").encoder
+  np.testing.assert_allclose(
+    ask.embed_questions(short._embedder, ["the owls"]),
+    cut(full.encoder.embed_questions(full._embedder, ["query: the owls"])),
+    rtol=1e-5,
+  )
+  assert ask.wording == short.encoder.wording
+  with pytest.raises(ValueError, match=r"wording is .* is 3 there"):
+    build(tmp_path / "plain.jsonl", encoder, tmp_path / "plain")
+  with pytest.raises(ValueError, match=r"truncate_dim=999 numbers .* makes"):
+    build(
+      tmp_path / "plain.jsonl",
+      encoder,
+      tmp_path / "other",
+      config(truncate_dim=999),
+    )

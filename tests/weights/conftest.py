@@ -126,7 +126,7 @@ class Checkpoints:
   def bert(self, name="bert", kind="bert", **changes):
     """Writes a BERT, by itself or with modules."""
     path = self.root / name
-    fields = dataclasses.replace(ENCODER, projection_dim=0, **changes)
+    fields = dataclasses.replace(ENCODER, **{"projection_dim": 0} | changes)
     export_encoder(
       path,
       fields,

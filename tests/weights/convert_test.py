@@ -34,7 +34,7 @@ TENSORS = "model.safetensors"
   "name",
   [
     "dpr", "dpr_context", "bert", "sentence_transformers", "bart", "t5", "rag",
-    "rag_t5_sequence", "rag_tied", "llama", "gemma3_text", "gpt2",
+    "rag_t5_sequence", "rag_tied", "roberta", "llama", "gemma3_text", "gpt2",
   ],
 )  # fmt: skip
 def test_a_checkpoint_goes_in_and_out_unchanged(checkpoints, tmp_path, name):
@@ -44,6 +44,9 @@ def test_a_checkpoint_goes_in_and_out_unchanged(checkpoints, tmp_path, name):
     "bert": lambda: checkpoints.bert(pooler=True),
     "sentence_transformers": lambda: checkpoints.bert(
       kind="sentence_transformers", pooling="mean", normalize=True
+    ),
+    "roberta": lambda: checkpoints.bert(
+      kind="roberta", family="roberta", position_offset=2
     ),
     "bart": lambda: checkpoints.generator(checkpoints.bart),
     "t5": lambda: checkpoints.generator(checkpoints.t5),
@@ -180,7 +183,7 @@ def test_one_part_of_a_rag_is_exported_alone(checkpoints, tmp_path):
 @pytest.mark.parametrize(
   ("name", "kind", "possible"),
   [
-    ("dpr", "generator", "dpr_question, dpr_context, bert, sentence_tra"),
+    ("dpr", "generator", "dpr_question, dpr_context, sentence_tra"),
     ("generator", "rag_token", "one of generator. Choose"),
     ("generator", "nonsense", "one of generator. Choose"),
   ],

@@ -8,13 +8,13 @@ import pytest
 from rag_jax.config import EncoderConfig
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import SpecialIds
-from rag_jax.weights.encoder_configs import bert_config
+from rag_jax.weights.encoder_configs import encoder_config
 from rag_jax.weights.encoder_configs import read_encoder_config
 from rag_jax.weights.export import export_encoder
 from rag_jax.weights.load import load_encoder
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "mpnet", "xlnet", None, 7])
+@pytest.mark.parametrize("model_type", ["electra", "xlnet", None, 7])
 def test_another_architecture_is_refused_and_the_supported_are_named(
   checkpoints, model_type
 ):
@@ -25,7 +25,7 @@ def test_another_architecture_is_refused_and_the_supported_are_named(
   with pytest.raises(
     ValueError,
     match=rf"model_type={model_type!r} \(architectures=\['RobertaModel'\]\),"
-    r" which rag_jax does not have\. Supported are, as encoders: dpr .*, bert"
+    r" which rag_jax does not have\. Supported are, as encoders: dpr .*, bert,"
     r" .*sentence-transformers.*bart, mbart, pegasus, t5 and mt5.*and rag",
   ):
     load_encoder(path)
@@ -131,8 +131,15 @@ FIELDS = EncoderConfig(
     ("DPRQuestionEncoder", {"projection_dim": 5}),
     ("DPRContextEncoder", {"num_token_types": 0}),
     ("BertModel", {"pooler": True}),
+    ("BertModel", {"question_prompt": "q: ", "title_sep": "\n"}),
     ("BertModel", {"pooler": True, "pooling": "pooler"}),
     ("BertModel", {"num_token_types": 0, "activation": "gelu_new"}),
+    (
+      "DistilBertModel",
+      {"family": "distilbert", "num_token_types": 0, "norm_eps": 1e-12},
+    ),
+    ("RobertaModel", {"family": "roberta", "position_offset": 4}),
+    ("XLMRobertaModel", {"family": "xlm-roberta", "position_offset": 1}),
   ],
 )
 @pytest.mark.parametrize("version", [4, 5])
@@ -140,7 +147,8 @@ def test_fields_come_back_in_the_spelling_of_both_versions(
   architecture, changes, version
 ):
   fields = dataclasses.replace(FIELDS, **changes)
-  config = bert_config(fields, architecture, SpecialIds(pad=0))
+  pad = max(fields.position_offset - 1, 0)
+  config = encoder_config(fields, architecture, SpecialIds(pad=pad))
   del config["dtype" if version == 4 else "torch_dtype"]
   config = json.loads(json.dumps(config))
   again = read_encoder_config(ConfigValues(config, "c"), has_pooler=True)
@@ -153,13 +161,22 @@ def test_fields_come_back_in_the_spelling_of_both_versions(
     ("dpr_question", {"normalize": True}, "normalize=True; expected normalize"),
     ("dpr_context", {"pooling": "mean"}, "pooling='mean'; expected pooling 'c"),
     ("dpr_question", {"pooler": True}, "pooler=True; expected pooler False"),
+    ("bert", {"position_offset": 2}, "offset=2; expected position_offset 0."),
+    ("distilbert", {}, "num_token_types=2; expected num_token_types 0."),
+    ("roberta", {}, "position_offset=0; expected position_offset '1 or more'"),
+    ("bert", {"truncate_dim": 3}, "truncate_dim=3; expected truncate_dim 0"),
+    (
+      "dpr_question",
+      {"projection_dim": 3, "projection_activation": "tanh"},
+      "projection_activation='tanh'; expected projection_activation 'none'",
+    ),
     ("bert", {"pooling": "max"}, "pooling='max'; expected pooling 'cls' or"),
     ("bert", {"num_layers": 0}, "num_layers=0; expected num_layers '1 or more"),
     ("bert", {"normalize": True, "projection_dim": 3}, "normalize=True, encod"),
     (
       "sentence_transformers",
-      {"projection_dim": 3},
-      "expected pooling cls, mean, max and projection_dim 0",
+      {"pooling": "pooler"},
+      "expected pooling cls, mean, max and truncate_dim 0",
     ),
     (
       "sentence_transformers",
@@ -193,3 +210,22 @@ def test_a_scale_has_no_place_in_bert(checkpoints, tmp_path):
       params,
       kind="bert",
     )
+
+
+def test_positions_after_another_padding_than_the_tokenizers_are_named():
+  fields = dataclasses.replace(FIELDS, position_offset=3)
+  with pytest.raises(ValueError, match=r"token's id, 1, but encoder.pos.*ed 2"):
+    encoder_config(fields, "RobertaModel", SpecialIds(pad=1))
+
+
+@pytest.mark.parametrize(("pad", "positions"), [(-1, 9), (8, 9), (1, 2)])
+def test_positions_that_begin_nowhere_are_named(pad, positions):
+  content = {
+    "model_type": "roberta",
+    "pad_token_id": pad,
+    "max_position_embeddings": positions,
+  }
+  with pytest.raises(
+    ValueError, match=f"pad_token_id={pad}, max_position_embeddings={positions}"
+  ):
+    read_encoder_config(ConfigValues(content, "c"), has_pooler=False)
