@@ -250,12 +250,17 @@ def compare(row: Row, theirs: Any, number: int, batch_size: int) -> int:
   """Returns how many of the first answers PyTorch writes token for token."""
   scores, prompts = row.prompts(0, number)
   mode = "concatenate" if len(prompts[0]) == 1 else row.loss
-  same = 0
+  tokens_of, same = row.experiment.tokenizer.tokens, 0
   for start in range(0, number, batch_size):
     part = slice(start, min(start + batch_size, number))
     written = theirs.answer(mode, prompts[part], scores[part])
     for answer, ids in zip(row.answers[part], written, strict=True):
-      same += list(answer.tokens) == row.experiment.tokenizer.tokens(ids)
+      equal = list(answer.tokens) == tokens_of(ids)
+      same += equal
+      if not equal:
+        benchmark_report.log(
+          f"  {answer.question} Ours {answer.tokens}, PyTorch {tokens_of(ids)}"
+        )
   return same
 
 
