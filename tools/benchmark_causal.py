@@ -63,6 +63,9 @@ _QUESTIONS = flags.DEFINE_string(
 _NUM_QUESTIONS = flags.DEFINE_integer(
   "num_questions", 100, "Of --questions, at equal distances."
 )
+_N_DOCS = flags.DEFINE_list(
+  "n_docs", ["0", "1", "3", "5"], "Numbers of documents, of 0, 1, 3 and 5."
+)
 _PASSAGE_WORDS = flags.DEFINE_integer(
   "passage_words", 100, "Words per passage; paragraphs are split."
 )
@@ -314,6 +317,12 @@ def _check_flags() -> None:
   for flag in (_NUM_QUESTIONS, _PASSAGE_WORDS, _BATCH, _REPETITIONS):
     if flag.value < 1:
       raise ValueError(f"--{flag.name}={flag.value}; expected 1 or more.")
+  known = {str(n_docs) for _, _, n_docs in ROWS}
+  if not _N_DOCS.value or not known.issuperset(_N_DOCS.value):
+    raise ValueError(
+      f"--n_docs={','.join(_N_DOCS.value)}; expected some of"
+      f" {', '.join(sorted(known))}, with commas between."
+    )
   if not 0 <= _CHECK.value <= _NUM_QUESTIONS.value:
     raise ValueError(
       f"--check={_CHECK.value}; expected 0 to --num_questions="
@@ -370,7 +379,9 @@ def main(argv: list[str]) -> None:
   machine = describe_machine(0.0, ("jax", "torch", "transformers"))
   rows: list[dict[str, Any]] = []
   index = None
-  for how, loss, n_docs in sorted(ROWS, key=lambda row: -row[2]):
+  chosen = [row for row in ROWS if str(row[2]) in _N_DOCS.value]
+  most = max(n_docs for _, _, n_docs in chosen)
+  for how, loss, n_docs in sorted(chosen, key=lambda row: -row[2]):
     row = Row(setup, loss, n_docs, index)
     index = row.index
     found = {"how": how, "loss": loss, "n_docs": n_docs, "checked": 0}
@@ -385,7 +396,7 @@ def main(argv: list[str]) -> None:
         )
       found["checked"] = _CHECK.value
       found["same"] = compare(row, theirs, _CHECK.value, _BATCH.value)
-      if (loss, n_docs) == ("rag_token", 5):
+      if (loss, n_docs) == ("rag_token", most):
         found["speed"] = [
           speed(row, theirs, size, _REPETITIONS.value)
           for size in sorted({1, _BATCH.value})

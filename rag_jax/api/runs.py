@@ -149,11 +149,13 @@ def evaluate(
   if not isinstance(model, RagPipeline):
     model = RagPipeline.load(path_of("model", model, _MODEL))
   evaluator = Evaluator(model.experiment, model.answerer)
-  asked = _questions(questions or model.experiment.config.data.questions, split)
+  asked = questions_of(
+    questions or model.experiment.config.data.questions, split
+  )
   return evaluator.evaluate(model.params, model.index, asked, split)
 
 
-def _questions(
+def questions_of(
   questions: epath.PathLike | Sequence[Question], split: str
 ) -> Sequence[Question]:
   """Returns the questions in a list, a file or a folder."""

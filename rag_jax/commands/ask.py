@@ -21,18 +21,16 @@ only.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-import os
-import pathlib
 import sys
 import time
 
 from absl import flags
 from absl import logging
 
-from rag_jax.api import pickles
 from rag_jax.commands import command
+from rag_jax.commands.model_flags import define_model_flags
+from rag_jax.commands.model_flags import open_pipeline
 from rag_jax.decoding.answerer import Answer
-from rag_jax.decoding.rag import MODES
 from rag_jax.pod import joined
 from rag_jax.processes import is_first
 from rag_jax.processes import share
@@ -40,46 +38,16 @@ from rag_jax.processes import told_by_first
 from rag_jax.serving.explanation import SURE
 from rag_jax.serving.explanation import explain
 from rag_jax.serving.explanation import to_json
-from rag_jax.serving.open_model import default_passage_encoder
-from rag_jax.serving.open_model import is_search_directory
 from rag_jax.serving.pipeline import RagPipeline
 from rag_jax.serving.pipeline import check_questions
 from rag_jax.terminal import one_line
-from rag_jax.training.workdir import keep_compiled
-from rag_jax.weights.hub import HUB_PREFIX
-from rag_jax.weights.saved import is_workdir
 
-_WORKDIR = flags.DEFINE_string(
-  "workdir", "", "The workdir of a finished training run."
-)
+define_model_flags()
 _SURE = flags.DEFINE_float(
   "sure", SURE, "Answers with a lower probability are called unsure.", 0.0, 1.0
 )
-_MODEL = flags.DEFINE_string(
-  "model", "", "A RAG checkpoint instead: a directory, or hf:ORG/NAME."
-)
-_CORPUS = flags.DEFINE_string(
-  "corpus", "", "Documents to answer from; '': the passages of the run."
-)
-_PASSAGE_ENCODER = flags.DEFINE_string(
-  "passage_encoder", "", "Checkpoint that embeds the corpus, if --model has no"
-  " passage encoder; '' for facebook/rag-*: their DPR encoder.",
-)  # fmt: skip
 _N_DOCS = flags.DEFINE_integer(
   "n_docs", 0, "Passages to read per question; 0: as many as in training."
-)
-_NUM_BEAMS = flags.DEFINE_integer(
-  "num_beams", 0, "Beams; 1: greedy search; 0: as the model says."
-)
-_MODE = flags.DEFINE_enum(
-  "mode", "", ["", *MODES], "How to decode; '': as the model was trained."
-)
-_HF_PARITY = flags.DEFINE_bool(
-  "hf_parity", True, "With --model, reproduce the defects of transformers;"
-  " --nohf_parity ranks answers by their likelihood.",
-)  # fmt: skip
-_CACHE_DIR = flags.DEFINE_string(
-  "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object per line.")
 _STREAM = flags.DEFINE_bool(
@@ -122,60 +90,6 @@ def _show(text: str) -> None:
   print(f"\r{shown}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _open() -> RagPipeline:
-  """Returns the pipeline of --workdir or --model.
-
-  Raises:
-    ValueError: neither or both are given, or the corpus is missing.
-  """
-  workdir, model = _WORKDIR.value or "", _MODEL.value or ""
-  if bool(workdir) == bool(model):
-    raise ValueError(
-      f"--workdir={workdir!r} and --model={model!r}: expected one of them, a"
-      " run that has ended or a RAG checkpoint. For instance"
-      " --workdir=runs/quickstart, or --model=hf:facebook/rag-token-nq"
-      " --corpus=documents/."
-    )
-  if model and not model.startswith(HUB_PREFIX) and is_workdir(model):
-    workdir, model = model, ""
-  beams, mode = _NUM_BEAMS.value or 0, _MODE.value or ""
-  if beams < 0:
-    raise ValueError(
-      f"--num_beams={beams}; expected 1 or more, or 0 for as many as the model"
-      " says."
-    )
-  generation = {"num_beams": beams} if beams else {}
-  if workdir:
-    keep_compiled(_CACHE_DIR.value or "")
-    return RagPipeline.load(
-      workdir, corpus=_CORPUS.value, mode=mode, generation=generation
-    )
-  corpus, passages_of = _CORPUS.value or "", _PASSAGE_ENCODER.value or ""
-  if not corpus:
-    raise ValueError(
-      f"--model={model} has no passages of its own; expected --corpus: a folder"
-      " or file to answer from, or what rag-jax build-index wrote."
-    )
-  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-  cache = cache.expanduser() / "rag_jax"
-  keep_compiled(_CACHE_DIR.value or "")
-  model = pickles.converted(os.path.expanduser(model), cache / "converted")
-  if not (passages_of or is_search_directory(corpus)):
-    passages_of = default_passage_encoder(model)
-  if passages_of:
-    passages_of = pickles.converted(
-      os.path.expanduser(passages_of), cache / "converted"
-    )
-  return RagPipeline.from_checkpoint(
-    model,
-    corpus,
-    passage_encoder=passages_of,
-    mode=mode,
-    generation=generation,
-    hf_parity=_HF_PARITY.value,
-  )
-
-
 def _text(pipeline: RagPipeline, answer: Answer) -> str:
   """Returns what is printed for an answer."""
   how = answer, _SURE.value, pipeline.least_score
@@ -197,7 +111,7 @@ def _answer_on_hosts(arguments: list[str]) -> None:
       "--distributed was given without a question; expected questions that the"
       " hosts can share. Give them as arguments, or - for standard input."
     )
-  pipeline = _open()
+  pipeline = open_pipeline()
 
   def answer(some: Sequence[str]) -> list[str]:
     found = (pipeline.answer(q, n_docs=_N_DOCS.value)[0] for q in some)
@@ -217,7 +131,7 @@ def main(argv: list[str]) -> None:
     _answer_on_hosts(argv[1:])
     return
   questions = _questions(argv[1:])
-  pipeline = _open()
+  pipeline = open_pipeline()
   streams = sys.stderr.isatty() if _STREAM.value is None else _STREAM.value
   on_text = _show if streams and not _JSON.value else None
   for number, question in enumerate(questions):

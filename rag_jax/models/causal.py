@@ -317,7 +317,8 @@ class CausalGenerator(nn.Module):
     """
     prompts = self._prompts(memory, memory_mask, memory_tokens, shared)
     before, places, last, lengths = prompts
-    self._check_positions(sum(x.shape[1] for x in places) + num_steps)
+    # The first step reads the last token of the prompts.
+    self._check_positions(sum(x.shape[1] for x in places) + num_steps - 1)
     b, k, _ = memory_tokens.shape
     slots = num_steps * num_beams
     return CausalCache(

@@ -255,7 +255,8 @@ def test_texts_longer_than_the_learned_positions_are_refused():
     module.apply({"params": params}, tokens, mask)
   tokens, mask = map(jnp.asarray, texts([30], width=30))
   with pytest.raises(ValueError, match="Texts of 41 tokens"):
-    start(module, 11, {"params": params}, tokens, mask)
+    start(module, 12, {"params": params}, tokens, mask)
+  start(module, 11, {"params": params}, tokens, mask)
 
 
 # Data x fsdp x tensor. Two heads of keys and values divide by two, one does not

@@ -96,6 +96,10 @@ def test_every_row_writes_what_pytorch_writes(files):
       "--batch_size=0; expected 1 or more",
     ),
     (
+      ("--generator=a", "--encoder=b", "--questions=c", "--n_docs=3,4"),
+      "--n_docs=3,4; expected some of 0, 1, 3, 5",
+    ),
+    (
       ("--generator=a", "--encoder=b", "--questions=c", "--check=101"),
       "--check=101; expected 0 to --num_questions=100",
     ),

@@ -99,7 +99,8 @@ WRONG = {
   ),
   ("loss=rag_tokn",): (
     r"ValueError: The config is not valid:\n  loss='rag_tokn' is not one of"
-    r" \['fid', 'rag_sequence', 'rag_token'\]\. Did you mean 'rag_token'\?"
+    r" \['concatenate', 'fid', 'rag_sequence', 'rag_token'\]\. Did you mean"
+    r" 'rag_token'\?"
   ),
   ("index.swap_steps=4", "encoder.train_passage_encoder=False"): (
     r"ValueError: The config is not valid:\n  encoder\.train_passage_encoder="

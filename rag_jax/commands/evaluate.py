@@ -1,0 +1,172 @@
+r"""Measures how well a model answers questions whose answers are known.
+
+  rag-jax evaluate --workdir=runs/quickstart --output=runs/measured
+  rag-jax evaluate --model=hf:facebook/rag-token-nq --corpus=documents/ \
+      --questions=nq-test.jsonl --output=runs/nq --against=runs/other
+
+--workdir, --model and --corpus are those of rag-jax ask. --questions is a file
+in a format that training reads, or a folder with one per split; without it,
+those of the run. Writes to --output: answers.jsonl, a line per question with
+the answer, its probability, and the passages that were read; metrics.json,
+exact match, token F1 and answer recall with 95 % intervals, also per relation
+and per length of the question; and report.html, with the worst answers.
+--against is the output of another evaluation on the same questions: the
+differences, their intervals and p values are added. Started again after an
+interruption, it goes on with the answers that --output has.
+"""
+
+import os
+
+from absl import flags
+from absl import logging
+from etils import epath
+
+from rag_jax.api.runs import questions_of
+from rag_jax.commands import command
+from rag_jax.commands.model_flags import define_model_flags
+from rag_jax.commands.model_flags import open_pipeline
+from rag_jax.config import EvalConfig
+from rag_jax.data.questions import SPLITS
+from rag_jax.data.questions import Question
+from rag_jax.evaluation.answers import VARIANTS
+from rag_jax.evaluation.answers import check_variant
+from rag_jax.evaluation.judged_answers import LINES
+from rag_jax.evaluation.judged_answers import JudgedAnswer
+from rag_jax.evaluation.judged_answers import judge
+from rag_jax.evaluation.judged_answers import line_of
+from rag_jax.evaluation.judged_answers import read_judged
+from rag_jax.evaluation.judged_answers import write_summary
+from rag_jax.evaluation.regex_answers import check_patterns
+from rag_jax.progress import Progress
+from rag_jax.serving.pipeline import RagPipeline
+
+define_model_flags()
+_QUESTIONS = flags.DEFINE_string(
+  "questions", "", "Questions with answers; '': those of the run."
+)
+_SPLIT = flags.DEFINE_enum("split", "test", list(SPLITS), "Of the questions.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
+_AGAINST = flags.DEFINE_string(
+  "against", "", "The --output of another evaluation, to compare with."
+)
+_NUM_QUESTIONS = flags.DEFINE_integer(
+  "num_questions", 0, "At equal distances; 0: all."
+)
+_RETRIEVED = flags.DEFINE_integer(
+  "num_retrieved", 20, "Passages per question for answer recall, at least as"
+  " many as are read; fewer if there are fewer.",
+)  # fmt: skip
+_BATCH = flags.DEFINE_integer("batch_size", 32, "Questions answered together.")
+_ANSWERS = flags.DEFINE_enum(
+  "answers", "", ["", *VARIANTS], "How answers are compared; '': as in the run."
+)
+flags.mark_flag_as_required("output")
+
+
+def _check_flags() -> None:
+  for flag, least in ((_NUM_QUESTIONS, 0), (_RETRIEVED, 1), (_BATCH, 1)):
+    if flag.value < least:
+      raise ValueError(
+        f"--{flag.name}={flag.value}; expected {least} or more. Give such a"
+        " number, or omit it."
+      )
+
+
+def _asked(pipeline: RagPipeline) -> list[Question]:
+  """Returns the questions, in their order."""
+  config = pipeline.experiment.config
+  asked = list(
+    questions_of(_QUESTIONS.value or config.data.questions, _SPLIT.value)
+  )
+  if 0 < _NUM_QUESTIONS.value < len(asked):
+    num = _NUM_QUESTIONS.value
+    asked = [asked[i * len(asked) // num] for i in range(num)]
+  return asked
+
+
+def _done(path: epath.Path, asked: list[Question]) -> list[JudgedAnswer]:
+  """Returns the answers that were written before.
+
+  Raises:
+    ValueError: they are to other questions.
+  """
+  if not path.exists():
+    return []
+  text = path.read_text()
+  # The last line may have been cut off.
+  path.write_text(text[: text.rfind("\n") + 1])
+  done = read_judged(path)
+  same = [x.question for x in done] == [q.question for q in asked[: len(done)]]
+  if len(done) > len(asked) or not same:
+    raise ValueError(
+      f"{path} has answers to other questions than these. Expected a new"
+      " folder, or that of the same evaluation, which then goes on. Choose"
+      " another --output."
+    )
+  logging.info("%s has %d of %d answers.", path, len(done), len(asked))
+  return done
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command."""
+  _check_flags()
+  # Before the model: what is compared with has to be there.
+  against = read_judged(_AGAINST.value) if _AGAINST.value else []
+  output = epath.Path(os.path.expanduser(_OUTPUT.value or ""))
+  output.mkdir(parents=True, exist_ok=True)
+  pipeline = open_pipeline()
+  asked = _asked(pipeline)
+  settings: EvalConfig = pipeline.experiment.config.eval
+  variant = _ANSWERS.value or settings.answers
+  if problems := check_variant(variant, settings.language):
+    raise ValueError(" ".join(problems))
+  if variant == "regex":
+    for question in asked:
+      check_patterns(question.answers, f"The question {question.question!r}")
+  judged = _done(output / LINES, asked)
+  passages = pipeline.experiment.passages
+  n_docs = pipeline.experiment.config.data.n_docs
+  most = min(max(_RETRIEVED.value, n_docs), len(passages))
+  # Appended, so that an interruption loses one batch.
+  with (
+    (output / LINES).open("a") as file,
+    Progress("Answered", len(asked), "questions", len(judged)) as progress,
+  ):
+    while len(judged) < len(asked):
+      part = asked[len(judged) : len(judged) + _BATCH.value]
+      answers = pipeline.answerer.answer(
+        pipeline.params,
+        pipeline.index,
+        [q.question for q in part],
+        n_docs=n_docs,
+        num_retrieved=most,
+        batch_size=_BATCH.value,
+      )
+      for answer, question in zip(answers, part, strict=True):
+        texts = [
+          f"{passages[row].title} {passages[row].text}"
+          for row in answer.retrieved
+        ]
+        judged.append(
+          judge(
+            answer, question, texts, variant=variant, language=settings.language
+          )
+        )
+        file.write(line_of(judged[-1]) + "\n")
+      file.flush()
+      progress.update(len(part))
+  title = f"{output.name}: {len(judged)} questions"
+  _, tables = write_summary(output, title, judged, against)
+  for heading, rows in tables:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(f"{heading}\n")
+    for row in rows:
+      cells = (x.ljust(width) for x, width in zip(row, widths, strict=True))
+      print("  ".join(cells).rstrip())
+    print()
+  print(f"In {output}: {LINES}, metrics.json, report.html")
+
+
+def run() -> None:
+  """Runs `main`."""
+  command.run(main)

@@ -1,0 +1,108 @@
+"""The flags that name a model, and the model that they name.
+
+In: the command line. Out: a `RagPipeline`: of a run, or of a RAG checkpoint.
+"""
+
+import os
+import pathlib
+
+from absl import flags
+
+from rag_jax.api import pickles
+from rag_jax.decoding.rag import MODES
+from rag_jax.serving.open_model import default_passage_encoder
+from rag_jax.serving.open_model import is_search_directory
+from rag_jax.serving.pipeline import RagPipeline
+from rag_jax.training.workdir import keep_compiled
+from rag_jax.weights.hub import HUB_PREFIX
+from rag_jax.weights.saved import is_workdir
+
+# A flag that is defined here belongs to the command that asked for it.
+flags.disclaim_key_flags()
+
+
+def define_model_flags() -> None:
+  """Defines the flags."""
+  flags.DEFINE_string("workdir", "", "The workdir of a finished training run.")
+  flags.DEFINE_string(
+    "model", "", "A RAG checkpoint instead: a directory, or hf:ORG/NAME."
+  )
+  flags.DEFINE_string(
+    "corpus", "", "Documents to answer from; '': the passages of the run."
+  )
+  flags.DEFINE_string(
+    "passage_encoder",
+    "",
+    "Checkpoint that embeds the corpus, if --model has no passage encoder; ''"
+    " for facebook/rag-*: their DPR encoder.",
+  )
+  flags.DEFINE_integer(
+    "num_beams", 0, "Beams; 1: greedy search; 0: as the model says."
+  )
+  flags.DEFINE_enum(
+    "mode", "", ["", *MODES], "How to decode; '': as the model was trained."
+  )
+  flags.DEFINE_bool(
+    "hf_parity", True, "With --model, reproduce the defects of transformers;"
+    " --nohf_parity ranks answers by their likelihood.",
+  )  # fmt: skip
+  flags.DEFINE_string(
+    "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
+  )
+
+
+def open_pipeline() -> RagPipeline:
+  """Returns the pipeline of --workdir or --model.
+
+  Raises:
+    ValueError: neither or both are given, or the corpus is missing.
+  """
+  workdir, model = flags.FLAGS.workdir or "", flags.FLAGS.model or ""
+  if bool(workdir) == bool(model):
+    raise ValueError(
+      f"--workdir={workdir!r} and --model={model!r}: expected one of them, a"
+      " run that has ended or a RAG checkpoint. For instance"
+      " --workdir=runs/quickstart, or --model=hf:facebook/rag-token-nq"
+      " --corpus=documents/."
+    )
+  if model and not model.startswith(HUB_PREFIX) and is_workdir(model):
+    workdir, model = model, ""
+  beams, mode = flags.FLAGS.num_beams or 0, flags.FLAGS.mode or ""
+  if beams < 0:
+    raise ValueError(
+      f"--num_beams={beams}; expected 1 or more, or 0 for as many as the model"
+      " says."
+    )
+  generation = {"num_beams": beams} if beams else {}
+  if workdir:
+    keep_compiled(flags.FLAGS.cache_dir or "")
+    return RagPipeline.load(
+      workdir, corpus=flags.FLAGS.corpus, mode=mode, generation=generation
+    )
+  corpus, passages_of = (
+    flags.FLAGS.corpus or "",
+    flags.FLAGS.passage_encoder or "",
+  )
+  if not corpus:
+    raise ValueError(
+      f"--model={model} has no passages of its own; expected --corpus: a folder"
+      " or file to answer from, or what rag-jax build-index wrote."
+    )
+  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+  cache = cache.expanduser() / "rag_jax"
+  keep_compiled(flags.FLAGS.cache_dir or "")
+  model = pickles.converted(os.path.expanduser(model), cache / "converted")
+  if not (passages_of or is_search_directory(corpus)):
+    passages_of = default_passage_encoder(model)
+  if passages_of:
+    passages_of = pickles.converted(
+      os.path.expanduser(passages_of), cache / "converted"
+    )
+  return RagPipeline.from_checkpoint(
+    model,
+    corpus,
+    passage_encoder=passages_of,
+    mode=mode,
+    generation=generation,
+    hf_parity=flags.FLAGS.hf_parity,
+  )

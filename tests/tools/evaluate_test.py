@@ -1,0 +1,89 @@
+"""tools/evaluate.py as a person runs it."""
+
+import json
+
+from processes import run_tool
+import pytest
+
+FACTS = {
+  "What is the capital of France?": "Paris",
+  "What is the capital of Peru?": "Lima",
+  "What is the capital of Kenya?": "Atlantis",  # which nobody answers
+}
+
+
+@pytest.fixture
+def questions(tmp_path):
+  path = tmp_path / "questions.jsonl"
+  lines = [{"question": q, "answers": [a]} for q, a in FACTS.items()]
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return path
+
+
+def evaluate(learned, questions, output, *arguments):
+  return run_tool(
+    "evaluate.py",
+    f"--workdir={learned.workdir}",
+    f"--questions={questions}",
+    f"--output={output}",
+    *arguments,
+  )
+
+
+def test_a_run_is_measured_compared_and_goes_on(learned, questions, tmp_path):
+  one, other = tmp_path / "one", tmp_path / "other"
+  done = evaluate(learned, questions, one, "--batch_size=2")
+  assert done.returncode == 0, done.stderr
+  lines = (one / "answers.jsonl").read_text().splitlines()
+  found = [json.loads(line) for line in lines]
+  assert [x["question"] for x in found] == list(FACTS)
+  assert [x["exact_match"] for x in found] == [1.0, 1.0, 0.0]
+  assert [x["answer_rank"] for x in found][:2] == [1, 1]
+  assert found[2]["answer_rank"] == 0
+  assert found[0]["num_retrieved"] == 20
+  metrics = json.loads((one / "metrics.json").read_text())["metrics"]["all"]
+  assert metrics["exact_match"]["mean"] == pytest.approx(2 / 3)
+  assert "answer_recall_at_20" in metrics
+  assert "Atlantis" in (one / "report.html").read_text()
+  assert "0.667 (" in done.stdout
+
+  # Interrupted in the middle of a line, it goes on, and compares.
+  other.mkdir()
+  (other / "answers.jsonl").write_text(lines[0] + "\n" + lines[1][:40])
+  done = evaluate(learned, questions, other, f"--against={one}")
+  assert done.returncode == 0, done.stderr
+  # Rounding depends on how many questions are answered together.
+  again = (other / "answers.jsonl").read_text().splitlines()
+  assert again[0] == lines[0]
+  names = "question", "prediction", "exact_match", "answer_rank"
+  for a, b in zip(map(json.loads, again), found, strict=True):
+    assert [a[name] for name in names] == [b[name] for name in names]
+  difference = json.loads((other / "metrics.json").read_text())["difference"]
+  assert difference["exact_match"]["difference"] == 0.0
+  assert "Difference" in done.stdout
+
+  # Nothing that was written is lost to a mistake.
+  few = evaluate(learned, questions, one, "--num_questions=2")
+  assert few.returncode != 0
+  assert "answers to other questions" in few.stderr
+  assert (one / "answers.jsonl").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("--batch_size=0", "--batch_size=0; expected 1 or more"),
+    ("--num_questions=-1", "--num_questions=-1; expected 0 or more"),
+    ("--against=/nowhere", "There is no /nowhere"),
+    ("--answers=best", "--answers"),
+    ("--model=also", "expected one of them"),
+  ],
+)
+def test_what_cannot_work_is_refused_first(
+  learned, questions, tmp_path, argument, message
+):
+  done = evaluate(learned, questions, tmp_path / "out", argument)
+  assert done.returncode != 0
+  assert message in done.stderr + done.stdout
+  assert "Traceback" not in done.stderr
+  assert not list((tmp_path / "out").glob("*"))
