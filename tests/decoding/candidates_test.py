@@ -11,6 +11,7 @@ from small_rag import V
 from small_rag import apply
 from small_rag import inputs
 
+from rag_jax.decoding.candidates import Memory
 from rag_jax.decoding.candidates import bucket
 from rag_jax.decoding.candidates import build_tree
 from rag_jax.decoding.candidates import score_tree
@@ -34,7 +35,7 @@ def test_candidates_that_begin_alike_share_their_prefixes():
     )
   memory = rng.normal(size=(B, K, C, D)).astype(np.float32)
   read, mask = inputs()[1:3]
-  log_probs, total = apply(score_tree, tree, tokens, memory, mask, read)
+  log_probs, total = apply(score_tree, tree, tokens, Memory(memory, mask, read))
   expected = apply("score", tokens, memory, mask, read)  # B C K T
   real = (np.arange(STEPS) < lengths[..., None])[..., None]
   np.testing.assert_allclose(
