@@ -1,4 +1,4 @@
-r"""Measures how well a model answers questions whose answers are known.
+r"""Measures a model on questions whose answers are known.
 
   rag-jax evaluate --workdir=runs/quickstart --output=runs/measured
   rag-jax evaluate --model=hf:facebook/rag-token-nq --corpus=documents/ \
