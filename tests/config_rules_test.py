@@ -533,6 +533,10 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
       "num_heads=4 must be a multiple of num_kv_heads=3",
     ),
     (
+      {"encoder__truncate_dim": 129},
+      "encoder.truncate_dim=129 is above the 128 numbers of an embedding",
+    ),
+    (
       {"causal__num_layers": 3},
       "The section causal describes a decoder-only generator, but",
     ),

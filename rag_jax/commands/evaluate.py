@@ -15,13 +15,20 @@ differences, their intervals and p values are added. Started again after an
 interruption, it goes on with the answers that --output has.
 """
 
+import json
 import os
+from typing import Any
 
 from absl import flags
 from absl import logging
 from etils import epath
+import jax
+import numpy as np
 
 from rag_jax.api.runs import questions_of
+from rag_jax.artifacts import fingerprint_arrays
+from rag_jax.artifacts import fingerprint_lines
+from rag_jax.artifacts import write_atomically
 from rag_jax.commands import command
 from rag_jax.commands.model_flags import define_model_flags
 from rag_jax.commands.model_flags import open_pipeline
@@ -62,6 +69,8 @@ _ANSWERS = flags.DEFINE_enum(
 )
 flags.mark_flag_as_required("output")
 
+_IDENTITY = "evaluation.json"  # in the output: which evaluation it is
+
 
 def _check_flags() -> None:
   for flag, least in ((_NUM_QUESTIONS, 0), (_RETRIEVED, 1), (_BATCH, 1)):
@@ -84,26 +93,49 @@ def _asked(pipeline: RagPipeline) -> list[Question]:
   return asked
 
 
-def _done(path: epath.Path, asked: list[Question]) -> list[JudgedAnswer]:
-  """Returns the answers that were written before.
+def _identity(
+  pipeline: RagPipeline, asked: list[Question], **settings: Any
+) -> dict[str, Any]:
+  """Returns what has to be the same to go on with an evaluation."""
+  names = "mode", "num_beams", "hf_parity"
+  leaves = jax.tree_util.tree_leaves_with_path(pipeline.params)
+  return {
+    "model": fingerprint_arrays(
+      {jax.tree_util.keystr(name): np.asarray(x) for name, x in leaves}
+    ),
+    **pipeline.experiment.identity,
+    "questions": fingerprint_lines(map(repr, asked)),
+    **{name: getattr(flags.FLAGS, name) for name in names},
+    **settings,
+  }
+
+
+def _done(output: epath.Path, identity: dict[str, Any]) -> list[JudgedAnswer]:
+  """Returns the answers that were written before, of the same evaluation.
 
   Raises:
-    ValueError: they are to other questions.
+    ValueError: they are of another one, or nobody knows of which.
   """
+  mark, path = output / _IDENTITY, output / LINES
+  if not mark.exists() and not path.exists():
+    write_atomically(mark, json.dumps(identity, indent=2) + "\n")
+    return []
+  before = json.loads(mark.read_text()) if mark.exists() else {}
+  other = [name for name in identity if before.get(name) != identity[name]]
+  if other:
+    raise ValueError(
+      f"{output} holds another evaluation than this: {', '.join(other)} differ."
+      " Expected a new folder, or that of the same evaluation, which then goes"
+      " on. Choose another --output."
+    )
   if not path.exists():
     return []
   text = path.read_text()
-  # The last line may have been cut off.
-  path.write_text(text[: text.rfind("\n") + 1])
+  whole = text[: text.rfind("\n") + 1]
+  if whole != text:  # the last line was cut off
+    write_atomically(path, whole)
   done = read_judged(path)
-  same = [x.question for x in done] == [q.question for q in asked[: len(done)]]
-  if len(done) > len(asked) or not same:
-    raise ValueError(
-      f"{path} has answers to other questions than these. Expected a new"
-      " folder, or that of the same evaluation, which then goes on. Choose"
-      " another --output."
-    )
-  logging.info("%s has %d of %d answers.", path, len(done), len(asked))
+  logging.info("%s has %d answers already.", path, len(done))
   return done
 
 
@@ -113,7 +145,11 @@ def main(argv: list[str]) -> None:
   # Before the model: what is compared with has to be there.
   against = read_judged(_AGAINST.value) if _AGAINST.value else []
   output = epath.Path(os.path.expanduser(_OUTPUT.value or ""))
-  output.mkdir(parents=True, exist_ok=True)
+  if output.exists() and not output.is_dir():
+    raise ValueError(
+      f"--output={output} is a file; expected a folder to write. Choose"
+      " another."
+    )
   pipeline = open_pipeline()
   asked = _asked(pipeline)
   settings: EvalConfig = pipeline.experiment.config.eval
@@ -123,10 +159,14 @@ def main(argv: list[str]) -> None:
   if variant == "regex":
     for question in asked:
       check_patterns(question.answers, f"The question {question.question!r}")
-  judged = _done(output / LINES, asked)
   passages = pipeline.experiment.passages
   n_docs = pipeline.experiment.config.data.n_docs
   most = min(max(_RETRIEVED.value, n_docs), len(passages))
+  identity = _identity(
+    pipeline, asked, n_docs=n_docs, num_retrieved=most, answers=variant
+  )
+  output.mkdir(parents=True, exist_ok=True)
+  judged = _done(output, identity)
   # Appended, so that an interruption loses one batch.
   with (
     (output / LINES).open("a") as file,

@@ -50,8 +50,8 @@ class AnswerDoc:
   # of it and the BM25 score.
   score: float
   prior: float  # p(z|x), over the documents read
-  # p(z|x,y), if one document explains the whole answer. In mode "fid" the
-  # decoder reads all documents at once, and this is the prior.
+  # p(z|x,y), if one document explains the whole answer. In the modes "fid" and
+  # "concatenate" all documents are read at once, and this is the prior.
   posterior: float
   token_posteriors: tuple[float, ...]  # p(z|x,y_t) of each token
 

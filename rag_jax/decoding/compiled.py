@@ -14,9 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
 
 from rag_jax.decoding.candidates import CandidateTree
-from rag_jax.decoding.candidates import Memory
 from rag_jax.decoding.candidates import score_tree
 from rag_jax.decoding.logits import PrefixTrie
+from rag_jax.decoding.memory import Memory
 from rag_jax.decoding.ranking import Generated
 from rag_jax.decoding.ranking import HfParity
 from rag_jax.decoding.ranking import rank_fast

@@ -17,11 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 import numpy as np
 
 from rag_jax.decoding import compiled
-from rag_jax.decoding.candidates import Memory
 from rag_jax.decoding.candidates import build_tree
 from rag_jax.decoding.compiled import Plan
 from rag_jax.decoding.compiled import Ranking
 from rag_jax.decoding.logits import PrefixTrie
+from rag_jax.decoding.memory import Memory
 from rag_jax.decoding.ranking import Generated
 from rag_jax.decoding.ranking import HfParity
 from rag_jax.decoding.settings import GenerationSettings

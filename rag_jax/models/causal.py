@@ -33,6 +33,7 @@ from rag_jax.models.partitioning import dense_init
 from rag_jax.models.partitioning import split_table
 from rag_jax.models.pointer import Copy
 from rag_jax.models.rope import rotation
+from rag_jax.models.stack import next_history
 from rag_jax.models.vocabulary import capped
 
 # Keys and values of each layer.
@@ -346,11 +347,7 @@ class CausalGenerator(nn.Module):
     read = jnp.repeat(tokens, k, axis=0)  # B*K W
     read = jnp.where(position == 0, cache.last[:, None], read)
     positions = jnp.broadcast_to(cache.lengths[:, None] + position, read.shape)
-    # The new token is in the beam's own slot.
-    ancestors = cache.ancestors.at[:, :, position].set(jnp.arange(w))
-    history = ancestors[..., None] == jnp.arange(w)  # B W T W
-    history &= (jnp.arange(t) <= position)[:, None]
-    history = jnp.repeat(history.reshape(b, w, t * w), k, axis=0)
+    ancestors, history = next_history(cache.ancestors, position, k)
     slots = cache.lengths[:, None] + jnp.repeat(jnp.arange(t), w)
     seen = [self._seen(positions, places) for places in cache.places]
     seen.append(self._seen(positions, slots, history))

@@ -48,6 +48,21 @@ class DecoderCache:
     return dataclasses.replace(self, ancestors=ancestors, pointer=pointer)
 
 
+def next_history(
+  ancestors: Int[Array, "B W T"], position: Int[Array, ""], num_docs: int
+) -> tuple[Int[Array, "B W T"], Bool[Array, "BK W TW"]]:
+  """Returns the ancestors with a new token at `position`, and what it sees.
+
+  The token of each beam is in the beam's own slot. It sees the slots, of T
+  steps times W beams, of its own history, for each of `num_docs` documents.
+  """
+  b, w, t = ancestors.shape
+  ancestors = ancestors.at[:, :, position].set(jnp.arange(w))
+  seen = ancestors[..., None] == jnp.arange(w)  # B W T W
+  seen &= (jnp.arange(t) <= position)[:, None]
+  return ancestors, jnp.repeat(seen.reshape(b, w, t * w), num_docs, axis=0)
+
+
 def sinusoid_init(
   key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
 ) -> Array:
@@ -218,11 +233,7 @@ class Stack(nn.Module):
     b, w, _ = x.shape
     t = cache.ancestors.shape[-1]
     k = cache.memory_mask.shape[0] // b
-    # The new token is in the beam's own slot.
-    ancestors = cache.ancestors.at[:, :, position].set(jnp.arange(w))
-    seen = ancestors[..., None] == jnp.arange(w)  # B W T W
-    seen &= (jnp.arange(t) <= position)[:, None]
-    seen = jnp.repeat(seen.reshape(b, w, t * w), k, axis=0)
+    ancestors, seen = next_history(cache.ancestors, position, k)
     x = self.enter(x, jnp.full((w,), position), True)
     x = jnp.repeat(x, k, axis=0)  # B*K W D
     bias = self.bias(

@@ -11,10 +11,10 @@ from small_rag import V
 from small_rag import apply
 from small_rag import inputs
 
-from rag_jax.decoding.candidates import Memory
 from rag_jax.decoding.candidates import bucket
 from rag_jax.decoding.candidates import build_tree
 from rag_jax.decoding.candidates import score_tree
+from rag_jax.decoding.memory import Memory
 
 
 def test_candidates_that_begin_alike_share_their_prefixes():

@@ -1,6 +1,7 @@
 """tools/evaluate.py as a person runs it."""
 
 import json
+import shutil
 
 from processes import run_tool
 import pytest
@@ -49,6 +50,7 @@ def test_a_run_is_measured_compared_and_goes_on(learned, questions, tmp_path):
 
   # Interrupted in the middle of a line, it goes on, and compares.
   other.mkdir()
+  shutil.copy(one / "evaluation.json", other)
   (other / "answers.jsonl").write_text(lines[0] + "\n" + lines[1][:40])
   done = evaluate(learned, questions, other, f"--against={one}")
   assert done.returncode == 0, done.stderr
@@ -65,7 +67,9 @@ def test_a_run_is_measured_compared_and_goes_on(learned, questions, tmp_path):
   # Nothing that was written is lost to a mistake.
   few = evaluate(learned, questions, one, "--num_questions=2")
   assert few.returncode != 0
-  assert "answers to other questions" in few.stderr
+  assert "holds another evaluation than this: questions differ" in few.stderr
+  beams = evaluate(learned, questions, one, "--num_beams=2")
+  assert "than this: num_beams differ" in beams.stderr
   assert (one / "answers.jsonl").read_text().splitlines() == lines
 
 

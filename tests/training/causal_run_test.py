@@ -27,6 +27,18 @@ def config_of(tiny, **changes):
   return tiny.config(generator__kind="causal", causal=CAUSAL, **changes)
 
 
+def prompting(tiny, shots, stop="", **changes):
+  return config_of(
+    tiny,
+    data__context_style="prompt",
+    data__context_length=250,
+    data__substitute_answers=0.0,
+    warmup__num_steps=0,
+    prompt=PromptConfig(shots=shots, stop=stop),
+    **changes,
+  )
+
+
 @pytest.fixture(scope="module")
 def trained(tiny):
   return tiny.train(tiny.root / "causal", config_of(tiny), measure=True)
@@ -94,14 +106,11 @@ def shots(tmp_path):
 
 @pytest.mark.parametrize("loss", ["rag_token", "rag_sequence", "concatenate"])
 def test_prompts_with_examples_train_and_answer(tiny, shots, loss):
-  config = config_of(
+  config = prompting(
     tiny,
-    data__context_style="prompt",
-    data__context_length=250,
-    data__substitute_answers=0.0,
-    warmup__num_steps=0,
+    shots,
+    stop="o",
     train__num_steps=3,
-    prompt=PromptConfig(shots=shots, stop="o"),
     retriever_loss="none" if loss == "concatenate" else "marginal",
     loss=loss,
   )
@@ -121,14 +130,7 @@ def test_prompts_with_examples_train_and_answer(tiny, shots, loss):
 
 
 def test_what_is_shared_changes_no_answer(tiny, trained, shots, monkeypatch):
-  config = config_of(
-    tiny,
-    data__context_style="prompt",
-    data__context_length=250,
-    data__substitute_answers=0.0,
-    warmup__num_steps=0,
-    prompt=PromptConfig(shots=shots),
-  )
+  config = prompting(tiny, shots)
   pipeline = RagPipeline.load(trained.path)
   experiment = open_experiment(
     validate(config), tokenizer_path=trained.path / "tokenizer"

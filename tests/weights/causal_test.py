@@ -5,6 +5,7 @@ tests/parity/causal_test.py compares what is read with PyTorch.
 
 import dataclasses
 import json
+import pathlib
 import time
 
 from causal_models import CONFIGS
@@ -12,11 +13,13 @@ import jax
 import numpy as np
 import pytest
 
+from rag_jax.api.configs import load_config
 from rag_jax.config import Config
 from rag_jax.config_generators import CausalConfig
 from rag_jax.config_rules import validate
 from rag_jax.models.rag import build_model
 from rag_jax.serving.pipeline import RagPipeline
+from rag_jax.weights.brought import SAFE_LR
 from rag_jax.weights.causal_configs import causal_config
 from rag_jax.weights.causal_configs import causal_type
 from rag_jax.weights.causal_configs import explicit_causal
@@ -26,7 +29,6 @@ from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.convert import export_model
 from rag_jax.weights.convert import import_checkpoint
-from rag_jax.weights.init_from import SAFE_LR
 from rag_jax.weights.init_from import load_initial
 from rag_jax.weights.load import checkpoint_kind
 from rag_jax.weights.load import load_causal
@@ -35,6 +37,7 @@ from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_generator
 from rag_jax.weights.load import load_rag
 
+ROOT = pathlib.Path(__file__).parents[2]
 IDS = SpecialIds(pad=1, bos=0, eos=2)
 GENERATION = {
   "do_sample": True, "max_length": 9, "min_new_tokens": 2, "num_beams": 2,
@@ -378,6 +381,26 @@ def test_a_run_starts_from_a_decoder_only_generator(
   again = validate(dataclasses.replace(resolved, seed=1))
   model = build_model(again, vocab_size=0, decoder_start_id=0)
   assert model.generator.config == CausalConfig(**fields)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "hf_finetune"])
+def test_a_config_for_an_encoder_decoder_takes_a_decoder_only_one(
+  checkpoints, name
+):
+  config = load_config(ROOT / "configs" / f"{name}.py")
+  by_file = config.generator.init_from
+  config.generator.init_from = str(checkpoints.causal())
+  config.encoder.init_from = config.encoder.passage_init_from = ""
+  config.encoder.tied = config.encoder.train_passage_encoder = True
+  config.tokenizer.path = "given"
+  config.data.target_length, config.data.context_length = 3, 20
+  resolved, _ = load_initial(config, {"generator.init_from": by_file})
+  assert resolved.generator.kind == "causal"
+  assert not resolved.generator.pointer
+  assert not resolved.warmup.num_steps
+  # A file that names a checkpoint keeps its own contexts.
+  style = {"quickstart": "prompt", "hf_finetune": "rag"}[name]
+  assert resolved.data.context_style == style
 
 
 def test_a_decoder_only_generator_alone_is_no_rag(checkpoints, tmp_path):

@@ -1,0 +1,131 @@
+"""Rules between the settings of retriever and generator.
+
+In: a `Config`. Out: its problems, for config_rules.py.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+
+from rag_jax.config import CausalConfig
+from rag_jax.config import Config
+from rag_jax.config_generators import check_causal
+
+
+def encoder_problems(c: Config) -> Iterator[str]:
+  """Yields the problems of the retriever."""
+  e = c.encoder
+  if e.num_heads and e.embed_dim % e.num_heads:
+    yield (
+      f"encoder.embed_dim={e.embed_dim} must be a multiple of"
+      f" encoder.num_heads={e.num_heads}."
+    )
+  longest = max(c.data.question_length, c.data.passage_length)
+  if 0 < e.max_positions < longest and e.num_layers:
+    yield (
+      f"encoder.max_positions={e.max_positions} is below the longest input"
+      f" (data.question_length={c.data.question_length},"
+      f" data.passage_length={c.data.passage_length}). Lower the lengths."
+    )
+  whole = e.projection_dim or e.embed_dim
+  if e.truncate_dim > whole:
+    yield (
+      f"encoder.truncate_dim={e.truncate_dim} is above the {whole} numbers of"
+      " an embedding; set it to at most as many, or to 0 for all."
+    )
+  if e.pooling == "pooler" and not e.pooler:
+    yield "encoder.pooling='pooler' needs encoder.pooler=True."
+  if e.passage_init_from and (e.tied or not e.init_from):
+    yield (
+      f"encoder.passage_init_from={e.passage_init_from!r} is for a tower of its"
+      f" own, but encoder.tied={e.tied}, encoder.init_from={e.init_from!r}. Set"
+      " encoder.tied=False and encoder.init_from to the question encoder."
+    )
+
+
+def _causal_problems(c: Config) -> Iterator[str]:
+  """Yields the problems of a decoder-only generator."""
+  sizes, data = c.causal, c.data
+  try:
+    # A vocabulary of 0 is that of the tokenizer.
+    check_causal(dataclasses.replace(sizes, vocab_size=sizes.vocab_size or 1))
+  except ValueError as error:
+    yield f"causal: {error}"
+  longest = data.context_length + data.target_length - 1
+  if longest > sizes.max_positions:
+    yield (
+      f"causal.max_positions={sizes.max_positions} is below the {longest}"
+      " tokens of a prompt and its answer (data.context_length="
+      f"{data.context_length},"
+      f" data.target_length={data.target_length}). Lower the lengths."
+    )
+  for name, value in (("loss", c.loss), ("decoding.mode", c.decoding.mode)):
+    if value == "fid":
+      yield (
+        f"{name}='fid' joins the states of an encoder, but generator.kind="
+        "'causal' is a decoder alone. Use 'concatenate', which puts all"
+        " documents into one prompt."
+      )
+  for name, value, bad, why in (
+    ("hf_loss", c.hf_loss, True, "is of transformers' RAG, which has none"),
+    ("train.pack_contexts", c.train.pack_contexts, True, "is of encoders"),
+    ("generator.pointer", c.generator.pointer, True, "is of encoder-decoders"),
+    ("generator.init", c.generator.init, "copy", "is of encoder-decoders"),
+  ):
+    if value == bad:
+      yield (
+        f"{name}={bad!r} {why}, but generator.kind='causal' is a decoder alone."
+        " Change one of them."
+      )
+
+
+def generator_problems(c: Config) -> Iterator[str]:
+  """Yields the problems of the generator."""
+  g = c.generator
+  if g.kind == "causal":
+    yield from _causal_problems(c)
+    return
+  if c.causal != CausalConfig():
+    yield (
+      "The section causal describes a decoder-only generator, but"
+      " generator.kind='encoder_decoder' does not use it. Set"
+      " generator.kind='causal', or leave the section as it is."
+    )
+  for name in ("num_heads", "num_decoder_heads"):
+    heads = getattr(g, name)
+    if heads and not g.head_dim and g.embed_dim % heads:
+      yield (
+        f"generator.embed_dim={g.embed_dim} must be a multiple of"
+        f" generator.{name}={heads}, or generator.head_dim be given."
+      )
+  longest = max(c.data.context_length, c.data.target_length)
+  if g.positions == "learned" and longest > g.max_positions:
+    yield (
+      f"generator.max_positions={g.max_positions} is below the longest input"
+      f" (data.context_length={c.data.context_length},"
+      f" data.target_length={c.data.target_length}). Lower the lengths."
+    )
+  if 0 < g.relative_buckets < 8 or g.relative_buckets % 2:
+    yield (
+      f"generator.relative_buckets={g.relative_buckets} must be 0 (none) or an"
+      " even number from 8 on: half of them lie behind, half ahead."
+    )
+  if g.relative_buckets and g.relative_max_distance <= g.relative_buckets // 2:
+    yield (
+      f"generator.relative_max_distance={g.relative_max_distance} must be above"
+      f" half of generator.relative_buckets={g.relative_buckets}."
+    )
+  if g.init == "copy" and (
+    g.norm != "pre" or g.embedding_norm or not g.relative_buckets
+  ):
+    yield (
+      "generator.init='copy' copies only with generator.norm='pre',"
+      " generator.embedding_norm=False and generator.relative_buckets=32."
+    )
+  if g.init == "copy" and g.head_dim * g.num_heads not in (0, g.embed_dim):
+    yield (
+      f"generator.init='copy' needs heads as wide as the model, but"
+      f" generator.head_dim={g.head_dim} times generator.num_heads="
+      f"{g.num_heads} is not generator.embed_dim={g.embed_dim}."
+    )
+  if g.scale_output and not g.tied_output:
+    yield "generator.scale_output=True is for generator.tied_output=True."
