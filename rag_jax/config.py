@@ -210,6 +210,29 @@ class OptimizerConfig(Settings):
   freeze: tuple[str, ...] = ()
 
 
+# Kernels that can have an adapter, by the names that lora.targets may use.
+LORA_GROUPS = {
+  "attention": ("query", "key", "value", "out"),
+  "mlp": ("gate", "up", "down"),
+}
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
+class LoraConfig(Settings):
+  """Low-rank adapters (LoRA) that train in place of the kernels they change.
+
+  All other parameters of a model with adapters stay as they are: they have no
+  gradient and no optimizer state. The model of a run has the adapters
+  multiplied in, so that it is served and exported like any other.
+  """
+
+  rank: int = 0  # inner dimension of an adapter, often 4 to 64; 0: none
+  alpha: float = number(16.0, above=0)  # an adapter counts alpha / rank
+  # Kernels: "generator/NAME" or "encoder/NAME", where NAME is "attention" or
+  # "mlp", or one of query, key, value, out, gate, up, down.
+  targets: tuple[str, ...] = ("generator/attention", "generator/mlp")
+
+
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class WarmupConfig(Settings):
   """The cold start: training on the passages only, before any question.
@@ -431,6 +454,7 @@ class Config(Settings):
   optimizer: OptimizerConfig = dataclasses.field(
     default_factory=OptimizerConfig
   )
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   warmup: WarmupConfig = dataclasses.field(default_factory=WarmupConfig)
   index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -8,12 +8,14 @@ fields; the rules between fields are here.
 from collections.abc import Collection, Iterator, Mapping
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import operator
 import typing
 from typing import Any
 
+from rag_jax.config import LORA_GROUPS
 from rag_jax.config import Config
 from rag_jax.config import IndexConfig
 from rag_jax.config_model_rules import encoder_problems
@@ -169,6 +171,37 @@ def _objective_problems(c: Config) -> Iterator[str]:
     )
 
 
+def _lora_problems(c: Config) -> Iterator[str]:
+  """Yields the problems of the adapters."""
+  lora = c.lora
+  if not lora.rank:
+    return
+  names = {*LORA_GROUPS, *itertools.chain(*LORA_GROUPS.values())}
+  known = [f"{p}/{name}" for p in ("generator", "encoder") for name in names]
+  if not lora.targets:
+    yield (
+      f"lora.rank={lora.rank} adds adapters, but lora.targets=() names no"
+      " kernels. Name some, for instance ('generator/attention',), or set"
+      " lora.rank=0."
+    )
+  for target in lora.targets:
+    if problem := check_choice("lora.targets", target, known):
+      yield problem
+  if not any(target.startswith("encoder/") for target in lora.targets):
+    return
+  if not c.encoder.num_layers:
+    yield (
+      "lora.targets names kernels of the encoder's layers, but"
+      " encoder.num_layers=0 has none. Leave them out."
+    )
+  if c.retriever_loss == "none" or not c.data.n_docs:
+    yield (
+      "lora.targets names kernels of the encoder, but retriever_loss="
+      f"{c.retriever_loss!r} with data.n_docs={c.data.n_docs} trains no"
+      " retriever. Leave them out, or let it learn."
+    )
+
+
 def _index_problems(i: IndexConfig) -> Iterator[str]:
   """Yields the problems of the index."""
   if 0.0 < i.scann_soar_overretrieve <= 1.0:
@@ -303,6 +336,7 @@ def _cross_problems(c: Config) -> Iterator[str]:
       " train.length_groups=1."
     )
   yield from _objective_problems(c)
+  yield from _lora_problems(c)
   yield from prompt_problems(c)
   if c.hf_loss and c.exclude_bos_score and c.train.accumulate > 1:
     yield (

@@ -167,7 +167,8 @@ def prompt_of(
     f"Passage: {p.title + '. ' if p.title else ''}{p.text}\n"
     for p in (experiment.passages[row] for row in docs)
   )
-  return f"{shots}{shown}Question: {question}\nAnswer:"
+  # Some questions of XQuAD end with a space, which is no part of a question.
+  return f"{shots}{shown}Question: {question.strip()}\nAnswer:"
 
 
 def shots_of(experiment: Experiment) -> str:

@@ -24,6 +24,7 @@ from rag_jax.chips import Chip
 from rag_jax.chips import chip_of_topology
 from rag_jax.config import Config
 from rag_jax.data.experiment import example_batch
+from rag_jax.data.experiment import init_model
 from rag_jax.data.step_batches import QuestionBatch
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.partitioning import batch_sharding
@@ -39,6 +40,7 @@ from rag_jax.training.search_in_step import StepIndex
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import main_loss
 from rag_jax.training.stages import stage_optimizer
+from rag_jax.training.stages import trained
 from rag_jax.training.state import TrainState
 from rag_jax.training.state import state_layouts
 from rag_jax.training.step import compile_update
@@ -140,13 +142,18 @@ class AbstractStep:
       self.model, config.data.n_docs, config.index.refresh_rows, None
     )
     update_fn = in_step.update if config.index.refresh_rows else update
+    params = self.state.params
     jitted = compile_update(
       main_loss(config, self.model, _BOS),
-      stage_optimizer(config, TRAIN, self.state.params),
+      stage_optimizer(config, TRAIN, params),
       jax.tree.map(lambda x: x.sharding, self.state),
       self.mesh,
       TRAIN,
-      functools.partial(update_fn, accumulate=config.train.accumulate),
+      functools.partial(
+        update_fn,
+        accumulate=config.train.accumulate,
+        trained=trained(config, TRAIN, params),
+      ),
     )
     key = jax.eval_shape(
       lambda: jax.random.key(0, impl=config.train.dropout_prng)
@@ -192,11 +199,7 @@ def abstract_model(config: Config) -> tuple[RagModel, PyTree]:
     retriever_vocab_size=config.encoder.vocab_size,
     decoder_start_id=_BOS,
   )
-  batch = jax.tree.map(jnp.asarray, example_batch(config))
-
-  def init(key: jax.Array) -> PyTree:
-    return model.init(key, batch)["params"]
-
+  init = functools.partial(init_model, config, model)
   return model, jax.eval_shape(init, jax.random.key(0))
 
 

@@ -22,6 +22,7 @@ from rag_jax.retrieval import scann
 from rag_jax.retrieval.sharded import shard_bounds
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import stage_optimizer
+from rag_jax.training.stages import trained
 
 USABLE = 0.984  # of a chip's memory: the runtime keeps 256 MiB of 16 GiB
 
@@ -103,9 +104,11 @@ def estimated_parts(
   )
   activations = sum(layers for layers, _ in kept) / mesh.tensor
   activations += 2 * max(one for _, one in kept) / mesh.tensor
-  activations += 8 * logits / mesh.tensor + size(params) / split
+  learned = trained(config, TRAIN, params)
+  gradients = size(jax.tree.map(lambda x, t: x if t else None, params, learned))
+  activations += 8 * logits / mesh.tensor + gradients / split
   if config.train.accumulate > 1:
-    activations += size(params) / split
+    activations += gradients / split
   parts = {
     "parameters": size(params) / split,
     "optimizer": size(jax.eval_shape(optimizer.init, params)) / split,

@@ -14,7 +14,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 import numpy as np
 
 from rag_jax.config import Config
@@ -32,6 +32,7 @@ from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.questions import load_questions
 from rag_jax.models.batch import RagBatch
+from rag_jax.models.lora import with_adapters
 from rag_jax.models.partitioning import check_devices
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.rag import RagModel
@@ -94,10 +95,17 @@ class Experiment:
     """Whether the generator answers without documents."""
     return self.config.data.n_docs == 0
 
-  def init(self, key: jax.Array) -> PyTree:
+  def init(self, key: Key[Array, ""]) -> PyTree:
     """Returns fresh parameters, boxed with their logical axes."""
-    batch = jax.tree.map(jax.numpy.asarray, example_batch(self.config))
-    return self.model.init(key, batch)["params"]
+    return init_model(self.config, self.model, key)
+
+
+def init_model(config: Config, model: RagModel, key: Key[Array, ""]) -> PyTree:
+  """Returns fresh parameters of a model, boxed, with adapters if there are."""
+  batch = jax.tree.map(jax.numpy.asarray, example_batch(config))
+  fixed = () if config.encoder.train_passage_encoder else ("passage_encoder",)
+  params = model.init(key, batch)["params"]
+  return with_adapters(params, config.lora, key, left_out=fixed)
 
 
 def example_batch(config: Config) -> RagBatch:

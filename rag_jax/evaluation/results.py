@@ -21,6 +21,8 @@ from rag_jax.evaluation.plots import learning_curves
 from rag_jax.evaluation.report import CERTIFICATE
 from rag_jax.evaluation.report import write_results
 from rag_jax.models.hybrid import learned_weights
+from rag_jax.models.lora import merged
+from rag_jax.models.lora import without_adapters
 from rag_jax.processes import is_first
 from rag_jax.processes import wait_for_all
 from rag_jax.retrieval.certify import check_min_recall
@@ -122,7 +124,7 @@ def finish(
 def _best_params(
   experiment: Experiment, workdir: Workdir
 ) -> tuple[PyTree, int]:
-  """Returns the parameters that validated best, and their step."""
+  """Returns the parameters that validated best, merged, and their step."""
   config = experiment.config
   params, layout = init_params(
     experiment.init, jax.random.key(config.seed), experiment.mesh
@@ -148,7 +150,10 @@ def _best_params(
   free(state)
   state, _ = checkpoints.restore(abstract, step)
   logging.info("The best checkpoint is the one of step %d.", step)
-  return state.params, step
+  if not config.lora.rank:
+    return state.params, step
+  merge = jax.jit(merged, out_shardings=without_adapters(layout))
+  return merge(state.params), step
 
 
 def _final_index(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from rag_jax.config_generators import TransformerConfig
+from rag_jax.models.lora import DenseGeneral
 from rag_jax.models.partitioning import INIT_STD
 from rag_jax.models.partitioning import batch_parts
 from rag_jax.models.partitioning import batch_whole
@@ -143,7 +144,7 @@ class Attention(nn.Module):
   def setup(self):
     c = self.config
     dense = functools.partial(
-      nn.DenseGeneral, use_bias=c.use_bias, dtype=self.dtype
+      DenseGeneral, use_bias=c.use_bias, dtype=self.dtype
     )
     heads = functools.partial(dense, features=(c.num_heads, c.head_size))
     self.drop = nn.Dropout(c.attention_dropout)

@@ -23,6 +23,7 @@ from rag_jax.models.attention import mix
 from rag_jax.models.attention import mix_parts
 from rag_jax.models.layers import Mlp
 from rag_jax.models.layers import make_norm
+from rag_jax.models.lora import DenseGeneral
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
 from rag_jax.models.rope import Rotation
@@ -46,7 +47,7 @@ class CausalAttention(nn.Module):
   def setup(self):
     c = self.config
     axes = ("embed", "heads", "head_dim")
-    dense = functools.partial(nn.DenseGeneral, dtype=self.dtype)
+    dense = functools.partial(DenseGeneral, dtype=self.dtype)
     heads = functools.partial(
       dense, use_bias=c.qkv_bias, kernel_init=dense_init(*axes)
     )

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from rag_jax.config_generators import TransformerConfig
 from rag_jax.models.attention import KEPT
 from rag_jax.models.attention import Attention
+from rag_jax.models.lora import DenseGeneral
 from rag_jax.models.partitioning import INIT_STD
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
@@ -102,7 +103,9 @@ class Mlp(nn.Module):
     self, x: Float[Array, "B T D"], deterministic: bool = True
   ) -> Float[Array, "B T D"]:
     c = self.config
-    dense = functools.partial(nn.Dense, use_bias=c.use_bias, dtype=self.dtype)
+    dense = functools.partial(
+      DenseGeneral, use_bias=c.use_bias, dtype=self.dtype
+    )
     wide = functools.partial(
       dense, c.mlp_dim, kernel_init=dense_init("embed", "mlp")
     )

@@ -19,7 +19,7 @@ from rag_jax.config import MeshConfig
 
 LogicalAxis = Literal[
   "batch", "docs", "length", "embed", "heads", "head_dim", "mlp", "vocab",
-  "position", "retrieval",
+  "position", "retrieval", "rank",
 ]  # fmt: skip
 
 # (logical axis, mesh axes). A logical axis that is missing here would silently
@@ -36,6 +36,7 @@ AXIS_RULES = (
   ("vocab", "tensor"),
   ("position", None),
   ("retrieval", None),
+  ("rank", None),
 )
 
 

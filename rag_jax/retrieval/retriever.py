@@ -20,6 +20,7 @@ import numpy as np
 from rag_jax import artifacts
 from rag_jax.config import IndexConfig
 from rag_jax.models.hybrid import learned_weights
+from rag_jax.models.lora import merged
 from rag_jax.models.partitioning import batch_sharding
 from rag_jax.models.partitioning import replicated
 from rag_jax.processes import to_host
@@ -39,7 +40,7 @@ _SORTED_PASSAGES = 16_384
 
 
 class RetrieverSnapshots:
-  """Copies the retriever's parameters out of a training state.
+  """Copies the retriever's parameters out of a training state, merged.
 
   The log says once what the copies cost.
   """
@@ -47,7 +48,8 @@ class RetrieverSnapshots:
   def __init__(self, mesh: jax.sharding.Mesh):
     # A real copy, on every device: the next train step donates its input.
     self._copy = jax.jit(
-      lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=replicated(mesh)
+      lambda tree: merged(jax.tree.map(jnp.copy, tree)),
+      out_shardings=replicated(mesh),
     )
     self._logged: set[bool] = set()
 

@@ -10,6 +10,7 @@ the same parameters as an uninterrupted one.
 from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -53,6 +54,7 @@ from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import Stage
 from rag_jax.training.stages import make_stages
 from rag_jax.training.stages import stage_optimizer
+from rag_jax.training.stages import trained
 from rag_jax.training.state import TrainState
 from rag_jax.training.state import abstract_state
 from rag_jax.training.state import free
@@ -291,7 +293,9 @@ class _Run:
       state_layout,
       self._experiment.mesh,
       stage.name,
-      stage.update_fn,
+      functools.partial(
+        stage.update_fn, trained=trained(self._config, stage.name, params)
+      ),
       jax.process_count() > 1,
     )
     with self._ledger.span("compile"):

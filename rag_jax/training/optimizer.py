@@ -12,6 +12,9 @@ import optax
 
 from rag_jax.config import OptimizerConfig
 from rag_jax.models import hybrid
+from rag_jax.models.lora import adapted_parts
+from rag_jax.models.lora import by_path
+from rag_jax.models.lora import trains_in_adapter
 
 
 def schedule(
@@ -37,10 +40,12 @@ def schedule(
 def parameter_labels(params: PyTree, freeze: Sequence[str]) -> PyTree:
   """Returns "generator", "retriever", "hybrid" or "frozen" for each parameter.
 
+  Where there are adapters, the rest of that generator or tower is frozen.
+
   Raises:
     ValueError: a prefix in `freeze` names no parameter.
   """
-  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  flat = by_path(params)
   for prefix in freeze:
     if not any(_below(path, prefix) for path in flat):
       raise ValueError(
@@ -50,10 +55,14 @@ def parameter_labels(params: PyTree, freeze: Sequence[str]) -> PyTree:
         f" {next(iter(flat))!r}."
       )
 
+  adapted = adapted_parts(flat)
+
   def label(path: str) -> str:
+    part = path.split("/")[0]
+    if part in adapted and not trains_in_adapter(path):
+      return "frozen"
     if any(_below(path, prefix) for prefix in freeze):
       return "frozen"
-    part = path.split("/")[0]
     return part if part in ("generator", hybrid.PARAMS) else "retriever"
 
   return flax.traverse_util.unflatten_dict(

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key, PyTree
 import numpy as np
-import optax
 
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.data.experiment import Experiment
@@ -24,7 +23,6 @@ from rag_jax.data.step_batches import add_start
 from rag_jax.data.step_batches import join_contexts
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.partitioning import constrain
-from rag_jax.models.rag import ContextLayout
 from rag_jax.models.rag import RagModel
 from rag_jax.retrieval import device
 from rag_jax.retrieval import device_index
@@ -32,7 +30,6 @@ from rag_jax.retrieval import device_refresh
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import padded_length
 from rag_jax.training.state import TrainState
-from rag_jax.training.step import LossFn
 from rag_jax.training.step import Metrics
 from rag_jax.training.step import update
 
@@ -69,11 +66,8 @@ class InStep:
     batch: QuestionBatch,
     key: Key[Array, ""],
     *,
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
     stage: str,
-    accumulate: int = 1,
-    context_layout: ContextLayout | None = None,
+    **how: Any,
   ) -> tuple[TrainState, Metrics]:
     """Applies one gradient update, as `step.update`, after its own search.
 
@@ -84,16 +78,7 @@ class InStep:
     index = state.index
     assert index is not None
     documents, ids, num_cut = self.documents(state.params, index, batch)
-    state, metrics = update(
-      state,
-      documents,
-      key,
-      loss_fn=loss_fn,
-      optimizer=optimizer,
-      stage=stage,
-      accumulate=accumulate,
-      context_layout=context_layout,
-    )
+    state, metrics = update(state, documents, key, stage=stage, **how)
     arrays = self.refresh(index.arrays, state)
     mean, most = device_refresh.staleness(arrays, state.step)
     metrics |= {

@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 from absl import logging
+import jax
 from jaxtyping import PyTree
 import numpy as np
 import optax
@@ -33,6 +34,7 @@ from rag_jax.models.partitioning import process_rows
 from rag_jax.models.rag import ContextLayout
 from rag_jax.models.rag import RagModel
 from rag_jax.training.optimizer import make_optimizer
+from rag_jax.training.optimizer import parameter_labels
 from rag_jax.training.search_in_step import InStep
 from rag_jax.training.search_in_step import open_in_step
 from rag_jax.training.state import TrainState
@@ -101,24 +103,32 @@ def stage_optimizer(
     )
   if not num_steps:
     return optax.set_to_zero()  # nothing trains, and no moments are needed
-  freeze = settings.freeze + _constants(config, params)
-  # Once there is an index, passages keep its embeddings.
-  has_index = name == TRAIN or bool(config.index.path)
-  if has_index and not config.encoder.train_passage_encoder:
-    freeze += ("passage_encoder",)
-  if name == TRAIN and config.retriever_loss == "none":
-    freeze += tuple(part for part in params if part != "generator")
-  return make_optimizer(settings, params, num_steps, freeze)
+  return make_optimizer(
+    settings, params, num_steps, _frozen(config, name, params)
+  )
 
 
-def _constants(config: Config, params: PyTree) -> tuple[str, ...]:
-  """Returns the paths of parameters that the config keeps fixed."""
+def trained(config: Config, name: str, params: PyTree) -> PyTree:
+  """Returns which parameters have a gradient in stage `name`."""
+  labels = parameter_labels(params, _frozen(config, name, params))
+  return jax.tree.map(lambda label: label != "frozen", labels)
+
+
+def _frozen(config: Config, name: str, params: PyTree) -> tuple[str, ...]:
+  """Returns the paths of parameters that stay as they are in stage `name`."""
   held = params.get("generator", {})
-  return tuple(
+  frozen = config.optimizer.freeze + tuple(
     f"generator/{name}"
     for name in config.generator.fixed
     if name != "final_logits_bias" or name in held  # not every model has one
   )
+  # Once there is an index, passages keep its embeddings.
+  has_index = name == TRAIN or bool(config.index.path)
+  if has_index and not config.encoder.train_passage_encoder:
+    frozen += ("passage_encoder",)
+  if name == TRAIN and config.retriever_loss == "none":
+    frozen += tuple(part for part in params if part != "generator")
+  return frozen
 
 
 def make_stages(

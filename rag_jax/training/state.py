@@ -6,12 +6,15 @@ from typing import Any
 
 from flax import linen as nn
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key, PyTree
 import numpy as np
 import optax
 
+from rag_jax.models.lora import by_path
+from rag_jax.models.lora import without_adapters
 from rag_jax.models.partitioning import replicated
 from rag_jax.models.partitioning import shardings
 
@@ -46,8 +49,8 @@ def init_params(
     init: key -> boxed params, as `model.init(key, ...)["params"]` gives them.
     key: random key.
     mesh: devices.
-    given: parts of the params to use instead of random ones. They are on the
-      host, and every process has all of them.
+    given: parts of the params to use instead of random ones, without adapters.
+      They are on the host, and every process has all of them.
 
   Raises:
     ValueError: the arrays of a given part do not fit the model.
@@ -56,16 +59,19 @@ def init_params(
   boxed = jax.eval_shape(init, key)
   layout, shapes = shardings(boxed, mesh), nn.meta.unbox(boxed)
   for name, part in given.items():
-    _check_part(name, part, shapes[name])
-  fresh = {name: tree for name, tree in layout.items() if name not in given}
+    _check_part(name, part, without_adapters(shapes[name]))
+  flat_layout, flat_given = by_path(layout), by_path(dict(given))
+  fresh = {k: v for k, v in flat_layout.items() if k not in flat_given}
+
+  def make(key: Key[Array, ""]) -> dict[str, Array]:
+    made = by_path(nn.meta.unbox(init(key)))
+    return {name: made[name] for name in fresh}
+
   # XLA computes only what is returned, so given parts cost nothing.
-  params = jax.jit(
-    lambda k: {name: nn.meta.unbox(init(k))[name] for name in fresh},
-    out_shardings=fresh,
-  )(key)
-  for name, part in given.items():
-    params[name] = jax.tree.map(_place, part, layout[name])
-  return params, layout
+  params = jax.jit(make, out_shardings=fresh)(key)
+  for name, array in flat_given.items():
+    params[name] = _place(array, flat_layout[name])
+  return flax.traverse_util.unflatten_dict(params, sep="/"), layout
 
 
 def _check_part(name: str, part: PyTree, shapes: PyTree) -> None:

@@ -303,16 +303,38 @@ def _accumulated(
   return grads, jax.tree.map(jnp.mean, metrics)
 
 
+def _select(tree: PyTree, chosen: PyTree) -> PyTree:
+  """Returns a tree that has None where `chosen` is False."""
+  return jax.tree.map(lambda x, keep: x if keep else None, tree, chosen)
+
+
+def _fill(tree: PyTree, others: PyTree) -> PyTree:
+  """Returns a tree whose None are replaced by what `others` has there."""
+  return jax.tree.map(
+    lambda x, other: other if x is None else x,
+    tree,
+    others,
+    is_leaf=lambda x: x is None,
+  )
+
+
 def _gradient(
   loss_fn: Callable[..., tuple[Array, Metrics]],
   context_layout: ContextLayout | None,
+  params: PyTree,
 ) -> Callable[..., tuple[PyTree, Metrics]]:
-  """Returns (params, batch, key) -> gradient and metrics of a loss."""
-  whole = jax.grad(loss_fn, has_aux=True)
+  """Returns (some of params, batch, key) -> their gradient, and metrics."""
+
+  def loss(
+    some: PyTree, batch: RagBatch, key: Key[Array, ""], **layout: Any
+  ) -> tuple[Array, Metrics]:
+    return loss_fn(_fill(some, params), batch, key, **layout)
+
+  whole = jax.grad(loss, has_aux=True)
   if context_layout is None:
     return whole
   grouped = jax.grad(
-    functools.partial(loss_fn, context_layout=context_layout), has_aux=True
+    functools.partial(loss, context_layout=context_layout), has_aux=True
   )
 
   def grad_fn(
@@ -337,6 +359,7 @@ def update(
   stage: str,
   accumulate: int = 1,
   context_layout: ContextLayout | None = None,
+  trained: PyTree | None = None,
 ) -> tuple[TrainState, Metrics]:
   """Applies one gradient update. Pure; `compile_update` jits it.
 
@@ -351,17 +374,27 @@ def update(
       one after the other. It equals that of the whole batch.
     context_layout: of the contexts of a part, if they fit into it; `loss_fn`
       then takes them too. None: all have the length C.
+    trained: True for the parameters that change; None: all. The others have no
+      gradient.
   """
   dropout_key = jax.random.fold_in(key, state.step)
-  grad_fn = _gradient(loss_fn, context_layout)
+  if trained is None:
+    trained = jax.tree.map(lambda _: True, state.params)
+  some = _select(state.params, trained)
+  grad_fn = _gradient(loss_fn, context_layout, state.params)
   if accumulate > 1:
     grads, metrics = _accumulated(
-      grad_fn, state.params, batch, dropout_key, stage, accumulate
+      grad_fn, some, batch, dropout_key, stage, accumulate
     )
   else:
-    grads, metrics = grad_fn(state.params, batch, dropout_key)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+    grads, metrics = grad_fn(some, batch, dropout_key)
+  # The optimizer expects all gradients, and changes no frozen parameter.
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  updates, opt_state = optimizer.update(
+    _fill(grads, zeros), state.opt_state, state.params
+  )
+  moved = optax.apply_updates(some, _select(updates, trained))
+  params = _fill(moved, state.params)
   metrics |= {f"{stage}/grad_norm": optax.tree.norm(grads)}
   size = None
   if context_layout is not None:

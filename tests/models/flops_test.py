@@ -1,17 +1,27 @@
 """The FLOPs of a step against what XLA counts in the compiled program."""
 
+import functools
+
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
 from rag_jax.config import Config
+from rag_jax.config import LoraConfig
 from rag_jax.config import MeshConfig
+from rag_jax.data.experiment import init_model
 from rag_jax.models import flops as flops_lib
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.rag import build_model
 from rag_jax.retrieval import device
+from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import main_loss
+from rag_jax.training.stages import stage_optimizer
+from rag_jax.training.stages import trained
+from rag_jax.training.state import TrainState
+from rag_jax.training.step import update
 
 VOCAB, P = 2048, 1000
 # XLA counts norms, softmaxes, activations and gradients' sums too: here less
@@ -114,6 +124,48 @@ def test_a_step_costs_what_xla_counts(changes):
   total = flops_lib.total_flops(parts)
   found = counted(jax.grad(loss, has_aux=True), params, batch, key) / total
   assert 1 - SHARE / 2 < found < 1 + SHARE
+
+
+def test_a_step_with_adapters_has_no_gradients_of_kernels():
+  config = make_config(
+    encoder__num_layers=6,
+    generator__num_layers=6,
+    lora=LoraConfig(
+      rank=1, targets=("generator/attention", "generator/mlp", "encoder/value")
+    ),
+  )
+  model = build_model(config, vocab_size=VOCAB, decoder_start_id=2)
+  batch, key = make_batch(config), jax.random.key(0)
+
+  def step_of(config):
+    params = nn.meta.unbox(
+      jax.eval_shape(functools.partial(init_model, config, model), key)
+    )
+    optimizer = stage_optimizer(config, TRAIN, params)
+    state = TrainState(
+      step=jax.ShapeDtypeStruct((), jnp.int32),
+      params=params,
+      opt_state=jax.eval_shape(optimizer.init, params),
+    )
+    step = functools.partial(
+      update,
+      loss_fn=main_loss(config, model, None),
+      optimizer=optimizer,
+      stage=TRAIN,
+      trained=trained(config, TRAIN, params),
+    )
+    parts = flops_lib.step_flops(
+      config, flops_lib.step_shapes(config, P), VOCAB
+    )
+    return counted(step, state, batch, key), flops_lib.total_flops(parts)
+
+  found, total = step_of(config)
+  # The first layers have no gradient of what they read.
+  assert 0.9 < found / total < 1 + SHARE
+  config.lora = LoraConfig()
+  whole, whole_total = step_of(config)
+  assert 1 - SHARE / 2 < whole / whole_total < 1 + SHARE
+  assert found < 0.7 * whole
 
 
 @pytest.mark.parametrize("kind", ["pdist", "loop"])

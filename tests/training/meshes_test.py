@@ -33,9 +33,9 @@ KINDS = {
     {"train.accumulate": 2, "train.length_groups": 3},
     [(1, 1, 1), (2, 2, 1), (1, 2, 4)],
   ),
-  "RAG-Sequence, words searched too": (
+  "RAG-Sequence, words searched too, a generator with adapters": (
     {"loss": "rag_sequence", "index.hybrid": True, "decoding.num_beams": 2,
-     "train.pack_contexts": True},
+     "train.pack_contexts": True, "lora.rank": 3},
     [(1, 1, 1), (4, 2, 1)],
   ),
   "RAG-Token, searched in the step": (
