@@ -51,8 +51,8 @@ def define_model_flags() -> None:
   )
 
 
-def open_pipeline() -> RagPipeline:
-  """Returns the pipeline of --workdir or --model.
+def open_pipeline(corpus: str = "") -> RagPipeline:
+  """Returns the pipeline of --workdir or --model, over `corpus` or --corpus.
 
   Raises:
     ValueError: neither or both are given, or the corpus is missing.
@@ -74,15 +74,13 @@ def open_pipeline() -> RagPipeline:
       " says."
     )
   generation = {"num_beams": beams} if beams else {}
+  corpus = corpus or flags.FLAGS.corpus or ""
   if workdir:
     keep_compiled(flags.FLAGS.cache_dir or "")
     return RagPipeline.load(
-      workdir, corpus=flags.FLAGS.corpus, mode=mode, generation=generation
+      workdir, corpus=corpus, mode=mode, generation=generation
     )
-  corpus, passages_of = (
-    flags.FLAGS.corpus or "",
-    flags.FLAGS.passage_encoder or "",
-  )
+  passages_of = flags.FLAGS.passage_encoder or ""
   if not corpus:
     raise ValueError(
       f"--model={model} has no passages of its own; expected --corpus: a folder"

@@ -99,7 +99,7 @@ class Substitution:
     if share:
       names = {passages.tokenizer.decode(title) for title in self._titles}
       for row, question in enumerate(questions):
-        for name in _named(question.question, names):
+        for name in named(question.question, names):
           self._about.setdefault(name, []).append(row)
 
   def changes(
@@ -193,7 +193,7 @@ class Substitution:
     return change
 
 
-def _named(question: str, names: Set[str]) -> list[str]:
+def named(question: str, names: Set[str]) -> list[str]:
   """Returns which of `names` occur in `question`, as whole words."""
   words = [match.span() for match in re.finditer(r"\w+", question)]
   runs = (

@@ -189,6 +189,7 @@ class Answerer:
     num_retrieved: int = 0,
     batch_size: int = 1,
     on_text: Callable[[str], None] | None = None,
+    choose_docs: Callable[[np.ndarray], np.ndarray] | None = None,
   ) -> list[Answer]:
     """Returns the answer to each question, in their order.
 
@@ -203,6 +204,8 @@ class Answerer:
       on_text: called with the answer to the first question of a batch as far
         as it is written, after each token; not at all where a token is known
         only once the answer has ended: beam search, RAG-Sequence.
+      choose_docs: retrieved passages [B, R], best first -> those that are read
+        [B, K]; None: the first.
     """
     answers = []
     for start in range(0, len(questions), batch_size):
@@ -210,6 +213,7 @@ class Answerer:
       answers += self._answer_batch(
         *(params, index, part, n_docs, max(num_retrieved, n_docs), batch_size),
         on_text=on_text,
+        choose_docs=choose_docs,
       )
     return answers
 
@@ -268,19 +272,18 @@ class Answerer:
     num_retrieved: int,
     batch_size: int,
     on_text: Callable[[str], None] | None,
+    choose_docs: Callable[[np.ndarray], np.ndarray] | None,
   ) -> list[Answer]:
     # Filled up with the last question, so that every batch has one shape.
     filled = questions + questions[-1:] * (batch_size - len(questions))
     question_ids, context_ids = self._context.encode_questions(filled)
     if index is None:
-      retrieved = np.zeros((batch_size, 0), np.int32)
+      retrieved = doc_ids = np.zeros((batch_size, 0), np.int32)
       doc_scores = np.zeros((batch_size, 1), np.float32)
     else:
       retrieved, embeddings = self.search(params, index, filled, num_retrieved)
-      doc_scores = self._score(
-        params, index, filled, embeddings, retrieved[:, :n_docs]
-      )
-    doc_ids = retrieved[:, :n_docs]
+      doc_ids = (choose_docs or (lambda docs: docs[:, :n_docs]))(retrieved)
+      doc_scores = self._score(params, index, filled, embeddings, doc_ids)
     contexts, mask = self._context.contexts(context_ids, doc_ids)
     batch: Any = doc_scores, contexts, mask
     if on_text is None:

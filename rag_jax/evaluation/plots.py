@@ -61,7 +61,7 @@ def learning_curves(
 
   png = io.BytesIO()
   canvas.print_png(png)
-  _write_bytes(epath.Path(output_path), png.getvalue())
+  write_bytes(epath.Path(output_path), png.getvalue())
 
 
 def _draw_loss(
@@ -181,7 +181,7 @@ def _finish(axes: Axes, title: str, ylabel: str, drawn: bool) -> None:
   )
 
 
-def _write_bytes(path: epath.Path, data: bytes) -> None:
+def write_bytes(path: epath.Path, data: bytes) -> None:
   """Writes a file atomically."""
   path.parent.mkdir(parents=True, exist_ok=True)
   if not artifacts.is_local(path):  # an object appears when it is complete
