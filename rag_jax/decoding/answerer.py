@@ -7,7 +7,7 @@ The devices of a mesh share each batch. Of several processes each searches for
 its own rows of the batch, and all of them get all answers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -68,6 +68,9 @@ class Answer:
   docs: tuple[AnswerDoc, ...]  # best prior first; empty for closed book
   question_cut: bool  # it was longer than the encoder or generator reads
   retrieved: tuple[int, ...]  # passage numbers, including those not read
+  # Each label and its probability among them, the most likely first; (): the
+  # answer was written, not chosen.
+  labels: tuple[tuple[str, float], ...] = ()
 
 
 class Answerer:
@@ -190,6 +193,7 @@ class Answerer:
     batch_size: int = 1,
     on_text: Callable[[str], None] | None = None,
     choose_docs: Callable[[np.ndarray], np.ndarray] | None = None,
+    labels: Sequence[str] = (),
   ) -> list[Answer]:
     """Returns the answer to each question, in their order.
 
@@ -206,7 +210,13 @@ class Answerer:
         only once the answer has ended: beam search, RAG-Sequence.
       choose_docs: retrieved passages [B, R], best first -> those that are read
         [B, K]; None: the first.
+      labels: the possible answers, of which the most likely is chosen, by
+        p(y|x) with its end token; (): an answer is written.
+
+    Raises:
+      ValueError: labels are fewer than 2, the same, or too long.
     """
+    encoded = self._encode_labels(labels) if labels else {}
     answers = []
     for start in range(0, len(questions), batch_size):
       part = list(questions[start : start + batch_size])
@@ -214,16 +224,46 @@ class Answerer:
         *(params, index, part, n_docs, max(num_retrieved, n_docs), batch_size),
         on_text=on_text,
         choose_docs=choose_docs,
+        labels=encoded,
       )
     return answers
+
+  def _encode_labels(self, labels: Sequence[str]) -> dict[tuple[int, ...], str]:
+    """Returns the labels by their tokens, with the end token."""
+    context = self._context
+    ids = context.encode_answers(labels)
+    with context.counting() as cut:
+      tokens, mask = context.targets(ids)
+    if cut["targets_cut"]:
+      longest = max(zip(map(len, ids), labels, strict=True))[1]
+      raise ValueError(
+        f"The label {longest!r} is longer than an answer of {tokens.shape[1]}"
+        " tokens with its end token, data.target_length. Expected shorter"
+        " labels. Shorten it, as in training."
+      )
+    end, stop = self._tokenizer.eos_id, context.stop_ids
+    encoded = {}
+    for label, row, real in zip(labels, tokens, mask, strict=True):
+      *start, _ = row[real].tolist()
+      encoded[(*start, stop[0] if stop else end)] = label
+    if len(encoded) < max(len(labels), 2):
+      raise ValueError(
+        f"The labels {', '.join(map(repr, labels))} are {len(encoded)} that the"
+        " tokenizer tells apart; expected 2 or more, all different. Correct"
+        " them."
+      )
+    return encoded
 
   def _write(
     self,
     inputs: tuple[PyTree, Any, Any, Any],
     num_shared: int,
     on_text: Callable[[str], None] | None,
+    labels: Sequence[tuple[int, ...]] = (),
   ) -> Generated:
     """Returns what the decoder makes of `inputs`; says what it writes."""
+    if labels:
+      return self._decode.score(*inputs, labels, num_shared=num_shared)
     if on_text is None or not can_stream(self._decode):
       return self._decode(*inputs, num_shared=num_shared)
     steps, ids = stream(self._decode, *inputs, num_shared=num_shared), []
@@ -273,6 +313,7 @@ class Answerer:
     batch_size: int,
     on_text: Callable[[str], None] | None,
     choose_docs: Callable[[np.ndarray], np.ndarray] | None,
+    labels: Mapping[tuple[int, ...], str],
   ) -> list[Answer]:
     # Filled up with the last question, so that every batch has one shape.
     filled = questions + questions[-1:] * (batch_size - len(questions))
@@ -292,7 +333,9 @@ class Answerer:
       (params, batch[0], batch[1], batch[2]),
       self._context.num_shared(contexts),
       on_text,
+      list(labels),
     )
+    chosen = _by_label(out, labels) if labels else [()] * batch_size
     tokens, lengths, log_probs, given = (
       to_host(x)[:, 0]  # the best of each question
       for x in (out.tokens, out.lengths, out.log_probs, out.token_log_probs)
@@ -319,16 +362,34 @@ class Answerer:
       answers.append(
         Answer(
           question=question,
-          text=self._text(ids),
+          text=chosen[b][0][0] if labels else self._text(ids),
           log_prob=float(log_probs[b]),
           tokens=tuple(self._tokenizer.tokens(ids)),
           token_log_probs=tuple(explained.token_log_probs[b, :size].tolist()),
           docs=tuple(sorted(docs, key=lambda doc: -doc.prior)),
           question_cut=self._context.is_cut(question_ids[b], context_ids[b]),
           retrieved=tuple(retrieved[b].tolist()),
+          labels=chosen[b],
         )
       )
     return answers
+
+
+def _by_label(
+  out: Generated, labels: Mapping[tuple[int, ...], str]
+) -> list[tuple[tuple[str, float], ...]]:
+  """Returns the labels of each question with their probabilities."""
+  tokens, lengths, log_probs = (
+    to_host(x) for x in (out.tokens, out.lengths, out.log_probs)
+  )
+  probs = np.exp(_log_softmax(log_probs, axis=1))
+  return [
+    tuple(
+      (labels[tuple(ids[:size].tolist())], float(p))
+      for ids, size, p in zip(*row, strict=True)
+    )
+    for row in zip(tokens, lengths, probs, strict=True)
+  ]
 
 
 def make_decoder(experiment: Experiment) -> RagDecoder:

@@ -333,6 +333,44 @@ def rank_without_pass(
   return rank_fast(doc_log_prior(doc_scores), candidates, settings)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def score_given(
+  generator: AnyGenerator,
+  by_token: bool,
+  params: PyTree,
+  doc_scores: Float[Array, "B K"],
+  memory: Memory,
+  tokens: Int[Array, "B R T"],
+  lengths: Int[Array, "B R"],
+  tree: CandidateTree,
+) -> Generated:
+  """Returns sequences by log p(y|x), the most likely first.
+
+  With `by_token`, each token may come from another document.
+  """
+  scored: Any = generator.apply(
+    {"params": params}, tree, tokens, memory, method=score_tree
+  )
+  real = jnp.arange(tokens.shape[-1]) < lengths[..., None]  # B R T
+  given = jnp.where(real[..., None], scored[0], 0.0)  # B R T K
+  prior = doc_log_prior(doc_scores)
+  if by_token:
+    log_probs = sequence_log_probs(prior, given)
+  else:
+    joint = prior[:, None] + jnp.sum(given, axis=2)
+    log_probs = jax.nn.logsumexp(joint, axis=-1)
+  best = jnp.argsort(-log_probs, axis=1)
+  rows = jnp.arange(len(best))[:, None]
+  return Generated(
+    tokens=tokens[rows, best],
+    lengths=lengths[rows, best],
+    log_probs=log_probs[rows, best],
+    scores=log_probs[rows, best],
+    doc_log_probs=prior,
+    token_log_probs=jnp.swapaxes(given, 2, 3)[rows, best],
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranking:
   """What a compiled ranking is made for."""

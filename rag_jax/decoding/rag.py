@@ -9,7 +9,9 @@ https://arxiv.org/abs/2005.11401, section 2.5; FiD, Izacard and Grave 2020,
 https://arxiv.org/abs/2007.01282, section 3.
 """
 
+from collections.abc import Sequence
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +179,46 @@ class RagDecoder:
       return compiled.rank_without_pass(ranked, batch.doc_scores, found)
     return compiled.decode(
       self.plan, batch.params, self.trie, batch.doc_scores, batch.memory, key
+    )
+
+  def score(
+    self,
+    params: PyTree,
+    doc_scores: Float[Array | np.ndarray, "B K"],
+    context_tokens: Int[Array | np.ndarray, "B k C"],
+    context_mask: Bool[Array | np.ndarray, "B k C"],
+    answers: Sequence[Sequence[int]],
+    *,
+    num_shared: int = 0,
+  ) -> Generated:
+    """Returns given sequences by their log p(y|x), the most likely first.
+
+    Args:
+      params: as for a call; and so are contexts and `num_shared`.
+      doc_scores: as for a call.
+      context_tokens: as for a call.
+      context_mask: as for a call.
+      answers: R sequences, each with its end token. They are the same for all
+        questions; what they begin with in common is computed once.
+      num_shared: as for a call.
+    """
+    inputs = doc_scores, context_tokens, context_mask
+    batch = self.prepare(params, *inputs, num_shared)
+    lengths = np.array([[len(answer) for answer in answers]], np.int32)
+    tokens = np.full((1, len(answers), lengths.max()), self.settings.pad_id)
+    for row, answer in enumerate(answers):
+      tokens[0, row, : len(answer)] = answer
+    # One tree, for all questions.
+    tree = build_tree(tokens.astype(np.int32), lengths, self.settings.start_id)
+    same = functools.partial(jnp.repeat, repeats=len(context_tokens), axis=0)
+    return compiled.score_given(
+      self.plan.generator,
+      self.mode == "rag_token",
+      batch.params,
+      batch.doc_scores,
+      batch.memory,
+      *map(same, (tokens.astype(np.int32), lengths)),
+      jax.tree.map(same, tree),
     )
 
   def key(self, seed: int | None = None) -> Array:

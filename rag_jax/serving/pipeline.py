@@ -179,6 +179,7 @@ class RagPipeline:
     *,
     n_docs: int = 0,
     on_text: Callable[[str], None] | None = None,
+    labels: Sequence[str] = (),
   ) -> list[Answer]:
     """Returns one answer per question.
 
@@ -189,6 +190,8 @@ class RagPipeline:
       on_text: called after each token with the text of each answer so far, in
         greedy search and sampling by RAG-Token or FiD. Beam search and
         RAG-Sequence, which know an answer only at its end, do not call it.
+      labels: the possible answers, two or more, of which the most likely is
+        chosen; (): an answer is written. `Answer.labels` has the probabilities.
 
     Raises:
       ValueError: a question is empty or cannot be tokenised, or there are fewer
@@ -215,6 +218,7 @@ class RagPipeline:
       questions,
       n_docs=n_docs,
       on_text=on_text,
+      labels=labels,
     )
 
 
