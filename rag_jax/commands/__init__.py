@@ -10,6 +10,6 @@ PROGRAM = "rag-jax"
 # In the order in which they are listed. The module of "build-index" is
 # build_index.py, and tools/build_index.py runs the same `main`.
 COMMANDS = (
-  "train", "ask", "evaluate", "probe", "build-index", "search", "update-index",
-  "convert-hf", "plan",
+  "train", "ask", "evaluate", "compare", "probe", "build-index", "search",
+  "update-index", "convert-hf", "plan",
 )  # fmt: skip

@@ -7,14 +7,22 @@ r"""Measures a model on questions whose answers are known.
 --workdir, --model and --corpus are those of rag-jax ask. --questions is a file
 in a format that training reads, or a folder with one per split; without it,
 those of the run. Writes to --output: answers.jsonl, a line per question with
-the answer, its probability, and the passages that were read; metrics.json,
-exact match, token F1 and answer recall with 95 % intervals, also per relation
-and per length of the question; and report.html, with the worst answers.
+the answer, its probability, and the passages that were read; metrics.json, the
+metrics with 95 % intervals, also per relation and per length of the question;
+and report.html, with the worst answers.
+
+--metrics are some of em, f1, accuracy, recall, rouge, bleu, kilt, length and
+copy; by default all that the questions allow and whose packages are there:
+pip install -e ".[eval]" installs those of rouge and bleu. kilt is R-precision,
+recall of gold passages, and the scores of KILT: the questions have to name gold
+passages, or pages as KILT does.
+
 --against is the output of another evaluation on the same questions: the
 differences, their intervals and p values are added. Started again after an
 interruption, it goes on with the answers that --output has.
 """
 
+from collections.abc import Iterator
 import json
 import os
 from typing import Any
@@ -33,16 +41,22 @@ from rag_jax.commands import command
 from rag_jax.commands.model_flags import define_model_flags
 from rag_jax.commands.model_flags import open_pipeline
 from rag_jax.config import EvalConfig
+from rag_jax.corpus.passages import Passage
+from rag_jax.corpus.passages import Passages
 from rag_jax.data.questions import SPLITS
 from rag_jax.data.questions import Question
+from rag_jax.evaluation.answer_metrics import METRICS
+from rag_jax.evaluation.answer_metrics import check_metrics
+from rag_jax.evaluation.answer_metrics import choose_metrics
 from rag_jax.evaluation.answers import VARIANTS
 from rag_jax.evaluation.answers import check_variant
+from rag_jax.evaluation.answers_page import write_summary
+from rag_jax.evaluation.evidence import find_evidence
 from rag_jax.evaluation.judged_answers import LINES
 from rag_jax.evaluation.judged_answers import JudgedAnswer
 from rag_jax.evaluation.judged_answers import judge
 from rag_jax.evaluation.judged_answers import line_of
 from rag_jax.evaluation.judged_answers import read_judged
-from rag_jax.evaluation.judged_answers import write_summary
 from rag_jax.evaluation.regex_answers import check_patterns
 from rag_jax.progress import Progress
 from rag_jax.serving.pipeline import RagPipeline
@@ -67,9 +81,13 @@ _BATCH = flags.DEFINE_integer("batch_size", 32, "Questions answered together.")
 _ANSWERS = flags.DEFINE_enum(
   "answers", "", ["", *VARIANTS], "How answers are compared; '': as in the run."
 )
+_METRICS = flags.DEFINE_list(
+  "metrics", [], f"Some of {','.join(METRICS)}; '': all that can be computed."
+)
 flags.mark_flag_as_required("output")
 
 _IDENTITY = "evaluation.json"  # in the output: which evaluation it is
+_READ_AT_A_TIME = 1000  # passages
 
 
 def _check_flags() -> None:
@@ -79,6 +97,7 @@ def _check_flags() -> None:
         f"--{flag.name}={flag.value}; expected {least} or more. Give such a"
         " number, or omit it."
       )
+  check_metrics(_METRICS.value or [])
 
 
 def _asked(pipeline: RagPipeline) -> list[Question]:
@@ -99,6 +118,9 @@ def _identity(
   """Returns what has to be the same to go on with an evaluation."""
   names = "mode", "num_beams", "hf_parity"
   leaves = jax.tree_util.tree_leaves_with_path(pipeline.params)
+  gold = [repr((q.gold, q.pages)) for q in asked]
+  if any(q.gold or q.pages for q in asked):
+    settings["gold"] = fingerprint_lines(gold)
   return {
     "model": fingerprint_arrays(
       {jax.tree_util.keystr(name): np.asarray(x) for name, x in leaves}
@@ -139,6 +161,17 @@ def _done(output: epath.Path, identity: dict[str, Any]) -> list[JudgedAnswer]:
   return done
 
 
+def _read(passages: Passages) -> Iterator[Passage]:
+  """Yields all passages, and shows how many were read."""
+  done = 0
+  with Progress("Read", len(passages), "passages") as progress:
+    for number, passage in enumerate(passages, start=1):
+      yield passage
+      if not number % _READ_AT_A_TIME:
+        progress.update(number - done)
+        done = number
+
+
 def main(argv: list[str]) -> None:
   """Runs the command."""
   _check_flags()
@@ -160,6 +193,12 @@ def main(argv: list[str]) -> None:
     for question in asked:
       check_patterns(question.answers, f"The question {question.question!r}")
   passages = pipeline.experiment.passages
+  chosen, notes = choose_metrics(
+    _METRICS.value or [],
+    variant=variant,
+    has_gold=any(q.gold or q.pages for q in asked),
+  )
+  evidence = find_evidence(asked, _read(passages))
   n_docs = pipeline.experiment.config.data.n_docs
   most = min(max(_RETRIEVED.value, n_docs), len(passages))
   identity = _identity(
@@ -183,20 +222,26 @@ def main(argv: list[str]) -> None:
         batch_size=_BATCH.value,
       )
       for answer, question in zip(answers, part, strict=True):
-        texts = [
-          f"{passages[row].title} {passages[row].text}"
-          for row in answer.retrieved
-        ]
+        found = [passages[row] for row in answer.retrieved]
         judged.append(
           judge(
-            answer, question, texts, variant=variant, language=settings.language
+            answer,
+            question,
+            [f"{passage.title} {passage.text}" for passage in found],
+            variant=variant,
+            language=settings.language,
+            evidence=evidence.score(question, found),
           )
         )
         file.write(line_of(judged[-1]) + "\n")
       file.flush()
       progress.update(len(part))
   title = f"{output.name}: {len(judged)} questions"
-  _, tables = write_summary(output, title, judged, against)
+  if "kilt" in chosen:
+    notes = (*notes, *evidence.notes)
+  _, tables = write_summary(
+    output, title, judged, against, chosen=chosen, notes=notes
+  )
   for heading, rows in tables:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(f"{heading}\n")
@@ -204,6 +249,7 @@ def main(argv: list[str]) -> None:
       cells = (x.ljust(width) for x, width in zip(row, widths, strict=True))
       print("  ".join(cells).rstrip())
     print()
+  print("".join(f"{note}\n" for note in notes))
   print(f"In {output}: {LINES}, metrics.json, report.html")
 
 

@@ -135,6 +135,24 @@ def units(text: str, *, numbers: bool = False) -> list[str]:
   return [*map(_plain_number, found)] if numbers else found
 
 
+def plain_words(text: str) -> list[str]:
+  """Returns the words of any text: its folded `units` without punctuation.
+
+  For ASCII these are the runs of letters and digits in lower case.
+  """
+  found = units(folding.fold(text))
+  return [unit for unit in found if unicodedata.category(unit[0])[0] in "LNM"]
+
+
+def spaced_out(text: str) -> str:
+  """Returns `text` with spaces around each character of an unspaced script.
+
+  Nothing else changes, so that a tokenizer for spaced text can read it.
+  """
+  _, character = _patterns()
+  return character.sub(lambda match: f" {match.group()} ", text)
+
+
 def _plain_number(unit: str) -> str:
   """Returns a unit; if it has decimals, without zeros at their end."""
   whole, point, decimals = unit.partition(".")

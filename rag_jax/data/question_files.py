@@ -39,6 +39,8 @@ _ANSWERS = ("answers", "golden_answers", "answer")
 _MAY_BE_NULL = ("id", "relation", "entity", "gold", "target")
 _TABLE_NAMES = ["question", "answers"]
 
+Page = tuple[str, str]  # id and title in Wikipedia; one may be ""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FoundQuestion:
@@ -50,6 +52,8 @@ class FoundQuestion:
   id: str = ""  # "" if the file gives none
   relation: str = ""  # what kind of fact is asked for; "" if not given
   gold: Mapping[str, int]  # id of a passage -> grade; {} if not known
+  # Sets of pages, each enough to answer it; () if not known.
+  pages: tuple[tuple[Page, ...], ...] = ()
   impossible: bool = False  # whether the file says that nobody can answer it
 
 
@@ -64,6 +68,8 @@ def read_question_file(path: epath.PathLike) -> Iterator[FoundQuestion]:
     passage;
   - DPR: `positive_ctxs`;
   - our .jsonl: `gold`.
+
+  KILT names pages of Wikipedia instead, the `provenance` of each output.
 
   Args:
     path: ends in one of `ENDS`, optionally followed by .gz.
@@ -208,6 +214,7 @@ def _of_record(record: Mapping[str, Any], where: str) -> FoundQuestion:
     id=str(record.get("id", "")),
     relation=record.get("relation", ""),
     gold=_gold(record, where),
+    pages=_kilt_pages(record, where) if kilt else (),
   )
 
 
@@ -250,6 +257,30 @@ def _kilt_answers(record: Mapping[str, Any], where: str) -> list[str]:
     for _, output in _objects(record, "output", where)
     if "answer" in output  # others have a passage alone
   ]
+
+
+def _kilt_pages(
+  record: Mapping[str, Any], where: str
+) -> tuple[tuple[Page, ...], ...]:
+  """Returns the pages of each output, without repeated sets.
+
+  A set with a page that has neither id nor title is left out.
+  """
+  sets: dict[tuple[Page, ...], None] = {}
+  for number, output in _objects(record, "output", where):
+    if output.get("provenance") is None:
+      continue
+    inner = f"{where}.output[{number}]"
+    pages = set()
+    for _, page in _objects(output, "provenance", inner):
+      id_, title = page.get("wikipedia_id"), page.get("title")
+      pages.add((
+        str(id_).strip() if type(id_) in (str, int) else "",
+        title.strip() if isinstance(title, str) else "",
+      ))  # fmt: skip
+    if pages and ("", "") not in pages:
+      sets[tuple(sorted(pages))] = None
+  return tuple(sets)
 
 
 def _gold(record: Mapping[str, Any], where: str) -> dict[str, int]:

@@ -21,6 +21,7 @@ from rag_jax.corpus.tfds import open_tfds
 from rag_jax.corpus.tfds import tfds_errors
 from rag_jax.corpus.tfds import tfds_text
 from rag_jax.data.question_files import ENDS as QUESTION_ENDS
+from rag_jax.data.question_files import Page
 from rag_jax.data.question_files import read_question_file
 from rag_jax.disk import instead_of
 
@@ -54,6 +55,12 @@ class Question:
   answers: tuple[str, ...]  # one or more
   id: str = ""
   relation: str = ""  # what kind of fact is asked for, if known
+  # What answers it, if the file says so. Not in the repr, which identifies what
+  # is asked.
+  gold: tuple[str, ...] = dataclasses.field(default=(), repr=False)  # passages
+  pages: tuple[tuple[Page, ...], ...] = dataclasses.field(  # see FoundQuestion
+    default=(), repr=False
+  )
 
 
 def read_questions(path: epath.PathLike) -> tuple[Question, ...]:
@@ -93,6 +100,8 @@ def read_questions(path: epath.PathLike) -> tuple[Question, ...]:
         answers=found.answers,
         id=found.id,
         relation=found.relation,
+        gold=tuple(id_ for id_, grade in found.gold.items() if grade > 0),
+        pages=found.pages,
       )
     )
   if num_impossible:

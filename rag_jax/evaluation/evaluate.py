@@ -79,8 +79,11 @@ class Evaluator:
       [f"{passages[i].title} {passages[i].text}" for i in a.retrieved]
       for a in answers
     ]
-    in_top = answer_recall_at_k(
-      texts, [q.answers for q in questions], RECALL_K, config.eval.answers
+    in_top, in_first = (
+      answer_recall_at_k(
+        texts, [q.answers for q in questions], k, config.eval.answers
+      )
+      for k in (RECALL_K, 1)
     )
     return [
       AnswerRecord(
@@ -91,9 +94,10 @@ class Evaluator:
         log_prob=answer.log_prob,
         retrieved_ids=answer.retrieved,
         answer_in_top=bool(found),
+        answer_in_first=bool(first),
       )
-      for question, answer, found in zip(
-        questions, answers, in_top, strict=True
+      for question, answer, found, first in zip(
+        questions, answers, in_top, in_first, strict=True
       )
     ]
 

@@ -1,6 +1,6 @@
-"""Draws the learning curves of a run.
+"""Draws the learning curves of a run, and several runs beside one another.
 
-In: the metrics.jsonl that a `MetricWriter` wrote. Out: a PNG.
+In: the metrics.jsonl that a `MetricWriter` wrote, or rows of runs. Out: a PNG.
 """
 
 from collections.abc import Mapping, Sequence
@@ -179,6 +179,56 @@ def _finish(axes: Axes, title: str, ylabel: str, drawn: bool) -> None:
     fontsize=9.5,
     handlelength=1.6,
   )
+
+
+def comparison_plot(
+  rows: Sequence[Mapping[str, Any]],
+  metrics: Sequence[str],
+  output_path: epath.PathLike,
+) -> None:
+  """Draws a panel per metric: a point per run, and the mean of each row.
+
+  Args:
+    rows: of `run_comparison.summarise_rows`.
+    metrics: names; those that no row has are left out.
+    output_path: of the PNG.
+  """
+  shown = [name for name in metrics if any(name in r["metrics"] for r in rows)]
+  layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)  # inches
+  size = (3.0 + 2.6 * max(len(shown), 1), 1.4 + 0.4 * len(rows))
+  figure = Figure(figsize=size, dpi=120, layout=layout)
+  canvas = FigureCanvasAgg(figure)
+  panels = figure.subplots(
+    1, max(len(shown), 1), sharey=True, squeeze=False
+  ).flat
+  places = [*range(len(rows))]
+  for axes, name in zip(panels, shown, strict=False):
+    for place, row in zip(places, rows, strict=True):
+      if name not in row["metrics"]:
+        continue
+      found = row["metrics"][name]
+      values = found["values"]
+      axes.plot(
+        [found["least"], found["most"]], [place] * 2, color=_BLUE, linewidth=1.2
+      )
+      axes.plot(
+        values, [place] * len(values), "o", color=_BLUE, alpha=0.5, markersize=4
+      )
+      axes.plot([found["mean"]], [place], "|", color=_ORANGE, markersize=16,
+                markeredgewidth=2.5)  # fmt: skip
+    axes.set_title(name, loc="left", fontsize=10, parse_math=False)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+      axes.spines[side].set_visible(False)
+  first = figure.axes[0]
+  first.set_yticks(places, [row["name"] for row in rows], parse_math=False)
+  first.set_ylim(len(rows) - 0.5, -0.5)  # the first row at the top
+
+  png = io.BytesIO()
+  canvas.print_png(png)
+  write_bytes(epath.Path(output_path), png.getvalue())
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:

@@ -6,7 +6,7 @@ one number from 0 to 1 per question. All metrics are those of trec_eval
 grade below 1, is not relevant.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import math
 from typing import Any
 
@@ -78,6 +78,65 @@ def ndcg_at_10(ranked_ids: Ranked, qrels: Qrels) -> Float[np.ndarray, "B"]:
     ideal = _discounted_gain(sorted(judged.values(), reverse=True))
     values.append(_discounted_gain(grades) / ideal if ideal else 0.0)
   return np.array(values, np.float64)
+
+
+def r_precision(
+  ranked: Sequence[Any], sets: Sequence[Collection[Any]]
+) -> float:
+  """Returns the R-precision of one question (Petroni et al. 2021, KILT).
+
+  The share of a set of R that is among the first R found, for the best set:
+  https://arxiv.org/abs/2009.02252, section 5. With one set it is trec_eval's
+  `Rprec`.
+
+  Args:
+    ranked: what was found, best first; only the first place of each counts.
+    sets: each is enough to answer the question.
+
+  Raises:
+    ValueError: there are no sets, or one is empty.
+  """
+  _check_sets(sets)
+  found = list(dict.fromkeys(ranked))
+  return max(
+    len(set(found[: len(set(s))]) & set(s)) / len(set(s)) for s in sets
+  )
+
+
+def evidence_recall(
+  ranked: Sequence[Any], sets: Sequence[Collection[Any]], k: int
+) -> float:
+  """Returns KILT's recall@k: the share of the sets that the first `k` complete.
+
+  As published, a set takes one place, that of its last member: of a set of two,
+  the first does not count among the `k`. Arguments and errors as in
+  `r_precision`, and `ValueError` if `k` is below 1.
+  """
+  if k < 1:
+    raise ValueError(f"k={k} places to look at; expected at least 1. Raise k.")
+  _check_sets(sets)
+  distinct = dict.fromkeys(map(frozenset, sets))
+  left = [set(members) for members in distinct]
+  places: list[int | None] = []  # the number of a set, or None: of none
+  for one in dict.fromkeys(ranked):
+    of = [number for number, members in enumerate(left) if one in members]
+    for number in of:
+      left[number].discard(one)
+      if number in places:
+        places.remove(number)
+      places.append(number)
+    if not of:
+      places.append(None)
+  done = [n for n in places[:k] if n is not None and not left[n]]
+  return len(done) / len(distinct)
+
+
+def _check_sets(sets: Sequence[Collection[Any]]) -> None:
+  if not sets or not all(sets):
+    raise ValueError(
+      f"The sets that answer a question are {list(sets)}; expected at least"
+      " one, none of them empty. Leave out questions for which none is known."
+    )
 
 
 def trec_eval_order(scores: Mapping[str, float]) -> list[str]:

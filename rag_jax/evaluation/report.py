@@ -24,6 +24,7 @@ from rag_jax.terminal import one_line
 RESULTS_FILE = "results.json"
 RECALL_K = 5  # of answer_recall_at_5
 CERTIFICATE = "index/certificate"  # among the results: of the index
+FINGERPRINTS = "fingerprints"  # among them: of passages and test questions
 
 _WIDTH = 80
 _RELATION_WIDTH = 34
@@ -41,6 +42,7 @@ class AnswerRecord:
   retrieved_ids: tuple[int | str, ...] = ()  # passages, best first; () if none
   # Whether one of the first RECALL_K passages holds an answer.
   answer_in_top: bool = False
+  answer_in_first: bool = False  # whether the first one does
 
 
 def summarise(
@@ -53,9 +55,10 @@ def summarise(
   """Returns the mean metrics of `records`, all from 0 to 1, by name.
 
   These are exact_match with its 95% interval (`exact_match_low`,
-  `exact_match_high`), token_f1, num_questions, and answer_recall_at_5 unless
-  nothing was retrieved (closed book). All except token_f1 and the interval are
-  also given per relation, as `PREFIX/exact_match/RELATION`.
+  `exact_match_high`), token_f1, num_questions, and unless nothing was retrieved
+  (closed book) answer_recall_at_1 and _at_5. Those of exact_match,
+  num_questions and answer_recall_at_5 are also given per relation, as
+  `PREFIX/exact_match/RELATION`.
 
   Args:
     records: one per question.
@@ -81,6 +84,7 @@ def summarise(
     [token_f1(r.prediction, r.answers, variant, language) for r in records]
   )
   in_top = np.array([r.answer_in_top for r in records])
+  in_first = np.array([r.answer_in_first for r in records])
   relations = np.array([r.relation for r in records])
   has_docs = any(r.retrieved_ids for r in records)
 
@@ -90,6 +94,8 @@ def summarise(
     f"{prefix}/exact_match_high": high,
     f"{prefix}/token_f1": float(f1s.mean()),
   }
+  if has_docs:
+    result[f"{prefix}/answer_recall_at_1"] = float(in_first.mean())
   for relation in ["", *sorted(set(relations) - {""})]:
     chosen = relations == relation if relation else np.full(len(records), True)
     tail = f"/{relation}" if relation else ""

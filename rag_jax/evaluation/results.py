@@ -12,6 +12,7 @@ from absl import logging
 import jax
 from jaxtyping import PyTree
 
+from rag_jax.artifacts import fingerprint_lines
 from rag_jax.artifacts import manifest_digest
 from rag_jax.config_json import settings_of
 from rag_jax.data.experiment import Experiment
@@ -19,6 +20,7 @@ from rag_jax.data.questions import Question
 from rag_jax.evaluation.evaluate import Evaluator
 from rag_jax.evaluation.plots import learning_curves
 from rag_jax.evaluation.report import CERTIFICATE
+from rag_jax.evaluation.report import FINGERPRINTS
 from rag_jax.evaluation.report import write_results
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.models.lora import merged
@@ -101,6 +103,10 @@ def finish(
     "train/peak_memory_bytes": peak_memory_bytes(),
     "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
     "num_passages": len(experiment.passages),
+    FINGERPRINTS: {
+      "passages": experiment.passages.fingerprint,
+      "questions": fingerprint_lines(map(repr, questions)),
+    },
     "n_docs": config.data.n_docs,
     # In training, of all processes and attempts, and in the test.
     "cut": {name: clock.cut[name] + number for name, number in cut.items()}

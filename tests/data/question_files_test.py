@@ -88,6 +88,25 @@ def test_kilts_answers_stand_in_its_outputs(write):
   assert question.answers == ("Ann", "Bob")
 
 
+def test_kilts_pages_are_sets_that_answer_it(write):
+  peru = {"wikipedia_id": 7, "title": " Peru "}
+  chile = {"wikipedia_id": "8", "title": None}
+  outputs = [
+    {"answer": "Ann", "provenance": [chile, peru, peru | {"section": "x"}]},
+    {"provenance": [peru, chile]},  # the same set
+    {"provenance": [{"title": "Lima"}]},
+    {"provenance": [peru, {"section": "x"}]},  # a page without a name
+    {"answer": "Bob", "provenance": []},
+    {"answer": "Cy", "provenance": None},
+  ]
+  record = {"input": "Who?", "output": outputs}
+  (question,) = read(write(one_line(record), "q.jsonl"))
+  assert question.pages == ((("7", "Peru"), ("8", "")), (("", "Lima"),))
+  path = write(one_line({"input": "Who?", "output": [{"provenance": 1}]}), "q")
+  with pytest.raises(ValueError, match=r"output\[0\]: field 'provenance'"):
+    read(path.rename(path.with_suffix(".jsonl")))
+
+
 DPR_QAS = (
   "who is ann?\t['Ann', \"Ann's\"]\n"
   'when?\t["1999"]\n'

@@ -120,6 +120,7 @@ def test_answers_are_measured_as_a_person_would_count_them(scripted):
       "test/exact_match/capital": 1,
       "test/exact_match/river": 1 / 2,
       "test/token_f1": (1 + 1 + 2 / 3) / 3,
+      "test/answer_recall_at_1": 1 / 3,
       "test/answer_recall_at_5": 2 / 3,
       "test/answer_recall_at_5/capital": 1,
       "test/answer_recall_at_5/river": 1 / 2,
@@ -140,6 +141,7 @@ def test_records_are_in_the_order_of_the_questions(scripted):
   assert [r.answers for r in records] == [q.answers for q in QUESTIONS[::-1]]
   assert [r.prediction for r in records] == ["the blue Nile", "Nile", "right!"]
   assert [r.answer_in_top for r in records] == [True, False, True]
+  assert [r.answer_in_first for r in records] == [True, False, False]
   assert records[0].retrieved_ids == (3,)
   assert records[0].log_prob == -1.5
 

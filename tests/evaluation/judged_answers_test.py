@@ -10,14 +10,15 @@ import pytest
 from rag_jax.data.questions import Question
 from rag_jax.decoding.answerer import Answer
 from rag_jax.decoding.answerer import AnswerDoc
+from rag_jax.evaluation import differences
 from rag_jax.evaluation import judged_answers
+from rag_jax.evaluation.answer_metrics import compare
+from rag_jax.evaluation.answer_metrics import metrics
+from rag_jax.evaluation.answers_page import write_summary
 from rag_jax.evaluation.judged_answers import JudgedAnswer
-from rag_jax.evaluation.judged_answers import compare
 from rag_jax.evaluation.judged_answers import judge
 from rag_jax.evaluation.judged_answers import line_of
-from rag_jax.evaluation.judged_answers import metrics
 from rag_jax.evaluation.judged_answers import read_judged
-from rag_jax.evaluation.judged_answers import write_summary
 
 
 def judged(number, match, *, f1=None, rank=0, relation="", words=3):
@@ -119,7 +120,7 @@ def test_p_values_are_those_of_all_assignments(better, worse):
 def test_the_interval_of_a_difference_covers_it_about_as_often_as_it_says(
   monkeypatch,
 ):
-  monkeypatch.setattr(judged_answers, "_RESAMPLES", 400)
+  monkeypatch.setattr(differences, "_RESAMPLES", 400)
   rng = np.random.default_rng(0)
   true, covered, trials = 0.2, 0, 100
   for _ in range(trials):
@@ -165,7 +166,11 @@ def test_the_page_shows_the_surest_wrong_answers_and_escapes_all(tmp_path):
   answers = [judged(i, i == 0, rank=i % 3) for i in range(60)]
   found, tables = write_summary(tmp_path, "A & B", answers, answers)
   assert json.loads((tmp_path / "metrics.json").read_text()) == found
-  assert [heading for heading, _ in tables] == ["Metrics", "Difference"]
+  assert [heading for heading, _ in tables] == [
+    "Metrics",
+    "Parts",
+    "Difference",
+  ]
   text = (tmp_path / "report.html").read_text()
   assert "<title>A &amp; B</title>" in text
   assert "<script>" not in text

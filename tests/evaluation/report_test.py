@@ -22,6 +22,7 @@ def record(prediction, relation="", *, ids=(1, 2), in_top=True):
     log_prob=-0.5,
     retrieved_ids=ids,
     answer_in_top=in_top,
+    answer_in_first=in_top and prediction != "city",
   )
 
 
@@ -57,6 +58,7 @@ def test_a_summary_averages_over_all_and_over_each_relation():
       "test/num_questions": 5,
       "test/exact_match": 3 / 5,
       "test/token_f1": (1 + 0 + 1 + 2 / 4 + 1) / 5,
+      "test/answer_recall_at_1": 3 / 5,
       "test/answer_recall_at_5": 4 / 5,
       "test/num_questions/capital": 3,
       "test/exact_match/capital": 2 / 3,
@@ -76,7 +78,9 @@ def test_order_of_the_records_does_not_matter():
 
 def test_closed_book_has_no_recall():
   closed = [
-    dataclasses.replace(r, retrieved_ids=(), answer_in_top=False)
+    dataclasses.replace(
+      r, retrieved_ids=(), answer_in_top=False, answer_in_first=False
+    )
     for r in RECORDS
   ]
   assert not [name for name in report.summarise(closed) if "recall" in name]

@@ -73,6 +73,44 @@ def test_a_run_is_measured_compared_and_goes_on(learned, questions, tmp_path):
   assert (one / "answers.jsonl").read_text().splitlines() == lines
 
 
+def test_pages_are_found_and_metrics_chosen(learned, tmp_path):
+  # The ids of the passages are not Wikipedia's, so that titles have to do.
+  title = {r["text"]: r["title"] for r in learned.records()}
+  france = next(t for text, t in title.items() if "Paris" in text)
+  questions = tmp_path / "kilt.jsonl"
+  outputs = [
+    [{"answer": "Paris", "provenance": [{"wikipedia_id": "5", "title": t}]}]
+    for t in (france, "Atlantis")
+  ]
+  outputs.append([{"answer": "Lima"}])
+  lines = [
+    {"input": question, "output": output}
+    for question, output in zip(FACTS, outputs, strict=True)
+  ]
+  questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  output = tmp_path / "out"
+  done = evaluate(learned, questions, output, "--metrics=em,rouge,bleu,kilt")
+  assert done.returncode == 0, done.stderr
+  found = json.loads((output / "metrics.json").read_text())
+  every = found["metrics"]["all"]
+  assert set(every) == {
+    "num_questions", "log_prob", "exact_match", "rouge1", "rouge2", "rougeL",
+    "bleu", "r_precision", "gold_recall_at_5", "kilt_exact_match",
+    "kilt_token_f1", "kilt_accuracy", "kilt_rougeL",
+  }  # fmt: skip
+  assert every["r_precision"]["num_questions"] == 2
+  assert every["r_precision"]["mean"] == 0.5
+  assert every["kilt_exact_match"]["mean"] == 0.5
+  assert found["notes"] == [
+    "1 of 3 questions name no gold passage or page: they have no R-precision"
+    " and no KILT scores.",
+    "Gold pages are recognised by their titles: their Wikipedia ids are not ids"
+    " in this corpus.",
+    "1 of 2 gold pages are not in the corpus: they count as not found.",
+  ]
+  assert all(note in done.stdout for note in found["notes"])
+
+
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
@@ -80,6 +118,8 @@ def test_a_run_is_measured_compared_and_goes_on(learned, questions, tmp_path):
     ("--num_questions=-1", "--num_questions=-1; expected 0 or more"),
     ("--against=/nowhere", "There is no /nowhere"),
     ("--answers=best", "--answers"),
+    ("--metrics=em,meteor", "no metric 'meteor'"),
+    ("--metrics=em,kilt", "no question names a gold passage or page"),
     ("--model=also", "expected one of them"),
   ],
 )
