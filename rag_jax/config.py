@@ -134,13 +134,17 @@ class EncoderConfig(Settings):
   """
 
   # Weights to start from: a directory or "hf:ORG/NAME" of a DPR, BERT,
-  # RoBERTa, sentence-transformers or RAG checkpoint. "" starts fresh.
+  # RoBERTa, MPNet, T5, sentence-transformers or RAG checkpoint. "" starts
+  # fresh.
   init_from: str = ""
   passage_init_from: str = ""  # of the passage tower; "": as init_from
   # What an export calls this encoder, beside DPR; the other fields say what it
   # computes.
-  family: str = choice("bert", "roberta", "xlm-roberta", "distilbert")
+  family: str = choice(
+    "bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "t5_encoder"
+  )
   vocab_size: int = 0  # rows of the embedding table; 0: the tokenizer's ids
+  positions: str = choice("learned", "none")  # absolute ones
   # Rows of the position table, without the offset; 0: the longest input.
   max_positions: int = 0
   # RoBERTa's position 0 is row 2 of the table: its padding token's id, and 1.
@@ -148,9 +152,20 @@ class EncoderConfig(Settings):
   num_layers: int = number(0, least=0, most=1000)  # 0: pooled embeddings
   embed_dim: int = number(128, least=1)  # D
   num_heads: int = number(4, least=1)
+  head_dim: int = number(0, least=0)  # H; 0: embed_dim / num_heads
   mlp_dim: int = number(512, least=1)
   activation: str = choice(*ACTIVATIONS)
+  # This and those up to `scale_attention` are as in the generator, but layers
+  # share the table of relative positions, as in MPNet and T5.
+  gated: bool = False
+  embedding_norm: bool = True
+  norm: str = choice("post", "pre")
+  norm_kind: str = choice("layer", "rms")
   norm_eps: float = 1e-12  # BERT's
+  use_bias: bool = True
+  relative_buckets: int = 0
+  relative_max_distance: int = number(128, least=1)
+  scale_attention: bool = True
   num_token_types: int = 0  # BERT has 2; every token gets the first
   pooler: bool = False  # whether there is BERT's pooler: tanh(dense(CLS))
   pooling: str = choice("learned", "cls", "mean", "max", "pooler")
@@ -177,6 +192,8 @@ class EncoderConfig(Settings):
   dropout: float = number(0.0, below=1)
   # Of attention weights [checkpoint]
   attention_dropout: float = number(0.0, below=1)
+  # Between the layers of the MLP [checkpoint]
+  activation_dropout: float = number(0.0, below=1)
 
   @property
   def embedding_dim(self) -> int:

@@ -8,24 +8,28 @@ import dataclasses
 
 from rag_jax.config import CausalConfig
 from rag_jax.config import Config
+from rag_jax.config import EncoderConfig
+from rag_jax.config import GeneratorConfig
 from rag_jax.config_generators import check_causal
 
 
 def encoder_problems(c: Config) -> Iterator[str]:
   """Yields the problems of the retriever."""
   e = c.encoder
-  if e.num_heads and e.embed_dim % e.num_heads:
+  if e.num_heads and not e.head_dim and e.embed_dim % e.num_heads:
     yield (
       f"encoder.embed_dim={e.embed_dim} must be a multiple of"
-      f" encoder.num_heads={e.num_heads}."
+      f" encoder.num_heads={e.num_heads}, or encoder.head_dim be given."
     )
   longest = max(c.data.question_length, c.data.passage_length)
-  if 0 < e.max_positions < longest and e.num_layers:
+  learned = e.num_layers and e.positions == "learned"
+  if learned and 0 < e.max_positions < longest:
     yield (
       f"encoder.max_positions={e.max_positions} is below the longest input"
       f" (data.question_length={c.data.question_length},"
       f" data.passage_length={c.data.passage_length}). Lower the lengths."
     )
+  yield from _relative_problems("encoder", e)
   whole = e.projection_dim or e.embed_dim
   if e.truncate_dim > whole:
     yield (
@@ -39,6 +43,23 @@ def encoder_problems(c: Config) -> Iterator[str]:
       f"encoder.passage_init_from={e.passage_init_from!r} is for a tower of its"
       f" own, but encoder.tied={e.tied}, encoder.init_from={e.init_from!r}. Set"
       " encoder.tied=False and encoder.init_from to the question encoder."
+    )
+
+
+def _relative_problems(
+  section: str, sizes: EncoderConfig | GeneratorConfig
+) -> Iterator[str]:
+  """Yields the problems of T5's relative positions."""
+  buckets, farthest = sizes.relative_buckets, sizes.relative_max_distance
+  if 0 < buckets < 8 or buckets % 2:
+    yield (
+      f"{section}.relative_buckets={buckets} must be 0 (none) or an even number"
+      " from 8 on: half of them lie behind, half ahead."
+    )
+  if buckets and farthest <= buckets // 2:
+    yield (
+      f"{section}.relative_max_distance={farthest} must be above half of"
+      f" {section}.relative_buckets={buckets}."
     )
 
 
@@ -104,16 +125,7 @@ def generator_problems(c: Config) -> Iterator[str]:
       f" (data.context_length={c.data.context_length},"
       f" data.target_length={c.data.target_length}). Lower the lengths."
     )
-  if 0 < g.relative_buckets < 8 or g.relative_buckets % 2:
-    yield (
-      f"generator.relative_buckets={g.relative_buckets} must be 0 (none) or an"
-      " even number from 8 on: half of them lie behind, half ahead."
-    )
-  if g.relative_buckets and g.relative_max_distance <= g.relative_buckets // 2:
-    yield (
-      f"generator.relative_max_distance={g.relative_max_distance} must be above"
-      f" half of generator.relative_buckets={g.relative_buckets}."
-    )
+  yield from _relative_problems("generator", g)
   if g.init == "copy" and (
     g.norm != "pre" or g.embedding_norm or not g.relative_buckets
   ):

@@ -152,7 +152,12 @@ NAN, INF = float("nan"), float("inf")
     ("mesh.fsdp", 0, " must be at least 1."),
     ("optimizer.peak_lr", NAN, " is not a finite number."),
     ("encoder.score_scale", INF, " is not a finite number."),
-    ("encoder.embed_dim", 130, " must be a multiple of encoder.num_heads=4."),
+    (
+      "encoder.embed_dim",
+      130,
+      " must be a multiple of encoder.num_heads=4, or encoder.head_dim be"
+      " given.",
+    ),
     ("generator.dropout", 1.0, " must be below 1."),
     ("encoder.dropout", 1.5, " must be below 1."),
     ("optimizer.b2", 1.0, " must be below 1."),
@@ -543,6 +548,14 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
     ({"data": None}, "data is None, expected a DataConfig"),
     ({"generator__relative_buckets": 4}, "relative_buckets=4 must be 0"),
     ({"generator__relative_buckets": 9}, "relative_buckets=9 must be 0"),
+    (
+      {"encoder__relative_buckets": 6},
+      "encoder.relative_buckets=6 must be 0 (none) or an even number",
+    ),
+    (
+      {"encoder__relative_buckets": 32, "encoder__relative_max_distance": 16},
+      "encoder.relative_max_distance=16 must be above half of encoder.relative",
+    ),
     ({"generator__init": "copy"}, "generator.init='copy' copies only with"),
     ({"data__substitute_answers": 1.5}, "substitute_answers=1.5 must be at"),
   ],

@@ -1,5 +1,6 @@
 """The retriever's encoder: embeds the tokens of a question or passage."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 
@@ -11,12 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rag_jax.config import EncoderConfig
 from rag_jax.config_generators import TransformerConfig
+from rag_jax.models.attention import Bias
 from rag_jax.models.attention import identity_init
+from rag_jax.models.attention import relative_bias
 from rag_jax.models.layers import ACTIVATIONS
 from rag_jax.models.layers import UNROLLED
 from rag_jax.models.layers import LayerLoop
+from rag_jax.models.layers import Norm
 from rag_jax.models.layers import TransformerLayer
 from rag_jax.models.layers import check_positions
+from rag_jax.models.layers import make_norm
 from rag_jax.models.partitioning import INIT_STD
 from rag_jax.models.partitioning import constrain
 from rag_jax.models.partitioning import dense_init
@@ -25,15 +30,14 @@ from rag_jax.models.partitioning import split_table
 
 
 def layer_config(config: EncoderConfig) -> TransformerConfig:
-  """Returns the config of the layers; BART's values where `config` has none."""
+  """Returns the config of the layers, which share their relative positions."""
   names = {field.name for field in dataclasses.fields(TransformerConfig)}
-  names &= {field.name for field in dataclasses.fields(config)}
   layer = TransformerConfig(**{name: getattr(config, name) for name in names})
-  return layer.frozen()
+  return layer.frozen(relative_buckets=0)
 
 
 class RetrieverEncoder(nn.Module):
-  """BERT's architecture with any number of layers, pooled to one vector.
+  """BERT, MPNet or T5's encoder with any number of layers, pooled to a vector.
 
   Without layers there are no positions and no embedding norm: the embedding is
   the pooled token embeddings, a trainable bag of words.
@@ -42,8 +46,10 @@ class RetrieverEncoder(nn.Module):
   no projection adds a bias. With pooling "cls" or "pooler" it is the state of
   the first padding token, as in DPR.
 
-  Params: `token_embedding` [V, D]; with layers, `position_embedding`,
-  `token_type_embedding` if there are types, `embedding_norm`, `layer_0` etc.;
+  Params: `token_embedding` [V, D]; with layers, `position_embedding` if
+  positions are learned, `token_type_embedding` if there are types,
+  `relative_bias` [buckets, N] if positions are relative, `embedding_norm` if
+  configured, `layer_0` etc., `final_norm` if norms come before the blocks;
   `pooler` kernel [D, D] if configured; `pooling` kernel [D, 1] if pooling is
   learned; `projection` kernel [D, R] if projection_dim is not 0.
   """
@@ -73,31 +79,22 @@ class RetrieverEncoder(nn.Module):
     table = jnp.asarray(table)  # loaded parameters may be NumPy arrays
     x = jnp.take(split_table(table), tokens, axis=0)
     x = x.astype(self.dtype)  # N L D
+    drop = nn.Dropout(c.dropout)
     if c.num_layers:
-      check_positions(tokens.shape[1], c.max_positions, "Questions or passages")
-      x += embed(
-        c.max_positions + c.position_offset,
-        embedding_init=dense_init("position", "embed"),
-        name="position_embedding",
-      )(c.position_offset + jnp.arange(tokens.shape[1])).astype(self.dtype)
-      if c.num_token_types:
-        x += embed(
-          c.num_token_types,
-          embedding_init=dense_init("position", "embed"),
-          name="token_type_embedding",
-        )(jnp.zeros_like(tokens)).astype(self.dtype)
-      x = nn.LayerNorm(
-        epsilon=c.norm_eps,
-        dtype=self.dtype,
-        name="embedding_norm",
-      )(x)
-    x = nn.Dropout(c.dropout)(x, deterministic=deterministic)
+      x = self._enter(x, embed)
+    x = drop(x, deterministic=deterministic)
     x = constrain(x, "batch", "length", "embed")
     layers = [
       TransformerLayer(layer_config(c), dtype=self.dtype, name=f"layer_{i}")
       for i in range(c.num_layers)
     ]
-    x = self.loop.run(layers, x, mask[:, None, :], deterministic=deterministic)
+    bias = self._bias(tokens.shape[1])
+    inputs = mask[:, None, :], None, None, bias
+    x = self.loop.run(layers, x, *inputs, deterministic=deterministic)
+    if c.num_layers and c.norm == "pre":
+      x = self._norm("final_norm")(x)
+      if c.norm_kind == "rms":  # as in `stack.Stack`
+        x = drop(x, deterministic=deterministic)
     pooled = self._pool(x.astype(jnp.float32), mask)  # N D
     if c.projection_dim:
       square = c.projection_dim == c.embed_dim
@@ -118,6 +115,46 @@ class RetrieverEncoder(nn.Module):
       norm_squared = jnp.sum(pooled**2, axis=-1, keepdims=True)
       pooled = pooled / jnp.sqrt(jnp.maximum(norm_squared, 1e-12))
     return pooled
+
+  def _norm(self, name: str) -> Norm:
+    return make_norm(layer_config(self.config), dtype=self.dtype, name=name)
+
+  def _enter(
+    self, x: Float[Array, "N L D"], embed: Callable[..., nn.Embed]
+  ) -> Float[Array, "N L D"]:
+    """Returns the input of the first layer, before dropout."""
+    c, length = self.config, x.shape[1]
+    embed = functools.partial(
+      embed, embedding_init=dense_init("position", "embed")
+    )
+    if c.positions == "learned":
+      check_positions(length, c.max_positions, "Questions or passages")
+      x += embed(
+        c.max_positions + c.position_offset, name="position_embedding"
+      )(c.position_offset + jnp.arange(length)).astype(self.dtype)
+    if c.num_token_types:
+      x += embed(c.num_token_types, name="token_type_embedding")(
+        jnp.zeros(x.shape[:2], jnp.int32)
+      ).astype(self.dtype)
+    return self._norm("embedding_norm")(x) if c.embedding_norm else x
+
+  def _bias(self, length: int) -> Bias | None:
+    """Returns what relative positions add to the logits of all layers."""
+    c = self.config
+    if not c.num_layers or not c.relative_buckets:
+      return None
+    table = self.param(
+      "relative_bias",
+      named(nn.initializers.zeros, "position", "heads"),
+      (c.relative_buckets, c.num_heads),
+    )
+    places = jnp.arange(length)
+    return relative_bias(
+      jnp.asarray(table),
+      (places - places[:, None])[None],
+      c.relative_max_distance,
+      bidirectional=True,
+    )
 
   def _pool(
     self, x: Float[Array, "N L D"], mask: Bool[Array, "N L"]

@@ -27,6 +27,7 @@ from jaxtyping import PyTree
 import numpy as np
 
 from rag_jax.config import EncoderConfig
+from rag_jax.weights.encoder_configs import BERT_LAYERS
 
 # How much larger than the embeddings the values are made: what they are rounded
 # by when the first token's row is added and taken away again is then small.
@@ -111,6 +112,8 @@ def to_bert(
     mlp_dim=1,
     activation="relu",
     norm_eps=_EPS,
+    **BERT_LAYERS,
+    head_dim=0,
     num_token_types=0,
     max_positions=max_positions,
     vocab_size=vocab_size,

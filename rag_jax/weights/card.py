@@ -25,6 +25,7 @@ _CLASSES = {
   "dpr_question": "DPRQuestionEncoder",
   "dpr_context": "DPRContextEncoder",
   **dict.fromkeys(PLAIN_ENCODERS, "AutoModel"),
+  "t5_encoder": "T5EncoderModel",  # AutoModel would add a decoder
 }
 _TASKS = {
   "rag_token": "question-answering",

@@ -17,6 +17,7 @@ from rag_jax.weights.config_fields import field_notes
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.directory import CheckpointDirectory
 from rag_jax.weights.encoder_configs import ENCODER_FIELDS
+from rag_jax.weights.encoder_configs import family_name
 from rag_jax.weights.encoder_configs import read_encoder_config
 from rag_jax.weights.encoder_configs import read_special_ids
 from rag_jax.weights.encoder_tensors import dpr
@@ -60,10 +61,10 @@ def _view(files: TensorFiles, select: Select, rename: Select) -> View:
   return View(files, renamed)
 
 
-def _kind(model_type: str, role: str, modules: Modules | None) -> str:
-  if model_type == "dpr":
+def _kind(family: str, role: str, modules: Modules | None) -> str:
+  if family == "dpr":
     return "dpr_question" if role == "question" else "dpr_context"
-  return "sentence_transformers" if modules else model_type
+  return "sentence_transformers" if modules else family
 
 
 def _check_layers(origin: str, num_tensors: int, **layers: int) -> None:
@@ -85,7 +86,7 @@ def _check_layers(origin: str, num_tensors: int, **layers: int) -> None:
 
 
 class EncoderPart:
-  """BERT, a relative, or DPR."""
+  """BERT, a relative, T5's encoder, or DPR."""
 
   def __init__(
     self,
@@ -95,16 +96,16 @@ class EncoderPart:
     select: Select = whole,
     modules: Modules | None = None,
   ):
-    model_type = values.text("model_type", "")
-    is_dpr = model_type == "dpr"
+    family = self._family = family_name(values)
+    is_dpr = family == "dpr"
     names = [name for name in map(select, files.names) if name is not None]
     if is_dpr:
       role = dpr_role(names, role)
       rename = dpr_names(names, role)
     else:
-      rename = encoder_names(names, model_type)
+      rename = encoder_names(names, family)
     self._view = _view(files, select, rename)
-    self.kind = _kind(model_type, role, modules)
+    self.kind = _kind(family, role, modules)
     fields = read_encoder_config(
       values, has_pooler="pooler.dense.weight" in self._view
     )
@@ -117,7 +118,7 @@ class EncoderPart:
     self._fields = fields
     _check_layers(values.origin, len(names), num_layers=fields.num_layers)
     self._architecture = (
-      dpr(fields, role) if is_dpr else plain_encoder(fields, model_type)
+      dpr(fields, role) if is_dpr else plain_encoder(fields, family)
     )
     self._values, self._modules = values, modules
 
@@ -151,7 +152,7 @@ class EncoderPart:
       note,
       *told,
       *notes,
-      *field_notes(self._values, GENERATION_NAMES),
+      *field_notes(self._values, GENERATION_NAMES, self._family),
     )
     if self._dense is not None:
       taken = take(self._dense, dense_layer(self._fields))

@@ -69,7 +69,8 @@ _GPT2 = (
   "scale_attn_by_inverse_layer_idx",
 )  # fmt: skip
 
-# The fields that are used, or refused with the values that cannot be.
+# The fields that are used, or refused with the values that cannot be. By the
+# model_type; "t5_encoder" is a T5 of which only the encoder is read.
 USED: dict[str, tuple[str, ...]] = {
   "bert": _ENCODER,
   "roberta": _ENCODER,
@@ -77,6 +78,13 @@ USED: dict[str, tuple[str, ...]] = {
   "distilbert": (
     *_ALL, "vocab_size", "dim", "n_layers", "n_heads", "hidden_dim",
     "activation", "dropout", "attention_dropout", "max_position_embeddings",
+  ),
+  "mpnet": (*_ENCODER, "relative_attention_num_buckets"),
+  "t5_encoder": (
+    "model_type", "architectures", "is_decoder", *_IDS, "vocab_size",
+    "d_model", "num_layers", "num_heads", "d_kv", "d_ff", "feed_forward_proj",
+    "layer_norm_epsilon", "dropout_rate", "relative_attention_num_buckets",
+    "relative_attention_max_distance",
   ),
   "dpr": (*_ENCODER, "projection_dim", "architectures"),
   "bart": _BART,
@@ -101,6 +109,7 @@ USED: dict[str, tuple[str, ...]] = {
 _OF_PYTORCH = "how PyTorch computes or answers, not what"
 _FRESH = "of parameters that are not trained yet"
 _HEADS = "of heads for classification, which are not read"
+_DECODER = "of the decoder, which an encoder does without"
 _RETRIEVER = "of RagRetriever: passages and index are those of the config"
 _OLD = "of versions before 4; those from 4 on pass over it"
 _TEXT = "a name or a remark"
@@ -149,7 +158,7 @@ WITHOUT_EFFECT: dict[str, str] = {
 _ELSEWHERE: dict[str, dict[str, str]] = {
   **{
     name: {"tie_word_embeddings": "of its head for masked words"}
-    for name in ("bert", "roberta", "xlm-roberta")
+    for name in ("bert", "roberta", "xlm-roberta", "mpnet")
   },
   "distilbert": {
     "tie_word_embeddings": "of its head for masked words",
@@ -157,6 +166,17 @@ _ELSEWHERE: dict[str, dict[str, str]] = {
     "qa_dropout": _HEADS,
     "seq_classif_dropout": _HEADS,
   },
+  "t5_encoder": dict.fromkeys(
+    (
+      "is_encoder_decoder",
+      "num_decoder_layers",
+      "decoder_start_token_id",
+      "tie_word_embeddings",
+      "scale_decoder_outputs",
+      "prefix",
+    ),
+    _DECODER,
+  ),
   "dpr": {"tie_word_embeddings": "of a head that it does not have"},
   "rag": {
     "vocab_size": "that of the generator counts",
@@ -243,15 +263,16 @@ GENERATION_WITHOUT_EFFECT: dict[str, str] = {
 
 
 def field_notes(
-  values: ConfigValues, generation: tuple[str, ...] = ()
+  values: ConfigValues, generation: tuple[str, ...] = (), kind: str = ""
 ) -> Iterator[str]:
   """Yields what a report should say about the fields of a config.json.
 
   Args:
     values: of it.
     generation: names that older files hold, of settings of generation.
+    kind: key of `USED`; "": the model_type.
   """
-  model_type = values.text("model_type", "")
+  model_type = kind or values.text("model_type", "")
   known = {
     OUR_KEY, *USED.get(model_type, ()), *WITHOUT_EFFECT, *generation,
     *_ELSEWHERE.get(model_type, ()), *GENERATION_REFUSED,

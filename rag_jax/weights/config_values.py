@@ -124,6 +124,20 @@ class ConfigValues:
       )
     return _ACTIVATIONS[value]
 
+  def feed_forward(self, name: str, default: str) -> tuple[str, bool]:
+    """Returns T5's activation, and whether it is gated, by "gated-" before."""
+    value = self.text(name, default)
+    gate, _, activation = value.rpartition("-")
+    if gate not in ("", "gated"):
+      raise ValueError(
+        f"{self.origin} says {name}={shorten(value)}; expected an activation"
+        " like 'relu', or 'gated-' and one. Take another checkpoint."
+      )
+    if value == "gated-gelu":
+      activation = "gelu_new"  # in spite of its name
+    inner = ConfigValues({name: activation}, self.origin)
+    return inner.activation(name, ""), gate == "gated"
+
   def part(self, name: str) -> "ConfigValues":
     """Returns the values of an object inside this one; {} if it is missing."""
     value = self._get(name, {}, "an object", dict)
@@ -155,13 +169,21 @@ def unsupported(origin: str, model_type: Any, architectures: Any) -> ValueError:
     f"{origin} describes model_type={shorten(model_type)}"
     f" (architectures={shorten(architectures)}), which rag_jax does not have."
     " Supported are, as encoders: dpr (DPRQuestionEncoder, DPRContextEncoder),"
-    " bert, roberta, xlm-roberta and distilbert (...Model), and"
-    " sentence-transformers directories of these; as generators: bart, mbart,"
+    " bert, roberta, xlm-roberta, distilbert and mpnet (...Model), t5"
+    " (T5EncoderModel), and sentence-transformers directories of these; as"
+    " generators: bart, mbart,"
     " pegasus, t5 and mt5 (...ForConditionalGeneration); as decoder-only"
     " generators: llama, qwen2, qwen3, gemma2, gemma3_text and gpt2; and rag"
     " (RagTokenForGeneration, RagSequenceForGeneration). Take a checkpoint of"
     " one of them."
   )
+
+
+def feed_forward_proj(activation: str, gated: bool) -> str:
+  """Returns what `ConfigValues.feed_forward` reads as these."""
+  if gated and activation == "gelu_new":
+    activation = "gelu"
+  return ("gated-" if gated else "") + activation
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""An encoder's fields <-> config.json of BERT, its relatives and DPR.
+"""An encoder's fields <-> config.json of BERT, its relatives, T5 and DPR.
 
 In: `ConfigValues`. Out: an `EncoderConfig` of the architecture alone; and back.
 What is not given has the default of its class in transformers.
@@ -12,6 +12,7 @@ from rag_jax.config import EncoderConfig
 from rag_jax.weights.config_values import OUR_KEY
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import SpecialIds
+from rag_jax.weights.config_values import feed_forward_proj
 from rag_jax.weights.config_values import unsupported
 
 # Our names of sizes -> theirs, and the default.
@@ -29,6 +30,22 @@ _BERT_NAMES = {
 }
 
 
+# What layers are in BERT and most relatives; the defaults of `EncoderConfig`.
+BERT_LAYERS: dict[str, Any] = {
+  "positions": "learned", "embedding_norm": True, "norm": "post",
+  "norm_kind": "layer", "use_bias": True, "gated": False,
+  "relative_buckets": 0, "scale_attention": True,
+}  # fmt: skip
+# MPNet passes over relative_attention_num_buckets: it always has 32 buckets.
+_MPNET_LAYERS = BERT_LAYERS | {
+  "relative_buckets": 32, "relative_max_distance": 128
+}  # fmt: skip
+_T5_LAYERS: dict[str, Any] = {
+  "positions": "none", "embedding_norm": False, "norm": "pre",
+  "norm_kind": "rms", "use_bias": False, "scale_attention": False,
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Family:
   """What one model_type is called, and what it can compute.
@@ -43,6 +60,8 @@ class _Family:
     after_padding: whether the first position is the row after that of the
       padding token's id.
     pooler: whether it has BERT's pooler.
+    layers: the fields of all its encoders.
+    pooling: how states become one embedding, if nothing says it.
   """
 
   architecture: str
@@ -57,6 +76,10 @@ class _Family:
   norm_eps: float = 0.0
   after_padding: bool = False
   pooler: bool = True
+  layers: Mapping[str, Any] = dataclasses.field(
+    default_factory=lambda: BERT_LAYERS
+  )
+  pooling: str = "cls"
 
 
 _DISTILBERT_SIZES = {
@@ -65,6 +88,14 @@ _DISTILBERT_SIZES = {
   "embed_dim": ("dim", 768),
   "num_heads": ("n_heads", 12),
   "mlp_dim": ("hidden_dim", 3072),
+}
+_T5_SIZES = {
+  "vocab_size": ("vocab_size", 32128),
+  "num_layers": ("num_layers", 6),
+  "embed_dim": ("d_model", 512),
+  "num_heads": ("num_heads", 8),
+  "head_dim": ("d_kv", 64),
+  "mlp_dim": ("d_ff", 2048),
 }
 _BERT_IDS, _ROBERTA_IDS = SpecialIds(pad=0), SpecialIds(pad=1, bos=0, eos=2)
 _FAMILIES = {
@@ -84,11 +115,27 @@ _FAMILIES = {
     norm_eps=1e-12,
     pooler=False,
   ),
+  "mpnet": _Family(
+    *("MPNetModel", _ROBERTA_IDS),
+    sizes=_BERT_SIZES | {"vocab_size": ("vocab_size", 30527)},
+    token_types=False,
+    after_padding=True,
+    layers=_MPNET_LAYERS,
+  ),
+  "t5_encoder": _Family(
+    *("T5EncoderModel", SpecialIds(pad=0, eos=1), _T5_SIZES),
+    token_types=False,
+    pooler=False,
+    layers=_T5_LAYERS,
+    pooling="mean",
+  ),
   "dpr": _Family("DPRQuestionEncoder", _BERT_IDS, pooler=False),
 }
-ENCODER_TYPES = tuple(_FAMILIES)
+# Whose model_type is that of a generator. Ours -> theirs.
+_MODEL_TYPES = {"t5_encoder": "t5"}
+ENCODER_TYPES = tuple(_MODEL_TYPES.get(name, name) for name in _FAMILIES)
 # Those of one encoder alone; the values of `EncoderConfig.family`.
-PLAIN_ENCODERS = tuple(name for name in ENCODER_TYPES if name != "dpr")
+PLAIN_ENCODERS = tuple(name for name in _FAMILIES if name != "dpr")
 ENCODER_KINDS = (
   "dpr_question", "dpr_context", "sentence_transformers", *PLAIN_ENCODERS
 )  # fmt: skip
@@ -124,27 +171,55 @@ def read_encoder_config(
   if model_type not in ENCODER_TYPES:
     architectures = values.values.get("architectures")
     raise unsupported(values.origin, model_type, architectures)
-  family = _FAMILIES[model_type]
+  name = family_name(values)
+  family = _FAMILIES[name]
+  read = _read_t5 if name == "t5_encoder" else _read_bert
+  encoder = read(values, family)
+  for field in WORDING:
+    setattr(encoder, field, values.ours().text(field, ""))
+  if name == "dpr":
+    encoder.projection_dim = values.size("projection_dim", 0, least=0)
+    return encoder
+  ours = values.ours()
+  encoder.family = name
+  encoder.pooler = family.pooler and has_pooler and ours.flag("pooler", True)
+  encoder.pooling = ours.text("pooling", family.pooling)
+  return encoder
+
+
+def family_name(values: ConfigValues) -> str:
+  """Returns what a config.json of an encoder describes, a key of `USED`."""
+  model_type = values.text("model_type", "")
+  ours = {theirs: ours for ours, theirs in _MODEL_TYPES.items()}
+  return ours.get(model_type, model_type)
+
+
+def _read_bert(values: ConfigValues, family: _Family) -> EncoderConfig:
+  """Returns BERT or a relative, without what its family decides."""
   values.refuse(
     position_embedding_type="absolute",
     is_decoder=False,
     is_encoder_decoder=False,
     add_cross_attention=False,
   )
+  if buckets := family.layers["relative_buckets"]:
+    # Both are constants there, whatever the file says.
+    values.refuse(
+      relative_attention_num_buckets=buckets, pad_token_id=family.ids.pad
+    )
   names, ours = family.names, values.ours()
   types = values.size("type_vocab_size", 2) if family.token_types else 0
   sizes: dict[str, Any] = {
     name: values.size(*of) for name, of in family.sizes.items()
   }
-  told: dict[str, Any] = {name: ours.text(name, "") for name in WORDING}
   encoder = EncoderConfig(
     **sizes,
-    **told,
+    **family.layers,
     max_positions=values.size("max_position_embeddings", 512),
     activation=values.activation(names["activation"], "gelu"),
     norm_eps=family.norm_eps or values.number("layer_norm_eps", 1e-12),
     num_token_types=ours.size("num_token_types", types, least=0),
-    pooling="cls",
+    pooling=family.pooling,
     dropout=values.rate(names["dropout"], 0.1),
     attention_dropout=values.rate(names["attention_dropout"], 0.1),
   )
@@ -157,13 +232,34 @@ def read_encoder_config(
       f" {heads}={encoder.num_heads}; expected a multiple. The file"
       " was edited; copy it again."
     )
-  if model_type == "dpr":
-    encoder.projection_dim = values.size("projection_dim", 0, least=0)
-    return encoder
-  encoder.family = model_type
-  encoder.pooler = family.pooler and has_pooler and ours.flag("pooler", True)
-  encoder.pooling = ours.text("pooling", "cls")
   return encoder
+
+
+def _read_t5(values: ConfigValues, family: _Family) -> EncoderConfig:
+  """Returns the encoder of T5, without what its family decides."""
+  values.refuse(is_decoder=False)
+  sizes: dict[str, Any] = {
+    name: values.size(*of) for name, of in family.sizes.items()
+  }
+  activation, gated = values.feed_forward("feed_forward_proj", "relu")
+  # Below 8, transformers divides by zero for some distances.
+  buckets = values.size("relative_attention_num_buckets", 32, least=8)
+  rate = values.rate("dropout_rate", 0.1)
+  return EncoderConfig(
+    **sizes,
+    **family.layers,
+    activation=activation,
+    gated=gated,
+    norm_eps=values.number("layer_norm_epsilon", 1e-6),
+    relative_buckets=buckets,
+    relative_max_distance=values.size(
+      "relative_attention_max_distance", 128, least=buckets // 2 + 1
+    ),
+    pooling=family.pooling,
+    dropout=rate,  # in all places
+    attention_dropout=rate,
+    activation_dropout=rate,
+  )
 
 
 def _put_positions_after_padding(
@@ -184,7 +280,7 @@ def _put_positions_after_padding(
 
 def read_special_ids(values: ConfigValues) -> SpecialIds:
   """Returns the token ids of a config.json, by default those of its class."""
-  ids = _FAMILIES[values.text("model_type", "bert")].ids
+  ids = _FAMILIES[family_name(values) or "bert"].ids
   return SpecialIds(
     pad=values.token("pad_token_id", ids.pad),
     bos=values.token("bos_token_id", ids.bos),
@@ -202,22 +298,27 @@ def encoder_config(
       tokenizer.
   """
   dpr = architecture.startswith("DPR")
-  model_type = "dpr" if dpr else _type_of(architecture)
-  family = _FAMILIES[model_type]
+  name = "dpr" if dpr else _type_of(architecture)
+  family = _FAMILIES[name]
   _check_expressible(e, architecture, family)
   if family.after_padding:
     special_ids = _with_padding(e, architecture, special_ids)
   config = {
     "architectures": [architecture],
-    "model_type": model_type,
+    "model_type": _MODEL_TYPES.get(name, name),
     **{theirs: getattr(e, name) for name, (theirs, _) in family.sizes.items()},
-    **{theirs: getattr(e, name) for name, theirs in family.names.items()},
-    "max_position_embeddings": e.max_positions + e.position_offset,
     "dtype": "float32",
     "torch_dtype": "float32",  # what version 4 calls it
     **special_ids.to_config(),
   }
-  ours: dict[str, Any] = {}
+  ours = {name: getattr(e, name) for name in WORDING if getattr(e, name)}
+  if name == "t5_encoder":
+    config |= _t5_config(e)
+    return config | ({OUR_KEY: ours} if ours else {})
+  config |= {theirs: getattr(e, name) for name, theirs in family.names.items()}
+  config["max_position_embeddings"] = e.max_positions + e.position_offset
+  if e.relative_buckets:
+    config["relative_attention_num_buckets"] = e.relative_buckets
   if not family.norm_eps:
     config["layer_norm_eps"] = e.norm_eps
   if family.token_types:
@@ -225,7 +326,6 @@ def encoder_config(
     config["position_embedding_type"] = "absolute"
     if not e.num_token_types:
       ours["num_token_types"] = 0
-  ours |= {name: getattr(e, name) for name in WORDING if getattr(e, name)}
   if dpr:
     config["projection_dim"] = e.projection_dim
   elif family.pooler:
@@ -236,19 +336,39 @@ def encoder_config(
   return config | ({OUR_KEY: ours} if ours else {})
 
 
-def architecture_name(model_type: str) -> str:
+def _t5_config(e: EncoderConfig) -> dict[str, Any]:
+  """Returns what config.json of T5's encoder says, but its sizes."""
+  return {
+    "d_kv": e.head_dim or e.embed_dim // e.num_heads,
+    "feed_forward_proj": feed_forward_proj(e.activation, e.gated),
+    "dense_act_fn": e.activation,
+    "is_gated_act": e.gated,
+    "layer_norm_epsilon": e.norm_eps,
+    "relative_attention_num_buckets": e.relative_buckets,
+    "relative_attention_max_distance": e.relative_max_distance,
+    "dropout_rate": e.dropout,
+    "is_encoder_decoder": False,
+  }
+
+
+def architecture_name(family: str) -> str:
   """Returns the class of a plain encoder in transformers."""
-  return _FAMILIES[model_type].architecture
+  return _FAMILIES[family].architecture
 
 
-def has_pooler(model_type: str) -> bool:
+def default_pooling(family: str) -> str:
+  """Returns the pooling of the class, where its config.json has no word."""
+  return _FAMILIES[family].pooling
+
+
+def has_pooler(family: str) -> bool:
   """Returns whether the class has BERT's pooler."""
-  return _FAMILIES[model_type].pooler
+  return _FAMILIES[family].pooler
 
 
-def has_token_types(model_type: str) -> bool:
+def has_token_types(family: str) -> bool:
   """Returns whether the class has a table of token types."""
-  return _FAMILIES[model_type].token_types
+  return _FAMILIES[family].token_types
 
 
 def _type_of(architecture: str) -> str:
@@ -276,7 +396,7 @@ def _check_expressible(
   """Raises `ValueError` unless the architecture computes this encoder."""
   supported: dict[str, tuple[Any, ...]] = {
     "normalize": (False,), "truncate_dim": (0,)
-  }  # fmt: skip
+  } | {name: (value,) for name, value in family.layers.items()}  # fmt: skip
   if architecture.startswith("DPR"):
     supported |= {"pooling": ("cls",)}
     if e.projection_dim:
@@ -286,7 +406,7 @@ def _check_expressible(
     remedy = "Choose kind 'sentence_transformers' for another pooling"
   else:
     supported |= {
-      "pooling": ("cls", "pooler") if family.pooler else ("cls",),
+      "pooling": ("cls", "pooler") if family.pooler else (family.pooling,),
       "projection_dim": (0,),
     }
     remedy = (
@@ -301,6 +421,15 @@ def _check_expressible(
     supported["norm_eps"] = (family.norm_eps,)
   if not family.after_padding:
     supported["position_offset"] = (0,)
+  elif family.layers["relative_buckets"]:  # MPNet's padding is a constant
+    supported["position_offset"] = (family.ids.pad + 1,)
+  if "head_dim" not in family.sizes:
+    supported["head_dim"] = (0, e.embed_dim // e.num_heads)
+  else:
+    if not e.relative_buckets:
+      supported["relative_buckets"] = (32,)
+    if e.gated and e.activation == "gelu":  # "gated-gelu" is taken
+      supported["activation"] = ("gelu_new",)
   wrong = [name for name, values in supported.items()
            if getattr(e, name) not in values]  # fmt: skip
   wrong += [] if e.num_layers else ["num_layers"]

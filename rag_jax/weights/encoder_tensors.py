@@ -1,4 +1,4 @@
-"""The tensors of BERT, its relatives and DPR, for an encoder's fields.
+"""The tensors of BERT, its relatives, T5's encoder and DPR.
 
 In: an `EncoderConfig` whose sizes are known. Out: the rules of its parameters,
 under the names of `BertModel`, `DPRQuestionEncoder` and so on.
@@ -9,6 +9,7 @@ import dataclasses
 import re
 
 from rag_jax.config import EncoderConfig
+from rag_jax.config import GeneratorConfig
 from rag_jax.weights.encoder_configs import architecture_name
 from rag_jax.weights.encoder_configs import has_pooler
 from rag_jax.weights.encoder_configs import has_token_types
@@ -18,6 +19,8 @@ from rag_jax.weights.mapping import Rule
 
 DPR_PREFIXES = {"question": "question_encoder.", "passage": "ctx_encoder."}
 
+TIED = "the embedding table again"
+_DECODER = r"(decoder|lm_head)\..*"
 _HEADS = r"(cls|lm_head|vocab_(transform|layer_norm|projector))\..*"
 _OLD_NORM = re.compile(r"(LayerNorm|layer_norm)\.(gamma|beta)$")
 
@@ -84,20 +87,39 @@ _LAYERS = {
     "mlp/down": "ffn.lin2",
     "mlp_norm": "output_layer_norm",
   },
+  "mpnet": _LAYER
+  | {
+    "query": "attention.attn.q",
+    "key": "attention.attn.k",
+    "value": "attention.attn.v",
+    "out": "attention.attn.o",
+    "self_attention_norm": "attention.LayerNorm",
+  },
 }
 
 
-def _bert_layer(e: EncoderConfig, i: int, model_type: str) -> Iterator[Rule]:
-  names = _LAYERS.get(model_type, _LAYER)
+def attention(
+  ours: str,
+  theirs: str,
+  parts: tuple[str, ...],
+  sizes: EncoderConfig | GeneratorConfig,
+  num_heads: int,
+) -> Iterator[Rule]:
+  """Yields the rules of an attention block; `parts` names its dense layers."""
+  split = (num_heads, sizes.head_dim or sizes.embed_dim // num_heads)
+  dim, bias = (sizes.embed_dim,), sizes.use_bias
+  *inputs, out = parts
+  for part, name in zip(("query", "key", "value"), inputs, strict=True):
+    yield from dense(f"{ours}/{part}", f"{theirs}.{name}", dim, split, bias)
+  yield from dense(f"{ours}/out", f"{theirs}.{out}", split, dim, bias)
+
+
+def _bert_layer(e: EncoderConfig, i: int, family: str) -> Iterator[Rule]:
+  names = _LAYERS.get(family, _LAYER)
   ours, theirs = f"layer_{i}", f"{names['layers']}.{i}"
-  heads = (e.num_heads, e.embed_dim // e.num_heads)
   dim, wide = (e.embed_dim,), (e.mlp_dim,)
-  for part in ("query", "key", "value", "out"):
-    yield from dense(
-      f"{ours}/self_attention/{part}",
-      f"{theirs}.{names[part]}",
-      *((heads, dim) if part == "out" else (dim, heads)),
-    )
+  parts = tuple(names[part] for part in ("query", "key", "value", "out"))
+  yield from attention(f"{ours}/self_attention", theirs, parts, e, e.num_heads)
   for part, inputs, outputs in (("up", dim, wide), ("down", wide, dim)):
     their = f"{theirs}.{names[f'mlp/{part}']}"
     yield from dense(f"{ours}/mlp/{part}", their, inputs, outputs)
@@ -105,7 +127,7 @@ def _bert_layer(e: EncoderConfig, i: int, model_type: str) -> Iterator[Rule]:
     yield from norm(f"{ours}/{part}", f"{theirs}.{names[part]}", e.embed_dim)
 
 
-def _bert(e: EncoderConfig, prefix: str, model_type: str) -> Iterator[Rule]:
+def _bert(e: EncoderConfig, prefix: str, family: str) -> Iterator[Rule]:
   d, theirs = e.embed_dim, "embeddings"
   rules = [
     table("token_embedding", f"{theirs}.word_embeddings", e.vocab_size, d),
@@ -126,25 +148,32 @@ def _bert(e: EncoderConfig, prefix: str, model_type: str) -> Iterator[Rule]:
         d,
       )
     )
+  if e.relative_buckets:
+    rules.append(_shared_bias(e, "encoder.relative_attention_bias"))
   for i in range(e.num_layers):
-    rules += _bert_layer(e, i, model_type)
+    rules += _bert_layer(e, i, family)
   if e.pooler:
     rules += dense("pooler", "pooler.dense", (d,), (d,))
   for rule in rules:
     yield dataclasses.replace(rule, theirs=prefix + rule.theirs)
 
 
+def _shared_bias(e: EncoderConfig, theirs: str) -> Rule:
+  """Returns the rule of the table of relative positions."""
+  shape = (e.relative_buckets, e.num_heads)
+  return Rule("relative_bias", f"{theirs}.weight", shape, shape)
+
+
 def _bert_redundant(
-  e: EncoderConfig, prefix: str, model_type: str
+  e: EncoderConfig, prefix: str, family: str
 ) -> Iterator[Redundant]:
   yield Redundant(
     f"{prefix}embeddings.position_ids",
     "counts the positions",
     kind="positions",
   )
-  if not e.num_token_types and has_token_types(
-    model_type
-  ):  # BERT adds a row to every token, so one of zeros
+  # BERT adds a row to every token, so one of zeros
+  if not e.num_token_types and has_token_types(family):
     yield Redundant(
       f"{prefix}embeddings.token_type_embeddings.weight",
       "zeros, because this encoder has no token types",
@@ -154,16 +183,25 @@ def _bert_redundant(
     )
 
 
-def plain_encoder(e: EncoderConfig, model_type: str) -> Architecture:
-  """Returns BertModel or a relative.
+def plain_encoder(e: EncoderConfig, family: str) -> Architecture:
+  """Returns BertModel or a relative, or T5EncoderModel.
 
   The pooler is zero where the encoder has none.
   """
+  if family == "t5_encoder":
+    return Architecture(
+      architecture_name(family),
+      tuple(_t5(e)),
+      (
+        t5_copy("encoder"),
+        Redundant(_DECODER, "an encoder does without the decoder"),
+      ),
+    )
   redundant = [
-    *_bert_redundant(e, "", model_type),
+    *_bert_redundant(e, "", family),
     Redundant(_HEADS, "the heads of its own training"),
   ]
-  if not e.pooler and has_pooler(model_type):
+  if not e.pooler and has_pooler(family):
     d = e.embed_dim
     redundant += [
       Redundant(
@@ -176,10 +214,62 @@ def plain_encoder(e: EncoderConfig, model_type: str) -> Architecture:
       for name, shape in (("weight", (d, d)), ("bias", (d,)))
     ]
   return Architecture(
-    architecture_name(model_type),
-    tuple(_bert(e, "", model_type)),
+    architecture_name(family),
+    tuple(_bert(e, "", family)),
     tuple(redundant),
   )
+
+
+def _t5(e: EncoderConfig) -> Iterator[Rule]:
+  yield table("token_embedding", "shared", e.vocab_size, e.embed_dim)
+  yield _shared_bias(e, T5_BIAS.format("encoder"))
+  for i in range(e.num_layers):
+    yield from t5_layer(f"layer_{i}", f"encoder.block.{i}.layer", e)
+  yield from norm(
+    "final_norm", "encoder.final_layer_norm", e.embed_dim, use_bias=False
+  )
+
+
+T5_BIAS = "{}.block.0.layer.0.SelfAttention.relative_attention_bias"
+
+
+def t5_copy(stack: str) -> Redundant:
+  """Returns what T5 saves of its embedding table with a stack, too."""
+  return Redundant(
+    f"{stack}.embed_tokens.weight",
+    TIED,
+    kind="copy",
+    of="shared.weight",
+  )
+
+
+def t5_layer(
+  ours: str,
+  theirs: str,
+  sizes: EncoderConfig | GeneratorConfig,
+  decoder: bool = False,
+) -> Iterator[Rule]:
+  """Yields the rules of a layer of T5."""
+  d, f = (sizes.embed_dim,), (sizes.mlp_dim,)
+  parts = ("q", "k", "v", "o")
+  attentions = {"self_attention": "SelfAttention"}
+  if decoder:
+    attentions["cross_attention"] = "EncDecAttention"
+  for i, (mine, their) in enumerate(attentions.items()):
+    yield from attention(
+      f"{ours}/{mine}", f"{theirs}.{i}.{their}", parts, sizes, sizes.num_heads
+    )
+    yield from norm(
+      f"{ours}/{mine}_norm", f"{theirs}.{i}.layer_norm", *d, use_bias=False
+    )
+  last = f"{theirs}.{len(attentions)}"
+  kernels = {"up": "wi_1", "gate": "wi_0"} if sizes.gated else {"up": "wi"}
+  for mine, their in kernels.items():
+    yield from dense(
+      f"{ours}/mlp/{mine}", f"{last}.DenseReluDense.{their}", d, f, False
+    )
+  yield from dense(f"{ours}/mlp/down", f"{last}.DenseReluDense.wo", f, d, False)
+  yield from norm(f"{ours}/mlp_norm", f"{last}.layer_norm", *d, use_bias=False)
 
 
 def dpr(e: EncoderConfig, role: str) -> Architecture:

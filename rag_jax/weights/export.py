@@ -34,6 +34,7 @@ from rag_jax.weights.directory import MANIFEST_KIND
 from rag_jax.weights.directory import open_directory
 from rag_jax.weights.encoder_configs import PLAIN_ENCODERS
 from rag_jax.weights.encoder_configs import architecture_name
+from rag_jax.weights.encoder_configs import default_pooling
 from rag_jax.weights.encoder_configs import encoder_config
 from rag_jax.weights.encoder_tensors import DPR_PREFIXES
 from rag_jax.weights.encoder_tensors import dpr
@@ -61,7 +62,7 @@ from rag_jax.weights.tokenizer_files import copy_tokenizer
 
 EncoderKind = Literal[
   "dpr_question", "dpr_context", "sentence_transformers", "bert", "roberta",
-  "xlm-roberta", "distilbert",
+  "xlm-roberta", "distilbert", "mpnet", "t5_encoder",
 ]  # fmt: skip
 RagKind = Literal["token", "sequence"]
 Path = str | os.PathLike[str]
@@ -83,7 +84,7 @@ def export_encoder(
   max_shard_bytes: int = MAX_SHARD_BYTES,
   card: str = "",
 ) -> None:
-  """Writes an encoder as DPR, BERT, a relative or for sentence-transformers.
+  """Writes an encoder as DPR, BERT, T5 or for sentence-transformers.
 
   An encoder without layers becomes a DPR encoder with one that computes the
   same (bag_of_words.py), if its inputs begin with `tokenizer.ids.bos`.
@@ -298,11 +299,11 @@ def _encoder(
   inner, family = e, kind
   if kind == "sentence_transformers":  # its modules say the rest
     check_modules(e)
+    family = e.family
     inner = dataclasses.replace(
-      e, pooling="cls", normalize=False, projection_dim=0
+      e, pooling=default_pooling(family), normalize=False, projection_dim=0
     )
     params = {k: x for k, x in params.items() if k != "projection"}
-    family = e.family
   config = encoder_config(inner, architecture_name(family), ids)
   return config, put(params, plain_encoder(e, family)), e
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rag_jax.config import GeneratorConfig
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import SpecialIds
+from rag_jax.weights.config_values import feed_forward_proj
 from rag_jax.weights.config_values import unsupported
 
 LmHead = Literal["absent", "copy", "own"]  # copy: of the embedding table
@@ -120,15 +121,9 @@ def _read_t5(
 ) -> GeneratorConfig:
   values.refuse(is_decoder=False, is_encoder_decoder=True)
   v1_1 = model_type == "mt5"
-  mlp = values.text("feed_forward_proj", "gated-gelu" if v1_1 else "relu")
-  gate, _, activation = mlp.rpartition("-")
-  if gate not in ("", "gated"):
-    raise ValueError(
-      f"{values.origin} says feed_forward_proj={mlp!r}; expected an activation"
-      " like 'relu', or 'gated-' and one. Take another checkpoint."
-    )
-  if mlp == "gated-gelu":
-    activation = "gelu_new"  # in spite of its name
+  activation, gated = values.feed_forward(
+    "feed_forward_proj", "gated-gelu" if v1_1 else "relu"
+  )
   # Version 4 divides tied outputs by the root of D, and says that they are not
   # tied where it shall not. Version 5 says both.
   scale = values.flag(
@@ -157,10 +152,8 @@ def _read_t5(
     head_dim=values.size("d_kv", 64),
     mlp_dim=mlp_dim,
     decoder_mlp_dim=mlp_dim,
-    activation=ConfigValues(
-      {"feed_forward_proj": activation}, values.origin
-    ).activation("feed_forward_proj", ""),
-    gated=gate == "gated",
+    activation=activation,
+    gated=gated,
     norm_eps=values.number("layer_norm_epsilon", 1e-6),
     position_offset=0,
     relative_buckets=values.size("relative_attention_num_buckets", 32, least=2),
@@ -316,15 +309,13 @@ def generator_config(
     **special_ids.to_config(),
   }
   if model_type == "t5":
-    gated = "gated-" if g.gated else ""
-    act = "gelu" if g.gated and g.activation == "gelu_new" else g.activation
     return config | {
       "num_layers": g.num_layers,
       "num_decoder_layers": f["num_decoder_layers"],
       "num_heads": g.num_heads,
       "d_kv": f["head_dim"],
       "d_ff": g.mlp_dim,
-      "feed_forward_proj": gated + act,
+      "feed_forward_proj": feed_forward_proj(g.activation, g.gated),
       "dense_act_fn": g.activation,
       "is_gated_act": g.gated,
       "layer_norm_epsilon": g.norm_eps,

@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterator
 import re
 
 from rag_jax.config import GeneratorConfig
+from rag_jax.weights.encoder_tensors import T5_BIAS
+from rag_jax.weights.encoder_tensors import TIED
+from rag_jax.weights.encoder_tensors import attention
 from rag_jax.weights.encoder_tensors import dense
 from rag_jax.weights.encoder_tensors import norm
 from rag_jax.weights.encoder_tensors import old_spelling
+from rag_jax.weights.encoder_tensors import t5_copy
+from rag_jax.weights.encoder_tensors import t5_layer
 from rag_jax.weights.encoder_tensors import table
 from rag_jax.weights.generator_configs import architecture_name
 from rag_jax.weights.mapping import Architecture
 from rag_jax.weights.mapping import Redundant
 from rag_jax.weights.mapping import Rule
-
-_TIED = "the embedding table again"
 
 
 def generator_architecture(g: GeneratorConfig, model_type: str) -> Architecture:
@@ -46,19 +49,6 @@ def shared_table(model_type: str) -> str:
   return (
     "shared.weight" if model_type in ("t5", "mt5") else "model.shared.weight"
   )
-
-
-def _attention(
-  ours: str, theirs: str, parts: tuple[str, ...], g: GeneratorConfig, heads: int
-) -> Iterator[Rule]:
-  split = (heads, g.head_dim or g.embed_dim // heads)
-  dim = (g.embed_dim,)
-  *inputs, out = parts
-  for part, name in zip(("query", "key", "value"), inputs, strict=True):
-    yield from dense(
-      f"{ours}/{part}", f"{theirs}.{name}", dim, split, g.use_bias
-    )
-  yield from dense(f"{ours}/out", f"{theirs}.{out}", split, dim, g.use_bias)
 
 
 def _bart(g: GeneratorConfig) -> Iterator[Rule]:
@@ -102,9 +92,7 @@ def _bart_layer(
   if decoder:
     attentions["cross_attention"] = "encoder_attn"
   for mine, their in attentions.items():
-    yield from _attention(
-      f"{ours}/{mine}", f"{theirs}.{their}", parts, g, heads
-    )
+    yield from attention(f"{ours}/{mine}", f"{theirs}.{their}", parts, g, heads)
     yield from norm(
       f"{ours}/{mine}_norm", f"{theirs}.{their}_layer_norm", g.embed_dim
     )
@@ -117,7 +105,7 @@ def _bart_redundant(g: GeneratorConfig) -> Iterator[Redundant]:
   for stack in ("encoder", "decoder"):
     yield Redundant(
       f"model.{stack}.embed_tokens.weight",
-      _TIED,
+      TIED,
       kind="copy",
       of="model.shared.weight",
       # With tie_word_embeddings=false, BART would miss them.
@@ -126,7 +114,7 @@ def _bart_redundant(g: GeneratorConfig) -> Iterator[Redundant]:
     yield Redundant(rf"model\.{stack}\.version", "a number of an old fairseq")
   if g.tied_output:
     yield Redundant(
-      "lm_head.weight", _TIED, kind="copy", of="model.shared.weight"
+      "lm_head.weight", TIED, kind="copy", of="model.shared.weight"
     )
 
 
@@ -135,17 +123,16 @@ def _t5(g: GeneratorConfig) -> Iterator[Rule]:
   yield table("token_embedding", "shared", g.vocab_size, d)
   for stack in ("encoder", "decoder"):
     decoder = stack == "decoder"
-    first = f"{stack}.block.0.layer.0.SelfAttention"
     shape = (g.relative_buckets, g.num_heads)
     yield Rule(
       f"{stack}/relative_bias",
-      f"{first}.relative_attention_bias.weight",
+      f"{T5_BIAS.format(stack)}.weight",
       shape,
       shape,
     )
     layers = g.num_decoder_layers if decoder else 0
     for i in range(layers or g.num_layers):
-      yield from _t5_layer(
+      yield from t5_layer(
         f"{stack}/layer_{i}", f"{stack}.block.{i}.layer", g, decoder
       )
     yield from norm(
@@ -155,40 +142,13 @@ def _t5(g: GeneratorConfig) -> Iterator[Rule]:
     yield table("lm_head", "lm_head", g.vocab_size, d)
 
 
-def _t5_layer(
-  ours: str, theirs: str, g: GeneratorConfig, decoder: bool
-) -> Iterator[Rule]:
-  d, f = (g.embed_dim,), (g.mlp_dim,)
-  parts = ("q", "k", "v", "o")
-  attentions = {"self_attention": "SelfAttention"}
-  if decoder:
-    attentions["cross_attention"] = "EncDecAttention"
-  for i, (mine, their) in enumerate(attentions.items()):
-    yield from _attention(
-      f"{ours}/{mine}", f"{theirs}.{i}.{their}", parts, g, g.num_heads
-    )
-    yield from norm(
-      f"{ours}/{mine}_norm", f"{theirs}.{i}.layer_norm", *d, use_bias=False
-    )
-  last = f"{theirs}.{len(attentions)}"
-  kernels = {"up": "wi_1", "gate": "wi_0"} if g.gated else {"up": "wi"}
-  for mine, their in kernels.items():
-    yield from dense(
-      f"{ours}/mlp/{mine}", f"{last}.DenseReluDense.{their}", d, f, False
-    )
-  yield from dense(f"{ours}/mlp/down", f"{last}.DenseReluDense.wo", f, d, False)
-  yield from norm(f"{ours}/mlp_norm", f"{last}.layer_norm", *d, use_bias=False)
-
-
 def _t5_redundant(g: GeneratorConfig) -> Iterator[Redundant]:
   for stack in ("encoder", "decoder"):
-    yield Redundant(
-      f"{stack}.embed_tokens.weight", _TIED, kind="copy", of="shared.weight"
-    )
+    yield t5_copy(stack)
   if g.tied_output:
     yield Redundant(
       "lm_head.weight",
-      _TIED,
+      TIED,
       kind="copy",
       of="shared.weight",
       # Version 4 needs it where the config says that nothing is tied, which is

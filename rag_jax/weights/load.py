@@ -63,7 +63,7 @@ _KINDS = {
 def load_encoder(where: Where, role: Role = "question") -> LoadedEncoder:
   """Returns the encoder of a directory.
 
-  Of DPR, BERT or a relative, sentence-transformers or RAG.
+  Of DPR, BERT or a relative, T5, sentence-transformers or RAG.
 
   Args:
     where: a local directory, or "hf:ORG/NAME" of the hub; also the workdir of
@@ -197,7 +197,8 @@ def has_passage_encoder(where: Where) -> bool:
 def checkpoint_kind(where: Where) -> str:
   """Returns what a checkpoint is: its model_type, or what is more precise.
 
-  That is "dpr_question", "dpr_context" or "sentence_transformers".
+  That is "dpr_question", "dpr_context", "t5_encoder" (saved without decoder) or
+  "sentence_transformers".
   """
   directory = open_directory(where)
   if directory.has(MODULES):
@@ -207,6 +208,8 @@ def checkpoint_kind(where: Where) -> str:
   if kind == "dpr":
     passages = values.values.get("architectures") == ["DPRContextEncoder"]
     return "dpr_context" if passages else "dpr_question"
+  if kind == "t5" and values.values.get("architectures") == ["T5EncoderModel"]:
+    return "t5_encoder"
   return kind
 
 

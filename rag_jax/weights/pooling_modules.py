@@ -239,7 +239,7 @@ def write_modules(
   Args:
     path: of the directory.
     e: fields of the encoder.
-    max_tokens: of an input; 0: as many as there are positions.
+    max_tokens: of an input; 0: as many as there are positions, or no limit.
     params: {"projection": ...}, or {} if the encoder has none.
   """
   kinds = [("", "Transformer"), (_POOLING, "Pooling")]
@@ -258,7 +258,7 @@ def write_modules(
   files = {
     f"{_POOLING}/config.json": pooling,
     _LENGTHS: {
-      "max_seq_length": max_tokens or e.max_positions,
+      "max_seq_length": max_tokens or e.max_positions or None,
       "do_lower_case": False,
     },
     _SETTINGS: {

@@ -97,6 +97,11 @@ CASES = {
     "encoder__pooler": True,
     "encoder__pooling": "pooler",
   },
+  "t5 encoder": {
+    name.replace("generator", "encoder"): value
+    for name, value in T5.items()
+    if name not in ("generator__relative_shared", "generator__tied_output")
+  },
   "passages of the index": {
     "encoder__tied": False,
     "encoder__train_passage_encoder": False,

@@ -39,6 +39,7 @@ SIZES = {
   "intermediate_size": 64,
   "max_position_embeddings": POSITIONS,
 }
+T5_SIZES = {"vocab_size": V, "d_model": 32, "num_layers": 2, "num_heads": 4}
 LENGTHS = (9, 1, 5, 8)  # real tokens a row
 
 
@@ -85,15 +86,39 @@ CLASSES = {
     transformers.XLMRobertaConfig,
     {"hidden_size": 36, "num_attention_heads": 6, "intermediate_size": 51},
   ),
+  "mpnet": (
+    transformers.MPNetModel,
+    transformers.MPNetConfig,
+    {"layer_norm_eps": 1e-5},
+  ),
+  "t5_encoder": (
+    transformers.T5EncoderModel,
+    transformers.T5Config,
+    {"d_kv": 5, "d_ff": 51, "num_decoder_layers": 3},
+  ),
+  "gated": (  # as T5 v1.1
+    transformers.T5EncoderModel,
+    transformers.T5Config,
+    {
+      "d_kv": 8,
+      "d_ff": 20,
+      "feed_forward_proj": "gated-gelu",
+      "tie_word_embeddings": False,
+      "relative_attention_num_buckets": 8,
+      "relative_attention_max_distance": 6,
+      "layer_norm_epsilon": 1e-5,
+    },
+  ),
 }
 KINDS = pytest.mark.parametrize("kind", list(CLASSES))
-PLAIN = ["bert", "distilbert", "roberta", "xlm-roberta"]
+PLAIN = ["bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "t5_encoder"]
 
 
 @functools.cache
 def reference(kind):
   model_class, config_class, settings = CLASSES[kind]
-  model = model_class(config_class(**SIZES | settings)).eval()
+  sizes = T5_SIZES if config_class is transformers.T5Config else SIZES
+  model = model_class(config_class(**sizes | settings)).eval()
   randomize(model)
   return model
 
@@ -175,7 +200,7 @@ def test_embeddings_are_those_of_pytorch(kind, saved):
     assert_close(our_embeddings(loaded), outputs.pooler_output)
   else:
     states = outputs.last_hidden_state
-    assert_close(our_embeddings(loaded), states[:, 0])
+    assert_close(our_embeddings(loaded, pooling="cls"), states[:, 0])
     mean = pooled(states, inputs()[1], "mean")
     assert_close(our_embeddings(loaded, pooling="mean"), mean)
     if loaded.fields["pooler"]:
@@ -261,7 +286,7 @@ def test_a_sentence_transformers_directory_pools_as_it_says(
     ("GELU", True, 1, 5),
   ],
 )
-@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "t5_encoder"])
 def test_a_dense_module_comes_after_the_pooling(
   kind, saved, act, use_bias, normalize, size, tmp_path
 ):
@@ -433,6 +458,7 @@ def test_what_a_config_leaves_out_is_the_default_of_transformers():
     ("roberta", transformers.RobertaConfig),
     ("distilbert", transformers.DistilBertConfig),
     ("xlm-roberta", transformers.XLMRobertaConfig),
+    ("mpnet", transformers.MPNetConfig), ("t5", transformers.T5Config),
   ):  # fmt: skip
     full = config_class().to_dict()
     empty = ConfigValues({"model_type": model_type}, "config.json")

@@ -125,6 +125,20 @@ FIELDS = EncoderConfig(
 )
 
 
+MPNET = {
+  "family": "mpnet", "position_offset": 2, "num_token_types": 0,
+  "relative_buckets": 32,
+}  # fmt: skip
+T5 = {
+  "family": "t5_encoder", "num_token_types": 0, "max_positions": 0,
+  "pooling": "mean", "positions": "none", "embedding_norm": False,
+  "norm": "pre", "norm_kind": "rms", "use_bias": False,
+  "scale_attention": False, "relative_buckets": 16,
+  "relative_max_distance": 50, "head_dim": 5, "dropout": 0.2,
+  "attention_dropout": 0.2, "activation_dropout": 0.2,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
   ("architecture", "changes"),
   [
@@ -140,6 +154,11 @@ FIELDS = EncoderConfig(
     ),
     ("RobertaModel", {"family": "roberta", "position_offset": 4}),
     ("XLMRobertaModel", {"family": "xlm-roberta", "position_offset": 1}),
+    ("MPNetModel", MPNET | {"pooler": True}),
+    ("MPNetModel", MPNET | {"pooling": "pooler", "pooler": True}),
+    ("T5EncoderModel", T5),
+    ("T5EncoderModel", T5 | {"gated": True, "activation": "gelu_new"}),
+    ("T5EncoderModel", T5 | {"gated": True, "passage_prompt": "p: "}),
   ],
 )
 @pytest.mark.parametrize("version", [4, 5])
@@ -163,6 +182,30 @@ def test_fields_come_back_in_the_spelling_of_both_versions(
     ("dpr_question", {"pooler": True}, "pooler=True; expected pooler False"),
     ("bert", {"position_offset": 2}, "offset=2; expected position_offset 0."),
     ("distilbert", {}, "num_token_types=2; expected num_token_types 0."),
+    (
+      "bert",
+      {"relative_buckets": 32, "gated": True},
+      "gated=True, encoder.relative_buckets=32; expected gated False, relative",
+    ),
+    ("roberta", {"norm": "pre"}, "encoder.norm='pre', encoder.position_offset"),
+    ("bert", {"head_dim": 7}, "head_dim=7; expected head_dim 0 or 4. "),
+    ("dpr_question", {"positions": "none"}, "expected positions 'learned'."),
+    ("mpnet", MPNET | {"position_offset": 3}, "expected position_offset 2."),
+    ("mpnet", MPNET | {"relative_buckets": 16}, "expected relative_buckets 32"),
+    (
+      "mpnet",
+      MPNET | {"relative_max_distance": 64},
+      "expected relative_max_distance 128.",
+    ),
+    ("t5_encoder", T5 | {"use_bias": True}, "expected use_bias False."),
+    ("t5_encoder", T5 | {"relative_buckets": 0}, "relative_buckets 32."),
+    ("t5_encoder", T5 | {"pooling": "cls"}, "expected pooling 'mean'."),
+    ("t5_encoder", T5 | {"pooler": True}, "expected pooler False."),
+    (
+      "t5_encoder",
+      T5 | {"gated": True, "activation": "gelu"},
+      "activation='gelu'; expected activation 'gelu_new'.",
+    ),
     ("roberta", {}, "position_offset=0; expected position_offset '1 or more'"),
     ("bert", {"truncate_dim": 3}, "truncate_dim=3; expected truncate_dim 0"),
     (
@@ -229,3 +272,24 @@ def test_positions_that_begin_nowhere_are_named(pad, positions):
     ValueError, match=f"pad_token_id={pad}, max_position_embeddings={positions}"
   ):
     read_encoder_config(ConfigValues(content, "c"), has_pooler=False)
+
+
+@pytest.mark.parametrize(
+  ("model_type", "name", "value", "problem"),
+  [
+    ("mpnet", "relative_attention_num_buckets", 16, "num_buckets=32"),
+    ("mpnet", "pad_token_id", 0, "supports only pad_token_id=1"),
+    ("t5", "is_decoder", True, "supports only is_decoder=False"),
+    ("t5", "feed_forward_proj", "twice-gelu", "expected an activation like"),
+    ("t5", "feed_forward_proj", "gated-mish", "expected one of gelu"),
+    ("t5", "relative_attention_num_buckets", 4, "number from 8"),
+    ("t5", "relative_attention_max_distance", 16, "number from 17"),
+  ],
+)
+def test_relative_positions_that_cannot_be_are_refused(
+  model_type, name, value, problem
+):
+  values = ConfigValues({"model_type": model_type, name: value}, "c")
+  with pytest.raises(ValueError, match=f"c says {name}=") as e:
+    read_encoder_config(values, has_pooler=False)
+  assert problem in str(e.value)
