@@ -23,6 +23,7 @@ only.
 from collections.abc import Iterable, Iterator, Sequence
 import sys
 import time
+from typing import Any
 
 from absl import flags
 from absl import logging
@@ -53,6 +54,10 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object per line.")
 _STREAM = flags.DEFINE_bool(
   "stream", None, "Show an answer on stderr while it is written, but not in"
   " beam search or RAG-Sequence. By default if stderr is a terminal.",
+)  # fmt: skip
+_LABELS = flags.DEFINE_list(
+  "labels", [], "The possible answers, with commas between, of which the most"
+  " likely is chosen; '': any.",
 )  # fmt: skip
 command.define_pod_flags()
 _SHOWN_CHARS = 39  # of an unfinished answer; a character may take two columns
@@ -98,6 +103,12 @@ def _text(pipeline: RagPipeline, answer: Answer) -> str:
   return f"{answer.question}\n{explain(*how)}"
 
 
+def _how() -> dict[str, Any]:
+  """Returns how a question is answered."""
+  labels = [label.strip() for label in _LABELS.value or []]
+  return {"n_docs": _N_DOCS.value, "labels": labels}
+
+
 def _answer_on_hosts(arguments: list[str]) -> None:
   """Answers on all hosts of a pod, each a share; the first one prints.
 
@@ -114,7 +125,7 @@ def _answer_on_hosts(arguments: list[str]) -> None:
   pipeline = open_pipeline()
 
   def answer(some: Sequence[str]) -> list[str]:
-    found = (pipeline.answer(q, n_docs=_N_DOCS.value)[0] for q in some)
+    found = (pipeline.answer(q, **_how())[0] for q in some)
     return [_text(pipeline, answer) for answer in found]
 
   texts = share(questions, answer)
@@ -136,7 +147,7 @@ def main(argv: list[str]) -> None:
   on_text = _show if streams and not _JSON.value else None
   for number, question in enumerate(questions):
     start = time.perf_counter()
-    (answer,) = pipeline.answer(question, n_docs=_N_DOCS.value, on_text=on_text)
+    (answer,) = pipeline.answer(question, on_text=on_text, **_how())
     if on_text:
       _show("")
     logging.info("Answered in %.3f s.", time.perf_counter() - start)

@@ -17,6 +17,10 @@ pip install -e ".[eval]" installs those of rouge and bleu. kilt is R-precision,
 recall of gold passages, and the scores of KILT: the questions have to name gold
 passages, or pages as KILT does.
 
+With --labels an answer is chosen from these, for instance for FEVER
+--labels="SUPPORTS,REFUTES,NOT ENOUGH INFO": the label with the largest p(y|x),
+summed over the documents. answers.jsonl has the probability of each.
+
 --against is the output of another evaluation on the same questions: the
 differences, their intervals and p values are added. Started again after an
 interruption, it goes on with the answers that --output has.
@@ -84,6 +88,9 @@ _ANSWERS = flags.DEFINE_enum(
 _METRICS = flags.DEFINE_list(
   "metrics", [], f"Some of {','.join(METRICS)}; '': all that can be computed."
 )
+_LABELS = flags.DEFINE_list(
+  "labels", [], "The possible answers, with commas between; '': any."
+)
 flags.mark_flag_as_required("output")
 
 _IDENTITY = "evaluation.json"  # in the output: which evaluation it is
@@ -143,7 +150,9 @@ def _done(output: epath.Path, identity: dict[str, Any]) -> list[JudgedAnswer]:
     write_atomically(mark, json.dumps(identity, indent=2) + "\n")
     return []
   before = json.loads(mark.read_text()) if mark.exists() else {}
-  other = [name for name in identity if before.get(name) != identity[name]]
+  other = [
+    name for name in identity | before if before.get(name) != identity.get(name)
+  ]
   if other:
     raise ValueError(
       f"{output} holds another evaluation than this: {', '.join(other)} differ."
@@ -192,6 +201,14 @@ def main(argv: list[str]) -> None:
   if variant == "regex":
     for question in asked:
       check_patterns(question.answers, f"The question {question.question!r}")
+  labels = [label.strip() for label in _LABELS.value or []]
+  for question in asked if labels else ():
+    if not set(labels) & set(question.answers):
+      raise ValueError(
+        f"None of --labels={','.join(labels)} is an answer of the question"
+        f" {question.question[:60]!r}: {', '.join(question.answers)[:60]}."
+        " Expected labels that are spelt as in the questions. Correct --labels."
+      )
   passages = pipeline.experiment.passages
   chosen, notes = choose_metrics(
     _METRICS.value or [],
@@ -204,6 +221,9 @@ def main(argv: list[str]) -> None:
   identity = _identity(
     pipeline, asked, n_docs=n_docs, num_retrieved=most, answers=variant
   )
+  if labels:
+    identity["labels"] = labels
+    pipeline.answerer.encode_labels(labels)  # or refuses them, before all else
   output.mkdir(parents=True, exist_ok=True)
   judged = _done(output, identity)
   # Appended, so that an interruption loses one batch.
@@ -220,6 +240,7 @@ def main(argv: list[str]) -> None:
         n_docs=n_docs,
         num_retrieved=most,
         batch_size=_BATCH.value,
+        labels=labels,
       )
       for answer, question in zip(answers, part, strict=True):
         found = [passages[row] for row in answer.retrieved]

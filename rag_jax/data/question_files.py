@@ -1,8 +1,8 @@
 """Reads questions from files, in the formats of common data sets.
 
-In: .jsonl (ours, NQ-open, FlashRAG, KILT), .json (SQuAD, DPR, FiD, or a list of
-the objects of .jsonl), .csv or .tsv (DPR's qas). Out: each question with its
-answers, and the passages that are known to hold them.
+In: .jsonl (ours, NQ-open, FlashRAG, KILT, FEVER), .json (SQuAD, DPR, FiD, or a
+list of the objects of .jsonl), .csv or .tsv (DPR's qas). Out: each question
+with its answers, and the passages that are known to hold them.
 """
 
 import ast
@@ -29,7 +29,8 @@ from rag_jax.json_input import parse_json
 ENDS = (".jsonl", ".json", ".csv", ".tsv")
 EXPECTED = (
   "objects with 'question' and 'answers' (or FlashRAG's 'golden_answers',"
-  " NQ-open's 'answer', KILT's 'input' and 'output'), SQuAD's .json, or DPR's"
+  " NQ-open's 'answer', KILT's 'input' and 'output', FEVER's 'claim' and"
+  " 'label'), SQuAD's .json, or DPR's"
   " question and list of answers with a tab between them"
 )
 
@@ -69,7 +70,8 @@ def read_question_file(path: epath.PathLike) -> Iterator[FoundQuestion]:
   - DPR: `positive_ctxs`;
   - our .jsonl: `gold`.
 
-  KILT names pages of Wikipedia instead, the `provenance` of each output.
+  KILT names pages of Wikipedia instead, the `provenance` of each output; and
+  FEVER by their titles, in `evidence`. Its labels are the answers.
 
   Args:
     path: ends in one of `ENDS`, optionally followed by .gz.
@@ -179,6 +181,8 @@ def _literal(text: str, what: str) -> list[Any]:
 
 def _of_record(record: Mapping[str, Any], where: str) -> FoundQuestion:
   """Returns the question of one JSON object."""
+  if "claim" in record and "question" not in record:
+    return _fever(record, where)
   kilt = "question" not in record and "input" in record
   question = "input" if kilt else "question"
   record = {  # null is absent
@@ -216,6 +220,53 @@ def _of_record(record: Mapping[str, Any], where: str) -> FoundQuestion:
     gold=_gold(record, where),
     pages=_kilt_pages(record, where) if kilt else (),
   )
+
+
+# How FEVER writes brackets and the like in titles.
+_BRACKETS = {"-LRB-": "(", "-RRB-": ")", "-LSB-": "[", "-RSB-": "]",
+             "-COLON-": ":", "_": " "}  # fmt: skip
+
+
+def _fever(record: Mapping[str, Any], where: str) -> FoundQuestion:
+  """Returns a claim, whose answer is its label (Thorne et al. 2018)."""
+  record = {name: value for name, value in record.items() if value is not None}
+  check_fields(
+    record,
+    where,
+    required={"claim": str},
+    optional={"id": (str, int), "label": str, "evidence": list},
+  )
+  if is_blank(record["claim"]):
+    raise ValueError(
+      f"{where}: the claim is empty, {shorten(record['claim'])}. Expected text."
+      " Complete or remove it."
+    )
+  label = record.get("label")
+  return FoundQuestion(
+    where=where,
+    question=record["claim"],
+    answers=() if label is None else (_answer(label, where),),
+    id=str(record.get("id", "")),
+    gold=_gold(record, where),
+    pages=_fever_pages(record.get("evidence", [])),
+  )
+
+
+def _fever_pages(evidence: list[Any]) -> tuple[tuple[Page, ...], ...]:
+  """Returns the titles of each set of sentences that decides a claim."""
+  sets: dict[tuple[Page, ...], None] = {}
+  for sentences in evidence:
+    titles = set()
+    for sentence in sentences if isinstance(sentences, list) else ():
+      # Annotation, evidence, title and line; a title may be null.
+      if isinstance(sentence, list) and len(sentence) == 4 and sentence[2]:
+        title = str(sentence[2])
+        for theirs, ours in _BRACKETS.items():
+          title = title.replace(theirs, ours)
+        titles.add(("", title))
+    if titles:
+      sets[tuple(sorted(titles))] = None
+  return tuple(sets)
 
 
 def _answers(record: Mapping[str, Any], where: str) -> list[str]:

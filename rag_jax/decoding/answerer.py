@@ -216,7 +216,7 @@ class Answerer:
     Raises:
       ValueError: labels are fewer than 2, the same, or too long.
     """
-    encoded = self._encode_labels(labels) if labels else {}
+    encoded = self.encode_labels(labels) if labels else {}
     answers = []
     for start in range(0, len(questions), batch_size):
       part = list(questions[start : start + batch_size])
@@ -228,7 +228,7 @@ class Answerer:
       )
     return answers
 
-  def _encode_labels(self, labels: Sequence[str]) -> dict[tuple[int, ...], str]:
+  def encode_labels(self, labels: Sequence[str]) -> dict[tuple[int, ...], str]:
     """Returns the labels by their tokens, with the end token."""
     context = self._context
     ids = context.encode_answers(labels)

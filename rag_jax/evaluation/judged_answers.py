@@ -40,6 +40,8 @@ class JudgedAnswer:
   # Of what was retrieved, by evidence.py; None: no gold passage is known.
   r_precision: float | None = None
   gold_recall_at_5: float | None = None
+  # Probability of each label; {}: the answer was written, not chosen.
+  labels: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def judge(
@@ -86,6 +88,7 @@ def judge(
     ),
     r_precision=evidence and evidence[0],
     gold_recall_at_5=evidence and evidence[1],
+    labels=dict(answer.labels),
   )
 
 

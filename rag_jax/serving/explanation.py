@@ -46,6 +46,9 @@ def explain(
       f"The model is not sure: {why}. Perhaps no passage answers the question.",
       _WIDTH,
     )
+  if answer.labels:
+    chosen = ", ".join(f"{one_line(x)} {p:.3f}" for x, p in answer.labels)
+    lines += _wrap(f"Of the labels: {chosen}", _WIDTH)
   if answer.question_cut:
     lines += _wrap(
       "Note: the question is longer than the model takes; its end was not read"

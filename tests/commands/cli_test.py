@@ -94,7 +94,9 @@ def test_an_unknown_command_is_refused(monkeypatch, capsys, given, hint):
   code, stdout, stderr = run_main(monkeypatch, capsys, given)
   assert (code, stdout) == (1, "")
   assert stderr.startswith("There is no command '")
-  expected = "Expected one of train, ask, evaluate, compare, probe, build-index,"
+  expected = (
+    "Expected one of train, ask, evaluate, compare, probe, build-index,"
+  )
   assert expected in stderr
   assert hint in stderr
   assert stderr.count("\n") == 1

@@ -289,3 +289,41 @@ def test_questions_and_answers_that_are_not_drawn_are_empty(write, blank):
   for bad in ({"question": blank}, {"answers": [blank]}):
     with pytest.raises(ValueError, match="empty"):
       read(write(one_line(record | bad), "q.jsonl"))
+
+
+def test_claims_of_fever_are_answered_by_their_label(write):
+  evidence = [
+    [[1, 2, "Soul_Food_-LRB-film-RRB-", 0], [1, 3, "Fox", 4]],
+    [[5, 6, "Fox", 7]],
+  ]
+  lines = [
+    {"id": 7, "verifiable": "VERIFIABLE", "label": "SUPPORTS",
+     "claim": "Fox made it.", "evidence": evidence},
+    {"id": 8, "verifiable": "NOT VERIFIABLE", "label": "NOT ENOUGH INFO",
+     "claim": "Fox is nice.", "evidence": [[[9, None, None, None]]]},
+    {"id": 9, "claim": "Of the test set."},
+  ]  # fmt: skip
+  found = read(write("".join(map(one_line, lines)), "fever.jsonl"))
+  assert [q.question for q in found] == [line["claim"] for line in lines]
+  assert [q.answers for q in found] == [
+    ("SUPPORTS",), ("NOT ENOUGH INFO",), ()
+  ]  # fmt: skip
+  assert found[0].id == "7"
+  assert found[0].pages == (
+    (("", "Fox"), ("", "Soul Food (film)")), (("", "Fox"),)
+  )  # fmt: skip
+  assert found[1].pages == found[2].pages == ()
+
+
+@pytest.mark.parametrize(
+  ("record", "message"),
+  [
+    ({"claim": " "}, "the claim is empty"),
+    ({"claim": 3}, "claim"),
+    ({"claim": "Yes.", "label": ["SUPPORTS"]}, "label"),
+    ({"claim": "Yes.", "label": " "}, "one of the answers"),
+  ],
+)
+def test_a_damaged_claim_is_named(write, record, message):
+  with pytest.raises(ValueError, match=f"q.jsonl:1.*{message}"):
+    read(write(one_line(record), "q.jsonl"))

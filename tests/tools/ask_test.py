@@ -221,3 +221,11 @@ def test_a_bad_question_ends_both_hosts(learned, arguments, message):
     assert message in text
     assert "Traceback" not in text
     assert secs < 60
+
+
+def test_an_answer_is_chosen_from_labels(learned):
+  process = ask(learned.workdir, "--labels=Nice, Paris", FRANCE)
+  assert process.returncode == 0, process.stderr
+  lines = process.stdout.splitlines()
+  assert lines[1].startswith("Paris   (p = ")
+  assert any(x.startswith("Of the labels: Paris 0.9") for x in lines)

@@ -131,3 +131,37 @@ def test_what_cannot_work_is_refused_first(
   assert message in done.stderr + done.stdout
   assert "Traceback" not in done.stderr
   assert not list((tmp_path / "out").glob("*"))
+
+
+def test_answers_are_chosen_from_labels(learned, tmp_path):
+  questions, output = tmp_path / "claims.jsonl", tmp_path / "labels"
+  facts = {
+    "Kenya": "Africa",
+    "France": "Europe",
+    "Peru": "Asia",
+  }  # one is wrong
+  lines = [
+    {"claim": f"What is the continent of {name}?", "label": label}
+    for name, label in facts.items()
+  ]
+  questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  labels = "--labels=Africa, Asia, Europe, South America"
+  done = evaluate(learned, questions, output, labels)
+  assert done.returncode == 0, done.stderr
+  text = (output / "answers.jsonl").read_text()
+  found = [json.loads(line) for line in text.splitlines()]
+  assert [x["prediction"] for x in found] == [
+    "Africa", "Europe", "South America"
+  ]  # fmt: skip
+  for x in found:
+    assert len(x["labels"]) == 4
+    assert sum(x["labels"].values()) == pytest.approx(1)
+    assert max(x["labels"], key=x["labels"].get) == x["prediction"]
+  metrics = json.loads((output / "metrics.json").read_text())["metrics"]["all"]
+  assert metrics["accuracy"]["mean"] == pytest.approx(2 / 3)
+
+  other = evaluate(learned, questions, tmp_path / "no", "--labels=Asia,Europe")
+  assert other.returncode != 0
+  assert "None of --labels=Asia,Europe is an answer of" in other.stderr
+  again = evaluate(learned, questions, output)
+  assert "holds another evaluation than this: labels differ" in again.stderr
