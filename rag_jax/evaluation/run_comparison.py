@@ -342,6 +342,8 @@ def _of_answer(answer: JudgedAnswer, metric: str) -> float | None:
   if name in ("exact_match", "token_f1"):
     return getattr(answer, name)
   if recall != name and recall.isdecimal():
+    if int(recall) > answer.num_retrieved:
+      return None
     return float(0 < answer.answer_rank <= int(recall))
   return None
 
