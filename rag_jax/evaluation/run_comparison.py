@@ -413,7 +413,7 @@ def _difference(metric: str, found: Mapping[str, Any]) -> list[str]:
   show = functools.partial(_show, scale=found["difference"], sign="+")
   size = show(found["difference"])
   if not found["over"]:
-    return [metric, size, "", "one run is no interval"]
+    return [metric, size, "", "too few runs"]
   size += f" ({show(found['low'])} to {show(found['high'])})"
   p = f"{found['p']:.2g}" if "p" in found else ""
   return [metric, size, p, f"{found['number']} {found['over']}"]
