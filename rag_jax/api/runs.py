@@ -134,9 +134,10 @@ def evaluate(
   Returns:
     By name, each from 0 to 1: "test/exact_match" with its 95 % interval
     ("test/exact_match_low", "test/exact_match_high"), "test/token_f1",
-    "test/answer_recall_at_5" and, of the index against exact search,
-    "test/index_recall_at_5"; exact match and recall also for each relation. And
-    the numbers "test/num_questions" and "test/questions_per_second".
+    "test/answer_recall_at_1", "test/answer_recall_at_5" and, of the index
+    against exact search, "test/index_recall_at_5"; exact match and recall at 5
+    also for each relation. And the numbers "test/num_questions" and
+    "test/questions_per_second".
 
   Raises:
     FileNotFoundError: something named is not there.

@@ -179,6 +179,7 @@ def _read(passages: Passages) -> Iterator[Passage]:
       if not number % _READ_AT_A_TIME:
         progress.update(number - done)
         done = number
+    progress.update(len(passages) - done)
 
 
 def main(argv: list[str]) -> None:

@@ -342,6 +342,8 @@ def _of_answer(answer: JudgedAnswer, metric: str) -> float | None:
   if name in ("exact_match", "token_f1"):
     return getattr(answer, name)
   if recall != name and recall.isdecimal():
+    if int(recall) > answer.num_retrieved:
+      return None
     return float(0 < answer.answer_rank <= int(recall))
   return None
 
@@ -411,7 +413,7 @@ def _difference(metric: str, found: Mapping[str, Any]) -> list[str]:
   show = functools.partial(_show, scale=found["difference"], sign="+")
   size = show(found["difference"])
   if not found["over"]:
-    return [metric, size, "", "one run is no interval"]
+    return [metric, size, "", "too few runs"]
   size += f" ({show(found['low'])} to {show(found['high'])})"
   p = f"{found['p']:.2g}" if "p" in found else ""
   return [metric, size, p, f"{found['number']} {found['over']}"]

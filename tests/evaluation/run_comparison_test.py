@@ -121,7 +121,7 @@ def test_without_answers_the_interval_is_over_seeds(tmp_path):
     summarise_rows(one, [MATCH]), [MATCH], one[1].name, {one[0].name: alone}
   )
   assert "| +0.075 " in text
-  assert "one run is no interval" in text
+  assert "too few runs" in text
 
 
 def test_with_answers_it_is_over_questions(tmp_path):
