@@ -7,8 +7,8 @@ r"""Makes a folder or file of text searchable.
 --corpus is a folder of .txt, .md and .html files (and .rst, .ipynb, .pdf and
 .docx, with `pip install 'rag-jax[documents]'`), a .jsonl, .json, .tsv or
 .csv file (also BEIR's, SQuAD's, DPR's), or a name such as tfds:beir/nfcorpus.
---encoder is a directory or a name of the hub: DPR, BERT, RoBERTa, DistilBERT
-or sentence-transformers.
+--encoder is a directory or a name of the hub: DPR, BERT, RoBERTa, DistilBERT,
+MPNet, T5 or sentence-transformers.
 A passage is as much of a section as the encoder reads; --split changes that.
 
 The same command again continues an interrupted build. At the end it prints the
