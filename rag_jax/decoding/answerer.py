@@ -335,7 +335,9 @@ class Answerer:
       on_text,
       list(labels),
     )
-    chosen = _by_label(out, labels) if labels else [()] * batch_size
+    chosen: list[tuple[tuple[str, float], ...]] = [()] * batch_size
+    if labels:
+      chosen = _by_label(out, labels)
     tokens, lengths, log_probs, given = (
       to_host(x)[:, 0]  # the best of each question
       for x in (out.tokens, out.lengths, out.log_probs, out.token_log_probs)

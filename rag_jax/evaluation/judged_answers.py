@@ -100,7 +100,8 @@ def line_of(judged: JudgedAnswer) -> str:
 def read_judged(path: epath.PathLike) -> list[JudgedAnswer]:
   """Returns the answers in a file, or in that of a directory.
 
-  Lines that an older rag_jax wrote have no `r_precision`: it is not known.
+  Lines that an older rag_jax wrote have no `r_precision`, which is not known
+  then, and no `labels`.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -119,7 +120,10 @@ def read_judged(path: epath.PathLike) -> list[JudgedAnswer]:
     "token_f1": (int, float), "num_retrieved": int, "answer_rank": int,
     "docs": list,
   }  # fmt: skip
-  later = dict.fromkeys(("r_precision", "gold_recall_at_5"), (int, float))
+  later: dict[str, Any] = {
+    "r_precision": (int, float), "gold_recall_at_5": (int, float),
+    "labels": dict,
+  }  # fmt: skip
   found = []
   for line, record in read_records(path, required=kinds):
     given = {

@@ -86,7 +86,8 @@ def inputs(pad):
 
 def states(model):
   """Returns PyTorch's, [N, L, D]."""
-  tokens, mask = map(torch.tensor, inputs(model.config.pad_token_id))
+  # transformers takes the padding token out of some configs that it saves.
+  tokens, mask = map(torch.tensor, inputs(model.config.pad_token_id or 0))
   return model(tokens, attention_mask=mask.long()).last_hidden_state
 
 

@@ -61,7 +61,7 @@ def test_several_questions_are_several_arguments_and_json_has_all(learned):
   record = json.loads(process.stdout.splitlines()[0])
   assert list(record) == [
     "question", "text", "log_prob", "tokens", "token_log_probs", "docs",
-    "question_cut", "retrieved", "sure",
+    "question_cut", "retrieved", "labels", "sure",
   ]  # fmt: skip
   assert record["docs"][0]["id"] == "country/FR/capital"
   assert sum(doc["posterior"] for doc in record["docs"]) == pytest.approx(1)
