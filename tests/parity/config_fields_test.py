@@ -112,7 +112,7 @@ def read(content, path, kind):
     encoder = attempt(read_encoder_config, values, has_pooler=True)
     refused = isinstance(encoder, str)
     return [*found, encoder, None if refused else read_special_ids(values)]
-  if kind in CAUSAL_TYPES:
+  if kind in CAUSAL_TYPES and content["model_type"] == kind:
     # Without layer_types, the older fields say which layers slide.
     older = {k: v for k, v in content.items() if k != "layer_types"}
     return [

@@ -200,6 +200,6 @@ def test_json_holds_every_field_on_one_line():
     AnswerDoc(**doc | {"token_posteriors": tuple(doc["token_posteriors"])})
     for doc in record["docs"]
   ]
-  lists = ("tokens", "token_log_probs", "retrieved")
+  lists = ("tokens", "token_log_probs", "retrieved", "labels")
   record |= {name: tuple(record[name]) for name in lists}
   assert Answer(**record | {"docs": tuple(docs)}) == answer
