@@ -1,7 +1,7 @@
 r"""Compares runs that have ended, in a table and a plot.
 
-  rag-jax compare runs/lr1_seed0 runs/lr1_seed1 runs/lr2_seed0 runs/lr2_seed1 \
-      --output=runs/comparison
+  rag-jax compare --output=runs/comparison runs/lr1_seed0 runs/lr1_seed1 \
+      runs/lr2_seed0 runs/lr2_seed1
 
 Each argument is the --workdir of a run. Runs that differ only in their seed are
 one row: the mean of each metric over seeds, the least and the most. The name of
