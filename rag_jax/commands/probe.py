@@ -1,4 +1,4 @@
-r"""Tests whether a model answers from what it reads, and what it bears.
+r"""Tests if a model answers from what it reads, and what it bears.
 
   rag-jax probe --workdir=runs/quickstart --output=runs/probe
 
