@@ -37,17 +37,18 @@ from etils import epath
 import jax
 import numpy as np
 
-from rag_jax.api.runs import questions_of
 from rag_jax.artifacts import fingerprint_arrays
 from rag_jax.artifacts import fingerprint_lines
 from rag_jax.artifacts import write_atomically
 from rag_jax.commands import command
+from rag_jax.commands.model_flags import asked_questions
+from rag_jax.commands.model_flags import check_questions_named
 from rag_jax.commands.model_flags import define_model_flags
+from rag_jax.commands.model_flags import define_question_flags
 from rag_jax.commands.model_flags import open_pipeline
 from rag_jax.config import EvalConfig
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import Passages
-from rag_jax.data.questions import SPLITS
 from rag_jax.data.questions import Question
 from rag_jax.evaluation.answer_metrics import METRICS
 from rag_jax.evaluation.answer_metrics import check_metrics
@@ -66,16 +67,10 @@ from rag_jax.progress import Progress
 from rag_jax.serving.pipeline import RagPipeline
 
 define_model_flags()
-_QUESTIONS = flags.DEFINE_string(
-  "questions", "", "Questions with answers; '': those of the run."
-)
-_SPLIT = flags.DEFINE_enum("split", "test", list(SPLITS), "Of the questions.")
+_NUM_QUESTIONS = define_question_flags(0)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
 _AGAINST = flags.DEFINE_string(
   "against", "", "The --output of another evaluation, to compare with."
-)
-_NUM_QUESTIONS = flags.DEFINE_integer(
-  "num_questions", 0, "At equal distances; 0: all."
 )
 _RETRIEVED = flags.DEFINE_integer(
   "num_retrieved", 20, "Passages per question for answer recall, at least as"
@@ -98,6 +93,7 @@ _READ_AT_A_TIME = 1000  # passages
 
 
 def _check_flags() -> None:
+  check_questions_named()
   for flag, least in ((_NUM_QUESTIONS, 0), (_RETRIEVED, 1), (_BATCH, 1)):
     if flag.value < least:
       raise ValueError(
@@ -105,18 +101,6 @@ def _check_flags() -> None:
         " number, or omit it."
       )
   check_metrics(_METRICS.value or [])
-
-
-def _asked(pipeline: RagPipeline) -> list[Question]:
-  """Returns the questions, in their order."""
-  config = pipeline.experiment.config
-  asked = list(
-    questions_of(_QUESTIONS.value or config.data.questions, _SPLIT.value)
-  )
-  if 0 < _NUM_QUESTIONS.value < len(asked):
-    num = _NUM_QUESTIONS.value
-    asked = [asked[i * len(asked) // num] for i in range(num)]
-  return asked
 
 
 def _identity(
@@ -194,7 +178,7 @@ def main(argv: list[str]) -> None:
       " another."
     )
   pipeline = open_pipeline()
-  asked = _asked(pipeline)
+  asked = asked_questions(pipeline)
   settings: EvalConfig = pipeline.experiment.config.eval
   variant = _ANSWERS.value or settings.answers
   if problems := check_variant(variant, settings.language):

@@ -1,6 +1,7 @@
-"""The flags that name a model, and the model that they name.
+"""The flags that name a model and questions, and what they name.
 
-In: the command line. Out: a `RagPipeline`: of a run, or of a RAG checkpoint.
+In: the command line. Out: a `RagPipeline`, of a run or of a RAG checkpoint; and
+questions with their answers.
 """
 
 import os
@@ -9,6 +10,9 @@ import pathlib
 from absl import flags
 
 from rag_jax.api import pickles
+from rag_jax.api.runs import questions_of
+from rag_jax.data.questions import SPLITS
+from rag_jax.data.questions import Question
 from rag_jax.decoding.rag import MODES
 from rag_jax.serving.open_model import default_passage_encoder
 from rag_jax.serving.open_model import is_search_directory
@@ -49,6 +53,44 @@ def define_model_flags() -> None:
   flags.DEFINE_string(
     "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
   )
+
+
+def define_question_flags(num_questions: int) -> flags.FlagHolder[int]:
+  """Defines the flags that name questions; returns that of their number.
+
+  Args:
+    num_questions: by default.
+  """
+  flags.DEFINE_string(
+    "questions", "", "Questions with answers; '': those of the run."
+  )
+  flags.DEFINE_enum("split", "test", list(SPLITS), "Of the questions.")
+  return flags.DEFINE_integer(
+    "num_questions", num_questions, "At equal distances; 0: all."
+  )
+
+
+def check_questions_named() -> None:
+  """Raises `ValueError` if --model is given without --questions.
+
+  A checkpoint has no questions of its own, as a run has.
+  """
+  model = flags.FLAGS.model or ""
+  if model and not flags.FLAGS.questions and not is_workdir(model):
+    raise ValueError(
+      f"--model={model} is a checkpoint, which has no questions of its own;"
+      " expected --questions too. Give a file of questions with answers."
+    )
+
+
+def asked_questions(pipeline: RagPipeline) -> list[Question]:
+  """Returns the questions of --questions or of the run, in their order."""
+  config, num = pipeline.experiment.config, flags.FLAGS.num_questions
+  named = flags.FLAGS.questions or config.data.questions
+  asked = list(questions_of(named, flags.FLAGS.split))
+  if 0 < num < len(asked):
+    asked = [asked[i * len(asked) // num] for i in range(num)]
+  return asked
 
 
 def open_pipeline(corpus: str = "") -> RagPipeline:

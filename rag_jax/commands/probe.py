@@ -29,13 +29,14 @@ from absl import flags
 from etils import epath
 import numpy as np
 
-from rag_jax.api.runs import questions_of
 from rag_jax.artifacts import write_atomically
 from rag_jax.commands import command
+from rag_jax.commands.model_flags import asked_questions
+from rag_jax.commands.model_flags import check_questions_named
 from rag_jax.commands.model_flags import define_model_flags
+from rag_jax.commands.model_flags import define_question_flags
 from rag_jax.commands.model_flags import open_pipeline
 from rag_jax.corpus.passages import Passage
-from rag_jax.data.questions import SPLITS
 from rag_jax.data.questions import Question
 from rag_jax.evaluation.answers import exact_match
 from rag_jax.evaluation.probe import Choice
@@ -47,14 +48,8 @@ from rag_jax.retrieval.intervals import mean_interval
 from rag_jax.serving.pipeline import RagPipeline
 
 define_model_flags()
-_QUESTIONS = flags.DEFINE_string(
-  "questions", "", "Questions with answers; '': those of the run."
-)
-_SPLIT = flags.DEFINE_enum("split", "test", list(SPLITS), "Of the questions.")
+_NUM_QUESTIONS = define_question_flags(500)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
-_NUM_QUESTIONS = flags.DEFINE_integer(
-  "num_questions", 500, "At equal distances; 0: all."
-)
 _BATCH = flags.DEFINE_integer("batch_size", 32, "Questions answered together.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of all that is drawn.")
 _MOST = flags.DEFINE_integer("max_passages", 200_000, "More are refused.")
@@ -64,6 +59,7 @@ _BLANK = "."  # the text of a passage that says nothing
 
 
 def _check_flags() -> None:
+  check_questions_named()
   limits = ((_NUM_QUESTIONS, 0), (_BATCH, 1), (_SEED, 0), (_MOST, 1))
   for flag, least in limits:
     if flag.value < least:
@@ -89,17 +85,6 @@ def _check(pipeline: RagPipeline) -> None:
       " since all are embedded twice. Give another --corpus, or raise the"
       " limit."
     )
-
-
-def _asked(pipeline: RagPipeline) -> list[Question]:
-  config = pipeline.experiment.config
-  asked = list(
-    questions_of(_QUESTIONS.value or config.data.questions, _SPLIT.value)
-  )
-  num = _NUM_QUESTIONS.value
-  if 0 < num < len(asked):
-    asked = [asked[i * len(asked) // num] for i in range(num)]
-  return asked
 
 
 def _write_corpus(path: epath.Path, passages: Sequence[Passage]) -> None:
@@ -180,7 +165,7 @@ def main(argv: list[str]) -> None:
     )
   opened = open_pipeline()
   _check(opened)
-  asked = _asked(opened)
+  asked = asked_questions(opened)
   passages = list(opened.experiment.passages)
   changed = exchange_facts(passages, asked, _SEED.value)
   output.mkdir(parents=True, exist_ok=True)
@@ -190,6 +175,8 @@ def main(argv: list[str]) -> None:
   del opened
   blank = len(passages)
   pipelines = [open_pipeline(os.fspath(path)) for path in files]
+  for pipeline in pipelines:  # rows are counted on
+    assert len(pipeline.experiment.passages) == blank + 1
   n_docs = pipelines[0].experiment.config.data.n_docs
   conditions = choices(n_docs, blank + 1, blank, _SEED.value)
   total = 2 * len(changed.before) + len(conditions) * len(asked)

@@ -44,11 +44,14 @@ class DenseGeneral(nn.DenseGeneral):
     if not self.has_variable("params", DOWN):
       return outputs
     down, up, scale = (
-      jnp.asarray(self.get_variable("params", name), self.dtype)
-      for name in (DOWN, UP, SCALE)
+      self.get_variable("params", name) for name in (DOWN, UP, SCALE)
     )
-    low = jnp.tensordot(inputs.astype(self.dtype), down, down.ndim - 1)
-    return outputs + scale * jnp.tensordot(low, up, 1)
+    # Scaled in float32, as in `merged`: bfloat16 would round the scale.
+    up = jnp.asarray(scale * up, self.dtype)
+    low = jnp.tensordot(
+      inputs.astype(self.dtype), jnp.asarray(down, self.dtype), down.ndim - 1
+    )
+    return outputs + jnp.tensordot(low, up, 1)
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:

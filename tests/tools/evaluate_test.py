@@ -165,3 +165,14 @@ def test_answers_are_chosen_from_labels(learned, tmp_path):
   assert "None of --labels=Asia,Europe is an answer of" in other.stderr
   again = evaluate(learned, questions, output)
   assert "holds another evaluation than this: labels differ" in again.stderr
+
+
+@pytest.mark.parametrize("tool", ["evaluate.py", "probe.py"])
+def test_a_checkpoint_is_asked_questions_that_are_given(tool, tmp_path):
+  output = tmp_path / "none"
+  done = run_tool(
+    tool, f"--model={tmp_path}", "--corpus=x.jsonl", f"--output={output}"
+  )
+  assert done.returncode != 0
+  assert "has no questions of its own; expected --questions" in done.stderr
+  assert not output.exists()
