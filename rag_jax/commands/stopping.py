@@ -47,7 +47,13 @@ def ending_quietly(message: str) -> Iterator[None]:
       # Not print: a handler may interrupt one.
       os.write(2, f"{message}\n".encode())
 
+  ending = False
+
   def say_and_end(signum: int, frame: types.FrameType | None) -> None:
+    nonlocal ending
+    if ending:  # Ctrl-C again, while the line is written: once is enough
+      return
+    ending = True
     say()
     _end(signum, frame)
 
@@ -63,7 +69,9 @@ def ending_quietly(message: str) -> Iterator[None]:
   try:
     yield
   except KeyboardInterrupt:
-    handle_with(signal.SIG_IGN)
+    # Not SIG_IGN: of a Ctrl-C that came just before, Python would say that it
+    # ignores it.
+    handle_with(lambda signum, frame: None)
     say()
     raise SystemExit(_EXIT_CODE) from None
   finally:

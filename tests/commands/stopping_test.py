@@ -80,3 +80,34 @@ def test_a_handler_that_is_set_already_stays():
   finally:
     signal.signal(signal.SIGINT, before)
   assert came == [1, 1]
+
+
+def test_ctrl_c_while_the_line_is_written_does_not_repeat_it():
+  program = '''
+import os, signal
+from rag_jax.commands.stopping import ending_quietly
+
+write = os.write
+
+def write_and_interrupt(*args):
+  written = write(*args)
+  signal.raise_signal(signal.SIGINT)
+  return written
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.write = write_and_interrupt
+with ending_quietly("Stopped."):
+  try:
+    signal.raise_signal(signal.SIGINT)
+  finally:
+    signal.raise_signal(signal.SIGINT)
+'''
+  done = subprocess.run(
+    [sys.executable, "-c", program],
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
+  assert (done.returncode, done.stderr) == (130, "Stopped.\n")
