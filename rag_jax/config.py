@@ -16,9 +16,10 @@ here is that of a fresh model. weights/init_from.py has the rules.
 
 import dataclasses
 
-from rag_jax.config_generators import ACTIVATIONS
-from rag_jax.config_generators import CausalConfig
-from rag_jax.config_generators import GeneratorConfig
+from rag_jax.config_models import CausalConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
+from rag_jax.config_models import LoraConfig
 from rag_jax.settings import Settings
 from rag_jax.settings import choice
 from rag_jax.settings import number
@@ -126,82 +127,6 @@ class TokenizerConfig(Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class EncoderConfig(Settings):
-  """The retriever: question and passage towers, and how they are compared.
-
-  With `init_from`, the fields of the architecture (up to `projection_dim`) are
-  read from the checkpoint.
-  """
-
-  # Weights to start from: a directory or "hf:ORG/NAME" of a DPR, BERT,
-  # RoBERTa, MPNet, T5, sentence-transformers or RAG checkpoint. "" starts
-  # fresh.
-  init_from: str = ""
-  passage_init_from: str = ""  # of the passage tower; "": as init_from
-  # What an export calls this encoder, beside DPR; the other fields say what it
-  # computes.
-  family: str = choice(
-    "bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "t5_encoder"
-  )
-  vocab_size: int = 0  # rows of the embedding table; 0: the tokenizer's ids
-  positions: str = choice("learned", "none")  # absolute ones
-  # Rows of the position table, without the offset; 0: the longest input.
-  max_positions: int = 0
-  # RoBERTa's position 0 is row 2 of the table: its padding token's id, and 1.
-  position_offset: int = number(0, least=0)
-  num_layers: int = number(0, least=0, most=1000)  # 0: pooled embeddings
-  embed_dim: int = number(128, least=1)  # D
-  num_heads: int = number(4, least=1)
-  head_dim: int = number(0, least=0)  # H; 0: embed_dim / num_heads
-  mlp_dim: int = number(512, least=1)
-  activation: str = choice(*ACTIVATIONS)
-  # This and those up to `scale_attention` are as in the generator, but layers
-  # share the table of relative positions, as in MPNet and T5.
-  gated: bool = False
-  embedding_norm: bool = True
-  norm: str = choice("post", "pre")
-  norm_kind: str = choice("layer", "rms")
-  norm_eps: float = 1e-12  # BERT's
-  use_bias: bool = True
-  relative_buckets: int = 0
-  relative_max_distance: int = number(128, least=1)
-  scale_attention: bool = True
-  num_token_types: int = 0  # BERT has 2; every token gets the first
-  pooler: bool = False  # whether there is BERT's pooler: tanh(dense(CLS))
-  pooling: str = choice("learned", "cls", "mean", "max", "pooler")
-  normalize: bool = False  # divide embeddings by their L2 norm
-  projection_dim: int = 0  # R; 0 = no projection, R = D
-  projection_bias: bool = True
-  projection_activation: str = choice("none", "tanh", "relu", "gelu", "silu")
-  # Keep only the first so many numbers of an embedding, before `normalize`:
-  # Matryoshka representations (arXiv:2205.13147). 0: all.
-  truncate_dim: int = number(0, least=0)
-  # Texts that stand before every question and passage, as "query: ".
-  question_prompt: str = ""
-  passage_prompt: str = ""
-  # Between a passage's title and text; "": the end token, as in DPR.
-  title_sep: str = ""
-  tied: bool = True  # one tower embeds questions and passages
-  train_passage_encoder: bool = True  # False: passages keep their embeddings
-  # doc_scores = scale * inner product [checkpoint] 1
-  score_scale: float = number(
-    1.0, above=0, why="makes every document score 0; use 1.0."
-  )
-  learn_score_scale: bool = False
-  # Of layer outputs and embeddings [checkpoint]
-  dropout: float = number(0.0, below=1)
-  # Of attention weights [checkpoint]
-  attention_dropout: float = number(0.0, below=1)
-  # Between the layers of the MLP [checkpoint]
-  activation_dropout: float = number(0.0, below=1)
-
-  @property
-  def embedding_dim(self) -> int:
-    """R: how many numbers an embedding has."""
-    return self.truncate_dim or self.projection_dim or self.embed_dim
-
-
-@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class OptimizerConfig(Settings):
   """AdamW, or Adafactor, which needs almost no memory for its state."""
 
@@ -225,29 +150,6 @@ class OptimizerConfig(Settings):
   # A parameter is not trained if its path, for instance
   # "generator/encoder/layer_0/mlp/up/kernel", starts with one of these.
   freeze: tuple[str, ...] = ()
-
-
-# Kernels that can have an adapter, by the names that lora.targets may use.
-LORA_GROUPS = {
-  "attention": ("query", "key", "value", "out"),
-  "mlp": ("gate", "up", "down"),
-}
-
-
-@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
-class LoraConfig(Settings):
-  """Low-rank adapters (LoRA) that train in place of the kernels they change.
-
-  All other parameters of a model with adapters stay as they are: they have no
-  gradient and no optimizer state. The model of a run has the adapters
-  multiplied in, so that it is served and exported like any other.
-  """
-
-  rank: int = 0  # inner dimension of an adapter, often 4 to 64; 0: none
-  alpha: float = number(16.0, above=0)  # an adapter counts alpha / rank
-  # Kernels: "generator/NAME" or "encoder/NAME", where NAME is "attention" or
-  # "mlp", or one of query, key, value, out, gate, up, down.
-  targets: tuple[str, ...] = ("generator/attention", "generator/mlp")
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)

@@ -6,11 +6,11 @@ In: a `Config`. Out: its problems, for config_rules.py.
 from collections.abc import Iterator
 import dataclasses
 
-from rag_jax.config import CausalConfig
 from rag_jax.config import Config
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
-from rag_jax.config_generators import check_causal
+from rag_jax.config_models import CausalConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
+from rag_jax.config_models import check_causal
 
 
 def encoder_problems(c: Config) -> Iterator[str]:

@@ -15,11 +15,11 @@ import operator
 import typing
 from typing import Any
 
-from rag_jax.config import LORA_GROUPS
 from rag_jax.config import Config
 from rag_jax.config import IndexConfig
 from rag_jax.config_model_rules import encoder_problems
 from rag_jax.config_model_rules import generator_problems
+from rag_jax.config_models import LORA_GROUPS
 from rag_jax.config_prompts import prompt_problems
 
 _MAX_INT = 2**31 - 1  # larger than any size

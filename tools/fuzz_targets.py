@@ -28,10 +28,10 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.config import Config
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
 from rag_jax.config_json import from_json
 from rag_jax.config_json import to_json
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.corpus.documents import read_documents
 from rag_jax.corpus.html_text import read_html
 from rag_jax.corpus.passages import Passage

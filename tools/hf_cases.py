@@ -19,10 +19,10 @@ import numpy as np
 import torch
 import transformers
 
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
 from rag_jax.config import MeshConfig
 from rag_jax.config import OptimizerConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.losses import MARGINAL_NLL_FNS

@@ -34,9 +34,9 @@ import torch
 import transformers
 
 from rag_jax.config import Config
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
 from rag_jax.config import MeshConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.corpus.passage_reader import read_passages
 from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.report import BadRecords

@@ -15,8 +15,8 @@ import jax
 from jaxtyping import PyTree
 
 from rag_jax.benchmarks.abstract_step import abstract_model
-from rag_jax.config import CausalConfig
 from rag_jax.config import Config
+from rag_jax.config_models import CausalConfig
 from rag_jax.models.partitioning import check_devices
 from rag_jax.retrieval import scann
 from rag_jax.retrieval.sharded import shard_bounds

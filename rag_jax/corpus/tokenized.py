@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from absl import logging
 import numpy as np
 
-from rag_jax.config import EncoderConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.tokenizer import Tokenizer
 

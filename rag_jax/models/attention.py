@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from rag_jax.config_generators import TransformerConfig
+from rag_jax.config_models import TransformerConfig
 from rag_jax.models.lora import DenseGeneral
 from rag_jax.models.partitioning import INIT_STD
 from rag_jax.models.partitioning import batch_parts

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from rag_jax.config_generators import CausalConfig
-from rag_jax.config_generators import check_causal
+from rag_jax.config_models import CausalConfig
+from rag_jax.config_models import check_causal
 from rag_jax.models.causal_layers import CausalLayer
 from rag_jax.models.causal_layers import KeysValues
 from rag_jax.models.layers import UNROLLED

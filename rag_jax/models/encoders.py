@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from rag_jax.config import EncoderConfig
-from rag_jax.config_generators import TransformerConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import TransformerConfig
 from rag_jax.models.attention import Bias
 from rag_jax.models.attention import identity_init
 from rag_jax.models.attention import relative_bias

@@ -17,10 +17,10 @@ import functools
 import operator
 from typing import NamedTuple
 
-from rag_jax.config import CausalConfig
 from rag_jax.config import Config
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import CausalConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.models.encoders import layer_config
 
 

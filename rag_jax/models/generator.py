@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.models.layers import UNROLLED
 from rag_jax.models.layers import LayerLoop
 from rag_jax.models.layers import check_positions

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from rag_jax.config_generators import TransformerConfig
+from rag_jax.config_models import TransformerConfig
 from rag_jax.models.attention import KEPT
 from rag_jax.models.attention import Attention
 from rag_jax.models.lora import DenseGeneral

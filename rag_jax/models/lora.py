@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from rag_jax.config import LORA_GROUPS
-from rag_jax.config import LoraConfig
+from rag_jax.config_models import LORA_GROUPS
+from rag_jax.config_models import LoraConfig
 
 DOWN, UP, SCALE = "lora_a", "lora_b", "lora_scale"
 _TOWERS = ("question_encoder", "passage_encoder")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from rag_jax.config_generators import CausalConfig
+from rag_jax.config_models import CausalConfig
 
 Rotation = Float[Array, "2 B T half"]  # cosines and sines; half of H
 

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.models.attention import Bias
 from rag_jax.models.attention import previous_bias_init
 from rag_jax.models.attention import relative_bias

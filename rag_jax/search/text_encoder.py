@@ -14,8 +14,8 @@ import jax
 from jaxtyping import Bool, Float, Int, PyTree
 import numpy as np
 
-from rag_jax.config import EncoderConfig
 from rag_jax.config import MeshConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.config_rules import replace_fields
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenized import Wording

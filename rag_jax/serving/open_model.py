@@ -19,9 +19,9 @@ from jaxtyping import PyTree
 
 from rag_jax import artifacts
 from rag_jax.config import Config
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
 from rag_jax.config import MeshConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.corpus.passage_reader import is_passages
 from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.passage_reader import read_passages

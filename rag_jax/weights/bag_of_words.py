@@ -26,7 +26,7 @@ from typing import Any
 from jaxtyping import PyTree
 import numpy as np
 
-from rag_jax.config import EncoderConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.weights.encoder_configs import BERT_LAYERS
 
 # How much larger than the embeddings the values are made: what they are rounded

@@ -8,8 +8,8 @@ given has the default of its class in transformers.
 import dataclasses
 from typing import Any
 
-from rag_jax.config_generators import CausalConfig
-from rag_jax.config_generators import check_causal
+from rag_jax.config_models import CausalConfig
+from rag_jax.config_models import check_causal
 from rag_jax.weights.config_values import MAX_LENGTH
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import SpecialIds

@@ -7,7 +7,7 @@ under the names of ...ForCausalLM and GPT2LMHeadModel.
 from collections.abc import Callable, Iterator
 import math
 
-from rag_jax.config_generators import CausalConfig
+from rag_jax.config_models import CausalConfig
 from rag_jax.weights.causal_configs import architecture_name
 from rag_jax.weights.encoder_tensors import dense
 from rag_jax.weights.encoder_tensors import norm

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from etils import epath
 
-from rag_jax.config import CausalConfig
+from rag_jax.config_models import CausalConfig
 from rag_jax.weights.card import model_card
 from rag_jax.weights.card import read_results
 from rag_jax.weights.encoder_configs import ENCODER_KINDS

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from rag_jax.config import EncoderConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.weights.config_values import OUR_KEY
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import SpecialIds

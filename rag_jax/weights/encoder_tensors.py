@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import re
 
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.weights.encoder_configs import architecture_name
 from rag_jax.weights.encoder_configs import has_pooler
 from rag_jax.weights.encoder_configs import has_token_types

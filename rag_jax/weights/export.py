@@ -19,9 +19,9 @@ from jaxtyping import PyTree
 import numpy as np
 
 from rag_jax import artifacts
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
-from rag_jax.config_generators import CausalConfig
+from rag_jax.config_models import CausalConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights import bag_of_words
 from rag_jax.weights.card import CARD

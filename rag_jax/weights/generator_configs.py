@@ -7,7 +7,7 @@ back. What is not given has the default of its class in transformers.
 import dataclasses
 from typing import Any, Literal
 
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.config_values import feed_forward_proj

@@ -7,7 +7,7 @@ under the names of ...ForConditionalGeneration.
 from collections.abc import Callable, Iterator
 import re
 
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.weights.encoder_tensors import T5_BIAS
 from rag_jax.weights.encoder_tensors import TIED
 from rag_jax.weights.encoder_tensors import attention

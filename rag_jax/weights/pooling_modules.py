@@ -14,7 +14,7 @@ from typing import Any
 from jaxtyping import PyTree
 
 from rag_jax import artifacts
-from rag_jax.config import EncoderConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.directory import CheckpointDirectory
 from rag_jax.weights.encoder_tensors import dense

@@ -8,7 +8,7 @@ in both spellings.
 import math
 from typing import Any
 
-from rag_jax.config_generators import CausalConfig
+from rag_jax.config_models import CausalConfig
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import shorten
 

@@ -16,10 +16,10 @@ from jaxtyping import PyTree
 import numpy as np
 
 from rag_jax.config import Config
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
-from rag_jax.config_generators import CausalConfig
 from rag_jax.config_json import read_config
+from rag_jax.config_models import CausalConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.weights.causal_configs import explicit_causal

@@ -83,7 +83,7 @@ def test_a_handler_that_is_set_already_stays():
 
 
 def test_ctrl_c_while_the_line_is_written_does_not_repeat_it():
-  program = '''
+  program = """
 import os, signal
 from rag_jax.commands.stopping import ending_quietly
 
@@ -101,7 +101,7 @@ with ending_quietly("Stopped."):
     signal.raise_signal(signal.SIGINT)
   finally:
     signal.raise_signal(signal.SIGINT)
-'''
+"""
   done = subprocess.run(
     [sys.executable, "-c", program],
     env=os.environ | {"PYTHONPATH": str(ROOT)},

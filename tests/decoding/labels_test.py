@@ -17,8 +17,8 @@ from small_rag import apply
 from small_rag import inputs
 from small_rag import params
 
-from rag_jax.config import CausalConfig
 from rag_jax.config import PromptConfig
+from rag_jax.config_models import CausalConfig
 from rag_jax.data.experiment import open_experiment
 from rag_jax.decoding.answerer import Answerer
 from rag_jax.decoding.rag import MODES

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.decoding import compiled
 from rag_jax.decoding.logits import PrefixTrie
 from rag_jax.decoding.rag import RagDecoder

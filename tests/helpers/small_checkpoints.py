@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.encoder_tensors import dpr

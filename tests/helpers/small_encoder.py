@@ -7,7 +7,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from rag_jax.config import EncoderConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.models.rag import build_encoder
 from rag_jax.weights.config_values import SpecialIds

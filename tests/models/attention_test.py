@@ -15,7 +15,7 @@ from linen import random_params
 import numpy as np
 import pytest
 
-from rag_jax.config_generators import TransformerConfig
+from rag_jax.config_models import TransformerConfig
 from rag_jax.models import attention as attention_lib
 from rag_jax.models.attention import Attention
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.models.generator import Generator
 
 B, W, K, C, T, V, D, START = 2, 3, 2, 5, 4, 13, 8, 2

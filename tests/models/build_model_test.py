@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from rag_jax.config import Config
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
-from rag_jax.config_generators import TransformerConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
+from rag_jax.config_models import TransformerConfig
 from rag_jax.models import rag
 from rag_jax.models.encoders import layer_config
 

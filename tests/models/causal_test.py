@@ -24,7 +24,7 @@ from processes import run_on_eight_devices
 import pytest
 
 from rag_jax.config import MeshConfig
-from rag_jax.config_generators import CausalConfig
+from rag_jax.config_models import CausalConfig
 from rag_jax.models import partitioning
 from rag_jax.models.causal import build_causal
 from rag_jax.models.rope import frequencies

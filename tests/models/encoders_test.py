@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax.config import EncoderConfig
-from rag_jax.config_generators import TransformerConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import TransformerConfig
 from rag_jax.models import layers
 from rag_jax.models.encoders import RetrieverEncoder
 

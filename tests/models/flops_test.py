@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from rag_jax.config import Config
-from rag_jax.config import LoraConfig
 from rag_jax.config import MeshConfig
+from rag_jax.config_models import LoraConfig
 from rag_jax.data.experiment import init_model
 from rag_jax.models import flops as flops_lib
 from rag_jax.models.batch import RagBatch

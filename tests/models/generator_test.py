@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax.config import GeneratorConfig
-from rag_jax.config_generators import TransformerConfig
+from rag_jax.config_models import GeneratorConfig
+from rag_jax.config_models import TransformerConfig
 from rag_jax.models import layers
 from rag_jax.models.generator import Generator
 from rag_jax.models.stack import sinusoid_init

@@ -10,8 +10,8 @@ import pytest
 
 from rag_jax import losses
 from rag_jax.config import Config
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.losses_hf import HF_NLL_FNS
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.hybrid import learned_weights

@@ -14,7 +14,7 @@ from linen import random_params
 import numpy as np
 import pytest
 
-from rag_jax.config_generators import TransformerConfig
+from rag_jax.config_models import TransformerConfig
 from rag_jax.models import layers
 
 B, T, S, N, H, F = 2, 3, 4, 2, 3, 5

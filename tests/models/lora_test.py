@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rag_jax.config import Config
-from rag_jax.config import LoraConfig
-from rag_jax.config_generators import CausalConfig
+from rag_jax.config_models import CausalConfig
+from rag_jax.config_models import LoraConfig
 from rag_jax.config_rules import validate
 from rag_jax.data.experiment import example_batch
 from rag_jax.data.experiment import init_model

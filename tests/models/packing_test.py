@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rag_jax.config import Config
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.packing import Packing

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rag_jax.config import Config
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.losses import rag_sequence_nll
 from rag_jax.losses import rag_token_nll
 from rag_jax.losses import token_log_probs

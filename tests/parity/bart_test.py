@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.losses import token_log_probs
 from rag_jax.models.generator import Generator
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from rag_jax.config import EncoderConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.models.encoders import RetrieverEncoder
 
 pytestmark = pytest.mark.parity

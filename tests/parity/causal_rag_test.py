@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from rag_jax.config import CausalConfig
 from rag_jax.config import Config
+from rag_jax.config_models import CausalConfig
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.decoding.streaming import stream

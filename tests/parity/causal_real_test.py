@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from rag_jax.config_generators import CausalConfig
+from rag_jax.config_models import CausalConfig
 from rag_jax.corpus.chat import Chat
 from rag_jax.models.causal import build_causal
 from rag_jax.models.layers import LayerLoop

@@ -18,7 +18,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from rag_jax.config_generators import CausalConfig
+from rag_jax.config_models import CausalConfig
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.models.causal import build_causal

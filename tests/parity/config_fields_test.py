@@ -15,7 +15,7 @@ from small_checkpoints import T5
 from small_checkpoints import random_params
 import transformers
 
-from rag_jax.config_generators import CausalConfig
+from rag_jax.config_models import CausalConfig
 from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.weights.causal_configs import CAUSAL_TYPES
 from rag_jax.weights.causal_configs import causal_config

@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.models.rag import build_encoder
 from rag_jax.models.rag import build_generator
 from rag_jax.weights.load import load_encoder

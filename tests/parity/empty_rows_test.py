@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers
 
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.losses import doc_log_prior
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.rag import build_encoder

@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutput
 
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.rag import RagModel

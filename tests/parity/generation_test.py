@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.ranking import HfParity
 from rag_jax.decoding.settings import GenerationSettings

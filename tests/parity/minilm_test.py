@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from rag_jax.config import DataConfig
-from rag_jax.config import EncoderConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import PassageList
 from rag_jax.corpus.tokenized import TokenizedPassages

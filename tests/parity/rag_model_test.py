@@ -18,8 +18,8 @@ import pytest
 import torch
 import transformers
 
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.losses import marginalize
 from rag_jax.losses import rag_sequence_nll
 from rag_jax.losses_hf import hf_rag_sequence_nll

@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
-from rag_jax.config import EncoderConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.models.attention import relative_bucket
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.layers import LayerLoop

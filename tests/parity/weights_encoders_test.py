@@ -20,7 +20,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from rag_jax.config import EncoderConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.encoder_configs import read_encoder_config

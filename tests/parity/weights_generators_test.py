@@ -17,7 +17,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.models.rag import build_generator
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.export import TokenizerFiles

@@ -16,8 +16,8 @@ import pytest
 import torch
 import transformers
 
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.generator import Generator

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from rag_jax.config import CausalConfig
 from rag_jax.config import PromptConfig
+from rag_jax.config_models import CausalConfig
 from rag_jax.config_rules import validate
 from rag_jax.data.experiment import open_experiment
 from rag_jax.decoding.answerer import Answerer

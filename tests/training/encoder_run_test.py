@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rag_jax.config import EncoderConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.weights.convert import export_model
 from rag_jax.weights.init_from import load_initial
 from rag_jax.weights.load import load_encoder

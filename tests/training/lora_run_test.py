@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from rag_jax.config import CausalConfig
-from rag_jax.config import LoraConfig
+from rag_jax.config_models import CausalConfig
+from rag_jax.config_models import LoraConfig
 from rag_jax.data.experiment import open_experiment
 from rag_jax.models import lora
 from rag_jax.serving.pipeline import RagPipeline

@@ -13,10 +13,10 @@ import pytest
 from rag_jax import losses
 from rag_jax import losses_hf
 from rag_jax.config import Config
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
 from rag_jax.config import MeshConfig
 from rag_jax.config import OptimizerConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.models import partitioning
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.length_groups import LengthGroups

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rag_jax.config import EncoderConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.weights.bag_of_words import to_bert
 

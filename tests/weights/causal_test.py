@@ -15,7 +15,7 @@ import pytest
 
 from rag_jax.api.configs import load_config
 from rag_jax.config import Config
-from rag_jax.config_generators import CausalConfig
+from rag_jax.config_models import CausalConfig
 from rag_jax.config_rules import validate
 from rag_jax.models.rag import build_model
 from rag_jax.serving.pipeline import RagPipeline

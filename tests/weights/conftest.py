@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rag_jax.config import EncoderConfig
-from rag_jax.config import GeneratorConfig
+from rag_jax.config_models import EncoderConfig
+from rag_jax.config_models import GeneratorConfig
 from rag_jax.weights.causal_configs import causal_type
 from rag_jax.weights.causal_tensors import causal_architecture
 from rag_jax.weights.config_values import SpecialIds

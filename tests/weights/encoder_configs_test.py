@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rag_jax.config import EncoderConfig
+from rag_jax.config_models import EncoderConfig
 from rag_jax.weights.config_values import ConfigValues
 from rag_jax.weights.config_values import SpecialIds
 from rag_jax.weights.encoder_configs import encoder_config
