@@ -345,8 +345,9 @@ class Config(Settings):
   # How the retriever learns: "marginal", by the gradient of `loss`; "none", not
   # at all; the others, by a loss of its own (losses.RetrieverLoss).
   retriever_loss: str = choice(
-    "marginal", "none", "emdr2", "emdr2_token", "pdist", "loop", "replug"
-  )
+    "marginal", "none", "emdr2", "emdr2_token", "pdist", "loop", "replug",
+    "adist", "dkrr",
+  )  # fmt: skip
   # Of the two distributions over documents in a loss of its own: the prior's,
   # and that of the generator's scores.
   retriever_temperature: float = number(1.0, above=0)

@@ -137,7 +137,7 @@ def _objective_problems(c: Config) -> Iterator[str]:
     yield (
       "loss='fid' has no p(y|x,z) of single documents, so that its gradient"
       " does not reach the retriever: retriever_loss='marginal' is for the"
-      " other losses. Set it to 'none', 'emdr2', 'pdist', 'loop' or 'replug'."
+      " other losses. Set it to 'none', 'emdr2', 'pdist' or another one."
     )
   if c.loss == "concatenate" and c.retriever_loss != "none":
     yield (
@@ -150,11 +150,14 @@ def _objective_problems(c: Config) -> Iterator[str]:
       f"{c.train.length_groups} separates them. Set it to 1, and perhaps"
       " train.pack_contexts=True."
     )
-  if c.retriever_loss == "loop" and c.loss != "fid":
+  if c.retriever_loss in ("loop", "adist", "dkrr") and c.loss != "fid":
+    what = "attends to"
+    if c.retriever_loss == "loop":
+      what = "leaves one document out of"
     yield (
-      "retriever_loss='loop' leaves one document out of all that the generator"
-      f" reads at once, but loss={c.loss!r} reads each alone. Set loss='fid',"
-      " or choose 'pdist'."
+      f"retriever_loss={c.retriever_loss!r} {what} all documents that the"
+      f" generator reads at once, but loss={c.loss!r} reads each alone. Set"
+      " loss='fid', or choose 'pdist'."
     )
   if own and not c.data.n_docs:
     yield (

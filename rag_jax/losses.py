@@ -234,7 +234,12 @@ class RetrieverLoss:
       log-likelihood per token, and "loop", the same with the mean loss without
       the document (Izacard et al. 2022, https://arxiv.org/abs/2208.03299);
       "replug", KL(prior || target) with the log-likelihood of the whole target
-      (Shi et al. 2023, https://arxiv.org/abs/2301.12652).
+      (Shi et al. 2023, https://arxiv.org/abs/2301.12652). Or KL(target ||
+      prior), where the target scores are how much a generator that reads all
+      documents at once attends to each: "adist", the attention times the norm
+      of the values (Izacard et al. 2022); "dkrr", the logits of the attention
+      for the first token (Izacard and Grave 2021,
+      https://arxiv.org/abs/2012.04584).
     temperature: of doc_scores.
     target_temperature: of the target scores.
     weight: of the loss beside that of the generator.
@@ -256,8 +261,9 @@ class RetrieverLoss:
   def __call__(
     self,
     doc_scores: Float[Array, "B K"],
-    log_probs: Float[Array, "B K T"],
+    log_probs: Float[Array, "B #K T"],
     target_mask: Bool[Array, "B T"],
+    attention: Float[Array, "B K"] | None = None,
   ) -> Float[Array, "B"]:
     """Returns the loss of each question, in nats, without the weight.
 
@@ -266,6 +272,8 @@ class RetrieverLoss:
       log_probs: log p(y_t | x, z, y_<t); for "loop", of a generator that reads
         all documents but z.
       target_mask: True on real tokens.
+      attention: how much the generator attends to each document, for "adist"
+        and "dkrr", which do not look at `log_probs`.
     """
     log_probs = jax.lax.stop_gradient(log_probs)
     scores = doc_scores.astype(jnp.float32) / self.temperature
@@ -273,7 +281,11 @@ class RetrieverLoss:
       return marginal_token_nll(scores, log_probs, target_mask)
     if self.kind == "emdr2":
       return marginal_sequence_nll(scores, log_probs, target_mask)
-    target = jnp.sum(log_probs, axis=-1, where=target_mask[:, None, :])  # B K
+    if self.kind in ATTENTION_LOSSES:
+      assert attention is not None
+      target = jax.lax.stop_gradient(attention)
+    else:
+      target = jnp.sum(log_probs, axis=-1, where=target_mask[:, None, :])  # B K
     if self.kind in ("pdist", "loop"):
       num_tokens = jnp.sum(target_mask, axis=-1, keepdims=True)
       target /= jnp.maximum(num_tokens, 1)
@@ -286,7 +298,10 @@ class RetrieverLoss:
     return jnp.sum(jnp.exp(wanted) * (wanted - prior), axis=-1)
 
 
-RETRIEVER_LOSSES = ("emdr2", "emdr2_token", "pdist", "loop", "replug")
+ATTENTION_LOSSES = ("adist", "dkrr")
+RETRIEVER_LOSSES = (
+  "emdr2", "emdr2_token", "pdist", "loop", "replug", *ATTENTION_LOSSES
+)  # fmt: skip
 
 
 def in_batch_contrastive_nll(

@@ -15,6 +15,7 @@ from rag_jax.losses import marginal_sequence_nll
 from rag_jax.losses import marginal_token_nll
 
 B, K, T = 3, 4, 5
+ATTENTION = jax.random.normal(jax.random.key(1), (B, K))
 MASK = jnp.arange(T) < jnp.array([[5], [2], [1]])
 ALL = pytest.mark.parametrize("kind", RETRIEVER_LOSSES)
 DIVERGENCES = [kind for kind in RETRIEVER_LOSSES if "emdr2" not in kind]
@@ -33,7 +34,7 @@ def softmax(numbers):
   return [math.exp(x) / total for x in numbers]
 
 
-def by_hand(kind, scores, log_probs, length, tau, target_tau):
+def by_hand(kind, scores, log_probs, length, attention, tau, target_tau):
   """The loss of one question, from its definition, in float64."""
   prior = softmax([s / tau for s in scores])
   given = [[math.exp(x) for x in row[:length]] for row in log_probs]
@@ -50,6 +51,8 @@ def by_hand(kind, scores, log_probs, length, tau, target_tau):
     "pdist": [x / length for x in total],
     "loop": [-x / length for x in total],
     "replug": total,
+    "adist": attention,
+    "dkrr": attention,
   }[kind]
   target = softmax([x / target_tau for x in wanted])
   a, b = (prior, target) if kind == "replug" else (target, prior)
@@ -64,12 +67,16 @@ def test_losses_are_their_definitions(kind, tau, target_tau, inputs):
     kind=kind, temperature=tau, target_temperature=target_tau
   )
   expected = [
-    by_hand(kind, s, lp, n, tau, target_tau)
-    for s, lp, n in zip(
-      scores.tolist(), log_probs.tolist(), MASK.sum(1).tolist(), strict=True
+    by_hand(kind, s, lp, n, a, tau, target_tau)
+    for s, lp, n, a in zip(
+      scores.tolist(),
+      log_probs.tolist(),
+      MASK.sum(1).tolist(),
+      ATTENTION.tolist(),
+      strict=True,
     )
   ]
-  found = jax.jit(loss)(scores, log_probs, MASK)
+  found = jax.jit(loss)(scores, log_probs, MASK, ATTENTION)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -77,12 +84,15 @@ def test_losses_are_their_definitions(kind, tau, target_tau, inputs):
 def test_the_generator_has_no_gradient(kind, inputs):
   loss = RetrieverLoss(kind=kind)
 
-  def total(scores, log_probs):
-    return loss(scores, log_probs, MASK).sum()
+  def total(scores, log_probs, attention):
+    return loss(scores, log_probs, MASK, attention).sum()
 
-  of_scores, of_generator = jax.grad(total, argnums=(0, 1))(*inputs)
+  of_scores, *of_generator = jax.grad(total, argnums=(0, 1, 2))(
+    *inputs, ATTENTION
+  )
   assert np.abs(of_scores).max() > 1e-3
-  np.testing.assert_array_equal(of_generator, np.zeros((B, K, T)))
+  for grad in of_generator:
+    np.testing.assert_array_equal(grad, np.zeros_like(grad))
 
 
 @pytest.mark.parametrize(("kind", "nll_fn"), [
@@ -117,13 +127,15 @@ def test_a_divergence_is_0_where_the_prior_is_the_target(kind, inputs):
     "replug": total,
     "pdist": total / MASK.sum(1, keepdims=True),
     "loop": -total / MASK.sum(1, keepdims=True),
+    "adist": ATTENTION,
+    "dkrr": ATTENTION,
   }[kind]
   loss = RetrieverLoss(kind=kind, temperature=0.3, target_temperature=0.7)
   # A constant per question changes nothing.
   scores = 0.3 * wanted / 0.7 + np.array([[5.0], [-90.0], [0.0]])
-  value, slope = jax.value_and_grad(lambda s: loss(s, log_probs, MASK).sum())(
-    scores
-  )
+  value, slope = jax.value_and_grad(
+    lambda s: loss(s, log_probs, MASK, ATTENTION).sum()
+  )(scores)
   np.testing.assert_allclose(value, 0, atol=1e-5)
   np.testing.assert_allclose(slope, np.zeros((B, K)), atol=1e-4)
 
@@ -132,13 +144,14 @@ def test_a_divergence_is_0_where_the_prior_is_the_target(kind, inputs):
 def test_a_single_document_teaches_nothing(kind, inputs):
   scores, log_probs = (x[:, :1] for x in inputs)
   loss = RetrieverLoss(kind=kind)
-  slope = jax.grad(lambda s: loss(s, log_probs, MASK).sum())(scores)
+  given = log_probs, MASK, ATTENTION[:, :1]
+  slope = jax.grad(lambda s: loss(s, *given).sum())(scores)
   np.testing.assert_allclose(slope, np.zeros((B, 1)), atol=1e-6)
   if kind in DIVERGENCES:
-    np.testing.assert_allclose(loss(scores, log_probs, MASK), 0, atol=1e-6)
+    np.testing.assert_allclose(loss(scores, *given), 0, atol=1e-6)
   else:
     nll = -np.sum(log_probs[:, 0], axis=-1, where=MASK)
-    np.testing.assert_allclose(loss(scores, log_probs, MASK), nll, rtol=1e-5)
+    np.testing.assert_allclose(loss(scores, *given), nll, rtol=1e-5)
 
 
 @ALL
@@ -147,7 +160,7 @@ def test_an_empty_target_and_large_scores_are_finite(kind, inputs):
   loss = RetrieverLoss(kind=kind, temperature=0.01)
   mask = jnp.array([[False] * T, [True] * T, [True] * T])
   value, slope = jax.value_and_grad(
-    lambda s: loss(s, 100 * log_probs, mask).sum()
+    lambda s: loss(s, 100 * log_probs, mask, 1000 * ATTENTION).sum()
   )(90 * scores)
   assert np.isfinite(value)
   assert np.all(np.isfinite(slope))

@@ -236,6 +236,31 @@ class Attention(nn.Module):
       mixed = jnp.where(jnp.any(mask, axis=-1)[..., None, None], mixed, 0.0)
     return self.out(mixed)
 
+  def looks(
+    self,
+    x: Float[Array, "B T D"],
+    memory: Float[Array, "B S D"],
+    mask: Bool[Array, "#B #T S"],
+    *,
+    logits: bool = False,
+  ) -> Float[Array, "B T S"]:
+    """Returns how much each token attends to each place, a mean over heads.
+
+    That is the attention times the L2 norm of the value (Kobayashi et al. 2020,
+    https://arxiv.org/abs/2004.10102, without the output projection); with
+    `logits`, the attention before the softmax, also where it is masked.
+    """
+    c = self.config
+    key, value = self.keys_values(memory)
+    query = self.query(x)
+    if c.scale_attention:
+      query *= c.head_size**-0.5
+    found = _logits(query, key)
+    if not logits:
+      norms = jnp.linalg.norm(value.astype(jnp.float32), axis=-1)  # B N S
+      found = _weights(found, mask, 0.0) * norms[:, :, None]
+    return jnp.mean(found, axis=1)
+
   def __call__(
     self,
     x: Float[Array, "B T D"],

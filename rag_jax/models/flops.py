@@ -297,19 +297,26 @@ def _scoring(config: Config, s: StepShapes, vocab_size: int) -> _Products:
   The states of contexts, their keys and values are those of the generator's own
   pass.
   """
-  if config.loss != "fid" or config.retriever_loss in ("marginal", "none"):
+  kind = config.retriever_loss
+  if config.loss != "fid" or kind in ("marginal", "none"):
     return _Products()
-  alone = dataclasses.replace(config, loss="rag_token")
-  parts = _generator(alone, s, vocab_size)
-  g, targets = config.generator, s.num_contexts * s.target_length
+  names = ["generator_decoder_self", "generator_decoder_mlp"]
+  num_targets = s.num_contexts
+  if kind in ("adist", "dkrr"):  # one joined pass, without logits
+    num_targets = s.num_questions
+    s = dataclasses.replace(s, target_length=1) if kind == "dkrr" else s
+  else:
+    config = dataclasses.replace(config, loss="rag_token")
+    names.append("logits")
+  parts = _generator(config, s, vocab_size)
+  g, targets = config.generator, num_targets * s.target_length
   layers, width = _decoder(g)
   queries = layers * _projections(targets, 0, g.embed_dim, width)
   # With "loop", each pass reads K contexts, not one.
-  times = layers * (s.n_docs if config.retriever_loss == "loop" else 1)
+  times = layers * (s.n_docs if kind == "loop" else 1)
   attention = times * _sum(
     _attention(rows, s.target_length, c, width) for rows, c in s.contexts
   )
-  names = ("generator_decoder_self", "generator_decoder_mlp", "logits")
   return queries + attention + _sum(parts[name] for name in names)
 
 

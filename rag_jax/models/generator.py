@@ -190,24 +190,42 @@ class Generator(nn.Module):
 
     Several contexts may be joined to a single long one, as in FiD.
     """
+    inputs, given = self._decoder_inputs(target_tokens)
+    states = self.decoder(
+      *given, memory, memory_mask[:, None, :], deterministic=deterministic
+    )
+    if not self.config.pointer:
+      return states, None
+    source = self.copier.source(memory_tokens, memory_mask, memory)
+    return states, self.copier(states, inputs, source)
+
+  def looks(
+    self,
+    memory: Float[Array, "N S D"],
+    memory_mask: Bool[Array, "N S"],
+    target_tokens: Int[Array, "N T"],
+    *,
+    logits: bool = False,
+  ) -> Float[Array, "N T S"]:
+    """Returns how much the decoder attends to the memory before each token.
+
+    A mean over layers and heads of `Attention.looks`.
+    """
+    _, given = self._decoder_inputs(target_tokens)
+    mask = memory_mask[:, None, :]
+    return self.decoder.looks(*given, memory, mask, logits=logits)
+
+  def _decoder_inputs(
+    self, target_tokens: Int[Array, "N T"]
+  ) -> tuple[Int[Array, "N T"], tuple[Array, Array, Array]]:
+    """Returns the decoder's tokens, and its first three arguments."""
     self._check_positions(target_tokens.shape[1], "Targets")
     inputs = self.shift_right(target_tokens)
     length = inputs.shape[1]
     # No padding mask: padding is at the end, so the causal mask hides it from
     # all real positions.
     causal = jnp.tril(jnp.ones((1, length, length), bool))
-    states = self.decoder(
-      self._embed(inputs),
-      causal,
-      jnp.arange(length),
-      memory,
-      memory_mask[:, None, :],
-      deterministic=deterministic,
-    )
-    if not self.config.pointer:
-      return states, None
-    source = self.copier.source(memory_tokens, memory_mask, memory)
-    return states, self.copier(states, inputs, source)
+    return inputs, (self._embed(inputs), causal, jnp.arange(length))
 
   def shift_right(self, target_tokens: Int[Array, "N T"]) -> Int[Array, "N T"]:
     """Returns the decoder's input tokens for teacher forcing."""

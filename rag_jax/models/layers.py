@@ -191,10 +191,8 @@ class TransformerLayer(nn.Module):
     deterministic: bool = True,
   ) -> Float[Array, "B T D"]:
     """Returns `x` after the layer; with `memory`, as a decoder layer."""
-    norm, inner = self.self_attention_norm, self._before
-    y = inner(x, norm)
-    y = self.self_attention(y, y, mask, bias, deterministic)
-    x = self._after(x, y, norm, deterministic)
+    inner = self._before
+    x = self._after_self(x, mask, bias, deterministic)
     if self.cross:
       assert memory is not None
       assert memory_mask is not None
@@ -207,6 +205,34 @@ class TransformerLayer(nn.Module):
     norm = self.mlp_norm
     y = self.mlp(inner(x, norm), deterministic)
     return self._after(x, y, norm, deterministic)
+
+  def _after_self(
+    self,
+    x: Float[Array, "B T D"],
+    mask: Bool[Array, "#B #T T"],
+    bias: Float[Array, "#B N T T"] | None,
+    deterministic: bool,
+  ) -> Float[Array, "B T D"]:
+    """Returns `x` after self-attention, the first block."""
+    norm = self.self_attention_norm
+    y = self._before(x, norm)
+    y = self.self_attention(y, y, mask, bias, deterministic)
+    return self._after(x, y, norm, deterministic)
+
+  def looks(
+    self,
+    x: Float[Array, "B T D"],
+    mask: Bool[Array, "#B #T T"],
+    memory: Float[Array, "B S D"],
+    memory_mask: Bool[Array, "B 1 S"],
+    bias: Float[Array, "#B N T T"] | None = None,
+    *,
+    logits: bool = False,
+  ) -> Float[Array, "B T S"]:
+    """Returns how much each token attends to the memory: `Attention.looks`."""
+    x = self._after_self(x, mask, bias, True)
+    x = self._before(x, self.cross_attention_norm)
+    return self.cross_attention.looks(x, memory, memory_mask, logits=logits)
 
   def init_cache(
     self, memory: Float[Array, "B S D"], num_beams: int, num_steps: int

@@ -56,6 +56,7 @@ class RagLogProbs:
   doc_scores: Float[Array, "B K"]
   log_probs: Float[Array, "B K T"]  # log p(y_t | x, z, y_<t)
   mean: Float[Array, "B K T"]  # mean log p over the vocabulary
+  attention: Float[Array, "B K"] | None = None  # see `attention_scores`
 
 
 def score_docs(
@@ -224,6 +225,46 @@ class RagModel(nn.Module):
     log_probs, mean = (jnp.stack(x, axis=1) for x in zip(*found, strict=True))
     return RagLogProbs(doc_scores, log_probs, mean)
 
+  def attention_scores(
+    self,
+    batch: RagBatch,
+    kind: str,
+    context_layout: ContextLayout | None = None,
+  ) -> Float[Array, "B K"]:
+    """Returns how much a generator that reads all documents looks at each.
+
+    Means over layers and heads, without dropout, of
+
+    - "adist": attention times the norm of the value, summed over the tokens of
+      a document, mean over the target's tokens (Izacard et al. 2022,
+      https://arxiv.org/abs/2208.03299, section 2.2; their code divides by 256
+      too);
+    - "dkrr": the attention before the softmax, for the first token of the
+      target, mean over the tokens of a document (Izacard and Grave 2021,
+      https://arxiv.org/abs/2012.04584, section 3.2).
+
+    Args:
+      batch: as in `joined_log_probs`.
+      kind: "adist" or "dkrr".
+      context_layout: as in `joined_log_probs`.
+    """
+    b, k, c = batch.context_tokens.shape
+    assert context_layout is None or isinstance(context_layout, Packing)
+    tokens, mask, _ = _by_context(batch)
+    generator, first = self.generator, kind == "dkrr"
+    assert isinstance(generator, Generator)  # config_rules refuses others
+    memory = generator.encode(tokens, mask, True, context_layout)
+    looks = generator.looks(
+      memory.reshape(b, k * c, -1),
+      mask.reshape(b, k * c),
+      batch.target_tokens[:, :1] if first else batch.target_tokens,
+      logits=first,
+    ).reshape(b, -1, k, c)
+    if first:
+      return _mean(looks[:, 0], batch.context_mask)
+    return _mean(jnp.moveaxis(looks.sum(axis=-1), 1, 2),
+                 batch.target_mask[:, None])  # fmt: skip
+
   def _log_probs(
     self,
     states: Float[Array, "N T D"],
@@ -283,6 +324,14 @@ class RagModel(nn.Module):
       context_tokens.reshape(b * k, c), context_mask.reshape(b * k, c)
     )
     return jax.tree.map(lambda x: x.reshape(b, k, *x.shape[1:]), memory)
+
+
+def _mean(
+  x: Float[Array, "B K N"], mask: Bool[Array, "B #K N"]
+) -> Float[Array, "B K"]:
+  """Returns means over what is not masked; 0 if all is."""
+  total = jnp.sum(x, axis=-1, where=mask)
+  return total / jnp.maximum(jnp.sum(mask, axis=-1), 1)
 
 
 def _by_context(

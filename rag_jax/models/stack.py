@@ -5,6 +5,7 @@ In: embedded tokens [N, T, D]. Out: the final activations, of the same shape.
 
 import dataclasses
 import functools
+import operator
 import typing
 
 from flax import linen as nn
@@ -204,6 +205,27 @@ class Stack(nn.Module):
     inputs = mask, memory, memory_mask, bias
     x = self.loop.run(self.layers, x, *inputs, deterministic=deterministic)
     return self.leave(x, deterministic)
+
+  def looks(
+    self,
+    x: Float[Array, "N T D"],
+    mask: Bool[Array, "#N #T T"],
+    positions: Int[Array, "T"],
+    memory: Float[Array, "N S D"],
+    memory_mask: Bool[Array, "N 1 S"],
+    *,
+    logits: bool = False,
+  ) -> Float[Array, "N T S"]:
+    """Returns how much tokens attend to the memory, a mean over layers.
+
+    In each layer as `Attention.looks`, without dropout. Arguments as in a call.
+    """
+    x, bias = self.enter(x, positions, True), self.bias(positions, positions)
+    inputs, found = (mask, memory, memory_mask, bias), []
+    for layer in self.layers:
+      found.append(layer.looks(x, *inputs, logits=logits))
+      x = layer(x, *inputs)
+    return functools.reduce(operator.add, found) / len(found)
 
   def init_cache(
     self,

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Key, PyTree
 import optax
 
+from rag_jax.losses import ATTENTION_LOSSES
 from rag_jax.losses import RetrieverLoss
 from rag_jax.losses import doc_log_prior
 from rag_jax.losses import in_batch_contrastive_nll
@@ -121,8 +122,9 @@ def fid_loss(
   """Returns the loss of a generator that reads all documents at once (FiD).
 
   In nats per target token, with the metrics to log. The `retriever` learns from
-  the generator without dropout: as it reads each document alone, or for "loop"
-  all but one. Other arguments as in `marginal_loss`.
+  the generator without dropout: as it reads each document alone, for "loop" all
+  but one, for "adist" and "dkrr" from what it attends to. Other arguments as in
+  `marginal_loss`.
   """
   settings: dict[str, Any] = {
     "vocab_chunk": vocab_chunk, "context_layout": context_layout
@@ -139,13 +141,17 @@ def fid_loss(
   )  # B
   loss, metrics = _per_token(nll, out.doc_scores, batch, params)
   given: Any = out
-  if retriever is not None:
+  fixed = {"params": jax.lax.stop_gradient(params)}
+  if retriever is not None and retriever.kind in ATTENTION_LOSSES:
+    attention = model.apply(
+      fixed, batch, retriever.kind, context_layout, method="attention_scores"
+    )
+    given = dataclasses.replace(out, attention=attention)
+  elif retriever is not None:
     how: dict[str, Any] = {"method": "target_log_probs"}
     if retriever.kind == "loop":
       how = {"method": "joined_log_probs", "leave_out": True}
-    given = model.apply(
-      {"params": jax.lax.stop_gradient(params)}, batch, **how, **settings
-    )
+    given = model.apply(fixed, batch, **how, **settings)
     # The scores with gradient, and dropout, are those of the first pass.
     given = dataclasses.replace(given, doc_scores=out.doc_scores)
   return _with_retriever(loss, metrics, retriever, given, batch)
@@ -164,7 +170,9 @@ def _with_retriever(
   """
   if retriever is None:
     return loss, metrics
-  added = retriever(given.doc_scores, given.log_probs, batch.target_mask)
+  added = retriever(
+    given.doc_scores, given.log_probs, batch.target_mask, given.attention
+  )
   if retriever.is_likelihood:
     mean = jnp.sum(added) / jnp.sum(batch.target_mask)
   else:

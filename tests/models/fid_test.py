@@ -131,6 +131,30 @@ def test_a_document_that_is_left_out_is_not_read(fields):
     np.testing.assert_allclose(found[:, doc], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", losses.ATTENTION_LOSSES)
+def test_what_is_looked_at_goes_with_its_document(kind):
+  settings = {"method": "attention_scores", "kind": kind}
+  expected = read(NO_FIELDS, BATCH, **settings)
+  found = read(NO_FIELDS, docs(2, 0, 1), **settings)
+  np.testing.assert_allclose(found, expected[:, [2, 0, 1]], rtol=1e-4)
+  packed = read(
+    NO_FIELDS, BATCH, **settings, context_layout=Packing(rows=2, length=20)
+  )
+  np.testing.assert_allclose(packed, expected, rtol=1e-4)
+  # Padding and another target after the end are not looked at.
+  changed = dataclasses.replace(
+    BATCH,
+    context_tokens=jnp.where(BATCH.context_mask, BATCH.context_tokens, 1),
+    target_tokens=jnp.where(TARGET_MASK, BATCH.target_tokens, 1),
+  )
+  found = read(NO_FIELDS, changed, **settings)
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+  empty = dataclasses.replace(
+    BATCH, context_mask=BATCH.context_mask.at[:, 1].set(False)
+  )
+  np.testing.assert_array_equal(read(NO_FIELDS, empty, **settings)[:, 1], 0)
+
+
 def test_the_order_of_documents_does_not_matter():
   expected = read(NO_FIELDS, BATCH).log_probs
   found = read(NO_FIELDS, docs(2, 0, 1)).log_probs
@@ -184,10 +208,14 @@ def test_each_part_of_fid_learns_from_its_own_loss(kind):
   reader, _, of_reader = gradient(step.fid_loss)
   loss, metrics, grads = gradient(step.fid_loss, retriever=retriever)
   assert_same(grads["generator"], of_reader["generator"])
-  given = read(NO_FIELDS, BATCH, "target_log_probs")
+  given, attention = read(NO_FIELDS, BATCH, "target_log_probs"), None
   if kind == "loop":
     given = read(NO_FIELDS, BATCH, leave_out=True)
-  each = retriever(given.doc_scores, given.log_probs, jnp.asarray(TARGET_MASK))
+  if kind in losses.ATTENTION_LOSSES:
+    attention = read(NO_FIELDS, BATCH, "attention_scores", kind=kind)
+  each = retriever(
+    given.doc_scores, given.log_probs, jnp.asarray(TARGET_MASK), attention
+  )
   mean = each.mean()
   if kind.startswith("emdr2"):
     mean = each.sum() / TARGET_MASK.sum()

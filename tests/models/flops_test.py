@@ -173,7 +173,7 @@ def test_a_step_with_adapters_has_no_gradients_of_kernels():
   assert found < 0.7 * whole
 
 
-@pytest.mark.parametrize("kind", ["pdist", "loop"])
+@pytest.mark.parametrize("kind", ["pdist", "loop", "adist", "dkrr"])
 def test_what_fids_retriever_learns_from_costs_what_xla_counts(kind):
   config = make_config(loss="fid", retriever_loss=kind)
   # More layers: XLA finds what passes have in common in the first.

@@ -41,38 +41,18 @@ MODELS = {
 }
 
 
-def their_loss(model, tokens, mask, targets, target_mask):
-  """The mean cross-entropy of a target token, with a graph behind it."""
-  encoder = model.get_encoder()
-  states = encoder(
-    input_ids=torch.tensor(tokens).reshape(B * K, C),
-    attention_mask=torch.tensor(mask).reshape(B * K, C).long(),
-  ).last_hidden_state
-  return model(
-    encoder_outputs=BaseModelOutput(
-      last_hidden_state=states.reshape(B, K * C, -1)
-    ),
-    attention_mask=torch.tensor(mask).reshape(B, K * C).long(),
-    labels=torch.tensor(np.where(target_mask, targets, -100)).long(),
-    use_cache=False,
-  ).loss
-
-
-@pytest.mark.parametrize("name", list(MODELS))
-def test_loss_and_gradient_are_those_of_joined_states(name, tmp_path):
+def opened(name, path):
+  """Returns PyTorch's model, ours, its parameters, and a batch for both."""
   model_class, config = MODELS[name]
   torch.manual_seed(0)
-  model = model_class(config).eval()
-  model.save_pretrained(tmp_path)
-  loaded = load_generator(tmp_path)
+  model = model_class._from_config(config, attn_implementation="eager").eval()
+  model.save_pretrained(path)
+  loaded = load_generator(path)
   rng = np.random.default_rng(0)
   tokens = rng.integers(3, 100, (B, K, C)).astype(np.int32)
   mask = np.arange(C) < rng.integers(2, C + 1, (B, K, 1))
   targets = rng.integers(3, 100, (B, T)).astype(np.int32)
   target_mask = np.arange(T) < np.array([[4], [2]])
-  expected = their_loss(model, tokens, mask, targets, target_mask)
-  expected.backward()
-
   encoder = EncoderConfig(embed_dim=8, num_heads=2, mlp_dim=8, vocab_size=9)
   rag = RagModel(
     question_encoder=RetrieverEncoder(
@@ -93,6 +73,38 @@ def test_loss_and_gradient_are_those_of_joined_states(name, tmp_path):
     target_mask=jnp.asarray(target_mask),
   )
   params = {"generator": jax.tree.map(jnp.asarray, loaded.params)}
+  return model, rag, params, batch
+
+
+def their_output(model, batch, **settings):
+  """Runs PyTorch's decoder over the joined states of all documents."""
+  tokens, mask, targets, target_mask = (
+    torch.tensor(np.asarray(x))
+    for x in (
+      batch.context_tokens, batch.context_mask,
+      batch.target_tokens, batch.target_mask,
+    )
+  )  # fmt: skip
+  states = model.get_encoder()(
+    input_ids=tokens.reshape(B * K, C),
+    attention_mask=mask.reshape(B * K, C).long(),
+  ).last_hidden_state
+  return model(
+    encoder_outputs=BaseModelOutput(
+      last_hidden_state=states.reshape(B, K * C, -1)
+    ),
+    attention_mask=mask.reshape(B, K * C).long(),
+    labels=torch.where(target_mask, targets, -100).long(),
+    use_cache=False,
+    **settings,
+  )
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_loss_and_gradient_are_those_of_joined_states(name, tmp_path):
+  model, rag, params, batch = opened(name, tmp_path)
+  expected = their_output(model, batch).loss
+  expected.backward()
   (loss, _), grads = jax.jit(
     jax.value_and_grad(
       lambda p: fid_loss(p, batch, jax.random.key(0), model=rag), has_aux=True
@@ -103,4 +115,51 @@ def test_loss_and_gradient_are_those_of_joined_states(name, tmp_path):
   theirs = model.get_input_embeddings().weight.grad.numpy()
   np.testing.assert_allclose(
     found, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max()
+  )
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_scores_of_attention_are_those_of_their_papers(name, tmp_path):
+  model, rag, params, batch = opened(name, tmp_path)
+  values = []
+
+  def keep(module, args, output):
+    values.append(output.detach())
+
+  decoder = model.get_decoder()
+  layers = decoder.layers if name == "bart" else decoder.block
+  for layer in layers:
+    attention = (
+      layer.encoder_attn.v_proj
+      if name == "bart"
+      else layer.layer[1].EncDecAttention.v
+    )
+    attention.register_forward_hook(keep)
+  with torch.no_grad():
+    out = their_output(model, batch, output_attentions=True)
+  mask = np.asarray(batch.context_mask)
+  adist, dkrr = np.zeros((B, K)), np.zeros((B, K))
+  for weights, value in zip(out.cross_attentions, values, strict=True):
+    heads = weights.shape[1]
+    # B N T K C, and the norms of the values, B N 1 K C
+    weights = weights.numpy().reshape(B, heads, T, K, C)
+    norms = np.linalg.norm(
+      value.numpy().reshape(B, K, C, heads, -1), axis=-1
+    ).transpose(0, 3, 1, 2)[:, :, None]
+    for b in range(B):
+      length = int(batch.target_mask[b].sum())
+      of_tokens = (weights * norms)[b, :, :length].sum(axis=-1)
+      adist[b] += of_tokens.mean(axis=(0, 1)) / len(layers)
+      # The logarithm is the logit but for a constant of the question.
+      logits = np.log(np.where(mask[b], weights[b, :, 0], 1.0))
+      each = logits.sum(axis=-1) / mask[b].sum(axis=-1)
+      dkrr[b] += each.mean(axis=0) / len(layers)
+
+  def ours(kind):
+    return rag.apply({"params": params}, batch, kind, method="attention_scores")
+
+  np.testing.assert_allclose(ours("adist"), adist, rtol=1e-5)
+  found = ours("dkrr")
+  np.testing.assert_allclose(
+    found - found[:, :1], dkrr - dkrr[:, :1], rtol=1e-4, atol=1e-5
   )

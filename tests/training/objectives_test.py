@@ -31,7 +31,8 @@ def changed(run, part):
 
 
 @pytest.mark.parametrize(("kind", "settings"), [
-  ("loop", {}), ("pdist", {"train__pack_contexts": True}),
+  ("loop", {}), ("pdist", {"train__pack_contexts": True}), ("adist", {}),
+  ("dkrr", {"train__pack_contexts": True}),
 ])  # fmt: skip
 def test_fid_trains_both_parts_and_answers_from_all_documents(
   trained, kind, settings
