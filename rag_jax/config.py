@@ -346,8 +346,11 @@ class Config(Settings):
   # at all; the others, by a loss of its own (losses.RetrieverLoss).
   retriever_loss: str = choice(
     "marginal", "none", "emdr2", "emdr2_token", "pdist", "loop", "replug",
-    "adist", "dkrr",
+    "adist", "dkrr", "reward", "reward_sampled",
   )  # fmt: skip
+  # Of the answer given one document, with the last two: F1 of its tokens, or
+  # whether all are right.
+  reward: str = choice("f1", "em")
   # Of the two distributions over documents in a loss of its own: the prior's,
   # and that of the generator's scores.
   retriever_temperature: float = number(1.0, above=0)
@@ -386,6 +389,11 @@ class Config(Settings):
   def generator_sizes(self) -> GeneratorConfig | CausalConfig:
     """The section that describes the generator's layers."""
     return self.causal if self.generator.kind == "causal" else self.generator
+
+  @property
+  def rewards_answers(self) -> bool:
+    """Whether the retriever learns from answers that the generator writes."""
+    return self.retriever_loss in ("reward", "reward_sampled")
 
   @property
   def contexts_per_question(self) -> int:

@@ -239,16 +239,26 @@ class RetrieverLoss:
       documents at once attends to each: "adist", the attention times the norm
       of the values (Izacard et al. 2022); "dkrr", the logits of the attention
       for the first token (Izacard and Grave 2021,
-      https://arxiv.org/abs/2012.04584).
+      https://arxiv.org/abs/2012.04584). Or 1 - sum_z p(z|x) R_z, where R_z is
+      the reward of the answer given z, from 0 to 1: "reward" with the sum over
+      all K documents; "reward_sampled" estimates its gradient from one document
+      that is drawn from p(z|x): -R_z log p(z|x) (REINFORCE, Williams 1992,
+      https://doi.org/10.1007/BF00992696).
     temperature: of doc_scores.
     target_temperature: of the target scores.
     weight: of the loss beside that of the generator.
+    reward: "f1" or "em", of `answer_rewards`; of the two "reward" losses.
+    end_ids: tokens that end an answer; of these too.
+    ignored_ids: tokens that are no part of an answer; of these too.
   """
 
   kind: str
   temperature: float = 1.0
   target_temperature: float = 1.0
   weight: float = 1.0
+  reward: str = "f1"
+  end_ids: tuple[int, ...] = ()
+  ignored_ids: tuple[int, ...] = ()
 
   @property
   def is_likelihood(self) -> bool:
@@ -263,7 +273,7 @@ class RetrieverLoss:
     doc_scores: Float[Array, "B K"],
     log_probs: Float[Array, "B #K T"],
     target_mask: Bool[Array, "B T"],
-    attention: Float[Array, "B K"] | None = None,
+    values: Float[Array, "B K"] | None = None,
   ) -> Float[Array, "B"]:
     """Returns the loss of each question, in nats, without the weight.
 
@@ -272,8 +282,10 @@ class RetrieverLoss:
       log_probs: log p(y_t | x, z, y_<t); for "loop", of a generator that reads
         all documents but z.
       target_mask: True on real tokens.
-      attention: how much the generator attends to each document, for "adist"
-        and "dkrr", which do not look at `log_probs`.
+      values: of each document, for losses that do not look at `log_probs`:
+        "adist" and "dkrr", how much the generator attends to it; "reward", its
+        reward; "reward_sampled", the reward of the document that was drawn, and
+        0 for the others.
     """
     log_probs = jax.lax.stop_gradient(log_probs)
     scores = doc_scores.astype(jnp.float32) / self.temperature
@@ -281,9 +293,17 @@ class RetrieverLoss:
       return marginal_token_nll(scores, log_probs, target_mask)
     if self.kind == "emdr2":
       return marginal_sequence_nll(scores, log_probs, target_mask)
+    prior = doc_log_prior(scores)
+    if values is not None:
+      values = jax.lax.stop_gradient(values)
+    if self.kind in REWARD_LOSSES:
+      assert values is not None
+      if self.kind == "reward_sampled":
+        return -jnp.sum(values * prior, axis=-1)
+      return 1 - jnp.sum(values * jnp.exp(prior), axis=-1)
     if self.kind in ATTENTION_LOSSES:
-      assert attention is not None
-      target = jax.lax.stop_gradient(attention)
+      assert values is not None
+      target = values
     else:
       target = jnp.sum(log_probs, axis=-1, where=target_mask[:, None, :])  # B K
     if self.kind in ("pdist", "loop"):
@@ -292,16 +312,67 @@ class RetrieverLoss:
     if self.kind == "loop":  # what is missed most explains most
       target = -target
     wanted = jax.nn.log_softmax(target / self.target_temperature, axis=-1)
-    prior = doc_log_prior(scores)
     if self.kind == "replug":
       wanted, prior = prior, wanted
     return jnp.sum(jnp.exp(wanted) * (wanted - prior), axis=-1)
 
 
 ATTENTION_LOSSES = ("adist", "dkrr")
+REWARD_LOSSES = ("reward", "reward_sampled")
 RETRIEVER_LOSSES = (
-  "emdr2", "emdr2_token", "pdist", "loop", "replug", *ATTENTION_LOSSES
+  "emdr2", "emdr2_token", "pdist", "loop", "replug", *ATTENTION_LOSSES,
+  *REWARD_LOSSES,
 )  # fmt: skip
+
+
+def _joined(
+  tokens: Int[Array, "B N T"], ignored_ids: tuple[int, ...], fill: int
+) -> tuple[Int[Array, "B N T"], Int[Array, "B N"]]:
+  """Returns the tokens that are not ignored first, and how many there are."""
+  real = ~jnp.isin(tokens, jnp.array(ignored_ids, jnp.int32))
+  order = jnp.argsort(~real, axis=-1, stable=True)
+  count = jnp.sum(real, axis=-1)
+  tokens = jnp.take_along_axis(tokens, order, axis=-1)
+  there = jnp.arange(tokens.shape[-1]) < count[..., None]
+  return jnp.where(there, tokens, fill), count
+
+
+def answer_rewards(
+  answers: Int[Array, "B K T"],
+  accepted: Int[Array, "B A T"],
+  ignored_ids: tuple[int, ...],
+  kind: str,
+) -> Float[Array, "B K"]:
+  """Returns how right answers are, from 0 to 1, compared token by token.
+
+  The best over the accepted answers, as in SQuAD's evaluation (Rajpurkar et al.
+  2016, https://arxiv.org/abs/1606.05250, section 5). Tokens take the place of
+  its normalised words, so that no text is needed on the devices.
+
+  Args:
+    answers: of the generator, given each document.
+    accepted: answers that count as right; a row that holds no token is none.
+    ignored_ids: special tokens, which are no part of an answer.
+    kind: "em", whether all tokens are the same; "f1", the harmonic mean of the
+      shares of tokens that the two have in common.
+  """
+  ours, num_ours = _joined(answers, ignored_ids, -1)
+  theirs, num_theirs = _joined(accepted, ignored_ids, -2)
+  same = ours[:, :, None, :, None] == theirs[:, None, :, None]  # B K A T T
+  # The second "the" of an answer needs a second "the" in the other one.
+  again = ours[..., :, None] == ours[..., None, :]
+  rank = jnp.sum(jnp.tril(again, -1), axis=-1)  # B K T
+  shared = jnp.sum(rank[:, :, None] < jnp.sum(same, axis=-1), axis=-1)
+  lengths = num_ours[:, :, None] + num_theirs[:, None]  # B K A
+  found = 2 * shared / jnp.maximum(lengths, 1)
+  if kind == "em":
+    places = jnp.arange(ours.shape[-1])
+    inside = places < num_theirs[..., None]
+    equal = jnp.diagonal(same, axis1=-2, axis2=-1) | ~inside[:, None]
+    equal = jnp.all(equal, axis=-1)
+    found = equal & (num_ours[:, :, None] == num_theirs[:, None])
+  found = jnp.where(num_theirs[:, None] > 0, found, 0.0)
+  return jnp.max(found.astype(jnp.float32), axis=-1)
 
 
 def in_batch_contrastive_nll(

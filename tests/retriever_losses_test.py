@@ -1,5 +1,6 @@
 """Losses of the retriever's own, against loops, and what they share."""
 
+import collections
 import functools
 import math
 
@@ -9,16 +10,22 @@ import numpy as np
 import pytest
 
 from rag_jax.losses import RETRIEVER_LOSSES
+from rag_jax.losses import REWARD_LOSSES
 from rag_jax.losses import RetrieverLoss
+from rag_jax.losses import answer_rewards
 from rag_jax.losses import doc_posterior
 from rag_jax.losses import marginal_sequence_nll
 from rag_jax.losses import marginal_token_nll
 
 B, K, T = 3, 4, 5
-ATTENTION = jax.random.normal(jax.random.key(1), (B, K))
+VALUES = jax.random.uniform(jax.random.key(1), (B, K))
 MASK = jnp.arange(T) < jnp.array([[5], [2], [1]])
 ALL = pytest.mark.parametrize("kind", RETRIEVER_LOSSES)
-DIVERGENCES = [kind for kind in RETRIEVER_LOSSES if "emdr2" not in kind]
+DIVERGENCES = [
+  kind
+  for kind in RETRIEVER_LOSSES
+  if "emdr2" not in kind and kind not in REWARD_LOSSES
+]
 
 
 @pytest.fixture
@@ -34,7 +41,7 @@ def softmax(numbers):
   return [math.exp(x) / total for x in numbers]
 
 
-def by_hand(kind, scores, log_probs, length, attention, tau, target_tau):
+def by_hand(kind, scores, log_probs, length, values, tau, target_tau):
   """The loss of one question, from its definition, in float64."""
   prior = softmax([s / tau for s in scores])
   given = [[math.exp(x) for x in row[:length]] for row in log_probs]
@@ -46,13 +53,19 @@ def by_hand(kind, scores, log_probs, length, attention, tau, target_tau):
     columns = zip(*given, strict=True)
     marginals = (np.dot(prior, column) for column in columns)
     return -math.fsum(map(math.log, marginals))
+  if kind == "reward":
+    return math.fsum(p * (1 - r) for p, r in zip(prior, values, strict=True))
+  if kind == "reward_sampled":
+    return -math.fsum(
+      r * math.log(p) for p, r in zip(prior, values, strict=True)
+    )
   total = [math.fsum(row[:length]) for row in log_probs]
   wanted = {
     "pdist": [x / length for x in total],
     "loop": [-x / length for x in total],
     "replug": total,
-    "adist": attention,
-    "dkrr": attention,
+    "adist": values,
+    "dkrr": values,
   }[kind]
   target = softmax([x / target_tau for x in wanted])
   a, b = (prior, target) if kind == "replug" else (target, prior)
@@ -72,11 +85,11 @@ def test_losses_are_their_definitions(kind, tau, target_tau, inputs):
       scores.tolist(),
       log_probs.tolist(),
       MASK.sum(1).tolist(),
-      ATTENTION.tolist(),
+      VALUES.tolist(),
       strict=True,
     )
   ]
-  found = jax.jit(loss)(scores, log_probs, MASK, ATTENTION)
+  found = jax.jit(loss)(scores, log_probs, MASK, VALUES)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -84,12 +97,10 @@ def test_losses_are_their_definitions(kind, tau, target_tau, inputs):
 def test_the_generator_has_no_gradient(kind, inputs):
   loss = RetrieverLoss(kind=kind)
 
-  def total(scores, log_probs, attention):
-    return loss(scores, log_probs, MASK, attention).sum()
+  def total(scores, log_probs, values):
+    return loss(scores, log_probs, MASK, values).sum()
 
-  of_scores, *of_generator = jax.grad(total, argnums=(0, 1, 2))(
-    *inputs, ATTENTION
-  )
+  of_scores, *of_generator = jax.grad(total, argnums=(0, 1, 2))(*inputs, VALUES)
   assert np.abs(of_scores).max() > 1e-3
   for grad in of_generator:
     np.testing.assert_array_equal(grad, np.zeros_like(grad))
@@ -127,14 +138,14 @@ def test_a_divergence_is_0_where_the_prior_is_the_target(kind, inputs):
     "replug": total,
     "pdist": total / MASK.sum(1, keepdims=True),
     "loop": -total / MASK.sum(1, keepdims=True),
-    "adist": ATTENTION,
-    "dkrr": ATTENTION,
+    "adist": VALUES,
+    "dkrr": VALUES,
   }[kind]
   loss = RetrieverLoss(kind=kind, temperature=0.3, target_temperature=0.7)
   # A constant per question changes nothing.
   scores = 0.3 * wanted / 0.7 + np.array([[5.0], [-90.0], [0.0]])
   value, slope = jax.value_and_grad(
-    lambda s: loss(s, log_probs, MASK, ATTENTION).sum()
+    lambda s: loss(s, log_probs, MASK, VALUES).sum()
   )(scores)
   np.testing.assert_allclose(value, 0, atol=1e-5)
   np.testing.assert_allclose(slope, np.zeros((B, K)), atol=1e-4)
@@ -144,11 +155,14 @@ def test_a_divergence_is_0_where_the_prior_is_the_target(kind, inputs):
 def test_a_single_document_teaches_nothing(kind, inputs):
   scores, log_probs = (x[:, :1] for x in inputs)
   loss = RetrieverLoss(kind=kind)
-  given = log_probs, MASK, ATTENTION[:, :1]
+  given = log_probs, MASK, VALUES[:, :1]
   slope = jax.grad(lambda s: loss(s, *given).sum())(scores)
   np.testing.assert_allclose(slope, np.zeros((B, 1)), atol=1e-6)
   if kind in DIVERGENCES:
     np.testing.assert_allclose(loss(scores, *given), 0, atol=1e-6)
+  elif kind in REWARD_LOSSES:
+    expected = {"reward": 1 - VALUES[:, 0], "reward_sampled": np.zeros(B)}[kind]
+    np.testing.assert_allclose(loss(scores, *given), expected, rtol=1e-5)
   else:
     nll = -np.sum(log_probs[:, 0], axis=-1, where=MASK)
     np.testing.assert_allclose(loss(scores, *given), nll, rtol=1e-5)
@@ -160,7 +174,7 @@ def test_an_empty_target_and_large_scores_are_finite(kind, inputs):
   loss = RetrieverLoss(kind=kind, temperature=0.01)
   mask = jnp.array([[False] * T, [True] * T, [True] * T])
   value, slope = jax.value_and_grad(
-    lambda s: loss(s, 100 * log_probs, mask, 1000 * ATTENTION).sum()
+    lambda s: loss(s, 100 * log_probs, mask, 1000 * VALUES).sum()
   )(90 * scores)
   assert np.isfinite(value)
   assert np.all(np.isfinite(slope))
@@ -176,3 +190,77 @@ def test_a_likely_document_gets_a_higher_score(kind, inputs):
   loop = functools.partial(RetrieverLoss(kind="loop"), target_mask=MASK)
   slope = jax.grad(lambda s: loop(s, log_probs).sum())(jnp.zeros((B, K)))
   assert (np.argmax(slope, axis=1) == 2).all()
+
+
+def test_one_drawn_document_estimates_the_gradient_of_all():
+  """The mean over documents, each as often as it is drawn, is exact."""
+  scores = jax.random.normal(jax.random.key(2), (B, K))
+  exact = RetrieverLoss(kind="reward", temperature=0.7)
+  drawn = RetrieverLoss(kind="reward_sampled", temperature=0.7)
+  nothing = jnp.zeros((B, K, T)), MASK
+  expected = jax.grad(lambda s: exact(s, *nothing, VALUES).sum())(scores)
+  prior = jax.nn.softmax(scores / 0.7, axis=-1)
+  found = 0.0
+  for doc in range(K):
+    alone = VALUES * (jnp.arange(K) == doc)
+    slope = jax.grad(lambda s, v=alone: drawn(s, *nothing, v).sum())(scores)
+    found += prior[:, doc, None] * slope
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+END, PAD = 1, 0
+
+
+def reward_by_hand(answer, accepted, kind):
+  """SQuAD's measures of tokens, with Python's own counting."""
+  best = 0.0
+  ours = [x for x in answer if x not in (END, PAD)]
+  for row in accepted:
+    theirs = [x for x in row if x not in (END, PAD)]
+    if not theirs:
+      continue
+    if kind == "em":
+      best = max(best, float(ours == theirs))
+      continue
+    both = collections.Counter(ours) & collections.Counter(theirs)
+    num_same = sum(both.values())
+    if num_same:
+      precision, recall = num_same / len(ours), num_same / len(theirs)
+      best = max(best, 2 * precision * recall / (precision + recall))
+  return best
+
+
+@pytest.mark.parametrize("kind", ["em", "f1"])
+def test_rewards_are_those_of_squad_on_tokens(kind):
+  rng = np.random.default_rng(0)
+  answers = rng.integers(5, size=(40, K, T))
+  accepted = rng.integers(5, size=(40, 3, T))
+  answers[:20, 0] = accepted[:20, 1]
+  accepted[5] = PAD
+  found = answer_rewards(
+    jnp.asarray(answers), jnp.asarray(accepted), (END, PAD), kind
+  )
+  expected = [
+    [reward_by_hand(answer, accepted[b].tolist(), kind) for answer in row]
+    for b, row in enumerate(answers.tolist())
+  ]
+  assert np.unique(expected).size > 1
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_places_and_numbers_of_tokens_count():
+  def reward(kind, *answer):
+    accepted = jnp.array([[[7, 8, 8, END, PAD], [9, END, PAD, PAD, PAD]]])
+    return float(
+      answer_rewards(jnp.array([[answer]]), accepted, (END, PAD), kind)[0, 0]
+    )
+
+  assert reward("em", END, 7, 8, 8, END) == 1  # a special token first
+  assert reward("em", 9, END, END, END, END) == 1  # the other answer
+  assert reward("em", 8, 7, 8, END, END) == 0
+  assert reward("em", 7, 8, END, END, END) == 0
+  assert reward("em", 7, 8, 8, 8, END) == 0
+  assert reward("f1", 8, 7, 8, END, END) == 1
+  assert reward("f1", 7, 7, 7, END, END) == pytest.approx(1 / 3)
+  assert reward("f1", 9, 8, END, END, END) == pytest.approx(2 / 3)
+  assert reward("f1", END, END, END, END, END) == 0  # no answer

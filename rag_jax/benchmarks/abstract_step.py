@@ -38,6 +38,7 @@ from rag_jax.retrieval import device_index
 from rag_jax.training.search_in_step import InStep
 from rag_jax.training.search_in_step import StepIndex
 from rag_jax.training.stages import TRAIN
+from rag_jax.training.stages import SpecialIds
 from rag_jax.training.stages import main_loss
 from rag_jax.training.stages import stage_optimizer
 from rag_jax.training.stages import trained
@@ -47,6 +48,7 @@ from rag_jax.training.step import compile_update
 from rag_jax.training.step import update
 
 _BOS = 0  # any id; it changes no shape
+_SPECIAL = SpecialIds(_BOS, (_BOS,), (_BOS,))
 # libtpu would ask the cloud which machine this is, for minutes, and complain;
 # and refuse a second program, as if both used the same chips.
 _NO_MACHINE = {
@@ -144,7 +146,7 @@ class AbstractStep:
     update_fn = in_step.update if config.index.refresh_rows else update
     params = self.state.params
     jitted = compile_update(
-      main_loss(config, self.model, _BOS),
+      main_loss(config, self.model, _SPECIAL),
       stage_optimizer(config, TRAIN, params),
       jax.tree.map(lambda x: x.sharding, self.state),
       self.mesh,
@@ -248,6 +250,7 @@ def _batch(config: Config, mesh: jax.sharding.Mesh) -> RagBatch | QuestionBatch:
       head_mask=rows(bool, length),
       target_tokens=whole.target_tokens,
       target_mask=whole.target_mask,
+      accepted_tokens=whole.accepted_tokens,
     )
   if not config.data.n_docs:
     return dataclasses.replace(

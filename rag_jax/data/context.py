@@ -39,6 +39,7 @@ from rag_jax.corpus.tokenizer import Tokenizer
 from rag_jax.data.prompts import PromptBuilder
 from rag_jax.data.substitution import Change
 from rag_jax.data.substitution import substitute
+from rag_jax.models.batch import MAX_ACCEPTED
 
 Tokens = np.ndarray  # int32
 Mask = np.ndarray  # bool
@@ -303,6 +304,14 @@ class ContextBuilder:
     return self._pad(
       rows, self._config.target_length, "targets_cut", self.tokenizer
     )
+
+  def accepted(self, answer_ids: Sequence[Ids]) -> Int[np.ndarray, "A T"]:
+    """Returns answers that count as right as rows of targets, without masks."""
+    shape = MAX_ACCEPTED, self._config.target_length
+    tokens = np.full(shape, self.tokenizer.pad_id, np.int32)
+    with self.counting():  # they are not read, so that cutting loses nothing
+      tokens[: len(answer_ids)] = self.targets(answer_ids)[0]
+    return tokens
 
   def contexts(
     self,

@@ -31,6 +31,7 @@ from rag_jax.corpus.tokenizer import load_tokenizer
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data.context import ContextBuilder
 from rag_jax.data.questions import load_questions
+from rag_jax.models.batch import MAX_ACCEPTED
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.lora import with_adapters
 from rag_jax.models.partitioning import check_devices
@@ -134,6 +135,11 @@ def example_batch(config: Config) -> RagBatch:
     doc_tokens=doc,
     doc_mask=doc_mask,
     bm25_scores=np.zeros((1, k), np.float32) if config.index.hybrid else None,
+    accepted_tokens=(
+      np.zeros((1, MAX_ACCEPTED, data.target_length), np.int32)
+      if config.rewards_answers
+      else None
+    ),
   )
 
 

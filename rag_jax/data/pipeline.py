@@ -11,6 +11,7 @@ import dataclasses
 import time
 from typing import Any
 
+from absl import logging
 import grain
 from jaxtyping import Int, PyTree
 import numpy as np
@@ -21,6 +22,7 @@ from rag_jax.data.informal import informal
 from rag_jax.data.questions import Question
 from rag_jax.data.substitution import Change
 from rag_jax.data.substitution import Substitution
+from rag_jax.models.batch import MAX_ACCEPTED
 from rag_jax.models.batch import RagBatch
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.index import Index
@@ -70,6 +72,17 @@ class QuestionBatches:
     )
     # Every accepted answer is right; the first is the one to learn.
     self._answer_ids = context.encode_answers([q.answers[0] for q in questions])
+    self._accepted_ids = None
+    if config.rewards_answers:
+      self._accepted_ids = [
+        context.encode_answers(q.answers[:MAX_ACCEPTED]) for q in questions
+      ]
+      num_more = sum(len(q.answers) > MAX_ACCEPTED for q in questions)
+      if num_more:
+        logging.info(
+          "%d questions have more than %d accepted answers; a reward compares"
+          " with the first %d.", num_more, MAX_ACCEPTED, MAX_ACCEPTED,
+        )  # fmt: skip
     self._context = context
     self._informal, self._seed = config.data.informal_questions, config.seed
     self._embedder = embedder
@@ -193,22 +206,39 @@ class QuestionBatches:
     context_tokens, context_mask = self._context.contexts(
       context_ids, doc_ids, changes
     )
-    target_tokens, target_mask = self._context.targets(
-      [
-        self._answer_ids[i] if change.answer_ids is None else change.answer_ids
-        for i, change in zip(rows, changes, strict=True)
-      ]
-    )
     return Prepared(
       RagBatch(
         context_tokens=context_tokens,
         context_mask=context_mask,
-        target_tokens=target_tokens,
-        target_mask=target_mask,
+        **self.targets(rows, [change.answer_ids for change in changes]),
         **fields,
       ),
       doc_ids,
     )
+
+  def targets(
+    self,
+    rows: Int[np.ndarray, "B"],
+    instead: Sequence[list[int] | None] | None = None,
+  ) -> dict[str, Any]:
+    """Returns the fields of a batch with the answers.
+
+    Args:
+      rows: which questions.
+      instead: ids of other answers; None: the question's own.
+    """
+    instead = instead or [None] * len(rows)
+    pairs = list(zip(rows.tolist(), instead, strict=True))
+    tokens, mask = self._context.targets(
+      [self._answer_ids[i] if ids is None else ids for i, ids in pairs]
+    )
+    fields: dict[str, Any] = {"target_tokens": tokens, "target_mask": mask}
+    if self._accepted_ids is not None:
+      fields["accepted_tokens"] = np.stack([
+        self._context.accepted(self._accepted_ids[i] if ids is None else [ids])
+        for i, ids in pairs
+      ])  # fmt: skip
+    return fields
 
   def _retrieved(
     self,

@@ -30,6 +30,7 @@ class QuestionBatch:
   head_mask: Bool[Any, "B C"]
   target_tokens: Int[Any, "B T"]
   target_mask: Bool[Any, "B T"]
+  accepted_tokens: Int[Any, "B A T"] | None = None
 
 
 class StepBatches(QuestionBatches):
@@ -49,17 +50,13 @@ class StepBatches(QuestionBatches):
     _, question_ids, context_ids = self.asked(step, rows)
     question_tokens, question_mask = self._context.questions(question_ids)
     heads, heads_mask = self._context.contexts(context_ids, nothing)
-    target_tokens, target_mask = self._context.targets(
-      [self._answer_ids[i] for i in rows]
-    )
     return Prepared(
       QuestionBatch(
         question_tokens=question_tokens,
         question_mask=question_mask,
         head_tokens=heads[:, 0],
         head_mask=heads_mask[:, 0],
-        target_tokens=target_tokens,
-        target_mask=target_mask,
+        **self.targets(rows),
       ),
       nothing,
     )

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+MAX_ACCEPTED = 8  # accepted answers of a question that a batch holds
+
 
 # Not type-checked, because JAX also builds it from shapes and shardings.
 @typing.no_type_check
@@ -20,7 +22,8 @@ class RagBatch:
 
   The retriever's fields are None for a closed-book model. Otherwise either
   `doc_tokens` (trained passage encoder) or `doc_embeddings` (frozen passage
-  encoder) is set, and with index.hybrid also `bm25_scores`.
+  encoder) is set, and with index.hybrid also `bm25_scores`. `accepted_tokens`
+  are for losses that compare answers with them.
   """
 
   context_tokens: Int[Any, "B K C"]
@@ -33,6 +36,8 @@ class RagBatch:
   doc_mask: Bool[Any, "B K L"] | None = None
   doc_embeddings: Float[Any, "B K R"] | None = None
   bm25_scores: Float[Any, "B K"] | None = None
+  # Targets that count as right, without a mask; a row of padding is none.
+  accepted_tokens: Int[Any, "B A T"] | None = None
 
 
 def padding_share(

@@ -128,14 +128,14 @@ def step_flops(
 
   The parts are: `question_encoder`, `passage_encoder`, `doc_scores`;
   `generator_encoder`, `generator_decoder_self`, `generator_decoder_cross`,
-  `generator_decoder_mlp`, `pointer`, `logits`; with loss="fid" and a retriever
-  loss of its own, `retriever_loss`, more passes of the decoder; and, with
-  index.refresh_rows, `search` and `refresh`. A part that the step does not have
-  is 0. Documents whose embeddings come from the index cost no passage encoder.
-  Backward, a product with a kernel of a model that trains by adapters costs as
-  much as forward, since the kernel has no gradient; the adapters' own products,
-  for rank 16 about 1 in 100, are left out. Parameters that optimizer.freeze
-  names count as if they trained.
+  `generator_decoder_mlp`, `pointer`, `logits`; `retriever_loss`, more passes of
+  the decoder, with rewards, and with loss="fid" and a retriever loss of its
+  own; and, with index.refresh_rows, `search` and `refresh`. A part that the
+  step does not have is 0. Documents whose embeddings come from the index cost
+  no passage encoder. Backward, a product with a kernel of a model that trains
+  by adapters costs as much as forward, since the kernel has no gradient; the
+  adapters' own products, for rank 16 about 1 in 100, are left out. Parameters
+  that optimizer.freeze names count as if they trained.
 
   Args:
     config: sizes of the layers.
@@ -292,13 +292,21 @@ def _causal(
 
 
 def _scoring(config: Config, s: StepShapes, vocab_size: int) -> _Products:
-  """Returns the products of what FiD's retriever learns from.
+  """Returns the products of what a retriever's own loss needs.
 
   The states of contexts, their keys and values are those of the generator's own
-  pass.
+  pass, but for answers that are written given one drawn document.
   """
   kind = config.retriever_loss
-  if config.loss != "fid" or kind in ("marginal", "none"):
+  alone = dataclasses.replace(config, loss="rag_token")
+  if config.rewards_answers:
+    drawn = kind == "reward_sampled"
+    s = dataclasses.replace(
+      s, n_docs=1 if drawn else s.n_docs, context_groups=(), packed_rows=(0, 0)
+    )
+    if drawn or config.generator.kind == "causal":
+      return _sum(_generator(alone, s, vocab_size).values())
+  elif config.loss != "fid" or kind in ("marginal", "none"):
     return _Products()
   names = ["generator_decoder_self", "generator_decoder_mlp"]
   num_targets = s.num_contexts
@@ -306,7 +314,7 @@ def _scoring(config: Config, s: StepShapes, vocab_size: int) -> _Products:
     num_targets = s.num_questions
     s = dataclasses.replace(s, target_length=1) if kind == "dkrr" else s
   else:
-    config = dataclasses.replace(config, loss="rag_token")
+    config = alone
     names.append("logits")
   parts = _generator(config, s, vocab_size)
   g, targets = config.generator, num_targets * s.target_length

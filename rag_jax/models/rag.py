@@ -56,7 +56,6 @@ class RagLogProbs:
   doc_scores: Float[Array, "B K"]
   log_probs: Float[Array, "B K T"]  # log p(y_t | x, z, y_<t)
   mean: Float[Array, "B K T"]  # mean log p over the vocabulary
-  attention: Float[Array, "B K"] | None = None  # see `attention_scores`
 
 
 def score_docs(

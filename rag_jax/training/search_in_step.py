@@ -127,6 +127,7 @@ class InStep:
       question_mask=batch.question_mask,
       doc_tokens=doc_tokens,
       doc_mask=doc_mask,
+      accepted_tokens=batch.accepted_tokens,
     )
     return found, ids, num_cut
 

@@ -17,6 +17,7 @@ import optax
 
 from rag_jax.config import Config
 from rag_jax.data.cloze import ClozeBatches
+from rag_jax.data.context import ContextBuilder
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.pipeline import Prepared
 from rag_jax.data.pipeline import QuestionBatches
@@ -180,7 +181,9 @@ def make_stages(
       num_steps=config.train.num_steps,
       batch_size=config.train.batch_size,
       first_step=config.warmup.num_steps,
-      loss_fn=main_loss(config, experiment.model, experiment.tokenizer.bos_id),
+      loss_fn=main_loss(
+        config, experiment.model, special_ids(experiment.context)
+      ),
       prepare=batches.prepare,
       in_step=in_step,
       accumulate=config.train.accumulate,
@@ -223,18 +226,35 @@ def _context_layout(
   return groups if len(groups.rows) > 1 else None
 
 
-def main_loss(config: Config, model: RagModel, bos_id: int | None) -> LossFn:
+@dataclasses.dataclass(frozen=True, slots=True)
+class SpecialIds:
+  """Tokens of the generator that a loss treats otherwise than others."""
+
+  bos_id: int | None  # the begin token, which exclude_bos_score leaves out
+  end_ids: tuple[int, ...]  # each ends an answer
+  ignored_ids: tuple[int, ...]  # are no part of an answer
+
+
+def special_ids(context: ContextBuilder) -> SpecialIds:
+  """Returns the special tokens of what the generator reads and writes."""
+  tokenizer = context.tokenizer
+  ends = (tokenizer.eos_id, *context.stop_ids)
+  others = [i for i in (tokenizer.pad_id, tokenizer.bos_id) if i is not None]
+  return SpecialIds(tokenizer.bos_id, ends, (*ends, *others))
+
+
+def main_loss(config: Config, model: RagModel, special: SpecialIds) -> LossFn:
   """Returns the loss of the main stage.
 
   Args:
     config: chooses the loss.
     model: of retriever and generator.
-    bos_id: the generator's begin token, which exclude_bos_score leaves out.
+    special: tokens of the generator.
   """
   if config.hf_loss:
     nll_fn = HF_NLL_FNS[config.loss]
     if config.exclude_bos_score:
-      nll_fn = functools.partial(nll_fn, excluded_bos=bos_id)
+      nll_fn = functools.partial(nll_fn, excluded_bos=special.bos_id)
     return functools.partial(
       hf_loss,
       model=model,
@@ -245,7 +265,7 @@ def main_loss(config: Config, model: RagModel, bos_id: int | None) -> LossFn:
     "model": model,
     "label_smoothing": config.label_smoothing,
     "vocab_chunk": config.train.vocab_chunk,
-    "retriever": retriever_loss(config),
+    "retriever": retriever_loss(config, special),
   }
   if config.loss == "fid":
     return functools.partial(fid_loss, **settings)
@@ -259,7 +279,7 @@ def main_loss(config: Config, model: RagModel, bos_id: int | None) -> LossFn:
   )
 
 
-def retriever_loss(config: Config) -> RetrieverLoss | None:
+def retriever_loss(config: Config, special: SpecialIds) -> RetrieverLoss | None:
   """Returns the loss that the retriever has for itself, if it has one."""
   if config.retriever_loss in ("marginal", "none"):
     return None
@@ -268,4 +288,7 @@ def retriever_loss(config: Config) -> RetrieverLoss | None:
     temperature=config.retriever_temperature,
     target_temperature=config.target_temperature,
     weight=config.retriever_weight,
+    reward=config.reward,
+    end_ids=special.end_ids,
+    ignored_ids=special.ignored_ids,
   )

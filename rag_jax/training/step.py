@@ -13,13 +13,16 @@ from jaxtyping import Array, Float, Key, PyTree
 import optax
 
 from rag_jax.losses import ATTENTION_LOSSES
+from rag_jax.losses import REWARD_LOSSES
 from rag_jax.losses import RetrieverLoss
+from rag_jax.losses import answer_rewards
 from rag_jax.losses import doc_log_prior
 from rag_jax.losses import in_batch_contrastive_nll
 from rag_jax.losses import marginal_sequence_nll
 from rag_jax.losses import marginal_token_nll
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.batch import padding_share
+from rag_jax.models.greedy import greedy_answers
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.models.partitioning import batch_parts
 from rag_jax.models.partitioning import batch_sharding
@@ -34,6 +37,7 @@ from rag_jax.training.state import TrainState
 Metrics = dict[str, jax.Array]
 # Share of the batches whose contexts did not fit into the layout.
 UNGROUPED = "train/ungrouped"
+_REWARD_KEY = 7  # of the random numbers that draw a document
 LossFn = Callable[[PyTree, RagBatch, Key[Array, ""]], tuple[Array, Metrics]]
 
 
@@ -105,7 +109,10 @@ def marginal_loss(
     out.mean,
   )  # B
   loss, metrics = _per_token(nll, out.doc_scores, batch, params)
-  return _with_retriever(loss, metrics, retriever, out, batch)
+  values = None
+  if retriever is not None and retriever.kind in REWARD_LOSSES:
+    values = _rewards(retriever, model, params, batch, scores, dropout_key)
+  return _with_retriever(loss, metrics, retriever, out, batch, values)
 
 
 def fid_loss(
@@ -141,20 +148,65 @@ def fid_loss(
   )  # B
   loss, metrics = _per_token(nll, out.doc_scores, batch, params)
   given: Any = out
+  values: Any = None
   fixed = {"params": jax.lax.stop_gradient(params)}
-  if retriever is not None and retriever.kind in ATTENTION_LOSSES:
-    attention = model.apply(
+  if retriever is None:
+    pass
+  elif retriever.kind in REWARD_LOSSES:
+    values = _rewards(
+      retriever, model, params, batch, out.doc_scores, dropout_key
+    )
+  elif retriever.kind in ATTENTION_LOSSES:
+    values = model.apply(
       fixed, batch, retriever.kind, context_layout, method="attention_scores"
     )
-    given = dataclasses.replace(out, attention=attention)
-  elif retriever is not None:
+  else:
     how: dict[str, Any] = {"method": "target_log_probs"}
     if retriever.kind == "loop":
       how = {"method": "joined_log_probs", "leave_out": True}
     given = model.apply(fixed, batch, **how, **settings)
     # The scores with gradient, and dropout, are those of the first pass.
     given = dataclasses.replace(given, doc_scores=out.doc_scores)
-  return _with_retriever(loss, metrics, retriever, given, batch)
+  return _with_retriever(loss, metrics, retriever, given, batch, values)
+
+
+def _rewards(
+  retriever: RetrieverLoss,
+  model: RagModel,
+  params: PyTree,
+  batch: RagBatch,
+  doc_scores: Float[Array, "B K"],
+  dropout_key: Key[Array, ""],
+) -> Float[Array, "B K"]:
+  """Returns the reward of the greedy answer given each document.
+
+  Without dropout or gradient. With "reward_sampled", a single document is drawn
+  from p(z|x), by the largest of the scores with Gumbel noise; the others get 0.
+  """
+  b, k, c = batch.context_tokens.shape
+  assert batch.accepted_tokens is not None
+  tokens, mask = batch.context_tokens, batch.context_mask
+  drawn = jnp.ones((b, k), bool)
+  if retriever.kind == "reward_sampled":
+    key = jax.random.fold_in(dropout_key, _REWARD_KEY)
+    scores = jax.lax.stop_gradient(doc_scores) / retriever.temperature
+    doc = jnp.argmax(scores + jax.random.gumbel(key, (b, k)), axis=-1)
+    drawn = doc[:, None] == jnp.arange(k)
+    tokens, mask = (
+      jnp.take_along_axis(x, doc[:, None, None], axis=1) for x in (tokens, mask)
+    )
+  answers = greedy_answers(
+    model.generator,
+    jax.lax.stop_gradient(params["generator"]),
+    tokens.reshape(-1, c),
+    mask.reshape(-1, c),
+    num_steps=batch.target_tokens.shape[1],
+    end_ids=retriever.end_ids,
+  ).reshape(b, tokens.shape[1], -1)
+  rewards = answer_rewards(
+    answers, batch.accepted_tokens, retriever.ignored_ids, retriever.reward
+  )
+  return jnp.where(drawn, rewards, 0.0)
 
 
 def _with_retriever(
@@ -163,21 +215,30 @@ def _with_retriever(
   retriever: RetrieverLoss | None,
   given: RagLogProbs,
   batch: RagBatch,
+  values: Float[Array, "B K"] | None,
 ) -> tuple[Float[Array, ""], Metrics]:
   """Returns the loss and metrics with those of the retriever's own loss.
 
-  A likelihood counts per target token, a divergence per question.
+  A likelihood counts per target token, all others per question. `values` are
+  those of `RetrieverLoss`.
   """
   if retriever is None:
     return loss, metrics
   added = retriever(
-    given.doc_scores, given.log_probs, batch.target_mask, given.attention
+    given.doc_scores, given.log_probs, batch.target_mask, values
   )
   if retriever.is_likelihood:
     mean = jnp.sum(added) / jnp.sum(batch.target_mask)
   else:
     mean = jnp.mean(added)
   metrics |= {"train/retriever_loss": mean}
+  if retriever.kind in REWARD_LOSSES:
+    assert values is not None
+    # What is expected of a document drawn from p(z|x), or of that drawn.
+    weights = jnp.ones_like(values)
+    if retriever.kind == "reward":
+      weights = jnp.exp(doc_log_prior(given.doc_scores / retriever.temperature))
+    metrics["train/reward"] = jnp.mean(jnp.sum(weights * values, axis=-1))
   return loss + retriever.weight * mean, metrics
 
 

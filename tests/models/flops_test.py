@@ -12,11 +12,13 @@ from rag_jax.config import MeshConfig
 from rag_jax.config_models import LoraConfig
 from rag_jax.data.experiment import init_model
 from rag_jax.models import flops as flops_lib
+from rag_jax.models.batch import MAX_ACCEPTED
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.partitioning import make_mesh
 from rag_jax.models.rag import build_model
 from rag_jax.retrieval import device
 from rag_jax.training.stages import TRAIN
+from rag_jax.training.stages import SpecialIds
 from rag_jax.training.stages import main_loss
 from rag_jax.training.stages import stage_optimizer
 from rag_jax.training.stages import trained
@@ -24,6 +26,7 @@ from rag_jax.training.state import TrainState
 from rag_jax.training.step import update
 
 VOCAB, P = 2048, 1000
+SPECIAL = SpecialIds(None, (1,), (0, 1))
 # XLA counts norms, softmaxes, activations and gradients' sums too: here less
 # than this share, as layers are 512 wide. What is wrong in a formula is more.
 SHARE = 0.04
@@ -62,6 +65,9 @@ def make_batch(config):
     else:
       dim = config.encoder.projection_dim or config.encoder.embed_dim
       fields["doc_embeddings"] = jax.ShapeDtypeStruct((b, k, dim), jnp.float32)
+  if config.rewards_answers:
+    shape = b, MAX_ACCEPTED, s.target_length
+    fields["accepted_tokens"] = jax.ShapeDtypeStruct(shape, jnp.int32)
   return RagBatch(**fields)
 
 
@@ -119,7 +125,7 @@ def test_a_step_costs_what_xla_counts(changes):
   params = jax.eval_shape(model.init, key, batch)["params"]
 
   def loss(params, batch, key):
-    return main_loss(config, model, None)(params, batch, key)
+    return main_loss(config, model, SPECIAL)(params, batch, key)
 
   shapes = flops_lib.step_shapes(config, P)
   parts = flops_lib.step_flops(config, shapes, VOCAB)
@@ -154,7 +160,7 @@ def test_a_step_with_adapters_has_no_gradients_of_kernels():
     )
     step = functools.partial(
       update,
-      loss_fn=main_loss(config, model, None),
+      loss_fn=main_loss(config, model, SPECIAL),
       optimizer=optimizer,
       stage=TRAIN,
       trained=trained(config, TRAIN, params),
@@ -184,8 +190,26 @@ def test_what_fids_retriever_learns_from_costs_what_xla_counts(kind):
   parts = flops_lib.step_flops(config, flops_lib.step_shapes(config, P), VOCAB)
   assert parts["retriever_loss"].backward == 0
   forward = sum(part.forward for part in parts.values())
-  found = counted(main_loss(config, model, None), params, batch, key) / forward
+  found = (
+    counted(main_loss(config, model, SPECIAL), params, batch, key) / forward
+  )
   assert 1 - SHARE / 2 < found < 1 + SHARE
+
+
+@pytest.mark.parametrize("kind", ["reward", "reward_sampled"])
+def test_answers_that_are_rewarded_cost_what_xla_counts(kind):
+  # One token: XLA counts the body of a loop once.
+  config = make_config(retriever_loss=kind, data__target_length=1)
+  model = build_model(config, vocab_size=VOCAB, decoder_start_id=2)
+  batch, key = make_batch(config), jax.random.key(0)
+  params = jax.eval_shape(model.init, key, batch)["params"]
+  parts = flops_lib.step_flops(config, flops_lib.step_shapes(config, P), VOCAB)
+  found = counted(main_loss(config, model, SPECIAL), params, batch, key)
+  config.retriever_loss = "none"
+  found -= counted(main_loss(config, model, SPECIAL), params, batch, key)
+  expected = parts["retriever_loss"].forward
+  assert expected > 0
+  assert 0.9 < found / expected < 1.25  # in a smaller number, rest counts more
 
 
 def test_search_inside_the_step_costs_what_xla_counts():

@@ -24,6 +24,7 @@ from rag_jax.decoding.streaming import stream
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.causal import build_causal
 from rag_jax.models.rag import build_model
+from rag_jax.training.stages import SpecialIds
 from rag_jax.training.stages import main_loss
 from rag_jax.weights.load import load_causal
 
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.parity
 KINDS = pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2"])
 B, K, T, SHARED = 2, 3, 5, 4
 END = 2
+SPECIAL = SpecialIds(None, (END,), (END,))
 LENGTHS = ((11, 7, 9), (5, 13, 8))  # of the prompts
 
 
@@ -263,7 +265,9 @@ def test_losses_and_gradients_are_those_of_the_loop(kind, loss, chunk, loaded):
   )
 
   def ours(params):
-    return main_loss(config, model, None)(params, batch(), jax.random.key(0))[0]
+    return main_loss(config, model, SPECIAL)(
+      params, batch(), jax.random.key(0)
+    )[0]
 
   value, grads = jax.jit(jax.value_and_grad(ours))(variables)
   theirs = reference(kind)

@@ -36,6 +36,11 @@ MESHES = [ONE, "8x1x1", "2x4x1", "2x2x2", "1x1x8"]
 # Without dropout; then also with layers in a loop, recomputation, attention in
 # parts, and gradients in two parts.
 STEADY, LOOPED = "1x1x1 steady", "2x2x1 looped"
+# The retriever learns from answers that are written in the step.
+REWARDED = {
+  kind: [f"{ONE} {kind}", f"2x2x2 {kind}"]
+  for kind in ("reward", "reward_sampled")
+}
 OTHERS = pytest.mark.parametrize("mesh", MESHES[1:])
 STEPS = 3
 
@@ -86,6 +91,7 @@ def make_batch():
     question_mask=np.ones((B, Q), bool),
     doc_tokens=tokens(B, K, L),
     doc_mask=np.ones((B, K, L), bool),
+    accepted_tokens=tokens(B, 6, T),
   )
 
 
@@ -139,7 +145,13 @@ def train(name):
   }
   update = compile_update(
     functools.partial(
-      marginal_loss, model=model, nll_fn=losses.marginal_token_nll
+      marginal_loss,
+      model=model,
+      nll_fn=losses.marginal_token_nll,
+      retriever=losses.RetrieverLoss(kind=kind, end_ids=(2,), ignored_ids=(2,))
+      if kind in REWARDED
+      else None,
+      constant_scores=kind in REWARDED,
     ),
     optimizer,
     state_layout,
@@ -207,6 +219,18 @@ def test_loops_recomputation_and_parts_of_a_batch_change_nothing(results):
   assert_same(one["trained"], other["trained"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", REWARDED)
+def test_rewards_are_the_same(kind, results):
+  one, other = (results[name] for name in REWARDED[kind])
+  rewards = [metrics["train/reward"] for metrics in one["metrics"]]
+  assert max(rewards) > 0.01
+  for before, after in zip(one["metrics"], other["metrics"], strict=True):
+    assert_same(before, after, rtol=1e-5, atol=0)
+  assert_same(one["trained"], other["trained"], rtol=0, atol=1e-6)
+  name = "question_encoder/token_embedding/embedding"
+  assert not np.array_equal(one["trained"][name], one["before"][name])
+
+
 @OTHERS
 def test_updated_parameters_are_the_same(mesh, results):
   assert_same(
@@ -267,5 +291,10 @@ def test_a_device_holds_its_share_of_the_parameters(mesh, results):
 
 if __name__ == "__main__":
   json.dump(
-    {name: train(name) for name in (*MESHES, STEADY, LOOPED)}, sys.stdout
+    {
+      name: train(name)
+      for names in (MESHES, [STEADY, LOOPED], *REWARDED.values())
+      for name in names
+    },
+    sys.stdout,
   )

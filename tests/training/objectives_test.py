@@ -1,7 +1,12 @@
 """Whole runs with other objectives than the marginal likelihood."""
 
+import json
+
 import numpy as np
 import pytest
+import safetensors.numpy
+
+from rag_jax.api.runs import train
 
 STEPS = {
   "warmup__num_steps": 0, "train__num_steps": 6, "train__validate_steps": 6,
@@ -52,6 +57,48 @@ def test_fid_trains_both_parts_and_answers_from_all_documents(
   assert np.all(np.isfinite(logged(run, "train/doc_utility")))
   assert changed(run, "generator")
   assert changed(run, "question_encoder")
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+  ("reward", {"data__substitute_answers": 0.5}),
+  ("reward_sampled", {"reward": "em", "loss": "fid"}),
+])  # fmt: skip
+def test_rewards_train_the_retriever_beside_the_generators_loss(
+  trained, kind, settings
+):
+  run = trained(
+    "rewards", retriever_loss=kind, train__checkpoint_steps=3, **settings
+  )
+  rewards = np.array(logged(run, "train/reward"))
+  assert len(rewards) == 6
+  assert np.all((rewards >= 0) & (rewards <= 1))
+  own = np.array(logged(run, "train/retriever_loss"))
+  if kind == "reward":
+    np.testing.assert_allclose(own, 1 - rewards, rtol=1e-5)
+  else:
+    assert np.all(own >= 0)
+  assert changed(run, "generator")
+
+
+def test_right_answers_are_rewarded(learned, learned_run, tmp_path):
+  config = learned_run.make_config(learned.passages.parent)
+  config.init_from = str(learned.workdir)
+  config.retriever_loss, config.reward = "reward", "em"
+  config.data.substitute_answers = 0.0
+  config.train.num_steps, config.train.log_steps = 3, 1
+  config.optimizer.warmup_steps = 0
+  train(config, tmp_path / "run")
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  logged = map(json.loads, lines)
+  rewards = [r["train/reward"] for r in logged if "train/reward" in r]
+  assert len(rewards) == 3
+  assert min(rewards) > 0.7  # the model has been trained on these questions
+  before, after = (
+    safetensors.numpy.load_file(run / "model" / "params.safetensors")
+    for run in (learned.workdir, tmp_path / "run")
+  )
+  moved = [n for n in after if not np.array_equal(before[n], after[n])]
+  assert any(n.startswith("question_encoder") for n in moved)
 
 
 def test_a_reader_alone_leaves_the_retriever_as_it_is(trained):
