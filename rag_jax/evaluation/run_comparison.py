@@ -239,7 +239,7 @@ def summarise_rows(
 
   A metric has the `values` in the order of the seeds, their `mean`, the `least`
   and the `most`; with several seeds also `low` and `high`, the 95 % interval of
-  the mean over seeds (Student's t).
+  the mean over seeds (Student's t), unless all have the same value.
   """
   return [
     {
@@ -264,15 +264,23 @@ def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
     "most": max(values),
   }
   if len(values) > 1:
-    low, high = _t_interval(np.array(values))
-    found |= {"low": low, "high": high}
+    found |= _t_interval(np.array(values))
   return found
 
 
-def _t_interval(values: Float[np.ndarray, "S"]) -> tuple[float, float]:
+def _t_interval(values: Float[np.ndarray, "S"]) -> dict[str, float]:
+  """Returns `low` and `high`; {} if all are equal, which says nothing."""
+  if _equal(values):
+    return {}
   error = values.std(ddof=1) / math.sqrt(len(values))
   far = stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1) * error
-  return float(values.mean() - far), float(values.mean() + far)
+  low, high = values.mean() - far, values.mean() + far
+  return {"low": float(low), "high": float(high)}
+
+
+def _equal(values: Float[np.ndarray, "S"]) -> bool:
+  """Whether numbers differ by no more than rounding."""
+  return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
 
 
 def row_differences(
@@ -290,7 +298,7 @@ def row_differences(
     differences is Student's.
   - "runs": there are two or more runs in each row, with other seeds. Welch's
     interval.
-  - "": there is no interval.
+  - "": there is no interval: too few runs, or runs that do not differ.
 
   Raises:
     ValueError: the answers are to different questions.
@@ -357,18 +365,16 @@ def _between_seeds(row: Row, baseline: Row, metric: str) -> dict[str, Any]:
   difference = float(left.mean() - right.mean())
   both = sorted(set(ours) & set(theirs))
   if len(both) > 1 and len(both) == len(ours) == len(theirs):
-    low, high = _t_interval(np.array([ours[s] - theirs[s] for s in both]))
-    return {"over": "seeds", "difference": difference, "low": low,
-            "high": high, "number": len(both)}  # fmt: skip
-  if min(len(left), len(right)) > 1:
+    ends = _t_interval(np.array([ours[s] - theirs[s] for s in both]))
+    if ends:
+      return {"over": "seeds", "difference": difference, **ends,
+              "number": len(both)}  # fmt: skip
+  elif min(len(left), len(right)) > 1 and not (_equal(left) and _equal(right)):
     test = stats.ttest_ind(left, right, equal_var=False)
-    if np.ptp(left) or np.ptp(right):
-      interval = test.confidence_interval(_CONFIDENCE)
-      low, high = float(interval.low), float(interval.high)
-    else:  # no variance at all
-      low = high = difference
-    return {"over": "runs", "difference": difference, "low": low,
-            "high": high, "number": len(left) + len(right)}  # fmt: skip
+    interval = test.confidence_interval(_CONFIDENCE)
+    return {"over": "runs", "difference": difference,
+            "low": float(interval.low), "high": float(interval.high),
+            "number": len(left) + len(right)}  # fmt: skip
   return {"over": "", "difference": difference}
 
 
@@ -413,7 +419,7 @@ def _difference(metric: str, found: Mapping[str, Any]) -> list[str]:
   show = functools.partial(_show, scale=found["difference"], sign="+")
   size = show(found["difference"])
   if not found["over"]:
-    return [metric, size, "", "too few runs"]
+    return [metric, size, "", "no interval"]
   size += f" ({show(found['low'])} to {show(found['high'])})"
   p = f"{found['p']:.2g}" if "p" in found else ""
   return [metric, size, p, f"{found['number']} {found['over']}"]

@@ -121,7 +121,20 @@ def test_without_answers_the_interval_is_over_seeds(tmp_path):
     summarise_rows(one, [MATCH]), [MATCH], one[1].name, {one[0].name: alone}
   )
   assert "| +0.075 " in text
-  assert "too few runs" in text
+  assert "no interval" in text
+
+
+def test_seeds_that_do_not_differ_give_no_interval(tmp_path):
+  for seed in range(3):
+    write_run(tmp_path / f"a{seed}", seed=seed, match=0.6, lr=2e-3)
+    write_run(tmp_path / f"b{seed}", seed=seed, match=0.3)
+    write_run(tmp_path / f"c{seed}", seed=seed + 1, match=0.3, lr=5e-3)
+  paths = [tmp_path / f"{x}{seed}" for x in "abc" for seed in range(3)]
+  a, b, c = make_rows(read_runs(paths))
+  for other in (b, c):
+    found = row_differences(a, other, [MATCH])[MATCH]
+    assert found == {"over": "", "difference": pytest.approx(0.3)}
+  assert "low" not in summarise_rows([a], [MATCH])[0]["metrics"][MATCH]
 
 
 def test_with_answers_it_is_over_questions(tmp_path):
