@@ -36,10 +36,10 @@ from rag_jax.models.rag import RagModel
 from rag_jax.models.rag import build_encoder
 from rag_jax.models.rag import build_generator
 from rag_jax.retrieval.retriever import Embedder
+from rag_jax.training.objectives import marginal_loss
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.state import make_state
 from rag_jax.training.step import compile_update
-from rag_jax.training.step import marginal_loss
 from rag_jax.training.step import update
 from rag_jax.weights.load import load_encoder
 from rag_jax.weights.load import load_rag

@@ -29,8 +29,8 @@ from rag_jax.retrieval import device_index
 from rag_jax.retrieval import device_refresh
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import padded_length
+from rag_jax.training.objectives import Metrics
 from rag_jax.training.state import TrainState
-from rag_jax.training.step import Metrics
 from rag_jax.training.step import update
 
 DOC_IDS = "doc_ids"  # among the metrics of an update; it is no number

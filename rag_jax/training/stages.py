@@ -34,17 +34,17 @@ from rag_jax.models.partitioning import batch_shards
 from rag_jax.models.partitioning import process_rows
 from rag_jax.models.rag import ContextLayout
 from rag_jax.models.rag import RagModel
+from rag_jax.training.objectives import Metrics
+from rag_jax.training.objectives import cloze_loss
+from rag_jax.training.objectives import fid_loss
+from rag_jax.training.objectives import hf_loss
+from rag_jax.training.objectives import marginal_loss
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.optimizer import parameter_labels
 from rag_jax.training.search_in_step import InStep
 from rag_jax.training.search_in_step import open_in_step
 from rag_jax.training.state import TrainState
 from rag_jax.training.step import LossFn
-from rag_jax.training.step import Metrics
-from rag_jax.training.step import cloze_loss
-from rag_jax.training.step import fid_loss
-from rag_jax.training.step import hf_loss
-from rag_jax.training.step import marginal_loss
 from rag_jax.training.step import update
 
 _NUM_LENGTHS = 2000  # of contexts, from which groups are chosen

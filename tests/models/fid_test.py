@@ -17,7 +17,7 @@ from rag_jax.losses import RetrieverLoss
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.packing import Packing
 from rag_jax.models.rag import build_model
-from rag_jax.training import step
+from rag_jax.training import objectives
 
 B, K, C, T, Q, L, V = 2, 3, 5, 4, 3, 4, 13
 SIZES = {"embed_dim": 8, "num_heads": 2, "mlp_dim": 8}
@@ -194,7 +194,7 @@ def largest(tree):
 
 
 def test_the_reader_alone_has_no_gradient_of_the_retriever():
-  loss, metrics, grads = gradient(step.fid_loss)
+  loss, metrics, grads = gradient(objectives.fid_loss)
   nll = -jnp.sum(read(NO_FIELDS, BATCH).log_probs[:, 0], where=TARGET_MASK)
   np.testing.assert_allclose(loss, nll / TARGET_MASK.sum(), rtol=1e-5)
   assert metrics["train/loss"] == loss
@@ -207,8 +207,8 @@ def test_the_reader_alone_has_no_gradient_of_the_retriever():
 )
 def test_each_part_of_fid_learns_from_its_own_loss(kind):
   retriever = RetrieverLoss(kind=kind, temperature=2.0, weight=0.5)
-  reader, _, of_reader = gradient(step.fid_loss)
-  loss, metrics, grads = gradient(step.fid_loss, retriever=retriever)
+  reader, _, of_reader = gradient(objectives.fid_loss)
+  loss, metrics, grads = gradient(objectives.fid_loss, retriever=retriever)
   assert_same(grads["generator"], of_reader["generator"])
   given, attention = read(NO_FIELDS, BATCH, "target_log_probs"), None
   if kind == "loop":
@@ -231,10 +231,13 @@ def test_each_part_of_fid_learns_from_its_own_loss(kind):
   ("emdr2_token", losses.marginal_token_nll),
 ])  # fmt: skip
 def test_rag_is_its_generators_part_and_emdr2(kind, nll_fn):
-  _, _, expected = gradient(step.marginal_loss, nll_fn=nll_fn)
+  _, _, expected = gradient(objectives.marginal_loss, nll_fn=nll_fn)
   retriever = RetrieverLoss(kind=kind)
   _, metrics, found = gradient(
-    step.marginal_loss, nll_fn=nll_fn, constant_scores=True, retriever=retriever
+    objectives.marginal_loss,
+    nll_fn=nll_fn,
+    constant_scores=True,
+    retriever=retriever,
   )
   assert_same(found, expected)
   np.testing.assert_allclose(
@@ -244,9 +247,9 @@ def test_rag_is_its_generators_part_and_emdr2(kind, nll_fn):
 
 def test_a_retriever_that_does_not_learn_has_no_gradient():
   nll_fn = losses.marginal_token_nll
-  _, _, expected = gradient(step.marginal_loss, nll_fn=nll_fn)
+  _, _, expected = gradient(objectives.marginal_loss, nll_fn=nll_fn)
   _, _, found = gradient(
-    step.marginal_loss, nll_fn=nll_fn, constant_scores=True
+    objectives.marginal_loss, nll_fn=nll_fn, constant_scores=True
   )
   assert_same(found["generator"], expected["generator"])
   assert not largest([v for k, v in found.items() if k != "generator"])

@@ -18,7 +18,7 @@ from rag_jax.models.batch import RagBatch
 from rag_jax.models.encoders import RetrieverEncoder
 from rag_jax.models.rag import RagModel
 from rag_jax.models.rag import build_generator
-from rag_jax.training.step import fid_loss
+from rag_jax.training.objectives import fid_loss
 from rag_jax.weights.load import load_generator
 
 pytestmark = pytest.mark.parity

@@ -25,11 +25,11 @@ from rag_jax.models import partitioning
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.rag import build_model
 from rag_jax.training import step
+from rag_jax.training.objectives import marginal_loss
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.state import init_params
 from rag_jax.training.state import make_state
 from rag_jax.training.step import compile_update
-from rag_jax.training.step import marginal_loss
 
 ONE = "1x1x1"  # data x fsdp x tensor
 MESHES = [ONE, "8x1x1", "2x4x1", "2x2x2", "1x1x8"]

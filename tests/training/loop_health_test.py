@@ -14,9 +14,9 @@ from rag_jax.training.collapse import CollapseWarning
 from rag_jax.training.health import answers_in_docs
 from rag_jax.training.health import compile_utility
 from rag_jax.training.ledger import KINDS
+from rag_jax.training.objectives import marginal_loss
 from rag_jax.training.stages import make_stages
 from rag_jax.training.state import init_params
-from rag_jax.training.step import marginal_loss
 
 
 def of_train(run):

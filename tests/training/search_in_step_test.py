@@ -26,6 +26,7 @@ from rag_jax.models.batch import RagBatch
 from rag_jax.models.rag import build_model
 from rag_jax.retrieval.device import place_arrays
 from rag_jax.retrieval.device import place_tokens
+from rag_jax.training.objectives import marginal_loss
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.search_in_step import DOC_IDS
 from rag_jax.training.search_in_step import InStep
@@ -33,7 +34,6 @@ from rag_jax.training.search_in_step import StepIndex
 from rag_jax.training.state import init_params
 from rag_jax.training.state import make_state
 from rag_jax.training.step import compile_update
-from rag_jax.training.step import marginal_loss
 from rag_jax.training.step import update
 
 ONE = "1x1x1"  # data x fsdp x tensor

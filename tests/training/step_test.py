@@ -22,6 +22,7 @@ from rag_jax.models.batch import RagBatch
 from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.packing import Packing
 from rag_jax.models.rag import build_model
+from rag_jax.training import objectives
 from rag_jax.training import step as step_lib
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.state import TrainState
@@ -170,7 +171,7 @@ def test_the_marginal_loss_is_nats_a_target_token(params):
       nll = nll_per_question(out, batch, nll_fn)
       results[name] = (
         nll,
-        step_lib.marginal_loss(
+        objectives.marginal_loss(
           params,
           batch,
           jax.random.key(0),
@@ -196,7 +197,7 @@ def test_the_warm_up_adds_infilling_and_contrast(params):
   batch = make_batch(n_docs=1)
 
   def cloze(params, batch, weight):
-    return step_lib.cloze_loss(
+    return objectives.cloze_loss(
       params,
       batch,
       jax.random.key(0),
@@ -254,10 +255,10 @@ def test_the_parts_of_a_batch_add_up_to_the_whole(params, hf):
   """Gradients and metrics, though the parts have 7 and 3 target tokens."""
   if hf:
     nll_fn = losses_hf.HF_NLL_FNS["rag_sequence"]
-    loss_fn = functools.partial(step_lib.hf_loss, model=MODEL, nll_fn=nll_fn)
+    loss_fn = functools.partial(objectives.hf_loss, model=MODEL, nll_fn=nll_fn)
   else:
     loss_fn = functools.partial(
-      step_lib.marginal_loss, model=MODEL, nll_fn=losses.marginal_token_nll
+      objectives.marginal_loss, model=MODEL, nll_fn=losses.marginal_token_nll
     )
 
   @functools.partial(jax.jit, static_argnames="accumulate")
@@ -315,7 +316,7 @@ def test_groups_of_lengths_and_packed_rows_change_nothing(
       batch,
       jax.random.key(0),
       loss_fn=functools.partial(
-        step_lib.marginal_loss, model=MODEL, nll_fn=losses.marginal_token_nll
+        objectives.marginal_loss, model=MODEL, nll_fn=losses.marginal_token_nll
       ),
       optimizer=SGD,
       stage="train",
@@ -347,7 +348,7 @@ def test_every_part_of_a_batch_has_its_own_dropout(params):
   def spy(params, batch, key):
     data = jax.random.key_data(key)
     jax.debug.callback(lambda data: keys.append(data.tolist()), data)
-    return step_lib.marginal_loss(
+    return objectives.marginal_loss(
       params, batch, key, model=model, nll_fn=losses.marginal_token_nll
     )
 
@@ -367,7 +368,7 @@ def test_every_part_of_a_batch_has_its_own_dropout(params):
   [
     (
       functools.partial(
-        step_lib.marginal_loss,
+        objectives.marginal_loss,
         model=MODEL,
         nll_fn=losses.marginal_token_nll,
       ),
@@ -375,7 +376,7 @@ def test_every_part_of_a_batch_has_its_own_dropout(params):
     ),
     (
       functools.partial(
-        step_lib.cloze_loss, model=MODEL, contrastive_weight=1.0
+        objectives.cloze_loss, model=MODEL, contrastive_weight=1.0
       ),
       "warmup/loss",
     ),
@@ -413,7 +414,7 @@ class Training:
     _, layout = self._new()
     self._update = step_lib.compile_update(
       functools.partial(
-        step_lib.marginal_loss,
+        objectives.marginal_loss,
         model=model,
         nll_fn=losses.marginal_token_nll,
       ),
