@@ -457,7 +457,7 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
     ),
     (
       {"rerank__init_from": "a", "data__n_docs": 0},
-      "rerank.init_from='a' chooses documents, but data.n_docs=0 is closed book",
+      "rerank.init_from='a' chooses documents, but data.n_docs=0 is closed",
     ),
     (
       {"rerank__init_from": "a", "rerank__candidates": 3},

@@ -325,10 +325,8 @@ def test_the_reranker_can_give_the_prior(
       priors = [doc.prior for doc in answer.docs]
       exps = np.exp(expected)
       np.testing.assert_allclose(priors, exps / exps.sum(), atol=1e-5)
-      read = [
-        answer.retrieved[i] for i in ((0, 1) if choose is None else (0, 4))
-      ]
-      assert set(rows.tolist()) == set(read)
+      places = (0, 1) if choose is None else (0, 4)
+      assert set(rows.tolist()) == {answer.retrieved[i] for i in places}
 
 
 def test_of_a_single_document_the_reranker_says_which(
