@@ -107,7 +107,7 @@ def train(
       initial=initial,
     )
     logging.info("%s", banner(experiment, run.path, questions))
-    answerer = Answerer(experiment, reranker=reranker)
+    answerer = Answerer(experiment, None, reranker)
     evaluator = Evaluator(experiment, answerer)
     validation = choose(
       questions["validation"], config.eval.num_validation, config.seed

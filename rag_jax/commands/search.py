@@ -10,8 +10,8 @@ try other settings of BM25 than those of the build: the words are then indexed
 again in memory. Give them to rag-jax build-index to keep them.
 
 With --rerank=DIR, a cross-encoder reads each question together with each of the
---candidates that the mode finds, and orders them by its logits: slower than
-the first stage, and better.
+--candidates that the mode finds, and orders them by its logits. This is far
+slower than the first stage. Compiled programs are kept in ~/.cache/rag_jax.
 
 --fit_hybrid=FILE fits the weights of hybrid search to questions with known
 passages or answers, finds the best mode, and stores both with the index.
@@ -47,6 +47,7 @@ from rag_jax.search.directory import Hit
 from rag_jax.search.reranker import open_reranker
 from rag_jax.search.reranker import rerank_config
 from rag_jax.terminal import one_line
+from rag_jax.training.workdir import keep_compiled
 
 _INDEX = flags.DEFINE_string("index", None, "The directory to search.")
 _N_DOCS = flags.DEFINE_integer(
@@ -130,6 +131,7 @@ def main(argv: list[str]) -> None:
   reranker = open_reranker(rerank_config(rerank_settings(), RerankConfig()))
   if reranker is not None:
     reranker.candidates_for(_N_DOCS.value or 0)
+    keep_compiled("")
   directory = SearchDirectory(_INDEX.value or "")
   if _MODE.value != "dense":
     directory.set_words(**_words())

@@ -172,11 +172,11 @@ class Answerer:
     questions: Sequence[str],
     num_retrieved: int,
   ) -> tuple[
-    Int[np.ndarray, "B R"], Float[np.ndarray, "B D"], Float[np.ndarray, "B n"]
+    Int[np.ndarray, "B r"], Float[np.ndarray, "B R"], Float[np.ndarray, "B n"]
   ]:
-    """Returns passage numbers, reranked if there is a reranker; embeddings.
+    """Returns passage numbers, best first, question embeddings, and logits.
 
-    And the logits of the candidates, best first.
+    Without a reranker they are those of `search`, and there are no logits.
     """
     none = np.zeros((len(questions), 0), np.float32)
     if self.reranker is None:

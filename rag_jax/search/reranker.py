@@ -54,6 +54,7 @@ def rerank_config(
     config: the settings that are not given.
 
   Raises:
+    TypeError: `given` is of another type.
     ValueError: there is no such setting, or a value is not possible.
   """
   if given is None:
@@ -194,13 +195,13 @@ class Reranker:
     """Returns how many passages the first stage has to find.
 
     Raises:
-      ValueError: `n_docs` is above that number.
+      ValueError: `n_docs` is below 1, or above that number.
     """
-    if n_docs > self.config.candidates:
+    if not 1 <= n_docs <= self.config.candidates:
       raise ValueError(
         f"n_docs={n_docs} passages are asked for, of rerank.candidates="
-        f"{self.config.candidates}; expected at most as many. Raise the number"
-        " of candidates (--candidates), or ask for fewer."
+        f"{self.config.candidates}; expected at least 1, and at most as many."
+        " Raise the number of candidates (--candidates), or change n_docs."
       )
     return self.config.candidates
 
@@ -225,7 +226,7 @@ class Reranker:
       ValueError: the tokenizer cannot read a text, or a logit is not a number.
     """
     total = sum(map(len, texts)) if progress else 0
-    scores: list[Float[np.ndarray, n]] = []
+    scores: list[np.ndarray] = []
     with Progress("Reranked", total, "pairs") as shown:
       for start, end in _blocks([len(some) for some in texts]):
         block = questions[start:end], texts[start:end]
@@ -251,9 +252,10 @@ class Reranker:
     found = []
     for question, some in zip(questions, pairs, strict=True):
       values = np.array([logits[row] for row in some], np.float32)
-      if not np.isfinite(values).all():
+      wrong = values[~np.isfinite(values)]
+      if wrong.size:
         raise ValueError(
-          f"The reranker {self.config.init_from} gives {values.min()} for the"
+          f"The reranker {self.config.init_from} gives {wrong[0]} for the"
           f" question {shorten(question)}; expected a finite number. Its"
           " weights are damaged, or too large for this machine's numbers: copy"
           " them again, or give another reranker."

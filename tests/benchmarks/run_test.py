@@ -114,6 +114,7 @@ def test_a_reranker_is_measured_after_exact_and_hybrid_search(
   assert hybrid.settings == "3 candidates of hybrid search"
   assert result.inputs["reranker"] == str(where)
   assert dense.index_recalls == ()
+  assert dense.memory_bytes > exact.memory_bytes
   assert min(map(min, dense.speeds.values())) > 0
   # The slow way: the three best of exact search, by their logits.
   reranker = Reranker.open(where)

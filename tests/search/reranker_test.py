@@ -1,11 +1,17 @@
 """A cross-encoder orders what a search found, whatever the batches."""
 
 import functools
+import json
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from processes import ROOT
 import pytest
 from small_cross_encoder import POSITIONS
 from small_cross_encoder import change_tensors
@@ -102,9 +108,13 @@ def test_fewer_passages_than_candidates_are_all_read(encoder, model, tmp_path):
   assert ids_of(hits) == ["one.txt"]
 
 
-def test_more_passages_than_candidates_are_refused(built, reranker):
-  with pytest.raises(ValueError, match=r"n_docs=13 .* of rerank.candidates=12"):
-    built.search([QUESTION], 13, reranker=reranker)
+@pytest.mark.parametrize("n_docs", [13, 0])
+def test_passages_that_are_not_among_the_candidates_are_refused(
+  built, reranker, n_docs
+):
+  message = rf"n_docs={n_docs} .* of rerank\.candidates=12; expected at least 1"
+  with pytest.raises(ValueError, match=message):
+    built.search([QUESTION], n_docs, reranker=reranker)
 
 
 def test_logits_do_not_depend_on_the_batch_around_a_pair(model, texts, slow):
@@ -232,10 +242,33 @@ def test_identity_changes_with_what_changes_the_order(model, texts, tmp_path):
   assert Reranker.open(other).identity != same
 
 
-def test_the_parameters_are_on_every_device(reranker):
-  shardings = {x.sharding for x in jax.tree.leaves(reranker._params)}
-  (sharding,) = shardings
-  assert sharding.device_set == set(jax.local_devices())
-  assert reranker.memory_bytes == 4 * sum(
-    x.size for x in jax.tree.leaves(reranker._params)
+def test_four_devices_share_each_batch_and_give_the_same_logits(
+  reranker, model, texts
+):
+  code = f"""
+    import json, jax
+    from rag_jax.search.reranker import Reranker
+    reranker = Reranker.open({str(model)!r}, batch_size=6)
+    (found,) = reranker.score([{QUESTION!r}], [{texts[:9]!r}])
+    devices = {{len(x.sharding.device_set) for x in
+                jax.tree.leaves(reranker._params)}}
+    print(json.dumps([found.tolist(), sorted(devices)]))
+  """
+  done = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(code)],
+    env=os.environ
+    | {
+      "PYTHONPATH": str(ROOT),
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    },
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
   )
+  assert done.returncode == 0, done.stderr
+  found, devices = json.loads(done.stdout)
+  assert devices == [4]
+  (expected,) = reranker.score([QUESTION], [texts[:9]])
+  np.testing.assert_allclose(found, expected, atol=1e-5)
