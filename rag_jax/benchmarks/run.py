@@ -21,6 +21,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.benchmarks.machine import describe_machine
+from rag_jax.benchmarks.measure import BATCHES
 from rag_jax.benchmarks.measure import INDEX_DEPTHS
 from rag_jax.benchmarks.measure import SPEED_K
 from rag_jax.benchmarks.measure import measure
@@ -133,6 +134,11 @@ def benchmark_directory(
   inputs = {"index": os.fspath(index), "questions": os.fspath(questions)}
   if reranker is not None:
     inputs["reranker"] = settings.rerank.init_from
+    if num < max(BATCHES):
+      notes.append(
+        f"A cross-encoder reads equal pairs once, and there are {num} questions:"
+        f" with {max(BATCHES)} different ones at a time it would be slower."
+      )
   return _run(workload, of_measured, settings, inputs, notes, load)
 
 

@@ -133,7 +133,11 @@ class Reranker:
       )
     self.config = config
     loaded = load_cross_encoder(config.init_from)
-    logging.info("The reranker %s:\n%s", config.init_from, loaded.report)
+    report = loaded.report
+    logging.info(
+      "The reranker %s has %d parameters. %s",
+      *(config.init_from, report.num_parameters, "; ".join(report.notes)),
+    )
     self._tokenizer = load_tokenizer(loaded.tokenizer)
     self._template = PairTemplate.of(self._tokenizer)
     encoder = loaded.encoder

@@ -115,6 +115,7 @@ def test_a_reranker_is_measured_after_exact_and_hybrid_search(
   assert result.inputs["reranker"] == str(where)
   assert dense.index_recalls == ()
   assert dense.memory_bytes > exact.memory_bytes
+  assert any(f"there are {P} questions: with 256" in n for n in result.notes)
   assert min(map(min, dense.speeds.values())) > 0
   # The slow way: the three best of exact search, by their logits.
   reranker = Reranker.open(where)
