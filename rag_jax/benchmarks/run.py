@@ -136,8 +136,9 @@ def benchmark_directory(
     inputs["reranker"] = settings.rerank.init_from
     if num < max(BATCHES):
       notes.append(
-        f"A cross-encoder reads equal pairs once, and there are {num} questions:"
-        f" with {max(BATCHES)} different ones at a time it would be slower."
+        f"A cross-encoder reads equal pairs once, and there are {num}"
+        f" questions: with {max(BATCHES)} different ones at a time it would be"
+        " slower."
       )
   return _run(workload, of_measured, settings, inputs, notes, load)
 
