@@ -22,6 +22,11 @@ are split, embedded and indexed. Update the directory when documents change:
   for hit in hits:
     print(hit.score, hit.passage.title, hit.passage.text)
 
+A cross-encoder chooses from the candidates of a search:
+
+  reranker = rag_jax.Reranker.open("hf:cross-encoder/ms-marco-MiniLM-L6-v2")
+  hits = directory.search("who can leave?", n_docs=2, reranker=reranker)[0]
+
 A run trains retriever and generator together and measures the result. Every
 setting is a field of its `Config`. The same call again continues a run that was
 interrupted:
@@ -83,6 +88,7 @@ if TYPE_CHECKING:
   from rag_jax.decoding.rag import RagDecoder as RagDecoder
   from rag_jax.decoding.settings import GenerationSettings as GenerationSettings
   from rag_jax.search.build import BuildConfig as BuildConfig
+  from rag_jax.search.reranker import Reranker as Reranker
   from rag_jax.serving.pipeline import RagPipeline as RagPipeline
 
 __version__ = "0.1.0"
@@ -95,6 +101,7 @@ _HOMES = {
   "Question": "rag_jax.data.questions",
   "RagDecoder": "rag_jax.decoding.rag",
   "RagPipeline": "rag_jax.serving.pipeline",
+  "Reranker": "rag_jax.search.reranker",
   "SearchDirectory": "rag_jax.api.search_directory",
   "evaluate": "rag_jax.api.runs",
   "export": "rag_jax.api.checkpoints",

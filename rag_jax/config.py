@@ -315,6 +315,32 @@ class DecodingConfig(Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
+class RerankConfig(Settings):
+  """A second stage of retrieval: a cross-encoder reads question and passage.
+
+  It chooses the data.n_docs passages that are read for an answer, in
+  validation, evaluation and serving. Training steps read what the retriever
+  finds: the gradient of the marginal likelihood needs its p(z|x), and a
+  cross-encoder would have to read every candidate of every batch.
+  """
+
+  # A directory or "hf:ORG/NAME" of a cross-encoder with one label: BERT,
+  # RoBERTa, XLM-RoBERTa, DistilBERT or MPNet (...ForSequenceClassification), or
+  # a CrossEncoder of sentence-transformers. "": no second stage.
+  init_from: str = ""
+  candidates: int = number(100, least=1)  # passages of the first stage
+  # Tokens of question and passage, limited by its positions. The longer text is
+  # cut first.
+  length: int = number(512, least=8)
+  batch_size: int = number(64, least=1)  # pairs scored together
+  # What p(z|x) is, over the passages read: the softmax of the retriever's
+  # scores, with which the generator was trained, or that of the reranker's
+  # logits. Those were trained to order passages, at a scale of their own, so
+  # that their softmax is no estimate of p(z|x) unless it was calibrated.
+  prior: str = choice("retriever", "reranker")
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class EvalConfig(Settings):
   """Validation during training, and the test split at the end."""
 
@@ -383,6 +409,7 @@ class Config(Settings):
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   decoding: DecodingConfig = dataclasses.field(default_factory=DecodingConfig)
+  rerank: RerankConfig = dataclasses.field(default_factory=RerankConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
   @property

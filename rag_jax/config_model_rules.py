@@ -1,4 +1,4 @@
-"""Rules between the settings of retriever and generator.
+"""Rules between the settings of retriever, reranker and generator.
 
 In: a `Config`. Out: its problems, for config_rules.py.
 """
@@ -97,6 +97,24 @@ def _causal_problems(c: Config) -> Iterator[str]:
         f"{name}={bad!r} {why}, but generator.kind='causal' is a decoder alone."
         " Change one of them."
       )
+
+
+def rerank_problems(c: Config) -> Iterator[str]:
+  """Yields the problems of the second stage of retrieval."""
+  if not c.rerank.init_from:
+    return
+  if not c.data.n_docs:
+    yield (
+      f"rerank.init_from={c.rerank.init_from!r} chooses documents, but"
+      " data.n_docs=0 is closed book and reads none. Set rerank.init_from='',"
+      " or data.n_docs to 1 or more."
+    )
+  if c.rerank.candidates < c.data.n_docs:
+    yield (
+      f"rerank.candidates={c.rerank.candidates} passages are fewer than the"
+      f" data.n_docs={c.data.n_docs} that are read. Raise it, for instance to"
+      " 100."
+    )
 
 
 def generator_problems(c: Config) -> Iterator[str]:

@@ -19,6 +19,7 @@ from rag_jax.config import Config
 from rag_jax.config import IndexConfig
 from rag_jax.config_model_rules import encoder_problems
 from rag_jax.config_model_rules import generator_problems
+from rag_jax.config_model_rules import rerank_problems
 from rag_jax.config_models import LORA_GROUPS
 from rag_jax.config_prompts import prompt_problems
 
@@ -304,6 +305,7 @@ def _cross_problems(c: Config) -> Iterator[str]:
   """Yields the problems between settings of different sections."""
   yield from encoder_problems(c)
   yield from generator_problems(c)
+  yield from rerank_problems(c)
   if c.label_smoothing and c.generator.pointer:
     yield (
       f"label_smoothing={c.label_smoothing} smooths a softmax over the"

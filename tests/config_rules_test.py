@@ -457,6 +457,14 @@ def test_a_setting_that_does_not_exist_cannot_be_set():
       "index.bm25_path='bm25' is for index.hybrid=True. Set that, or",
     ),
     (
+      {"rerank__init_from": "a", "data__n_docs": 0},
+      "rerank.init_from='a' chooses documents, but data.n_docs=0 is closed",
+    ),
+    (
+      {"rerank__init_from": "a", "rerank__candidates": 3},
+      "rerank.candidates=3 passages are fewer than the data.n_docs=4 that are",
+    ),
+    (
       {"index__hybrid": True, "data__n_docs": 0},
       "index.hybrid=True searches documents, but data.n_docs=0 is closed book",
     ),

@@ -11,6 +11,7 @@ import textwrap
 
 from processes import ROOT
 import pytest
+from small_cross_encoder import write_cross_encoder
 from small_encoder import write_encoder
 
 import rag_jax
@@ -102,7 +103,12 @@ def folder(tiny, tmp_path, monkeypatch):
     (tmp_path / "documents").mkdir(exist_ok=True)
     (tmp_path / "documents" / name).write_text(text)
   encoder = write_encoder(tmp_path / "encoder", [*DOCUMENTS.values()] * 4)
-  monkeypatch.setattr(weights_directory, "download", lambda name: str(encoder))
+  cross = write_cross_encoder(tmp_path / "cross", [*DOCUMENTS.values()] * 4)
+
+  def download(name):
+    return str(cross if "cross-encoder" in name else encoder)
+
+  monkeypatch.setattr(weights_directory, "download", download)
   (tmp_path / "configs").mkdir()
   text = tiny.config_file.read_text().replace("  return c\n", SHORT)
   (tmp_path / "configs" / "quickstart.py").write_text(text)
@@ -159,6 +165,35 @@ def test_a_run_is_evaluated_as_it_was_at_its_end(uninterrupted, tiny):
     assert metrics == {name: results[name] for name in metrics}
   found = rag_jax.evaluate(pipeline, split="validation")
   assert found["validation/num_questions"] == 10
+
+
+def test_a_run_is_measured_with_a_cross_encoder(uninterrupted, tiny, tmp_path):
+  """Of all passages it reads the two with the best logits, whatever the run."""
+  path, asked = uninterrupted.path, tiny.split("test")[:4]
+  texts = [q.question for q in asked]
+  cross = write_cross_encoder(tmp_path / "cross", texts * 4)
+  pipeline = rag_jax.RagPipeline.load(
+    path, rerank={"init_from": cross.as_posix(), "candidates": 40}
+  )
+  assert pipeline.least_score == float("-inf")
+  passages = list(pipeline.experiment.passages)
+  read = [f"{p.title} {p.text}" for p in passages]
+  reranker = rag_jax.Reranker.open(cross)
+  for answer in pipeline.answer(texts):
+    (logits,) = reranker.score([answer.question], [read])
+    best = {passages[i].id for i in (-logits).argsort()[:2]}
+    assert {doc.id for doc in answer.docs} == best
+  metrics = rag_jax.evaluate(pipeline, asked)
+  assert metrics["test/num_questions"] == 4
+  plain = rag_jax.RagPipeline.load(path, rerank="")
+  assert plain.answerer.reranker is None
+  # Before anything is opened that takes long.
+  with pytest.raises(FileNotFoundError, match="There is no directory"):
+    rag_jax.RagPipeline.load(path, rerank=tmp_path / "missing")
+  with pytest.raises(ValueError, match=r"rerank.candidates=1 passages are few"):
+    rag_jax.RagPipeline.load(
+      path, rerank={"init_from": str(cross), "candidates": 1}
+    )
 
 
 def test_a_config_is_read_from_an_experiment_and_from_a_run(

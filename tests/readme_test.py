@@ -15,6 +15,7 @@ import tomllib
 
 from processes import ROOT
 import pytest
+from small_cross_encoder import write_cross_encoder
 from small_encoder import write_encoder
 
 from rag_jax.config import Config
@@ -47,6 +48,7 @@ CHEAP = re.compile(
   r"sed |python tools/(ask\.py --workdir|build_index|search|update_index)"
 )
 ENCODER = "hf:sentence-transformers/all-MiniLM-L6-v2"
+CROSS_ENCODER = "hf:cross-encoder/ms-marco-MiniLM-L6-v2"
 DOCUMENTS = {
   "contract.txt": "The contract ends on 31 March 2027.\n",
   "house.md": "# House\nThe house has two doors.\n",
@@ -222,6 +224,7 @@ def test_cheap_commands_run_one_after_the_other(learned, tmp_path, path):
   for file, text in DOCUMENTS.items():
     (documents / file).write_text(text)
   encoder = write_encoder(tmp_path / "encoder", [*DOCUMENTS.values()] * 4)
+  cross = write_cross_encoder(tmp_path / "cross", [*DOCUMENTS.values()] * 4)
   printed = {}
   for line in filter(CHEAP.match, commands(path)):
     if "update_index" in line:  # what came, changed and went since the build
@@ -229,7 +232,7 @@ def test_cheap_commands_run_one_after_the_other(learned, tmp_path, path):
       (documents / "contract.txt").write_text("The contract has no end.\n")
       (documents / "house.md").unlink()
     done = subprocess.run(
-      line.replace(ENCODER, str(encoder)),
+      line.replace(ENCODER, str(encoder)).replace(CROSS_ENCODER, str(cross)),
       shell=True,
       cwd=tmp_path,
       env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},

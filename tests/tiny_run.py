@@ -179,7 +179,7 @@ class Tiny:
 
     with pytest.MonkeyPatch.context() as patch, self.compiling():
       patch.setattr(runs, "open_experiment", opened)
-      patch.setattr(runs, "Answerer", lambda _: answerer)
+      patch.setattr(runs, "Answerer", lambda *_: answerer)
       patch.setattr(runs, "finish", finished)
       if not measure:
         measured = validate or find_nothing

@@ -19,6 +19,10 @@ which holds all. FAISS is measured too where it is installed (pip install
 faiss-cpu). Tuned systems are tuned with half of the questions and measured with
 the others.
 
+With --rerank=DIR a cross-encoder is measured as a second stage, after exact
+search and after hybrid search. It reads --candidates passages per question, so
+that a CPU takes minutes for some hundreds of questions.
+
 With --distributed on every host of a pod, the device index is spread over all
 chips, which search together; each host embeds a share of the questions, and
 finds by exact search what a share of them should find. The other systems are
@@ -40,13 +44,19 @@ from rag_jax.benchmarks.report import write_benchmark
 from rag_jax.benchmarks.run import BenchmarkSettings
 from rag_jax.benchmarks.run import benchmark_directory
 from rag_jax.benchmarks.run import benchmark_embeddings
+from rag_jax.benchmarks.systems import RERANKED
 from rag_jax.benchmarks.systems import SYSTEMS
 from rag_jax.commands import command
+from rag_jax.commands.model_flags import define_rerank_flags
+from rag_jax.commands.model_flags import rerank_settings
+from rag_jax.config import RerankConfig
 from rag_jax.evaluation.answers import VARIANTS
 from rag_jax.processes import first_alone
 from rag_jax.processes import is_first
+from rag_jax.search.reranker import rerank_config
 
 command.define_pod_flags()
+define_rerank_flags()
 _DEFAULT = BenchmarkSettings(systems=SYSTEMS)
 
 _INDEX = flags.DEFINE_string("index", "", "Directory of tools/build_index.py.")
@@ -58,8 +68,9 @@ _QUESTION_EMBEDDINGS = flags.DEFINE_string(
   "question_embeddings", "", ".npy, of questions."
 )
 _SYSTEMS = flags.DEFINE_list(
-  "systems", list(SYSTEMS), f"What is measured, of {', '.join(SYSTEMS)}."
-)
+  "systems", list(SYSTEMS), f"What is measured, of {', '.join(SYSTEMS)};"
+  f" --rerank adds {' and '.join(RERANKED)}.",
+)  # fmt: skip
 _OUTPUT = flags.DEFINE_string("output", "", "Directory to write.")
 _MAX = flags.DEFINE_integer(
   "max_questions", _DEFAULT.max_questions, "Measured; as many tune."
@@ -86,9 +97,17 @@ _SPEED_SECS = flags.DEFINE_float(
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
+  rerank = rerank_config(rerank_settings(), RerankConfig())
+  if rerank.init_from and not _INDEX.value:
+    raise ValueError(
+      f"--rerank={rerank.init_from} reads the texts of passages, and embeddings"
+      " have none; expected --index and --questions. Give them, or omit it."
+    )
+  added = RERANKED if rerank.init_from else ()
   settings = BenchmarkSettings(
     answers=_ANSWERS.value,
-    systems=tuple(_SYSTEMS.value or ()),
+    systems=tuple(dict.fromkeys((*(_SYSTEMS.value or ()), *added))),
+    rerank=rerank,
     max_questions=_MAX.value,
     target_recall=_TARGET.value,
     tune_secs=_TUNE_SECS.value,

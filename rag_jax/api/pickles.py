@@ -75,10 +75,16 @@ def import_any(where: str, output: str) -> Report:
     return import_checkpoint(folder, output, origin=where)
 
 
-def converted(where: str, cache: pathlib.Path) -> str:
+def converted(where: str, cache: pathlib.Path, *, as_is: bool = False) -> str:
   """Returns `where`, or a copy in `cache` if its only weights are a pickle.
 
   A checkpoint is converted once, unless one of its files changes.
+
+  Args:
+    where: a directory or a name of the hub.
+    cache: where copies are kept.
+    as_is: True copies the checkpoint with safetensors in place of the pickle,
+      as a cross-encoder is read; False makes a model directory of ours.
   """
   directory = _pickled(where)
   if directory is None:
@@ -87,8 +93,9 @@ def converted(where: str, cache: pathlib.Path) -> str:
   # The files of the checkpoint by name, size and time of change.
   files = [os.path.realpath(directory.path), *file_states(directory.path)]
   state = artifacts.fingerprint_lines(files)[:16]
-  output = cache / f"{name[-60:].strip('.')}-{state}"
-  if not (output / artifacts.MANIFEST).exists():
+  kind = "-as-is" if as_is else ""
+  output = cache / f"{name[-60:].strip('.')}-{state}{kind}"
+  if not (output if as_is else output / artifacts.MANIFEST).exists():
     logging.warning(
       "The only weights of %s are a pickle: they are converted once, into %s.",
       *(where, output),
@@ -96,7 +103,11 @@ def converted(where: str, cache: pathlib.Path) -> str:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".import", dir=cache) as folder:
       made = pathlib.Path(folder) / "model"
-      import_any(where, os.fspath(made))
+      if as_is:
+        made.mkdir()
+        _write_safetensors(directory, made)
+      else:
+        import_any(where, os.fspath(made))
       if not output.exists():  # otherwise another process was faster
         os.replace(made, output)
   return os.fspath(output)

@@ -28,6 +28,7 @@ from rag_jax.decoding.answerer import Answerer
 from rag_jax.evaluation.evaluate import Evaluator
 from rag_jax.evaluation.evaluate import choose
 from rag_jax.evaluation.results import finish
+from rag_jax.search.reranker import open_reranker
 from rag_jax.serving.pipeline import RagPipeline
 from rag_jax.training import loop
 from rag_jax.training.banner import banner
@@ -87,6 +88,12 @@ def train(
   if resume_from is not None:
     check_type("resume_from", resume_from, int, "the step of a checkpoint")
   config, initial = load_initial(validate(config), overridden)
+  reranker = open_reranker(config.rerank)
+  if reranker is not None:
+    logging.info(
+      "The reranker chooses documents in validation, in the test and for"
+      " answers. Training steps read what the retriever finds."
+    )
   with open_workdir(
     path, config, process_index=jax.process_index(), resume_from=resume_from
   ) as run:
@@ -100,7 +107,8 @@ def train(
       initial=initial,
     )
     logging.info("%s", banner(experiment, run.path, questions))
-    evaluator = Evaluator(experiment, Answerer(experiment))
+    answerer = Answerer(experiment, None, reranker)
+    evaluator = Evaluator(experiment, answerer)
     validation = choose(
       questions["validation"], config.eval.num_validation, config.seed
     )

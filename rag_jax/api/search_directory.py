@@ -21,6 +21,7 @@ from rag_jax.search.changes import UpdateReport
 from rag_jax.search.compact import compact_search_directory
 from rag_jax.search.directory import Hit
 from rag_jax.search.directory import OpenedDirectory
+from rag_jax.search.reranker import Reranker
 from rag_jax.search.update import update_search_directory
 
 _PATH = "a directory that SearchDirectory.build wrote, such as 'runs/documents'"
@@ -118,6 +119,7 @@ class SearchDirectory(OpenedDirectory):
     *,
     mode: str = "dense",
     filters: Sequence[str] = (),
+    reranker: Reranker | None = None,
   ) -> list[list[Hit]]:
     """Returns, for each question, the best passages, best first.
 
@@ -129,18 +131,23 @@ class SearchDirectory(OpenedDirectory):
         both, with the weights that `fit_hybrid` found, or else by reciprocal
         ranks; "best": the best mode according to `fit_hybrid`, or else "dense".
       filters: on the metadata of passages: "lang=en", "year>=1999".
+      reranker: a `rag_jax.Reranker`, which chooses from its `candidates` that
+        the mode finds; the scores are then its logits. None: no second stage.
 
     Raises:
-      ValueError: `n_docs` is below 1, a question is empty, a filter is not
-        understood, or there is no such mode.
+      ValueError: `n_docs` is below 1 or above the candidates, a question is
+        empty, a filter is not understood, or there is no such mode.
       TypeError: an argument is of another type.
     """
     check_type("n_docs", n_docs, int, "a number of passages, such as 5")
+    if reranker is not None:
+      check_type("reranker", reranker, Reranker, "rag_jax.Reranker.open(...)")
     return super().search(
       texts_of("questions", questions),
       n_docs,
       mode=mode,
       filters=texts_of("filters", filters),
+      reranker=reranker,
     )
 
   def update(

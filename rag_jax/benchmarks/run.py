@@ -21,6 +21,7 @@ import numpy as np
 
 from rag_jax import artifacts
 from rag_jax.benchmarks.machine import describe_machine
+from rag_jax.benchmarks.measure import BATCHES
 from rag_jax.benchmarks.measure import INDEX_DEPTHS
 from rag_jax.benchmarks.measure import SPEED_K
 from rag_jax.benchmarks.measure import measure
@@ -29,6 +30,7 @@ from rag_jax.benchmarks.systems import Sample
 from rag_jax.benchmarks.systems import Workload
 from rag_jax.benchmarks.systems import build_systems
 from rag_jax.benchmarks.systems import needs_tuning
+from rag_jax.config import RerankConfig
 from rag_jax.config_rules import check_choice
 from rag_jax.corpus.passages import Passages
 from rag_jax.corpus.twins import Twins
@@ -42,6 +44,7 @@ from rag_jax.evaluation.regex_answers import check_patterns
 from rag_jax.processes import share
 from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.search.directory import OpenedDirectory
+from rag_jax.search.reranker import open_reranker
 
 _SEED = 0  # of the split into tuning and measured questions
 
@@ -50,7 +53,7 @@ _SEED = 0  # of the split into tuning and measured questions
 class BenchmarkSettings:
   """The systems to measure, and how long."""
 
-  systems: tuple[str, ...]  # of systems.SYSTEMS
+  systems: tuple[str, ...]  # of systems.SYSTEMS and systems.RERANKED
   max_questions: int = 1000  # to measure with, and as many again to tune with
   target_recall: float = 0.99  # index_recall@10 that systems are tuned to
   tune_secs: float = 120.0  # time limit of ScaNN's tuner
@@ -60,6 +63,8 @@ class BenchmarkSettings:
   # are themselves documents, as in BEIR's ArguAna and Quora.
   drop_own_id: bool = False
   answers: str = "multilingual"  # how they are found in text; of VARIANTS
+  # The cross-encoder of systems.RERANKED; without init_from, there is none.
+  rerank: RerankConfig = dataclasses.field(default_factory=RerankConfig)
 
 
 def benchmark_directory(
@@ -89,6 +94,7 @@ def benchmark_directory(
     for question in asked:
       where = f"{questions}: question {question.id!r}"
       check_patterns(question.answers, where)
+  reranker = open_reranker(settings.rerank)
   directory = OpenedDirectory(index)
   measured, tuning = _split(len(asked), settings)
   chosen = [asked[row] for row in (*measured, *tuning)]
@@ -116,6 +122,8 @@ def benchmark_directory(
     index=directory.index,
     bm25=directory.bm25,
     bm25_bytes=bm25_bytes,
+    passages=directory.passages,
+    reranker=reranker,
   )
   of_measured = dataclasses.replace(
     known,
@@ -124,6 +132,14 @@ def benchmark_directory(
     own=known.own[:num],
   )
   inputs = {"index": os.fspath(index), "questions": os.fspath(questions)}
+  if reranker is not None:
+    inputs["reranker"] = settings.rerank.init_from
+    if num < max(BATCHES):
+      notes.append(
+        f"A cross-encoder reads equal pairs once, and there are {num}"
+        f" questions: with {max(BATCHES)} different ones at a time it would be"
+        " slower."
+      )
   return _run(workload, of_measured, settings, inputs, notes, load)
 
 

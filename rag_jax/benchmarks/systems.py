@@ -1,7 +1,7 @@
 """Builds the retrieval systems that a benchmark compares.
 
-In: passage embeddings, a BM25 index if there is one, and questions. Out:
-`System`s that return passages for the number of a question.
+In: passage embeddings, a BM25 index and a reranker if there are, and questions.
+Out: `System`s that return passages for the number of a question.
 
 On a pod, the device index is searched by all processes together, on all chips.
 The others are indexes of one host, which the first process has alone.
@@ -21,6 +21,7 @@ import numpy as np
 
 from rag_jax.benchmarks import faiss_systems
 from rag_jax.config import IndexConfig
+from rag_jax.corpus.passages import Passages
 from rag_jax.models.hybrid import HybridWeights
 from rag_jax.processes import is_first
 from rag_jax.retrieval import scann
@@ -35,13 +36,17 @@ from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import build_index
 from rag_jax.retrieval.tuner import TunerSettings
 from rag_jax.retrieval.tuner import tune
+from rag_jax.search.reranker import Reranker
 
 # "index" is the one in the directory, as it was built.
 SYSTEMS = (
   "index", "exact", "scann", "tuned", "device", "bm25", "hybrid", "learned",
   "faiss",
 )  # fmt: skip
-_OF_WORDS = ("bm25", "hybrid", "learned")
+# With a cross-encoder after exact search, and after that of both by ranks.
+RERANKED = ("reranked", "hybrid_reranked")
+_ALL = (*SYSTEMS, *RERANKED)
+_OF_WORDS = ("bm25", "hybrid", "learned", "hybrid_reranked")
 _TUNING = ("tuned", "learned")  # what needs questions of its own
 _COLLECTIVE = ("device",)  # what all processes of a pod search together
 
@@ -100,6 +105,8 @@ class Workload:
     index: of the search directory, if one was given.
     bm25: of the same passages.
     bm25_bytes: its size.
+    passages: their texts, for the reranker.
+    reranker: the second stage; None: it is not measured.
   """
 
   embeddings: Float[np.ndarray, "P R"]
@@ -109,6 +116,8 @@ class Workload:
   index: Index | None = None
   bm25: Bm25Index | None = None
   bm25_bytes: int = 0
+  passages: Passages | None = None
+  reranker: Reranker | None = None
 
 
 def needs_tuning(names: Collection[str]) -> bool:
@@ -128,7 +137,7 @@ def build_systems(
   """Builds the systems to measure; of a host, in the first process alone.
 
   Args:
-    names: of SYSTEMS.
+    names: of SYSTEMS and RERANKED.
     workload: the same for all systems.
     target_recall: index_recall_at_k that "tuned" and FAISS are tuned to.
     tune_secs: time limit of the tuner.
@@ -139,11 +148,11 @@ def build_systems(
     ValueError: one of `names` is no system, none can be measured, or there are
       no questions to tune with.
   """
-  unknown = sorted(set(names) - set(SYSTEMS))
+  unknown = sorted(set(names) - set(_ALL))
   if unknown or not names:
     raise ValueError(
       f"systems={unknown or list(names)} cannot be measured; expected one or"
-      f" more of {list(SYSTEMS)}. Correct them."
+      f" more of {list(_ALL)}. Correct them."
     )
   if needs_tuning(names) and len(workload.tuning.embeddings) < 3:
     raise ValueError(
@@ -153,7 +162,7 @@ def build_systems(
     )
   builder = _Builder(workload, target_recall, tune_secs, k, notes)
   systems: list[System] = []
-  for name in [name for name in SYSTEMS if name in names]:
+  for name in [name for name in _ALL if name in names]:
     if name not in _COLLECTIVE and not is_first():
       continue
     problem = _problem(name, workload)
@@ -174,6 +183,10 @@ def _problem(name: str, workload: Workload) -> str:
   """Returns why a system cannot be measured here, or ""."""
   if name in _OF_WORDS and workload.bm25 is None:
     return "it searches words, and there are none, only embeddings"
+  if name in RERANKED and (
+    workload.reranker is None or workload.passages is None
+  ):
+    return "there is no cross-encoder, or there are only embeddings"
   if name == "learned" and workload.relevant is None:
     return "neither answers nor passages of use are known of the questions"
   if name == "index" and workload.index is None:
@@ -184,7 +197,7 @@ def _problem(name: str, workload: Workload) -> str:
 
 
 class _Builder:
-  """Builds systems; a method for each of SYSTEMS."""
+  """Builds systems; a method for each of SYSTEMS and RERANKED."""
 
   def __init__(
     self,
@@ -311,6 +324,31 @@ class _Builder:
           build_secs=built.build_secs,
           memory_bytes=built.memory_bytes,
         )
+
+  def reranked(self) -> Iterator[System]:
+    (exact,) = self.exact()
+    yield self._reranked(exact, "exact search")
+
+  def hybrid_reranked(self) -> Iterator[System]:
+    (hybrid,) = self.hybrid()
+    yield self._reranked(hybrid, "hybrid search")
+
+  def _reranked(self, first: System, name: str) -> System:
+    reranker, passages = self._workload.reranker, self._workload.passages
+    texts = self._workload.measured.texts
+    assert reranker is not None
+    assert passages is not None
+    candidates = reranker.config.candidates
+
+    def search(rows: np.ndarray, k: int) -> np.ndarray:
+      found = first.search(rows, min(max(k, candidates), len(passages)))
+      asked = [texts[int(row)] for row in rows]
+      best, _ = reranker.rank(asked, found[:, :candidates], passages)
+      return np.concatenate([best, found[:, candidates:]], axis=1)[:, :k]
+
+    memory = first.memory_bytes + reranker.memory_bytes
+    settings = f"{candidates} candidates of {name}"
+    return self._of_words("cross-encoder", settings, search, memory)
 
   def _build(self, config: IndexConfig, mesh: Mesh | None = None) -> Index:
     logging.info("Building an index of kind %r.", config.kind)

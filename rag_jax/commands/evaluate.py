@@ -206,6 +206,8 @@ def main(argv: list[str]) -> None:
   identity = _identity(
     pipeline, asked, n_docs=n_docs, num_retrieved=most, answers=variant
   )
+  if pipeline.answerer.reranker is not None:
+    identity["rerank"] = pipeline.answerer.reranker.identity
   if labels:
     identity["labels"] = labels
     pipeline.answerer.encode_labels(labels)  # or refuses them, before all else

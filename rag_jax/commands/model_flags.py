@@ -1,4 +1,4 @@
-"""The flags that name a model and questions, and what they name.
+"""The flags that name a model, a reranker and questions, and what they name.
 
 In: the command line. Out: a `RagPipeline`, of a run or of a RAG checkpoint; and
 questions with their answers.
@@ -6,11 +6,13 @@ questions with their answers.
 
 import os
 import pathlib
+from typing import Any
 
 from absl import flags
 
 from rag_jax.api import pickles
 from rag_jax.api.runs import questions_of
+from rag_jax.config import RerankConfig
 from rag_jax.data.questions import SPLITS
 from rag_jax.data.questions import Question
 from rag_jax.decoding.rag import MODES
@@ -53,6 +55,54 @@ def define_model_flags() -> None:
   flags.DEFINE_string(
     "cache_dir", "", "Where compiled programs are kept; '': in ~/.cache."
   )
+  define_rerank_flags()
+  flags.DEFINE_enum(
+    "rerank_prior", None, ["retriever", "reranker"],
+    "Whose scores give p(z|x); by default as in the run, or the retriever's.",
+  )  # fmt: skip
+
+
+def define_rerank_flags() -> None:
+  """Defines the flags of the second stage of retrieval."""
+  flags.DEFINE_string(
+    "rerank", None, "A cross-encoder that chooses from the candidates: a"
+    " directory, or hf:ORG/NAME. '': none; by default as in the run, if any.",
+  )  # fmt: skip
+  flags.DEFINE_integer(
+    "candidates", None, "With --rerank, passages of the first stage; by default"
+    f" {RerankConfig().candidates}.",
+  )  # fmt: skip
+  flags.DEFINE_integer(
+    "rerank_length", None, "With --rerank, tokens of question and passage that"
+    f" are read; by default {RerankConfig().length}.",
+  )  # fmt: skip
+
+
+def rerank_settings() -> dict[str, Any] | None:
+  """Returns what the flags say of the reranker; None: nothing.
+
+  A checkpoint whose only weights are a pickle is converted.
+  """
+  names = {
+    "rerank": "init_from", "candidates": "candidates",
+    "rerank_length": "length", "rerank_prior": "prior",
+  }  # fmt: skip
+  values = flags.FLAGS.flag_values_dict()
+  given = {
+    setting: values[flag]
+    for flag, setting in names.items()
+    if values.get(flag) is not None
+  }
+  if given.get("init_from"):
+    where = os.path.expanduser(given["init_from"])
+    given["init_from"] = pickles.converted(where, _converted(), as_is=True)
+  return given or None
+
+
+def _converted() -> pathlib.Path:
+  """Returns the folder of converted checkpoints."""
+  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+  return cache.expanduser() / "rag_jax" / "converted"
 
 
 def define_question_flags(num_questions: int) -> flags.FlagHolder[int]:
@@ -117,10 +167,11 @@ def open_pipeline(corpus: str = "") -> RagPipeline:
     )
   generation = {"num_beams": beams} if beams else {}
   corpus = corpus or flags.FLAGS.corpus or ""
+  rerank = rerank_settings()
   if workdir:
     keep_compiled(flags.FLAGS.cache_dir or "")
     return RagPipeline.load(
-      workdir, corpus=corpus, mode=mode, generation=generation
+      workdir, corpus=corpus, mode=mode, generation=generation, rerank=rerank
     )
   passages_of = flags.FLAGS.passage_encoder or ""
   if not corpus:
@@ -128,15 +179,13 @@ def open_pipeline(corpus: str = "") -> RagPipeline:
       f"--model={model} has no passages of its own; expected --corpus: a folder"
       " or file to answer from, or what rag-jax build-index wrote."
     )
-  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-  cache = cache.expanduser() / "rag_jax"
   keep_compiled(flags.FLAGS.cache_dir or "")
-  model = pickles.converted(os.path.expanduser(model), cache / "converted")
+  model = pickles.converted(os.path.expanduser(model), _converted())
   if not (passages_of or is_search_directory(corpus)):
     passages_of = default_passage_encoder(model)
   if passages_of:
     passages_of = pickles.converted(
-      os.path.expanduser(passages_of), cache / "converted"
+      os.path.expanduser(passages_of), _converted()
     )
   return RagPipeline.from_checkpoint(
     model,
@@ -145,4 +194,5 @@ def open_pipeline(corpus: str = "") -> RagPipeline:
     mode=mode,
     generation=generation,
     hf_parity=flags.FLAGS.hf_parity,
+    rerank=rerank,
   )

@@ -9,6 +9,10 @@ such metadata; give it once per condition. --stemmer, --stop_words, --k1 and --b
 try other settings of BM25 than those of the build: the words are then indexed
 again in memory. Give them to rag-jax build-index to keep them.
 
+With --rerank=DIR, a cross-encoder reads each question together with each of the
+--candidates that the mode finds, and orders them by its logits. This is far
+slower than the first stage. Compiled programs are kept in ~/.cache/rag_jax.
+
 --fit_hybrid=FILE fits the weights of hybrid search to questions with known
 passages or answers, finds the best mode, and stores both with the index.
 --mode=best uses that mode.
@@ -27,6 +31,9 @@ from absl import logging
 
 from rag_jax.api.search_directory import SearchDirectory
 from rag_jax.commands import command
+from rag_jax.commands.model_flags import define_rerank_flags
+from rag_jax.commands.model_flags import rerank_settings
+from rag_jax.config import RerankConfig
 from rag_jax.corpus.passages import Passage
 from rag_jax.evaluation.search_modes import fit_search_modes
 from rag_jax.processes import first_alone
@@ -37,7 +44,10 @@ from rag_jax.retrieval.filters import describe_metadata
 from rag_jax.retrieval.filters import parse_conditions
 from rag_jax.search.directory import MODES
 from rag_jax.search.directory import Hit
+from rag_jax.search.reranker import open_reranker
+from rag_jax.search.reranker import rerank_config
 from rag_jax.terminal import one_line
+from rag_jax.training.workdir import keep_compiled
 
 _INDEX = flags.DEFINE_string("index", None, "The directory to search.")
 _N_DOCS = flags.DEFINE_integer(
@@ -50,6 +60,7 @@ _FILTER = flags.DEFINE_multi_string(
 _FIT_HYBRID = flags.DEFINE_string("fit_hybrid", "", command.FIT_HYBRID)
 _words = command.define_word_flags()
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object per question.")
+define_rerank_flags()
 command.define_pod_flags()
 flags.mark_flag_as_required("index")
 
@@ -117,6 +128,10 @@ def main(argv: list[str]) -> None:
       return
   if not questions:
     raise ValueError("Give a question, or - to read them from a pipe.")
+  reranker = open_reranker(rerank_config(rerank_settings(), RerankConfig()))
+  if reranker is not None:
+    reranker.candidates_for(_N_DOCS.value or 0)
+    keep_compiled("")
   directory = SearchDirectory(_INDEX.value or "")
   if _MODE.value != "dense":
     directory.set_words(**_words())
@@ -124,7 +139,11 @@ def main(argv: list[str]) -> None:
 
   def search(some: Sequence[str]) -> list[str]:
     found = directory.search(
-      list(some), _N_DOCS.value, mode=_MODE.value, filters=filters
+      list(some),
+      _N_DOCS.value,
+      mode=_MODE.value,
+      filters=filters,
+      reranker=reranker,
     )
     if filters and not any(found):
       conditions = parse_conditions(filters)

@@ -16,6 +16,8 @@ from jaxtyping import Float, Int, PyTree
 import numpy as np
 
 from rag_jax.data.experiment import Experiment
+from rag_jax.decoding.posteriors import explain_docs
+from rag_jax.decoding.posteriors import log_softmax
 from rag_jax.decoding.rag import RagDecoder
 from rag_jax.decoding.ranking import Generated
 from rag_jax.decoding.settings import GenerationSettings
@@ -32,6 +34,8 @@ from rag_jax.processes import to_host
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.retriever import find_docs
 from rag_jax.retrieval.retriever import padded_length
+from rag_jax.search.reranker import Reranker
+from rag_jax.search.reranker import open_reranker
 from rag_jax.weights.generation_settings import settings_of
 
 # Questions of up to this many tokens are padded to one length, so that one
@@ -47,7 +51,8 @@ class AnswerDoc:
   title: str
   text: str
   # Inner product of question and passage; with index.hybrid, the weighted sum
-  # of it and the BM25 score.
+  # of it and the BM25 score; with rerank.prior="reranker", and in the mode
+  # "single" with any reranker, its logit.
   score: float
   prior: float  # p(z|x), over the documents read
   # p(z|x,y), if one document explains the whole answer. In the modes "fid" and
@@ -67,23 +72,37 @@ class Answer:
   token_log_probs: tuple[float, ...]  # nats
   docs: tuple[AnswerDoc, ...]  # best prior first; empty for closed book
   question_cut: bool  # it was longer than the encoder or generator reads
-  retrieved: tuple[int, ...]  # passage numbers, including those not read
+  # Passage numbers, best first, including those not read.
+  retrieved: tuple[int, ...]
   # Each label and its probability among them, the most likely first; (): the
   # answer was written, not chosen.
   labels: tuple[tuple[str, float], ...] = ()
 
 
 class Answerer:
-  """Retrieves, reads and writes, in batches of one shape."""
+  """Retrieves, reads and writes, in batches of one shape.
 
-  def __init__(self, experiment: Experiment, decoder: RagDecoder | None = None):
+  Attributes:
+    reranker: chooses the documents from those that are retrieved; None: they
+      are the first.
+  """
+
+  def __init__(
+    self,
+    experiment: Experiment,
+    decoder: RagDecoder | None = None,
+    reranker: Reranker | None = None,
+  ):
     """Prepares to answer.
 
     Args:
       experiment: its passages are read.
       decoder: writes the answers; None means the decoder that the config of
         the experiment describes.
+      reranker: None means the one that the config names, if any.
     """
+    config = experiment.config
+    self.reranker = reranker or open_reranker(config.rerank)
     self._tokenizer = experiment.tokenizer
     self._passages = experiment.passages
     self._context = experiment.context
@@ -91,7 +110,6 @@ class Answerer:
     self._bm25 = experiment.bm25
     self._mesh = experiment.mesh
     self._decode = decoder or make_decoder(experiment)
-    config = experiment.config
     is_prompt = config.data.context_style == "prompt"
     self._stop = config.prompt.stop if is_prompt else ""
 
@@ -119,7 +137,10 @@ class Answerer:
     questions: Sequence[str],
     n_docs: int,
   ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B R"]]:
-    """Returns the passage numbers of each question, and its embedding."""
+    """Returns the passage numbers of each question, and its embedding.
+
+    They are those of the retriever alone, best first.
+    """
     embeddings = self.embed(params, questions)
     rows = self._rows(index, len(questions))
     found = find_docs(
@@ -131,6 +152,45 @@ class Answerer:
       n_docs,
     )
     return self._join(found, rows, len(questions)), embeddings
+
+  @property
+  def _scored_by_reranker(self) -> bool:
+    """Whether the scores of documents are logits.
+
+    In the mode "single" they say which document is read, and nothing else.
+    """
+    if self.reranker is None:
+      return False
+    return (
+      self.reranker.config.prior == "reranker" or self._decode.mode == "single"
+    )
+
+  def _retrieve(
+    self,
+    params: PyTree,
+    index: Index,
+    questions: Sequence[str],
+    num_retrieved: int,
+  ) -> tuple[
+    Int[np.ndarray, "B r"], Float[np.ndarray, "B R"], Float[np.ndarray, "B n"]
+  ]:
+    """Returns passage numbers, best first, question embeddings, and logits.
+
+    Without a reranker they are those of `search`, and there are no logits.
+    """
+    none = np.zeros((len(questions), 0), np.float32)
+    if self.reranker is None:
+      return *self.search(params, index, questions, num_retrieved), none
+    n = min(self.reranker.config.candidates, len(self._passages))
+    num, depth = len(questions), max(n, num_retrieved)
+    found, embeddings = self.search(params, index, questions, depth)
+    spread = self._is_spread(num)
+    rows = process_rows(self._mesh, num) if spread else np.arange(num)
+    asked = [questions[int(row)] for row in rows]
+    ranked = self.reranker.rank(asked, found[rows, :n], self._passages)
+    ids, logits = (self._join(part, rows, num) for part in ranked)
+    ids = np.concatenate([ids, found[:, n:]], axis=1)
+    return ids[:, :num_retrieved], embeddings, logits
 
   def _rows(self, index: Index, num_rows: int) -> Int[np.ndarray, "b"]:
     """Returns the rows of a batch that this process searches for."""
@@ -214,8 +274,11 @@ class Answerer:
         p(y|x) with its end token; (): an answer is written.
 
     Raises:
-      ValueError: labels are fewer than 2, the same, or too long.
+      ValueError: labels are fewer than 2, the same, or too long; or `n_docs` is
+        above the candidates of the reranker.
     """
+    if self.reranker is not None and index is not None:
+      self.reranker.candidates_for(n_docs)
     encoded = self.encode_labels(labels) if labels else {}
     answers = []
     for start in range(0, len(questions), batch_size):
@@ -322,9 +385,17 @@ class Answerer:
       retrieved = doc_ids = np.zeros((batch_size, 0), np.int32)
       doc_scores = np.zeros((batch_size, 1), np.float32)
     else:
-      retrieved, embeddings = self.search(params, index, filled, num_retrieved)
+      retrieved, embeddings, logits = self._retrieve(
+        params, index, filled, num_retrieved
+      )
       doc_ids = (choose_docs or (lambda docs: docs[:, :n_docs]))(retrieved)
-      doc_scores = self._score(params, index, filled, embeddings, doc_ids)
+      if not self._scored_by_reranker:
+        doc_scores = self._score(params, index, filled, embeddings, doc_ids)
+      elif choose_docs is None:
+        doc_scores = logits[:, :n_docs]
+      else:
+        assert self.reranker is not None
+        doc_scores = self.reranker.logits(filled, doc_ids, self._passages)
     contexts, mask = self._context.contexts(context_ids, doc_ids)
     batch: Any = doc_scores, contexts, mask
     if on_text is None:
@@ -342,7 +413,7 @@ class Answerer:
       to_host(x)[:, 0]  # the best of each question
       for x in (out.tokens, out.lengths, out.log_probs, out.token_log_probs)
     )
-    explained = _explain(doc_scores, given, self._decode.mode)
+    explained = explain_docs(doc_scores, given, self._decode.mode)
     answers = []
     for b, question in enumerate(questions):
       size = int(lengths[b])
@@ -384,7 +455,7 @@ def _by_label(
   tokens, lengths, log_probs = (
     to_host(x) for x in (out.tokens, out.lengths, out.log_probs)
   )
-  probs = np.exp(_log_softmax(log_probs, axis=1))
+  probs = np.exp(log_softmax(log_probs, axis=1))
   return [
     tuple(
       (labels[tuple(ids[:size].tolist())], float(p))
@@ -418,55 +489,3 @@ def make_decoder(experiment: Experiment) -> RagDecoder:
   return RagDecoder(
     generator, settings, config.loss if mode == "auto" else mode
   )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Explained:
-  prior: np.ndarray  # [B, K] p(z|x)
-  posterior: np.ndarray  # [B, K] p(z | x, y)
-  token_posterior: np.ndarray  # [B, K, T] p(z | x, y_t), of each token alone
-  token_log_probs: np.ndarray  # [B, T] log p(y_t | x, y_<t)
-
-
-def _explain(
-  doc_scores: Float[np.ndarray, "B K"],
-  given: Float[np.ndarray, "B k T"],
-  mode: str,
-) -> _Explained:
-  """Returns how much of an answer each document explains.
-
-  Computed by numpy: JAX would compile a program per shape, for a few hundred
-  numbers.
-
-  Args:
-    doc_scores: their softmax is the prior.
-    given: log p(y_t | x, z, y_<t); k = 1 if the decoder read one context.
-    mode: of the decoder.
-  """
-  log_prior = _log_softmax(doc_scores, axis=1)  # B K
-  num_docs = log_prior.shape[1]
-  if given.shape[1] != num_docs:
-    prior = np.exp(log_prior)
-    posterior = prior
-    if mode == "single":
-      posterior = np.eye(num_docs)[np.argmax(doc_scores, axis=1)]
-    shape = (*prior.shape, given.shape[2])
-    by_token = np.broadcast_to(posterior[..., None], shape)
-    return _Explained(prior, posterior, by_token, given[:, 0])
-  joint = log_prior[..., None] + given
-  so_far = log_prior[..., None] + np.cumsum(given, axis=2)  # B K T
-  if mode == "rag_token":
-    token_log_probs = np.logaddexp.reduce(joint, axis=1)
-  else:  # log p(y_t|x,y_<t): documents weighted by how well they explain y_<t
-    until = np.logaddexp.reduce(so_far, axis=1)
-    token_log_probs = np.diff(until, axis=1, prepend=0.0)
-  return _Explained(
-    prior=np.exp(log_prior),
-    posterior=np.exp(_log_softmax(so_far[..., -1], axis=1)),
-    token_posterior=np.exp(_log_softmax(joint, axis=1)),
-    token_log_probs=token_log_probs,
-  )
-
-
-def _log_softmax(x: np.ndarray, axis: int) -> np.ndarray:
-  return x - np.logaddexp.reduce(x, axis=axis, keepdims=True)

@@ -64,6 +64,7 @@ class RetrieverEncoder(nn.Module):
     tokens: Int[Array, "N L"],
     mask: Bool[Array, "N L"],  # True on real tokens
     deterministic: bool = True,
+    token_types: Int[Array, "N L"] | None = None,  # None: the first
   ) -> Float[Array, "N R"]:
     """Returns one float32 embedding per row."""
     c = self.config
@@ -81,7 +82,7 @@ class RetrieverEncoder(nn.Module):
     x = x.astype(self.dtype)  # N L D
     drop = nn.Dropout(c.dropout)
     if c.num_layers:
-      x = self._enter(x, embed)
+      x = self._enter(x, embed, token_types)
     x = drop(x, deterministic=deterministic)
     x = constrain(x, "batch", "length", "embed")
     layers = [
@@ -120,7 +121,10 @@ class RetrieverEncoder(nn.Module):
     return make_norm(layer_config(self.config), dtype=self.dtype, name=name)
 
   def _enter(
-    self, x: Float[Array, "N L D"], embed: Callable[..., nn.Embed]
+    self,
+    x: Float[Array, "N L D"],
+    embed: Callable[..., nn.Embed],
+    token_types: Int[Array, "N L"] | None,
   ) -> Float[Array, "N L D"]:
     """Returns the input of the first layer, before dropout."""
     c, length = self.config, x.shape[1]
@@ -133,8 +137,10 @@ class RetrieverEncoder(nn.Module):
         c.max_positions + c.position_offset, name="position_embedding"
       )(c.position_offset + jnp.arange(length)).astype(self.dtype)
     if c.num_token_types:
+      if token_types is None:
+        token_types = jnp.zeros(x.shape[:2], jnp.int32)
       x += embed(c.num_token_types, name="token_type_embedding")(
-        jnp.zeros(x.shape[:2], jnp.int32)
+        token_types
       ).astype(self.dtype)
     return self._norm("embedding_norm")(x) if c.embedding_norm else x
 

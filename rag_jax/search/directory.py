@@ -51,6 +51,7 @@ from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import Embedder
 from rag_jax.search import versions
+from rag_jax.search.reranker import Reranker
 from rag_jax.search.text_encoder import TextEncoder
 from rag_jax.search.text_encoder import load_saved_encoder
 from rag_jax.search.updated_passages import UpdatedPassages
@@ -301,12 +302,16 @@ class OpenedDirectory:
     *,
     mode: str = "dense",
     filters: Sequence[str] = (),
+    reranker: Reranker | None = None,
   ) -> list[list[Hit]]:
     """Returns the best passages of each question, best first.
 
     Arguments and errors as in `rag_jax.SearchDirectory.search`.
     """
     version = self.version
+    depth = n_docs
+    if reranker is not None:
+      depth = reranker.candidates_for(n_docs)
     conditions = parse_conditions(filters)
 
     def same_text(row: int, passage: Passage) -> list[Passage]:
@@ -322,9 +327,14 @@ class OpenedDirectory:
       version.passages,
       conditions,
       num_questions=len(questions),
-      n_docs=n_docs,
+      n_docs=depth,
       wanted=wanted if conditions else None,
     )
+    if reranker is not None:
+      ids, scores = reranker.rank(
+        questions, ids, version.passages, progress=True
+      )
+      ids, scores = ids[:, :n_docs], scores[:, :n_docs]
     found = []
     for rows, best in zip(ids, scores, strict=True):
       rows = rows[rows >= 0].tolist()

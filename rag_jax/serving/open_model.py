@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 from rag_jax import artifacts
 from rag_jax.config import Config
 from rag_jax.config import MeshConfig
+from rag_jax.config import RerankConfig
 from rag_jax.config_models import EncoderConfig
 from rag_jax.config_models import GeneratorConfig
 from rag_jax.corpus.passage_reader import is_passages
@@ -123,6 +124,7 @@ def open_model(
   mode: str = "",
   generation: Mapping[str, Any] | None = None,
   hf_parity: bool = True,
+  rerank: RerankConfig | None = None,
 ) -> tuple[Experiment, PyTree, Index, RagDecoder]:
   """Opens a RAG checkpoint over a corpus.
 
@@ -137,6 +139,7 @@ def open_model(
       those of the checkpoint.
     hf_parity: reproduce the defects of transformers in decoding and ranking;
       False: rank by the likelihood.
+    rerank: the second stage of retrieval; None: there is none.
 
   Returns:
     The arguments of `RagPipeline`.
@@ -164,6 +167,7 @@ def open_model(
         " search directory (rag-jax build-index) as the corpus."
       )
   config = _config(rag, settings, passages, embeds=index is None)
+  config.rerank = rerank or RerankConfig()
   params = {"question_encoder": rag.question_encoder.params}
   if index is None and passages_of is not None:
     params["passage_encoder"] = passages_of.params

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from rag_jax.artifacts import instead_of
 from rag_jax.artifacts import manifest_digest
+from rag_jax.config import RerankConfig
 from rag_jax.config_json import read_config
 from rag_jax.corpus.folding import is_blank
 from rag_jax.corpus.text_files import bad_character
@@ -31,11 +32,17 @@ from rag_jax.decoding.settings import GenerationSettings
 from rag_jax.retrieval.index import Index
 from rag_jax.retrieval.index import load_index
 from rag_jax.retrieval.retriever import fingerprint
+from rag_jax.search.reranker import Reranker
+from rag_jax.search.reranker import open_reranker
+from rag_jax.search.reranker import rerank_config
 from rag_jax.serving.open_model import fit_to_serving
 from rag_jax.serving.open_model import open_corpus
 from rag_jax.serving.open_model import open_model
 from rag_jax.training.workdir import Workdir
 from rag_jax.weights.model_files import load_model
+
+# A cross-encoder, settings of `config.RerankConfig`, or None: as it was.
+Rerank = str | os.PathLike[str] | Mapping[str, Any] | None
 
 
 class RagPipeline:
@@ -51,7 +58,8 @@ class RagPipeline:
     index: over the embeddings of the passages; None: closed book.
     answerer: retrieves documents and decodes answers.
     least_score: the score that the best passage reaches for 99.5 % of the
-      validation questions; -inf: unknown. See `explanation.is_sure`.
+      validation questions; -inf: unknown, as with a reranker, which may not
+      choose that passage. See `explanation.is_sure`.
   """
 
   def __init__(
@@ -61,12 +69,14 @@ class RagPipeline:
     index: Index | None,
     decoder: RagDecoder | None = None,
     least_score: float = -math.inf,
+    reranker: Reranker | None = None,
   ):
-    self.least_score = least_score
     self.experiment = experiment
     self.params = params
     self.index = index
-    self.answerer = Answerer(experiment, decoder)
+    self.answerer = Answerer(experiment, decoder, reranker)
+    is_reranked = self.answerer.reranker is not None
+    self.least_score = -math.inf if is_reranked else least_score
 
   @classmethod
   def load(
@@ -76,6 +86,7 @@ class RagPipeline:
     corpus: epath.PathLike = "",
     mode: str = "",
     generation: Mapping[str, Any] | None = None,
+    rerank: Rerank = None,
   ) -> "RagPipeline":
     """Opens the model and the index of a finished run.
 
@@ -86,6 +97,9 @@ class RagPipeline:
       mode: one of `decoding.rag.MODES`; "": as in training.
       generation: settings by the names of generation_config.json, which
         override those of the run.
+      rerank: a cross-encoder that chooses the documents: a directory or
+        "hf:ORG/NAME"; or settings of `config.RerankConfig` by name, which
+        override those of the run. "": none; None: as in the run.
 
     Raises:
       FileNotFoundError: no run is there, or it has not ended.
@@ -111,6 +125,8 @@ class RagPipeline:
     if corpus:
       config.index.bm25_path = ""  # it belongs to the passages of the run
     config.decoding.mode = mode or config.decoding.mode
+    config.rerank = rerank_config(rerank, config.rerank)
+    reranker = open_reranker(config.rerank)
     passages = open_corpus(str(corpus) or config.data.passages)
     fit_to_serving(config, passages)
     _check_tokenizer(run, content.get("tokenizer_manifest", ""))
@@ -144,7 +160,7 @@ class RagPipeline:
     if content.get("least_score") is not None:
       content.check(least_score=float)
       least_score = content["least_score"]
-    return cls(experiment, params, index, decoder, least_score)
+    return cls(experiment, params, index, decoder, least_score, reranker)
 
   @classmethod
   def from_checkpoint(
@@ -156,13 +172,16 @@ class RagPipeline:
     mode: str = "",
     generation: Mapping[str, Any] | None = None,
     hf_parity: bool = True,
+    rerank: Rerank = None,
   ) -> "RagPipeline":
-    """Opens a RAG checkpoint over a corpus; see `open_model`.
+    """Opens a RAG checkpoint over a corpus; see `open_model` and `load`.
 
     pipeline = RagPipeline.from_checkpoint(
       "models/rag-token-nq", "runs/documents", generation={"num_beams": 4}
     )
     """
+    config = rerank_config(rerank, RerankConfig())
+    reranker = open_reranker(config)
     parts = open_model(
       os.fspath(model),
       corpus,
@@ -170,8 +189,9 @@ class RagPipeline:
       mode=mode,
       generation=generation,
       hf_parity=hf_parity,
+      rerank=config,
     )
-    return cls(*parts)
+    return cls(*parts, reranker=reranker)
 
   def answer(
     self,

@@ -43,7 +43,7 @@ _MAY_DIFFER = frozenset({
   "train.peak_tflops", "train.profile_steps", "index.embed_batch_size",
   "data.token_cache",
 })  # fmt: skip
-_SECTIONS_MAY_DIFFER = ("eval.", "mesh.", "decoding.")
+_SECTIONS_MAY_DIFFER = ("eval.", "mesh.", "decoding.", "rerank.")
 # Errors raised for a wrong setting or file. After any other error, such as a
 # full disk or Ctrl-C, the new folders are kept so that the run can be resumed.
 _REFUSALS = (ValueError, TypeError, ImportError, FileNotFoundError)

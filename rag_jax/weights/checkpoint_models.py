@@ -67,7 +67,7 @@ def _kind(family: str, role: str, modules: Modules | None) -> str:
   return "sentence_transformers" if modules else family
 
 
-def _check_layers(origin: str, num_tensors: int, **layers: int) -> None:
+def check_layers(origin: str, num_tensors: int, **layers: int) -> None:
   """Raises `ValueError` if there are more layers than tensors, before a loop.
 
   Args:
@@ -116,7 +116,7 @@ class EncoderPart:
       if modules.dense is not None:
         self._dense = View(TensorFiles(modules.dense), whole)
     self._fields = fields
-    _check_layers(values.origin, len(names), num_layers=fields.num_layers)
+    check_layers(values.origin, len(names), num_layers=fields.num_layers)
     self._architecture = (
       dpr(fields, role) if is_dpr else plain_encoder(fields, family)
     )
@@ -180,7 +180,7 @@ class GeneratorPart:
     self._view = _view(files, select, generator_names(names, model_type))
     self._values = values
     self._fields = read_generator_config(values, self._lm_head(model_type))
-    _check_layers(
+    check_layers(
       values.origin,
       len(names),
       num_layers=self._fields.num_layers,
@@ -235,9 +235,7 @@ class CausalPart:
     model_type = values.text("model_type", "")
     self._view = _view(files, whole, causal_names(files.names, model_type))
     self._values = values
-    _check_layers(
-      values.origin, len(files.names), num_layers=num_layers(values)
-    )
+    check_layers(values.origin, len(files.names), num_layers=num_layers(values))
     self._fields = read_causal_config(values)
     self._architecture = causal_architecture(self._fields, model_type)
 

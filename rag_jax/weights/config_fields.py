@@ -138,6 +138,10 @@ WITHOUT_EFFECT: dict[str, str] = {
     _HEADS,
   ),
   **dict.fromkeys(
+    ("sentence_transformers", "sbert_ce_default_activation_function"),
+    "of CrossEncoder, which maps logits to scores in the same order",
+  ),
+  **dict.fromkeys(
     ("retrieval_vector_size", "retrieval_batch_size", "dataset",
      "dataset_split", "index_name", "index_path", "passages_path",
      "use_dummy_dataset", "dataset_revision"), _RETRIEVER

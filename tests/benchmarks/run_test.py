@@ -5,16 +5,19 @@ import types
 
 import numpy as np
 import pytest
+from small_cross_encoder import write_cross_encoder
 
 from rag_jax.benchmarks import run as benchmark_run
 from rag_jax.benchmarks.run import BenchmarkSettings
 from rag_jax.benchmarks.run import benchmark_directory
 from rag_jax.benchmarks.run import benchmark_embeddings
+from rag_jax.config import RerankConfig
 from rag_jax.corpus.passages import Passage
 from rag_jax.corpus.passages import PassageList
 from rag_jax.evaluation.judged_questions import without_own
 from rag_jax.retrieval.bm25 import Bm25Index
 from rag_jax.retrieval.exact import ExactIndex
+from rag_jax.search.reranker import Reranker
 
 P = 12
 
@@ -94,6 +97,48 @@ def test_each_system_gets_the_numbers_of_its_planted_rankings(
     note.startswith(f"1 of {P} questions have no known answers")
     for note in result.notes
   )
+
+
+def test_a_reranker_is_measured_after_exact_and_hybrid_search(
+  directory, questions, tmp_path
+):
+  texts = [p.text for p in directory.passages]
+  where = write_cross_encoder(tmp_path / "cross", texts * 9)
+  rerank = RerankConfig(init_from=str(where), candidates=3)
+  names = ("exact", "hybrid_reranked", "reranked")
+  result = benchmark_directory(
+    "there", questions, settings(*names, rerank=rerank)
+  )
+  exact, dense, hybrid = result.rows
+  assert dense.settings == "3 candidates of exact search"
+  assert hybrid.settings == "3 candidates of hybrid search"
+  assert result.inputs["reranker"] == str(where)
+  assert dense.index_recalls == ()
+  assert dense.memory_bytes > exact.memory_bytes
+  assert any(f"there are {P} questions: with 256" in n for n in result.notes)
+  assert min(map(min, dense.speeds.values())) > 0
+  # The slow way: the three best of exact search, by their logits.
+  reranker = Reranker.open(where)
+  found = directory.index.search(
+    directory.embed_questions([f"word{r}?" for r in range(P)]), P
+  )[0]
+  ranks = []
+  for r, row in enumerate(found.tolist()):
+    (logits,) = reranker.score([f"word{r}?"], [[texts[i] for i in row[:3]]])
+    order = [row[i] for i in np.argsort(-logits, kind="stable")] + row[3:]
+    ranks.append(1 / (1 + order.index(r)))
+  assert dense.metrics["MRR@10"].mean == pytest.approx(np.mean(ranks))
+  assert dense.metrics["MRR@10"].mean != exact.metrics["MRR@10"].mean
+  # What is not among the candidates stays where it was.
+  assert dense.metrics[f"gold_recall@{P}"] == exact.metrics[f"gold_recall@{P}"]
+
+
+def test_a_reranker_that_is_not_there_is_left_out(directory, questions):
+  result = benchmark_directory(
+    "there", questions, settings("exact", "reranked")
+  )
+  assert [row.family for row in result.rows] == ["exact"]
+  assert any("no cross-encoder" in note for note in result.notes)
 
 
 def test_the_passage_that_is_the_question_is_left_out_if_asked_for(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_cross_encoder import write_cross_encoder
 
 from rag_jax.config import Config
 from rag_jax.data.experiment import open_experiment
@@ -14,6 +15,7 @@ from rag_jax.decoding.answerer import Answerer
 from rag_jax.losses import rag_token_nll
 from rag_jax.models.batch import RagBatch
 from rag_jax.retrieval.exact import ExactIndex
+from rag_jax.search.reranker import Reranker
 
 NAMES = ("Oslo", "Lima", "Rome", "Bern", "Cairo", "Quito", "Hanoi")
 QUESTIONS = [f"Where is {name}?" for name in NAMES]
@@ -264,3 +266,85 @@ def test_closed_book_answers_without_documents(folder, params):
   assert {answer.retrieved for answer in out} == {()}
   nll = nll_in_training(experiment, params, out[0])
   np.testing.assert_allclose(out[0].log_prob, -nll, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def cross_encoder(folder):
+  texts = [f"Where is {name}? {name} {name} is city number" for name in NAMES]
+  return write_cross_encoder(folder / "cross", texts)
+
+
+def reranked(experiment, where, **settings):
+  return Answerer(
+    experiment, None, Reranker.open(where, candidates=5, **settings)
+  )
+
+
+def test_the_reranker_chooses_and_the_prior_is_that_of_the_retriever(
+  experiment, answerer, params, index, cross_encoder
+):
+  other = reranked(experiment, cross_encoder)
+  out = other.answer(
+    params, index, QUESTIONS, n_docs=2, num_retrieved=7, batch_size=3
+  )
+  first, embeddings = answerer.search(params, index, QUESTIONS, 7)
+  moved = 0
+  for b, answer in enumerate(out):
+    texts = [f"{NAMES[i]} {NAMES[i]} is city number {i}." for i in first[b, :5]]
+    (logits,) = other.reranker.score([QUESTIONS[b]], [texts])
+    best = first[b, :5][np.argsort(-logits, kind="stable")]
+    assert answer.retrieved == (*best.tolist(), *first[b, 5:].tolist())
+    assert {doc.id for doc in answer.docs} == {f"p{i}" for i in best[:2]}
+    np.testing.assert_allclose(
+      [doc.score for doc in answer.docs],
+      index.embeddings[rows_of(answer)] @ embeddings[b],
+      rtol=1e-5,
+    )
+    moved += set(best[:2]) != set(first[b, :2])
+  assert moved > 2
+  # Given the documents, training has the same marginal likelihood.
+  nll = nll_in_training(experiment, params, out[0])
+  np.testing.assert_allclose(out[0].log_prob, -nll, rtol=1e-4)
+
+
+def test_the_reranker_can_give_the_prior(
+  experiment, params, index, cross_encoder
+):
+  other = reranked(experiment, cross_encoder, prior="reranker")
+  asked = QUESTIONS[:3]
+  for choose in (None, lambda ids: ids[:, [0, 4]]):
+    for answer in other.answer(
+      params, index, asked, n_docs=2, num_retrieved=5, choose_docs=choose
+    ):
+      rows = rows_of(answer)
+      expected = other.reranker.logits(
+        [answer.question], rows[None].astype(np.int32), experiment.passages
+      )[0]
+      scores = [doc.score for doc in answer.docs]
+      np.testing.assert_allclose(scores, expected, atol=1e-5)
+      priors = [doc.prior for doc in answer.docs]
+      exps = np.exp(expected)
+      np.testing.assert_allclose(priors, exps / exps.sum(), atol=1e-5)
+      places = (0, 1) if choose is None else (0, 4)
+      assert set(rows.tolist()) == {answer.retrieved[i] for i in places}
+
+
+def test_of_a_single_document_the_reranker_says_which(
+  folder, params, index, cross_encoder
+):
+  config = make_config(folder)
+  config.decoding.mode = "single"
+  config.rerank.init_from = str(cross_encoder)
+  config.rerank.candidates = 5
+  other = Answerer(open_experiment(config))
+  for answer in other.answer(params, index, QUESTIONS[:4], n_docs=2):
+    read = max(answer.docs, key=lambda doc: doc.posterior)
+    assert (read.posterior, read.id) == (1, f"p{answer.retrieved[0]}")
+
+
+def test_more_documents_than_candidates_are_refused(
+  experiment, params, index, cross_encoder
+):
+  other = reranked(experiment, cross_encoder)
+  with pytest.raises(ValueError, match=r"n_docs=6 .* rerank\.candidates=5"):
+    other.answer(params, index, QUESTIONS, n_docs=6)

@@ -3,11 +3,16 @@
 import json
 import re
 
+import numpy as np
 from processes import ROOT
 from processes import run_tool
 from processes import run_tool_on_hosts
 import pytest
+from small_cross_encoder import write_cross_encoder
 from small_encoder import write_encoder
+
+from rag_jax.search.directory import OpenedDirectory
+from rag_jax.search.reranker import Reranker
 
 DOCUMENTS = {
   "mole.md": "# Mount Mole\nMount Mole is 1,863 metres high.\n",
@@ -78,6 +83,29 @@ def test_of_a_small_folder_all_passages_are_shown(folder, built):
   assert process.stdout.count("[") == len(DOCUMENTS)
 
 
+def test_a_cross_encoder_chooses_from_the_candidates(folder, built):
+  write_cross_encoder(folder / "cross", list(DOCUMENTS.values()) * 4)
+  process = run_tool(
+    "search.py",
+    f"--index={folder / 'index'}",
+    f"--rerank={folder / 'cross'}",
+    "--candidates=2",
+    "--n_docs=1",
+    "--json",
+    "how high is the mount?",
+  )
+  assert process.returncode == 0, process.stderr
+  (hit,) = json.loads(process.stdout)["passages"]
+  first = OpenedDirectory(folder / "index").search(
+    ["how high is the mount?"], 2
+  )[0]
+  reranker = Reranker.open(folder / "cross")
+  texts = [f"{h.passage.title} {h.passage.text}" for h in first]
+  (logits,) = reranker.score(["how high is the mount?"], [texts])
+  assert hit["id"] == first[int(np.argmax(logits))].passage.id
+  assert hit["score"] == pytest.approx(float(logits.max()), abs=1e-5)
+
+
 def test_where_nothing_is_found_it_is_said(folder, built):
   process = run_tool(
     "search.py",
@@ -111,12 +139,15 @@ def test_json_is_for_programs_and_questions_come_through_a_pipe(folder, built):
     (["--n_docs=0", "a"], "n_docs=0 .* expected at least 1"),
     (["--filter=lang", "a"], "'lang' is not understood"),
     ([], "Give a question"),
+    (["--candidates=9", "a"], "names no cross-encoder, and there was none"),
+    (["--rerank={}/encoder", "a"], "the head that scores a pair"),
   ],
 )
 def test_a_search_that_cannot_be_done_is_a_message(
   folder, built, arguments, message
 ):
-  process = run_tool("search.py", f"--index={folder / 'index'}", *arguments)
+  given = [argument.format(folder) for argument in arguments]
+  process = run_tool("search.py", f"--index={folder / 'index'}", *given)
   assert process.returncode == 1
   assert "Traceback" not in process.stderr
   text = process.stderr + process.stdout
