@@ -27,7 +27,10 @@ def to_json(config: Config) -> str:
 
 
 # Settings of how a model is trained and run, which do not change the model.
-_RUN = ("train.", "optimizer.", "warmup.", "eval.", "mesh.", "decoding.")
+_RUN = (
+  "train.", "optimizer.", "warmup.", "contrastive.", "eval.", "mesh.",
+  "decoding.",
+)  # fmt: skip
 _ON_PURPOSE = (
   'If the change was yours, remove the line "sha256" from it: then the file is'
   " accepted. Otherwise restore it from a copy, or start in another workdir."

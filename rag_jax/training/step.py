@@ -17,6 +17,7 @@ from rag_jax.losses import doc_log_prior
 from rag_jax.losses import in_batch_contrastive_nll
 from rag_jax.losses import marginal_sequence_nll
 from rag_jax.losses import marginal_token_nll
+from rag_jax.models.batch import AnyBatch
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.batch import padding_share
 from rag_jax.models.hybrid import learned_weights
@@ -33,7 +34,8 @@ from rag_jax.training.state import TrainState
 Metrics = dict[str, jax.Array]
 # Share of the batches whose contexts did not fit into the layout.
 UNGROUPED = "train/ungrouped"
-LossFn = Callable[[PyTree, RagBatch, Key[Array, ""]], tuple[Array, Metrics]]
+# (params, batch of the stage, key) -> loss, metrics
+LossFn = Callable[[PyTree, Any, Key[Array, ""]], tuple[Array, Metrics]]
 
 
 def _apply(
@@ -326,7 +328,7 @@ def _gradient(
   """Returns (some of params, batch, key) -> their gradient, and metrics."""
 
   def loss(
-    some: PyTree, batch: RagBatch, key: Key[Array, ""], **layout: Any
+    some: PyTree, batch: AnyBatch, key: Key[Array, ""], **layout: Any
   ) -> tuple[Array, Metrics]:
     return loss_fn(_fill(some, params), batch, key, **layout)
 
@@ -351,7 +353,7 @@ def _gradient(
 
 def update(
   state: TrainState,
-  batch: RagBatch,
+  batch: AnyBatch,
   key: Key[Array, ""],
   *,
   loss_fn: LossFn,
@@ -367,7 +369,7 @@ def update(
     state: before the update.
     batch: its arrays have B rows.
     key: random key of the run; each step has its own dropout.
-    loss_fn: a loss per target token.
+    loss_fn: a loss per target token; without `accumulate`, any mean.
     optimizer: makes the update of a gradient.
     stage: prefix of the metrics.
     accumulate: parts of B / accumulate rows that the gradient is computed in,
@@ -383,6 +385,7 @@ def update(
   some = _select(state.params, trained)
   grad_fn = _gradient(loss_fn, context_layout, state.params)
   if accumulate > 1:
+    assert isinstance(batch, RagBatch)
     grads, metrics = _accumulated(
       grad_fn, some, batch, dropout_key, stage, accumulate
     )
@@ -398,6 +401,7 @@ def update(
   metrics |= {f"{stage}/grad_norm": optax.tree.norm(grads)}
   size = None
   if context_layout is not None:
+    assert isinstance(batch, RagBatch)
     whole, parts = batch.context_mask.size, accumulate * num_shards()
     share = metrics[UNGROUPED]
     size = share * whole + (1 - share) * parts * context_layout.num_tokens
