@@ -223,20 +223,17 @@ def _report(questions: Sequence[Question], counts: Counter[str]) -> str:
   lines = [f"{len(questions)} questions, {counts['with a positive']} of them"
            " with a gold passage in the corpus"]  # fmt: skip
   if counts["gold not in the corpus"]:
-    lines[0] += (
-      f" ({counts['gold not in the corpus']} ids of gold passages are not in"
-      " it)"
-    )
+    lines[0] += f" (ids that are not in it: {counts['gold not in the corpus']})"
   if _POSITIVES.value:
-    lines.append(f"{counts['found a positive']} positives were found")
+    lines.append(f"Gold passages that were found: {counts['found a positive']}")
   lines += [
-    f"{counts[name]} questions have {name}"
-    for name in (f"{n} negatives" for n in range(_NUM.value, -1, -1))
-    if counts[name]
+    f"With {n} hard negatives: {counts[f'{n} negatives']} questions"
+    for n in range(_NUM.value, -1, -1)
+    if counts[f"{n} negatives"]
   ]
   lines += [
-    f"{counts[name]} candidates were left out: they {name}"
-    for name in ("are gold", "state an answer", "score too high")
+    f"Candidates left out, since they {name}: {counts[name]}"
+    for name in ("are gold", "state an answer", "have a score too high")
     if counts[name]
   ]
   return "\n".join(lines)

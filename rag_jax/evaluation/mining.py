@@ -168,7 +168,7 @@ def _mine_one(
     elif settings.drop_answers and answers(row):
       counts["state an answer"] += 1
     elif values[row] > limit:
-      counts["score too high"] += 1
+      counts["have a score too high"] += 1
     else:
       negatives.append(passage.id)
   counts[f"{len(negatives)} negatives"] += 1

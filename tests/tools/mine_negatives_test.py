@@ -1,7 +1,16 @@
-"""tools/mine_negatives.py as a person runs it."""
+"""tools/mine_negatives.py as a person runs it.
+
+Run as a program, this file gives the command wrong flags, one after the other,
+and prints its messages as JSON.
+"""
 
 import json
+import os
+import subprocess
+import sys
 
+from absl import flags
+from processes import ROOT
 from processes import run_tool
 import pytest
 from small_encoder import write_encoder
@@ -32,8 +41,8 @@ def folder(tmp_path_factory):
   write(
     root / "questions.jsonl",
     [
-      {"id": "q", "relation": "where", **asked, "answers": ["owls of the north"],
-       "gold": ["13"]},
+      {"id": "q", "relation": "where", "gold": ["13"], **asked,
+       "answers": ["owls of the north"]},
       {**asked, "answers": ["bees"]},
       {**asked, "answers": ["nothing"], "gold": ["99"], "negatives": ["5"]},
     ],
@@ -58,12 +67,12 @@ def test_words_of_a_file_of_passages(folder):
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines() == [
-    "3 questions, 2 of them with a gold passage in the corpus (1 ids of gold"
-    " passages are not in it)",
-    "1 positives were found",
-    "3 questions have 3 negatives",
-    "1 candidates were left out: they are gold",
-    "4 candidates were left out: they state an answer",
+    "3 questions, 2 of them with a gold passage in the corpus (ids that are not"
+    " in it: 1)",
+    "Gold passages that were found: 1",
+    "With 3 hard negatives: 3 questions",
+    "Candidates left out, since they are gold: 1",
+    "Candidates left out, since they state an answer: 4",
     f"Written to {folder / 'mined.jsonl'}.",
   ]
   first, second, third = read_questions(folder / "mined.jsonl")
@@ -81,72 +90,93 @@ def test_embeddings_of_a_search_directory(folder):
   settings = (f"--corpus={folder / 'index'}", "--by=index", "--num=5")
   done = run(folder, *settings, output="dense/train.jsonl")
   assert done.returncode == 0, done.stderr
-  assert "3 questions have 5 negatives" in done.stdout
+  assert "With 5 hard negatives: 3 questions" in done.stdout
   every, _, _ = read_questions(folder / "dense/train.jsonl")
   done = run(folder, *settings, "--positive_share=0.9", output="far.jsonl")
   assert done.returncode == 0, done.stderr
-  assert "candidates were left out: they score too high" in done.stdout
+  assert "left out, since they have a score too high: " in done.stdout
   far, unknown, _ = read_questions(folder / "far.jsonl")
   assert far.negatives != every.negatives
   assert unknown.negatives == ()  # nothing to compare scores with
 
 
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  [
-    ([], "There is nothing to search; expected --corpus"),
-    (["--corpus=passages", "--num=0"], "--num=0; expected 1 or more."),
-    (
-      ["--corpus=passages", "--num=5", "--depth=4"],
-      "--num=5 negatives cannot be kept of --depth=4 candidates",
-    ),
-    (
-      ["--corpus=passages", "--margin=0.1"],
-      "--margin=0.1 compares inner products, but --by=bm25 has none.",
-    ),
-    (
-      ["--corpus=passages", "--by=index", "--positive_share=1.5"],
-      "--positive_share=1.5; expected a share above 0 and at most 1.",
-    ),
-    (
-      ["--corpus=passages", "--by=index", "--margin=nan"],
-      "--margin=nan; expected a number.",
-    ),
-    (
-      ["--corpus=passages", "--by=index"],
-      "has no embeddings to search by --by=index. Expected what rag-jax",
-    ),
-    (
-      ["--corpus=passages", "--workdir=runs/x"],
-      "--workdir=runs/x names a retriever, but --by=bm25 searches words.",
-    ),
-    (["--corpus=nowhere.jsonl"], "nowhere.jsonl"),
-  ],
-)
-def test_what_a_user_can_mend_is_a_message(folder, arguments, message):
-  arguments = [
-    a.replace("=passages", f"={folder / 'passages.jsonl'}") for a in arguments
-  ]
-  done = run(folder, *arguments, output="none.jsonl")
-  assert done.returncode == 1
-  assert message in done.stderr
-  assert "Traceback" not in done.stderr
+WRONG = {
+  "": "There is nothing to search; expected --corpus",
+  "--corpus=PASSAGES --num=0": "--num=0; expected 1 or more.",
+  "--corpus=PASSAGES --num=5 --depth=4": (
+    "--num=5 negatives cannot be kept of --depth=4 candidates"
+  ),
+  "--corpus=PASSAGES --margin=0.1": (
+    "--margin=0.1 compares inner products, but --by=bm25 has none."
+  ),
+  "--corpus=PASSAGES --by=index --positive_share=1.5": (
+    "--positive_share=1.5; expected a share above 0 and at most 1."
+  ),
+  "--corpus=PASSAGES --by=index --margin=nan": "--margin=nan; expected a numb",
+  "--corpus=PASSAGES --by=index": (
+    "has no embeddings to search by --by=index. Expected what rag-jax"
+  ),
+  "--corpus=PASSAGES --workdir=runs/x": (
+    "--workdir=runs/x names a retriever, but --by=bm25 searches words."
+  ),
+  "--by=index --workdir=runs/x": "No config.json in runs/x; expected the",
+  "--corpus=nowhere.jsonl": "nowhere.jsonl",
+  "--corpus=PASSAGES --output=mined.json": "is no name of a .jsonl file",
+  "--corpus=PASSAGES --output=QUESTIONS": "exists already. Expected a new",
+  "--corpus=PASSAGES --questions=no.jsonl": "no.jsonl",
+}
+
+
+@pytest.fixture(scope="module")
+def messages(folder):
+  """What the command says to each of the wrong flags."""
+  done = subprocess.run(
+    [sys.executable, __file__, folder],
+    env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_what_a_user_can_mend_is_a_message(folder, arguments, messages):
+  assert WRONG[arguments] in messages[arguments]
   assert not (folder / "none.jsonl").exists()
 
 
-def test_nothing_is_overwritten_without_being_told(folder):
+def refused(folder, arguments):
+  """Returns the message of the error that the flags give."""
+  from rag_jax.commands import mine_negatives
+
+  names = {"PASSAGES": "passages.jsonl", "QUESTIONS": "questions.jsonl"}
+  for name, file in names.items():
+    arguments = arguments.replace(name, f"{folder}/{file}")
+  flags.FLAGS.unparse_flags()
+  flags.FLAGS([
+    "mine", f"--questions={folder}/questions.jsonl", "--corpus=", "--workdir=",
+    f"--output={folder}/none.jsonl", "--by=bm25", "--num=5", "--depth=100",
+    *arguments.split(),
+  ])  # fmt: skip
+  for name in ("margin", "positive_share"):
+    if f"--{name}" not in arguments:
+      flags.FLAGS[name].value = None
+  try:
+    mine_negatives.main(["mine"])
+  except (ValueError, FileNotFoundError) as error:
+    return str(error)
+  return "it ran"
+
+
+def test_an_output_that_exists_is_overwritten_if_told(folder):
   (folder / "there.jsonl").write_text("mine")
   corpus = f"--corpus={folder / 'passages.jsonl'}"
-  done = run(folder, corpus, output="there.jsonl")
-  assert done.returncode == 1
-  assert "exists already. Expected a new file." in done.stderr
-  assert (folder / "there.jsonl").read_text() == "mine"
   done = run(folder, corpus, "--overwrite", output="there.jsonl")
   assert done.returncode == 0, done.stderr
   assert len(read_questions(folder / "there.jsonl")) == 3
 
 
-def test_an_output_that_training_does_not_read_is_refused(folder):
-  done = run(folder, "--corpus=world_facts", output="mined.json")
-  assert done.returncode == 1
-  assert "is no name of a .jsonl file" in done.stderr
+if __name__ == "__main__":
+  json.dump({a: refused(sys.argv[1], a) for a in WRONG}, sys.stdout)
