@@ -75,8 +75,8 @@ def test_the_stages_before_the_main_one_follow_each_other(tmp_path, panels):
   learning_curves(path, tmp_path / "curves.png", "a run")
   panel = panels()["Loss"]
   drawn = lines(panel)
-  assert drawn["contrastive, per question"] == [[-3, 1.0], [0, 1.0]]
-  assert drawn["warm-up, span infilling"] == [[-16, 4.0], [-6, 3.0]]
+  assert drawn["contrastive, per question"] == [[-3, 0], [1, 1]]
+  assert drawn["warm-up, span infilling"] == [[-16, -6], [4, 3]]
   assert panel.get_xlabel() == "step (warm-up and contrastive before 0)"
 
 
