@@ -176,6 +176,31 @@ class WarmupConfig(Settings):
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
+class ContrastiveConfig(Settings):
+  """Training of the retriever alone on questions with known passages (DPR).
+
+  A stage between warm-up and main stage, with its own optimizer state and its
+  metrics under `contrastive/`. A question has to find its own passage (`gold`
+  in the question files) among all passages of the batch. What is not here,
+  schedule and clipping for instance, is as in `optimizer`.
+  """
+
+  num_steps: int = 0  # 0: no such stage
+  batch_size: int = number(64, least=1)  # questions, over all hosts
+  # Hard negatives per question, from `negatives` of the question files, which
+  # rag-jax mine-negatives writes. 0: the other passages of the batch alone.
+  negatives: int = 0
+  retriever_lr: float = 3e-5  # at its peak [checkpoint] 3e-5
+  warmup_steps: int = 100
+  temperature: float = number(1.0, above=0)  # scores are divided by it
+  # A passage that states an accepted answer of a question is no negative of it.
+  mask_answers: bool = True
+  # Questions or passages that are encoded at a time, over all devices; they are
+  # encoded twice, and the gradient is the same (GradCache). 0: all.
+  chunk: int = 0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
 class IndexConfig(Settings):
   """How passages are searched."""
 
@@ -405,6 +430,9 @@ class Config(Settings):
   )
   lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   warmup: WarmupConfig = dataclasses.field(default_factory=WarmupConfig)
+  contrastive: ContrastiveConfig = dataclasses.field(
+    default_factory=ContrastiveConfig
+  )
   index: IndexConfig = dataclasses.field(default_factory=IndexConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -421,6 +449,11 @@ class Config(Settings):
   def rewards_answers(self) -> bool:
     """Whether the retriever learns from answers that the generator writes."""
     return self.retriever_loss in ("reward", "reward_sampled")
+
+  @property
+  def steps_before_main(self) -> int:
+    """Steps of the run before the first one of the main stage."""
+    return self.warmup.num_steps + self.contrastive.num_steps
 
   @property
   def contexts_per_question(self) -> int:

@@ -28,7 +28,8 @@ def to_json(config: Config) -> str:
 
 # Settings of how a model is trained and run, which do not change the model.
 _RUN = (
-  "train.", "optimizer.", "warmup.", "eval.", "mesh.", "decoding.", "rerank."
+  "train.", "optimizer.", "warmup.", "contrastive.", "eval.", "mesh.",
+  "decoding.", "rerank.",
 )  # fmt: skip
 _ON_PURPOSE = (
   'If the change was yours, remove the line "sha256" from it: then the file is'

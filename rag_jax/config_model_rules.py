@@ -13,6 +13,36 @@ from rag_jax.config_models import GeneratorConfig
 from rag_jax.config_models import check_causal
 
 
+def contrastive_problems(c: Config) -> Iterator[str]:
+  """Yields the problems of the contrastive stage."""
+  s = c.contrastive
+  if not s.num_steps:
+    return
+  if not c.data.n_docs:
+    yield (
+      f"contrastive.num_steps={s.num_steps} trains a retriever, but data.n_docs"
+      "=0 is a closed-book model without one. Set one of them otherwise."
+    )
+  if s.batch_size == 1 and not s.negatives:
+    yield (
+      "contrastive.batch_size=1 with contrastive.negatives=0 compares a passage"
+      " with nothing. Expected 2 questions or more, or hard negatives. Raise"
+      " one of them."
+    )
+  if s.chunk and s.batch_size % s.chunk:
+    yield (
+      f"contrastive.batch_size={s.batch_size} must be a multiple of"
+      f" contrastive.chunk={s.chunk}, so that all parts are equal. Change one"
+      " of them, or set contrastive.chunk=0."
+    )
+  if s.mask_answers and c.eval.answers == "regex":
+    yield (
+      "contrastive.mask_answers=True looks for answers as text, but"
+      " eval.answers='regex' makes them regular expressions. Set"
+      " contrastive.mask_answers=False."
+    )
+
+
 def encoder_problems(c: Config) -> Iterator[str]:
   """Yields the problems of the retriever."""
   e = c.encoder

@@ -17,6 +17,7 @@ from typing import Any
 
 from rag_jax.config import Config
 from rag_jax.config import IndexConfig
+from rag_jax.config_model_rules import contrastive_problems
 from rag_jax.config_model_rules import encoder_problems
 from rag_jax.config_model_rules import generator_problems
 from rag_jax.config_model_rules import rerank_problems
@@ -198,7 +199,8 @@ def _lora_problems(c: Config) -> Iterator[str]:
       "lora.targets names kernels of the encoder's layers, but"
       " encoder.num_layers=0 has none. Leave them out."
     )
-  if c.retriever_loss == "none" or not c.data.n_docs:
+  learns = c.retriever_loss != "none" or c.contrastive.num_steps
+  if not learns or not c.data.n_docs:
     yield (
       "lora.targets names kernels of the encoder, but retriever_loss="
       f"{c.retriever_loss!r} with data.n_docs={c.data.n_docs} trains no"
@@ -303,6 +305,7 @@ def _generation_problem(text: str) -> str:
 
 def _cross_problems(c: Config) -> Iterator[str]:
   """Yields the problems between settings of different sections."""
+  yield from contrastive_problems(c)
   yield from encoder_problems(c)
   yield from generator_problems(c)
   yield from rerank_problems(c)

@@ -392,3 +392,41 @@ def in_batch_contrastive_nll(
     precision=jax.lax.Precision.HIGHEST,
   )
   return -jnp.diagonal(jax.nn.log_softmax(scores, axis=-1))
+
+
+def contrastive_nll(
+  question_embeddings: Float[Array, "B R"],
+  passage_embeddings: Float[Array, "P R"],
+  own: Int[Array, "B"],
+  counts: Bool[Array, "B P"],
+  temperature: float = 1.0,
+) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+  """Returns -log p(own passage | question), and whether it scores highest.
+
+  p is the softmax of the inner products, divided by the temperature, over the
+  passages that count: the question's own, and its negatives. With all passages
+  of a batch, the hard negatives of the other questions among them, this is the
+  loss of DPR (Karpukhin et al. 2020, https://arxiv.org/abs/2004.04906, section
+  3.2); with a temperature, that of SimCLR (Chen et al. 2020,
+  https://arxiv.org/abs/2002.05709, equation 1). Computed in float32.
+
+  Args:
+    question_embeddings: of B questions.
+    passage_embeddings: of the P passages of the whole batch.
+    own: number of the passage that belongs to each question.
+    counts: which passages a question is compared with; its own always is.
+    temperature: above 0.
+  """
+  scores = jnp.einsum(
+    "BR,PR->BP",
+    question_embeddings.astype(jnp.float32),
+    passage_embeddings.astype(jnp.float32),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  is_own = jnp.arange(counts.shape[1]) == own[:, None]  # B P
+  # Not -inf, whose gradient would be NaN where nothing else counts.
+  least = jnp.finfo(jnp.float32).min
+  scores = jnp.where(counts | is_own, scores / temperature, least)
+  nll = -jnp.sum(jax.nn.log_softmax(scores, axis=-1), axis=-1, where=is_own)
+  others = jnp.max(scores, axis=-1, where=~is_own, initial=least)
+  return nll, jnp.sum(scores, axis=-1, where=is_own) > others

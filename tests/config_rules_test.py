@@ -363,6 +363,51 @@ def test_groups_of_lengths_are_for_our_losses():
     assert "train.pack_contexts=True puts several contexts" in problem
 
 
+CONTRASTIVE = {"contrastive__num_steps": 5}
+
+
+@pytest.mark.parametrize(
+  ("settings", "problem"),
+  [
+    (
+      {"data__n_docs": 0},
+      "contrastive.num_steps=5 trains a retriever, but data.n_docs=0 is",
+    ),
+    (
+      {"contrastive__batch_size": 1},
+      "contrastive.batch_size=1 with contrastive.negatives=0 compares a",
+    ),
+    (
+      {"contrastive__chunk": 48},
+      "contrastive.batch_size=64 must be a multiple of contrastive.chunk=48",
+    ),
+    (
+      {"eval__answers": "regex", "train__num_steps": 0},
+      "contrastive.mask_answers=True looks for answers as text, but",
+    ),
+    (
+      {"contrastive__temperature": 0.0},
+      "contrastive.temperature=0.0 must be above 0.",
+    ),
+    ({"contrastive__negatives": -1}, "contrastive.negatives=-1 must be at"),
+  ],
+)
+def test_the_contrastive_stage_refuses_what_it_cannot_do(settings, problem):
+  [line] = refused(make(**CONTRASTIVE, **settings))
+  assert problem in line
+
+
+def test_the_retriever_learns_by_contrast_alone_too():
+  settings = {
+    "lora__rank": 2, "lora__targets": ("encoder/mlp",),
+    "encoder__num_layers": 1, "retriever_loss": "none",
+  }  # fmt: skip
+  assert "trains no retriever" in refused(make(**settings))[0]
+  validate(make(**settings, **CONTRASTIVE))
+  validate(make(**CONTRASTIVE, contrastive__batch_size=1,
+                contrastive__negatives=1))  # fmt: skip
+
+
 def test_a_span_has_to_fit_into_the_target_if_there_is_a_warmup():
   settings = {"warmup__span_max_tokens": 16, "data__target_length": 16}
   assert refused(make(**settings, warmup__num_steps=1)) == [

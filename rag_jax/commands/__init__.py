@@ -11,5 +11,5 @@ PROGRAM = "rag-jax"
 # build_index.py, and tools/build_index.py runs the same `main`.
 COMMANDS = (
   "train", "ask", "evaluate", "compare", "probe", "build-index", "search",
-  "update-index", "convert-hf", "plan",
+  "update-index", "mine-negatives", "convert-hf", "plan",
 )  # fmt: skip

@@ -45,7 +45,7 @@ def _overview() -> str:
   for name in COMMANDS:
     path = folder / f"{name.replace('-', '_')}.py"
     about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    lines.append(f"  {name:<14}{(about or '').splitlines()[0]}")
+    lines.append(f"  {name:<15}{(about or '').splitlines()[0]}")
   return "\n".join([
     f"usage: {PROGRAM} COMMAND [--FLAG=VALUE ...] [ARGUMENT ...]",
     "",

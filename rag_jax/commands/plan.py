@@ -52,8 +52,15 @@ def main(argv: list[str]) -> None:
   topology = _TOPOLOGY.value or ""
   output = _writable("output", _OUTPUT.value or "")
   program = _writable("program", _PROGRAM.value or "")
-  given = _CONFIG.value, topology, _NUM_PASSAGES.value or 0
-  if _CONFIG.value.train.num_steps:
+  config = _CONFIG.value
+  if config.contrastive.num_steps and not config.train.num_steps:
+    raise ValueError(
+      "The config trains in the contrastive stage alone (train.num_steps=0),"
+      " which has no plan; expected a main stage, or no training at all. Set"
+      " contrastive.num_steps=0 for the plan of embedding all passages."
+    )
+  given = config, topology, _NUM_PASSAGES.value or 0
+  if config.train.num_steps:
     plan = plans.make_plan(*given)
     text = plans.report(plan)
   else:

@@ -6,7 +6,7 @@ neighbouring characters are used as words: this needs no dictionary, and
 questions and passages are split in the same way.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import itertools
 import re
@@ -133,6 +133,24 @@ def units(text: str, *, numbers: bool = False) -> list[str]:
   """
   found = _units(numbers).findall(text)
   return [*map(_plain_number, found)] if numbers else found
+
+
+def joined_units(text: str, *, numbers: bool = False) -> str:
+  """Returns the folded `units` of any text, with a space around each.
+
+  No unit holds a space, so that a substring search finds exactly the places
+  where the units of one text follow one another in another text: see `holds`.
+  """
+  found = units(folding.fold(text, join_digits=numbers), numbers=numbers)
+  return " " + "".join(unit + " " for unit in found)
+
+
+def holds(text: str, answers: Iterable[str]) -> bool:
+  """Returns whether one of `answers` is in `text`, unit for unit.
+
+  All are from `joined_units`. An answer without a unit is nowhere.
+  """
+  return any(len(answer) > 1 and answer in text for answer in answers)
 
 
 def plain_words(text: str) -> list[str]:

@@ -37,7 +37,7 @@ EXPECTED = (
 # Names of the field with the answers; the first one found is used.
 _ANSWERS = ("answers", "golden_answers", "answer")
 # Fields that a file may leave out, or give as null.
-_MAY_BE_NULL = ("id", "relation", "entity", "gold", "target")
+_MAY_BE_NULL = ("id", "relation", "entity", "gold", "negatives", "target")
 _TABLE_NAMES = ["question", "answers"]
 
 Page = tuple[str, str]  # id and title in Wikipedia; one may be ""
@@ -53,6 +53,7 @@ class FoundQuestion:
   id: str = ""  # "" if the file gives none
   relation: str = ""  # what kind of fact is asked for; "" if not given
   gold: Mapping[str, int]  # id of a passage -> grade; {} if not known
+  negatives: tuple[str, ...] = ()  # ids of passages that do not answer it
   # Sets of pages, each enough to answer it; () if not known.
   pages: tuple[tuple[Page, ...], ...] = ()
   impossible: bool = False  # whether the file says that nobody can answer it
@@ -69,6 +70,9 @@ def read_question_file(path: epath.PathLike) -> Iterator[FoundQuestion]:
     passage;
   - DPR: `positive_ctxs`;
   - our .jsonl: `gold`.
+
+  Hard negatives are `negatives` of our .jsonl; or DPR's `hard_negative_ctxs`,
+  and if there are none, its `negative_ctxs`.
 
   KILT names pages of Wikipedia instead, the `provenance` of each output; and
   FEVER by their titles, in `evidence`. Its labels are the answers.
@@ -199,6 +203,7 @@ def _of_record(record: Mapping[str, Any], where: str) -> FoundQuestion:
       "relation": str,
       "entity": str,
       "gold": (list, dict),
+      "negatives": list,
       "target": str,
     },
   )
@@ -218,6 +223,7 @@ def _of_record(record: Mapping[str, Any], where: str) -> FoundQuestion:
     id=str(record.get("id", "")),
     relation=record.get("relation", ""),
     gold=_gold(record, where),
+    negatives=_negatives(record, where),
     pages=_kilt_pages(record, where) if kilt else (),
   )
 
@@ -347,13 +353,31 @@ def _gold(record: Mapping[str, Any], where: str) -> dict[str, int]:
           f" {shorten(grade)}. Expected a whole number. Correct it."
         )
     return gold
-  if "positive_ctxs" not in record:
-    return {}
+  return dict.fromkeys(_dpr_ids(record, "positive_ctxs", where), 1)
+
+
+def _negatives(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
+  """Returns the hard negatives, without repetitions."""
+  if "negatives" in record:
+    found = [_id(id_, "negatives", where) for id_ in record["negatives"]]
+  else:
+    names = "hard_negative_ctxs", "negative_ctxs"
+    # As DPR falls back: the second only if the first is empty.
+    lists = (_dpr_ids(record, name, where) for name in names
+             if record.get(name) is not None)  # fmt: skip
+    found = next(filter(None, lists), [])
+  return tuple(dict.fromkeys(found))
+
+
+def _dpr_ids(record: Mapping[str, Any], name: str, where: str) -> list[str]:
+  """Returns the ids of the passages that DPR's field `name` lists."""
+  if name not in record:
+    return []
   ids = [
     context.get("passage_id", context.get("psg_id"))
-    for _, context in _objects(record, "positive_ctxs", where)
+    for _, context in _objects(record, name, where)
   ]
-  return {str(id_): 1 for id_ in ids if type(id_) in (str, int)}
+  return [str(id_) for id_ in ids if type(id_) in (str, int)]
 
 
 def _id(value: Any, name: str, where: str) -> str:

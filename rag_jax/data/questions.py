@@ -61,6 +61,8 @@ class Question:
   pages: tuple[tuple[Page, ...], ...] = dataclasses.field(  # see FoundQuestion
     default=(), repr=False
   )
+  # Passages that look right and are not, if the file says so.
+  negatives: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
 
 def read_questions(path: epath.PathLike) -> tuple[Question, ...]:
@@ -102,6 +104,7 @@ def read_questions(path: epath.PathLike) -> tuple[Question, ...]:
         relation=found.relation,
         gold=tuple(id_ for id_, grade in found.gold.items() if grade > 0),
         pages=found.pages,
+        negatives=found.negatives,
       )
     )
   if num_impossible:

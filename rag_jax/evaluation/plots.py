@@ -36,15 +36,15 @@ def learning_curves(
 ) -> None:
   """Draws loss, validation metrics, entropy and staleness against the step.
 
-  A panel says "not measured" if the run has no such metric. Warm-up steps have
-  negative numbers; training begins at 0.
+  A panel says "not measured" if the run has no such metric. Steps before the
+  main stage have negative numbers; it begins at 0.
 
   Raises:
     FileNotFoundError: there is no `metrics_path`.
     ValueError: one of its lines is not a record of metrics.
   """
   records = read_metrics(metrics_path)
-  warmup = [r for r in records if r["stage"] == "warmup"]
+  before = [r for r in records if r["stage"] != "train"]
   train = [r for r in records if r["stage"] == "train"]
 
   # Without pyplot, which keeps figures and a backend for the whole process.
@@ -54,7 +54,7 @@ def learning_curves(
   # parse_math=False: a title may be a path with a dollar sign.
   figure.suptitle(title, fontsize=14, fontweight="bold", parse_math=False)
   (loss, validation), (entropy, staleness) = figure.subplots(2, 2)
-  _draw_loss(loss, warmup, train)
+  _draw_loss(loss, before, train)
   _draw_validation(validation, train)
   _draw_entropy(entropy, train, n_docs)
   _draw_staleness(staleness, train)
@@ -66,19 +66,29 @@ def learning_curves(
 
 def _draw_loss(
   axes: Axes,
-  warmup: Sequence[Mapping[str, Any]],
+  before: Sequence[Mapping[str, Any]],
   train: Sequence[Mapping[str, Any]],
 ) -> None:
-  before = _curve(warmup, "warmup/loss")
-  last = max((r["step"] for r in warmup), default=0)
-  before = ([step - last for step in before[0]], before[1])
-  after = _curve(train, "train/loss")
-  drawn = _draw(axes, before, _ORANGE, "warm-up, span infilling")
-  drawn |= _draw(axes, after, _BLUE, "training, marginal")
+  first, drawn = 0, False  # step at which what is drawn next ends
+  parts = []
+  for stage, color, label in (
+    ("contrastive", _GREEN, "contrastive, per question"),
+    ("warmup", _ORANGE, "warm-up, span infilling"),
+  ):
+    records = [r for r in before if r["stage"] == stage]
+    last = max((r["step"] for r in records), default=0)
+    steps, losses = _curve(records, f"{stage}/loss")
+    drawn |= _draw(
+      axes, ([first + s - last for s in steps], losses), color, label
+    )
+    if last:
+      parts.insert(0, "warm-up" if stage == "warmup" else stage)
+      axes.axvline(first, color=_GREY, linewidth=0.8, linestyle=":")
+    first -= last
+  drawn |= _draw(axes, _curve(train, "train/loss"), _BLUE, "training, marginal")
   _finish(axes, "Loss", "nats per token", drawn)
-  if before[0]:
-    axes.axvline(0, color=_GREY, linewidth=0.8, linestyle=":")
-    axes.set_xlabel("step (warm-up before 0)")
+  if parts:
+    axes.set_xlabel(f"step ({' and '.join(parts)} before 0)")
 
 
 def _draw_validation(axes: Axes, train: Sequence[Mapping[str, Any]]) -> None:

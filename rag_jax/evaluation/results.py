@@ -142,7 +142,7 @@ def _best_params(
   )
   step = checkpoints.best_whole()
   assert step is not None, "a run that has trained has a checkpoint"
-  # If the main stage has no steps, this may be the last one of the warm-up.
+  # If the main stage has no steps, it may be the last of an earlier stage.
   stage = TRAIN
   if not config.train.num_steps:
     stage = checkpoints.read_extra(step)["stage"]

@@ -40,8 +40,30 @@ class RagBatch:
   accepted_tokens: Int[Any, "B A T"] | None = None
 
 
+# Not type-checked, because JAX also builds it from shapes and shardings.
+@typing.no_type_check
+@flax.struct.dataclass
+class ContrastiveBatch:
+  """Questions, each with M passages: its own, and its hard negatives.
+
+  `counts` says which of the B*M passages of the batch, in the order of
+  `doc_tokens`, a question is compared with: its own, at [b, b*M], and its
+  negatives.
+  """
+
+  question_tokens: Int[Any, "B Q"]
+  question_mask: Bool[Any, "B Q"]
+  doc_tokens: Int[Any, "B M L"]
+  doc_mask: Bool[Any, "B M L"]
+  counts: Bool[Any, "B P"]
+
+
+AnyBatch = RagBatch | ContrastiveBatch
+
+
 def padding_share(
-  batch: RagBatch, context_size: Float[Array, ""] | int | None = None
+  batch: AnyBatch,
+  context_size: Float[Array, ""] | int | None = None,
 ) -> Float[Array, ""]:
   """Returns the share of a batch's tokens that are padding, from 0 to 1.
 
@@ -52,12 +74,13 @@ def padding_share(
     batch: of any size.
     context_size: tokens that its contexts are computed as; None: B*K*C.
   """
-  masks: list[Any] = [
-    batch.context_mask, batch.target_mask, batch.question_mask, batch.doc_mask
-  ]  # fmt: skip
+  masks: list[Any] = [batch.question_mask, batch.doc_mask]
+  if isinstance(batch, RagBatch):
+    masks += [batch.context_mask, batch.target_mask]
   masks = jax.tree.leaves(masks)  # without None
   real = sum((jnp.sum(mask) for mask in masks), start=jnp.zeros((), jnp.int32))
   size = sum(mask.size for mask in masks)
   if context_size is not None:
+    assert isinstance(batch, RagBatch)
     size = size - batch.context_mask.size + context_size
   return 1 - real / size

@@ -106,6 +106,9 @@ def check_devices(config: Config, num_devices: int) -> MeshConfig:
   }
   if config.warmup.num_steps:
     sizes["warmup.batch_size"] = config.warmup.batch_size
+  if config.contrastive.num_steps:
+    sizes["contrastive.batch_size"] = config.contrastive.batch_size
+    sizes["contrastive.chunk"] = config.contrastive.chunk  # 0: no parts
   bad = [f"{name}={size}" for name, size in sizes.items() if size % shards]
   if bad:
     raise ValueError(

@@ -36,12 +36,19 @@ def banner(
   }
   parts = ", ".join(f"{name} {_short(count)}" for name, count in counts.items())
   asked = ", ".join(f"{len(qs):,} {split}" for split, qs in questions.items())
-  steps = [f"{config.train.num_steps:,} steps of {config.train.batch_size}"]
+  steps = []
   if config.warmup.num_steps:
     warmup = config.warmup
-    steps.insert(
-      0, f"warm-up, {warmup.num_steps:,} steps of {warmup.batch_size} passages"
+    steps.append(
+      f"warm-up, {warmup.num_steps:,} steps of {warmup.batch_size} passages"
     )
+  if config.contrastive.num_steps:
+    stage = config.contrastive
+    steps.append(
+      f"contrastive, {stage.num_steps:,} steps of {stage.batch_size} questions"
+      f" with {1 + stage.negatives} passages"
+    )
+  steps.append(f"{config.train.num_steps:,} steps of {config.train.batch_size}")
   mesh = ", ".join(f"{k}={v}" for k, v in experiment.mesh.shape.items())
   devices = experiment.mesh.devices.flat
   kind = f"{devices[0].platform}, {devices[0].device_kind}"

@@ -124,6 +124,6 @@ def check_end(stage: Stage, step: int) -> None:
     raise ValueError(
       f"The checkpoint of step {step} is beyond the end of the run:"
       f" train.num_steps={stage.num_steps}, after {stage.first_step} of the"
-      " warm-up. Expected a run with steps left. Set train.num_steps to"
+      " stages before. Expected a run with steps left. Set train.num_steps to"
       f" {step - stage.first_step} or more, or start in another --workdir."
     )

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from rag_jax.models.partitioning import replicated
 from rag_jax.processes import first_alone
 from rag_jax.training.checkpoint import Checkpointer
+from rag_jax.training.metrics import STAGES
 from rag_jax.training.metrics import read_metrics
+from rag_jax.training.stages import CONTRASTIVE
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import WARMUP
 from rag_jax.training.stages import Stage
@@ -43,7 +45,8 @@ def is_too_high(loss: float, lowest: float, vocab_size: int) -> bool:
   a model whose logits have another scale.
 
   Args:
-    loss: of a batch, in nats per target token.
+    loss: of a batch, in nats per target token; of the contrastive stage, in
+      nats per question.
     lowest: of the losses in the same stage; inf: unknown.
     vocab_size: number of token ids of the generator.
   """
@@ -69,13 +72,15 @@ class DivergenceCheck:
     *,
     vocab_size: int,  # number of token ids of the generator
     warmup_steps: int,  # of the run
+    contrastive_steps: int = 0,  # after them
   ):
     self.lowest: dict[str, float] = {}
     self.proven: int | None = None
     self._checkpoints = checkpoints
     self._vocab_size = vocab_size
     self._workdir = workdir
-    self._warmup_steps = warmup_steps
+    self._ends = {WARMUP: warmup_steps}
+    self._ends[CONTRASTIVE] = warmup_steps + contrastive_steps
     self._newest: int | None = None  # checkpoint
     self._failed: set[int] = set()  # checkpoints with a bad loss after them
     # Losses that stay on the devices until they are needed.
@@ -185,9 +190,10 @@ class DivergenceCheck:
     aside = [(step, loss) for step, _, loss, _ in left]
 
     def stage_of(step: int) -> str:
-      return TRAIN if step > self._warmup_steps else WARMUP
+      ends = self._ends.items()
+      return next((stage for stage, end in ends if step <= end), TRAIN)
 
-    lowest = {stage: self._logged(stage) for stage in (WARMUP, TRAIN)}
+    lowest = {stage: self._logged(stage) for stage in STAGES}
     for step, loss in noted + aside:
       if loss is not None:
         stage = stage_of(step)
@@ -231,9 +237,11 @@ class DivergenceCheck:
     return "start in another --workdir: no checkpoint is from before that."
 
   def _diverged(self, what: str, stage: Stage, step: int) -> FloatingPointError:
-    rates = "optimizer.peak_lr or optimizer.retriever_lr"
-    if stage.name != TRAIN:
-      rates = "warmup.peak_lr or warmup.retriever_lr"
+    rates = {
+      WARMUP: "warmup.peak_lr or warmup.retriever_lr",
+      CONTRASTIVE: "contrastive.retriever_lr",
+      TRAIN: "optimizer.peak_lr or optimizer.retriever_lr",
+    }[stage.name]
     remedy = "run the command again: nothing was saved, so it starts afresh."
     if self._checkpoints.steps():
       remedy = self._remedy()

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 import numpy as np
 
-from rag_jax.corpus.folding import fold
-from rag_jax.corpus.words import units
+from rag_jax.corpus.words import holds
+from rag_jax.corpus.words import joined_units
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.pipeline import QuestionBatches
 from rag_jax.data.questions import Question
@@ -197,16 +197,11 @@ def answers_in_docs(
     answers: accepted answers of each question.
     numbers: whether a number is one word.
   """
-
-  def joined(text: str) -> str:
-    words = units(fold(text, join_digits=numbers), numbers=numbers)
-    return " " + "".join(word + " " for word in words)
-
   num_found = 0
   for docs, accepted in zip(doc_ids.tolist(), answers, strict=True):
-    wanted = [joined(answer) for answer in accepted]
-    texts = [joined(f"{passages[i].title} {passages[i].text}") for i in docs]
+    wanted = [joined_units(answer, numbers=numbers) for answer in accepted]
     num_found += any(
-      len(answer) > 1 and answer in text for answer in wanted for text in texts
+      holds(joined_units(f"{p.title} {p.text}", numbers=numbers), wanted)
+      for p in (passages[i] for i in docs)
     )
   return num_found / len(doc_ids)

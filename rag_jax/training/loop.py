@@ -1,4 +1,4 @@
-"""The training loop: warm-up, then the main stage on the marginal likelihood.
+"""The training loop: one stage after the other, the main stage last.
 
 In: an experiment, its questions, its workdir and a function that validates.
 Out: checkpoints, metrics and index versions in the workdir.
@@ -149,6 +149,10 @@ class _Run:
     self._identity = experiment.identity | {
       "questions": fingerprint_lines(repr(q) for q in questions),
     }
+    if config.contrastive.num_steps:
+      self._identity["positives and negatives of questions"] = (
+        fingerprint_lines(repr((q.gold, q.negatives)) for q in questions)
+      )
     self.clock = Clock()
     self._cut = CutCounter()
     self._kept_indexes: dict[int, list[int]] = {}  # by checkpoint
@@ -160,6 +164,7 @@ class _Run:
       experiment.mesh,
       vocab_size=experiment.model.generator.config.vocab_size,
       warmup_steps=config.warmup.num_steps,
+      contrastive_steps=config.contrastive.num_steps,
     )
     self._utilisation = Utilisation(
       config,
@@ -321,7 +326,7 @@ class _Run:
     values = self._validate(state.params, index)
     self._writer.write(0, stage.name, values)
     if from_first(stage.first_step in self._checkpoints.steps()):
-      return  # the warm-up ended with it
+      return  # the stage before ended with it
     versions = self._versions if self._versions.index else None
     self._save(stage, 0, state, Ahead(), versions, values, None)
 
@@ -346,7 +351,8 @@ class _Run:
     learns = json.loads(json.dumps(learning_of(self._config)))
     before = extra.get("config", {})
     same = step in extra.get("went_back_to", []) and all(
-      before.get(section, {}).get(name) == value
+      # A checkpoint of an older version lacks newer settings.
+      before.get(section, {}).get(name, value) == value
       for section, settings in learns.items()
       for name, value in settings.items()
     )

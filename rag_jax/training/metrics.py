@@ -26,7 +26,11 @@ from rag_jax.training.tensorboard_files import close_writer
 from rag_jax.training.tensorboard_files import open_writer
 
 METRICS_FILE = "metrics.jsonl"
-STAGES = ("warmup", "train")  # in the order in which a run passes them
+STAGES = (
+  "warmup",
+  "contrastive",
+  "train",
+)  # in the order in which a run passes them
 
 _DIGEST = "digest"  # of a line and all before it, so that none can be lost
 _DIGEST_CHARS = 16  # 64 bits: against damage, not against a forger
@@ -336,7 +340,7 @@ class Progress:
     Args:
       step: updates done of the stage.
       num_steps: updates that the stage has.
-      stage: "warmup" or "train".
+      stage: one of `STAGES`.
       metrics: the loss, the entropy of the documents and, after a validation,
         its results, which are shown until the next one. "-" stands for metrics
         that are missing.
@@ -351,10 +355,11 @@ class Progress:
         self._validation[name] = value
     known = {**self._validation, **metrics}
     left_secs = (num_steps - step) * self._batch_size / speed
-    things = "q" if stage == "train" else "p"  # questions, passages
+    things = "p" if stage == "warmup" else "q"  # passages, questions
+    per = "question" if stage == "contrastive" else "token"
     return "  ".join((
       f"{stage:<6} {step:>{len(str(num_steps))}}/{num_steps}",
-      f"loss {_short(known.get(f'{stage}/loss'), 3)} nats/token",
+      f"loss {_short(known.get(f'{stage}/loss'), 3)} nats/{per}",
       f"EM {_short(known.get('validation/exact_match'), 2)}",
       f"recall@5 {_short(known.get('validation/answer_recall_at_5'), 2)}",
       f"H(z|x) {_short(known.get('train/doc_entropy'), 2)}",

@@ -1,7 +1,7 @@
 """The stages of a run, each with its loss, batches and optimizer.
 
-In: an experiment and its questions. Out: the warm-up, if the config asks for
-it, and the main stage.
+In: an experiment and its questions. Out: the warm-up and the contrastive stage,
+if the config asks for them, and the main stage.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 from absl import logging
+from flax import linen as nn
 import jax
 from jaxtyping import PyTree
 import numpy as np
@@ -18,6 +19,7 @@ import optax
 from rag_jax.config import Config
 from rag_jax.data.cloze import ClozeBatches
 from rag_jax.data.context import ContextBuilder
+from rag_jax.data.contrastive import ContrastiveBatches
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.pipeline import Prepared
 from rag_jax.data.pipeline import QuestionBatches
@@ -26,6 +28,7 @@ from rag_jax.data.step_batches import StepBatches
 from rag_jax.losses import MARGINAL_NLL_FNS
 from rag_jax.losses import RetrieverLoss
 from rag_jax.losses_hf import HF_NLL_FNS
+from rag_jax.models import hybrid
 from rag_jax.models.length_groups import LengthGroups
 from rag_jax.models.length_groups import choose_groups
 from rag_jax.models.packing import Packing
@@ -34,6 +37,8 @@ from rag_jax.models.partitioning import batch_shards
 from rag_jax.models.partitioning import process_rows
 from rag_jax.models.rag import ContextLayout
 from rag_jax.models.rag import RagModel
+from rag_jax.training.contrastive import contrastive_loss
+from rag_jax.training.metrics import STAGES
 from rag_jax.training.objectives import Metrics
 from rag_jax.training.objectives import cloze_loss
 from rag_jax.training.objectives import fid_loss
@@ -48,7 +53,7 @@ from rag_jax.training.step import LossFn
 from rag_jax.training.step import update
 
 _NUM_LENGTHS = 2000  # of contexts, from which groups are chosen
-WARMUP, TRAIN = "warmup", "train"
+WARMUP, CONTRASTIVE, TRAIN = STAGES
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,6 +107,13 @@ def stage_optimizer(
       warmup_steps=config.warmup.warmup_steps,
       schedule="constant",
     )
+  if name == CONTRASTIVE:
+    num_steps = config.contrastive.num_steps
+    settings = dataclasses.replace(
+      settings,
+      retriever_lr=config.contrastive.retriever_lr,
+      warmup_steps=config.contrastive.warmup_steps,
+    )
   if not num_steps:
     return optax.set_to_zero()  # nothing trains, and no moments are needed
   return make_optimizer(
@@ -129,6 +141,15 @@ def _frozen(config: Config, name: str, params: PyTree) -> tuple[str, ...]:
     frozen += ("passage_encoder",)
   if name == TRAIN and config.retriever_loss == "none":
     frozen += tuple(part for part in params if part != "generator")
+  if name == CONTRASTIVE:
+    # Neither writes an answer nor weighs words against embeddings.
+    frozen += tuple(p for p in ("generator", hybrid.PARAMS) if p in params)
+    adapted = any(t.startswith("encoder/") for t in config.lora.targets)
+    # It has no adapters then, and would train whole beside those of the other.
+    if (
+      config.lora.rank and adapted and not config.encoder.train_passage_encoder
+    ):
+      frozen += ("passage_encoder",)
   return frozen
 
 
@@ -165,6 +186,8 @@ def make_stages(
         prepare=prepare_cloze,
       )
     )
+  if config.contrastive.num_steps:
+    stages.append(_contrastive_stage(experiment, questions))
   in_step = open_in_step(experiment)
   share = process_rows(experiment.mesh, config.train.batch_size).tolist()
   batches = (StepBatches if in_step else QuestionBatches)(
@@ -180,7 +203,7 @@ def make_stages(
       name=TRAIN,
       num_steps=config.train.num_steps,
       batch_size=config.train.batch_size,
-      first_step=config.warmup.num_steps,
+      first_step=config.steps_before_main,
       loss_fn=main_loss(
         config, experiment.model, special_ids(experiment.context)
       ),
@@ -192,6 +215,52 @@ def make_stages(
     )
   )
   return stages
+
+
+def _contrastive_stage(
+  experiment: Experiment, questions: Sequence[Question]
+) -> Stage:
+  """Returns the stage that trains the retriever alone.
+
+  Raises:
+    ValueError: the questions have no passages of their own, or nothing of the
+      retriever is trained.
+  """
+  config = experiment.config
+  settings, context = config.contrastive, experiment.context
+  shapes = nn.meta.unbox(jax.eval_shape(experiment.init, jax.random.key(0)))
+  if not any(jax.tree.leaves(trained(config, CONTRASTIVE, shapes))):
+    raise ValueError(
+      f"contrastive.num_steps={settings.num_steps} trains the retriever, but"
+      " all its parameters are held: optimizer.freeze="
+      f"{config.optimizer.freeze}, lora.targets={config.lora.targets}. Set"
+      " contrastive.num_steps=0, or let some of them learn."
+    )
+  batches = ContrastiveBatches(
+    questions,
+    experiment.passages,
+    context,
+    config,
+    share=process_rows(experiment.mesh, settings.batch_size).tolist(),
+  )
+
+  def prepare(step: int, *_: object) -> Prepared:
+    with context.counting() as cut:
+      return Prepared(batches.batch(step), np.zeros((0, 0), np.int32), cut)
+
+  return Stage(
+    name=CONTRASTIVE,
+    num_steps=settings.num_steps,
+    batch_size=settings.batch_size,
+    first_step=config.warmup.num_steps,
+    loss_fn=functools.partial(
+      contrastive_loss,
+      model=experiment.model,
+      temperature=settings.temperature,
+      chunk=settings.chunk,
+    ),
+    prepare=prepare,
+  )
 
 
 def _context_layout(

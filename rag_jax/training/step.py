@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key, PyTree
 import optax
 
+from rag_jax.models.batch import AnyBatch
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.batch import padding_share
 from rag_jax.models.partitioning import batch_parts
@@ -24,7 +25,8 @@ from rag_jax.training.state import TrainState
 
 # Share of the batches whose contexts did not fit into the layout.
 UNGROUPED = "train/ungrouped"
-LossFn = Callable[[PyTree, RagBatch, Key[Array, ""]], tuple[Array, Metrics]]
+# (params, batch of the stage, key) -> loss, metrics
+LossFn = Callable[[PyTree, Any, Key[Array, ""]], tuple[Array, Metrics]]
 
 
 def _accumulated(
@@ -84,7 +86,7 @@ def _gradient(
   """Returns (some of params, batch, key) -> their gradient, and metrics."""
 
   def loss(
-    some: PyTree, batch: RagBatch, key: Key[Array, ""], **layout: Any
+    some: PyTree, batch: AnyBatch, key: Key[Array, ""], **layout: Any
   ) -> tuple[Array, Metrics]:
     return loss_fn(_fill(some, params), batch, key, **layout)
 
@@ -109,7 +111,7 @@ def _gradient(
 
 def update(
   state: TrainState,
-  batch: RagBatch,
+  batch: AnyBatch,
   key: Key[Array, ""],
   *,
   loss_fn: LossFn,
@@ -125,7 +127,7 @@ def update(
     state: before the update.
     batch: its arrays have B rows.
     key: random key of the run; each step has its own dropout.
-    loss_fn: a loss per target token.
+    loss_fn: a loss per target token; without `accumulate`, any mean.
     optimizer: makes the update of a gradient.
     stage: prefix of the metrics.
     accumulate: parts of B / accumulate rows that the gradient is computed in,
@@ -141,6 +143,7 @@ def update(
   some = _select(state.params, trained)
   grad_fn = _gradient(loss_fn, context_layout, state.params)
   if accumulate > 1:
+    assert isinstance(batch, RagBatch)
     grads, metrics = _accumulated(
       grad_fn, some, batch, dropout_key, stage, accumulate
     )
@@ -156,6 +159,7 @@ def update(
   metrics |= {f"{stage}/grad_norm": optax.tree.norm(grads)}
   size = None
   if context_layout is not None:
+    assert isinstance(batch, RagBatch)
     whole, parts = batch.context_mask.size, accumulate * num_shards()
     share = metrics[UNGROUPED]
     size = share * whole + (1 - share) * parts * context_layout.num_tokens

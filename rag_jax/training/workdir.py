@@ -55,6 +55,7 @@ _LEARNING = {
     "end_lr_ratio", "b1", "b2", "eps", "weight_decay", "clip_norm",
   ),
   "warmup": ("peak_lr", "retriever_lr", "warmup_steps"),
+  "contrastive": ("retriever_lr", "warmup_steps"),
 }  # fmt: skip
 
 
@@ -447,7 +448,7 @@ def _check_step(workdir: Workdir, step: int) -> None:
 
 def _goes_on(workdir: Workdir, old: Config, new: Config) -> bool:
   """Returns whether the run is finished and the new config extends it."""
-  last = str(old.warmup.num_steps + old.train.num_steps)
+  last = str(old.steps_before_main + old.train.num_steps)
   ended = all(
     (folder / artifacts.MANIFEST).exists()
     for folder in (workdir.model, workdir.checkpoints / last)

@@ -200,6 +200,7 @@ def _bring_encoder(
   brought.bring(part, "data.passage_length", longest)
   brought.bring_lr(part, "optimizer.retriever_lr")
   brought.bring_lr(part, "warmup.retriever_lr")
+  brought.bring_lr(part, "contrastive.retriever_lr")
   if loaded.max_tokens and data.passage_length > limit:
     brought.note(
       f"data.passage_length={data.passage_length}, not {limit}: it was trained"

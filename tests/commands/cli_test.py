@@ -86,6 +86,7 @@ def test_without_a_command_the_list_is_an_error(monkeypatch, capsys):
   ("given", "hint"),
   [
     ("trian", " Did you mean 'train'? "),
+    ("mine_negative", " Did you mean 'mine-negatives'? "),
     ("build_index", " Did you mean 'build-index'? "),
     ("x\x1b[2J", " plan. rag-jax --help"),
   ],

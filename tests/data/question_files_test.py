@@ -44,6 +44,51 @@ def test_answers_may_be_missing_where_passages_of_use_are_known(write):
 
 
 @pytest.mark.parametrize(
+  ("record", "negatives"),
+  [
+    ({"negatives": ["p1", 7, "p1"]}, ("p1", "7")),
+    ({"negatives": []}, ()),
+    ({"negatives": None}, ()),
+    ({"hard_negative_ctxs": [{"passage_id": "p1"}, {"psg_id": 2}, {}],
+      "negative_ctxs": [{"passage_id": "p3"}]}, ("p1", "2")),
+    # As DPR falls back.
+    ({"hard_negative_ctxs": [], "negative_ctxs": [{"passage_id": "p3"}]},
+     ("p3",)),
+    ({"hard_negative_ctxs": None, "negative_ctxs": None}, ()),
+    ({"negatives": ["p1"], "negative_ctxs": [{"passage_id": "p3"}]}, ("p1",)),
+    ({}, ()),
+  ],
+)  # fmt: skip
+def test_hard_negatives_are_read(record, negatives, write):
+  path = write(one_line({"question": "Who?", "answers": ["A"], **record}),
+               "q.jsonl")  # fmt: skip
+  assert read(path)[0].negatives == negatives
+  [question] = read_questions(path)
+  assert question.negatives == negatives
+  # They do not change which question it is.
+  [plain] = read_questions(
+    write(one_line({"question": "Who?", "answers": ["A"]}), "p.jsonl")
+  )
+  assert repr(question) == repr(plain)
+
+
+@pytest.mark.parametrize(
+  ("record", "message"),
+  [
+    ({"negatives": "p1"}, "field 'negatives'"),
+    ({"negatives": [["p1"]]}, "field 'negatives' holds .*Expected a list of"),
+    ({"negatives": [True]}, "field 'negatives' holds True"),
+    ({"hard_negative_ctxs": ["p1"]}, r"q\.jsonl:1\.hard_negative_ctxs\[0\]"),
+  ],
+)
+def test_hard_negatives_of_another_kind_are_refused(record, message, write):
+  path = write(one_line({"question": "Who?", "answers": ["A"], **record}),
+               "q.jsonl")  # fmt: skip
+  with pytest.raises(ValueError, match=message):
+    read(path)
+
+
+@pytest.mark.parametrize(
   ("record", "answers"),
   [
     ({"golden_answers": ["Ann", "Bob"]}, ("Ann", "Bob")),  # FlashRAG

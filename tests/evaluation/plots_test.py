@@ -61,6 +61,25 @@ def lines(axes: Axes):
   }
 
 
+def test_the_stages_before_the_main_one_follow_each_other(tmp_path, panels):
+  records = [
+    *RECORDS[:2],
+    *(
+      {"step": s, "stage": "contrastive", "time_secs": 2.5,
+       "contrastive/loss": 1.0}
+      for s in (3, 6)
+    ),
+    *RECORDS[2:],
+  ]  # fmt: skip
+  path = write(tmp_path, records)
+  learning_curves(path, tmp_path / "curves.png", "a run")
+  panel = panels()["Loss"]
+  drawn = lines(panel)
+  assert drawn["contrastive, per question"] == [[-3, 0], [1, 1]]
+  assert drawn["warm-up, span infilling"] == [[-16, -6], [4, 3]]
+  assert panel.get_xlabel() == "step (warm-up and contrastive before 0)"
+
+
 def test_each_metric_is_a_line_of_its_panel(tmp_path, panels):
   learning_curves(
     write(tmp_path, RECORDS), tmp_path / "curves.png", "a run", n_docs=4

@@ -22,9 +22,11 @@ from rag_jax.config import OptimizerConfig
 from rag_jax.config_models import EncoderConfig
 from rag_jax.config_models import GeneratorConfig
 from rag_jax.models import partitioning
+from rag_jax.models.batch import ContrastiveBatch
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.rag import build_model
 from rag_jax.training import step
+from rag_jax.training.contrastive import contrastive_loss
 from rag_jax.training.objectives import marginal_loss
 from rag_jax.training.optimizer import make_optimizer
 from rag_jax.training.state import init_params
@@ -108,6 +110,42 @@ def contrast(mesh):
   return np.asarray(nll_fn(questions, passages)).tolist()
 
 
+def contrastive(mesh, chunk):
+  """The loss of the contrastive stage and its gradient, with dropout."""
+  rng = np.random.default_rng(2)
+  model, rows, num = make_model(""), 4 * B, 2
+
+  def tokens(*shape):
+    return rng.integers(V, size=shape, dtype=np.int32), np.ones(shape, bool)
+
+  batch = ContrastiveBatch(
+    *tokens(rows, Q), *tokens(rows, num, L),
+    rng.random((rows, rows * num)) < 0.8,
+  )  # fmt: skip
+  arrays = jax.tree.map(jnp.asarray, make_batch())
+  params, layout = init_params(
+    lambda key: model.init(key, arrays)["params"], jax.random.key(0), mesh
+  )
+  loss_fn = functools.partial(contrastive_loss, model=model, chunk=chunk)
+
+  def on_mesh(params, batch, key):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+
+  (_, metrics), grads = jax.jit(
+    on_mesh,
+    in_shardings=(
+      layout,
+      partitioning.batch_sharding(mesh),
+      partitioning.replicated(mesh),
+    ),
+  )(params, batch, jax.random.key(1))
+  return {
+    "metrics": {name: float(x) for name, x in metrics.items()},
+    "grads": flat(grads),
+  }
+
+
 def train(name):
   """Returns what happens on the mesh called `name`, as JSON can hold it."""
   shape, _, kind = name.partition(" ")
@@ -170,6 +208,7 @@ def train(name):
     "shards": shards,
     "trained": flat(state.params),
     "contrast": contrast(mesh),
+    "contrastive": {c: contrastive(mesh, c) for c in (() if kind else (0, 16))},
   }
 
 
@@ -251,6 +290,18 @@ def test_contrast_sees_the_passages_of_all_devices(mesh, results):
   np.testing.assert_allclose(
     results[mesh]["contrast"], results[ONE]["contrast"], rtol=1e-5
   )
+
+
+@OTHERS
+@pytest.mark.parametrize("chunk", ["0", "16"])
+def test_the_contrastive_stage_is_that_of_one_device(mesh, chunk, results):
+  one = results[ONE]["contrastive"][chunk]
+  other = results[mesh]["contrastive"][chunk]
+  assert one["metrics"]["contrastive/negatives"] > 32  # those of all devices
+  assert_same(one["metrics"], other["metrics"], rtol=1e-5, atol=0)
+  assert_same(one["grads"], other["grads"], rtol=0, atol=1e-6)
+  largest = max(np.max(np.abs(x)) for x in one["grads"].values())
+  assert largest > 1e-2
 
 
 @pytest.mark.parametrize("mesh", MESHES)

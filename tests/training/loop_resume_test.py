@@ -248,8 +248,8 @@ def test_a_run_cannot_be_made_shorter_than_it_is(tiny, copy):
   with pytest.raises(
     ValueError,
     match=r"The checkpoint of step 16 is beyond the end of the run: train\.num_"
-    r"steps=5, after 4 of the warm-up\..*Set train\.num_steps to 12 or more, or"
-    r" start in another --workdir\.",
+    r"steps=5, after 4 of the stages before\..*Set train\.num_steps to 12 or"
+    r" more, or start in another --workdir\.",
   ):
     tiny.train(copy.path, tiny.config(train__num_steps=5))
 
