@@ -20,12 +20,14 @@ from rag_jax.corpus.tfds import TFDS
 from rag_jax.corpus.tfds import open_tfds
 from rag_jax.corpus.tfds import tfds_errors
 from rag_jax.corpus.tfds import tfds_text
+from rag_jax.data.dialogue import Asked
 from rag_jax.data.question_files import ENDS as QUESTION_ENDS
 from rag_jax.data.question_files import Page
 from rag_jax.data.question_files import read_question_file
 from rag_jax.disk import instead_of
 
 SPLITS = ("train", "validation", "test")
+DIALOGUES = "world_facts_dialogue"
 
 # TFDS data sets that are read without TensorFlow, and how to get their answers.
 # Both have only the splits train and validation.
@@ -61,6 +63,29 @@ class Question:
   pages: tuple[tuple[Page, ...], ...] = dataclasses.field(  # see FoundQuestion
     default=(), repr=False
   )
+  # What was said before it in a dialogue, the oldest turn first. The last one
+  # is of the one who answers, the one before it of the one who asks, and so on.
+  history: tuple[str, ...] = ()
+  # The text that the answer is based on, if the file says so.
+  knowledge: str = dataclasses.field(default="", repr=False)
+
+  def __repr__(self) -> str:
+    """Returns what is asked; as before there were dialogues, if it is none."""
+    said = f", history={self.history!r}" if self.history else ""
+    return (
+      f"Question(question={self.question!r}, answers={self.answers!r},"
+      f" id={self.id!r}, relation={self.relation!r}{said})"
+    )
+
+  @property
+  def asked(self) -> str | Asked:
+    """The question, with its history if there is one."""
+    return Asked(self.question, self.history) if self.history else self.question
+
+  @property
+  def said(self) -> str:
+    """All of the dialogue, a turn in a line."""
+    return "\n".join((*self.history, self.question))
 
 
 def read_questions(path: epath.PathLike) -> tuple[Question, ...]:
@@ -102,6 +127,8 @@ def read_questions(path: epath.PathLike) -> tuple[Question, ...]:
         relation=found.relation,
         gold=tuple(id_ for id_, grade in found.gold.items() if grade > 0),
         pages=found.pages,
+        history=found.history,
+        knowledge=found.knowledge,
       )
     )
   if num_impossible:
@@ -266,4 +293,8 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
     )
   if source.startswith(TFDS):
     return _load_tfds(source.removeprefix(TFDS), split)
+  if source == DIALOGUES:
+    from rag_jax.data.world_dialogues import with_dialogues  # it imports this
+
+    return with_dialogues(read_questions(_split_file("world_facts", split)))
   return read_questions(_split_file(source, split))
