@@ -38,7 +38,8 @@ class DataConfig(Settings):
   # Local folder for the token ids of a passage store, which take 3 to 5 bytes
   # per token of passage_length; runs can share it. "" = in the workdir.
   token_cache: str = ""
-  # Questions: "world_facts" (bundled), a directory with train.jsonl,
+  # Questions: "world_facts" (bundled), "world_facts_dialogue" (the same, and
+  # dialogues made of them), a directory with train.jsonl,
   # validation.jsonl and test.jsonl, or "tfds:NAME".
   questions: str = "world_facts"
   # Passages per question (K); 0 = closed book. [checkpoint] of RAG

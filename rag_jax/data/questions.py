@@ -1,7 +1,8 @@
 """Questions, and the answers that count as right.
 
-In: "world_facts", a folder with one .jsonl file per split, or "tfds:NAME"; and
-a split. Out: a tuple of `Question`, always in the same order.
+In: "world_facts", "world_facts_dialogue", a folder with one .jsonl file per
+split, or "tfds:NAME"; and a split. Out: a tuple of `Question`, always in the
+same order.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -44,8 +45,9 @@ _CALLED = {
 }
 
 _EXPECTED = (
-  f"one of {sorted(BUNDLED)}, a folder with train.jsonl, validation.jsonl and"
-  f" test.jsonl, or one of {[TFDS + name for name in sorted(_TFDS_ANSWERS)]}"
+  f"one of {sorted([*BUNDLED, DIALOGUES])}, a folder with train.jsonl,"
+  " validation.jsonl and test.jsonl, or one of"
+  f" {[TFDS + name for name in sorted(_TFDS_ANSWERS)]}"
 )
 
 
@@ -149,7 +151,9 @@ def _split_file(source: str, split: str) -> epath.Path:
   folder = BUNDLED.get(source) or epath.Path(source).expanduser()
   if not source or not folder.exists():  # Path("") is this folder
     close = difflib.get_close_matches(
-      source, [*BUNDLED, *(TFDS + name for name in _TFDS_ANSWERS)], n=1
+      source,
+      [*BUNDLED, DIALOGUES, *(TFDS + name for name in _TFDS_ANSWERS)],
+      n=1,
     )
     if close:
       hint = f"Did you mean {close[0]!r}?"
@@ -272,7 +276,8 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
   """Returns the questions of one split.
 
   Args:
-    source: "world_facts"; a folder with train.jsonl, validation.jsonl and
+    source: "world_facts", or "world_facts_dialogue", which has dialogues made
+      of these questions too; a folder with train.jsonl, validation.jsonl and
       test.jsonl, or with one file per split whose name ends like train.json or
       nq-dev.csv; "tfds:natural_questions_open"; or "tfds:squad". The two of
       TFDS have no public test split: "test" is their validation split,

@@ -146,7 +146,7 @@ def test_an_unknown_split_is_refused_before_anything_is_read():
 def test_a_file_in_the_place_of_a_folder_is_refused(folder):
   assert_fails(
     lambda: load_questions(str(folder / "train.jsonl"), "train"),
-    *("train.jsonl are a file. Expected one of ['world_facts'], a folder",),
+    *("train.jsonl are a file. Expected one of ['world_facts',",),
     f"Give the folder, {folder},",
   )
 
