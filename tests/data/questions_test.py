@@ -171,6 +171,9 @@ def test_an_unknown_name_is_refused(tmp_path, monkeypatch, source, hint):
   monkeypatch.chdir(tmp_path)
   assert_fails(
     lambda: load_questions(source, "train"),
-    *(f"There are no questions {source!r}", "['world_facts'], a folder"),
+    *(
+      f"There are no questions {source!r}",
+      "'world_facts_dialogue'], a folder",
+    ),
     *("'tfds:natural_questions_open', 'tfds:squad'", hint),
   )
