@@ -38,7 +38,8 @@ class DataConfig(Settings):
   # Local folder for the token ids of a passage store, which take 3 to 5 bytes
   # per token of passage_length; runs can share it. "" = in the workdir.
   token_cache: str = ""
-  # Questions: "world_facts" (bundled), a directory with train.jsonl,
+  # Questions: "world_facts" (bundled), "world_facts_dialogue" (the same, and
+  # dialogues made of them), a directory with train.jsonl,
   # validation.jsonl and test.jsonl, or "tfds:NAME".
   questions: str = "world_facts"
   # Passages per question (K); 0 = closed book. [checkpoint] of RAG
@@ -97,7 +98,10 @@ class PromptConfig(Settings):
   """The text that the generator reads, with data.context_style="prompt"."""
 
   # A Jinja template of `question` and `passages`, each with a `title` and a
-  # `text`: one of them, or all data.n_docs with loss="concatenate".
+  # `text`: one of them, or all data.n_docs with loss="concatenate". `history`
+  # has the earlier turns of a dialogue, each with a `speaker` ("user" or
+  # "assistant") and a `text`; in a template without it they are messages of the
+  # chat, or else stand before the question.
   template: str = _TEMPLATE
   # Examples before the question, from a file of JSON lines: {"question": ...,
   # "answer": ..., "passages": [{"title": ..., "text": ...}]}. "": none.
@@ -111,6 +115,24 @@ class PromptConfig(Settings):
   # An answer also ends at this text, which one token has to hold; "": only at
   # the end token. "\n" is for models that were not trained to end answers.
   stop: str = ""
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
+class DialogueConfig(Settings):
+  """How a question is read that follows other turns of a dialogue."""
+
+  # Earlier turns that the generator reads, the last ones; -1: all. They stand
+  # before the question; where there is no room, the oldest go first.
+  turns: int = number(-1, least=-1)
+  retriever_turns: int = number(-1, least=-1)  # -1: as many as the generator
+  # The most generator tokens of earlier turns, so that they leave room for
+  # passages; 0: as many as fit beside the question.
+  history_length: int = 0
+  # Texts before the turns of the one who asks, and of the one who answers; and
+  # between turns. A chat (prompt.chat) has messages instead.
+  user: str = ""
+  assistant: str = ""
+  separator: str = "\n"
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, unsafe_hash=True)
@@ -417,6 +439,7 @@ class Config(Settings):
   exclude_bos_score: bool = False
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+  dialogue: DialogueConfig = dataclasses.field(default_factory=DialogueConfig)
   tokenizer: TokenizerConfig = dataclasses.field(
     default_factory=TokenizerConfig
   )

@@ -4,7 +4,7 @@ In: a `Config`. Out: its problems. Also makes the template of a prompt, which
 data/prompts.py renders.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import typing
 
@@ -19,6 +19,7 @@ _EXPECTED = (
   "{{ passage.title }} {{ passage.text }}\\n{% endfor %}{{ question }}'."
 )
 _NAMES = {"question", "passages"}
+_HISTORY = "history"
 _EXAMPLE = {"title": "Title", "text": "Text."}
 
 
@@ -29,6 +30,27 @@ def compile_template(template: str) -> "jinja2.Template":
     jinja2.TemplateError: it is no template.
   """
   return _environment().from_string(template)
+
+
+def history_of(turns: Sequence[str]) -> list[dict[str, str]]:
+  """Returns earlier turns of a dialogue as a template reads them.
+
+  Args:
+    turns: the oldest first; the last one answers the one who asks now.
+  """
+  speakers = "assistant", "user"
+  return [
+    {"speaker": speakers[(len(turns) - 1 - i) % 2], "text": turn}
+    for i, turn in enumerate(turns)
+  ]
+
+
+def shows_history(template: str) -> bool:
+  """Returns whether a template shows earlier turns by itself."""
+  import jinja2.meta
+
+  tree = _environment().parse(template)
+  return _HISTORY in jinja2.meta.find_undeclared_variables(tree)
 
 
 def _environment() -> "jinja2.Environment":
@@ -61,10 +83,10 @@ def template_problem(template: str, n_docs: int) -> str:
       " Correct it."
     )
   names = jinja2.meta.find_undeclared_variables(tree) - set(environment.globals)
-  if unknown := sorted(names - _NAMES):
+  if unknown := sorted(names - _NAMES - {_HISTORY}):
     return (
       f"prompt.template uses {unknown}, but there are only"
-      f" {sorted(_NAMES)}. {_EXPECTED} Rename or remove them."
+      f" {sorted(_NAMES | {_HISTORY})}. {_EXPECTED} Rename or remove them."
     )
   for name in sorted(_NAMES - names):
     if name == "question" or n_docs:
@@ -76,7 +98,12 @@ def template_problem(template: str, n_docs: int) -> str:
   # A question is also asked without passages, for train/doc_utility.
   for num in sorted({0, min(n_docs, 1), n_docs}):
     try:
-      compiled.render(question="Who?", passages=[_EXAMPLE] * num)
+      for turns in ((), ("Who?", "Ada")):
+        compiled.render(
+          question="Who?",
+          passages=[_EXAMPLE] * num,
+          history=history_of(turns),
+        )
     except Exception as error:  # a template can fail in any way
       return (
         f"prompt.template fails for {num} passages ({error}). {_EXPECTED} It"
@@ -121,6 +148,33 @@ def _own_problems(prompt: PromptConfig, n_docs: int) -> Iterator[str]:
         " prompt.chat=True the template of the chat separates messages. Leave"
         f" prompt.{name} out, or set prompt.chat=False."
       )
+
+
+def dialogue_problems(c: Config) -> Iterator[str]:
+  """Yields the problems of the section `dialogue`."""
+  d = c.dialogue
+  if d.history_length and not d.turns:
+    yield (
+      f"dialogue.history_length={d.history_length} limits earlier turns, but"
+      " with dialogue.turns=0 the generator reads none. Set one of them"
+      " otherwise."
+    )
+  if d.history_length >= c.data.context_length:
+    yield (
+      f"dialogue.history_length={d.history_length} leaves no room for the"
+      f" question in data.context_length={c.data.context_length}. Lower it, or"
+      " raise data.context_length."
+    )
+  if d.retriever_turns > 0 and not c.data.n_docs:
+    yield (
+      f"dialogue.retriever_turns={d.retriever_turns} is for a retriever, but"
+      " data.n_docs=0 is closed book and has none. Set it to -1."
+    )
+  if not d.separator and d.turns and not (d.user and d.assistant):
+    yield (
+      "dialogue.separator='' leaves nothing between turns. Expected"
+      " a text such as '\\n', or dialogue.user and dialogue.assistant. Set one."
+    )
 
 
 def _joining_problems(c: Config) -> Iterator[str]:

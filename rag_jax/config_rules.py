@@ -22,6 +22,7 @@ from rag_jax.config_model_rules import encoder_problems
 from rag_jax.config_model_rules import generator_problems
 from rag_jax.config_model_rules import rerank_problems
 from rag_jax.config_models import LORA_GROUPS
+from rag_jax.config_prompts import dialogue_problems
 from rag_jax.config_prompts import prompt_problems
 
 _MAX_INT = 2**31 - 1  # larger than any size
@@ -346,6 +347,7 @@ def _cross_problems(c: Config) -> Iterator[str]:
   yield from _objective_problems(c)
   yield from _lora_problems(c)
   yield from prompt_problems(c)
+  yield from dialogue_problems(c)
   if c.hf_loss and c.exclude_bos_score and c.train.accumulate > 1:
     yield (
       "exclude_bos_score=True looks at the first tokens of a whole batch, but"

@@ -11,6 +11,10 @@ folder or file of documents or passages, which are embedded at each start, or
 what rag-jax build-index wrote, whose embeddings are used. With --workdir it
 answers from other passages without training again.
 
+With --chat, questions are turns of a dialogue, and the model reads what was
+said before: "What is the capital of France?" and then "And its currency?". The
+line /new begins another dialogue.
+
 Several questions are several arguments. With `-`, questions are read from
 standard input, one per line; without a question, at a prompt. --json prints one
 JSON object per answer. With --distributed on every host of a pod, each answers
@@ -31,6 +35,8 @@ from absl import logging
 from rag_jax.commands import command
 from rag_jax.commands.model_flags import define_model_flags
 from rag_jax.commands.model_flags import open_pipeline
+from rag_jax.corpus.folding import is_blank
+from rag_jax.corpus.text_files import bad_character
 from rag_jax.decoding.answerer import Answer
 from rag_jax.pod import joined
 from rag_jax.processes import is_first
@@ -59,13 +65,18 @@ _LABELS = flags.DEFINE_list(
   "labels", [], "The possible answers, with commas between, of which the most"
   " likely is chosen; '': any.",
 )  # fmt: skip
+_CHAT = flags.DEFINE_bool(
+  "chat", False, "Questions are turns of one dialogue; /new begins another."
+)
 command.define_pod_flags()
+_NEW = "/new"
 _SHOWN_CHARS = 39  # of an unfinished answer; a character may take two columns
 
 
 def _prompt() -> Iterator[str]:
   """Yields what a person types, until an empty line or the end."""
-  print("Ask a question; an empty line ends.", file=sys.stderr)
+  again = f" {_NEW} begins another dialogue." if _CHAT.value else ""
+  print(f"Ask a question; an empty line ends.{again}", file=sys.stderr)
   while True:
     print("> ", end="", file=sys.stderr, flush=True)  # not among the answers
     try:
@@ -95,11 +106,14 @@ def _show(text: str) -> None:
   print(f"\r{shown}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _text(pipeline: RagPipeline, answer: Answer) -> str:
+def _text(
+  pipeline: RagPipeline, answer: Answer, history: Sequence[str] = ()
+) -> str:
   """Returns what is printed for an answer."""
   how = answer, _SURE.value, pipeline.least_score
   if _JSON.value:
-    return f"{to_json(*how)}\n"
+    more = {"history": list(history)} if _CHAT.value else {}
+    return f"{to_json(*how, **more)}\n"
   return f"{answer.question}\n{explain(*how)}"
 
 
@@ -138,22 +152,41 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     # Answers alone; --verbosity=0 also says how long each took.
     logging.set_verbosity(logging.WARNING)
+  if joined() and _CHAT.value:
+    raise ValueError(
+      "--chat was given with --distributed; expected one of them, since each"
+      " turn of a dialogue needs the ones before. Leave out --distributed."
+    )
   if joined():
     _answer_on_hosts(argv[1:])
     return
   questions = _questions(argv[1:])
   pipeline = open_pipeline()
+  if _CHAT.value:
+    pipeline.check_reads_history()
   streams = sys.stderr.isatty() if _STREAM.value is None else _STREAM.value
   on_text = _show if streams and not _JSON.value else None
-  for number, question in enumerate(questions):
+  number, history = 0, list[str]()
+  for question in questions:
+    if _CHAT.value and question.strip() == _NEW:
+      history = []
+      continue
     start = time.perf_counter()
-    (answer,) = pipeline.answer(question, on_text=on_text, **_how())
+    (answer,) = pipeline.answer(
+      question, on_text=on_text, history=history, **_how()
+    )
     if on_text:
       _show("")
     logging.info("Answered in %.3f s.", time.perf_counter() - start)
     if number and not _JSON.value:
       print()
-    print(_text(pipeline, answer), end="", flush=True)
+    print(_text(pipeline, answer, history), end="", flush=True)
+    number += 1
+    # What cannot be asked is no turn either.
+    if _CHAT.value and not (
+      is_blank(answer.text) or bad_character(answer.text)
+    ):
+      history += [question, answer.text]
 
 
 def run() -> None:

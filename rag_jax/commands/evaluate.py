@@ -11,11 +11,12 @@ the answer, its probability, and the passages that were read; metrics.json, the
 metrics with 95 % intervals, also per relation and per length of the question;
 and report.html, with the worst answers.
 
---metrics are some of em, f1, accuracy, recall, rouge, bleu, kilt, length and
-copy; by default all that the questions allow and whose packages are there:
-pip install -e ".[eval]" installs those of rouge and bleu. kilt is R-precision,
-recall of gold passages, and the scores of KILT: the questions have to name gold
-passages, or pages as KILT does.
+--metrics are some of em, f1, accuracy, recall, rouge, bleu, kilt, knowledge,
+length and copy; by default all that the questions allow and whose packages are
+there: pip install -e ".[eval]" installs those of rouge and bleu. kilt is
+R-precision, recall of gold passages, and the scores of KILT: the questions have
+to name gold passages, or pages as KILT does. knowledge is the F1 of an answer
+with the text that it should be based on, the field `knowledge` of a question.
 
 With --labels an answer is chosen from these, for instance for FEVER
 --labels="SUPPORTS,REFUTES,NOT ENOUGH INFO": the label with the largest p(y|x),
@@ -112,6 +113,8 @@ def _identity(
   gold = [repr((q.gold, q.pages)) for q in asked]
   if any(q.gold or q.pages for q in asked):
     settings["gold"] = fingerprint_lines(gold)
+  if any(q.knowledge for q in asked):
+    settings["knowledge"] = fingerprint_lines(q.knowledge for q in asked)
   return {
     "model": fingerprint_arrays(
       {jax.tree_util.keystr(name): np.asarray(x) for name, x in leaves}
@@ -199,6 +202,7 @@ def main(argv: list[str]) -> None:
     _METRICS.value or [],
     variant=variant,
     has_gold=any(q.gold or q.pages for q in asked),
+    has_knowledge=any(q.knowledge for q in asked),
   )
   evidence = find_evidence(asked, _read(passages))
   n_docs = pipeline.experiment.config.data.n_docs
@@ -223,7 +227,7 @@ def main(argv: list[str]) -> None:
       answers = pipeline.answerer.answer(
         pipeline.params,
         pipeline.index,
-        [q.question for q in part],
+        [q.asked for q in part],
         n_docs=n_docs,
         num_retrieved=most,
         batch_size=_BATCH.value,

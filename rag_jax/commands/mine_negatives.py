@@ -34,6 +34,7 @@ from etils import epath
 from rag_jax.artifacts import write_atomically
 from rag_jax.commands import command
 from rag_jax.corpus.passages import Passages
+from rag_jax.data.dialogue import Asked
 from rag_jax.data.questions import Question
 from rag_jax.data.questions import read_questions
 from rag_jax.evaluation.answers import VARIANTS
@@ -179,14 +180,17 @@ def _open() -> tuple[Passages, Search]:
       )
     return (
       pipeline.experiment.passages,
-      search_embeddings(index, lambda texts: answerer.embed(params, texts)),
+      search_embeddings(index, lambda asked: answerer.embed(params, asked)),
     )
   if is_search_directory(corpus):
     directory = OpenedDirectory(corpus)
     passages = directory.passages
     if _BY.value == "index":
       return passages, search_embeddings(
-        directory.index, directory.embed_questions
+        directory.index,
+        lambda asked: directory.embed_questions(
+          [Asked.of(question).said for question in asked]
+        ),
       )
     words = directory.bm25
   elif _BY.value == "index":
@@ -207,7 +211,9 @@ def _record(question: Question) -> str:
   record = {
     "id": question.id,
     "question": question.question,
+    "history": list(question.history),
     "answers": list(question.answers),
+    "knowledge": question.knowledge,
     "relation": question.relation,
     "gold": list(question.gold),
     "negatives": list(question.negatives),

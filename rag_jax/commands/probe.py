@@ -120,7 +120,7 @@ class _Probe:
     # Enough to fill up from if half of them are lost, and the blank one.
     retrieved = min(4 * n_docs + 16, len(experiment.passages))
     for start in range(0, len(questions), _BATCH.value):
-      part = [q.question for q in questions[start : start + _BATCH.value]]
+      part = [q.asked for q in questions[start : start + _BATCH.value]]
       answers = self.pipeline.answerer.answer(
         self.pipeline.params,
         self.pipeline.index,

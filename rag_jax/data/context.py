@@ -21,31 +21,43 @@ Here the question is decoded from the retriever's tokens (BERT's are lower
 case), and is the first to be cut. "prompt" is the text that prompts.py writes,
 for language models; one prompt can hold all documents. Cut questions and
 contexts are counted.
+
+A question of a dialogue follows its earlier turns: see dialogue.py. These are
+the first to be cut.
 """
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import functools
 import threading
 
 from jaxtyping import Bool, Int
 import numpy as np
 
 from rag_jax.config import DataConfig
+from rag_jax.config import DialogueConfig
 from rag_jax.config import PromptConfig
 from rag_jax.corpus.tokenized import PLAIN
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenized import Wording
 from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.data.dialogue import Asked
+from rag_jax.data.dialogue import DialogueText
+from rag_jax.data.dialogue import TurnIds
+from rag_jax.data.dialogue import last
+from rag_jax.data.dialogue import own_length
 from rag_jax.data.prompts import PromptBuilder
 from rag_jax.data.substitution import Change
 from rag_jax.data.substitution import substitute
-from rag_jax.models.batch import MAX_ACCEPTED
 
 Tokens = np.ndarray  # int32
 Mask = np.ndarray  # bool
 Ids = list[int]  # of one text, without special tokens
 
-COUNTS: tuple[str, ...] = ("questions_cut", "contexts_cut", "targets_cut")
+# Histories are those of questions and of contexts.
+COUNTS: tuple[str, ...] = (
+  "questions_cut", "contexts_cut", "targets_cut", "histories_cut"
+)  # fmt: skip
 
 
 def rag_context(
@@ -90,6 +102,7 @@ class ContextBuilder:
     wording: Wording = PLAIN,
     *,
     prompt: PromptConfig | None = None,
+    dialogue: DialogueConfig | None = None,
     joined: bool = False,
     ends: bool = False,
   ):
@@ -105,6 +118,7 @@ class ContextBuilder:
       target_start: tokens that every target begins with, before the answer.
       wording: how the retriever reads questions. The passages have theirs.
       prompt: of the style "prompt"; None is the default.
+      dialogue: how earlier turns are read; None is the default.
       joined: all documents are in one prompt.
       ends: prompts end with the end token, since an encoder reads them.
 
@@ -128,6 +142,7 @@ class ContextBuilder:
         " reads them. Expected passages tokenised with the generator's, and the"
         " others as retriever_passages; or set data.context_style='rag'."
       )
+    self._dialogue = DialogueText(dialogue)
     self.prompts = None
     if config.context_style == "prompt":
       self.prompts = PromptBuilder(
@@ -136,6 +151,7 @@ class ContextBuilder:
         config.context_length,
         joined=joined,
         n_docs=config.n_docs,
+        dialogue=self._dialogue,
         ends=ends,
       )
     self.counts = dict.fromkeys(COUNTS, 0)
@@ -167,19 +183,49 @@ class ContextBuilder:
     """Whether retriever and generator have the same tokenizer."""
     return self._retriever is self.tokenizer
 
+  @property
+  def reads_history(self) -> bool:
+    """Whether a model reads earlier turns of a dialogue."""
+    text = self._dialogue
+    return bool(text.generator_turns or text.retriever_turns)
+
   def encode_questions(
-    self, questions: Sequence[str]
+    self, questions: Sequence[str | Asked]
   ) -> tuple[list[Ids], list[Ids]]:
     """Returns ids for `questions` and ids for `contexts`; often the same.
 
-    The second are without the retriever's prompt.
+    The second are without the retriever's prompt. Both are with earlier turns,
+    but those of prompts are the question's alone.
     """
-    ids = self._retriever.encode(self._wording.questions(questions))
-    if not self.one_tokenizer and self._config.context_style != "rag":
-      return ids, self.tokenizer.encode(questions)
-    if not self._wording.question_prompt:
+    text, prompt = self._dialogue, self._wording.question_prompt
+    most = text.generator_turns
+    ids = text.encode(self._retriever, questions, text.retriever_turns, prompt)
+    if self.prompts is not None:
+      asked = [Asked.of(question) for question in questions]
+      alone = self.tokenizer.encode([a.question for a in asked])
+      return ids, [
+        TurnIds(row, turns=last(a.history, most)) if a.history else row
+        for row, a in zip(alone, asked, strict=True)
+      ]
+    tokenizer = self._retriever if self._as_strings else self.tokenizer
+    same = tokenizer is self._retriever and most == text.retriever_turns
+    if same and not prompt:
       return ids, ids
-    return ids, self._retriever.encode(questions)
+    return ids, text.encode(tokenizer, questions, most)
+
+  def words(self, questions: Sequence[str | Asked]) -> list[str]:
+    """Returns the texts that a search by words is asked: uncut, no names."""
+    asked = [Asked.of(question) for question in questions]
+    most = self._dialogue.retriever_turns
+    return ["\n".join((*last(a.history, most), a.question)) for a in asked]
+
+  def _fitted(self, ids: Ids, room: int, most: int = 0) -> Ids:
+    """Returns ids without earlier turns that do not fit, and counts them."""
+    if not isinstance(ids, TurnIds):
+      return ids
+    fitted = ids.fitted(room, most)
+    self._count_here()["histories_cut"] += len(fitted) < len(ids)
+    return fitted
 
   def encode_answers(self, answers: Sequence[str]) -> list[Ids]:
     """Returns ids for `targets`, as an answer follows its context."""
@@ -231,7 +277,7 @@ class ContextBuilder:
     """
     data = self._config
     room = data.question_length - 1 - (self._retriever.bos_id is not None)
-    if len(question_ids) > room:
+    if own_length(question_ids) > room:
       return True
     if self.prompts is not None:
       question = self.tokenizer.decode(context_ids)
@@ -239,7 +285,7 @@ class ContextBuilder:
     if self._as_strings:
       return False
     room = data.context_length - 1 - (self.tokenizer.bos_id is not None)
-    return len(context_ids) > room
+    return own_length(context_ids) > room
 
   def _pad(
     self,
@@ -262,10 +308,10 @@ class ContextBuilder:
   def questions(self, question_ids: Sequence[Ids]) -> tuple[Tokens, Mask]:
     """Returns the question encoder's input, [B, Q], and its mask."""
     start, end = _start(self._retriever), [self._retriever.eos_id]
-    rows = [[*start, *ids, *end] for ids in question_ids]
-    return self._pad(
-      rows, self._config.question_length, "questions_cut", self._retriever
-    )
+    length = self._config.question_length
+    room = length - len(start) - 1
+    rows = [[*start, *self._fitted(ids, room), *end] for ids in question_ids]
+    return self._pad(rows, length, "questions_cut", self._retriever)
 
   def passages(
     self, rows: np.ndarray, changes: Sequence[Change] = ()
@@ -304,14 +350,6 @@ class ContextBuilder:
     return self._pad(
       rows, self._config.target_length, "targets_cut", self.tokenizer
     )
-
-  def accepted(self, answer_ids: Sequence[Ids]) -> Int[np.ndarray, "A T"]:
-    """Returns answers that count as right as rows of targets, without masks."""
-    shape = MAX_ACCEPTED, self._config.target_length
-    tokens = np.full(shape, self.tokenizer.pad_id, np.int32)
-    with self.counting():  # they are not read, so that cutting loses nothing
-      tokens[: len(answer_ids)] = self.targets(answer_ids)[0]
-    return tokens
 
   def contexts(
     self,
@@ -355,6 +393,7 @@ class ContextBuilder:
     )
     mask = np.zeros(tokens.shape, bool)
     for b, ids in enumerate(question_ids):
+      ids = self._fitted(ids, longest, self._dialogue.history_length)
       if len(ids) > longest:
         self._count_here()["contexts_cut"] += 1
       head = [*start, *ids[:longest], tokenizer.eos_id]
@@ -397,14 +436,27 @@ class ContextBuilder:
     data, retriever = self._config, self._retriever
     # The question as the question encoder reads it, decoded to text.
     longest = data.question_length - len(_start(retriever)) - 1
-    questions = [retriever.decode_hf(ids[:longest]) for ids in question_ids]
+
+    def string(row: int | None, ids: Ids) -> str:
+      question = retriever.decode_hf(ids)
+      if row is None:
+        return (data.context_prefix + question).replace("  ", " ")
+      doc = self.tokenized.passages[row]
+      return rag_context(doc.title, doc.text, question, data)
+
+    def fits(row: int | None, ids: Ids) -> bool:
+      text = string(row, ids)
+      return not self.tokenizer.encode_inputs([text], data.context_length)[1]
+
     strings = []
-    for question, docs in zip(questions, rows.tolist(), strict=True):
-      for row in docs:
-        doc = self.tokenized.passages[row]
-        strings.append(rag_context(doc.title, doc.text, question, data))
-      if not docs:
-        strings.append((data.context_prefix + question).replace("  ", " "))
+    for ids, docs in zip(question_ids, rows.tolist(), strict=True):
+      for row in docs or [None]:
+        shown = ids[:longest]
+        if isinstance(ids, TurnIds):
+          most = self._dialogue.history_length
+          shown = ids.longest(functools.partial(fits, row), most)
+          self._count_here()["histories_cut"] += len(shown) < len(ids)
+        strings.append(string(row, shown))
     ids, num_cut = self.tokenizer.encode_inputs(strings, data.context_length)
     self._count_here()["contexts_cut"] += num_cut
     return self._padded_contexts(ids, max(rows.shape[1], 1))
@@ -416,15 +468,18 @@ class ContextBuilder:
     rows: Int[np.ndarray, "B K"],
   ) -> tuple[Tokens, Mask]:
     """Returns contexts in the style "prompt", [B, K, C] or [B, 1, C]."""
-    asked, shown = [], []
+    asked, shown, histories = [], [], []
     for ids, numbers in zip(question_ids, rows.tolist(), strict=True):
       docs = [self.tokenized.passages[row] for row in numbers]
       alone = docs and not prompts.joined
       groups = [[doc] for doc in docs] if alone else [docs]
       asked += [self.tokenizer.decode(ids)] * len(groups)
       shown += groups
-    contexts, num_cut = prompts.encode(asked, shown)
-    self._count_here()["contexts_cut"] += num_cut
+      turns = ids.turns if isinstance(ids, TurnIds) else ()
+      histories += [turns] * len(groups)
+    counts = self._count_here()
+    contexts, num_cut = prompts.encode(asked, shown, histories, counts)
+    counts["contexts_cut"] += num_cut
     num_rows = 1 if prompts.joined else max(rows.shape[1], 1)
     return self._padded_contexts(contexts, num_rows)
 

@@ -71,9 +71,7 @@ class ContrastiveBatches:
         " it, or bring more questions."
       )
     asked = [questions[row.number] for row in self._rows]
-    self._question_ids, _ = context.encode_questions(
-      [q.question for q in asked]
-    )
+    self._question_ids, _ = context.encode_questions([q.asked for q in asked])
     self._numbers = config.eval.answers == "numbers"
     self._answers: list[list[str]] | None = None
     if settings.mask_answers:

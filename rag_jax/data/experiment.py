@@ -221,6 +221,7 @@ def open_experiment(
     target_start=target_start(config),
     wording=wording,
     prompt=config.prompt,
+    dialogue=config.dialogue,
     joined="concatenate" in (config.loss, config.decoding.mode),
     ends=config.generator.kind != "causal",
   )

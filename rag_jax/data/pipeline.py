@@ -18,6 +18,7 @@ import numpy as np
 
 from rag_jax.config import Config
 from rag_jax.data.context import ContextBuilder
+from rag_jax.data.dialogue import Asked
 from rag_jax.data.informal import informal
 from rag_jax.data.questions import Question
 from rag_jax.data.substitution import Change
@@ -66,9 +67,9 @@ class QuestionBatches:
         f"train.batch_size={batch_size} is larger than the training split"
         f" ({len(questions)} questions); lower it or bring more questions."
       )
-    self._texts = [q.question for q in questions]
+    self._asked = [q.asked for q in questions]
     self._question_ids, self._context_ids = context.encode_questions(
-      self._texts
+      self._asked
     )
     # Every accepted answer is right; the first is the one to learn.
     self._answer_ids = context.encode_answers([q.answers[0] for q in questions])
@@ -109,7 +110,7 @@ class QuestionBatches:
     """Returns the tokens of contexts of random questions and passages."""
     rng = np.random.default_rng(self._seed)
     ids = [
-      self._context_ids[i] for i in rng.integers(len(self._texts), size=num)
+      self._context_ids[i] for i in rng.integers(len(self._asked), size=num)
     ]
     num_docs = self._context.num_docs(self._n_docs)
     rows = rng.integers(len(self._context.tokenized), size=(num, num_docs))
@@ -126,28 +127,30 @@ class QuestionBatches:
   def asked(
     self, step: int, rows: Int[np.ndarray, "B"]
   ) -> tuple[list[str], list[list[int]], list[list[int]]]:
-    """Returns the questions of `step`, their retriever and generator ids."""
-    texts = [self._texts[i] for i in rows]
+    """Returns what BM25 is asked, and the retriever's and generator's ids."""
+    asked = [self._asked[i] for i in rows]
     question_ids = [self._question_ids[i] for i in rows]
     context_ids = [self._context_ids[i] for i in rows]
     changed = []
     for b, row in enumerate(rows.tolist()):
-      phrased = self._phrased(step, row, texts[b])
-      if phrased != texts[b]:
-        texts[b] = phrased
+      phrased = self._phrased(step, row, asked[b])
+      if phrased != asked[b]:
+        asked[b] = phrased
         changed.append(b)
-    new_ids = self._context.encode_questions([texts[b] for b in changed])
+    new_ids = self._context.encode_questions([asked[b] for b in changed])
     for b, *ids in zip(changed, *new_ids, strict=True):
       question_ids[b], context_ids[b] = ids
-    return texts, question_ids, context_ids
+    return self._context.words(asked), question_ids, context_ids
 
-  def _phrased(self, step: int, row: int, question: str) -> str:
-    """Returns `question`, or an informal form of it, as drawn for `step`."""
+  def _phrased(self, step: int, row: int, asked: str | Asked) -> str | Asked:
+    """Returns a question, or an informal form of it, as drawn for `step`."""
     if not self._informal:
-      return question
+      return asked
     rng = np.random.default_rng((self._seed, step, row, 1))
-    wanted = rng.random() < self._informal
-    return informal(question, rng) if wanted else question
+    if rng.random() >= self._informal:
+      return asked
+    asked = Asked.of(asked)
+    return dataclasses.replace(asked, question=informal(asked.question, rng))
 
   def prepare(
     self,
@@ -195,8 +198,8 @@ class QuestionBatches:
     changes = self._substitution.changes(step, rows, doc_ids)
     for b, change in enumerate(changes):
       if change.question is not None:
-        text = self._phrased(step, int(rows[b]), change.question)
-        [ids], [context_ids[b]] = self._context.encode_questions([text])
+        asked = self._phrased(step, int(rows[b]), change.question)
+        [ids], [context_ids[b]] = self._context.encode_questions([asked])
         if self._renames:
           question_ids[b] = ids
     fields: dict[str, Any] = {}
@@ -235,10 +238,18 @@ class QuestionBatches:
     fields: dict[str, Any] = {"target_tokens": tokens, "target_mask": mask}
     if self._accepted_ids is not None:
       fields["accepted_tokens"] = np.stack([
-        self._context.accepted(self._accepted_ids[i] if ids is None else [ids])
+        self._accepted(self._accepted_ids[i] if ids is None else [ids])
         for i, ids in pairs
       ])  # fmt: skip
     return fields
+
+  def _accepted(self, answer_ids: list[list[int]]) -> Int[np.ndarray, "A T"]:
+    """Returns answers that count as right, and rows of padding."""
+    with self._context.counting():  # they are not read: cutting loses nothing
+      tokens, _ = self._context.targets(answer_ids)
+    more = MAX_ACCEPTED - len(tokens)
+    pad_id = self._context.tokenizer.pad_id
+    return np.pad(tokens, ((0, more), (0, 0)), constant_values=pad_id)
 
   def _retrieved(
     self,

@@ -6,10 +6,13 @@ the tokenizer of transformers encodes it, without an end token.
     plain    (prompt, before_answer, answer, shot_separator) of each example,
              then the prompt of the question
     chat     messages: system, (user: prompt, assistant: answer) of each
-             example, user: prompt of the question; by the tokenizer's template
+             example, earlier turns of the dialogue, user: prompt of the
+             question; by the tokenizer's template
 
-Where a prompt is too long, the longest texts of its passages are cut, then
-their titles, then the question; never the examples or the rest of the template.
+Earlier turns are in a plain prompt the start of the question; or a template
+with `history` shows them. Where a prompt is too long, the longest texts of its
+passages are cut, then their titles, then the earlier turns from their start,
+then the question; never the examples or the rest of the template.
 """
 
 import bisect
@@ -18,6 +21,8 @@ import dataclasses
 
 from rag_jax.config import PromptConfig
 from rag_jax.config_prompts import compile_template
+from rag_jax.config_prompts import history_of
+from rag_jax.config_prompts import shows_history
 from rag_jax.config_prompts import template_problem
 from rag_jax.corpus.chat import Chat
 from rag_jax.corpus.passages import Passage
@@ -26,6 +31,8 @@ from rag_jax.corpus.text_files import find_file
 from rag_jax.corpus.text_files import read_records
 from rag_jax.corpus.text_files import shorten
 from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.data.dialogue import DialogueText
+from rag_jax.data.dialogue import without_start
 
 Ids = list[int]
 
@@ -98,6 +105,7 @@ class PromptBuilder:
     *,
     joined: bool,
     n_docs: int,
+    dialogue: DialogueText | None = None,
     ends: bool = False,
   ):
     """Reads the examples and checks everything that does not need a question.
@@ -108,6 +116,7 @@ class PromptBuilder:
       length: most tokens of a prompt, data.context_length.
       joined: one prompt holds all passages of a question.
       n_docs: passages of a question; 0 shows none, in examples neither.
+      dialogue: how earlier turns are written in a plain prompt.
       ends: whether prompts end with the tokenizer's end token, as an encoder
         reads them.
 
@@ -120,6 +129,8 @@ class PromptBuilder:
     self._tokenizer, self._config = tokenizer, config
     self._length, self._ends = length, ends
     self._template = compile_template(config.template)
+    self._dialogue = dialogue or DialogueText()
+    self._shows_history = shows_history(config.template)
     self._chat = self._open_chat() if config.chat else None
     self.joined = joined
     self.before_answer = "" if config.chat else config.before_answer
@@ -169,11 +180,18 @@ class PromptBuilder:
         " both. Raise data.context_length, or shorten template and examples."
       )
 
-  def _render(self, question: str, passages: Sequence[Passage]) -> str:
+  def _render(
+    self,
+    question: str,
+    passages: Sequence[Passage],
+    turns: Sequence[str] = (),
+  ) -> str:
     """Returns the template with a question and its passages."""
     docs = [{"title": doc.title, "text": doc.text} for doc in passages]
     try:
-      return self._template.render(question=question, passages=docs)
+      return self._template.render(
+        question=question, passages=docs, history=history_of(turns)
+      )
     except Exception as error:  # a template can fail in any way
       raise ValueError(
         f"prompt.template fails for the question {question[:60]!r} with"
@@ -181,14 +199,27 @@ class PromptBuilder:
         " empty. Correct it."
       ) from error
 
-  def text(self, question: str, passages: Sequence[Passage]) -> str:
+  def text(
+    self,
+    question: str,
+    passages: Sequence[Passage],
+    turns: Sequence[str] = (),
+  ) -> str:
     """Returns the whole prompt, with examples and messages."""
-    last = self._render(question, passages)
+    if self._shows_history:
+      last, turns = self._render(question, passages, turns), ()
+    elif self._chat is None:
+      last = self._render(self._dialogue.text(question, turns), passages)
+    else:
+      last = self._render(question, passages)
     if self._chat is None:
       before, after = self.before_answer, self._config.shot_separator
       shots = (f"{prompt}{before}{x}{after}" for prompt, x in self._shots)
       return "".join([*shots, last])
-    said = [("user", last)]
+    # A chat begins with its user, so an answer without its question goes.
+    turns = turns[len(turns) % 2 :]
+    said = [(turn["speaker"], turn["text"]) for turn in history_of(turns)]
+    said.append(("user", last))
     for prompt, answer in reversed(self._shots):
       said = [("user", prompt), ("assistant", answer), *said]
     if self._config.system:
@@ -207,45 +238,90 @@ class PromptBuilder:
     return self._tokenizer.encode_prompts(texts, ends=self._ends and ends)
 
   def encode(
-    self, questions: Sequence[str], passages: Sequence[Sequence[Passage]]
+    self,
+    questions: Sequence[str],
+    passages: Sequence[Sequence[Passage]],
+    histories: Sequence[Sequence[str]] = (),
+    counts: dict[str, int] | None = None,
   ) -> tuple[list[Ids], int]:
     """Returns ids of prompts that fit, and how many of them were cut.
 
     Args:
       questions: of N prompts.
       passages: of each, best first.
+      histories: of each, the earlier turns; (): none has any.
+      counts: "histories_cut" in it grows by the cut ones.
 
     Raises:
       ValueError: there are more passages than fit without any of their text.
     """
-    texts = list(map(self.text, questions, passages))
+    whole = histories or [()] * len(questions)
+    limited = list(map(self._limited, whole))
+    texts = list(map(self.text, questions, passages, limited))
     rows, num_cut = self._encode(texts), 0
     for i, ids in enumerate(rows):
       if len(ids) > self._length:
-        rows[i] = self._cut(questions[i], passages[i], len(ids))
+        parts = questions[i], passages[i], limited[i]
+        rows[i], limited[i] = self._cut(*parts, len(ids))
         num_cut += 1
+    if counts is not None:
+      changed = (a != b for a, b in zip(whole, limited, strict=True))
+      counts["histories_cut"] += sum(changed)
     return rows, num_cut
+
+  def _limited(self, turns: Sequence[str]) -> Sequence[str]:
+    """Returns the end of earlier turns that dialogue.history_length leaves."""
+    most = self._dialogue.history_length
+    if not most or not turns:
+      return turns
+    ends = self._tokenizer.token_ends(turns)
+    return without_start(turns, ends, max(sum(map(len, ends)) - most, 0))
 
   def cuts_question(self, question: str, num: int) -> bool:
     """Returns whether a question is cut, with `num` passages in a prompt."""
     ids = self._encode([self.text(question, [_EMPTY] * num)])[0]
     return len(ids) > self._length
 
-  def _cut(self, question: str, passages: Sequence[Passage], size: int) -> Ids:
-    """Returns the ids of a prompt of `size` tokens, which are too many."""
+  def _cut(
+    self,
+    question: str,
+    passages: Sequence[Passage],
+    turns: Sequence[str],
+    size: int,
+  ) -> tuple[Ids, Sequence[str]]:
+    """Returns the ids of a prompt that was too long, and its earlier turns.
+
+    Args:
+      question: of the prompt.
+      passages: as they are.
+      turns: that are before the question.
+      size: of the whole prompt, in tokens.
+    """
     titles = [passage.title for passage in passages]
     texts = [passage.text for passage in passages]
 
     def encoded() -> Ids:
       docs = [Passage("", *both) for both in zip(titles, texts, strict=True)]
-      return self._encode([self.text(cut[0], docs)])[0]
+      return self._encode([self.text(cut[0], docs, turns)])[0]
+
+    def fits(number: int) -> bool:
+      nonlocal turns
+      turns = without_start(whole, ends, number)
+      return len(encoded()) <= self._length
 
     cut = [question]
-    for parts in (texts, titles, cut):
-      ids = self._shorten(parts, size, encoded)
+    whole, ids = turns, []
+    ends = self._tokenizer.token_ends(turns)
+    numbers = range(sum(map(len, ends)))
+    for parts in (texts, titles, None, cut):
+      if parts is not None:
+        ids = self._shorten(parts, size, encoded)
+      elif turns:
+        fits(bisect.bisect_left(numbers, True, key=fits))
+        ids = encoded()
       size = len(ids)
       if size <= self._length:
-        return ids
+        return ids, turns
     self._check_room(len(passages))
     raise ValueError(
       f"prompt.template takes {size} tokens for an empty question, but"

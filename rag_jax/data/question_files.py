@@ -1,8 +1,9 @@
 """Reads questions from files, in the formats of common data sets.
 
 In: .jsonl (ours, NQ-open, FlashRAG, KILT, FEVER), .json (SQuAD, DPR, FiD, or a
-list of the objects of .jsonl), .csv or .tsv (DPR's qas). Out: each question
-with its answers, and the passages that are known to hold them.
+list of the objects of .jsonl), .csv or .tsv (DPR's qas), or the dialogues of
+dialogue_files.py. Out: each question with its answers, and the passages that
+are known to hold them.
 """
 
 import ast
@@ -24,6 +25,11 @@ from rag_jax.corpus.text_files import find_file
 from rag_jax.corpus.text_files import read_bytes
 from rag_jax.corpus.text_files import read_records
 from rag_jax.corpus.text_files import shorten
+from rag_jax.data.dialogue_files import DialogueReader
+from rag_jax.data.dialogue_files import dialogues_of
+from rag_jax.data.dialogue_files import history_of
+from rag_jax.data.dialogue_files import is_dialogue
+from rag_jax.data.dialogue_files import kilt_turns
 from rag_jax.json_input import parse_json
 
 ENDS = (".jsonl", ".json", ".csv", ".tsv")
@@ -37,7 +43,8 @@ EXPECTED = (
 # Names of the field with the answers; the first one found is used.
 _ANSWERS = ("answers", "golden_answers", "answer")
 # Fields that a file may leave out, or give as null.
-_MAY_BE_NULL = ("id", "relation", "entity", "gold", "negatives", "target")
+_MAY_BE_NULL = ("id", "relation", "entity", "gold", "negatives", "target",
+                "history", "knowledge")  # fmt: skip
 _TABLE_NAMES = ["question", "answers"]
 
 Page = tuple[str, str]  # id and title in Wikipedia; one may be ""
@@ -56,6 +63,8 @@ class FoundQuestion:
   negatives: tuple[str, ...] = ()  # ids of passages that do not answer it
   # Sets of pages, each enough to answer it; () if not known.
   pages: tuple[tuple[Page, ...], ...] = ()
+  history: tuple[str, ...] = ()  # earlier turns of a dialogue, oldest first
+  knowledge: str = ""  # text that the answer is based on; "" if not given
   impossible: bool = False  # whether the file says that nobody can answer it
 
 
@@ -73,6 +82,10 @@ def read_question_file(path: epath.PathLike) -> Iterator[FoundQuestion]:
 
   Hard negatives are `negatives` of our .jsonl; or DPR's `hard_negative_ctxs`,
   and if there are none, its `negative_ctxs`.
+
+  Our .jsonl may also have `history`, the earlier turns of a dialogue, and
+  `knowledge`, the text that the answer is based on. Each answer in a dialogue
+  of dialogue_files.py is a question here.
 
   KILT names pages of Wikipedia instead, the `provenance` of each output; and
   FEVER by their titles, in `evidence`. Its labels are the answers.
@@ -101,8 +114,12 @@ def read_question_file(path: epath.PathLike) -> Iterator[FoundQuestion]:
 
 
 def _read_jsonl(path: epath.Path) -> Iterator[FoundQuestion]:
+  dialogues = DialogueReader(path)
   for line, record in read_records(path, required={}):
-    yield _of_record(record, f"{path}:{line}")
+    if is_dialogue(record):
+      yield from _of_dialogue(dialogues, record, f"{path}:{line}")
+    else:
+      yield _of_record(record, f"{path}:{line}")
 
 
 def _read_json(path: epath.Path) -> Iterator[FoundQuestion]:
@@ -121,6 +138,11 @@ def _read_json(path: epath.Path) -> Iterator[FoundQuestion]:
       f"{path}:{line}: not valid JSON ({error}). Expected {EXPECTED}. Correct"
       " the file; if it was cut off, copy it again."
     ) from error
+  if (found := dialogues_of(tree)) is not None:
+    dialogues = DialogueReader(path)
+    for place, record in found:
+      yield from _of_dialogue(dialogues, record, f"{path}{place}")
+    return
   if isinstance(tree, dict) and isinstance(tree.get("data"), list):
     yield from _squad(tree["data"], path)
     return
@@ -205,6 +227,8 @@ def _of_record(record: Mapping[str, Any], where: str) -> FoundQuestion:
       "gold": (list, dict),
       "negatives": list,
       "target": str,
+      "history": list,
+      "knowledge": str,
     },
   )
   if is_blank(record[question]):
@@ -216,16 +240,36 @@ def _of_record(record: Mapping[str, Any], where: str) -> FoundQuestion:
   target = record.get("target", "")
   if target in answers:  # FiD's: what is taught
     answers = [target, *(a for a in answers if a != target)]
+  history, asked = history_of(record, where), record[question]
+  if kilt and not history:
+    history, asked = kilt_turns(asked)
   return FoundQuestion(
     where=where,
-    question=record[question],
+    question=asked,
     answers=tuple(dict.fromkeys(answers)),
     id=str(record.get("id", "")),
     relation=record.get("relation", ""),
     gold=_gold(record, where),
     negatives=_negatives(record, where),
     pages=_kilt_pages(record, where) if kilt else (),
+    history=history,
+    knowledge=record.get("knowledge", ""),
   )
+
+
+def _of_dialogue(
+  dialogues: DialogueReader, record: Any, where: str
+) -> Iterator[FoundQuestion]:
+  for found in dialogues.exchanges(record, where):
+    yield FoundQuestion(
+      where=found.where,
+      question=found.question,
+      answers=(found.answer,),
+      gold={},
+      history=found.history,
+      knowledge=found.knowledge,
+      pages=((("", found.title),),) if found.title else (),
+    )
 
 
 # How FEVER writes brackets and the like in titles.

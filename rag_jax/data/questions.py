@@ -1,7 +1,8 @@
 """Questions, and the answers that count as right.
 
-In: "world_facts", a folder with one .jsonl file per split, or "tfds:NAME"; and
-a split. Out: a tuple of `Question`, always in the same order.
+In: "world_facts", "world_facts_dialogue", a folder with one .jsonl file per
+split, or "tfds:NAME"; and a split. Out: a tuple of `Question`, always in the
+same order.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,12 +21,14 @@ from rag_jax.corpus.tfds import TFDS
 from rag_jax.corpus.tfds import open_tfds
 from rag_jax.corpus.tfds import tfds_errors
 from rag_jax.corpus.tfds import tfds_text
+from rag_jax.data.dialogue import Asked
 from rag_jax.data.question_files import ENDS as QUESTION_ENDS
 from rag_jax.data.question_files import Page
 from rag_jax.data.question_files import read_question_file
 from rag_jax.disk import instead_of
 
 SPLITS = ("train", "validation", "test")
+DIALOGUES = "world_facts_dialogue"
 
 # TFDS data sets that are read without TensorFlow, and how to get their answers.
 # Both have only the splits train and validation.
@@ -42,8 +45,9 @@ _CALLED = {
 }
 
 _EXPECTED = (
-  f"one of {sorted(BUNDLED)}, a folder with train.jsonl, validation.jsonl and"
-  f" test.jsonl, or one of {[TFDS + name for name in sorted(_TFDS_ANSWERS)]}"
+  f"one of {sorted([*BUNDLED, DIALOGUES])}, a folder with train.jsonl,"
+  " validation.jsonl and test.jsonl, or one of"
+  f" {[TFDS + name for name in sorted(_TFDS_ANSWERS)]}"
 )
 
 
@@ -63,6 +67,29 @@ class Question:
   )
   # Passages that look right and are not, if the file says so.
   negatives: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+  # What was said before it in a dialogue, the oldest turn first. The last one
+  # is of the one who answers, the one before it of the one who asks, and so on.
+  history: tuple[str, ...] = ()
+  # The text that the answer is based on, if the file says so.
+  knowledge: str = dataclasses.field(default="", repr=False)
+
+  def __repr__(self) -> str:
+    """Returns what is asked; as before there were dialogues, if it is none."""
+    said = f", history={self.history!r}" if self.history else ""
+    return (
+      f"Question(question={self.question!r}, answers={self.answers!r},"
+      f" id={self.id!r}, relation={self.relation!r}{said})"
+    )
+
+  @property
+  def asked(self) -> str | Asked:
+    """The question, with its history if there is one."""
+    return Asked(self.question, self.history) if self.history else self.question
+
+  @property
+  def said(self) -> str:
+    """All of the dialogue, a turn in a line."""
+    return Asked(self.question, self.history).said
 
 
 def read_questions(path: epath.PathLike) -> tuple[Question, ...]:
@@ -105,6 +132,8 @@ def read_questions(path: epath.PathLike) -> tuple[Question, ...]:
         gold=tuple(id_ for id_, grade in found.gold.items() if grade > 0),
         pages=found.pages,
         negatives=found.negatives,
+        history=found.history,
+        knowledge=found.knowledge,
       )
     )
   if num_impossible:
@@ -125,7 +154,9 @@ def _split_file(source: str, split: str) -> epath.Path:
   folder = BUNDLED.get(source) or epath.Path(source).expanduser()
   if not source or not folder.exists():  # Path("") is this folder
     close = difflib.get_close_matches(
-      source, [*BUNDLED, *(TFDS + name for name in _TFDS_ANSWERS)], n=1
+      source,
+      [*BUNDLED, DIALOGUES, *(TFDS + name for name in _TFDS_ANSWERS)],
+      n=1,
     )
     if close:
       hint = f"Did you mean {close[0]!r}?"
@@ -248,7 +279,8 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
   """Returns the questions of one split.
 
   Args:
-    source: "world_facts"; a folder with train.jsonl, validation.jsonl and
+    source: "world_facts", or "world_facts_dialogue", which has dialogues made
+      of these questions too; a folder with train.jsonl, validation.jsonl and
       test.jsonl, or with one file per split whose name ends like train.json or
       nq-dev.csv; "tfds:natural_questions_open"; or "tfds:squad". The two of
       TFDS have no public test split: "test" is their validation split,
@@ -269,4 +301,8 @@ def load_questions(source: str, split: str) -> tuple[Question, ...]:
     )
   if source.startswith(TFDS):
     return _load_tfds(source.removeprefix(TFDS), split)
+  if source == DIALOGUES:
+    from rag_jax.data.world_dialogues import with_dialogues  # it imports this
+
+    return with_dialogues(read_questions(_split_file("world_facts", split)))
   return read_questions(_split_file(source, split))

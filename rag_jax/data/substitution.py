@@ -18,6 +18,9 @@ memorise them, and answer with the one that it has not memorised. Changed
 subjects teach it that a question may name anything. A retriever that learns to
 embed passages reads the changed subjects too, so that it learns to find names
 that no training question asks for.
+
+In a dialogue the subject may stand in an earlier turn, where it is changed too.
+An answer that was said before is not replaced.
 """
 
 from collections.abc import Sequence, Set
@@ -31,6 +34,7 @@ import numpy as np
 from rag_jax.corpus.folding import fold
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import Tokenizer
+from rag_jax.data.dialogue import Asked
 from rag_jax.data.questions import Question
 
 # (tokens, tokens that stand in for them)
@@ -43,7 +47,7 @@ class Change:
 
   replacements: tuple[Replacement, ...] = ()  # in its documents
   answer_ids: list[int] | None = None  # None: as it is
-  question: str | None = None  # None: as it is
+  question: str | Asked | None = None  # None: as it is
   # What it is about, and what stands there instead; () if it stays.
   subject: tuple[str, str] | tuple[()] = ()
 
@@ -99,7 +103,7 @@ class Substitution:
     if share:
       names = {passages.tokenizer.decode(title) for title in self._titles}
       for row, question in enumerate(questions):
-        for name in named(question.question, names):
+        for name in named(question.said, names):
           self._about.setdefault(name, []).append(row)
 
   def changes(
@@ -119,6 +123,7 @@ class Substitution:
     for row, docs in zip(rows.tolist(), doc_ids, strict=True):
       rng = np.random.default_rng((self._seed, step, row))
       wanted = rng.random() < self._share
+      wanted &= not self._was_said(self._questions[row])
       old, new = self._answer_ids[row], self._another(row, rng)
       found = wanted and any(places(self._passages, int(d), old) for d in docs)
       change = Change(((old, new),), new) if found else Change()
@@ -130,6 +135,10 @@ class Substitution:
         change = self._rename(change, row, docs, rng)
       changes.append(change)
     return changes
+
+  def _was_said(self, question: Question) -> bool:
+    """Returns whether the answer stands in an earlier turn."""
+    return any(question.answers[0] in turn for turn in question.history)
 
   def _another(self, row: int, rng: np.random.Generator) -> list[int]:
     """Returns the answers that can replace that of question `row`."""
@@ -146,11 +155,11 @@ class Substitution:
   ) -> list[Replacement]:
     """Returns replacements of other questions' answers in the same documents.
 
-    Names that occur in the question itself are kept.
+    Names that occur in the question itself, or before it, are kept.
     """
     if not self._about:
       return []
-    own, question = self._answer_ids[row], self._questions[row].question
+    own, said = self._answer_ids[row], self._questions[row].said
     asked: dict[tuple[int, ...], int] = {}
     for doc in dict.fromkeys(docs.tolist()):
       for other in self._about.get(self._passages.passages[doc].title, ()):
@@ -159,7 +168,7 @@ class Substitution:
       (list(old), self._another(other, rng))
       for old, other in asked.items()
       if list(old) != own
-      and self._questions[other].answers[0] not in question
+      and self._questions[other].answers[0] not in said
       and rng.random() < self._share
     ]
 
@@ -179,15 +188,20 @@ class Substitution:
       if not title or title in question.answers[0]:
         continue  # the answer would no longer stand in the passage
       named = re.compile(rf"(?<!\w){re.escape(title)}(?!\w)")
-      if named.search(question.question):
+      if named.search(question.said):
         name = tokenizer.decode(new)
+        renamed = dataclasses.replace(
+          question,
+          question=name.join(named.split(question.question)),
+          history=tuple(name.join(named.split(x)) for x in question.history),
+        )
         return dataclasses.replace(
           change,
           replacements=(
             *change.replacements,
             (tokenizer.encode([title])[0], new),
           ),
-          question=name.join(named.split(question.question)),
+          question=renamed.asked,
           subject=(title, name),
         )
     return change

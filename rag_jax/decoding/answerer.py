@@ -15,6 +15,7 @@ import jax
 from jaxtyping import Float, Int, PyTree
 import numpy as np
 
+from rag_jax.data.dialogue import Asked
 from rag_jax.data.experiment import Experiment
 from rag_jax.decoding.posteriors import explain_docs
 from rag_jax.decoding.posteriors import log_softmax
@@ -114,7 +115,7 @@ class Answerer:
     self._stop = config.prompt.stop if is_prompt else ""
 
   def embed(
-    self, params: PyTree, questions: Sequence[str]
+    self, params: PyTree, questions: Sequence[str | Asked]
   ) -> Float[np.ndarray, "B R"]:
     """Returns the embedding of each question."""
     question_ids, _ = self._context.encode_questions(questions)
@@ -134,7 +135,7 @@ class Answerer:
     self,
     params: PyTree,
     index: Index,
-    questions: Sequence[str],
+    questions: Sequence[str | Asked],
     n_docs: int,
   ) -> tuple[Int[np.ndarray, "B K"], Float[np.ndarray, "B R"]]:
     """Returns the passage numbers of each question, and its embedding.
@@ -143,12 +144,13 @@ class Answerer:
     """
     embeddings = self.embed(params, questions)
     rows = self._rows(index, len(questions))
+    words = self._context.words(questions)
     found = find_docs(
       index,
       self._bm25,
       params,
       embeddings[rows],
-      [questions[int(row)] for row in rows],
+      [words[int(row)] for row in rows],
       n_docs,
     )
     return self._join(found, rows, len(questions)), embeddings
@@ -222,7 +224,7 @@ class Answerer:
     self,
     params: PyTree,
     index: Index,
-    questions: Sequence[str],
+    questions: Sequence[str | Asked],
     batch_size: int,
   ) -> Float[np.ndarray, "N"]:
     """Returns the score of each question's best passage.
@@ -246,7 +248,7 @@ class Answerer:
     self,
     params: PyTree,
     index: Index | None,
-    questions: Sequence[str],
+    questions: Sequence[str | Asked],
     *,
     n_docs: int,
     num_retrieved: int = 0,
@@ -260,7 +262,7 @@ class Answerer:
     Args:
       params: of the whole model.
       index: is searched; None for a closed-book model.
-      questions: any number.
+      questions: any number; in a dialogue, with the earlier turns.
       n_docs: documents read per question.
       num_retrieved: passages retrieved per question, if more than `n_docs`: to
         measure recall at a greater depth than the model reads.
@@ -346,7 +348,7 @@ class Answerer:
     self,
     params: PyTree,
     index: Index,
-    questions: Sequence[str],
+    questions: Sequence[str | Asked],
     embeddings: Float[np.ndarray, "B R"],
     doc_ids: Int[np.ndarray, "B K"],
   ) -> Float[np.ndarray, "B K"]:
@@ -360,7 +362,8 @@ class Answerer:
     if weights is None:
       return self._join(scores, rows, num_rows)
     assert self._bm25 is not None
-    bm25_scores = self._bm25.score([questions[int(row)] for row in rows], docs)
+    words = self._context.words(questions)
+    bm25_scores = self._bm25.score([words[int(row)] for row in rows], docs)
     # Numbers, because other processes compute this for other rows.
     weights = HybridWeights(*map(float, weights))
     scores = np.asarray(hybrid_scores(weights, scores, bm25_scores))
@@ -370,7 +373,7 @@ class Answerer:
     self,
     params: PyTree,
     index: Index | None,
-    questions: list[str],
+    questions: list[str | Asked],
     n_docs: int,
     num_retrieved: int,
     batch_size: int,
@@ -434,7 +437,7 @@ class Answerer:
       ]
       answers.append(
         Answer(
-          question=question,
+          question=Asked.of(question).question,
           text=chosen[b][0][0] if labels else self._text(ids),
           log_prob=float(log_probs[b]),
           tokens=tuple(self._tokenizer.tokens(ids)),

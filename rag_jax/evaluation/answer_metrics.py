@@ -14,6 +14,9 @@ and p values.
   https://arxiv.org/abs/2009.02252, section 5). Exact match and F1 are those
   above: KILT's own are --answers=squad. KILT's script has another ROUGE-L, of
   the package rouge.
+- knowledge: token F1 of the answer with the text that it should be based on, if
+  the question has one (Shuster et al. 2021, https://arxiv.org/abs/2104.07567,
+  section 4.2). Words are compared as in f1.
 - length: words and characters of answers, and of the first accepted ones.
 - copy: the share of an answer's words, and of its trigrams, that stand in the
   documents that were read.
@@ -40,7 +43,8 @@ from rag_jax.evaluation.regex_answers import REGEX
 from rag_jax.retrieval.intervals import mean_interval
 
 METRICS = (
-  "em", "f1", "accuracy", "recall", "rouge", "bleu", "kilt", "length", "copy"
+  "em", "f1", "accuracy", "recall", "rouge", "bleu", "kilt", "knowledge",
+  "length", "copy",
 )  # fmt: skip
 BLEU = "bleu"
 
@@ -79,7 +83,11 @@ def check_metrics(asked: Sequence[str]) -> None:
 
 
 def choose_metrics(
-  asked: Sequence[str], *, variant: str, has_gold: bool
+  asked: Sequence[str],
+  *,
+  variant: str,
+  has_gold: bool,
+  has_knowledge: bool = False,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
   """Returns the metrics to compute, and sentences on those left out.
 
@@ -87,6 +95,7 @@ def choose_metrics(
     asked: names; empty: all that the questions and packages allow.
     variant: how answers are compared; see answers.py.
     has_gold: whether a question names a gold passage or page.
+    has_knowledge: whether a question has a text that answers it.
 
   Raises:
     ValueError: an asked one is not possible.
@@ -100,6 +109,8 @@ def choose_metrics(
       reason = "the accepted answers are patterns, not texts"
     elif name == "kilt" and not has_gold:
       reason = "no question names a gold passage or page"
+    elif name == "knowledge" and not has_knowledge:
+      reason = "no question has a text of knowledge"
     elif not text_overlap.is_installed(name):
       reason = f"it needs the extra `eval`: {text_overlap.INSTALL}"
     if not reason:
@@ -145,6 +156,8 @@ def values_of(
     found = [text_overlap.rouge(x.prediction, x.answers) for x in judged]
     for name in text_overlap.ROUGE:
       columns[name] = [of[name] for of in found]
+  if "knowledge" in chosen:
+    columns["knowledge_f1"] = _known(judged, "knowledge_f1").tolist()
   if "length" in chosen:
     columns |= _lengths(judged)
   if "copy" in chosen:
@@ -160,15 +173,17 @@ def values_of(
   return values
 
 
-def _kilt(judged: Sequence[JudgedAnswer], values: Values) -> Values:
-  def known(name: str) -> Float[np.ndarray, "B"]:
-    found = (getattr(x, name) for x in judged)
-    return np.array([math.nan if x is None else x for x in found], np.float64)
+def _known(judged: Sequence[JudgedAnswer], name: str) -> Float[np.ndarray, "B"]:
+  """Returns a field of all answers; NaN where it is None."""
+  found = (getattr(x, name) for x in judged)
+  return np.array([math.nan if x is None else x for x in found], np.float64)
 
-  precision = known("r_precision")
+
+def _kilt(judged: Sequence[JudgedAnswer], values: Values) -> Values:
+  precision = _known(judged, "r_precision")
   found = {
     "r_precision": precision,
-    "gold_recall_at_5": known("gold_recall_at_5"),
+    "gold_recall_at_5": _known(judged, "gold_recall_at_5"),
   }
   for name in _KILT:
     if name in values:
@@ -227,8 +242,9 @@ def metrics(
 ) -> dict[str, dict[str, Any]]:
   """Returns the metrics of all questions ("all"), and of parts of them.
 
-  Parts are "relation: NAME", if relations are known, and "words: A to B" by the
-  length of the question. A metric is an object with `mean`, `low` and `high`;
+  Parts are "relation: NAME", if relations are known; "question 2 of a dialogue"
+  and so on, if there are dialogues; and "words: A to B" by the length of the
+  question. A metric is an object with `mean`, `low` and `high`;
   `num_questions` in it says how many have the metric, if not all have; one that
   no question has is left out. BLEU and lengths are not from 0 to 1: BLEU is
   from 0 to 100.
@@ -276,6 +292,11 @@ def _parts(judged: Sequence[JudgedAnswer]) -> dict[str, list[int]]:
   for relation in sorted({x.relation for x in judged} - {""}):
     parts[f"relation: {relation}"] = [
       row for row, x in enumerate(judged) if x.relation == relation
+    ]
+  exchanges = [1 + (len(x.history) + 1) // 2 for x in judged]
+  for number in sorted(set(exchanges)) if max(exchanges) > 1 else ():
+    parts[f"question {number} of a dialogue"] = [
+      row for row, of in enumerate(exchanges) if of == number
     ]
   for first, last in _WORDS:
     name = f"words: {first} to {last}" if last else f"words: {first} or more"

@@ -83,6 +83,7 @@ h3{margin-bottom:.2em}
 <h2>Worst answers</h2>
 <p>Wrong ones, the surest first: {{ worst|length }} of {{ num_wrong }}.</p>
 {% for x in worst %}<h3>{{ x.question }}</h3>
+{% for turn in x.history %}<div class="doc">{{ turn }}</div>{% endfor %}
 <div><span class="wrong">{{ x.prediction or "(no answer)" }}</span>
 (log p {{ "%.2f"|format(x.log_prob) }}, F1 {{ "%.2f"|format(x.token_f1) }});
 right: {{ x.answers|join(" / ") }};

@@ -52,7 +52,7 @@ class Evaluator:
     scores = self._answerer.best_scores(
       params,
       index,
-      [q.question for q in questions],
+      [q.asked for q in questions],
       self._experiment.config.eval.batch_size,
     )
     return float(np.quantile(scores, 1 - _REACHED))
@@ -69,7 +69,7 @@ class Evaluator:
     answers = self._answerer.answer(
       params,
       index,
-      [q.question for q in questions],
+      [q.asked for q in questions],
       n_docs=config.data.n_docs,
       # Recall is measured at 5, even if fewer documents are read.
       num_retrieved=min(max(RECALL_K, config.data.n_docs), len(passages)),
@@ -138,7 +138,7 @@ class Evaluator:
     share the questions.
     """
     k = min(RECALL_K, index.num_passages)
-    texts = [q.question for q in questions]
+    texts = [q.asked for q in questions]
     embeddings = self._answerer.embed(params, texts)
 
     def recalls(rows: Sequence[int]) -> list[float]:
@@ -155,7 +155,7 @@ class Evaluator:
     self, params: PyTree, index: Index, questions: Sequence[Question]
   ) -> Certificate:
     """Returns the certificate of `index`, measured with `questions`."""
-    texts = [q.question for q in questions]
+    texts = [q.asked for q in questions]
     embeddings = self._answerer.embed(params, texts)
     return certify(index, embeddings, speed_secs=_SPEED_SECS)
 

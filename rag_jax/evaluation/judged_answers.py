@@ -16,6 +16,7 @@ from rag_jax.data.questions import Question
 from rag_jax.decoding.answerer import Answer
 from rag_jax.evaluation.answers import exact_match
 from rag_jax.evaluation.answers import token_f1
+from rag_jax.evaluation.regex_answers import REGEX
 from rag_jax.evaluation.retrieval import contains_answer
 from rag_jax.terminal import json_line
 
@@ -42,6 +43,9 @@ class JudgedAnswer:
   gold_recall_at_5: float | None = None
   # Probability of each label; {}: the answer was written, not chosen.
   labels: dict[str, float] = dataclasses.field(default_factory=dict)
+  history: tuple[str, ...] = ()  # earlier turns of a dialogue
+  # Token F1 with what the answer is based on; None: that is not known.
+  knowledge_f1: float | None = None
 
 
 def judge(
@@ -89,7 +93,18 @@ def judge(
     r_precision=evidence and evidence[0],
     gold_recall_at_5=evidence and evidence[1],
     labels=dict(answer.labels),
+    history=question.history,
+    knowledge_f1=(
+      token_f1(answer.text, [question.knowledge], _texts(variant), language)
+      if question.knowledge
+      else None
+    ),
   )
+
+
+def _texts(variant: str) -> str:
+  """Returns how texts are compared, if answers may be patterns."""
+  return "multilingual" if variant == REGEX else variant
 
 
 def line_of(judged: JudgedAnswer) -> str:
@@ -101,7 +116,7 @@ def read_judged(path: epath.PathLike) -> list[JudgedAnswer]:
   """Returns the answers in a file, or in that of a directory.
 
   Lines that an older rag_jax wrote have no `r_precision`, which is not known
-  then, and no `labels`.
+  then, and neither `labels` nor `history`.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -122,7 +137,7 @@ def read_judged(path: epath.PathLike) -> list[JudgedAnswer]:
   }  # fmt: skip
   later: dict[str, Any] = {
     "r_precision": (int, float), "gold_recall_at_5": (int, float),
-    "labels": dict,
+    "labels": dict, "history": list, "knowledge_f1": (int, float),
   }  # fmt: skip
   found = []
   for line, record in read_records(path, required=kinds):
@@ -131,7 +146,8 @@ def read_judged(path: epath.PathLike) -> list[JudgedAnswer]:
     }
     check_fields(given, f"{path}:{line}", required={}, optional=later)
     values = {name: record[name] for name in kinds} | given
-    values |= {name: tuple(values[name]) for name in ("answers", "docs")}
+    texts = "answers", "docs", "history"
+    values |= {name: tuple(values.get(name, ())) for name in texts}
     found.append(JudgedAnswer(**values))
   return found
 
@@ -146,7 +162,7 @@ def pairs(
   """
 
   def key(x: JudgedAnswer) -> tuple[str, ...]:
-    return (x.question, *x.answers)
+    return (*x.history, x.question, *x.answers)
 
   left: dict[tuple[str, ...], list[JudgedAnswer]] = {}
   for other in others:

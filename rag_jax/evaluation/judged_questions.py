@@ -197,7 +197,7 @@ def _read_file(path: epath.Path) -> Iterator[JudgedQuestion]:
     place = found.where.removeprefix(f"{path}:")
     yield JudgedQuestion(
       id=found.id or place.strip("[]"),
-      question=found.question.strip(),
+      question="\n".join((*found.history, found.question)).strip(),
       answers=found.answers,
       gold=found.gold,
     )

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 import numpy as np
 
 from rag_jax.corpus.passages import Passages
+from rag_jax.data.dialogue import Asked
 from rag_jax.data.questions import Question
 from rag_jax.evaluation.retrieval import contains_answer
 from rag_jax.retrieval.bm25 import Bm25Index
@@ -28,7 +29,7 @@ from rag_jax.retrieval.index import Index
 # found; and a function of (b, passage numbers) -> their scores, or None.
 Scores = Callable[[int, Sequence[int]], Float[np.ndarray, "N"]]
 Search = Callable[
-  [Sequence[str], int], tuple[Int[np.ndarray, "B K"], Scores | None]
+  [Sequence[str | Asked], int], tuple[Int[np.ndarray, "B K"], Scores | None]
 ]
 _BATCH = 64  # questions searched together
 
@@ -74,25 +75,27 @@ def search_words(words: Bm25Index) -> Search:
   They depend on the words of the question, so that there is no margin of them.
   """
 
-  def search(texts: Sequence[str], depth: int) -> tuple[Any, None]:
+  def search(asked: Sequence[str | Asked], depth: int) -> tuple[Any, None]:
+    texts = [Asked.of(question).said for question in asked]
     return words.search(texts, depth)[0], None
 
   return search
 
 
 def search_embeddings(
-  index: Index, embed: Callable[[Sequence[str]], Float[np.ndarray, "B R"]]
+  index: Index,
+  embed: Callable[[Sequence[str | Asked]], Float[np.ndarray, "B R"]],
 ) -> Search:
   """Returns a search by embeddings, whose scores are exact inner products."""
 
-  def search(texts: Sequence[str], depth: int) -> tuple[Any, Scores]:
-    asked = embed(texts)
+  def search(asked: Sequence[str | Asked], depth: int) -> tuple[Any, Scores]:
+    embeddings = embed(asked)
 
     def scores(b: int, rows: Sequence[int]) -> Float[np.ndarray, "N"]:
       found = np.asarray(index.embeddings[np.asarray(rows)], np.float32)
-      return found @ np.asarray(asked[b], np.float32)
+      return found @ np.asarray(embeddings[b], np.float32)
 
-    return index.search(asked, depth)[0], scores
+    return index.search(embeddings, depth)[0], scores
 
   return search
 
@@ -120,7 +123,7 @@ def mine(
   depth = min(settings.depth, len(passages))
   for start in range(0, len(questions), _BATCH):
     part = questions[start : start + _BATCH]
-    found, scores = search([q.question for q in part], depth)
+    found, scores = search([q.asked for q in part], depth)
     for b, question in enumerate(part):
       rows = [row for row in found[b].tolist() if row >= 0]
       score = functools.partial(scores, b) if scores else None

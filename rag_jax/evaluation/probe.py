@@ -86,7 +86,7 @@ def exchange_facts(
     old = question.answers
     known, pattern = set(map(fold, old)), _pattern(old)
     others = [x for x in answers[question.relation] if fold(x) not in known]
-    titles = named(question.question, rows_of.keys())
+    titles = named(question.said, rows_of.keys())
     facts = {
       (row, fold(words))
       for title in titles

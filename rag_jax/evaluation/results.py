@@ -109,7 +109,9 @@ def finish(
     },
     "n_docs": config.data.n_docs,
     # In training, of all processes and attempts, and in the test.
-    "cut": {name: clock.cut[name] + number for name, number in cut.items()}
+    "cut": {
+      name: clock.cut.get(name, 0) + number for name, number in cut.items()
+    }
     | {"passages_cut": experiment.tokenized.num_cut},
   }
   weights = learned_weights(params)

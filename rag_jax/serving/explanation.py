@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import dataclasses
 import itertools
 import math
+from typing import Any
 import unicodedata
 
 from rag_jax.decoding.answerer import Answer
@@ -88,11 +89,21 @@ def _best(answer: Answer) -> float:
 
 
 def to_json(
-  answer: Answer, sure: float = SURE, least_score: float = -math.inf
+  answer: Answer,
+  sure: float = SURE,
+  least_score: float = -math.inf,
+  **more: Any,
 ) -> str:
-  """Returns the answer, its passages and every probability as one line."""
+  """Returns the answer, its passages and every probability as one line.
+
+  Args:
+    answer: with the documents that were read for it.
+    sure: as in `is_sure`.
+    least_score: as in `is_sure`.
+    **more: fields that come after those of the answer.
+  """
   found = is_sure(answer, sure, least_score)
-  return json_line(dataclasses.asdict(answer) | {"sure": found})
+  return json_line(dataclasses.asdict(answer) | {"sure": found} | more)
 
 
 def _columns(text: str) -> int:

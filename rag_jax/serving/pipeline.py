@@ -21,6 +21,7 @@ from rag_jax.config_json import read_config
 from rag_jax.corpus.folding import is_blank
 from rag_jax.corpus.text_files import bad_character
 from rag_jax.corpus.text_files import shorten
+from rag_jax.data.dialogue import Asked
 from rag_jax.data.experiment import Experiment
 from rag_jax.data.experiment import check_n_docs
 from rag_jax.data.experiment import open_experiment
@@ -200,6 +201,7 @@ class RagPipeline:
     n_docs: int = 0,
     on_text: Callable[[str], None] | None = None,
     labels: Sequence[str] = (),
+    history: Sequence[str] = (),
   ) -> list[Answer]:
     """Returns one answer per question.
 
@@ -212,15 +214,19 @@ class RagPipeline:
         RAG-Sequence, which know an answer only at its end, do not call it.
       labels: the possible answers, two or more, of which the most likely is
         chosen; (): an answer is written. `Answer.labels` has the probabilities.
+      history: what was said before the one question in a dialogue: questions
+        and answers in turn, the oldest first.
 
     Raises:
-      ValueError: a question is empty or cannot be tokenised, or there are fewer
-        passages than `n_docs`.
-      TypeError: a question is not a string.
+      ValueError: a question is empty or cannot be tokenised; there are fewer
+        passages than `n_docs`; or there is a history that the model does not
+        read (dialogue.turns=0), or several questions after it.
+      TypeError: a question or turn is not a string.
     """
     several = isinstance(questions, Sequence) and not isinstance(questions, str)
     questions = list(questions) if several else [questions]
     check_questions(questions)
+    asked = self._after(history, questions) if len(history) else questions
     if type(n_docs) is not int or n_docs < 0:
       raise ValueError(
         f"n_docs={n_docs}; expected 1 or more, or 0 for as many as in training."
@@ -235,11 +241,38 @@ class RagPipeline:
     return self.answerer.answer(
       self.params,
       self.index,
-      questions,
+      asked,
       n_docs=n_docs,
       on_text=on_text,
       labels=labels,
     )
+
+  def _after(
+    self, history: Sequence[str], questions: Sequence[str]
+  ) -> list[Asked]:
+    """Returns the one question, after what was said before it."""
+    if isinstance(history, str):
+      raise TypeError(
+        f"history={shorten(history)} is one text; expected a list of turns."
+        " Pass [question, answer]."
+      )
+    for number, turn in enumerate(history, start=1):
+      _check_question(turn, f"Turn {number} of {len(history)} of the history")
+    if len(questions) != 1:
+      raise ValueError(
+        f"There is a history of {len(history)} turns, but {len(questions)}"
+        " questions; expected the one that follows it. Ask them one by one."
+      )
+    self.check_reads_history()
+    return [Asked(questions[0], tuple(history))]
+
+  def check_reads_history(self) -> None:
+    """Raises `ValueError` unless the model reads earlier turns."""
+    if not self.experiment.context.reads_history:
+      raise ValueError(
+        "The model reads no earlier turns of a dialogue (dialogue.turns=0);"
+        " expected one that does. Ask without them, or train another."
+      )
 
 
 def _decoder(

@@ -58,7 +58,7 @@ class RetrievalHealth:
     self._thread = futures.ThreadPoolExecutor(1, "rank shift")
     self._pending: futures.Future[float] | None = None
     # As many as this process embeds per step: there is a program for that.
-    self._asked = [q.question for q in questions[:rows]]
+    self._asked = [q.asked for q in questions[:rows]]
 
   def metrics(
     self,
@@ -111,8 +111,9 @@ class RetrievalHealth:
       tokens, mask = context.questions(context.encode_questions(self._asked)[0])
     embeddings = self._experiment.embedder.questions(params, tokens, mask)
     n_docs = self._experiment.config.data.n_docs
+    words = context.words(self._asked)
     old, new = (
-      find_docs(index, bm25, params, embeddings, self._asked, n_docs)
+      find_docs(index, bm25, params, embeddings, words, n_docs)
       for index in (before, after)
     )
     same = np.any(old[:, :, None] == new[:, None, :], axis=2)  # B K

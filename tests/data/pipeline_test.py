@@ -11,6 +11,7 @@ import pytest
 
 from rag_jax.config import Config
 from rag_jax.config import DataConfig
+from rag_jax.config import DialogueConfig
 from rag_jax.corpus.passage_reader import load_passages
 from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import train_tokenizer
@@ -462,3 +463,46 @@ def test_closing_ends_the_thread():
   assert set(threading.enumerate()) - before
   ahead.close()
   assert set(threading.enumerate()) <= before
+
+
+def test_batches_hold_the_turns_before_a_question(make):
+  turns = ("Which country is large?", "Peru", "Where is it?", "There.")
+  questions = [
+    dataclasses.replace(q, history=turns[4 - i % 5 :] if i % 5 else ())
+    for i, q in enumerate(QUESTIONS)
+  ]
+  config = DialogueConfig(user="U: ", assistant="A: ", retriever_turns=1)
+  make.context = ContextBuilder(
+    make.tokenizer, make.tokenized, CONFIG, dialogue=config
+  )
+  bm25 = Bm25Index.build(PASSAGES, passages_fingerprint="3c4d")
+  batches = make(questions, informal_questions=0.5, bm25=bm25)
+  seen = set()
+  for step in range(5):
+    rows = batches.rows(step)
+    words, ids, context_ids = batches.asked(step, rows)
+    batch = batches.prepare(
+      step, RETRIEVER, make_index(), np.zeros((B, K), np.int32)
+    ).batch
+    for b, row in enumerate(rows):
+      history = questions[row].history
+      seen.add(len(history))
+      *before, asked = words[b].split("\n")
+      assert tuple(before) == history[-1:]
+      assert plainly(asked) == plainly(questions[row].question)
+      named = [
+        ("UA"[(len(history) - i) % 2]) + f": {turn}\n"
+        for i, turn in enumerate(history)
+      ]
+      for read, few in ((ids, named[-1:]), (context_ids, named)):
+        text = "".join([*few, "U: ", asked])
+        assert list(read[b]) == make.tokenizer.encode([text])[0]
+      size = len(ids[b]) + 2
+      real = batch.question_tokens[b][batch.question_mask[b]]
+      assert real[1 : size - 1].tolist() == ids[b]
+      head = batch.context_tokens[b, 0, 1 : len(context_ids[b]) + 1]
+      assert head.tolist() == context_ids[b]
+    np.testing.assert_allclose(
+      batch.bm25_scores, bm25.score(words, np.zeros((B, K), np.int32))
+    )
+  assert seen == {0, 1, 2, 3, 4}

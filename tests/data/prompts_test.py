@@ -641,7 +641,7 @@ def test_nothing_is_shared_with_contexts_that_begin_otherwise(opened, shots):
     ),
     (
       {"template": "{{ query }} {{ question }} {{ passages }}"},
-      r"prompt\.template uses \['query'\], but there are only \['passages',",
+      r"prompt\.template uses \['query'\], but there are only \['history',",
     ),
     (
       {"template": "{{ passages }}"},

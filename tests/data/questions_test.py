@@ -146,7 +146,7 @@ def test_an_unknown_split_is_refused_before_anything_is_read():
 def test_a_file_in_the_place_of_a_folder_is_refused(folder):
   assert_fails(
     lambda: load_questions(str(folder / "train.jsonl"), "train"),
-    *("train.jsonl are a file. Expected one of ['world_facts'], a folder",),
+    *("train.jsonl are a file. Expected one of ['world_facts',",),
     f"Give the folder, {folder},",
   )
 
@@ -171,6 +171,9 @@ def test_an_unknown_name_is_refused(tmp_path, monkeypatch, source, hint):
   monkeypatch.chdir(tmp_path)
   assert_fails(
     lambda: load_questions(source, "train"),
-    *(f"There are no questions {source!r}", "['world_facts'], a folder"),
+    *(
+      f"There are no questions {source!r}",
+      "'world_facts_dialogue'], a folder",
+    ),
     *("'tfds:natural_questions_open', 'tfds:squad'", hint),
   )

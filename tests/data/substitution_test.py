@@ -9,6 +9,7 @@ from rag_jax.corpus.tokenized import TokenizedPassages
 from rag_jax.corpus.tokenizer import train_tokenizer
 from rag_jax.data import substitution
 from rag_jax.data.context import ContextBuilder
+from rag_jax.data.dialogue import Asked
 from rag_jax.data.questions import Question
 from rag_jax.data.substitution import Change
 from rag_jax.data.substitution import Substitution
@@ -308,3 +309,34 @@ def test_of_two_names_at_one_place_the_longer_is_replaced(tokenizer):
   body = substitute(tokenized, 0, Change(((old, a), (longer, b))))
   text = tokenizer.decode([i for i in body if i != tokenizer.eos_id])
   assert text == "B It lies in A."
+
+
+def test_the_subject_of_a_dialogue_changes_where_it_was_named(make, tokenizer):
+  asked = Question(
+    "And its capital?", ("Niamey",), history=("Is Niger large?", "Yes.")
+  )
+  found = subjects(make, tokenizer, asked, [1, 0], PASSAGES)
+  assert found == {
+    (Asked("And its capital?", (f"Is {name} large?", "Yes.")),
+     f"{name} Niamey is the capital of {name}, not of Nigeria.")
+    for name in ("France", "Niger", "Nigeria")
+  }  # fmt: skip
+
+
+def test_an_answer_that_was_said_before_stays(tokenizer):
+  tokenized = TokenizedPassages(PASSAGES, tokenizer, 128)
+  turns = ("Capital of Nigeria?", "Niamey")
+  asked = Question("Are you sure? Which one?", ("Niamey",), history=turns)
+  other = Question("Capital of France?", ("Paris",))
+  alone = Question("Are you sure? Which one?", ("Niamey",))
+  for question, changes in ((asked, False), (alone, True)):
+    both = [question, other]
+    substitution = Substitution(
+      both, tokenizer.encode([q.answers[0] for q in both]), tokenized,
+      share=1.0, seed=0,
+    )  # fmt: skip
+    found = [
+      substitution.changes(step, np.zeros(1, int), np.array([[1]]))[0]
+      for step in range(30)
+    ]
+    assert any(change.answer_ids is not None for change in found) == changes

@@ -1,9 +1,14 @@
 """The metrics beyond exact match: chosen, averaged, resampled, compared."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import sacrebleu
 
+from rag_jax.data.questions import Question
+from rag_jax.decoding.answerer import Answer
 from rag_jax.evaluation import answer_metrics
 from rag_jax.evaluation import differences
 from rag_jax.evaluation import text_overlap
@@ -14,6 +19,7 @@ from rag_jax.evaluation.answer_metrics import compare
 from rag_jax.evaluation.answer_metrics import metrics
 from rag_jax.evaluation.answers_page import write_summary
 from rag_jax.evaluation.judged_answers import JudgedAnswer
+from rag_jax.evaluation.judged_answers import judge
 from rag_jax.evaluation.judged_answers import line_of
 from rag_jax.evaluation.judged_answers import read_judged
 
@@ -139,7 +145,9 @@ def test_the_p_value_of_bleu_tells_like_from_unlike():
 
 
 def test_metrics_are_chosen_by_what_there_is(monkeypatch):
-  assert choose_metrics([], variant="squad", has_gold=True) == (METRICS, ())
+  assert choose_metrics(
+    [], variant="squad", has_gold=True, has_knowledge=True
+  ) == (METRICS, ())
   chosen, notes = choose_metrics([], variant="regex", has_gold=True)
   assert chosen == ("em", "f1", "recall", "copy")
   assert notes[0] == (
@@ -205,3 +213,64 @@ def test_a_length_is_no_share_of_questions():
   found = answer_metrics.metrics(same, ["length"])["all"]["answer_words"]
   assert found["mean"] == 3.0
   assert 0 < found["low"] < 3.0 <= found["high"]
+
+
+def test_knowledge_is_measured_where_it_is_known():
+  known = [
+    Question("Why?", ("So",), knowledge="The sea is blue, blue."),
+    Question("Why?", ("So",), knowledge="Nothing of it."),
+    Question("Why?", ("So",)),
+  ]
+  answer = Answer(
+    question="Why?", text="A blue sky!", log_prob=-0.5, tokens=(),
+    token_log_probs=(), docs=(), question_cut=False, retrieved=(),
+  )  # fmt: skip
+  answers = [
+    judge(answer, q, [], variant="squad", language="en") for q in known
+  ]
+  # One shared word of 2 ("a" is an article), and of sea, is, blue, blue.
+  assert [x.knowledge_f1 for x in answers] == [2 * 1 / (2 + 4), 0.0, None]
+  found = metrics(answers, ["knowledge"])["all"]["knowledge_f1"]
+  assert found["mean"] == pytest.approx(1 / 6)
+  assert found["num_questions"] == 2
+  assert "knowledge_f1" not in metrics(answers, ["em"])["all"]
+  (regex,) = [judge(answer, known[0], [], variant="regex", language="en")]
+  assert regex.knowledge_f1 == 1 / 3
+  chosen, notes = choose_metrics([], variant="squad", has_gold=True)
+  assert "knowledge" not in chosen
+  assert notes == (
+    "Not measured: knowledge, since no question has a text of knowledge.",
+  )
+  with pytest.raises(ValueError, match="'knowledge' cannot be computed: no q"):
+    choose_metrics(["knowledge"], variant="squad", has_gold=True)
+
+
+def test_dialogues_are_parts_by_how_far_they_are(tmp_path):
+  histories = ((), ("a", "b"), ("a", "b"), ("a", "b", "c", "d"), ("b",))
+  answers = [
+    dataclasses.replace(judged(i, _RIGHT), history=turns)
+    for i, turns in enumerate(histories)
+  ]
+  found = metrics(answers, ["em"])
+  assert {
+    name: part["num_questions"]
+    for name, part in found.items()
+    if "dialogue" in name
+  } == {
+    "question 1 of a dialogue": 1,
+    "question 2 of a dialogue": 3,
+    "question 3 of a dialogue": 1,
+  }
+  assert not any("dialogue" in name for name in metrics([answers[0]], ["em"]))
+  path = tmp_path / "answers.jsonl"
+  path.write_text("".join(line_of(x) + "\n" for x in answers))
+  assert read_judged(path) == answers
+  # Older files do not name them.
+  old = json.loads(line_of(answers[0]))
+  del old["history"], old["knowledge_f1"]
+  path.write_text(json.dumps(old) + "\n")
+  assert read_judged(path) == [answers[0]]
+  # The same question after other turns is another one.
+  moved = [dataclasses.replace(answers[1], history=("c", "d"))]
+  with pytest.raises(ValueError, match="different questions: 1 of 1"):
+    compare(answers[1:2], moved)

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from rag_jax.data.dialogue import Asked
 from rag_jax.data.questions import load_questions
 from rag_jax.evaluation.answers import exact_match
 from rag_jax.serving.explanation import explain
@@ -212,3 +213,70 @@ def test_closed_book_answers_without_documents(run, change_config):
     match=r"n_docs=3, but this model was trained closed book .* Omit n_docs",
   ):
     closed.answer(FRANCE, n_docs=3)
+
+
+def test_a_question_is_answered_by_what_was_said_before(pipeline):
+  said = [FRANCE, "Paris"]
+  (alone,) = pipeline.answer("And its continent?")
+  (after,) = pipeline.answer("And its continent?", history=said)
+  assert "country/FR/" not in alone.docs[0].id
+  assert after.docs[0].title == "France"
+  assert after.question == "And its continent?"
+  # The generator reads them too: with the documents of the one, another answer.
+  rows = np.array([alone.retrieved])
+  found = [
+    pipeline.answerer.answer(
+      pipeline.params,
+      pipeline.index,
+      [asked],
+      n_docs=2,
+      choose_docs=lambda docs: rows,
+    )[0].log_prob
+    for asked in (
+      "And its continent?",
+      Asked("And its continent?"),
+      Asked("And its continent?", tuple(said)),
+    )
+  ]
+  assert found[0] == found[1]
+  assert abs(found[2] - found[0]) > 1e-3
+
+
+def test_a_long_history_is_cut_and_the_question_is_not(pipeline):
+  said = ["What is the capital of Peru?", "Lima"] * 40
+  with pipeline.experiment.context.counting() as cut:
+    (answer,) = pipeline.answer("And its continent?", history=said)
+  assert not answer.question_cut
+  assert cut["histories_cut"] == 1 + 1  # of the question, and of its contexts
+  assert cut["questions_cut"] == 0
+  # The beginning is not read, the end is.
+  longer, other = (
+    pipeline.answer("And its continent?", history=turns)[0]
+    for turns in ([FRANCE, "Paris", *said], [*said, FRANCE, "Paris"])
+  )
+  assert longer == answer
+  assert other != answer
+
+
+@pytest.mark.parametrize(
+  ("questions", "history", "error", "message"),
+  [
+    (FRANCE, "Who?", TypeError, "history='Who\\?' is one text"),
+    (FRANCE, ["Who?", " "], ValueError, "Turn 2 of 2 of the history is empty"),
+    (FRANCE, ["\0"], ValueError, "Turn 1 of 1 of the history holds a NUL"),
+    ([FRANCE, FRANCE], ["a"], ValueError, "of 1 turns, but 2 questions"),
+  ],
+)
+def test_a_history_that_cannot_be_is_refused(
+  pipeline, questions, history, error, message
+):
+  with pytest.raises(error, match=message):
+    pipeline.answer(questions, history=history)
+
+
+def test_a_model_that_reads_no_history_says_so(change_config, run):
+  change_config("dialogue", turns=0)
+  pipeline = RagPipeline.load(run)
+  with pytest.raises(ValueError, match=r"\(dialogue\.turns=0\); expected one"):
+    pipeline.answer(FRANCE, history=["a"])
+  assert pipeline.answer(FRANCE)[0].text == "Paris"

@@ -232,3 +232,36 @@ def test_an_answer_is_chosen_from_labels(learned):
   first, second = labels.removeprefix("Of the labels: ").split(", ")
   assert first.split()[0] == "Paris"
   assert float(first.split()[1]) > 0.9 > float(second.split()[1])
+
+
+def test_a_chat_remembers_what_was_said(learned):
+  lines = f"{FRANCE}\nAnd its continent?\n/new\nAnd its continent?\n\nNo\n"
+  process = ask(learned.workdir, "--chat", "--json", stdin=lines)
+  assert process.returncode == 0, process.stderr
+  assert "an empty line ends. /new begins another dialogue." in process.stderr
+  first, second, third = map(json.loads, process.stdout.splitlines())
+  assert (first["text"], first["history"]) == ("Paris", [])
+  assert second["history"] == [FRANCE, "Paris"]
+  assert second["docs"][0]["title"] == "France"
+  assert third["question"] == second["question"] == "And its continent?"
+  assert third["history"] == []
+  assert third["docs"] != second["docs"]
+  # The same from standard input, and as arguments.
+  piped = ask(learned.workdir, "--chat", "--json", "-", stdin=lines[:-4])
+  assert piped.stdout == process.stdout
+  arguments = lines.split("\n")[:4]
+  given = ask(learned.workdir, "--chat", "--json", *arguments)
+  assert given.stdout == process.stdout
+  # Without --chat nothing is remembered.
+  apart = ask(learned.workdir, "--json", FRANCE, "And its continent?")
+  second = json.loads(apart.stdout.splitlines()[1])
+  assert "history" not in second
+  assert second["docs"] == third["docs"]
+
+
+def test_a_chat_needs_one_host(learned):
+  for status, text, _ in run_tool_on_hosts(
+    "ask.py", f"--workdir={learned.workdir}", "--chat", FRANCE
+  ):
+    assert status == 1
+    assert "--chat was given with --distributed; expected one" in text

@@ -176,3 +176,29 @@ def test_a_checkpoint_is_asked_questions_that_are_given(tool, tmp_path):
   assert done.returncode != 0
   assert "has no questions of its own; expected --questions" in done.stderr
   assert not output.exists()
+
+
+def test_a_dialogue_is_measured_with_its_history(learned, tmp_path):
+  path = tmp_path / "dialogue.jsonl"
+  asked = {
+    "question": "And its continent?",
+    "answers": ["Europe"],
+    "knowledge": "France belongs to the continent of Europe.",
+  }
+  said = ["What is the capital of France?", "Paris"]
+  lines = [asked, asked | {"history": said}]
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  done = evaluate(
+    learned, path, tmp_path / "out", "--metrics=em,f1,bleu,knowledge"
+  )
+  assert done.returncode == 0, done.stderr
+  text = (tmp_path / "out" / "answers.jsonl").read_text()
+  alone, after = map(json.loads, text.splitlines())
+  assert (alone["history"], after["history"]) == ([], said)
+  assert after["docs"][0]["title"] == "France" != alone["docs"][0]["title"]
+  found = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
+  assert found["all"]["knowledge_f1"]["mean"] == pytest.approx(
+    (alone["knowledge_f1"] + after["knowledge_f1"]) / 2
+  )
+  assert "bleu" in found["all"]
+  assert found["question 2 of a dialogue"]["num_questions"] == 1
