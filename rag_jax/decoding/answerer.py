@@ -171,7 +171,7 @@ class Answerer:
     self,
     params: PyTree,
     index: Index,
-    questions: Sequence[str],
+    questions: Sequence[str | Asked],
     num_retrieved: int,
   ) -> tuple[
     Int[np.ndarray, "B r"], Float[np.ndarray, "B R"], Float[np.ndarray, "B n"]
@@ -188,7 +188,8 @@ class Answerer:
     found, embeddings = self.search(params, index, questions, depth)
     spread = self._is_spread(num)
     rows = process_rows(self._mesh, num) if spread else np.arange(num)
-    asked = [questions[int(row)] for row in rows]
+    words = self._context.words(questions)
+    asked = [words[int(row)] for row in rows]
     ranked = self.reranker.rank(asked, found[rows, :n], self._passages)
     ids, logits = (self._join(part, rows, num) for part in ranked)
     ids = np.concatenate([ids, found[:, n:]], axis=1)
@@ -398,7 +399,8 @@ class Answerer:
         doc_scores = logits[:, :n_docs]
       else:
         assert self.reranker is not None
-        doc_scores = self.reranker.logits(filled, doc_ids, self._passages)
+        words = self._context.words(filled)
+        doc_scores = self.reranker.logits(words, doc_ids, self._passages)
     contexts, mask = self._context.contexts(context_ids, doc_ids)
     batch: Any = doc_scores, contexts, mask
     if on_text is None:

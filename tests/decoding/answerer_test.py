@@ -10,6 +10,7 @@ import pytest
 from small_cross_encoder import write_cross_encoder
 
 from rag_jax.config import Config
+from rag_jax.data.dialogue import Asked
 from rag_jax.data.experiment import open_experiment
 from rag_jax.decoding.answerer import Answerer
 from rag_jax.losses import rag_token_nll
@@ -327,6 +328,24 @@ def test_the_reranker_can_give_the_prior(
       np.testing.assert_allclose(priors, exps / exps.sum(), atol=1e-5)
       places = (0, 1) if choose is None else (0, 4)
       assert set(rows.tolist()) == {answer.retrieved[i] for i in places}
+
+
+def test_the_reranker_reads_the_turns_that_the_retriever_reads(
+  folder, params, index, cross_encoder
+):
+  config = make_config(folder)
+  config.dialogue.retriever_turns = 1
+  config.data.question_length = 40
+  experiment = open_experiment(config)
+  other = reranked(experiment, cross_encoder, prior="reranker")
+  history = ("What about the others?", f"{NAMES[3]} is one.")
+  (answer,) = other.answer(params, index, [Asked("And it?", history)], n_docs=2)
+  expected = other.reranker.logits(
+    [f"{history[1]}\nAnd it?"], rows_of(answer)[None].astype(np.int32),
+    experiment.passages,
+  )[0]  # fmt: skip
+  scores = [doc.score for doc in answer.docs]
+  np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
 def test_of_a_single_document_the_reranker_says_which(
