@@ -1,9 +1,9 @@
 """Reads questions from files, in the formats of common data sets.
 
-In: .jsonl (ours, NQ-open, FlashRAG, KILT, FEVER), .json (SQuAD, DPR, FiD, or a
-list of the objects of .jsonl), .csv or .tsv (DPR's qas), or the dialogues of
-dialogue_files.py. Out: each question with its answers, and the passages that
-are known to hold them.
+In: .jsonl (ours, NQ-open, FlashRAG, KILT, FEVER), .json (SQuAD, TriviaQA, DPR,
+FiD, or a list of the objects of .jsonl, as WebQuestions), .csv or .tsv (DPR's
+qas), or the dialogues of dialogue_files.py. Out: each question with its
+answers, and the passages that are known to hold them.
 """
 
 import ast
@@ -30,13 +30,14 @@ from rag_jax.data.dialogue_files import dialogues_of
 from rag_jax.data.dialogue_files import history_of
 from rag_jax.data.dialogue_files import is_dialogue
 from rag_jax.data.dialogue_files import kilt_turns
+from rag_jax.data.published_records import as_ours
 from rag_jax.json_input import parse_json
 
 ENDS = (".jsonl", ".json", ".csv", ".tsv")
 EXPECTED = (
   "objects with 'question' and 'answers' (or FlashRAG's 'golden_answers',"
   " NQ-open's 'answer', KILT's 'input' and 'output', FEVER's 'claim' and"
-  " 'label'), SQuAD's .json, or DPR's"
+  " 'label', or those of TriviaQA or WebQuestions), SQuAD's .json, or DPR's"
   " question and list of answers with a tab between them"
 )
 
@@ -148,13 +149,16 @@ def _read_json(path: epath.Path) -> Iterator[FoundQuestion]:
     return
   if isinstance(tree, dict) and {"question", "input"} & set(tree):
     tree = [tree]  # one question, and nothing around it
+  inside = ""
+  if isinstance(tree, dict) and isinstance(tree.get("Data"), list):  # TriviaQA
+    tree, inside = tree["Data"], "Data"
   if not isinstance(tree, list):
     raise ValueError(
       f"{path}:1: {shorten(tree)} is neither a list of questions nor an object"
       f" with a list 'data' (SQuAD). Expected {EXPECTED}. Convert the file."
     )
   for number, record in enumerate(tree):
-    where = f"{path}:[{number}]"
+    where = f"{path}:{inside}[{number}]"
     _check_object(record, where)
     yield _of_record(record, where)
 
@@ -207,6 +211,7 @@ def _literal(text: str, what: str) -> list[Any]:
 
 def _of_record(record: Mapping[str, Any], where: str) -> FoundQuestion:
   """Returns the question of one JSON object."""
+  record = as_ours(record, where)
   if "claim" in record and "question" not in record:
     return _fever(record, where)
   kilt = "question" not in record and "input" in record

@@ -372,3 +372,88 @@ def test_claims_of_fever_are_answered_by_their_label(write):
 def test_a_damaged_claim_is_named(write, record, message):
   with pytest.raises(ValueError, match=f"q.jsonl:1.*{message}"):
     read(write(one_line(record), "q.jsonl"))
+
+
+TRIVIA = {
+  "Question": "Which king died in 1066?",
+  "QuestionId": "tc_1",
+  "Answer": {
+    "Value": "Harold II",
+    "Aliases": ["Harold Godwinson", "Harold II", ""],
+    "HumanAnswers": ["king harold"],
+    "NormalizedValue": "harold ii",
+    "Type": "WikipediaEntity",
+  },
+  "EntityPages": [],
+}
+FOUND = (
+  "Which king died in 1066?",
+  ("Harold II", "Harold Godwinson", "king harold"),
+  "tc_1",
+)
+
+
+def test_trivia_qa_is_read_in_both_of_its_forms(write):
+  theirs = write({"Data": [TRIVIA], "Domain": "Web"}, "web-dev.json")
+  lower = {
+    "question": TRIVIA["Question"],
+    "question_id": "tc_1",
+    "answer": {
+      "value": "Harold II",
+      "aliases": ["Harold Godwinson", "Harold II"],
+      "human_answers": ["king harold"],
+    },
+    "search_results": {"title": []},
+  }
+  for path in (theirs, write(one_line(lower), "dev.jsonl")):
+    [found] = read(path)
+    assert (found.question, found.answers, found.id) == FOUND
+  # Without an answer there is nothing to compare with.
+  test = {name: x for name, x in TRIVIA.items() if name != "Answer"}
+  with pytest.raises(ValueError, match=r"test.json:Data\[1\]: .*'answers'"):
+    read(write({"Data": [TRIVIA, test]}, "test.json"))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"Answer": "Harold"}, "field 'Answer'"),
+    ({"Answer": {"Value": 3}}, r"\.Answer: field 'Value'"),
+    ({"Answer": {"Value": "x", "Aliases": "y"}}, "field 'Aliases'"),
+    ({"Answer": {"Value": "x", "Aliases": [[]]}}, "is one of the answers"),
+    ({"Question": " "}, "the question is empty"),
+  ],
+)
+def test_what_is_no_question_of_trivia_qa_is_refused(write, change, message):
+  path = write({"Data": [TRIVIA | change]}, "dev.json")
+  with pytest.raises(ValueError, match=message):
+    read(path)
+
+
+@pytest.mark.parametrize(
+  ("target", "answers"),
+  [
+    ('(list (description "Jamaican English") (description Patois))',
+     ("Jamaican English", "Patois")),
+    (r'(list (description "The \"King\"") (description "a (b)"))',
+     ('The "King"', "a (b)")),
+    ("(list (description 1999))", ("1999",)),
+  ],
+)  # fmt: skip
+def test_web_questions_descriptions_are_the_answers(write, target, answers):
+  record = {"url": "http://x", "targetValue": target, "utterance": "what?"}
+  assert pairs(write([record], "train.json")) == [("what?", answers)]
+
+
+@pytest.mark.parametrize(
+  "target", ["", "(list)", "Paris", "(list (description a b))", "(list (x))"]
+)
+def test_other_target_values_are_refused(write, target):
+  record = {"targetValue": target, "utterance": "what?"}
+  with pytest.raises(ValueError, match=r"train.json:\[0\]: .*WebQuestions' li"):
+    read(write([record], "train.json"))
+
+
+def test_a_question_id_alone_does_not_make_trivia_qa(write):
+  record = {"question_id": 7, "question": "who?", "answer": ["a", "b"]}
+  assert pairs(write(one_line(record), "dev.jsonl")) == [("who?", ("a", "b"))]
