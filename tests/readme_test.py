@@ -216,7 +216,8 @@ def test_cheap_commands_run_one_after_the_other(learned, tmp_path, path):
   for folder in ("tools", "rag_jax", "configs"):
     (tmp_path / folder).symlink_to(ROOT / folder)
   (tmp_path / "runs").mkdir()
-  (tmp_path / "runs/quickstart").symlink_to(learned.workdir)
+  for run in ("quickstart", "dialogue"):
+    (tmp_path / "runs" / run).symlink_to(learned.workdir)
   (tmp_path / "other.jsonl").symlink_to(learned.passages)
   (tmp_path / "questions.txt").write_text("What is the capital of Peru?\n")
   documents = tmp_path / "documents"
@@ -236,6 +237,7 @@ def test_cheap_commands_run_one_after_the_other(learned, tmp_path, path):
       shell=True,
       cwd=tmp_path,
       env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+      stdin=subprocess.DEVNULL,
       capture_output=True,
       encoding="utf-8",
       check=False,

@@ -348,7 +348,7 @@ def test_missing_metrics_are_reported(tmp_path):
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
-  message = "stage='test' is not one of .*'warmup', 'train'"
+  message = "stage='test' is not one of .*'contrastive', 'train'"
   with MetricWriter(tmp_path) as writer:
     with pytest.raises(ValueError, match=message):
       writer.write(1, "test", {})
