@@ -16,7 +16,7 @@ from rag_jax.losses_hf import HF_NLL_FNS
 from rag_jax.models.batch import RagBatch
 from rag_jax.models.hybrid import learned_weights
 from rag_jax.models.rag import build_model
-from rag_jax.training import step as step_lib
+from rag_jax.training import objectives
 
 B, K, C, T, Q, L, V, D = 3, 4, 6, 3, 3, 4, 17, 8
 A_START, B_START = 0.7, 0.2
@@ -121,7 +121,7 @@ def test_loss_and_gradients_are_those_of_a_loop_over_documents(params):
 
   @jax.jit
   def loss(weights):
-    return step_lib.marginal_loss(
+    return objectives.marginal_loss(
       params | {"hybrid": weights},
       BATCH,
       jax.random.key(0),
@@ -147,7 +147,7 @@ def test_loss_and_gradients_are_those_of_a_loop_over_documents(params):
 def test_the_loss_of_hugging_face_trains_the_weights_too(params):
   @jax.jit
   def loss(weights):
-    return step_lib.hf_loss(
+    return objectives.hf_loss(
       params | {"hybrid": weights},
       BATCH,
       jax.random.key(0),
