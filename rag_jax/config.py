@@ -126,7 +126,7 @@ class DialogueConfig(Settings):
   turns: int = number(-1, least=-1)
   retriever_turns: int = number(-1, least=-1)  # -1: as many as the generator
   # The most generator tokens of earlier turns, so that they leave room for
-  # passages; 0: as many as fit beside the question.
+  # passages; 0: half of data.context_length.
   history_length: int = 0
   # Texts before the turns of the one who asks, and of the one who answers; and
   # between turns. A chat (prompt.chat) has messages instead.

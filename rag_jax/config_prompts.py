@@ -165,6 +165,13 @@ def dialogue_problems(c: Config) -> Iterator[str]:
       f" question in data.context_length={c.data.context_length}. Lower it, or"
       " raise data.context_length."
     )
+  shown = "history" in c.prompt.template
+  if c.prompt.chat and not shown and d.turns > 0 and d.turns % 2:
+    yield (
+      f"dialogue.turns={d.turns} begins with an answer, but messages of a chat"
+      " (prompt.chat=True) begin with the one who asks. Set it to an even"
+      " number, or to -1."
+    )
   if d.retriever_turns > 0 and not c.data.n_docs:
     yield (
       f"dialogue.retriever_turns={d.retriever_turns} is for a retriever, but"

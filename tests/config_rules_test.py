@@ -266,6 +266,8 @@ def test_what_looks_at_a_whole_batch_is_not_computed_in_parts():
     ({**JOINED, "retriever_loss": "emdr2"}, "retriever_loss='emdr2' could"),
     ({"hf_loss": True, "retriever_loss": "pdist"}, "with 'marginal'"),
     ({"retriever_loss": "loop"}, "Set loss='fid', or choose 'pdist'"),
+    ({"data__context_style": "prompt", "prompt__chat": True,
+      "dialogue__turns": 3}, "Set it to an even number, or to -1"),
     ({"retriever_loss": "adist"}, "'adist' attends to all documents"),
     ({"retriever_loss": "emdr2", "data__n_docs": 0}, "a closed-book model"),
     ({"retriever_loss": "replug", "train__accumulate": 2},

@@ -186,7 +186,8 @@ def main(argv: list[str]) -> None:
     if _CHAT.value and not (
       is_blank(answer.text) or bad_character(answer.text)
     ):
-      history += [question, answer.text]
+      # Between turns there are line breaks.
+      history += [question, " ".join(answer.text.split())]
 
 
 def run() -> None:

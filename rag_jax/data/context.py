@@ -142,7 +142,7 @@ class ContextBuilder:
         " reads them. Expected passages tokenised with the generator's, and the"
         " others as retriever_passages; or set data.context_style='rag'."
       )
-    self._dialogue = DialogueText(dialogue)
+    self._dialogue = DialogueText(dialogue, config.context_length)
     self.prompts = None
     if config.context_style == "prompt":
       self.prompts = PromptBuilder(

@@ -101,7 +101,15 @@ def own_length(ids: Sequence[int]) -> int:
 class DialogueText:
   """Writes dialogues as one text, in the way that the config describes."""
 
-  def __init__(self, config: DialogueConfig | None = None):
+  def __init__(
+    self, config: DialogueConfig | None = None, context_length: int = 0
+  ):
+    """Prepares to write.
+
+    Args:
+      config: None is the default.
+      context_length: of the generator; 0: earlier turns may have any length.
+    """
     config = config or DialogueConfig()
     self._user, self._assistant = config.user, config.assistant
     self._separator = config.separator
@@ -109,7 +117,7 @@ class DialogueText:
     self.retriever_turns = config.turns
     if config.retriever_turns >= 0:
       self.retriever_turns = config.retriever_turns
-    self.history_length = config.history_length
+    self.history_length = config.history_length or context_length // 2
 
   def before(self, turns: Sequence[str]) -> str:
     """Returns the text before a question."""

@@ -287,7 +287,7 @@ def history_of(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 def kilt_turns(text: str) -> tuple[tuple[str, ...], str]:
   """Returns the earlier turns and the last one of an input of KILT."""
-  lines = [line for line in text.split("\n") if not is_blank(line)]
+  lines = [line.strip() for line in text.split("\n") if not is_blank(line)]
   if len(lines) < 2 or _ENTITY in text:
     return (), text
   return tuple(lines[:-1]), lines[-1]

@@ -157,15 +157,10 @@ class Answerer:
 
   @property
   def _scored_by_reranker(self) -> bool:
-    """Whether the scores of documents are logits.
-
-    In the mode "single" they say which document is read, and nothing else.
-    """
-    if self.reranker is None:
-      return False
-    return (
-      self.reranker.config.prior == "reranker" or self._decode.mode == "single"
-    )
+    """Whether scores of documents are logits; "single" reads the highest."""
+    single = self._decode.mode == "single"
+    prior = self.reranker.config.prior if self.reranker else ""
+    return prior == "reranker" or (bool(prior) and single)
 
   def _retrieve(
     self,
@@ -188,12 +183,21 @@ class Answerer:
     found, embeddings = self.search(params, index, questions, depth)
     spread = self._is_spread(num)
     rows = process_rows(self._mesh, num) if spread else np.arange(num)
-    words = self._context.words(questions)
-    asked = [words[int(row)] for row in rows]
+    texts = self._texts_of_pairs(questions)
+    asked = [texts[int(row)] for row in rows]
     ranked = self.reranker.rank(asked, found[rows, :n], self._passages)
     ids, logits = (self._join(part, rows, num) for part in ranked)
     ids = np.concatenate([ids, found[:, n:]], axis=1)
     return ids[:, :num_retrieved], embeddings, logits
+
+  def _texts_of_pairs(self, questions: Sequence[str | Asked]) -> list[str]:
+    """Returns what the reranker reads: of a dialogue, its last lines."""
+    assert self.reranker is not None
+    texts = self._context.words(questions)
+    return [
+      self.reranker.last_lines(text) if Asked.of(asked).history else text
+      for asked, text in zip(questions, texts, strict=True)
+    ]
 
   def _rows(self, index: Index, num_rows: int) -> Int[np.ndarray, "b"]:
     """Returns the rows of a batch that this process searches for."""
@@ -399,8 +403,8 @@ class Answerer:
         doc_scores = logits[:, :n_docs]
       else:
         assert self.reranker is not None
-        words = self._context.words(filled)
-        doc_scores = self.reranker.logits(words, doc_ids, self._passages)
+        asked = self._texts_of_pairs(filled)
+        doc_scores = self.reranker.logits(asked, doc_ids, self._passages)
     contexts, mask = self._context.contexts(context_ids, doc_ids)
     batch: Any = doc_scores, contexts, mask
     if on_text is None:

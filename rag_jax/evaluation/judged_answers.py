@@ -161,10 +161,10 @@ def pairs(
     ValueError: the questions are not the same, or one has other right answers.
   """
 
-  def key(x: JudgedAnswer) -> tuple[str, ...]:
-    return (*x.history, x.question, *x.answers)
+  def key(x: JudgedAnswer) -> tuple[Any, ...]:
+    return tuple(x.history), x.question, tuple(x.answers)
 
-  left: dict[tuple[str, ...], list[JudgedAnswer]] = {}
+  left: dict[tuple[Any, ...], list[JudgedAnswer]] = {}
   for other in others:
     left.setdefault(key(other), []).append(other)
   missing = []

@@ -209,6 +209,20 @@ class Reranker:
       )
     return self.config.candidates
 
+  def last_lines(self, question: str) -> str:
+    """Returns a question without first lines, so that it fits half of a pair.
+
+    Its last line stays, whatever its length.
+    """
+    room = (self.length - self._template.num_special) // 2
+    lines = question.split("\n")
+    while lines[1:]:
+      (ids,) = self._tokenizer.encode(["\n".join(lines)])
+      if len(ids) <= room:
+        break
+      lines = lines[1:]
+    return "\n".join(lines)
+
   def score(
     self,
     questions: Sequence[str],

@@ -169,7 +169,7 @@ def test_earlier_turns_are_cut_from_their_start(tokenizer, prompt, most):
     alone = len(head) + len(question)
     assert cut["questions_cut"] == (alone > room)
     [own] = context_ids
-    begin = max(own.before - most, 0) if most else 0
+    begin = max(own.before - (most or length // 2), 0)
     kept = slow_cut([], own[begin : own.before], question, room)
     with made.counting() as cut:
       tokens, mask = made.contexts(context_ids, np.zeros((1, 0), np.int32))
@@ -207,7 +207,7 @@ def test_in_the_style_rag_the_history_goes_before_the_question(
         tokens, mask = made.contexts([ids], np.array([[0, 1]]))
       expected, shorter = [], 0
       for doc in PASSAGES:
-        begin = max(ids.before - most, 0) if most else 0
+        begin = max(ids.before - (most or length // 2), 0)
         for gone in range(begin, ids.before + 1):  # the slow way
           question = reads.decode_hf(ids[gone:])
           text = f"{doc.title} / {doc.text} // {question}".replace("  ", " ")

@@ -348,6 +348,35 @@ def test_the_reranker_reads_the_turns_that_the_retriever_reads(
   np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
+def test_a_long_history_does_not_hide_the_question_from_the_reranker(
+  folder, params, index, cross_encoder
+):
+  experiment = open_experiment(make_config(folder))
+  other = reranked(experiment, cross_encoder, prior="reranker")
+  history = tuple(f"{NAMES[i % 4]} is city number {i}." for i in range(8))
+
+  def scores(question):
+    asked = [Asked(question, history)]
+    (answer,) = other.answer(params, index, asked, n_docs=2)
+    rows = rows_of(answer)
+    found = other.reranker.last_lines("\n".join((*history, question)))
+    assert found.endswith(f"\n{question}")
+    assert len(found) < len("\n".join(history))
+    expected = other.reranker.logits(
+      [found], rows[None].astype(np.int32), experiment.passages
+    )[0]
+    np.testing.assert_allclose(
+      [doc.score for doc in answer.docs], expected, atol=1e-5
+    )
+    return other.reranker.logits(
+      [found], np.array([[0, 1]], np.int32), experiment.passages
+    )
+
+  first, second = (scores(f"Where is {NAMES[i]}?") for i in (1, 2))
+  assert np.abs(first - second).max() > 1e-4
+  assert other.reranker.last_lines("one line " * 99) == "one line " * 99
+
+
 def test_of_a_single_document_the_reranker_says_which(
   folder, params, index, cross_encoder
 ):
