@@ -10,7 +10,8 @@ has steps (Karpukhin et al. 2020, https://arxiv.org/abs/2004.04906): each
 question has to find its own passage among those of the batch and the hard
 negatives. The answer recall of the results is that of the trained retriever;
 the generator is small, fresh and never trained. Other encoders by
---config.encoder.init_from. With train.num_steps, RAG goes on from there.
+--config.encoder.init_from. RAG goes on from there with train.num_steps, a
+generator that can write, and data.n_docs of 2 or more.
 
 The measured results stand in configs/README.md.
 """

@@ -162,6 +162,12 @@ def _objective_problems(c: Config) -> Iterator[str]:
       f" generator reads at once, but loss={c.loss!r} reads each alone. Set"
       " loss='fid', or choose 'pdist'."
     )
+  if own and c.data.n_docs == 1:
+    yield (
+      f"retriever_loss={c.retriever_loss!r} compares documents, but data.n_docs"
+      "=1 reads a single one, whose p(z|x) is 1. Raise it, or set"
+      " retriever_loss='none'."
+    )
   if own and not c.data.n_docs:
     yield (
       f"retriever_loss={c.retriever_loss!r} trains a retriever, but data.n_docs"

@@ -264,7 +264,7 @@ class RetrieverLoss:
   def is_likelihood(self) -> bool:
     """Whether it is minus log p(y|x), which grows with the target's length.
 
-    The others are divergences: one number per question.
+    The others are one number per question.
     """
     return self.kind in ("emdr2", "emdr2_token")
 

@@ -268,6 +268,7 @@ def test_what_looks_at_a_whole_batch_is_not_computed_in_parts():
     ({"retriever_loss": "loop"}, "Set loss='fid', or choose 'pdist'"),
     ({"data__context_style": "prompt", "prompt__chat": True,
       "dialogue__turns": 3}, "Set it to an even number, or to -1"),
+    ({"retriever_loss": "reward", "data__n_docs": 1}, "a single one, whose"),
     ({"retriever_loss": "adist"}, "'adist' attends to all documents"),
     ({"retriever_loss": "emdr2", "data__n_docs": 0}, "a closed-book model"),
     ({"retriever_loss": "replug", "train__accumulate": 2},

@@ -8,7 +8,8 @@ the mean gradient, without what noise adds to it; the variance within a batch,
 summed over the parameters, which comes from what is drawn at random inside the
 step; the whole variance, over batches too; and the seconds of a gradient, the
 least of all after compilation. The losses "reward" and "reward_sampled" have
-the same expected gradient. The run's parameters do not change.
+the same expected gradient. The run's parameters do not change; what a setting
+of the run freezes counts as if it trained.
 """
 
 import dataclasses
@@ -71,7 +72,9 @@ def _gradients(
     batch = batches.prepare(step, pipeline.params, pipeline.index).batch
     of_batch = []
     for draw in range(_DRAWS.value):
-      key = jax.random.fold_in(jax.random.key(config.seed), draw)
+      key = jax.random.fold_in(
+        jax.random.key(config.seed), step * _DRAWS.value + draw
+      )
       start = time.perf_counter()
       of_batch.append(np.asarray(gradient(retriever, batch, key), np.float64))
       seconds.append(time.perf_counter() - start)
@@ -85,6 +88,8 @@ def main(argv: list[str]) -> None:
   pipeline = RagPipeline.load(_WORKDIR.value or "")
   config = pipeline.experiment.config
   config.train.batch_size = _SIZE.value or config.train.batch_size
+  config.train.accumulate = 1
+  config.train.num_steps = max(config.train.num_steps, 1)
   kinds = [
     validate(
       dataclasses.replace(config, retriever_loss=kind, reward=_REWARD.value)

@@ -150,6 +150,14 @@ def _check_output() -> epath.Path:
       f"--output={output} is no name of a .jsonl file, which training reads."
       " Expected one such as mined/train.jsonl. Correct it."
     )
+  if not output.parent.is_dir():
+    try:
+      output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise ValueError(
+        f"--output={output} cannot be written ({error.strerror}). Expected a"
+        " file in a folder that exists or can be made. Choose another."
+      ) from error
   if output.exists() and not _OVERWRITE.value:
     raise ValueError(
       f"--output={output} exists already. Expected a new file. Choose another,"
@@ -259,7 +267,6 @@ def main(argv: list[str]) -> None:
     for question in mine(questions, passages, search, settings, counts):
       mined.append(question)
       progress.update(1)
-  output.parent.mkdir(parents=True, exist_ok=True)
   write_atomically(output, "".join(f"{_record(q)}\n" for q in mined))
   print(_report(mined, counts))
   print(f"Written to {output}.")

@@ -298,7 +298,8 @@ def row_differences(
     differences is Student's.
   - "runs": there are two or more runs in each row, with other seeds. Welch's
     interval.
-  - "": there is no interval: too few runs, or runs that do not differ.
+  - "": there is no interval: too few runs, or seeds whose
+    differences are all the same.
 
   Raises:
     ValueError: the answers are to different questions.

@@ -309,6 +309,9 @@ def special_ids(context: ContextBuilder) -> SpecialIds:
   tokenizer = context.tokenizer
   ends = (tokenizer.eos_id, *context.stop_ids)
   others = [i for i in (tokenizer.pad_id, tokenizer.bos_id) if i is not None]
+  with context.counting():  # what stands before every answer is none of it
+    tokens, mask = context.targets(context.encode_answers([""]))
+  others += tokens[mask].tolist()
   return SpecialIds(tokenizer.bos_id, ends, (*ends, *others))
 
 

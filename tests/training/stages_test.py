@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rag_jax.data.experiment import example_batch
+from rag_jax.data.experiment import open_experiment
 from rag_jax.losses import marginal_sequence_nll
 from rag_jax.losses import marginal_token_nll
 from rag_jax.losses_hf import hf_rag_sequence_nll
@@ -18,6 +19,7 @@ from rag_jax.retrieval.exact import ExactIndex
 from rag_jax.training.stages import TRAIN
 from rag_jax.training.stages import WARMUP
 from rag_jax.training.stages import make_stages
+from rag_jax.training.stages import special_ids
 from rag_jax.training.stages import stage_optimizer
 
 
@@ -260,3 +262,16 @@ def test_hf_loss_leaves_the_begin_token_out_if_it_shall(tiny, exclude):
       *arrays, 0.1, excluded_bos=bos if other else None
     )
     assert np.allclose(got, expected) == (other == exclude)
+
+
+def test_what_stands_before_every_answer_is_not_rewarded(tiny):
+  experiment = open_experiment(tiny.config())
+  context = experiment.context
+  plain = special_ids(context)
+  tokenizer = context.tokenizer
+  assert {tokenizer.eos_id, tokenizer.pad_id} <= set(plain.ignored_ids)
+  first = tokenizer.encode(["a"])[0][0]
+  assert first not in plain.ignored_ids
+  context._target_start = (first,)  # as of a checkpoint that begins targets
+  assert first in special_ids(context).ignored_ids
+  assert special_ids(context).end_ids == plain.end_ids
