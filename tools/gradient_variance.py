@@ -106,9 +106,11 @@ def main(argv: list[str]) -> None:
       found, seconds = _gradients(pipeline, kind, progress)
       mean = found.mean(axis=(0, 1))
       within = found.var(axis=1, ddof=1).mean(axis=0).sum()
-      whole = ((found - mean) ** 2).mean(axis=(0, 1)).sum()
       # Noise lengthens the mean too: what it adds is taken off.
-      noise = found.mean(axis=1).var(axis=0, ddof=1).sum() / len(found)
+      between = found.mean(axis=1).var(axis=0, ddof=1).sum()
+      noise = between / len(found)
+      # The means of batches vary by what is drawn, too.
+      whole = between + within * (1 - 1 / found.shape[1])
       size = mean @ mean - noise
       lines.append(
         f"| {kind.retriever_loss} | {size:.2g} | {within:.2g} | {whole:.2g}"

@@ -238,6 +238,11 @@ def _report(questions: Sequence[Question], counts: Counter[str]) -> str:
            " with a gold passage in the corpus"]  # fmt: skip
   if counts["gold not in the corpus"]:
     lines[0] += f" (ids that are not in it: {counts['gold not in the corpus']})"
+  if not counts["with a positive"] and not _POSITIVES.value:
+    lines.append(
+      "Training needs a gold passage of each question: --positives finds them"
+      " by the answers."
+    )
   if _POSITIVES.value:
     lines.append(f"Gold passages that were found: {counts['found a positive']}")
   lines += [
@@ -247,7 +252,12 @@ def _report(questions: Sequence[Question], counts: Counter[str]) -> str:
   ]
   lines += [
     f"Candidates left out, since they {name}: {counts[name]}"
-    for name in ("are gold", "state an answer", "have a score too high")
+    for name in (
+      "are gold",
+      "state an answer",
+      "have a score too high",
+      "have no gold to compare with",
+    )
     if counts[name]
   ]
   return "\n".join(lines)

@@ -14,6 +14,7 @@ import pathlib
 from typing import Any
 
 from absl import flags
+from absl import logging
 import jax
 from ml_collections import config_flags
 
@@ -58,6 +59,12 @@ def main(argv: list[str]) -> None:
       "The config trains in the contrastive stage alone (train.num_steps=0),"
       " which has no plan; expected a main stage, or no training at all. Set"
       " contrastive.num_steps=0 for the plan of embedding all passages."
+    )
+  if config.contrastive.num_steps:
+    logging.warning(
+      "The plan is that of the main stage. A step of the contrastive stage, of"
+      " %d questions with %d passages each, is not in it.",
+      *(config.contrastive.batch_size, 1 + config.contrastive.negatives),
     )
   given = config, topology, _NUM_PASSAGES.value or 0
   if config.train.num_steps:

@@ -245,7 +245,7 @@ class QuestionBatches:
 
   def _accepted(self, answer_ids: list[list[int]]) -> Int[np.ndarray, "A T"]:
     """Returns answers that count as right, and rows of padding."""
-    with self._context.counting():  # they are not read: cutting loses nothing
+    with self._context.counting():  # cut like targets, and counted with them
       tokens, _ = self._context.targets(answer_ids)
     more = MAX_ACCEPTED - len(tokens)
     pad_id = self._context.tokenizer.pad_id

@@ -171,7 +171,8 @@ def _mine_one(
     elif settings.drop_answers and answers(row):
       counts["state an answer"] += 1
     elif values[row] > limit:
-      counts["have a score too high"] += 1
+      why = "have a score too high" if gold else "have no gold to compare with"
+      counts[why] += 1
     else:
       negatives.append(passage.id)
   counts[f"{len(negatives)} negatives"] += 1

@@ -101,7 +101,10 @@ def test_a_positive_is_found_only_if_asked_for(gold):
 
 def test_without_a_gold_passage_there_is_no_margin():
   question = dataclasses.replace(ASKED, gold=())
-  assert mined(question, margin=0.0)[0].negatives == ()
+  found, counts = mined(question, margin=0.0)
+  assert found.negatives == ()
+  assert counts["have no gold to compare with"] > 0
+  assert not counts["have a score too high"]
 
 
 def test_known_gold_is_not_replaced_by_a_found_one():
